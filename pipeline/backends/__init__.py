@@ -1,0 +1,59 @@
+"""Backends: records to cropped, resized and flipped uint8 views. One file each, one `build` each, found by name.
+
+A backend is used as: `submit(plan)` for up to `depth` batches ahead, then `receive(timeout)` for each in the order
+of submission. What `receive` returns stays valid until the next `submit`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from pipeline.beton import Beton
+from pipeline.errors import InputError
+
+BACKENDS = ("ffcv",)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one batch shall hold."""
+
+    ids: np.ndarray
+    """int64 [B]."""
+    boxes: np.ndarray
+    """int32 [V, B, 4]: top, left, height, width, inside the stored image."""
+    flips: np.ndarray
+    """bool [V, B]."""
+
+
+class Backend(Protocol):
+    """Turns plans into crops, several batches ahead."""
+
+    depth: int
+
+    def submit(self, plan: Plan) -> None:
+        """Begin a batch; at most `depth` may be under way."""
+
+    def receive(self, timeout: float) -> torch.Tensor:
+        """Return the crops of the oldest batch under way: uint8 [V, B, S, S, 3], on the device.
+
+        Raises DamagedRecord, naming the sample, and LoaderStalled after `timeout` seconds.
+        """
+
+    def close(self) -> None:
+        """Give back threads and buffers."""
+
+
+def build(
+    name: str, beton: Beton, *, size: int, views: int, batch: int, workers: int, depth: int, device: torch.device
+) -> Backend:
+    """Return backend `name` for at most `batch` samples at a time, `size` by `size` pixels, `views` crops of each."""
+    if name not in BACKENDS:
+        raise InputError(f"data.backend {name!r} is not one of {', '.join(BACKENDS)}: choose one of these")
+    module = importlib.import_module(f"pipeline.backends.{name}")
+    return module.build(beton, size=size, views=views, batch=batch, workers=workers, depth=depth, device=device)

@@ -1,0 +1,216 @@
+"""The loader: order, draws, backend and augmentation put together, several batches ahead, resumable at any batch.
+
+    loader = Loader(Beton("train.beton"), AUGMENTATIONS["moco_v2"], size=224, batch=256, device="cuda")
+    for epoch in range(200):
+        for batch in loader:            # ends with the epoch; the next epoch's first batch is already under way
+            step(*batch.views)
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline import backends
+from pipeline.augment import IMAGENET, Statistics, augment, normalise
+from pipeline.backends import Plan
+from pipeline.beton import Beton
+from pipeline.draws import Colour, centre_boxes, draw_view
+from pipeline.errors import InputError
+from pipeline.order import epoch_order, rank_slice, steps_per_epoch
+from pipeline.views import View
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of a global batch."""
+
+    views: tuple[torch.Tensor, ...]
+    """V tensors [B, 3, S, S], normalised, channels-last, on the device."""
+    ids: np.ndarray
+    """int64 [B]."""
+    epoch: int
+    step: int
+    """Number of the global batch in its epoch."""
+    waited: float
+    """Seconds the caller waited for the crops."""
+
+
+class Loader:
+    """Augmented views of every sample of `beton` once an epoch, in an order that depends on `seed` and epoch alone.
+
+    `batch` is the global batch size, of which each of `world` ranks gets its part; the samples that are left when the
+    last whole global batch is made are left out of that epoch. Iterating goes on where the last iteration or
+    `load_state_dict` left off, to the end of that epoch.
+    """
+
+    def __init__(
+        self,
+        beton: Beton,
+        views: tuple[View, ...],
+        *,
+        size: int,
+        batch: int,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        backend: str = "ffcv",
+        workers: int = 0,
+        ahead: int = 3,
+        stall_timeout: float = 60.0,
+        statistics: Statistics = IMAGENET,
+    ) -> None:
+        if not 0 < batch <= len(beton):
+            raise InputError(
+                f"{beton.path}: a batch of {batch} from {len(beton)} samples: choose data.batch between 1 and {len(beton)}"
+            )
+        if batch % world:
+            raise InputError(f"data.batch {batch} does not divide among {world} processes: choose a multiple of {world}")
+        self.beton, self.views, self.size, self.batch, self.seed = beton, views, size, batch, seed
+        self.rank, self.world, self.device, self.dtype = rank, world, torch.device(device), dtype
+        self.stall_timeout = stall_timeout
+        self.steps = steps_per_epoch(len(beton), batch)
+        self._statistics = statistics
+        self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
+        self._pending: deque[tuple[int, int, np.ndarray, list[Colour]]] = deque()
+        self._epoch, self._step = 0, 0  # of the next batch to hand out
+        self._backend_arguments: dict[str, Any] = {
+            "size": size,
+            "views": len(views),
+            "batch": batch // world,
+            "workers": workers,
+            "depth": ahead,
+            "device": self.device,
+        }
+        self._backend_name = backend
+        self._backend = backends.build(backend, beton, **self._backend_arguments)
+
+    def __len__(self) -> int:
+        """Return the number of batches in an epoch."""
+        return self.steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch = self._epoch
+        while self._epoch == epoch:
+            yield self._next()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position of the next batch and what it depends on, plain JSON values."""
+        return {
+            "epoch": self._epoch,
+            "step": self._step,
+            "seed": self.seed,
+            "batch": self.batch,
+            "samples": len(self.beton),
+            "fingerprint": self.beton.fingerprint(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, exactly. Raises InputError where seed, batch or data set are not the state's."""
+        own = self.state_dict()
+        for key in ("seed", "batch", "samples", "fingerprint"):
+            if state.get(key) != own[key]:
+                raise InputError(
+                    f"{self.beton.path}: the loader's {key} is {own[key]!r}, the saved one {state.get(key)!r}: resume with "
+                    "the settings and the data the run was started with"
+                )
+        if self._pending:
+            self.close()
+            self._backend = backends.build(self._backend_name, self.beton, **self._backend_arguments)
+        self._epoch, self._step = int(state["epoch"]), int(state["step"])
+
+    def close(self) -> None:
+        """End the workers and forget the batches under way."""
+        self._pending.clear()
+        self._backend.close()
+
+    def _next(self) -> Batch:
+        while len(self._pending) < self._backend.depth:
+            self._submit(*self._after(len(self._pending)))
+        epoch, step, ids, colours = self._pending.popleft()
+        start = time.perf_counter()
+        crops = self._backend.receive(self.stall_timeout)
+        waited = time.perf_counter() - start
+        views = tuple(
+            augment(crop, colour, self._statistics, self.dtype) for crop, colour in zip(crops, colours, strict=True)
+        )
+        self._submit(*self._after(len(self._pending)))
+        self._epoch, self._step = self._after(1)
+        return Batch(views, ids, epoch, step, waited)
+
+    def _after(self, batches: int) -> tuple[int, int]:
+        """Return epoch and step of the batch that many after the next one to hand out."""
+        return divmod(self._epoch * self.steps + self._step + batches, self.steps)
+
+    def _submit(self, epoch: int, step: int) -> None:
+        if self._order[0] != epoch:
+            self._order = (epoch, epoch_order(self.seed, epoch, len(self.beton)))
+        ids = rank_slice(self._order[1], step, self.batch, self.rank, self.world)
+        heights, widths = self.beton.heights[ids], self.beton.widths[ids]
+        drawn = [
+            draw_view(view, index, seed=self.seed, epoch=epoch, ids=ids, heights=heights, widths=widths)
+            for index, view in enumerate(self.views)
+        ]
+        self._backend.submit(Plan(ids, np.stack([d.boxes for d in drawn]), np.stack([d.flips for d in drawn])))
+        self._pending.append((epoch, step, ids, [d.colour for d in drawn]))
+
+
+class CentreLoader:
+    """Every sample of `beton` once, in order, centre-cropped and normalised: batches (images [B, 3, S, S], ids [B]).
+
+    `share` is the crop's side over the image's shorter side: 0.875 is the usual 224 of 256.
+    """
+
+    def __init__(
+        self,
+        beton: Beton,
+        *,
+        size: int,
+        batch: int,
+        share: float = 0.875,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        backend: str = "ffcv",
+        workers: int = 0,
+        ahead: int = 3,
+        stall_timeout: float = 60.0,
+        statistics: Statistics = IMAGENET,
+        indices: np.ndarray | None = None,
+    ) -> None:
+        self.beton, self.size, self.share, self.dtype = beton, size, share, dtype
+        self.stall_timeout = stall_timeout
+        self.indices = np.arange(len(beton)) if indices is None else indices
+        self.batch = min(batch, max(len(self.indices), 1))
+        self._statistics = statistics
+        arguments: dict[str, Any] = {"size": size, "views": 1, "batch": self.batch, "workers": workers, "depth": ahead}
+        self._backend = backends.build(backend, beton, device=torch.device(device), **arguments)
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return -(-len(self.indices) // self.batch)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
+        parts = [self.indices[i : i + self.batch] for i in range(0, len(self.indices), self.batch)]
+        for ahead in parts[: self._backend.depth]:
+            self._submit(ahead)
+        for number, ids in enumerate(parts):
+            images = normalise(self._backend.receive(self.stall_timeout)[0], self._statistics, self.dtype)
+            if number + self._backend.depth < len(parts):
+                self._submit(parts[number + self._backend.depth])
+            yield images, ids
+
+    def _submit(self, ids: np.ndarray) -> None:
+        boxes = centre_boxes(self.beton.heights[ids], self.beton.widths[ids], self.share)
+        self._backend.submit(Plan(ids, boxes[None], np.zeros((1, len(ids)), bool)))
+
+    def close(self) -> None:
+        """End the workers."""
+        self._backend.close()

@@ -1,0 +1,38 @@
+"""Sample order and sharding: pure functions of (seed, epoch, n), the same on every rank, machine and NumPy version.
+
+Global batch `s` of an epoch is `order[s * G : (s + 1) * G]`, G the global batch size; a rank takes its slice of it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pipeline.hashing import mix, stream
+
+_ORDER = 0x6F72646572  # keeps the order's random numbers apart from those of the augmentation
+
+
+def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """Return a permutation of 0..n-1, int64 [n], a pure function of its arguments.
+
+    The ids are sorted by 64-bit keys from a counter-based generator; equal keys keep the smaller id first.
+    """
+    key = mix(mix(np.uint64(_ORDER) ^ np.uint64(seed)) ^ np.uint64(epoch))
+    return np.argsort(stream(key, n), kind="stable")
+
+
+def steps_per_epoch(n: int, global_batch: int) -> int:
+    """Return the number of whole global batches in an epoch; the remainder is left out of that epoch."""
+    return n // global_batch
+
+
+def rank_slice(order: np.ndarray, step: int, global_batch: int, rank: int, world: int) -> np.ndarray:
+    """Return the ids that `rank` of `world` loads for global batch `step`: int64 [global_batch / world].
+
+    Raises ValueError where the world does not divide the global batch.
+    """
+    if global_batch % world:
+        raise ValueError(f"a global batch of {global_batch} does not divide among {world} ranks: choose a multiple of it")
+    local = global_batch // world
+    start = step * global_batch + rank * local
+    return order[start : start + local]

@@ -1,0 +1,57 @@
+"""What a view is drawn from: the published two-view augmentations as data.
+
+Sources: moco_v1 and moco_v2, facebookresearch/moco `main_moco.py`; moco_v3, facebookresearch/moco-v3 `main_moco.py`
+(its crop scale of 0.2 for ResNets); simclr, 2002.05709 appendix A. On images of 32 pixels blur is left out, as in
+SimCLR's CIFAR-10 appendix B.9: the names ending in `_32`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class View:
+    """The distribution one view is drawn from, in torchvision's terms (RandomResizedCrop, ColorJitter, ...)."""
+
+    scale: tuple[float, float] = (0.2, 1.0)
+    """Range of the crop's area, as a share of the image's."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of the crop's aspect ratio, drawn log-uniformly."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    jitter: float = 0.8
+    """Probability of colour jitter."""
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1
+    grey: float = 0.2
+    """Probability of greyscale."""
+    grey_first: bool = False
+    """Greyscale before colour jitter (MoCo v1) instead of after it."""
+    blur: float = 0.5
+    """Probability of Gaussian blur."""
+    sigma: tuple[float, float] = (0.1, 2.0)
+    """Range of the blur's standard deviation, pixels."""
+    solarise: float = 0.0
+    """Probability of solarising at 128."""
+
+
+_V1 = View(jitter=1.0, hue=0.4, blur=0.0, grey_first=True)
+_V2 = View()
+_V3 = View(saturation=0.2, blur=1.0), View(saturation=0.2, blur=0.1, solarise=0.2)
+_SIMCLR = View(scale=(0.08, 1.0), brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2)
+
+
+def _without_blur(views: tuple[View, ...]) -> tuple[View, ...]:
+    return tuple(replace(view, blur=0.0) for view in views)
+
+
+AUGMENTATIONS: dict[str, tuple[View, ...]] = {
+    "moco_v1": (_V1, _V1),
+    "moco_v2": (_V2, _V2),
+    "moco_v3": _V3,
+    "simclr": (_SIMCLR, _SIMCLR),
+}
+AUGMENTATIONS |= {f"{name}_32": _without_blur(views) for name, views in AUGMENTATIONS.items()}

@@ -1,0 +1,177 @@
+"""Tests of the synthetic images: pure, balanced, and telling nothing of the class by colour or raw pixels."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from pipeline import synthetic
+
+Images = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+
+
+def _many(start: int, count: int) -> tuple[Images, npt.NDArray[np.int64]]:
+    pairs = [synthetic.draw(0, index) for index in range(start, start + count)]
+    return np.stack([image for image, _ in pairs]), np.array([label for _, label in pairs])
+
+
+@pytest.fixture(scope="module")
+def train() -> tuple[Images, npt.NDArray[np.int64]]:
+    return _many(0, 2000)
+
+
+@pytest.fixture(scope="module")
+def test() -> tuple[Images, npt.NDArray[np.int64]]:
+    return _many(100_000, 500)
+
+
+def _neighbour_accuracy(
+    train: Floats,
+    train_labels: npt.NDArray[np.int64],
+    test: Floats,
+    test_labels: npt.NDArray[np.int64],
+    k: int = 20,
+) -> float:
+    """Share of test rows whose k most similar training rows (cosine) vote for the right label."""
+    train = train / np.linalg.norm(train, axis=1, keepdims=True)
+    test = test / np.linalg.norm(test, axis=1, keepdims=True)
+    near = np.argpartition(-(test @ train.T), k, axis=1)[:, :k]
+    votes = (train_labels[near][..., None] == np.arange(10)).sum(axis=1)
+    return float((votes.argmax(axis=1) == test_labels).mean())
+
+
+def test_draw_returns_rgb_and_label() -> None:
+    for size in (16, 33, 48, 96):
+        image, label = synthetic.draw(5, 27, size)
+        assert image.dtype == np.uint8
+        assert image.shape == (size, size, 3)
+        assert label == 7
+
+
+def test_same_arguments_give_same_bytes_in_any_order() -> None:
+    indices = list(range(40))
+    forward = [synthetic.jpeg(3, index)[0] for index in indices]
+    backward = [synthetic.jpeg(3, index)[0] for index in reversed(indices)]
+    with ThreadPoolExecutor(4) as pool:
+        threaded = list(pool.map(lambda index: synthetic.jpeg(3, index)[0], indices))
+    assert forward == backward[::-1] == threaded
+
+
+def test_same_bytes_in_another_process() -> None:
+    code = "import zlib; from pipeline.synthetic import draw; print(zlib.crc32(draw(9, 123)[0].tobytes()))"
+    root = Path(synthetic.__file__).resolve().parents[1]
+    runs = [subprocess.check_output([sys.executable, "-c", code], cwd=root) for _ in range(2)]
+    assert runs[0] == runs[1]
+
+
+def test_another_index_or_seed_gives_another_image() -> None:
+    images = {synthetic.draw(seed, index)[0].tobytes() for seed in range(4) for index in range(0, 500, 10)}
+    assert len(images) == 200
+    assert not np.array_equal(synthetic.draw(0, 10)[0], synthetic.draw(10, 0)[0])
+
+
+def test_large_seed_and_index_are_used_whole() -> None:
+    base = synthetic.draw(0, 0)[0]
+    for seed, index in ((2**32, 0), (2**63, 0), (0, 10 * 2**40), (2**64 - 1, 2**64 - 1)):
+        assert not np.array_equal(base, synthetic.draw(seed, index)[0])
+
+
+def test_random_numbers_keep_their_stream() -> None:
+    """Philox4x64-10 with key (1, 2): a change here means that every stored data set changes."""
+    dice = synthetic._Dice(np.random.Philox(key=np.array([1, 2], dtype=np.uint64)).random_raw(3))
+    stream = [0.30931491118583454, 0.3569562367935075, 0.036904530468356844]
+    assert [dice.uniform(0.0, 1.0) for _ in range(3)] == pytest.approx(stream, abs=1e-12)
+
+
+def test_labels_are_balanced(train: tuple[Images, npt.NDArray[np.int64]]) -> None:
+    assert len(synthetic.CLASSES) == len(set(synthetic.CLASSES)) == 10
+    assert np.bincount(train[1], minlength=10).tolist() == [200] * 10
+
+
+@pytest.mark.parametrize("label", range(10), ids=synthetic.CLASSES)
+@pytest.mark.parametrize("size", [16, 48])
+def test_every_class_draws_two_tones(label: int, size: int) -> None:
+    for index in range(label, 200, 10):
+        image, drawn = synthetic.draw(1, index, size)
+        assert drawn == label
+        assert np.ptp(np.percentile(image.mean(axis=2), [10, 90])) > 25
+
+
+def test_fields_differ_between_classes() -> None:
+    line = np.linspace(-2.0, 2.0, 64, dtype=np.float32)
+    masks = []
+    for field in synthetic._FIELDS:
+        values = field(line[None, :] + 0 * line[:, None], line[:, None] + 0 * line[None, :])
+        masks.append(values < np.median(values))
+    for first in range(10):
+        for second in range(first):
+            assert (masks[first] != masks[second]).mean() > 0.1, (first, second)
+
+
+def test_jpeg_decodes_to_the_drawn_image() -> None:
+    data, label = synthetic.jpeg(2, 14)
+    drawn, drawn_label = synthetic.draw(2, 14)
+    with Image.open(io.BytesIO(data)) as picture:
+        assert picture.format == "JPEG"
+        decoded = np.asarray(picture.convert("RGB"))
+    assert label == drawn_label == 4
+    assert np.abs(decoded.astype(int) - drawn.astype(int)).mean() < 12
+    assert len(synthetic.jpeg(2, 14, quality=30)[0]) < len(data)
+
+
+def test_mean_colour_does_not_tell_the_class(train: tuple[Images, npt.NDArray[np.int64]]) -> None:
+    """Class means and spreads of the mean colour lie within 4.5 standard errors of the common ones."""
+    images, labels = train
+    colour = images.mean(axis=(1, 2))
+    centre, spread = colour.mean(axis=0), colour.std(axis=0)
+    for label in range(10):
+        own = colour[labels == label]
+        assert np.all(np.abs(own.mean(axis=0) - centre) < 4.5 * spread / np.sqrt(len(own)))
+        assert np.all(np.abs(own.std(axis=0) / spread - 1.0) < 4.5 / np.sqrt(2 * len(own)))
+
+
+def test_colour_histogram_neighbours_are_near_chance(
+    train: tuple[Images, npt.NDArray[np.int64]], test: tuple[Images, npt.NDArray[np.int64]]
+) -> None:
+    def histogram(images: Images) -> Floats:
+        cell = (images >> 5).reshape(len(images), -1, 3).astype(np.int64) @ np.array([64, 8, 1])
+        return np.sqrt(np.stack([np.bincount(row, minlength=512) for row in cell])).astype(np.float32)
+
+    assert _neighbour_accuracy(histogram(train[0]), train[1], histogram(test[0]), test[1]) < 0.16
+
+
+def test_raw_pixel_neighbours_stay_below_a_quarter(
+    train: tuple[Images, npt.NDArray[np.int64]], test: tuple[Images, npt.NDArray[np.int64]]
+) -> None:
+    def pixels(images: Images) -> Floats:
+        halved: Floats = images.reshape(len(images), 24, 2, 24, 2, 3).mean(axis=(2, 4), dtype=np.float32)
+        return halved.reshape(len(images), -1)
+
+    centre = pixels(train[0]).mean(axis=0)
+    assert _neighbour_accuracy(pixels(train[0]) - centre, train[1], pixels(test[0]) - centre, test[1]) < 0.25
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"size": 15}, "size is 15 pixels: choose 16 or more"),
+        ({"index": -1}, "index is -1: choose a whole number from 0"),
+        ({"seed": -3}, "seed is -3: choose a whole number from 0"),
+        ({"index": 2**64}, "index is 18446744073709551616: choose"),
+        ({"quality": 0}, "quality is 0: choose a JPEG quality from 1 to 95"),
+        ({"quality": 96}, "quality is 96: choose"),
+    ],
+)
+def test_bad_arguments_are_named_with_the_remedy(arguments: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        synthetic.jpeg(**{"seed": 0, "index": 0, **arguments})
+    assert "\n" not in str(caught.value)
