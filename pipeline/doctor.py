@@ -1,7 +1,7 @@
 """What this machine lacks for training: `python -m pipeline.doctor [BETON]`.
 
-Every check looks at one thing and returns a `Finding`. Libraries are imported only inside the check that is about
-them, so a missing one is reported instead of ending the program.
+Every check looks at one thing and returns a `Finding`. Libraries are imported only inside the check that is
+about them, so a missing one is reported instead of ending the program.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Finding:
 
     Attributes:
         name: the thing looked at.
-        ok: True if it is in order, False if it is broken, None if it is only to be known: a warning where there
-            is a remedy, else information.
+        ok: True if it is in order, False if it is broken, None if it is only to be known: a warning where
+            there is a remedy, else information.
         detail: what was found.
         remedy: what to do about it; empty if nothing is to be done.
     """
@@ -141,6 +141,10 @@ def _torch_gpus() -> list[Gpu]:
     except Exception:
         return []
     return [Gpu(device.name, device.total_memory) for device in devices]
+
+
+def _driver_tool() -> bool:
+    return shutil.which("nvidia-smi") is not None
 
 
 def _driver_cuda() -> tuple[int, int] | None:
@@ -258,10 +262,14 @@ def check_packages() -> Finding:
 
 
 def check_gpus(gpus: Sequence[Gpu]) -> Finding:
-    """The GPUs by name and memory; none is no fault."""
+    """The GPUs by name and memory; none is no fault, unless the driver's tool is there and finds none."""
+    if not gpus and _driver_tool():
+        return Finding(
+            "GPUs", None, "nvidia-smi is installed but lists no GPU", "run nvidia-smi: it says why"
+        )
     if not gpus:
         return Finding("GPUs", None, "none found: training runs on the CPU")
-    kinds = [f"{gpu.name} ({gpu.memory / GIB:.0f} GiB)" for gpu in gpus]
+    kinds = [f"{gpu.name} ({gpu.memory / GIB:.0f} GiB)" if gpu.memory else gpu.name for gpu in gpus]
     counts = [f"{kinds.count(kind)} × {kind}" for kind in dict.fromkeys(kinds)]
     return Finding("GPUs", True, ", ".join(counts))
 

@@ -196,8 +196,7 @@ class BetonWriter:
         self._table = np.zeros(capacity, ALLOC_TABLE_TYPE)
         self._count, self._page = 0, PAGE
         self._file = open(path, "wb")  # noqa: SIM115 - closed by `close`
-        self._end = self._start = HeaderType.itemsize + self._descriptors.nbytes + self._metadata.nbytes
-        self._end = -(-self._end // PAGE) * PAGE
+        self._end = HeaderType.itemsize + self._descriptors.nbytes + self._metadata.nbytes
 
     def append(self, record: Record, label: int) -> None:
         """Write the next sample. Raises Unreadable for a record larger than FFCV's largest page."""

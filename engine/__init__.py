@@ -1,0 +1,1 @@
+"""Training: settings, the loop, checkpoints, monitoring and evaluation, launched by Accelerate."""

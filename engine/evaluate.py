@@ -1,0 +1,104 @@
+"""k-nearest-neighbour evaluation of frozen features."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pipeline.beton import Beton
+from pipeline.errors import InputError
+from pipeline.loader import CentreLoader
+
+
+@torch.no_grad()
+def features(
+    backbone: nn.Module, beton: Beton, *, indices: np.ndarray, autocast: Any = contextlib.nullcontext, **loader: Any
+) -> torch.Tensor:
+    """Return the backbone's features of samples `indices`, centre-cropped: float32 [N, F] of norm 1, on the device.
+
+    The backbone is in evaluation mode meanwhile. loader: `size`, `batch`, `device` and the rest of `CentreLoader`'s.
+    """
+    was_training = backbone.training
+    backbone.eval()
+    images = CentreLoader(beton, indices=indices, **loader)
+    try:
+        found = []
+        for batch, _ in images:
+            with autocast():
+                found.append(F.normalize(backbone(batch).float().flatten(1), dim=1))
+    finally:
+        images.close()
+        backbone.train(was_training)
+    return torch.cat(found)
+
+
+def knn_predict(
+    features: torch.Tensor,
+    bank: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    k: int,
+    temperature: float,
+    classes: int,
+    chunk: int = 1024,
+) -> torch.Tensor:
+    """Return the class of each of `features` [N, F] by weighted vote of its k nearest in `bank` [M, F]: int64 [N].
+
+    All of norm 1; labels int64 [M]. A neighbour's vote is exp(cosine / temperature) (1805.01978, section 3.4); of equal
+    sums the smaller class wins. Computed `chunk` rows at a time.
+    """
+    k = min(k, len(bank))
+    found = []
+    for part in features.split(chunk):
+        similarity, index = (part @ bank.T).topk(k, dim=1)  # [chunk, k]
+        votes = torch.zeros(len(part), classes, device=part.device, dtype=torch.float64)
+        votes.scatter_add_(1, labels[index], (similarity.double() / temperature).exp())
+        found.append(votes.argmax(dim=1))
+    return torch.cat(found)
+
+
+class Knn:
+    """Top-1 of a backbone on a labelled beton, by neighbours from the training set.
+
+    Raises InputError where one of the two has no labels.
+    """
+
+    def __init__(
+        self, train: Beton, test: Beton, *, k: int, temperature: float, limit: int = 0, device: torch.device, **loader: Any
+    ) -> None:
+        for beton in (train, test):
+            if (beton.labels < 0).any():
+                raise InputError(f"{beton.path}: has images without a label, which kNN needs: prepare it from class folders")
+        if train.classes != test.classes:
+            raise InputError(
+                f"{test.path}: its {len(test.classes)} classes are not the {len(train.classes)} of {train.path}: prepare both "
+                "from the same class folders"
+            )
+        self._train, self._test, self._loader = train, test, {"device": device, **loader}
+        count = min(limit or len(train), len(train))
+        self._bank_ids = np.arange(count) * len(train) // count
+        self._k, self._temperature = k, temperature
+        self._bank_labels = torch.from_numpy(train.labels[self._bank_ids]).to(device)
+        self._labels = torch.from_numpy(test.labels).to(device)
+        self.classes = int(max(train.labels.max(), test.labels.max())) + 1
+
+    def top1(self, backbone: nn.Module, autocast: Any = contextlib.nullcontext) -> float:
+        """Return the share of test images whose class the vote gets right."""
+        bank = features(backbone, self._train, indices=self._bank_ids, autocast=autocast, **self._loader)
+        queries = features(backbone, self._test, indices=np.arange(len(self._test)), autocast=autocast, **self._loader)
+        predicted = knn_predict(
+            queries, bank, self._bank_labels, k=self._k, temperature=self._temperature, classes=self.classes
+        )
+        return (predicted == self._labels).double().mean().item()
+
+
+class RawPixels(nn.Module):
+    """The identity as a backbone: what kNN gets from pixels alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1)

@@ -1,0 +1,150 @@
+"""What a run says of itself: metrics.jsonl, trackers, and one progress line.
+
+Losses are summed on the device and fetched once a logging interval; nothing else here touches the device.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from engine import ranks
+
+WALL_CLOCK = ("pairs_per_second", "data_wait_fraction")
+"""Keys of a metrics line that tell of time, and so differ between two runs that compute the same."""
+
+
+class Monitor:
+    """Accumulates a step's parts, and writes a line every logging interval and every evaluation."""
+
+    def __init__(self, accelerator: Accelerator, out: Path, steps: int, epochs: int) -> None:
+        self._accelerator, self._path = accelerator, out / "metrics.jsonl"
+        self._steps, self._epochs = steps, epochs
+        self._sums: dict[str, torch.Tensor] = {}
+        self._count = 0
+        self.last: dict[str, Any] = {}
+        """Newest value of every metric."""
+        self._bar: tqdm | None = None
+        self._mark = (time.perf_counter(), 0, 0.0)  # when the last line was, pairs and seconds waited since
+        self._seconds_a_step = 0.0
+        self.pairs, self.seconds, self.waited = 0, 0.0, 0.0
+        """Pairs trained, time it took and time waited for data, seconds, of this process's whole life."""
+
+    def start(self, step: int) -> None:
+        """Begin or go on at `step`: lines of later steps, of a run that was killed, are taken out of the file."""
+        if self._accelerator.is_main_process:
+            _truncate(self._path, step)
+            terminal = sys.stderr.isatty()
+            self._bar = tqdm(total=self._steps, initial=step, unit="step", disable=not terminal, dynamic_ncols=True)
+        self._mark = (time.perf_counter(), 0, 0.0)
+
+    def add(self, parts: dict[str, torch.Tensor], pairs: int, waited: float) -> None:
+        """Add one step: its loss parts (scalars on the device), its pairs over all processes, seconds waited for data."""
+        total = torch.stack(list(parts.values())).sum() if len(parts) > 1 else next(iter(parts.values()))
+        for name, value in {"loss": total, **parts}.items():
+            value = value.detach().double()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._count += 1
+        when, before, so_far = self._mark
+        self._mark = (when, before + pairs, so_far + waited)
+        if self._bar is not None:
+            self._bar.update()
+
+    def log(self, step: int, epoch: float, **values: float) -> None:
+        """Write the means since the last line. Waits for the device. Raises FloatingPointError for a loss not finite."""
+        names = list(self._sums)
+        means = (ranks.mean(torch.stack([self._sums[name] for name in names])) / self._count).tolist()
+        now = time.perf_counter()
+        when, pairs, waited = self._mark
+        self._mark = (now, 0, 0.0)
+        self._seconds_a_step = (now - when) / self._count
+        self._sums, self._count = {}, 0
+        self.pairs, self.seconds, self.waited = self.pairs + pairs, self.seconds + now - when, self.waited + waited
+        rates = {"pairs_per_second": round(pairs / (now - when), 1), "data_wait_fraction": round(waited / (now - when), 4)}
+        self._write({"step": step, "epoch": round(epoch, 4), **dict(zip(names, means, strict=True)), **values, **rates})
+        self._show(step)
+        if not all(torch.isfinite(torch.tensor(means))):
+            raise FloatingPointError(f"step {step}: the loss is {means[0]}: resume from the last checkpoint with a lower optim.lr")
+
+    def evaluation(self, step: int, epoch: float, **values: float) -> None:
+        """Write the result of an evaluation; the time it took is no part of the training rates."""
+        self._write({"step": step, "epoch": round(epoch, 4), **values})
+        self._show(step)
+
+    def pause(self) -> Any:
+        """Return a context manager whose duration does not count as training time."""
+        return _Pause(self)
+
+    def close(self) -> None:
+        """End the progress line."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums since the last line, and the newest metrics, as plain values. Waits for the device."""
+        sums = {name: value.item() for name, value in self._sums.items()}
+        return {"sums": sums, "count": self._count, "last": self.last}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        device = self._accelerator.device
+        self._sums = {n: torch.tensor(v, dtype=torch.float64, device=device) for n, v in state["sums"].items()}
+        self._count, self.last = state["count"], dict(state["last"])
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self.last.update(line)
+        if not self._accelerator.is_main_process:
+            return
+        with open(self._path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        self._accelerator.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+
+    def _show(self, step: int) -> None:
+        if self._bar is None:
+            return
+        last = self.last
+        shown = [f"epoch {last['epoch']:.2f}/{self._epochs}", f"loss {last.get('loss', float('nan')):.3f}"]
+        if "knn_top1" in last:
+            shown.append(f"kNN {last['knn_top1']:.1%}")
+        if "pairs_per_second" in last:
+            shown += [f"{last['pairs_per_second']:.0f} pairs/s", f"data-wait {last['data_wait_fraction']:.1%}"]
+        if self._bar.disable:
+            print(f"step {step}/{self._steps}  {'  '.join(shown)}  left {self._left(step)}", file=sys.stderr, flush=True)
+        else:
+            self._bar.set_postfix_str(", ".join(shown))
+
+    def _left(self, step: int) -> str:
+        return tqdm.format_interval((self._steps - step) * self._seconds_a_step)
+
+
+class _Pause:
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor = monitor
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        when, pairs, waited = self._monitor._mark
+        self._monitor._mark = (when + time.perf_counter() - self._start, pairs, waited)
+
+
+def _truncate(path: Path, step: int) -> None:
+    """Drop the lines of steps after `step`, and a last line that was cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            break
+    path.write_text("".join(kept))

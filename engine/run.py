@@ -1,0 +1,22 @@
+"""Pretrain an encoder:  accelerate launch engine/run.py --config engine/recipes/NAME.yaml --data.train F.beton ..."""
+
+import sys
+from pathlib import Path
+
+# A script's own folder comes first on the module path: put the project's root there instead.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from engine.config import parse  # noqa: E402
+from engine.loop import train  # noqa: E402
+from pipeline.errors import command  # noqa: E402
+
+
+@command
+def main() -> None:
+    summary = train(parse())
+    result = f", kNN top-1 {summary['knn_top1']:.2%}" if "knn_top1" in summary else ""
+    print(f"finished after step {summary['step']}: loss {summary['loss']:.4f}{result}")
+
+
+if __name__ == "__main__":
+    main()

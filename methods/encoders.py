@@ -1,0 +1,134 @@
+"""ResNets (1512.03385) with torchvision's key names, for ImageNet or, with `stem="small"`, for images of 32 to 64 pixels.
+
+Their state dicts load into torchvision's models and back (all but `fc`, which a pretrained backbone does not have).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import nn
+
+Norm = Callable[[int], nn.Module]
+Stem = Literal["imagenet", "small"]
+
+
+def _conv(n_in: int, n_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(n_in, n_out, kernel, stride, padding=kernel // 2, bias=False)
+
+
+class _Block(nn.Module):
+    """What the two residual blocks share: relu(residual(x) + shortcut(x))."""
+
+    downsample: nn.Module | None
+
+    def residual(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return self.relu(self.residual(x) + shortcut)
+
+
+class BasicBlock(_Block):
+    """Two 3x3 convolutions (ResNet-18 and 34)."""
+
+    expansion = 1
+
+    def __init__(self, n_in: int, width: int, stride: int, downsample: nn.Module | None, norm: Norm) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = _conv(n_in, width, 3, stride), norm(width)
+        self.conv2, self.bn2 = _conv(width, width, 3), norm(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+
+    def residual(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+
+
+class Bottleneck(_Block):
+    """1x1, 3x3 (with the stride, as torchvision's), 1x1 to four times the width (ResNet-50 and 101)."""
+
+    expansion = 4
+
+    def __init__(self, n_in: int, width: int, stride: int, downsample: nn.Module | None, norm: Norm) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = _conv(n_in, width, 1), norm(width)
+        self.conv2, self.bn2 = _conv(width, width, 3, stride), norm(width)
+        self.conv3, self.bn3 = _conv(width, width * self.expansion, 1), norm(width * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+
+    def residual(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        return self.bn3(self.conv3(x))
+
+
+class ResNet(nn.Module):
+    """A ResNet without its classifier: images [B, 3, H, W] to features [B, `features`].
+
+    width: share of the published channel counts (0.25: 16 to 128 for basic blocks). stem: `imagenet` (7x7 stride 2 and
+    max-pooling) or `small` (3x3, no pooling).
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        depths: tuple[int, int, int, int],
+        *,
+        stem: Stem = "imagenet",
+        width: float = 1.0,
+        norm: Norm = nn.BatchNorm2d,
+    ) -> None:
+        super().__init__()
+        base = max(8, int(64 * width))
+        small = stem == "small"
+        self.conv1 = _conv(3, base, 3) if small else _conv(3, base, 7, 2)
+        self.bn1 = norm(base)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool: nn.Module = nn.Identity() if small else nn.MaxPool2d(3, 2, padding=1)
+        self._channels = base
+        self.layer1 = self._stage(block, base, depths[0], 1, norm)
+        self.layer2 = self._stage(block, 2 * base, depths[1], 2, norm)
+        self.layer3 = self._stage(block, 4 * base, depths[2], 2, norm)
+        self.layer4 = self._stage(block, 8 * base, depths[3], 2, norm)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.features = self._channels
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def _stage(
+        self, block: type[BasicBlock] | type[Bottleneck], width: int, depth: int, stride: int, norm: Norm
+    ) -> nn.Sequential:
+        blocks = []
+        for number in range(depth):
+            step, out = stride if number == 0 else 1, width * block.expansion
+            downsample = None
+            if step != 1 or self._channels != out:
+                downsample = nn.Sequential(_conv(self._channels, out, 1, step), norm(out))
+            blocks.append(block(self._channels, width, step, downsample, norm))
+            self._channels = out
+        return nn.Sequential(*blocks)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.avgpool(x).flatten(1)
+
+
+_RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+}
+
+
+def resnet(arch: str, *, stem: Stem = "imagenet", width: float = 1.0, norm: Norm = nn.BatchNorm2d) -> ResNet:
+    """Return `resnet18`, `resnet34`, `resnet50` or `resnet101`, initialised as torchvision's."""
+    block, depths = _RESNETS[arch]
+    return ResNet(block, depths, stem=stem, width=width, norm=norm)

@@ -1,0 +1,340 @@
+"""Tests of the doctor: each check's verdict on a faked machine, and the command's exit status."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pipeline import doctor
+from pipeline.doctor import GIB, Finding, Gpu
+
+H200 = Gpu("NVIDIA H200", 141 * GIB)
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, **probes: Any) -> None:
+    """Make the probes named give fixed answers."""
+    for name, value in probes.items():
+        monkeypatch.setattr(doctor, f"_{name}", lambda *_, value=value: value)
+
+
+def offer(monkeypatch: pytest.MonkeyPatch, **modules: Any) -> None:
+    """Let only these modules be imported (an exception is raised in place of its module)."""
+
+    def load(name: str) -> Any:
+        module = modules.get(name, ModuleNotFoundError(f"No module named {name!r}"))
+        if isinstance(module, Exception):
+            raise module
+        return module
+
+    monkeypatch.setattr(doctor, "_load", load)
+
+
+def fake_torch(cuda: str | None, available: bool = True) -> SimpleNamespace:
+    return SimpleNamespace(
+        __version__="2.13.0",
+        version=SimpleNamespace(cuda=cuda),
+        cuda=SimpleNamespace(is_available=lambda: available),
+    )
+
+
+# The checks
+
+
+@pytest.mark.parametrize(
+    ("missing", "built", "state"),
+    [([], False, "ok"), (["g++"], False, "BROKEN"), (["g++", "opencv4"], True, "warning")],
+)
+def test_headers(monkeypatch: pytest.MonkeyPatch, missing: list[str], built: bool, state: str) -> None:
+    answer(monkeypatch, missing_headers=missing, installed=built)
+    finding = doctor.check_headers()
+    assert finding.state == state
+    assert all(name in finding.detail for name in missing)
+    assert ("apt-get install" in finding.remedy) == bool(missing)
+
+
+def test_missing_headers_names_each(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = {"pkg-config": "/bin/pkg-config", "g++": None}
+    monkeypatch.setattr(doctor.shutil, "which", found.get)
+    monkeypatch.setattr(doctor, "_output", lambda *command: "" if command[-1] == "opencv4" else None)
+    monkeypatch.setattr(doctor.sysconfig, "get_path", lambda _: str(tmp_path))
+    assert doctor._missing_headers() == ["libturbojpeg", "g++", "Python.h"]
+    (tmp_path / "Python.h").touch()
+    found["pkg-config"] = None
+    assert doctor._missing_headers() == ["pkg-config", "g++"]
+
+
+@pytest.mark.parametrize(
+    ("check", "module"), [(doctor.check_torch, "torch"), (doctor.check_dali, "nvidia.dali")]
+)
+def test_import(monkeypatch: pytest.MonkeyPatch, check: Any, module: str) -> None:
+    offer(monkeypatch, **{module: SimpleNamespace(__version__="7.8.9")})
+    assert check() == Finding(module, True, "7.8.9")
+    offer(monkeypatch, **{module: OSError("libcuda.so.1: cannot open\nmore lines")})
+    finding = check()
+    assert finding.ok is False
+    assert finding.detail == "OSError: libcuda.so.1: cannot open"
+    assert "./millrace setup" in finding.remedy
+
+
+def test_ffcv_and_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    offer(monkeypatch, **{"ffcv": ModuleType("ffcv"), "ffcv._libffcv": SimpleNamespace(__file__="/x/lib.so")})
+    monkeypatch.setattr(doctor.ctypes, "CDLL", lambda path: SimpleNamespace(resize=1, imdecode=path))
+    assert doctor.check_ffcv().ok is True
+    monkeypatch.setattr(doctor.ctypes, "CDLL", lambda _: SimpleNamespace(resize=1))
+    finding = doctor.check_ffcv()
+    assert finding.ok is False
+    assert "imdecode" in finding.detail
+    assert "libopencv-dev" in finding.remedy
+
+
+def test_ffcv_missing_is_told_from_ffcv_not_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    offer(monkeypatch)
+    missing = doctor.check_ffcv()
+    offer(monkeypatch, ffcv=ImportError("libopencv_imgproc.so.406: cannot open shared object file"))
+    unloadable = doctor.check_ffcv()
+    assert missing.ok is unloadable.ok is False
+    assert missing.remedy.startswith("run ./millrace setup")
+    assert "anew" in unloadable.remedy
+    assert "libopencv_imgproc" in unloadable.detail
+
+
+@pytest.mark.parametrize(("threads", "state"), [(8, "ok"), (16, "ok"), (7, "warning")])
+def test_numba(monkeypatch: pytest.MonkeyPatch, threads: int, state: str) -> None:
+    answer(monkeypatch, cores=8)
+    offer(monkeypatch, numba=SimpleNamespace(config=SimpleNamespace(NUMBA_NUM_THREADS=threads)))
+    finding = doctor.check_numba()
+    assert finding.state == state
+    assert str(threads) in finding.detail
+
+
+def test_numba_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    offer(monkeypatch)
+    assert doctor.check_numba().ok is False
+
+
+def test_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer(monkeypatch, installed=True)
+    assert doctor.check_packages().ok is True
+    monkeypatch.setattr(doctor, "_installed", lambda module: module not in ("PIL", "yaml"))
+    finding = doctor.check_packages()
+    assert finding.ok is False
+    assert finding.detail == "missing: pillow, PyYAML"
+
+
+def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer(monkeypatch, driver_tool=False)
+    assert doctor.check_gpus([H200, H200]) == Finding("GPUs", True, "2 × NVIDIA H200 (141 GiB)")
+    assert doctor.check_gpus([Gpu("NVIDIA GB10", 0)]).detail == "1 × NVIDIA GB10"
+    assert doctor.check_gpus([]).state == "info"
+    answer(monkeypatch, driver_tool=True)
+    assert doctor.check_gpus([]).state == "warning"
+
+
+@pytest.mark.parametrize(
+    ("build", "driver", "available", "ok", "detail"),
+    [
+        ("13.0", (13, 0), True, True, "CUDA 13.0"),
+        (
+            "13.2",
+            (13, 0),
+            True,
+            True,
+            "driver: CUDA 13.0",
+        ),  # one major version: its minor ones fit each other
+        ("12.8", (13, 0), True, True, "CUDA 12.8"),
+        ("13.0", None, True, True, "no CUDA version given"),
+        ("13.0", (12, 8), True, False, "driver: CUDA 12.8"),
+        ("13.0", (13, 0), False, False, "no usable GPU"),
+        (None, (13, 0), False, False, "CPUs only"),
+    ],
+)
+def test_cuda_with_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+    build: str | None,
+    driver: tuple[int, int] | None,
+    available: bool,
+    ok: bool,
+    detail: str,
+) -> None:
+    answer(monkeypatch, driver_cuda=driver)
+    offer(monkeypatch, torch=fake_torch(build, available))
+    finding = doctor.check_cuda([H200])
+    assert finding.ok is ok
+    assert detail in finding.detail
+    assert bool(finding.remedy) != ok
+
+
+def test_cuda_is_information_without_gpu_or_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    offer(monkeypatch, torch=fake_torch("13.0", available=False))
+    assert doctor.check_cuda([]) == Finding("CUDA", None, "no GPU; torch is built for CUDA 13.0")
+    offer(monkeypatch)
+    assert doctor.check_cuda([H200]).state == "info"
+
+
+@pytest.mark.parametrize(("cores", "gpus", "state"), [(2, 0, "ok"), (12, 2, "ok"), (11, 2, "warning")])
+def test_cores(monkeypatch: pytest.MonkeyPatch, cores: int, gpus: int, state: str) -> None:
+    answer(monkeypatch, cores=cores)
+    assert doctor.check_cores([H200] * gpus).state == state
+
+
+@pytest.mark.parametrize(("free", "state"), [(4096, "ok"), (4095, "warning"), (None, "info")])
+def test_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free: int | None, state: str) -> None:
+    answer(monkeypatch, free_memory=free)
+    beton = tmp_path / "train.beton"
+    beton.write_bytes(bytes(4096))
+    assert doctor.check_memory(beton).state == state
+
+
+def test_memory_without_a_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer(monkeypatch, free_memory=3 * GIB)
+    assert doctor.check_memory(None) == Finding("memory", True, "3.0 GiB free for the page cache")
+
+
+@pytest.mark.parametrize(("size", "state"), [(GIB, "ok"), (GIB - 1, "warning"), (None, "info")])
+def test_shm(monkeypatch: pytest.MonkeyPatch, size: int | None, state: str) -> None:
+    answer(monkeypatch, shm_size=size)
+    assert doctor.check_shm().state == state
+
+
+@pytest.mark.parametrize(("limit", "state"), [(4096, "ok"), (None, "ok"), (4095, "warning")])
+def test_open_files(monkeypatch: pytest.MonkeyPatch, limit: int | None, state: str) -> None:
+    answer(monkeypatch, open_files=limit)
+    finding = doctor.check_open_files()
+    assert finding.state == state
+    assert ("ulimit -n 65536" in finding.remedy) == (state == "warning")
+
+
+# The probes
+
+
+def test_output_of_a_failing_or_missing_command() -> None:
+    assert doctor._output("true") == ""
+    assert doctor._output("false") is None
+    assert doctor._output("no-such-command-here") is None
+
+
+def test_gpus_as_the_driver_lists_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer(monkeypatch, output="NVIDIA A10, rev 2, 23028\nNVIDIA GB10, [N/A]\n")
+    assert doctor._gpus() == [Gpu("NVIDIA A10, rev 2", 23028 * 2**20), Gpu("NVIDIA GB10", 0)]
+
+
+def test_gpus_as_torch_lists_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer(monkeypatch, output=None)
+    offer(monkeypatch)
+    assert doctor._gpus() == []
+    device = SimpleNamespace(name="NVIDIA L4", total_memory=5)
+    cuda = SimpleNamespace(device_count=lambda: 1, get_device_properties=lambda _: device)
+    offer(monkeypatch, torch=SimpleNamespace(cuda=cuda))
+    assert doctor._gpus() == [Gpu("NVIDIA L4", 5)]
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("| Driver Version: 580.65.06      CUDA Version: 13.0     |", (13, 0)),
+        ("| Driver Version: 595.10    CUDA UMD Version: 13.2 |", (13, 2)),
+        ("CUDA Version        : 12.4", (12, 4)),
+        ("CUDA Version: N/A", None),
+        (None, None),
+    ],
+)
+def test_driver_cuda(
+    monkeypatch: pytest.MonkeyPatch, text: str | None, version: tuple[int, int] | None
+) -> None:
+    answer(monkeypatch, output=text)
+    assert doctor._driver_cuda() == version
+
+
+@pytest.mark.parametrize(
+    ("limit", "cores"),
+    [
+        ([], 8),
+        (["max", "100000"], 8),
+        (["1600000", "100000"], 8),
+        (["250000", "100000"], 2),
+        (["50000", "100000"], 1),
+    ],
+)
+def test_cores_under_a_container_limit(monkeypatch: pytest.MonkeyPatch, limit: list[str], cores: int) -> None:
+    monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    answer(monkeypatch, control_group=limit)
+    assert doctor._cores() == cores
+
+
+def test_free_memory_under_a_container_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.Path, "read_text", lambda _: "MemTotal: 9000 kB\nMemAvailable:    2000 kB\n")
+    answer(monkeypatch, control_group=["max"])
+    assert doctor._free_memory() == 2000 * 1024
+    answer(monkeypatch, control_group=["1048576"])
+    assert doctor._free_memory() == 2**20
+
+
+def test_open_files_without_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    unlimited = doctor.resource.RLIM_INFINITY
+    monkeypatch.setattr(doctor.resource, "getrlimit", lambda _: (unlimited, unlimited))
+    assert doctor._open_files() is None
+    monkeypatch.setattr(doctor.resource, "getrlimit", lambda _: (1024, 4096))
+    assert doctor._open_files() == 1024
+
+
+# The command
+
+
+@pytest.mark.parametrize(
+    ("oks", "status", "summary"),
+    [
+        ([True, True], 0, "nothing broken, no warnings"),
+        ([True, None], 0, "nothing broken, 1 warning"),
+        ([False, None, None], 1, "1 broken, 2 warnings"),
+    ],
+)
+def test_exit_status(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    oks: list[bool | None],
+    status: int,
+    summary: str,
+) -> None:
+    findings = [
+        Finding(f"thing {place}", ok, "as found", "" if ok else "mend") for place, ok in enumerate(oks)
+    ]
+    monkeypatch.setattr(doctor, "examine", lambda _: findings)
+    assert doctor.main([]) == status
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == summary
+    assert printed.count("remedy: mend") == oks.count(False) + oks.count(None)
+
+
+def test_a_data_set_that_does_not_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main([str(tmp_path / "none.beton")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "none.beton" in error
+
+
+def test_every_library_may_be_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise FileNotFoundError
+
+    offer(monkeypatch)
+    answer(monkeypatch, installed=False)
+    monkeypatch.setattr(subprocess, "run", fail)
+    beton = tmp_path / "train.beton"
+    beton.touch()
+    assert doctor.main([str(beton)]) == 1
+    printed = capsys.readouterr().out
+    assert "BROKEN   torch: ModuleNotFoundError" in printed  # plain lines: rich is missing too
+    assert "train.beton has 0.0 MiB" in printed
+
+
+def test_markup_in_a_finding_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    doctor._show([Finding("thing", False, "pip said [test]", "do [red]this")])
+    printed = capsys.readouterr().out
+    assert "pip said [test]" in printed
+    assert "remedy: do [red]this" in printed
