@@ -1,9 +1,9 @@
 """Checkpoints: safetensors and JSON, written beside and renamed, every file hashed. Nothing is ever unpickled.
 
-    checkpoints/step_00001234/model.safetensors      online.*, target.*, queue.keys
-                             /optimiser.safetensors  PARAMETER|STATE
-                             /state.json             positions, settings, and the SHA-256 of the files
-    checkpoints/latest                               the newest one's name
+checkpoints/step_00001234/model.safetensors      online.*, target.*, queue.keys
+                         /optimiser.safetensors  PARAMETER|STATE
+                         /state.json             positions, settings, and the SHA-256 of the files
+checkpoints/latest                               the newest one's name
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def load(path: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """Return the newest whole checkpoint in `folder`, and what is wrong with each newer one that was passed over."""
-    broken = []
+    broken: list[str] = []
     for path in _all(folder):
         try:
             _verified_state(path)
@@ -88,7 +88,9 @@ def _verified_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads((path / "state.json").read_text())
     except FileNotFoundError:
-        raise InputError(f"{path}: not a checkpoint (it has no state.json): give the path of a step_... folder") from None
+        raise InputError(
+            f"{path}: not a checkpoint (it has no state.json): give the path of a step_... folder"
+        ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path / 'state.json'}: cannot be read ({error}): {remedy}") from None
     if not isinstance(state, dict) or state.pop("sha256", None) != _hash_of(state):

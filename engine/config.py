@@ -40,7 +40,7 @@ class Data:
     train: str = ""
     """Beton to train on; write one with python -m pipeline.prepare."""
     eval: str = ""
-    """Labelled beton for kNN evaluation; without one there is none. Its neighbours come from `train`."""
+    """Labelled beton for kNN by neighbours from `train` (of one file: every tenth image by the others). None: no kNN."""
     backend: Literal["ffcv"] = "ffcv"
     """What decodes and crops."""
     augmentation: str = "moco_v2"
@@ -62,13 +62,23 @@ class Data:
         from pipeline.views import AUGMENTATIONS
 
         known = ", ".join(AUGMENTATIONS)
-        _require(self.augmentation in AUGMENTATIONS, "data.augmentation", self.augmentation, f"choose one of {known}")
+        _require(
+            self.augmentation in AUGMENTATIONS,
+            "data.augmentation",
+            self.augmentation,
+            f"choose one of {known}",
+        )
         _require(8 <= self.size <= 1024, "data.size", self.size, "choose 8 to 1024 pixels")
         _require(self.batch >= 2, "data.batch", self.batch, "choose 2 or more: contrast needs other samples")
         _require(0 <= self.workers <= 1024, "data.workers", self.workers, "choose 0 (automatic) to 1024")
         _require(1 <= self.ahead <= 64, "data.ahead", self.ahead, "choose 1 to 64 batches")
         _finite(data__stall_timeout=self.stall_timeout)
-        _require(self.stall_timeout > 0, "data.stall_timeout", self.stall_timeout, "choose a number of seconds above 0")
+        _require(
+            self.stall_timeout > 0,
+            "data.stall_timeout",
+            self.stall_timeout,
+            "choose a number of seconds above 0",
+        )
         _require(0 < self.eval_share <= 1, "data.eval_share", self.eval_share, "choose a share above 0, up to 1")
 
 
@@ -109,9 +119,19 @@ class Method:
 
     def __post_init__(self) -> None:
         _finite(method__temperature=self.temperature, method__momentum=self.momentum)
-        _require(self.temperature > 0, "method.temperature", self.temperature, "choose a number above 0, such as 0.2")
+        _require(
+            self.temperature > 0,
+            "method.temperature",
+            self.temperature,
+            "choose a number above 0, such as 0.2",
+        )
         _require(0 <= self.momentum <= 1, "method.momentum", self.momentum, "choose 0 to 1, such as 0.999")
-        _require(0 < self.queue <= 2**24, "method.queue", self.queue, "choose a number of keys above 0, such as 65536")
+        _require(
+            0 < self.queue <= 2**24,
+            "method.queue",
+            self.queue,
+            "choose a number of keys above 0, such as 65536",
+        )
 
 
 @dataclass
@@ -140,7 +160,12 @@ class Optim:
         _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "choose 0 or more, such as 1e-4")
         _require(self.epochs >= 1, "optim.epochs", self.epochs, "choose 1 or more")
         fits = 0 <= self.warmup_epochs < self.epochs
-        _require(fits, "optim.warmup_epochs", self.warmup_epochs, f"choose 0 or more, below optim.epochs {self.epochs}")
+        _require(
+            fits,
+            "optim.warmup_epochs",
+            self.warmup_epochs,
+            f"choose 0 or more, below optim.epochs {self.epochs}",
+        )
 
 
 @dataclass
@@ -198,7 +223,12 @@ class Settings:
         _require(bool(self.out), "out", self.out, "name a folder")
         _require(self.accumulate >= 1, "accumulate", self.accumulate, "choose 1 or more")
         _require(self.log_every >= 1, "log_every", self.log_every, "choose 1 or more steps")
-        _require(self.save_every >= 0, "save_every", self.save_every, "choose a number of steps, or 0 for every epoch")
+        _require(
+            self.save_every >= 0,
+            "save_every",
+            self.save_every,
+            "choose a number of steps, or 0 for every epoch",
+        )
         _require(self.keep >= 0, "keep", self.keep, "choose 1 or more, or 0 for all")
 
     def as_dict(self) -> dict[str, Any]:
@@ -238,8 +268,9 @@ def _explain(parser: ArgumentParser, message: str) -> str:
     flat = " ".join(message.split())
     unknown = re.search(r"unrecognized arguments: --?([\w.]+)", flat)
     nested = re.search(r"Group '([\w.]*)' does not accept option '([\w.]+)'", flat)
-    if unknown or nested:
-        name = unknown.group(1) if unknown else ".".join(part for part in nested.groups() if part)
+    found = unknown or nested
+    if found:
+        name = ".".join(part for part in found.groups() if part)
         return f"{name}: no such setting{_suggestion(parser, name)}: see --help for all of them"
     wrong = re.search(r'Parser key "([\w.]+)": Expected a (.+?)\. Got value: (.*)', flat)
     if wrong:

@@ -14,10 +14,17 @@ from pipeline.beton import Beton
 from pipeline.errors import InputError
 from pipeline.loader import CentreLoader
 
+_HELD_OUT = 10  # of one file, every tenth image is a query
+
 
 @torch.no_grad()
 def features(
-    backbone: nn.Module, beton: Beton, *, indices: np.ndarray, autocast: Any = contextlib.nullcontext, **loader: Any
+    backbone: nn.Module,
+    beton: Beton,
+    *,
+    indices: np.ndarray,
+    autocast: Any = contextlib.nullcontext,
+    **loader: Any,
 ) -> torch.Tensor:
     """Return the backbone's features of samples `indices`, centre-cropped: float32 [N, F] of norm 1, on the device.
 
@@ -65,32 +72,47 @@ def knn_predict(
 class Knn:
     """Top-1 of a backbone on a labelled beton, by neighbours from the training set.
 
+    Where both are the same file, every tenth image is classified by the others. limit: neighbours at most, 0 for all.
     Raises InputError where one of the two has no labels.
     """
 
     def __init__(
-        self, train: Beton, test: Beton, *, k: int, temperature: float, limit: int = 0, device: torch.device, **loader: Any
+        self,
+        train: Beton,
+        test: Beton,
+        *,
+        k: int,
+        temperature: float,
+        limit: int = 0,
+        device: torch.device,
+        **loader: Any,
     ) -> None:
         for beton in (train, test):
             if (beton.labels < 0).any():
-                raise InputError(f"{beton.path}: has images without a label, which kNN needs: prepare it from class folders")
+                raise InputError(
+                    f"{beton.path}: has images without a label, which kNN needs: prepare it from class folders"
+                )
         if train.classes != test.classes:
             raise InputError(
-                f"{test.path}: its {len(test.classes)} classes are not the {len(train.classes)} of {train.path}: prepare both "
-                "from the same class folders"
+                f"{test.path}: its {len(test.classes)} classes are not the {len(train.classes)} of {train.path}: "
+                "prepare both from the same class folders"
             )
         self._train, self._test, self._loader = train, test, {"device": device, **loader}
-        count = min(limit or len(train), len(train))
-        self._bank_ids = np.arange(count) * len(train) // count
+        bank, self._test_ids = np.arange(len(train)), np.arange(len(test))
+        if train.path == test.path:
+            queries = bank % _HELD_OUT == 0
+            bank, self._test_ids = bank[~queries], bank[queries]
+        count = min(limit or len(bank), len(bank))
+        self._bank_ids = bank[np.arange(count) * len(bank) // count]
         self._k, self._temperature = k, temperature
         self._bank_labels = torch.from_numpy(train.labels[self._bank_ids]).to(device)
-        self._labels = torch.from_numpy(test.labels).to(device)
+        self._labels = torch.from_numpy(test.labels[self._test_ids]).to(device)
         self.classes = int(max(train.labels.max(), test.labels.max())) + 1
 
     def top1(self, backbone: nn.Module, autocast: Any = contextlib.nullcontext) -> float:
         """Return the share of test images whose class the vote gets right."""
         bank = features(backbone, self._train, indices=self._bank_ids, autocast=autocast, **self._loader)
-        queries = features(backbone, self._test, indices=np.arange(len(self._test)), autocast=autocast, **self._loader)
+        queries = features(backbone, self._test, indices=self._test_ids, autocast=autocast, **self._loader)
         predicted = knn_predict(
             queries, bank, self._bank_labels, k=self._k, temperature=self._temperature, classes=self.classes
         )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
+import tempfile
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from engine.evaluate import Knn
 from engine.monitor import Monitor
 from engine.optim import build_optimiser, learning_rate
 from engine.step import Step
+from methods.encoders import place
 from methods.moco import MoCo
 from methods.momentum import momentum_copy
 from methods.queue import KeyQueue
@@ -96,6 +99,28 @@ def _epochs(run: Run) -> None:
             save(run)
 
 
+def measure_rate(settings: Settings, steps: int = 8) -> float:
+    """Return pairs a second of such a run on this machine, over a few steps after as many to warm up."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = build(replace(settings, out=folder, tracker="none"))
+        try:
+            batches = (batch for _ in range(2 * steps) for batch in run.loader)
+            for number, batch in enumerate(itertools.islice(batches, 2 * steps)):
+                if number == steps:
+                    start = _now(run.accelerator)
+                run.step(batch.views, number)
+            return steps * settings.data.batch / (_now(run.accelerator) - start)
+        finally:
+            run.loader.close()
+            run.accelerator.free_memory()
+
+
+def _now(accelerator: Accelerator) -> float:
+    if accelerator.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def evaluate(run: Run, epoch: int) -> None:
     """Evaluate after `epoch` epochs, where the settings ask for it."""
     every, last = run.settings.knn.every, epoch == run.settings.optim.epochs
@@ -126,10 +151,10 @@ def build(settings: Settings) -> Run:
     _check(settings, len(train_set), accelerator)
     model, method = settings.model, settings.method
     online: nn.Module = build_encoder(method.name, model.arch, model.stem, model.width, model.dim, model.bn)
-    target = momentum_copy(online).to(accelerator.device, memory_format=torch.channels_last)
+    target = place(momentum_copy(online), accelerator.device)
     if model.bn == "sync" and accelerator.num_processes > 1:
         online = nn.SyncBatchNorm.convert_sync_batchnorm(online)
-    online = online.to(accelerator.device, memory_format=torch.channels_last)
+    online = place(online, accelerator.device)
     queue = KeyQueue(method.queue, model.dim, settings.seed).to(accelerator.device)
     online, optimiser = accelerator.prepare(online, build_optimiser(online, settings.optim))
     step = Step(
@@ -195,13 +220,13 @@ def _check(settings: Settings, samples: int, accelerator: Accelerator) -> None:
     local = settings.data.batch // accelerator.num_processes
     if local % settings.accumulate or local // settings.accumulate < 2:
         raise InputError(
-            f"accumulate {settings.accumulate}: does not divide the {local} samples a process has of a batch into equal parts "
-            "of two or more: choose another number"
+            f"accumulate {settings.accumulate}: does not divide the {local} samples a process has of a batch "
+            "into equal parts of two or more: choose another number"
         )
     if settings.method.queue > samples and accelerator.is_main_process:
         print(
-            f"warning: method.queue {settings.method.queue} is larger than the data set's {samples} images, so that a sample "
-            f"meets its own older keys as negatives: choose at most {samples // 2}",
+            f"warning: method.queue {settings.method.queue} is larger than the data set's {samples} images, so that "
+            f"a sample meets its own older keys as negatives: choose at most {samples // 2}",
             file=sys.stderr,
         )
 
@@ -284,7 +309,9 @@ def _named_states(run: Run) -> dict[str, dict[str, torch.Tensor]]:
 
 def _optimiser_tensors(run: Run) -> dict[str, torch.Tensor]:
     states = _named_states(run)
-    return {f"{name}|{key}": value for name, state in states.items() for key, value in state.items() if value is not None}
+    return {
+        f"{name}|{key}": value for name, state in states.items() for key, value in state.items() if value is not None
+    }
 
 
 def _load_optimiser(run: Run, tensors: dict[str, torch.Tensor]) -> None:

@@ -46,7 +46,7 @@ class Monitor:
         self._mark = (time.perf_counter(), 0, 0.0)
 
     def add(self, parts: dict[str, torch.Tensor], pairs: int, waited: float) -> None:
-        """Add one step: its loss parts (scalars on the device), its pairs over all processes, seconds waited for data."""
+        """Add a step: loss parts (scalars on the device), pairs over all processes, seconds waited for data."""
         total = torch.stack(list(parts.values())).sum() if len(parts) > 1 else next(iter(parts.values()))
         for name, value in {"loss": total, **parts}.items():
             value = value.detach().double()
@@ -58,7 +58,7 @@ class Monitor:
             self._bar.update()
 
     def log(self, step: int, epoch: float, **values: float) -> None:
-        """Write the means since the last line. Waits for the device. Raises FloatingPointError for a loss not finite."""
+        """Write the means since the last line. Waits for the device. Raises FloatingPointError for a loss of nan."""
         names = list(self._sums)
         means = (ranks.mean(torch.stack([self._sums[name] for name in names])) / self._count).tolist()
         now = time.perf_counter()
@@ -66,12 +66,29 @@ class Monitor:
         self._mark = (now, 0, 0.0)
         self._seconds_a_step = (now - when) / self._count
         self._sums, self._count = {}, 0
-        self.pairs, self.seconds, self.waited = self.pairs + pairs, self.seconds + now - when, self.waited + waited
-        rates = {"pairs_per_second": round(pairs / (now - when), 1), "data_wait_fraction": round(waited / (now - when), 4)}
-        self._write({"step": step, "epoch": round(epoch, 4), **dict(zip(names, means, strict=True)), **values, **rates})
+        self.pairs, self.seconds, self.waited = (
+            self.pairs + pairs,
+            self.seconds + now - when,
+            self.waited + waited,
+        )
+        rates = {
+            "pairs_per_second": round(pairs / (now - when), 1),
+            "data_wait_fraction": round(waited / (now - when), 4),
+        }
+        self._write(
+            {
+                "step": step,
+                "epoch": round(epoch, 4),
+                **dict(zip(names, means, strict=True)),
+                **values,
+                **rates,
+            }
+        )
         self._show(step)
         if not all(torch.isfinite(torch.tensor(means))):
-            raise FloatingPointError(f"step {step}: the loss is {means[0]}: resume from the last checkpoint with a lower optim.lr")
+            raise FloatingPointError(
+                f"step {step}: the loss is {means[0]}: resume from the last checkpoint with a lower optim.lr"
+            )
 
     def evaluation(self, step: int, epoch: float, **values: float) -> None:
         """Write the result of an evaluation; the time it took is no part of the training rates."""
@@ -114,9 +131,16 @@ class Monitor:
         if "knn_top1" in last:
             shown.append(f"kNN {last['knn_top1']:.1%}")
         if "pairs_per_second" in last:
-            shown += [f"{last['pairs_per_second']:.0f} pairs/s", f"data-wait {last['data_wait_fraction']:.1%}"]
+            shown += [
+                f"{last['pairs_per_second']:.0f} pairs/s",
+                f"data-wait {last['data_wait_fraction']:.1%}",
+            ]
         if self._bar.disable:
-            print(f"step {step}/{self._steps}  {'  '.join(shown)}  left {self._left(step)}", file=sys.stderr, flush=True)
+            print(
+                f"step {step}/{self._steps}  {'  '.join(shown)}  left {self._left(step)}",
+                file=sys.stderr,
+                flush=True,
+            )
         else:
             self._bar.set_postfix_str(", ".join(shown))
 

@@ -63,7 +63,9 @@ class Step:
             self._queue.write(ranks.gather(torch.cat(keys)))
         return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
 
-    def _forward_backward(self, views: tuple[torch.Tensor, ...], number: int, chunks: int) -> tuple[Parts, torch.Tensor]:
+    def _forward_backward(
+        self, views: tuple[torch.Tensor, ...], number: int, chunks: int
+    ) -> tuple[Parts, torch.Tensor]:
         embeddings = self._embed(views, number)
         parts = self._method(embeddings, self._queue.keys)
         self._accelerator.backward(torch.stack(list(parts.values())).sum() / chunks)

@@ -1,1 +1,1 @@
-"""Contrastive methods: encoders, heads, momentum copies, the key queue, losses. Nothing here knows of data or launching."""
+"""Contrastive methods: encoders, heads, momentum copies, the key queue, losses. Knows no data, no launching."""

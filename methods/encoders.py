@@ -1,4 +1,4 @@
-"""ResNets (1512.03385) with torchvision's key names, for ImageNet or, with `stem="small"`, for images of 32 to 64 pixels.
+"""ResNets (1512.03385) with torchvision's key names, for ImageNet or (`stem="small"`) for images of 32 to 64 pixels.
 
 Their state dicts load into torchvision's models and back (all but `fc`, which a pretrained backbone does not have).
 """
@@ -23,6 +23,7 @@ class _Block(nn.Module):
     """What the two residual blocks share: relu(residual(x) + shortcut(x))."""
 
     downsample: nn.Module | None
+    relu: nn.Module
 
     def residual(self, x: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
@@ -132,3 +133,8 @@ def resnet(arch: str, *, stem: Stem = "imagenet", width: float = 1.0, norm: Norm
     """Return `resnet18`, `resnet34`, `resnet50` or `resnet101`, initialised as torchvision's."""
     block, depths = _RESNETS[arch]
     return ResNet(block, depths, stem=stem, width=width, norm=norm)
+
+
+def place(module: nn.Module, device: torch.device) -> nn.Module:
+    """Return `module` on the device, its convolutions' weights channels-last."""
+    return module.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 def moco_v2_head(features: int, dim: int) -> nn.Sequential:
-    """Return MoCo v2's projector (2003.04297): Linear(features, features), ReLU, Linear(features, dim); no BatchNorm."""
+    """Return MoCo v2's projector (2003.04297): Linear(features, features), ReLU, Linear(features, dim)."""
     return nn.Sequential(nn.Linear(features, features), nn.ReLU(inplace=True), nn.Linear(features, dim))
 
 

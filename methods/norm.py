@@ -31,8 +31,9 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         groups = next(g for g in range(min(self.groups, len(x)), 0, -1) if len(x) % g == 0)
-        momentum = 1 - (1 - self.momentum) ** (1 / groups)
-        self.num_batches_tracked.add_(1)
+        momentum = 1 - (1 - (self.momentum or 0.0)) ** (1 / groups)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
         parts = [
             F.batch_norm(part, self.running_mean, self.running_var, self.weight, self.bias, True, momentum, self.eps)
             for part in x.chunk(groups)

@@ -34,7 +34,7 @@ _SOLARISE_AT = 128
 def augment(
     crops: torch.Tensor, colour: Colour, statistics: Statistics = IMAGENET, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Return the views of crops, uint8 [B, S, S, 3], after the `colour` operations: dtype [B, 3, S, S], channels-last."""
+    """Return the views of crops, uint8 [B, S, S, 3], after `colour`: dtype [B, 3, S, S], channels-last."""
     x = crops.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)  # planes: [B, 3, S, S]
     if colour.grey_first:
         _apply(x, colour.grey, greyscale)
@@ -46,7 +46,9 @@ def augment(
     return _normalise(x, statistics, dtype)
 
 
-def normalise(crops: torch.Tensor, statistics: Statistics = IMAGENET, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def normalise(
+    crops: torch.Tensor, statistics: Statistics = IMAGENET, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """Return crops, uint8 [B, S, S, 3], as (x / 255 - mean) / std: dtype [B, 3, S, S], channels-last."""
     return _normalise(crops.permute(0, 3, 1, 2).to(torch.float32), statistics, dtype)
 

@@ -66,7 +66,9 @@ class Manifest:
         try:
             manifest = Manifest(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{path}: not a manifest ({error}): {_PREPARE_AGAIN}, or delete it to go on without CRCs") from None
+            raise InputError(
+                f"{path}: not a manifest ({error}): {_PREPARE_AGAIN}, or delete it to go on without CRCs"
+            ) from None
         problem = manifest._problem()
         if problem:
             raise InputError(f"{path}: {problem}: {_PREPARE_AGAIN}, or delete it to go on without CRCs")
@@ -170,7 +172,9 @@ class Beton:
         table = int(header["alloc_table_ptr"])
         if not self.header_end <= table <= self.file_size or (self.file_size - table) % ALLOC_TABLE_TYPE.itemsize:
             raise self._broken("its allocation table is not where the header says")
-        self._table = self._read(ALLOC_TABLE_TYPE, (self.file_size - table) // ALLOC_TABLE_TYPE.itemsize, table, "table")
+        self._table = self._read(
+            ALLOC_TABLE_TYPE, (self.file_size - table) // ALLOC_TABLE_TYPE.itemsize, table, "table"
+        )
         self._table_start = table
 
     @staticmethod
@@ -197,7 +201,9 @@ class Beton:
         end, size = np.uint64(self._table_start), self.sizes
         faults = {
             "a pointer that its allocation table does not list": ~listed,
-            "a record outside the file": (self.pointers < self.header_end) | (size > end) | (self.pointers > end - size),
+            "a record outside the file": (self.pointers < self.header_end)
+            | (size > end)
+            | (self.pointers > end - size),
             "an empty record": size == 0,
             "an image of no pixels": pixels == 0,
             "an unknown storage mode": (self.modes != JPEG) & (self.modes != RAW),
@@ -218,7 +224,9 @@ class Beton:
                 f"{manifest.count} in {manifest.file_size}: {_PREPARE_AGAIN}"
             )
         if manifest.header_crc32 != self._header_crc32():
-            raise InputError(f"{self.path}: its header or metadata are not those its manifest was made for: {_PREPARE_AGAIN}")
+            raise InputError(
+                f"{self.path}: its header or metadata are not those its manifest was made for: {_PREPARE_AGAIN}"
+            )
         return manifest
 
     def _header_crc32(self) -> int:

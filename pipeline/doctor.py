@@ -109,9 +109,7 @@ def _reason(error: BaseException) -> str:
 
 def _missing_headers() -> list[str]:
     """What a compilation of FFCV would not find."""
-    missing = [
-        name for name in ("opencv4", "libturbojpeg") if _output("pkg-config", "--exists", name) is None
-    ]
+    missing = [name for name in ("opencv4", "libturbojpeg") if _output("pkg-config", "--exists", name) is None]
     if shutil.which("pkg-config") is None:
         missing = ["pkg-config"]
     if shutil.which("g++") is None:
@@ -264,9 +262,7 @@ def check_packages() -> Finding:
 def check_gpus(gpus: Sequence[Gpu]) -> Finding:
     """The GPUs by name and memory; none is no fault, unless the driver's tool is there and finds none."""
     if not gpus and _driver_tool():
-        return Finding(
-            "GPUs", None, "nvidia-smi is installed but lists no GPU", "run nvidia-smi: it says why"
-        )
+        return Finding("GPUs", None, "nvidia-smi is installed but lists no GPU", "run nvidia-smi: it says why")
     if not gpus:
         return Finding("GPUs", None, "none found: training runs on the CPU")
     kinds = [f"{gpu.name} ({gpu.memory / GIB:.0f} GiB)" if gpu.memory else gpu.name for gpu in gpus]
@@ -282,9 +278,7 @@ def check_cuda(gpus: Sequence[Gpu]) -> Finding:
         return Finding("CUDA", None, f"not known without torch ({_reason(error)})")
     build = torch.version.cuda
     if not gpus:
-        return Finding(
-            "CUDA", None, f"no GPU; torch is built for {f'CUDA {build}' if build else 'CPUs only'}"
-        )
+        return Finding("CUDA", None, f"no GPU; torch is built for {f'CUDA {build}' if build else 'CPUs only'}")
     if build is None:
         remedy = "point pip at an index that has the CUDA build of torch; rm -rf .venv; ./millrace setup"
         return Finding("CUDA", False, f"torch {_version(torch)} is built for CPUs only", remedy)
@@ -325,9 +319,7 @@ def check_memory(beton: Path | None) -> Finding:
     size = beton.stat().st_size
     detail = f"{beton.name} has {_gib(size)}, {_gib(free)} free for the page cache"
     if size > free:
-        remedy = (
-            "every epoch reads the disk: use a fast local one, smaller images or a machine with more memory"
-        )
+        remedy = "every epoch reads the disk: use a fast local one, smaller images or a machine with more memory"
         return Finding("memory", None, detail, remedy)
     return Finding("memory", True, detail)
 
@@ -396,7 +388,8 @@ def _show_table(findings: Sequence[Finding]) -> None:
     from rich.text import Text
 
     colours = {"ok": "green", "BROKEN": "bold red", "warning": "yellow", "info": "cyan"}
-    table = Table("check", "state", "finding", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table("check", "state", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("finding", overflow="fold")
     for finding in findings:
         text = Text(finding.detail)
         if finding.remedy:
@@ -421,9 +414,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0 if nothing is broken, 1 if something is, 2 if the data set does not exist.
     """
     parser = argparse.ArgumentParser(prog="millrace doctor", description="Say what this machine lacks.")
-    parser.add_argument(
-        "beton", nargs="?", type=Path, metavar="BETON", help="data set to compare with the memory"
-    )
+    parser.add_argument("beton", nargs="?", type=Path, metavar="BETON", help="data set to compare with the memory")
     beton: Path | None = parser.parse_args(arguments).beton
     if beton is not None and not beton.is_file():
         print(f"millrace doctor: no data set {beton}: name an existing .beton file", file=sys.stderr)

@@ -16,7 +16,9 @@ from pipeline.views import View
 TRIES = 10  # RandomResizedCrop's, before it takes the centre
 _COLUMNS = 16  # places 0..15 hold the draws that are not the crop's; the crop's tries follow, four each
 (_FLIP, _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _OPERATIONS, _GREY, _BLUR, _SIGMA, _SOLARISE) = range(11)
-_ORDERS = np.array([[a, b, c, 6 - a - b - c] for a in range(4) for b in range(4) for c in range(4) if len({a, b, c}) == 3])
+_ORDERS = np.array(
+    [[a, b, c, 6 - a - b - c] for a in range(4) for b in range(4) for c in range(4) if len({a, b, c}) == 3]
+)
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,11 @@ def between(u: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def crop_boxes(
-    u: np.ndarray, heights: np.ndarray, widths: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float]
+    u: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
 ) -> np.ndarray:
     """Return RandomResizedCrop's boxes, int32 [n, 4] (top, left, height, width), from uniforms u [n, tries, 4].
 

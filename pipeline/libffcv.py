@@ -46,7 +46,7 @@ __all__ = [
 JPEG, RAW = 0, 1  # a record's `mode`
 
 decode_jpeg = Compiler.compile(imdecode)
-"""Compiled `imdecode(source, destination, height, width, ...)`: libjpeg-turbo to RGB; not 0 on an error or a warning."""
+"""Compiled `imdecode(source, destination, height, width, ...)`: libjpeg-turbo to RGB; 0 unless it errs or warns."""
 
 crc32 = lib.crc32  # zlib's, which FFCV's library is linked with: callable from compiled code without the GIL
 crc32.argtypes = [ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint32]

@@ -1,9 +1,9 @@
 """The loader: order, draws, backend and augmentation put together, several batches ahead, resumable at any batch.
 
-    loader = Loader(Beton("train.beton"), AUGMENTATIONS["moco_v2"], size=224, batch=256, device="cuda")
-    for epoch in range(200):
-        for batch in loader:            # ends with the epoch; the next epoch's first batch is already under way
-            step(*batch.views)
+loader = Loader(Beton("train.beton"), AUGMENTATIONS["moco_v2"], size=224, batch=256, device="cuda")
+for epoch in range(200):
+    for batch in loader:            # ends with the epoch; the next epoch's first batch is already under way
+        step(*batch.views)
 """
 
 from __future__ import annotations
@@ -70,10 +70,12 @@ class Loader:
     ) -> None:
         if not 0 < batch <= len(beton):
             raise InputError(
-                f"{beton.path}: a batch of {batch} from {len(beton)} samples: choose data.batch between 1 and {len(beton)}"
+                f"{beton.path}: a batch of {batch} from {len(beton)} samples: choose data.batch from 1 to {len(beton)}"
             )
         if batch % world:
-            raise InputError(f"data.batch {batch} does not divide among {world} processes: choose a multiple of {world}")
+            raise InputError(
+                f"data.batch {batch} does not divide among {world} processes: choose a multiple of {world}"
+            )
         self.beton, self.views, self.size, self.batch, self.seed = beton, views, size, batch, seed
         self.rank, self.world, self.device, self.dtype = rank, world, torch.device(device), dtype
         self.stall_timeout = stall_timeout
@@ -119,8 +121,8 @@ class Loader:
         for key in ("seed", "batch", "samples", "fingerprint"):
             if state.get(key) != own[key]:
                 raise InputError(
-                    f"{self.beton.path}: the loader's {key} is {own[key]!r}, the saved one {state.get(key)!r}: resume with "
-                    "the settings and the data the run was started with"
+                    f"{self.beton.path}: the loader's {key} is {own[key]!r}, the saved one {state.get(key)!r}: resume "
+                    "with the settings and the data the run was started with"
                 )
         if self._pending:
             self.close()
@@ -190,7 +192,13 @@ class CentreLoader:
         self.indices = np.arange(len(beton)) if indices is None else indices
         self.batch = min(batch, max(len(self.indices), 1))
         self._statistics = statistics
-        arguments: dict[str, Any] = {"size": size, "views": 1, "batch": self.batch, "workers": workers, "depth": ahead}
+        arguments: dict[str, Any] = {
+            "size": size,
+            "views": 1,
+            "batch": self.batch,
+            "workers": workers,
+            "depth": ahead,
+        }
         self._backend = backends.build(backend, beton, device=torch.device(device), **arguments)
 
     def __len__(self) -> int:

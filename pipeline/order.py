@@ -32,7 +32,9 @@ def rank_slice(order: np.ndarray, step: int, global_batch: int, rank: int, world
     Raises ValueError where the world does not divide the global batch.
     """
     if global_batch % world:
-        raise ValueError(f"a global batch of {global_batch} does not divide among {world} ranks: choose a multiple of it")
+        raise ValueError(
+            f"a global batch of {global_batch} does not divide among {world} ranks: choose a multiple of it"
+        )
     local = global_batch // world
     start = step * global_batch + rank * local
     return order[start : start + local]

@@ -309,7 +309,9 @@ def prepare(
         os.replace(temporary, out)
         os.replace(temporary.with_suffix(".json"), manifest_path(out))
     except OSError as error:
-        raise InputError(f"{out}: cannot be written: {error.strerror or error}: free space or choose another place") from None
+        raise InputError(
+            f"{out}: cannot be written: {error.strerror or error}: free space or choose another place"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
         temporary.with_suffix(".json").unlink(missing_ok=True)
@@ -389,13 +391,33 @@ def _arguments() -> argparse.Namespace:
     add("out", metavar="OUT.beton", type=Path, help="file to write")
     add("--max-side", type=int, default=500, help="longest side, pixels; 0: as they are (default %(default)s)")
     add("--quality", type=int, default=90, help="JPEG quality of those encoded (default %(default)s)")
-    add("--mode", choices=("jpg", "raw", "proportion"), default="jpg", help="how images are stored (default %(default)s)")
-    add("--jpeg-share", type=float, default=0.5, help="share of JPEGs in --mode proportion (default %(default)s)")
+    add(
+        "--mode",
+        choices=("jpg", "raw", "proportion"),
+        default="jpg",
+        help="how images are stored (default %(default)s)",
+    )
+    add(
+        "--jpeg-share",
+        type=float,
+        default=0.5,
+        help="share of JPEGs in --mode proportion (default %(default)s)",
+    )
     add("--workers", type=int, default=0, help="processes (default: all cores)")
     add("--limit", type=int, default=0, help="take only this many images, spread evenly over the source")
     add("--subset", help="take only what stands in this folder of SOURCE, such as train")
-    add("--ignore-exif", action="store_true", help="do not turn images upright (torchvision's loader does not)")
-    add("--skip-bad", type=int, default=0, metavar="N", help="leave out up to N unreadable images and list them")
+    add(
+        "--ignore-exif",
+        action="store_true",
+        help="do not turn images upright (torchvision's loader does not)",
+    )
+    add(
+        "--skip-bad",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave out up to N unreadable images and list them",
+    )
     return parser.parse_args()
 
 

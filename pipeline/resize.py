@@ -15,8 +15,13 @@ import numba
 import numpy as np
 
 # Numba leaves LLVM's straight-line vectoriser off; the column pass is three times as fast with it.
-numba.config.SLP_VECTORIZE = 1
-_JIT = {"nogil": True, "fastmath": {"contract", "nsz", "reassoc"}, "error_model": "numpy", "boundscheck": False}
+numba.config.SLP_VECTORIZE = 1  # type: ignore[attr-defined]
+_JIT: dict[str, Any] = {
+    "nogil": True,
+    "fastmath": {"contract", "nsz", "reassoc"},
+    "error_model": "numpy",
+    "boundscheck": False,
+}
 _TAPS = (2, 3, 4, 5, 6, 8, 12)
 _ONE, _TWO, _THREE = np.uint64(1), np.uint64(2), np.uint64(3)  # unsigned: no wrap-around of negative indices
 
@@ -52,7 +57,7 @@ def scratch(size: int, longest: int) -> Scratch:
 
 @numba.njit(cache=True, **_JIT)
 def _triangle(n_in: int, n_out: int, mirrored: bool, start: Any, count: Any, weights: Any) -> int:
-    """Fill the triangle filter's first source index, number of taps and weights for each output; return the most taps."""
+    """Fill the filter's first source index, number of taps and weights for each output; return the most taps."""
     scale = n_in / n_out
     support = max(scale, 1.0)
     most = 0

@@ -127,20 +127,29 @@ def _tar_members(path: Path) -> Iterator[tuple[str, str, int, int]]:
                     folder = member.name.removesuffix(".tar")
                     for image in inner:
                         if image.isfile():
-                            yield f"{folder}/{image.name}", str(path), member.offset_data + image.offset_data, image.size
+                            yield (
+                                f"{folder}/{image.name}",
+                                str(path),
+                                member.offset_data + image.offset_data,
+                                image.size,
+                            )
     except (tarfile.TarError, OSError) as error:
-        raise InputError(f"{path}: not a whole, uncompressed tar file ({error}): fetch it again or decompress it") from None
+        raise InputError(
+            f"{path}: not a whole, uncompressed tar file ({error}): fetch it again or decompress it"
+        ) from None
 
 
 def _label(source: str, found: Iterable[tuple[str, str, int, int]], subset: str | None) -> Source:
-    files = [(name.removeprefix("./"), *place) for name, *place in found]
+    files = [(name.removeprefix("./"), path, offset, size) for name, path, offset, size in found]
     files = [file for file in files if PurePosixPath(file[0]).suffix.lower() in SUFFIXES and not _hidden(file[0])]
     parents = {PurePosixPath(name).parent.parts for name, *_ in files}
     root = _root(source, parents, subset)
     files = sorted(file for file in files if PurePosixPath(file[0]).parts[: len(root)] == root)
     if not files:
         where = f"{source}, folder {subset}" if subset else source
-        raise InputError(f"{where}: no image in it: give a folder or archive with {', '.join(sorted(SUFFIXES)[:4])} ... files")
+        raise InputError(
+            f"{where}: no image in it: give a folder or archive with {', '.join(sorted(SUFFIXES)[:4])} ... files"
+        )
     folders = [PurePosixPath(name).parts[len(root) : -1] for name, *_ in files]
     classes = sorted({folder[0] for folder in folders if folder})
     number = {name: label for label, name in enumerate(classes)}

@@ -50,7 +50,15 @@ class Backend(Protocol):
 
 
 def build(
-    name: str, beton: Beton, *, size: int, views: int, batch: int, workers: int, depth: int, device: torch.device
+    name: str,
+    beton: Beton,
+    *,
+    size: int,
+    views: int,
+    batch: int,
+    workers: int,
+    depth: int,
+    device: torch.device,
 ) -> Backend:
     """Return backend `name` for at most `batch` samples at a time, `size` by `size` pixels, `views` crops of each."""
     if name not in BACKENDS:

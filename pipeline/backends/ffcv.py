@@ -47,9 +47,9 @@ class Records(NamedTuple):
 
 
 @numba.njit(nogil=True, boundscheck=False)
-def jpeg_side_lengths(data: Any) -> tuple[int, int]:
+def jpeg_side_lengths(data: Any) -> tuple[Any, Any]:
     """Return height and width from a JPEG's frame header, (0, 0) where it has none."""
-    at = 2
+    at = np.int64(2)
     while at + 9 < data.size and data[at] == 0xFF:
         marker = data[at + 1]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
@@ -67,7 +67,10 @@ def _decode(records: Any, sample: int, pixels: Any) -> tuple[int, Any]:
     """Return whether the sample is whole, and its pixels: uint8, flat, RGB."""
     start, size = np.int64(records.pointers[sample]), np.int64(records.sizes[sample])
     data = records.data[start : start + size]
-    if records.crc32.size > 0 and np.uint32(crc32(np.uint64(0), data.ctypes.data, np.uint32(size))) != records.crc32[sample]:
+    if (
+        records.crc32.size > 0
+        and np.uint32(crc32(np.uint64(0), data.ctypes.data, np.uint32(size))) != records.crc32[sample]
+    ):
         return _CHANGED, pixels
     if records.modes[sample] != JPEG:
         return _WHOLE, data
@@ -75,7 +78,18 @@ def _decode(records: Any, sample: int, pixels: Any) -> tuple[int, Any]:
     if jpeg_side_lengths(data) != (height, width):
         return _UNDECODABLE, pixels
     status = decode_jpeg(
-        data, pixels, np.uint32(height), np.uint32(width), np.uint32(height), np.uint32(width), 0, 0, 1, 1, False, False
+        data,
+        pixels,
+        np.uint32(height),
+        np.uint32(width),
+        np.uint32(height),
+        np.uint32(width),
+        0,
+        0,
+        1,
+        1,
+        False,
+        False,
     )
     return (_WHOLE if status == 0 else _UNDECODABLE), pixels
 
@@ -84,7 +98,7 @@ def _decode(records: Any, sample: int, pixels: Any) -> tuple[int, Any]:
 def _crop_chunk(
     records: Any, ids: Any, boxes: Any, flips: Any, start: int, stop: int, out: Any, pixels: Any, buffers: Any
 ) -> tuple[int, int]:
-    """Fill out [V, B, S, S, 3] for samples start..stop of the batch; return the first fault and its place, or (0, 0)."""
+    """Fill out [V, B, S, S, 3] for samples start..stop; return the first fault and its place, or (0, 0)."""
     for i in range(start, stop):
         fault, image = _decode(records, ids[i], pixels)
         if fault != _WHOLE:
@@ -117,8 +131,8 @@ def _records(beton: Beton) -> Records:
 
 def _damaged(beton: Beton, sample: int, fault: int) -> DamagedRecord:
     return DamagedRecord(
-        f"{beton.path}: sample {sample} ({beton.name(sample)}) is damaged: {_FAULTS[fault]}: list all such samples with "
-        f"python -m pipeline.inspect {beton.path} --verify, and write the file again"
+        f"{beton.path}: sample {sample} ({beton.name(sample)}) is damaged: {_FAULTS[fault]}: list all such "
+        f"samples with python -m pipeline.inspect {beton.path} --verify, and write the file again"
     )
 
 
@@ -126,7 +140,15 @@ class FfcvBackend:
     """See `pipeline.backends.Backend`. On CUDA the views are copied from pinned memory on a stream of their own."""
 
     def __init__(
-        self, beton: Beton, *, size: int, views: int, batch: int, workers: int, depth: int, device: torch.device
+        self,
+        beton: Beton,
+        *,
+        size: int,
+        views: int,
+        batch: int,
+        workers: int,
+        depth: int,
+        device: torch.device,
     ) -> None:
         self.depth = depth
         self._beton, self._records, self._device = beton, _records(beton), device
@@ -167,8 +189,8 @@ class FfcvBackend:
                 future.result(max(0.0, deadline - time.monotonic()))
             except TimeoutError:
                 raise LoaderStalled(
-                    f"{self._beton.path}: no batch for {timeout:g} s (samples {plan.ids[0]} and following): check the disk "
-                    "or network the file is on, or allow more with --data.stall_timeout"
+                    f"{self._beton.path}: no batch for {timeout:g} s (samples {plan.ids[0]} and following): check the "
+                    "disk or network the file is on, or allow more with --data.stall_timeout"
                 ) from None
         return crops if self._stream is None else self._copy(crops, slot)
 

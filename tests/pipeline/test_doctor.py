@@ -67,9 +67,7 @@ def test_missing_headers_names_each(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert doctor._missing_headers() == ["pkg-config", "g++"]
 
 
-@pytest.mark.parametrize(
-    ("check", "module"), [(doctor.check_torch, "torch"), (doctor.check_dali, "nvidia.dali")]
-)
+@pytest.mark.parametrize(("check", "module"), [(doctor.check_torch, "torch"), (doctor.check_dali, "nvidia.dali")])
 def test_import(monkeypatch: pytest.MonkeyPatch, check: Any, module: str) -> None:
     offer(monkeypatch, **{module: SimpleNamespace(__version__="7.8.9")})
     assert check() == Finding(module, True, "7.8.9")
@@ -242,9 +240,7 @@ def test_gpus_as_torch_lists_them(monkeypatch: pytest.MonkeyPatch) -> None:
         (None, None),
     ],
 )
-def test_driver_cuda(
-    monkeypatch: pytest.MonkeyPatch, text: str | None, version: tuple[int, int] | None
-) -> None:
+def test_driver_cuda(monkeypatch: pytest.MonkeyPatch, text: str | None, version: tuple[int, int] | None) -> None:
     answer(monkeypatch, output=text)
     assert doctor._driver_cuda() == version
 
@@ -299,9 +295,7 @@ def test_exit_status(
     status: int,
     summary: str,
 ) -> None:
-    findings = [
-        Finding(f"thing {place}", ok, "as found", "" if ok else "mend") for place, ok in enumerate(oks)
-    ]
+    findings = [Finding(f"thing {place}", ok, "as found", "" if ok else "mend") for place, ok in enumerate(oks)]
     monkeypatch.setattr(doctor, "examine", lambda _: findings)
     assert doctor.main([]) == status
     printed = capsys.readouterr().out
@@ -338,3 +332,10 @@ def test_markup_in_a_finding_is_printed_as_it_is(capsys: pytest.CaptureFixture[s
     printed = capsys.readouterr().out
     assert "pip said [test]" in printed
     assert "remedy: do [red]this" in printed
+
+
+def test_a_long_path_is_not_cut(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    doctor._show([Finding("thing", False, "/a" * 60)])
+    printed = capsys.readouterr().out
+    assert printed.count("/a") == 60

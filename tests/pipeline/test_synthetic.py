@@ -88,9 +88,7 @@ def test_large_seed_and_index_are_used_whole() -> None:
 def test_images_stay_the_same_from_version_to_version() -> None:
     """Mean lightness of the nine parts of one image: a change here means that every data set changes."""
     parts = synthetic.draw(1, 2)[0].reshape(3, 16, 3, 16, 3).mean(axis=(1, 3, 4))
-    np.testing.assert_allclose(
-        parts, [[131.6, 136.7, 147.6], [124.0, 134.8, 136.9], [144.7, 147.1, 157.1]], atol=0.2
-    )
+    np.testing.assert_allclose(parts, [[131.6, 136.7, 147.6], [124.0, 134.8, 136.9], [144.7, 147.1, 157.1]], atol=0.2)
 
 
 def test_labels_are_balanced(train: tuple[Images, npt.NDArray[np.int64]]) -> None:

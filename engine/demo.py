@@ -1,0 +1,196 @@
+"""The main job in small: images to beton, preview, MoCo v2 pretraining on whatever device is there, and what it gained.
+
+./millrace demo                 # ten classes of drawn images
+./millrace demo DATA            # a folder, tar, zip or beton of yours
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from rich.console import Console
+from rich.table import Table
+
+from engine.config import Data, Knn, Method, Model, Optim, Settings
+from engine.evaluate import Knn as KnnEvaluation
+from engine.evaluate import RawPixels
+from engine.loop import measure_rate
+from engine.plot import curves
+from methods.encoders import place
+from methods.registry import build_backbone
+from pipeline.beton import Beton
+from pipeline.errors import InputError, command
+from pipeline.inspect import preview
+from pipeline.prepare import prepare
+from pipeline.sources import open_source
+from pipeline.views import AUGMENTATIONS
+
+_TRAIN, _TEST = 5000, 1000  # drawn images
+_SMALL = 96  # images of at most this many pixels a side are trained on at 32 pixels
+_MOST_EPOCHS = 60
+
+
+def _prepared(data: str | None, out: Path) -> tuple[Path, Path]:
+    """Return training and evaluation betons of `data`, written into `out` where they are not betons already.
+
+    Without subsets (train and test or val) in it, both are the same file, of which every tenth image is evaluated.
+    """
+    if data is None:
+        sources: list[tuple[str, str | None]] = [
+            (f"synthetic:{_TRAIN}", None),
+            (f"synthetic:{10 * _TRAIN}:{_TEST}", None),
+        ]
+    elif data.endswith(".beton"):
+        return Path(data), Path(data)
+    else:
+        sources = [(data, subset) for subset in _subsets(data)]
+    written = []
+    for (source, subset), name in zip(sources, ("train.beton", "eval.beton"), strict=False):
+        print(f"preparing {source}{f', {subset}' if subset else ''} ...", flush=True)
+        prepare(source, out / name, subset=subset, skip_bad=100)
+        written.append(out / name)
+    return written[0], written[-1]
+
+
+def _subsets(data: str) -> list[str | None]:
+    for test in ("test", "val", "validation"):
+        try:
+            for subset in ("train", test):
+                open_source(data, subset)
+        except InputError:
+            continue
+        return ["train", test]
+    return [None]
+
+
+def _settings(train: Path, evaluation: Path, out: Path) -> Settings:
+    """Return a small MoCo v2 run for that data and this machine, its epochs still open."""
+    beton, gpu = Beton(train), torch.cuda.is_available()
+    if len(beton) < 16:
+        raise InputError(f"{train}: {len(beton)} images: give at least 16, better a thousand")
+    small = beton.longest_side <= _SMALL
+    batch = max(2, min(256, len(beton) // 4) // 2 * 2)
+    labelled = bool((beton.labels >= 0).all() and (Beton(evaluation).labels >= 0).all())
+    return Settings(
+        data=Data(
+            train=str(train),
+            eval=str(evaluation) if labelled else "",
+            augmentation="moco_v2_32" if small else "moco_v2",
+            size=32 if small else 96,
+            batch=batch,
+            eval_share=1.0 if small else 0.875,
+        ),
+        model=Model(arch="resnet18", stem="small" if small else "imagenet", width=1.0 if gpu else 0.25),
+        method=Method(temperature=0.1, momentum=0.99, queue=max(batch, min(4096, len(beton) // 2))),
+        optim=Optim(lr=0.12 * batch / 256, weight_decay=5e-4, epochs=1, schedule="cosine", by="step"),
+        knn=Knn(every=1, k=20, limit=20000),
+        out=str(out / "run"),
+        log_every=10,
+        precision="bf16" if not gpu or torch.cuda.is_bf16_supported() else "fp16",
+    )
+
+
+def _with_epochs(settings: Settings, minutes: float) -> Settings:
+    """Give the run as many epochs as it trains in that time, measured on a few steps."""
+    rate = measure_rate(settings)
+    samples = len(Beton(settings.data.train))
+    epochs = int(min(max(rate * minutes * 60 / samples, 1), _MOST_EPOCHS))
+    settings.optim.epochs = epochs
+    settings.optim.warmup_epochs = 1.0 if epochs > 4 else 0.0
+    settings.knn.every = max(1, epochs // 10)
+    minutes = samples * epochs / rate / 60
+    print(f"{rate:.0f} pairs/s here: training {epochs} epochs of {samples} images, about {minutes:.1f} min")
+    return settings
+
+
+def _baselines(settings: Settings) -> dict[str, float]:
+    """Return kNN top-1 of raw pixels and of the untrained encoder."""
+    data, knn = settings.data, settings.knn
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loading: dict[str, Any] = {"size": data.size, "batch": 256, "share": data.eval_share, "device": device}
+    options: dict[str, Any] = {"k": knn.k, "temperature": knn.temperature, "limit": knn.limit}
+    evaluation = KnnEvaluation(Beton(data.train), Beton(data.eval), **options, **loading)
+    set_seed(settings.seed)
+    model = settings.model
+    untrained = place(build_backbone(model.arch, model.stem, model.width, model.bn), device)
+    return {"raw pixels": evaluation.top1(RawPixels()), "untrained encoder": evaluation.top1(untrained)}
+
+
+def _launch(config: Path) -> None:
+    """Train as the recipe `config` says, the way a user would."""
+    script = Path(__file__).with_name("run.py")
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    plain = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    processes = ["--num_processes", str(max(1, torch.cuda.device_count()))]
+    if torch.cuda.device_count() > 1:
+        processes.append("--multi_gpu")
+    arguments = [str(script), "--config", str(config)]
+    print(f"$ accelerate launch {shlex.join(arguments)}", flush=True)
+    if subprocess.run([*launcher, "--quiet", *plain, *processes, *arguments], check=False).returncode:
+        raise InputError(f"training failed (see the lines above): its settings are in {config}")
+
+
+def _table(rows: dict[str, float], summary: dict[str, Any], files: dict[str, Path]) -> Table:
+    table = Table(title="Millrace demo", show_header=False)
+    for name, top1 in rows.items():
+        table.add_row(f"kNN top-1, {name}", f"{top1:.1%}")
+    if not rows:
+        table.add_row("kNN top-1", "none: the images have no labels")
+    table.add_row("loss", f"{summary['loss']:.3f}")
+    table.add_row(
+        "training",
+        f"{summary['training_seconds']:.0f} s, {summary['epoch']:.0f} epochs, on {summary['device']}",
+    )
+    table.add_row("pairs/s", f"{summary['pairs_per_second']:.0f}")
+    table.add_row("data-wait", f"{summary['data_wait_fraction']:.1%}")
+    for name, path in files.items():
+        table.add_row(name, str(path))
+    return table
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="./millrace demo", description="Prepare, preview, pretrain, evaluate.")
+    parser.add_argument("data", metavar="DATA", nargs="?", help="folder, .tar, .zip or .beton (default: drawn images)")
+    parser.add_argument("--out", type=Path, help="folder for everything (default: runs/demo-DATE-TIME)")
+    parser.add_argument("--minutes", type=float, default=4.0, help="training time to aim for (default %(default)s)")
+    return parser.parse_args()
+
+
+@command
+def main() -> None:
+    args = _arguments()
+    if not 0 < args.minutes <= 10000:
+        raise InputError(f"--minutes {args.minutes}: give a number above 0")
+    out = args.out or Path("runs") / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be made ({error.strerror}): choose another folder with --out") from None
+    train, evaluation = _prepared(args.data, out)
+    settings = _settings(train, evaluation, out)
+    picture = out / "preview.png"
+    preview(Beton(train), AUGMENTATIONS[settings.data.augmentation], size=settings.data.size).save(picture)
+    rows = _baselines(settings) if settings.data.eval else {}
+    settings = _with_epochs(settings, args.minutes)
+    settings.write(out / "recipe.yaml")
+    _launch(out / "recipe.yaml")
+    run = Path(settings.out)
+    summary = json.loads((run / "summary.json").read_text())
+    curves(run / "metrics.jsonl", out / "curve.png", levels=rows)
+    if "knn_top1" in summary:
+        rows |= {"trained encoder": summary["knn_top1"]}
+    files = {"run folder": run, "preview": picture, "curve": out / "curve.png"}
+    Console(width=max(100, Console().width)).print(_table(rows, summary, files))
+
+
+if __name__ == "__main__":
+    main()
