@@ -40,7 +40,7 @@ class Data:
     train: str = ""
     """Beton to train on; write one with python -m pipeline.prepare."""
     eval: str = ""
-    """Labelled beton for kNN by neighbours from `train` (of one file: every tenth image by the others). None: no kNN."""
+    """Labelled beton for kNN, neighbours from `train` (of one file: every tenth image by the others). None: no kNN."""
     backend: Literal["ffcv"] = "ffcv"
     """What decodes and crops."""
     augmentation: str = "moco_v2"
