@@ -1,0 +1,28 @@
+"""Fixtures shared by all tests: small sets of images, on disk and as betons."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.prepare import prepare
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where there is no GPU."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a GPU")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A beton of 200 drawn images of ten classes, 48 pixels a side. Not to be changed: copy it first."""
+    path = tmp_path_factory.mktemp("drawn") / "drawn.beton"
+    prepare("synthetic:200", path, workers=1, quiet=True)
+    return path
