@@ -24,5 +24,9 @@ class Encoder(nn.Module):
         self.backbone, self.head = backbone, head
 
     def forward(self, *views: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return embeddings, float32 [B, C] of norm 1, one for each of the views [B, 3, H, W]."""
-        return tuple(F.normalize(self.head(self.backbone(view)).float(), dim=1) for view in views)
+        """Return embeddings [B, C] of norm 1, in float32 at least, one for each of the views [B, 3, H, W]."""
+        return tuple(self._embed(view) for view in views)
+
+    def _embed(self, view: torch.Tensor) -> torch.Tensor:
+        z = self.head(self.backbone(view))
+        return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)

@@ -1,0 +1,102 @@
+"""ResNets: torchvision's keys and parameter counts, and a forward pass written out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from methods.encoders import resnet
+from methods.heads import Encoder, moco_v2_head
+
+PARAMETERS = {  # torchvision's models without fc
+    "resnet18": 11_689_512 - 513_000,
+    "resnet34": 21_797_672 - 513_000,
+    "resnet50": 25_557_032 - 2_049_000,
+    "resnet101": 44_549_160 - 2_049_000,
+}
+DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
+
+
+def torchvision_keys(arch: str) -> list[str]:
+    """Return the state-dict keys of torchvision's model, in its order, without fc."""
+
+    def norm(name: str) -> list[str]:
+        return [f"{name}.{k}" for k in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
+
+    convolutions = 2 if arch in ("resnet18", "resnet34") else 3
+    keys = ["conv1.weight", *norm("bn1")]
+    for stage, depth in enumerate(DEPTHS[arch], start=1):
+        for block in range(depth):
+            prefix = f"layer{stage}.{block}"
+            for number in range(1, convolutions + 1):
+                keys += [f"{prefix}.conv{number}.weight", *norm(f"{prefix}.bn{number}")]
+            if block == 0 and (stage > 1 or convolutions == 3):
+                keys += [f"{prefix}.downsample.0.weight", *norm(f"{prefix}.downsample.1")]
+    return keys
+
+
+@pytest.mark.parametrize("arch", PARAMETERS)
+def test_keys_and_parameter_counts_are_torchvisions(arch: str) -> None:
+    model = resnet(arch)
+    assert list(model.state_dict()) == torchvision_keys(arch)
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[arch]
+
+
+@pytest.mark.parametrize(("arch", "features"), [("resnet18", 512), ("resnet50", 2048)])
+def test_features_are_as_many_as_said(arch: str, features: int) -> None:
+    model = resnet(arch, width=0.25)
+    assert model.features == features // 4
+    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, features // 4)
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "small"])
+def test_forward_equals_the_paper_written_out(stem: str) -> None:
+    torch.manual_seed(0)
+    model = resnet("resnet18", stem=stem, width=0.25).double().eval()
+    for name, buffer in model.named_buffers():
+        if "running" in name:
+            buffer.uniform_(0.5, 1.5)
+    x = torch.randn(2, 3, 40, 40, dtype=torch.float64)
+    assert torch.allclose(model(x), _written_out(model.state_dict(), x, stem), atol=1e-12)
+
+
+def _written_out(w: dict[str, torch.Tensor], x: torch.Tensor, stem: str) -> torch.Tensor:
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        shape = (1, -1, 1, 1)
+        scale = w[f"{name}.weight"] / (w[f"{name}.running_var"] + 1e-5).sqrt()
+        return (x - w[f"{name}.running_mean"].view(shape)) * scale.view(shape) + w[f"{name}.bias"].view(shape)
+
+    if stem == "small":
+        x = norm(F.conv2d(x, w["conv1.weight"], padding=1), "bn1").relu()
+    else:
+        x = norm(F.conv2d(x, w["conv1.weight"], stride=2, padding=3), "bn1").relu()
+        x = F.max_pool2d(x, 3, stride=2, padding=1)
+    for stage in range(1, 5):
+        for block in range(2):
+            p, stride = f"layer{stage}.{block}", 2 if stage > 1 and block == 0 else 1
+            y = norm(F.conv2d(x, w[f"{p}.conv1.weight"], stride=stride, padding=1), f"{p}.bn1").relu()
+            y = norm(F.conv2d(y, w[f"{p}.conv2.weight"], padding=1), f"{p}.bn2")
+            if f"{p}.downsample.0.weight" in w:
+                x = norm(F.conv2d(x, w[f"{p}.downsample.0.weight"], stride=stride), f"{p}.downsample.1")
+            x = (x + y).relu()
+    return x.mean(dim=(2, 3))
+
+
+def test_encoder_embeds_each_view_on_its_own_with_norm_one() -> None:
+    torch.manual_seed(0)
+    backbone = resnet("resnet18", stem="small", width=0.125)
+    encoder = Encoder(backbone, moco_v2_head(backbone.features, 16))
+    a, b = torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16)
+    together = encoder(a, b)
+    assert torch.equal(together[0], encoder(a)[0])
+    assert torch.equal(together[1], encoder(b)[0])
+    assert torch.allclose(together[0].norm(dim=1), torch.ones(4), atol=1e-6)
+
+
+def test_moco_v2_head_is_linear_relu_linear() -> None:
+    head = moco_v2_head(2048, 128)
+    x = torch.randn(3, 2048)
+    (w1, b1), (w2, b2) = ((head[i].weight, head[i].bias) for i in (0, 2))
+    assert torch.allclose(head(x), (x @ w1.T + b1).relu() @ w2.T + b2, atol=1e-5)
+    assert (w1.shape, w2.shape) == ((2048, 2048), (128, 2048))
