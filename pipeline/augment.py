@@ -84,10 +84,12 @@ def _jitter(x: torch.Tensor, colour: Colour) -> None:
             _apply(x, colour.jitter & (colour.order[:, place] == number), operation, parameter)
 
 
-def _blend(x: torch.Tensor, other: torch.Tensor | float, factor: torch.Tensor) -> torch.Tensor:
-    """Return other + factor (x - other), rounded down to 0..255: PIL's Image.blend with its clipping."""
-    factor = factor.view(-1, 1, 1, 1)
-    return (x * factor).add_(other * (1 - factor)).clamp_(0, 255).floor_()
+def _blend(x: torch.Tensor, other: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Return other + factor (x - other), rounded down to 0..255: PIL's Image.blend with its clipping.
+
+    Summed in this order, as by PIL: where x is other, it stays, and is not rounded to the level below.
+    """
+    return (x - other).mul_(factor.view(-1, 1, 1, 1)).add_(other).clamp_(0, 255).floor_()
 
 
 def luma(x: torch.Tensor) -> torch.Tensor:
@@ -98,7 +100,7 @@ def luma(x: torch.Tensor) -> torch.Tensor:
 
 def brightness(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """Scale x [B, 3, H, W], 0..255, by factor [B]."""
-    return _blend(x, 0.0, factor)
+    return (x * factor.view(-1, 1, 1, 1)).clamp_(0, 255).floor_()
 
 
 def contrast(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,7 @@ from pipeline.libffcv import (
 
 MANIFEST_FORMAT = 1
 _MAX_FIELDS = 64
+_PIXELS_A_BYTE = 512  # at most, in a JPEG: a block of 64 takes a bit or more
 _PREPARE_AGAIN = "write it again with python -m pipeline.prepare"
 
 
@@ -58,14 +59,14 @@ class Manifest:
 
     def write(self, path: Path) -> None:
         """Write the manifest to `path` as JSON."""
-        path.write_text(json.dumps(asdict(self), ensure_ascii=False))
+        path.write_text(json.dumps(asdict(self), ensure_ascii=False), "utf-8", "surrogateescape")
 
     @staticmethod
     def read(path: Path) -> Manifest:
         """Read the manifest at `path`. Raises InputError where it is not one."""
         try:
-            manifest = Manifest(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
+            manifest = Manifest(**json.loads(path.read_text("utf-8", "surrogateescape")))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise InputError(
                 f"{path}: not a manifest ({error}): {_PREPARE_AGAIN}, or delete it to go on without CRCs"
             ) from None
@@ -88,7 +89,16 @@ class Manifest:
             return "crc32 holds a value outside 32 bits"
         if not isinstance(self.classes, list) or not all(isinstance(name, str) for name in self.classes):
             return "classes must be a list of names"
+        if not isinstance(self.settings, dict) or not isinstance(self.versions, dict):
+            return "settings and versions must be objects"
+        if not isinstance(self.skipped, list) or not all(isinstance(s, list) and len(s) == 2 for s in self.skipped):
+            return "skipped must list pairs of name and reason"
         return None
+
+
+def printable(text: str) -> str:
+    """Return `text` with what is not text, such as bytes of a file name that is not UTF-8, escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def manifest_path(beton: Path | str) -> Path:
@@ -136,7 +146,7 @@ class Beton:
 
     def name(self, index: int) -> str:
         """Return where sample `index` came from, or its number."""
-        return self.manifest.names[index] if self.manifest else f"number {index}"
+        return printable(self.manifest.names[index]) if self.manifest else f"number {index}"
 
     def fingerprint(self) -> str:
         """Return a hash of everything before the records, sizes and pointers included: tells two betons apart."""
@@ -160,7 +170,10 @@ class Beton:
         descriptors = self._read(FieldDescType, fields, HeaderType.itemsize, "field descriptors")
         if not set(descriptors["type_id"].tolist()) <= set(TYPE_ID_HANDLER) - {255}:
             raise self._broken("it has a field of an unknown type")
-        handlers = [TYPE_ID_HANDLER[int(d["type_id"])].from_binary(d["arguments"]) for d in descriptors]
+        try:
+            handlers = [TYPE_ID_HANDLER[int(d["type_id"])].from_binary(d["arguments"]) for d in descriptors]
+        except Exception:  # FFCV's parsing of a field's arguments, which trusts them
+            raise self._broken("it has a field whose description cannot be read") from None
         row = get_metadata_type(handlers)
         self._images = self._first(handlers, RGBImageField)
         self._labels = self._first(handlers, IntField)
@@ -206,6 +219,7 @@ class Beton:
             | (self.pointers > end - size),
             "an empty record": size == 0,
             "an image of no pixels": pixels == 0,
+            "a JPEG too short for its image": (self.modes == JPEG) & (pixels // np.uint64(_PIXELS_A_BYTE) > size),
             "an unknown storage mode": (self.modes != JPEG) & (self.modes != RAW),
             "a raw record whose size is not that of its image": (self.modes == RAW) & (size != pixels * np.uint64(3)),
         }

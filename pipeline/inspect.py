@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from PIL import Image
 from pipeline.augment import IMAGENET, augment
 from pipeline.backends import Plan, build
 from pipeline.backends.ffcv import available_cores, check_record, decode
-from pipeline.beton import Beton
+from pipeline.beton import Beton, printable
 from pipeline.draws import draw_view
 from pipeline.errors import InputError, command
 from pipeline.libffcv import RAW
@@ -25,6 +26,7 @@ from pipeline.order import epoch_order
 from pipeline.progress import progress
 from pipeline.views import AUGMENTATIONS, View
 
+_CHUNK = 64  # records a thread checks at a time
 _COLUMNS, _GAP, _SHOWN = 2, 6, 12  # groups side by side, pixels between pictures, images shown
 
 
@@ -43,7 +45,7 @@ def describe(beton: Beton) -> str:
     settings = ", ".join(f"{key} {value}" for key, value in beton.manifest.settings.items())
     versions = ", ".join(f"{key} {value}" for key, value in beton.manifest.versions.items())
     left_out = [f"  left out   {name}: {reason}" for name, reason in beton.manifest.skipped]
-    return "\n".join([*lines, f"  written    {settings}", f"  with       {versions}", *left_out])
+    return printable("\n".join([*lines, f"  written    {settings}", f"  with       {versions}", *left_out]))
 
 
 def _range(values: np.ndarray) -> str:
@@ -53,17 +55,20 @@ def _range(values: np.ndarray) -> str:
 def _labels(beton: Beton) -> str:
     if (beton.labels < 0).all():
         return "none"
-    counts = np.bincount(beton.labels[beton.labels >= 0])
-    names = beton.classes or [str(label) for label in range(len(counts))]
+    labels, counts = np.unique(beton.labels[beton.labels >= 0], return_counts=True)
+    names = beton.classes or [str(label) for label in labels]
+    fewest = counts.min() if len(counts) >= len(names) else 0
     shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
-    return f"{len(names)} classes of {counts.min()} to {counts.max()} images: {shown}"
+    return f"{len(names)} classes of {fewest} to {counts.max()} images: {shown}"
 
 
 def verify(beton: Beton, *, quiet: bool = False) -> list[tuple[int, str]]:
     """Return sample id and fault of every record that is damaged: CRC32, JPEG header, decoding."""
+    ids = range(len(beton))
+    chunks = [ids[start : start + _CHUNK] for start in ids[::_CHUNK]]
     with ThreadPoolExecutor(available_cores()) as pool:
-        ids = range(len(beton))
-        faults = pool.map(lambda index: check_record(beton, index), ids)
+        checked = pool.map(lambda chunk: [check_record(beton, index) for index in chunk], chunks)
+        faults = chain.from_iterable(checked)
         return [(i, fault) for i, fault in zip(progress(ids, "records", quiet=quiet), faults, strict=True) if fault]
 
 

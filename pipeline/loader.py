@@ -137,15 +137,15 @@ class Loader:
     def _next(self) -> Batch:
         while len(self._pending) < self._backend.depth:
             self._submit(*self._after(len(self._pending)))
-        epoch, step, ids, colours = self._pending.popleft()
         start = time.perf_counter()
         crops = self._backend.receive(self.stall_timeout)
         waited = time.perf_counter() - start
+        epoch, step, ids, colours = self._pending.popleft()  # not before: a batch that raised is the next one still
         views = tuple(
             augment(crop, colour, self._statistics, self.dtype) for crop, colour in zip(crops, colours, strict=True)
         )
-        self._submit(*self._after(len(self._pending)))
         self._epoch, self._step = self._after(1)
+        self._submit(*self._after(len(self._pending)))
         return Batch(views, ids, epoch, step, waited)
 
     def _after(self, batches: int) -> tuple[int, int]:
@@ -192,25 +192,33 @@ class CentreLoader:
         self.indices = np.arange(len(beton)) if indices is None else indices
         self.batch = min(batch, max(len(self.indices), 1))
         self._statistics = statistics
-        arguments: dict[str, Any] = {
+        self._under_way = 0
+        self._backend_name = backend
+        self._backend_arguments: dict[str, Any] = {
             "size": size,
             "views": 1,
             "batch": self.batch,
             "workers": workers,
             "depth": ahead,
+            "device": torch.device(device),
         }
-        self._backend = backends.build(backend, beton, device=torch.device(device), **arguments)
+        self._backend = backends.build(backend, beton, **self._backend_arguments)
 
     def __len__(self) -> int:
         """Return the number of batches."""
         return -(-len(self.indices) // self.batch)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
+        if self._under_way:  # left over from an iteration that was broken off
+            self.close()
+            self._backend = backends.build(self._backend_name, self.beton, **self._backend_arguments)
         parts = [self.indices[i : i + self.batch] for i in range(0, len(self.indices), self.batch)]
         for ahead in parts[: self._backend.depth]:
             self._submit(ahead)
         for number, ids in enumerate(parts):
-            images = normalise(self._backend.receive(self.stall_timeout)[0], self._statistics, self.dtype)
+            crops = self._backend.receive(self.stall_timeout)
+            self._under_way -= 1
+            images = normalise(crops[0], self._statistics, self.dtype)
             if number + self._backend.depth < len(parts):
                 self._submit(parts[number + self._backend.depth])
             yield images, ids
@@ -218,7 +226,9 @@ class CentreLoader:
     def _submit(self, ids: np.ndarray) -> None:
         boxes = centre_boxes(self.beton.heights[ids], self.beton.widths[ids], self.share)
         self._backend.submit(Plan(ids, boxes[None], np.zeros((1, len(ids)), bool)))
+        self._under_way += 1
 
     def close(self) -> None:
         """End the workers."""
+        self._under_way = 0
         self._backend.close()

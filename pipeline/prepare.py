@@ -21,7 +21,7 @@ import threading
 import warnings
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -29,7 +29,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from pipeline.backends.ffcv import available_cores, jpeg_side_lengths
 from pipeline.beton import Manifest, manifest_path
@@ -53,7 +53,16 @@ from pipeline.sources import Item, Source, open_source
 
 PAGE = 1 << 23  # FFCV's default: no record crosses a page of its own size or larger
 _LARGEST_PAGE = 1 << 31
-_LONGEST_SIDE = 65535
+_LONGEST_SIDE = 65500  # the JPEG encoder's; the format itself holds 65535
+_TURNS = {  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _AHEAD = 32  # images a worker may be ahead of the writer
 
 
@@ -118,18 +127,18 @@ def _record(data: bytes, mode: int, height: int, width: int) -> Record:
 
 
 def _open(data: bytes) -> Image.Image:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's on odd EXIF and large images, which are no errors
-            return Image.open(io.BytesIO(data))
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise Unreadable(_reason(error, data)) from None
-
-
-def _reason(error: Exception, data: bytes) -> str:
     if not data:
-        return "the file is empty"
-    return "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise Unreadable("the file is empty")
+    try:
+        return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise Unreadable("not an image") from None
+    except Exception as error:  # of any kind: Pillow's decoders meet bytes they were not written for
+        raise Unreadable(_reason(error)) from None
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 def _storable(data: bytes, image: Image.Image, settings: Settings) -> bool:
@@ -138,7 +147,7 @@ def _storable(data: bytes, image: Image.Image, settings: Settings) -> bool:
         return False
     if settings.max_side and max(image.size) > settings.max_side:
         return False
-    if not settings.ignore_exif and image.getexif().get(0x0112, 1) != 1:
+    if not settings.ignore_exif and _turn(image) is not None:
         return False
     source, (width, height) = np.frombuffer(data, np.uint8), image.size
     if jpeg_side_lengths(source) != (height, width):
@@ -151,13 +160,23 @@ def _storable(data: bytes, image: Image.Image, settings: Settings) -> bool:
 def _to_rgb(image: Image.Image, settings: Settings) -> Image.Image:
     """Return the image upright, in 8-bit RGB; alpha is dropped as by torchvision's loader."""
     try:
-        if not settings.ignore_exif:
-            image = ImageOps.exif_transpose(image)
+        image.load()
+        turn = None if settings.ignore_exif else _turn(image)
+        if turn is not None:
+            image = image.transpose(turn)
         if image.mode.startswith("I") or image.mode == "F":
             image = _sixteen_to_eight(image)
         return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise Unreadable(str(error)) from None
+    except Exception as error:  # of any kind, as in `_open`
+        raise Unreadable(_reason(error)) from None
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """Return what turns the image upright, as its EXIF orientation says; None where it is, or the EXIF is damaged."""
+    try:
+        return _TURNS.get(image.getexif().get(0x0112, 1))
+    except Exception:
+        return None
 
 
 def _sixteen_to_eight(image: Image.Image) -> Image.Image:
@@ -243,18 +262,29 @@ class BetonWriter:
 def _work(item: Item, index: int, settings: Settings) -> Record | str:
     """What a worker process does for one image: its record, or the reason it has none."""
     try:
-        return encode(item.read(), index, settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's on odd EXIF, palettes and large images, which are no errors
+            return encode(item.read(), index, settings)
     except Unreadable as error:
         return str(error)
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
 
 
-def _ignore_interrupt() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the workers
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers,
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_follow_parent, daemon=True).start()  # or, killed, takes them with it
 
 
-def _records(items: list[Item], settings: Settings, workers: int) -> Iterator[Record | str]:
+def _follow_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _records(items: list[Item], settings: Settings, workers: int) -> Generator[Record | str, None, None]:
     """Yield the items' records in order, from `workers` processes."""
     if workers == 1:
         yield from (_work(item, index, settings) for index, item in enumerate(items))
@@ -262,7 +292,7 @@ def _records(items: list[Item], settings: Settings, workers: int) -> Iterator[Re
     # Forked workers are ready at once, where no thread of ours could hold a lock; spawned ones take seconds to import.
     context = multiprocessing.get_context("fork" if threading.active_count() == 1 else "spawn")
     _work(items[0], 0, settings)  # compiled here, once, for all that are forked
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupt)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     try:
         under_way: deque[Future] = deque()
         for index, item in enumerate(items):
@@ -313,8 +343,9 @@ def prepare(
             f"{out}: cannot be written: {error.strerror or error}: free space or choose another place"
         ) from None
     finally:
-        temporary.unlink(missing_ok=True)
-        temporary.with_suffix(".json").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+            temporary.with_suffix(".json").unlink(missing_ok=True)
     return manifest
 
 
@@ -333,19 +364,19 @@ def _write(
     names: list[str] = []
     skipped: list[list[str]] = []
     try:
-        records = _records(images.items, settings, min(workers, len(images.items)))
-        for item, record in zip(progress(images.items, "images", quiet=quiet), records, strict=True):
-            if isinstance(record, Record):
-                try:
-                    writer.append(record, item.label)
-                    crcs.append(record.crc32)
-                    names.append(item.name)
-                    continue
-                except Unreadable as error:
-                    record = str(error)
-            skipped.append([item.name, record])
-            if len(skipped) > skip_bad:
-                raise _unreadable(source, skipped)
+        with contextlib.closing(_records(images.items, settings, min(workers, len(images.items)))) as records:
+            for item, record in zip(progress(images.items, "images", quiet=quiet), records, strict=True):
+                if isinstance(record, Record):
+                    try:
+                        writer.append(record, item.label)
+                        crcs.append(record.crc32)
+                        names.append(item.name)
+                        continue
+                    except Unreadable as error:
+                        record = str(error)
+                skipped.append([item.name, record])
+                if len(skipped) > skip_bad:
+                    raise _unreadable(source, skipped)
         if not names:
             raise InputError(f"{source}: none of its {len(skipped)} images can be read: check that they are images")
         header_crc32 = writer.close()
@@ -423,6 +454,7 @@ def _arguments() -> argparse.Namespace:
 
 @command
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaving nothing half written
     args = _arguments()
     if min(args.workers, args.limit, args.skip_bad) < 0:
         raise InputError("--workers, --limit and --skip-bad must not be negative: give 0 or more")

@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from pipeline import synthetic
@@ -21,6 +21,7 @@ from pipeline.errors import InputError
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
 SUBSETS = frozenset({"train", "val", "valid", "validation", "test", "extra", "unlabeled", "unlabelled"})
 _SYNTHETIC_SEED = 0
+_ZIP_HEADER = 30  # bytes before the name in a zip member's header
 
 
 @dataclass(frozen=True)
@@ -29,24 +30,42 @@ class Item:
 
     name: str
     """Its path inside the source."""
-    label: int
-    """-1 where there is none."""
     path: str
     """The file that holds it; empty for a drawn image."""
+    label: int = -1
+    """-1 where there is none."""
     offset: int = -1
-    """Bytes into `path`; -1 for a zip member or a whole file. The number of a drawn image."""
+    """Bytes into `path`, of a zip member's header; -1 for a whole file. The number of a drawn image."""
     size: int = 0
+    """Bytes, compressed."""
+    method: int = -1
+    """A zip member's compression; -1 outside a zip."""
+    crc32: int = 0
+    """A zip member's, uncompressed."""
 
     def read(self) -> bytes:
-        """Return the image file's bytes."""
+        """Return the image file's bytes. Raises OSError."""
         if not self.path:
             return synthetic.jpeg(_SYNTHETIC_SEED, self.offset)[0]
-        if self.offset >= 0:
-            with open(self.path, "rb") as file:
+        if self.offset < 0:
+            return Path(self.path).read_bytes()
+        with open(self.path, "rb") as file:
+            if self.method < 0:
                 return os.pread(file.fileno(), self.size, self.offset)
-        if self.path.endswith(".zip"):
-            return _open_zip(self.path).read(self.name)
-        return Path(self.path).read_bytes()
+            return self._unzip(file.fileno())
+
+    def _unzip(self, file: int) -> bytes:
+        # Not with zipfile: its place in the file would be shared with forked processes, its directory held by each.
+        header = os.pread(file, _ZIP_HEADER, self.offset)  # ends in the lengths of name and extra field
+        skip = len(header) + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        data = os.pread(file, self.size, self.offset + skip)
+        try:
+            data = zlib.decompress(data, -zlib.MAX_WBITS) if self.method == zipfile.ZIP_DEFLATED else data
+        except zlib.error as error:
+            raise OSError(f"damaged in the zip ({error})") from None
+        if zlib.crc32(data) != self.crc32:
+            raise OSError("damaged in the zip (CRC32 differs)")
+        return data
 
 
 @dataclass(frozen=True)
@@ -55,11 +74,6 @@ class Source:
 
     items: list[Item]
     classes: list[str]
-
-
-@lru_cache(maxsize=4)
-def _open_zip(path: str) -> zipfile.ZipFile:
-    return zipfile.ZipFile(path)
 
 
 def open_source(source: str, subset: str | None = None) -> Source:
@@ -90,72 +104,90 @@ def _drawn(source: str) -> Source:
         raise InputError(f"{source}: write synthetic:N, N images, or synthetic:FIRST:N, those from number FIRST on")
     first = int(numbers[0]) if len(numbers) == 2 else 0
     indices = range(first, first + int(numbers[-1]))
-    items = [Item(f"drawn/{i:08d}.jpg", i % len(synthetic.CLASSES), "", i) for i in indices]
+    items = [Item(f"drawn/{i:08d}.jpg", "", i % len(synthetic.CLASSES), i) for i in indices]
     return Source(items, list(synthetic.CLASSES))
 
 
-def _walk(root: Path) -> Iterator[tuple[str, str, int, int]]:
-    """Yield (name inside the source, file, offset, size) of each file."""
-    for folder, folders, files in os.walk(root, followlinks=True):
+def _walk(root: Path) -> Iterator[Item]:
+    for folder, folders, files in os.walk(root, onerror=_refuse, followlinks=True):
         folders.sort()
         for file in files:
             path = Path(folder) / file
-            yield path.relative_to(root).as_posix(), str(path), -1, 0
+            yield Item(path.relative_to(root).as_posix(), str(path))
 
 
-def _zip_members(path: Path) -> Iterator[tuple[str, str, int, int]]:
+def _refuse(error: OSError) -> None:
+    raise InputError(f"{error.filename}: cannot be listed ({error.strerror}): make the folder readable") from None
+
+
+def _zip_members(path: Path) -> Iterator[Item]:
     try:
-        members = _open_zip(str(path)).infolist()
+        with zipfile.ZipFile(path) as archive:
+            members = [member for member in archive.infolist() if not member.is_dir()]
     except (zipfile.BadZipFile, OSError) as error:
         raise InputError(f"{path}: not a whole zip file ({error}): fetch it again") from None
     for member in members:
-        if not member.is_dir():
-            yield member.filename, str(path), -1, member.file_size
+        method = member.compress_type
+        if member.flag_bits & 1 or method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise InputError(f"{path}: {member.filename} is encrypted or not deflated: unpack it and give the folder")
+        yield Item(
+            _plain(member.filename),
+            str(path),
+            offset=member.header_offset,
+            size=member.compress_size,
+            method=method,
+            crc32=member.CRC,
+        )
 
 
-def _tar_members(path: Path) -> Iterator[tuple[str, str, int, int]]:
+def _tar_members(path: Path) -> Iterator[Item]:
     """Yield the files of a tar; a tar inside it is a class folder, read in place (ILSVRC2012_img_train.tar)."""
     try:
         with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                if not member.isfile():
-                    continue
+            for member in _members(archive):
                 if not member.name.endswith(".tar"):
-                    yield member.name, str(path), member.offset_data, member.size
+                    yield Item(_plain(member.name), str(path), offset=member.offset_data, size=member.size)
                     continue
                 with tarfile.open(fileobj=archive.extractfile(member), mode="r:") as inner:
-                    folder = member.name.removesuffix(".tar")
-                    for image in inner:
-                        if image.isfile():
-                            yield (
-                                f"{folder}/{image.name}",
-                                str(path),
-                                member.offset_data + image.offset_data,
-                                image.size,
-                            )
+                    folder = _plain(member.name).removesuffix(".tar")
+                    for image in _members(inner):
+                        offset = member.offset_data + image.offset_data
+                        yield Item(f"{folder}/{_plain(image.name)}", str(path), offset=offset, size=image.size)
     except (tarfile.TarError, OSError) as error:
         raise InputError(
             f"{path}: not a whole, uncompressed tar file ({error}): fetch it again or decompress it"
         ) from None
 
 
-def _label(source: str, found: Iterable[tuple[str, str, int, int]], subset: str | None) -> Source:
-    files = [(name.removeprefix("./"), path, offset, size) for name, path, offset, size in found]
-    files = [file for file in files if PurePosixPath(file[0]).suffix.lower() in SUFFIXES and not _hidden(file[0])]
-    parents = {PurePosixPath(name).parent.parts for name, *_ in files}
+def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Yield the files of a tar. A damaged or missing header, which tarfile takes for the end of it, is an error."""
+    yield from (member for member in archive if member.isfile())
+    assert archive.fileobj is not None
+    archive.fileobj.seek(archive.offset)
+    if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"no member and no end at byte {archive.offset}")
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("./")
+
+
+def _label(source: str, found: Iterable[Item], subset: str | None) -> Source:
+    images = [item for item in found if PurePosixPath(item.name).suffix.lower() in SUFFIXES and not _hidden(item.name)]
+    parents = {PurePosixPath(item.name).parent.parts for item in images}
     root = _root(source, parents, subset)
-    files = sorted(file for file in files if PurePosixPath(file[0]).parts[: len(root)] == root)
-    if not files:
+    images = [item for item in images if PurePosixPath(item.name).parts[: len(root)] == root]
+    images.sort(key=lambda item: item.name)
+    if not images:
         where = f"{source}, folder {subset}" if subset else source
         raise InputError(
             f"{where}: no image in it: give a folder or archive with {', '.join(sorted(SUFFIXES)[:4])} ... files"
         )
-    folders = [PurePosixPath(name).parts[len(root) : -1] for name, *_ in files]
+    folders = [PurePosixPath(item.name).parts[len(root) : -1] for item in images]
     classes = sorted({folder[0] for folder in folders if folder})
     number = {name: label for label, name in enumerate(classes)}
     items = [
-        Item(name, number[folder[0]] if folder else -1, path, offset, size)
-        for (name, path, offset, size), folder in zip(files, folders, strict=True)
+        replace(item, label=number[folder[0]] if folder else -1) for item, folder in zip(images, folders, strict=True)
     ]
     return Source(items, classes)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
@@ -30,11 +31,12 @@ class Workers:
         return future
 
     def close(self, timeout: float = 5.0) -> None:
-        """End the threads after the calls submitted so far; waits for each at most `timeout` seconds."""
+        """End the threads after the calls submitted so far; waits at most `timeout` seconds, for all together."""
+        deadline = time.monotonic() + timeout
         for _ in self._threads:
             self._calls.put(None)
         for thread in self._threads:
-            thread.join(timeout)
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _run(self, state: Any) -> None:
         while (call := self._calls.get()) is not None:

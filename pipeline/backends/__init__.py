@@ -42,7 +42,8 @@ class Backend(Protocol):
     def receive(self, timeout: float) -> torch.Tensor:
         """Return the crops of the oldest batch under way: uint8 [V, B, S, S, 3], on the device.
 
-        Raises DamagedRecord, naming the sample, and LoaderStalled after `timeout` seconds.
+        Raises DamagedRecord, naming the sample, and LoaderStalled after `timeout` seconds; that batch then stays the
+        oldest.
         """
 
     def close(self) -> None:

@@ -9,9 +9,8 @@ FFCV's file format, compiler and C functions directly. A batch is cut into chunk
 from __future__ import annotations
 
 import os
-import time
 from collections import deque
-from concurrent.futures import Future, TimeoutError
+from concurrent.futures import Future, wait
 from typing import Any, NamedTuple
 
 import numba
@@ -182,16 +181,17 @@ class FfcvBackend:
             raise _damaged(self._beton, int(plan.ids[at]), fault)
 
     def receive(self, timeout: float) -> torch.Tensor:
-        plan, crops, slot, futures = self._pending.popleft()
-        deadline = time.monotonic() + timeout
+        plan, crops, slot, futures = self._pending[0]
+        under_way = wait(futures, timeout).not_done
         for future in futures:
-            try:
-                future.result(max(0.0, deadline - time.monotonic()))
-            except TimeoutError:
-                raise LoaderStalled(
-                    f"{self._beton.path}: no batch for {timeout:g} s (samples {plan.ids[0]} and following): check the "
-                    "disk or network the file is on, or allow more with --data.stall_timeout"
-                ) from None
+            if future not in under_way:
+                future.result()  # raises what the worker raised
+        if under_way:
+            raise LoaderStalled(
+                f"{self._beton.path}: no batch for {timeout:g} s (samples {plan.ids[0]} and following): check the disk "
+                "or network the file is on, or allow more with --data.stall_timeout"
+            )
+        self._pending.popleft()
         return crops if self._stream is None else self._copy(crops, slot)
 
     def _copy(self, crops: torch.Tensor, slot: int) -> torch.Tensor:

@@ -1,0 +1,83 @@
+"""Checkpoints: exact round trips, and damage that is found and named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import checkpoint
+from pipeline.errors import InputError
+
+
+def write(folder: Path, step: int, keep: int = 0) -> Path:
+    torch.manual_seed(step)
+    tensors = {
+        "model": {"w": torch.randn(3, 4), "n": torch.tensor(step), "half": torch.randn(5).bfloat16()},
+        "optimiser": {"w|momentum_buffer": torch.randn(3, 4).to(memory_format=torch.contiguous_format)},
+    }
+    return checkpoint.save(folder, step, tensors, {"loader": {"epoch": 1}, "note": "ü"}, keep)
+
+
+def test_round_trip_is_exact(tmp_path: Path) -> None:
+    path = write(tmp_path, 7)
+    tensors, state = checkpoint.load(path)
+    torch.manual_seed(7)
+    assert torch.equal(tensors["model"]["w"], torch.randn(3, 4))
+    assert tensors["model"]["half"].dtype == torch.bfloat16
+    assert (tensors["model"]["n"].item(), state["step"], state["loader"], state["note"]) == (7, 7, {"epoch": 1}, "ü")
+    assert set(tensors["optimiser"]) == {"w|momentum_buffer"}
+
+
+def test_newest_is_found_and_older_ones_are_removed(tmp_path: Path) -> None:
+    for step in (5, 90, 100, 1000):
+        write(tmp_path, step, keep=2)
+    assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_00000100", "step_00001000"]
+    assert (tmp_path / "latest").read_text() == "step_00001000"
+    assert checkpoint.newest(tmp_path) == (tmp_path / "step_00001000", [])
+    assert not list(tmp_path.glob(".*writing"))
+
+
+def test_none_where_there_is_none(tmp_path: Path) -> None:
+    assert checkpoint.newest(tmp_path / "nowhere") == (None, [])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimiser.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "delete", "junk"])
+def test_a_damaged_file_is_named_and_the_previous_checkpoint_taken(tmp_path: Path, name: str, damage: str) -> None:
+    good, bad = write(tmp_path, 1), write(tmp_path, 2)
+    path = bad / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    new = {"flip": bytes(data), "truncate": bytes(data[:-3]), "empty": b"", "junk": b"\x80\x04junk"}
+    if damage == "delete":
+        path.unlink()
+    else:
+        path.write_bytes(new[damage])
+    with pytest.raises(InputError, match="step_00000002"):
+        checkpoint.load(bad)
+    found, broken = checkpoint.newest(tmp_path)
+    assert found == good
+    assert len(broken) == 1
+    assert "step_00000002" in broken[0]
+
+
+def test_an_unfinished_checkpoint_is_no_checkpoint(tmp_path: Path) -> None:
+    good = write(tmp_path, 1)
+    (tmp_path / ".step_00000002.writing").mkdir()
+    assert checkpoint.newest(tmp_path)[0] == good
+    write(tmp_path, 2)
+    assert checkpoint.newest(tmp_path)[0] == tmp_path / "step_00000002"
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, 1) / "state.json"
+    state = json.loads(path.read_text())
+    state["format"] = 99
+    state.pop("sha256")
+    state["sha256"] = checkpoint._hash_of(state)
+    path.write_text(json.dumps(state))
+    with pytest.raises(InputError, match="format 99"):
+        checkpoint.load(path.parent)

@@ -1,0 +1,89 @@
+"""Settings: overrides, recipes, and refusals that name the key and the remedy."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+
+from engine.config import Settings, parse
+from pipeline.errors import InputError
+
+RECIPES = sorted((Path(__file__).parents[2] / "engine" / "recipes").glob("*.yaml"))
+
+
+def test_defaults_are_moco_v2_on_imagenet() -> None:
+    settings = parse([])
+    assert settings == Settings()
+    assert (settings.method.queue, settings.method.temperature, settings.method.momentum) == (65536, 0.2, 0.999)
+    assert (settings.optim.lr, settings.data.batch, settings.optim.epochs) == (0.03, 256, 200)
+
+
+def test_command_line_overrides_the_recipe_and_the_recipe_the_defaults(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("optim: {lr: 0.5, epochs: 7}\nmodel: {arch: resnet18}\n")
+    settings = parse(["--config", str(recipe), "--optim.lr", "0.06", "--method.symmetric", "true"])
+    assert (settings.optim.lr, settings.optim.epochs, settings.model.arch) == (0.06, 7, "resnet18")
+    assert settings.method.symmetric
+
+
+def test_written_settings_are_complete_and_read_back_equal(tmp_path: Path) -> None:
+    settings = parse(["--data.batch", "64", "--out", "somewhere", "--optim.lr", "1e-3"])
+    settings.write(tmp_path / "config.yaml")
+    assert parse(["--config", str(tmp_path / "config.yaml")]) == settings
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_valid(recipe: Path) -> None:
+    assert parse(["--config", str(recipe)]) != Settings()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "remedy"),
+    [
+        (["--data.bach", "3"], "data.bach", "did you mean data.batch"),
+        (["--lr", "3"], "lr", "did you mean optim.lr"),
+        (["--data.batch", "abc"], "data.batch 'abc'", "type int"),
+        (["--data.batch", "1"], "data.batch 1", "2 or more"),
+        (["--data.augmentation", "moco"], "data.augmentation 'moco'", "moco_v2"),
+        (["--data.backend", "lmdb"], "data.backend 'lmdb'", "ffcv"),
+        (["--method.queue", "0"], "method.queue 0", "above 0"),
+        (["--method.temperature", "-1"], "method.temperature -1", "above 0"),
+        (["--method.momentum", "1.5"], "method.momentum 1.5", "0 to 1"),
+        (["--optim.lr", "-1"], "optim.lr -1", "above 0"),
+        (["--optim.lr", ".inf"], "optim.lr", "finite"),
+        (["--optim.warmup_epochs", "300"], "optim.warmup_epochs 300", "below optim.epochs"),
+        (["--precision", "fp8"], "precision 'fp8'", "bf16"),
+        (["--seed", "-1"], "seed -1", "choose 0"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml", "recipe"),
+        (["words"], "words", "--help"),
+    ],
+)
+def test_a_wrong_setting_is_refused_with_key_and_remedy(arguments: list[str], key: str, remedy: str) -> None:
+    with pytest.raises(InputError) as refused:
+        parse(arguments)
+    assert key in str(refused.value)
+    assert remedy in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["data: {bach: 3}", "dta: {batch: 3}", "data: [", "a: !!python/object:os.system x", "- 1"])
+def test_a_wrong_recipe_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(InputError):
+        parse(["--config", str(tmp_path / "r.yaml")])
+
+
+def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    settings = Settings()
+    for section in fields(settings):
+        value = getattr(settings, section.name)
+        names = [f"{section.name}.{f.name}" for f in fields(value)] if is_dataclass(value) else [section.name]
+        for name in names:
+            after = text.split(f" --{name} ")[-1][:400]
+            assert "(type:" in after, name
+            assert len(after.split("(type:")[0]) > 10, f"{name} has no help"

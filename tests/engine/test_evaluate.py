@@ -1,0 +1,73 @@
+"""kNN against a loop, and features that leave the backbone as it was."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from engine.evaluate import Knn, RawPixels, features, knn_predict
+from methods.encoders import resnet
+from pipeline.beton import Beton
+from pipeline.errors import InputError
+from pipeline.prepare import prepare
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("k", "temperature", "chunk"), [(1, 0.1, 7), (5, 0.07, 100), (20, 1.0, 1), (500, 0.1, 16)])
+def test_prediction_equals_a_loop_over_neighbours(k: int, temperature: float, chunk: int) -> None:
+    generator = torch.Generator().manual_seed(k)
+    bank = F.normalize(torch.randn(120, 6, generator=generator), dim=1)
+    queries = F.normalize(torch.randn(33, 6, generator=generator), dim=1)
+    labels = torch.randint(0, 4, (120,), generator=generator)
+    found = knn_predict(queries, bank, labels, k=k, temperature=temperature, classes=4, chunk=chunk)
+    for query, predicted in zip(queries, found.tolist(), strict=True):
+        similarity = (bank @ query).tolist()
+        nearest = sorted(range(120), key=lambda i: -similarity[i])[:k]
+        votes = [0.0] * 4
+        for i in nearest:
+            votes[labels[i]] += math.exp(similarity[i] / temperature)
+        assert predicted == max(range(4), key=lambda c: votes[c])
+
+
+def test_features_are_of_norm_one_in_order_and_leave_the_mode(drawn: Path) -> None:
+    backbone = resnet("resnet18", stem="small", width=0.125).train()
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    ids = np.array([5, 1, 9, 3, 100])
+    found = features(backbone, Beton(drawn), indices=ids, size=32, batch=2, device=CPU)
+    one = features(backbone, Beton(drawn), indices=ids[3:4], size=32, batch=2, device=CPU)
+    assert torch.allclose(found[3], one[0], atol=1e-5)
+    assert torch.allclose(found.norm(dim=1), torch.ones(5), atol=1e-5)
+    assert backbone.training
+    assert all(torch.equal(before[name], value) for name, value in backbone.state_dict().items())
+
+
+def test_of_one_file_every_tenth_image_is_classified_by_the_others(drawn: Path) -> None:
+    knn = Knn(Beton(drawn), Beton(drawn), k=1, temperature=0.1, device=CPU, size=32, batch=64)
+    assert set(knn._test_ids.tolist()) == set(range(0, 200, 10))
+    assert not set(knn._bank_ids.tolist()) & set(knn._test_ids.tolist())
+    assert 0.0 <= knn.top1(RawPixels()) <= 1.0
+
+
+def test_raw_pixels_find_the_image_itself(drawn: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.beton"
+    prepare("synthetic:200", copy, workers=1, quiet=True)
+    knn = Knn(Beton(drawn), Beton(copy), k=1, temperature=0.1, device=CPU, size=32, batch=64)
+    assert knn.top1(RawPixels()) == 1.0
+
+
+def test_unlabelled_or_differently_labelled_images_are_refused(drawn: Path, tmp_path: Path) -> None:
+    for name, folder in (("flat", ""), ("other", "cats")):
+        place = tmp_path / name / folder
+        place.mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (40, 40), (i * 50, 0, 0)).save(place / f"{i}.jpg")
+        prepare(str(tmp_path / name), tmp_path / f"{name}.beton", workers=1, quiet=True)
+        with pytest.raises(InputError, match="prepare"):
+            Knn(Beton(drawn), Beton(tmp_path / f"{name}.beton"), k=1, temperature=0.1, device=CPU, size=32, batch=64)

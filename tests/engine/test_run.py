@@ -1,0 +1,169 @@
+"""Whole runs as a user starts them: images to beton to encoder, killed and resumed, in two processes, with bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from engine.monitor import WALL_CLOCK
+from pipeline import synthetic
+
+ROOT = Path(__file__).parents[2]
+RUN = ROOT / "engine" / "run.py"
+SMALL = [
+    *("--data.augmentation", "moco_v2_32", "--data.size", "16", "--data.batch", "40", "--data.eval_share", "1"),
+    *("--data.workers", "1", "--model.arch", "resnet18", "--model.stem", "small", "--model.width", "0.125"),
+    *("--model.dim", "16", "--method.queue", "70", "--method.momentum", "0.9", "--optim.lr", "0.05"),
+    *("--optim.by", "step", "--log_every", "1", "--tracker", "none", "--knn.k", "5", "--cpu", "true"),
+]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(*arguments: str, command: tuple[str, ...] = (sys.executable, str(RUN)), **env: str) -> Any:
+    environment = {**ENVIRONMENT, **env}
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=300)
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    """Return the metrics lines without what tells of time."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in WALL_CLOCK} for line in lines]
+
+
+def test_from_image_files_to_knn(tmp_path: Path) -> None:
+    for number in range(120):
+        pixels, label = synthetic.draw(0, number)
+        place = tmp_path / "images" / ("train" if number < 100 else "test") / synthetic.CLASSES[label]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(place / f"{number:04d}.jpg")
+    for subset in ("train", "test"):
+        arguments = [str(tmp_path / "images"), str(tmp_path / f"{subset}.beton"), "--subset", subset]
+        made = run(*arguments, command=(sys.executable, "-m", "pipeline.prepare"), PYTHONPATH=str(ROOT))
+        assert made.returncode == 0, made.stderr
+    out = tmp_path / "out"
+    betons = ["--data.train", str(tmp_path / "train.beton"), "--data.eval", str(tmp_path / "test.beton")]
+    launcher = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "1")
+    done = run(str(RUN), *betons, *SMALL, "--optim.epochs", "2", "--out", str(out), command=launcher)
+    assert done.returncode == 0, done.stderr
+    lines = metrics(out)
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert [line["epoch"] for line in lines if "knn_top1" in line] == [1, 2]
+    summary = json.loads((out / "summary.json").read_text())
+    assert 0 <= summary["knn_top1"] <= 1
+    assert (out / "checkpoints" / "latest").read_text() == "step_00000004"
+    again = run("--config", str(out / "config.yaml"), "--out", str(tmp_path / "again"))
+    assert again.returncode == 0, again.stderr
+    assert metrics(tmp_path / "again") == lines
+
+
+def test_killed_in_mid_epoch_and_resumed_equals_undisturbed(drawn: Path, tmp_path: Path) -> None:
+    arguments = ["--data.train", str(drawn), "--data.eval", str(drawn), *SMALL, "--optim.epochs", "3"]
+    arguments += ["--save_every", "2", "--log_every", "3"]
+    whole = run(*arguments, "--out", str(tmp_path / "whole"))
+    assert whole.returncode == 0, whole.stderr
+    out = tmp_path / "killed"
+    command = [sys.executable, str(RUN), *arguments, "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoints" / "step_00000006").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    reached = json.loads((out / "checkpoints" / (out / "checkpoints" / "latest").read_text() / "state.json").read_text())
+    assert reached["step"] < 15, "the run was over before it was killed"
+    assert not (out / "summary.json").exists()
+    resumed = run(*arguments, "--out", str(out), "--resume", "auto")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed from" in resumed.stderr
+    assert metrics(out) == metrics(tmp_path / "whole")
+    for name in ("model", "optimiser"):
+        ends = [load_file(p / "checkpoints" / "step_00000015" / f"{name}.safetensors") for p in (tmp_path / "whole", out)]
+        assert ends[0].keys() == ends[1].keys()
+        assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+
+
+@pytest.fixture(scope="module")
+def two_ranks(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of two CPU processes under Accelerate."""
+    out = tmp_path_factory.mktemp("two") / "out"
+    launcher = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2")
+    arguments = ["--data.train", str(drawn), "--data.eval", str(drawn), *SMALL, "--optim.epochs", "2", "--out", str(out)]
+    dump = {"MILLRACE_TEST_QUEUE": str(out.parent)}
+    done = run(
+        *("--main_process_port", "0", str(ROOT / "tests" / "engine" / "two_ranks.py")),
+        *(*arguments, "--precision", "no"),
+        command=launcher,
+        ACCELERATE_USE_CPU="true",
+        **dump,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+def test_two_processes_write_one_run_folder(two_ranks: Path) -> None:
+    lines = metrics(two_ranks)
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 11))
+    assert json.loads((two_ranks / "summary.json").read_text())["processes"] == 2
+    assert sorted(p.name for p in (two_ranks / "checkpoints").glob("step_*")) == ["step_00000005", "step_00000010"]
+
+
+def test_two_processes_hold_the_same_queue_and_parameters(two_ranks: Path) -> None:
+    first, second = (load_file(two_ranks.parent / f"rank{rank}.safetensors") for rank in (0, 1))
+    assert torch.equal(first["queue.keys"], second["queue.keys"])
+    parameters = [key for key in first if "running" not in key and "num_batches" not in key]
+    assert parameters
+    assert all(torch.equal(first[key], second[key]) for key in parameters)
+
+
+def test_an_existing_run_is_not_overwritten(two_ranks: Path, drawn: Path) -> None:
+    refused = run("--data.train", str(drawn), *SMALL, "--out", str(two_ranks))
+    assert refused.returncode == 2
+    assert "--resume auto" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--data.train", "nowhere.beton"], "nowhere.beton: no such file"),
+        ([], "data.train is not set"),
+        (["--data.train", "{truncated}"], "not a whole beton"),
+        (["--data.bach", "3"], "did you mean data.batch"),
+        (["--data.batch", "many"], "wrong type"),
+        (["--data.train", "{drawn}", "--data.batch", "400"], "a batch of 400 from 200 samples"),
+        (["--data.train", "{drawn}", "--method.queue", "0"], "method.queue 0"),
+        (["--data.train", "{drawn}", "--precision", "fp16"], "fp16"),
+        (["--data.train", "{drawn}", "--resume", "{empty}"], "not a checkpoint"),
+        (["--data.train", "{drawn}", "--accumulate", "30"], "accumulate 30"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_status_2(
+    drawn: Path, tmp_path: Path, arguments: list[str], says: str
+) -> None:
+    (tmp_path / "cut.beton").write_bytes(drawn.read_bytes()[:5000])
+    places = {"drawn": drawn, "truncated": tmp_path / "cut.beton", "empty": tmp_path}
+    refused = run(*SMALL, "--out", str(tmp_path / "out"), *(argument.format(**places) for argument in arguments))
+    lines = [line for line in refused.stderr.splitlines() if not line.startswith("warning:")]
+    assert refused.returncode == 2
+    assert len(lines) == 1, refused.stderr
+    assert lines[0].startswith("error: ")
+    assert says in lines[0]
+
+
+def test_a_queue_larger_than_the_data_set_is_a_warning(drawn: Path, tmp_path: Path) -> None:
+    options = ["--data.train", str(drawn), "--optim.epochs", "1", "--out", str(tmp_path / "out")]
+    done = run(*SMALL, *options, "--method.queue", "300")
+    assert done.returncode == 0
+    assert "warning: method.queue 300 is larger than the data set's 200 images" in done.stderr
