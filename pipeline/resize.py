@@ -133,7 +133,7 @@ def _sum_columns(taps: int) -> Callable[..., None]:
             out[to + _TWO] = c
             out[to + _THREE] = d
 
-    return numba.njit(**_JIT)(pass_)
+    return numba.njit(cache=True, **_JIT)(pass_)
 
 
 _columns2, _columns3, _columns4, _columns5, _columns6, _columns8, _columns12 = (_sum_columns(taps) for taps in _TAPS)
@@ -149,7 +149,7 @@ def _columns_any(row: Any, left: Any, count: Any, weights: Any, out: Any, size: 
             out[3 * pixel + channel] = total
 
 
-@numba.njit(**_JIT)
+@numba.njit(cache=True, **_JIT)
 def crop_resize(image: Any, width: int, box: Any, mirrored: bool, out: Any, buffers: Any) -> None:
     """Write the crop `box` of `image`, resized and mirrored where asked, to `out`.
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 
@@ -19,10 +21,13 @@ class Workers:
     def __init__(self, count: int, state: Callable[[], Any]) -> None:
         self._calls: SimpleQueue = SimpleQueue()
         self._threads = [
-            threading.Thread(target=self._run, args=(state(),), name=f"loader-{i}", daemon=True) for i in range(count)
+            threading.Thread(target=_run, args=(self._calls, state()), name=f"loader-{i}", daemon=True)
+            for i in range(count)
         ]
         for thread in self._threads:
             thread.start()
+        # Also when this is forgotten or the interpreter ends: a thread still in compiled code then would abort it.
+        self._close = weakref.finalize(self, _end, self._calls, self._threads)
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Future:
         """Have a worker call `function(its state, *args)`; the future holds the result or the exception."""
@@ -31,19 +36,31 @@ class Workers:
         return future
 
     def close(self, timeout: float = 5.0) -> None:
-        """End the threads after the calls submitted so far; waits at most `timeout` seconds, for all together."""
-        deadline = time.monotonic() + timeout
-        for _ in self._threads:
-            self._calls.put(None)
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+        """Cancel the calls that have not begun, and end the threads; those that hang are left behind after `timeout`."""
+        if self._close.detach():
+            _end(self._calls, self._threads, timeout)
 
-    def _run(self, state: Any) -> None:
-        while (call := self._calls.get()) is not None:
-            future, function, args = call
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(function(state, *args))
-            except BaseException as error:  # handed to whoever waits for the future
-                future.set_exception(error)
+
+def _run(calls: SimpleQueue, state: Any) -> None:
+    while (call := calls.get()) is not None:
+        future, function, args = call
+        if not future.set_running_or_notify_cancel():
+            continue
+        try:
+            future.set_result(function(state, *args))
+        except BaseException as error:  # handed to whoever waits for the future
+            future.set_exception(error)
+        del call, future, function, args  # while waiting for the next call, this one's buffers are not kept alive
+
+
+def _end(calls: SimpleQueue, threads: list[threading.Thread], timeout: float = 5.0) -> None:
+    with contextlib.suppress(Empty):
+        while True:
+            call = calls.get_nowait()
+            if call is not None:
+                call[0].cancel()
+    for _ in threads:
+        calls.put(None)
+    deadline = time.monotonic() + timeout
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))

@@ -206,9 +206,6 @@ class FfcvBackend:
         return views
 
     def close(self) -> None:
-        for *_, futures in self._pending:
-            for future in futures:
-                future.cancel()
         self._pending.clear()
         self._workers.close()
 

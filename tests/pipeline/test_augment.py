@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,15 @@ Floats = npt.NDArray[np.float64]
 _DRAWN, _NOISE = 24, 8  # images of either kind
 _N = _DRAWN + _NOISE
 _PLAIN = Statistics((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))  # leaves 0..255 as it is
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_torch_thread() -> Iterator[None]:
+    """Several spin for each other, and for a hundred times as long where other programs want the cores too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @functools.cache
@@ -75,6 +85,10 @@ _PIL: dict[str, Callable[[Image.Image, float], Image.Image]] = {
     "saturation": lambda image, factor: ImageEnhance.Color(image).enhance(factor),
     "hue": _pil_hue,
 }
+
+
+def _pil(name: str, image: Pixels, factor: float) -> Pixels:
+    return np.asarray(_PIL[name](Image.fromarray(image), float(factor)))
 
 
 def _pil_grey(image: Image.Image) -> Image.Image:
@@ -131,16 +145,16 @@ def _pil_chain(pixels: Pixels, colour: Colour, i: int) -> Pixels:
     ],
 )
 def test_colour_operations_are_pillow_s(name: str, low: float, high: float) -> None:
-    """Measured: brightness equal; the others differ by one level in 1 of 500 values (saturation) or fewer."""
+    """Measured: brightness, contrast and saturation equal; hue differs by one level in 1 of a million values."""
     images, rng = _images(), np.random.default_rng(len(name))
     for _ in range(2):
         factors = rng.uniform(low, high, _N).astype(np.float32)
         factors[0], factors[1] = low, high
         got = _pixels(getattr(operations, name)(_planes(images), torch.from_numpy(factors)))
-        want = np.stack([_PIL[name](Image.fromarray(i), float(f)) for i, f in zip(images, factors, strict=True)])
+        want = np.stack([_pil(name, image, factor) for image, factor in zip(images, factors, strict=True)])
         gap = np.abs(got - want)
         assert gap.max() <= 1
-        assert gap.mean() < 0.01
+        assert gap.mean() < 1e-4
 
 
 def test_hue_of_every_colour_of_a_coarse_cube_is_pillow_s() -> None:
@@ -161,7 +175,7 @@ def test_a_factor_of_one_or_no_shift_changes_little() -> None:
 
 
 def test_greyscale_is_pillow_s() -> None:
-    want = np.stack([_pil_grey(Image.fromarray(image)) for image in _images()])
+    want = np.stack([np.asarray(_pil_grey(Image.fromarray(image))) for image in _images()])
     assert np.array_equal(_pixels(operations.greyscale(_planes(_images()))), want)
 
 
@@ -191,10 +205,9 @@ def test_blur_is_a_direct_convolution_rounded(size: int) -> None:
 def test_blur_looks_like_pillow_s_on_drawn_images() -> None:
     sigma = np.random.default_rng(1).uniform(0.1, 2.0, _N).astype(np.float32)
     got = _pixels(gaussian_blur(_planes(_images()), torch.from_numpy(sigma)))
-    want = np.stack(
-        [Image.fromarray(i).filter(ImageFilter.GaussianBlur(float(s))) for i, s in zip(_images(), sigma, strict=True)]
-    )
-    assert np.abs(got - want)[:_DRAWN].mean() < 1.0
+    for image, blurred, s in zip(_images()[:_DRAWN], got, sigma, strict=False):
+        want = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(float(s))))
+        assert np.abs(blurred - want).mean() < 2.5
 
 
 # ---- whole chains ----
@@ -217,7 +230,7 @@ def test_whole_chains_are_pillow_s(name: str, grey_first: bool) -> None:
 def test_operations_follow_each_sample_s_order(order: list[int]) -> None:
     """With factors so strong that another order gives another image."""
     factors = {"brightness": 1.8, "contrast": 0.3, "saturation": 1.7, "hue": 0.3}
-    strong = {key: np.full(_N, value, np.float32) for key, value in factors.items()}
+    strong: dict[str, Any] = {key: np.full(_N, value, np.float32) for key, value in factors.items()}
     orders = np.tile(np.arange(4), (_N, 1))
     orders[::2] = order
     colour = _colour(jitter=np.ones(_N, bool), order=orders, **strong)
@@ -253,7 +266,7 @@ _PART = np.arange(_N) % 3 == 1
 @pytest.mark.parametrize("chosen", ["jitter", "grey", "blur", "solarise"])
 def test_samples_that_are_not_chosen_are_untouched(chosen: str) -> None:
     half = np.full(_N, 0.5, np.float32)
-    factors = {"brightness": half, "contrast": half, "saturation": half, "hue": half, "sigma": 4 * half}
+    factors: dict[str, Any] = {"brightness": half, "contrast": half, "saturation": half, "hue": half, "sigma": 4 * half}
     got = _augmented(_images(), _colour(**factors, **{chosen: _PART}))
     changed = (got != _images()).any(axis=(1, 2, 3))
     assert changed.tolist() == _PART.tolist()
@@ -265,12 +278,8 @@ def test_parameters_are_each_sample_s_own() -> None:
     images, colour = _images(32), _drawn_colour(view)
     together = _augmented(images, colour)
     for i in range(_N):
-        alone = Colour(
-            **{
-                name: value if isinstance(value, bool) else value[i : i + 1]
-                for name, value in vars(colour).items()  # one row of each array
-            }
-        )
+        rows = {name: value[i : i + 1] for name, value in vars(colour).items() if name != "grey_first"}
+        alone = Colour(**rows)
         gap = np.abs(together[i] - _augmented(images[i : i + 1], alone)[0])
         assert gap.mean() <= (0.01 if colour.blur[i] else 0)
 

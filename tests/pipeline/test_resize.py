@@ -76,7 +76,7 @@ def test_random_boxes_are_pillow_s_to_one_level(name: str, size: int) -> None:
 
 @pytest.mark.parametrize("side", range(1, 17))
 def test_every_number_of_taps_is_pillow_s_to_one_level(side: int) -> None:
-    """Ratios of 1 to 16 in steps of a half, along either axis: 1 to 33 taps, so each unrolled pass and the general one."""
+    """Ratios of 1 to 16 in steps of a half, along either axis: 1 to 33 taps, so every pass there is."""
     size = 24
     image = _noise()
     for length in (side * size, side * size + size // 2):

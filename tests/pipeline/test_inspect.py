@@ -1,0 +1,206 @@
+"""Tests of inspecting: the description, verification that finds exactly the damaged records, and the preview."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.beton import Beton, manifest_path
+from pipeline.inspect import describe, main, preview, verify
+from pipeline.libffcv import JPEG, RAW
+from pipeline.prepare import Settings, prepare
+from pipeline.views import AUGMENTATIONS
+from tests.pipeline.conftest import pack, picture, run_command, saved
+
+DAMAGED = (3, 77, 199)
+
+
+def _flip(path: Path, index: int) -> None:
+    """Change a byte in the middle of a record."""
+    beton = Beton(path)
+    at = int(beton.pointers[index]) + int(beton.sizes[index]) // 2
+    with open(path, "r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 0x10]))
+
+
+@pytest.fixture
+def damaged(drawn: Path, tmp_path: Path) -> Path:
+    """A copy of `drawn` with a byte changed in three records."""
+    path = tmp_path / "damaged.beton"
+    shutil.copy(drawn, path)
+    shutil.copy(manifest_path(drawn), manifest_path(path))
+    for index in DAMAGED:
+        _flip(path, index)
+    return path
+
+
+def test_the_description_has_count_sizes_classes_and_settings(small: Path) -> None:
+    beton, text = Beton(small), describe(Beton(small))
+    assert text.startswith(f"{small}: 8 images, ")
+    assert f"{(beton.modes == JPEG).sum()} JPEG, {(beton.modes == RAW).sum()} raw; bytes {beton.sizes.min()} to" in text
+    assert "height 16 to 30 (median 23), width 20 to 41 (median 30)" in text
+    assert "2 classes of 4 to 4 images: a, b" in text
+    assert "mode proportion" in text
+    assert "pillow " in text
+
+
+def test_the_description_without_a_manifest_counts_labels(bare: Path) -> None:
+    text = describe(Beton(bare))
+    assert "2 classes of 4 to 4 images: 0, 1" in text
+    assert "manifest   none" in text
+
+
+def test_the_description_shows_a_few_of_many_classes(drawn: Path) -> None:
+    assert "10 classes of 20 to 20 images: stripes, checker, dots, rings, crosses, zigzag, ..." in describe(
+        Beton(drawn)
+    )
+
+
+def test_the_description_of_unlabelled_images_says_so(tmp_path: Path) -> None:
+    prepare(str(pack("tar", {"1.jpg": saved(picture())}, tmp_path)), tmp_path / "x.beton", workers=1, quiet=True)
+    assert "labels     none" in describe(Beton(tmp_path / "x.beton"))
+
+
+def test_the_description_counts_classes_without_images(tmp_path: Path) -> None:
+    prepare("synthetic:4", tmp_path / "x.beton", workers=1, quiet=True)
+    assert "10 classes of 0 to 1 images" in describe(Beton(tmp_path / "x.beton"))
+
+
+def test_the_description_lists_what_was_left_out_even_of_names_that_are_no_text(tmp_path: Path) -> None:
+    name = b"caf\xe9.jpg".decode("utf-8", "surrogateescape")
+    source = pack("folder", {name: b"", "whole.jpg": saved(picture())}, tmp_path)
+    prepare(str(source), tmp_path / "x.beton", skip_bad=1, workers=1, quiet=True)
+    assert "left out   caf\\udce9.jpg: the file is empty" in describe(Beton(tmp_path / "x.beton"))
+
+
+@pytest.mark.parametrize("label", [2**62, -(2**62)])
+def test_the_description_of_forged_labels_takes_no_memory_for_them(label: int, bare: Path) -> None:
+    beton = Beton(bare)
+    beton.labels[0] = label
+    assert "labels     " in describe(beton)
+
+
+def test_verification_finds_exactly_the_changed_records(damaged: Path) -> None:
+    bad = verify(Beton(damaged), quiet=True)
+    assert [index for index, _ in bad] == list(DAMAGED)
+    assert all("CRC32 differs" in fault for _, fault in bad)
+
+
+def test_verification_of_a_whole_file_finds_nothing(drawn: Path, small: Path) -> None:
+    assert verify(Beton(drawn), quiet=True) == verify(Beton(small), quiet=True) == []
+
+
+def test_verification_finds_raw_records_that_changed(small: Path) -> None:
+    index = Beton(small).modes.tolist().index(RAW)
+    _flip(small, index)
+    assert [found for found, _ in verify(Beton(small), quiet=True)] == [index]
+
+
+def test_verification_without_a_manifest_finds_a_jpeg_of_other_dimensions(bare: Path) -> None:
+    beton = Beton(bare)
+    index = beton.modes.tolist().index(JPEG)
+    data = bytearray(bare.read_bytes())
+    at = data.index(b"\xff\xc0", int(beton.pointers[index])) + 5  # the frame header's height
+    assert int.from_bytes(data[at : at + 2], "big") == beton.heights[index]
+    data[at : at + 2] = (int(beton.heights[index]) + 8).to_bytes(2, "big")
+    bare.write_bytes(data)
+    assert verify(Beton(bare), quiet=True) == [(index, "its JPEG does not decode to the stored height and width")]
+
+
+def test_verification_without_a_manifest_finds_a_record_that_is_no_jpeg(bare: Path) -> None:
+    beton = Beton(bare)
+    index = beton.modes.tolist().index(JPEG)
+    data = bytearray(bare.read_bytes())
+    start, size = int(beton.pointers[index]), int(beton.sizes[index])
+    data[start : start + size] = bytes(size)
+    bare.write_bytes(data)
+    assert [found for found, _ in verify(Beton(bare), quiet=True)] == [index]
+
+
+def test_the_command_lists_damaged_records_and_exits_with_1(
+    damaged: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(main, monkeypatch, damaged, "--verify") == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("bad:", "verified:"))]
+    assert len(lines) == 4
+    for line, index in zip(lines, DAMAGED, strict=False):
+        assert line.startswith(f"bad: sample {index} (drawn/{index:08d}.jpg): its bytes are not those")
+    assert lines[-1] == "verified: 197 of 200 records are whole"
+
+
+def test_the_command_exits_with_0_for_a_whole_file(
+    drawn: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(main, monkeypatch, drawn, "--verify") == 0
+    assert "verified: 200 of 200 records are whole" in capsys.readouterr().out
+
+
+def test_the_command_draws_a_preview(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    png = tmp_path / "views.png"
+    assert run_command(main, monkeypatch, small, "--preview", png, "--size", 32, "--count", 4) == 0
+    assert f"preview: {png} (each original beside its 2 views)" in capsys.readouterr().out
+    picture = Image.open(png)
+    assert picture.format == "PNG"
+    cell = 3 * 32 + 6  # small views are shown three times as large
+    assert 2 * 3 * cell <= picture.width <= 2 * 3 * cell + 40
+    assert 2 * cell <= picture.height <= 2 * cell + 20
+    assert np.asarray(picture).std() > 20
+
+
+def test_a_preview_is_the_same_for_the_same_seed_and_another_for_another(small: Path) -> None:
+    beton, views = Beton(small), AUGMENTATIONS["moco_v2"]
+    first, again, other = (np.asarray(preview(beton, views, size=16, count=3, seed=seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+def test_a_preview_shows_the_originals_as_they_are(tmp_path: Path) -> None:
+    image = picture(96, 96)
+    source = pack("folder", {"1.bmp": saved(image, "bmp")}, tmp_path)
+    prepare(str(source), tmp_path / "x.beton", Settings(mode="raw"), workers=1, quiet=True)
+    shown = preview(Beton(tmp_path / "x.beton"), AUGMENTATIONS["moco_v2"], size=96, count=12)
+    np.testing.assert_array_equal(np.asarray(shown)[6:102, 6:102], np.asarray(image))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["{}/none.beton"], "no such file: write it with"),
+        (["{}/small.beton", "--preview", "{}/none/x.png"], "cannot be written"),
+        (["{}/small.beton", "--preview", "{}/x.nothing", "--size", "16"], "give a .png file"),
+        (["{}/small.beton", "--size", "4"], "--size is 8 to 1024"),
+        (["{}/small.beton", "--count", "0"], "--count 1 to 1000"),
+        (["{}/small.beton", "--seed", "-1"], "--seed and --epoch 0 or more"),
+    ],
+)
+@pytest.mark.usefixtures("small")
+def test_the_command_refuses_bad_input_with_one_line_and_status_2(
+    arguments: list[str],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run_command(main, monkeypatch, *(argument.replace("{}", str(tmp_path)) for argument in arguments)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert says in line
+
+
+def test_the_command_refuses_a_manifest_of_wrong_types(
+    small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = json.loads(manifest_path(small).read_text())
+    manifest_path(small).write_text(json.dumps(manifest | {"settings": None}))
+    assert run_command(main, monkeypatch, small) == 2
+    assert "settings and versions must be objects" in capsys.readouterr().err

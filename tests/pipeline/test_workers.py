@@ -1,0 +1,128 @@
+"""Tests of the pool of worker threads."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+
+import pytest
+
+from pipeline.workers import Workers
+
+
+class _Interruption(BaseException):
+    """Not an Exception."""
+
+
+@pytest.fixture
+def workers() -> Iterator[Workers]:
+    """Three threads whose states are 0, 1 and 2."""
+    numbers = itertools.count()
+    pool = Workers(3, lambda: next(numbers))
+    yield pool
+    pool.close()
+
+
+def test_results_come_through_futures(workers: Workers) -> None:
+    futures = [workers.submit(lambda state, a, b: (state, a + b), i, 100) for i in range(50)]
+    results = [future.result(5) for future in futures]
+    assert [total for _, total in results] == [i + 100 for i in range(50)]
+    assert {state for state, _ in results} <= {0, 1, 2}
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyError, MemoryError, TimeoutError, SystemExit, _Interruption])
+def test_exceptions_come_through_futures_and_the_thread_goes_on(error: type[BaseException]) -> None:
+    raised = error("as it was raised")
+
+    def fail(state: None) -> None:
+        raise raised
+
+    pool = Workers(1, lambda: None)
+    assert pool.submit(fail).exception(5) is raised
+    assert pool.submit(lambda state: "next").result(5) == "next"
+    pool.close()
+
+
+def test_each_thread_passes_a_state_of_its_own(workers: Workers) -> None:
+    """All three are held at once, so that each must be in a thread of its own."""
+    barrier = threading.Barrier(3)
+
+    def meet(state: int) -> tuple[int, int]:
+        barrier.wait(5)
+        return state, threading.get_ident()
+
+    rounds = [[workers.submit(meet).result for _ in range(3)] for _ in range(4)]
+    found = {result(5) for results in rounds for result in results}
+    assert len(found) == len({state for state, _ in found}) == len({thread for _, thread in found}) == 3
+
+
+def test_calls_of_one_thread_run_in_the_order_of_submission() -> None:
+    done: list[int] = []
+    pool = Workers(1, lambda: done)
+    futures = [pool.submit(lambda state, n: state.append(n), number) for number in range(100)]
+    futures[-1].result(timeout=5)
+    pool.close()
+    assert done == list(range(100))
+
+
+def test_a_cancelled_call_does_not_run() -> None:
+    hold, ran = threading.Event(), threading.Event()
+    pool = Workers(1, lambda: None)
+    pool.submit(lambda state: hold.wait(5))
+    cancelled = pool.submit(lambda state: ran.set())
+    assert cancelled.cancel()
+    hold.set()
+    assert pool.submit(lambda state: 7).result(5) == 7
+    assert not ran.is_set()
+    pool.close()
+
+
+def test_close_ends_the_threads_after_the_calls_submitted() -> None:
+    before = threading.active_count()
+    pool = Workers(4, lambda: None)
+    assert threading.active_count() == before + 4
+    futures = [pool.submit(lambda state: time.sleep(0.002)) for _ in range(20)]
+    pool.close()
+    assert threading.active_count() == before
+    assert all(future.done() for future in futures)
+    pool.close()
+
+
+def test_close_waits_for_hanging_threads_no_longer_than_its_timeout() -> None:
+    go_on, begun = threading.Event(), threading.Barrier(5)
+    pool = Workers(4, lambda: None)
+    for _ in range(4):
+        pool.submit(lambda state: (begun.wait(5), go_on.wait(20)))
+    begun.wait(5)
+    start = time.monotonic()
+    pool.close(timeout=0.2)
+    assert 0.15 < time.monotonic() - start < 0.7
+    go_on.set()
+    pool.close()
+
+
+def test_threads_do_not_keep_the_process_from_ending(workers: Workers) -> None:
+    assert all(thread.daemon for thread in workers._threads)
+
+
+def test_a_closed_pool_s_buffers_are_given_back() -> None:
+    class Buffer:
+        pass
+
+    buffers: list[weakref.ref[Buffer]] = []
+
+    def state() -> Buffer:
+        buffer = Buffer()
+        buffers.append(weakref.ref(buffer))
+        return buffer
+
+    pool = Workers(2, state)
+    pool.submit(lambda state: None).result(5)
+    pool.close()
+    del pool
+    gc.collect()
+    assert [buffer() for buffer in buffers] == [None, None]
