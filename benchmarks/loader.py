@@ -124,7 +124,12 @@ def main() -> None:
     if args.batch > len(beton):
         raise InputError(f"--batch {args.batch}: {args.data} holds {len(beton)} images: give at most as many")
     settings = {"size": args.size, "batch": args.batch, "threads": args.threads, "runs": args.runs}
-    result = {"machine": machine.describe(), "data": Path(args.data).name, "settings": settings, **measure(beton, **settings)}
+    result = {
+        "machine": machine.describe(),
+        "data": Path(args.data).name,
+        "settings": settings,
+        **measure(beton, **settings),
+    }
     about = result["machine"]
     print(f"{about['processor']}, {about['cores']} cores, load {about['load']}, {about['date']}")
     print(", ".join(f"{name} {number}" for name, number in about["versions"].items()))

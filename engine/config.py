@@ -219,7 +219,7 @@ class Settings:
     """Train on the CPU even where there is a GPU."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.seed < 2**63, "seed", self.seed, "choose 0 to 2**63 - 1")
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "choose 0 to 4294967295")
         _require(bool(self.out), "out", self.out, "name a folder")
         _require(self.accumulate >= 1, "accumulate", self.accumulate, "choose 1 or more")
         _require(self.log_every >= 1, "log_every", self.log_every, "choose 1 or more steps")

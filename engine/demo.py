@@ -139,7 +139,7 @@ def _launch(config: Path) -> None:
         raise InputError(f"training failed (see the lines above): its settings are in {config}")
 
 
-def _table(rows: dict[str, float], summary: dict[str, Any], files: dict[str, Path]) -> Table:
+def _table(rows: dict[str, float], summary: dict[str, Any]) -> Table:
     table = Table(title="Millrace demo", show_header=False)
     for name, top1 in rows.items():
         table.add_row(f"kNN top-1, {name}", f"{top1:.1%}")
@@ -152,8 +152,6 @@ def _table(rows: dict[str, float], summary: dict[str, Any], files: dict[str, Pat
     )
     table.add_row("pairs/s", f"{summary['pairs_per_second']:.0f}")
     table.add_row("data-wait", f"{summary['data_wait_fraction']:.1%}")
-    for name, path in files.items():
-        table.add_row(name, str(path))
     return table
 
 
@@ -189,7 +187,9 @@ def main() -> None:
     if "knn_top1" in summary:
         rows |= {"trained encoder": summary["knn_top1"]}
     files = {"run folder": run, "preview": picture, "curve": out / "curve.png"}
-    Console(width=max(100, Console().width)).print(_table(rows, summary, files))
+    Console().print(_table(rows, summary))
+    for name, path in files.items():
+        print(f"{name:11s} {path}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import json
 import os
 import zlib
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +149,9 @@ class Beton:
         """Return where sample `index` came from, or its number."""
         return printable(self.manifest.names[index]) if self.manifest else f"number {index}"
 
+    @cached_property
     def fingerprint(self) -> str:
-        """Return a hash of everything before the records, sizes and pointers included: tells two betons apart."""
+        """A hash of header, metadata and allocation table, sizes and pointers included: tells two betons apart."""
         return f"{self._header_crc32():08x}-{self.file_size}-{len(self)}"
 
     def _broken(self, what: str) -> InputError:

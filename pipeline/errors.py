@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 
@@ -20,18 +21,29 @@ class LoaderStalled(RuntimeError):
 
 
 def command(main: Callable[[], int | None]) -> Callable[[], None]:
-    """Make `main` a command: an `InputError` ends it with one line on stderr and exit status 2, Ctrl-C with 130."""
+    """Make `main` a command, whose failures are one line on stderr.
+
+    Exit status 2 for an `InputError`, 1 for a loss that is not finite or a loader that stalled, 130 for Ctrl-C.
+    """
 
     @functools.wraps(main)
     def run() -> None:
         try:
             status = main() or 0
         except InputError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            status = 2
+            status = _report(error, 2)
+        except (FloatingPointError, LoaderStalled) as error:
+            status = _report(error, 1)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             status = 130
         sys.exit(status)
 
     return run
+
+
+def _report(error: Exception, status: int) -> int:
+    rank = os.environ.get("RANK", "0")
+    who = "error" if rank == "0" else f"error in process {rank}"
+    print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr)
+    return status

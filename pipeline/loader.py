@@ -112,7 +112,7 @@ class Loader:
             "seed": self.seed,
             "batch": self.batch,
             "samples": len(self.beton),
-            "fingerprint": self.beton.fingerprint(),
+            "fingerprint": self.beton.fingerprint,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ class Workers:
         return future
 
     def close(self, timeout: float = 5.0) -> None:
-        """Cancel the calls that have not begun, and end the threads; those that hang are left behind after `timeout`."""
+        """Cancel the calls that have not begun and end the threads, but for those that hang for `timeout` seconds."""
         if self._close.detach():
             _end(self._calls, self._threads, timeout)
 

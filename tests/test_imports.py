@@ -39,10 +39,8 @@ def _imported(source: str, package: str) -> set[str]:
             above = package.split(".")[: 1 - node.level or None] if node.level else []
             names.add(".".join([*above, node.module or ""]).split(".")[0])
         elif isinstance(node, ast.Call) and "import" in ast.unparse(node.func):
-            texts = (
-                part.value for argument in node.args for part in ast.walk(argument) if isinstance(part, ast.Constant)
-            )
-            names |= {text.split(".")[0] for text in texts if isinstance(text, str)}
+            parts = [part for argument in node.args for part in ast.walk(argument) if isinstance(part, ast.Constant)]
+            names |= {part.value.split(".")[0] for part in parts if isinstance(part.value, str)}
     return names
 
 

@@ -1,4 +1,4 @@
-"""Whole runs as a user starts them: images to beton to encoder, killed and resumed, in two processes, with bad input."""
+"""Whole runs as a user starts them: images to encoder, killed and resumed, in two processes, with bad input."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from pipeline import synthetic
 
 ROOT = Path(__file__).parents[2]
 RUN = ROOT / "engine" / "run.py"
+LAUNCHER = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch")
 SMALL = [
     *("--data.augmentation", "moco_v2_32", "--data.size", "16", "--data.batch", "40", "--data.eval_share", "1"),
     *("--data.workers", "1", "--model.arch", "resnet18", "--model.stem", "small", "--model.width", "0.125"),
@@ -55,8 +56,8 @@ def test_from_image_files_to_knn(tmp_path: Path) -> None:
         assert made.returncode == 0, made.stderr
     out = tmp_path / "out"
     betons = ["--data.train", str(tmp_path / "train.beton"), "--data.eval", str(tmp_path / "test.beton")]
-    launcher = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "1")
-    done = run(str(RUN), *betons, *SMALL, "--optim.epochs", "2", "--out", str(out), command=launcher)
+    one = ("--cpu", "--num_processes", "1")
+    done = run(*one, str(RUN), *betons, *SMALL, "--optim.epochs", "2", "--out", str(out), command=LAUNCHER)
     assert done.returncode == 0, done.stderr
     lines = metrics(out)
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
@@ -82,7 +83,9 @@ def test_killed_in_mid_epoch_and_resumed_equals_undisturbed(drawn: Path, tmp_pat
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    reached = json.loads((out / "checkpoints" / (out / "checkpoints" / "latest").read_text() / "state.json").read_text())
+    reached = json.loads(
+        (out / "checkpoints" / (out / "checkpoints" / "latest").read_text() / "state.json").read_text()
+    )
     assert reached["step"] < 15, "the run was over before it was killed"
     assert not (out / "summary.json").exists()
     resumed = run(*arguments, "--out", str(out), "--resume", "auto")
@@ -90,7 +93,9 @@ def test_killed_in_mid_epoch_and_resumed_equals_undisturbed(drawn: Path, tmp_pat
     assert "resumed from" in resumed.stderr
     assert metrics(out) == metrics(tmp_path / "whole")
     for name in ("model", "optimiser"):
-        ends = [load_file(p / "checkpoints" / "step_00000015" / f"{name}.safetensors") for p in (tmp_path / "whole", out)]
+        ends = [
+            load_file(p / "checkpoints" / "step_00000015" / f"{name}.safetensors") for p in (tmp_path / "whole", out)
+        ]
         assert ends[0].keys() == ends[1].keys()
         assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
 
@@ -99,8 +104,26 @@ def test_killed_in_mid_epoch_and_resumed_equals_undisturbed(drawn: Path, tmp_pat
 def two_ranks(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of two CPU processes under Accelerate."""
     out = tmp_path_factory.mktemp("two") / "out"
-    launcher = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2")
-    arguments = ["--data.train", str(drawn), "--data.eval", str(drawn), *SMALL, "--optim.epochs", "2", "--out", str(out)]
+    launcher = (
+        sys.executable,
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+    )
+    arguments = [
+        "--data.train",
+        str(drawn),
+        "--data.eval",
+        str(drawn),
+        *SMALL,
+        "--optim.epochs",
+        "2",
+        "--out",
+        str(out),
+    ]
     dump = {"MILLRACE_TEST_QUEUE": str(out.parent)}
     done = run(
         *("--main_process_port", "0", str(ROOT / "tests" / "engine" / "two_ranks.py")),
@@ -149,9 +172,7 @@ def test_an_existing_run_is_not_overwritten(two_ranks: Path, drawn: Path) -> Non
         (["--data.train", "{drawn}", "--accumulate", "30"], "accumulate 30"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_status_2(
-    drawn: Path, tmp_path: Path, arguments: list[str], says: str
-) -> None:
+def test_bad_input_is_one_line_and_exit_status_2(drawn: Path, tmp_path: Path, arguments: list[str], says: str) -> None:
     (tmp_path / "cut.beton").write_bytes(drawn.read_bytes()[:5000])
     places = {"drawn": drawn, "truncated": tmp_path / "cut.beton", "empty": tmp_path}
     refused = run(*SMALL, "--out", str(tmp_path / "out"), *(argument.format(**places) for argument in arguments))

@@ -105,10 +105,10 @@ def test_a_beton_without_its_manifest_opens_with_numbers_for_names(bare: Path) -
 
 
 def test_a_fingerprint_is_the_files_own_and_tells_others_apart(small: Path, bare: Path, tmp_path: Path) -> None:
-    first = Beton(bare).fingerprint()
-    assert Beton(bare).fingerprint() == first
+    first = Beton(bare).fingerprint
+    assert Beton(bare).fingerprint == first
     _row(bare, 0, label=5)
-    assert Beton(bare).fingerprint() != first
+    assert Beton(bare).fingerprint != first
 
 
 # No beton

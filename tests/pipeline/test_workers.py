@@ -81,15 +81,25 @@ def test_a_cancelled_call_does_not_run() -> None:
     pool.close()
 
 
-def test_close_ends_the_threads_after_the_calls_submitted() -> None:
+def test_close_ends_the_threads() -> None:
     before = threading.active_count()
     pool = Workers(4, lambda: None)
     assert threading.active_count() == before + 4
-    futures = [pool.submit(lambda state: time.sleep(0.002)) for _ in range(20)]
     pool.close()
     assert threading.active_count() == before
-    assert all(future.done() for future in futures)
     pool.close()
+
+
+def test_close_lets_calls_end_that_have_begun_and_cancels_the_others() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    pool = Workers(1, lambda: None)
+    running = pool.submit(lambda state: (begun.set(), go_on.wait(5)))
+    waiting = [pool.submit(lambda state: None) for _ in range(20)]
+    begun.wait(5)
+    threading.Timer(0.05, go_on.set).start()
+    pool.close()
+    assert running.result(0) == (None, True)
+    assert all(future.cancelled() for future in waiting)
 
 
 def test_close_waits_for_hanging_threads_no_longer_than_its_timeout() -> None:
@@ -102,7 +112,17 @@ def test_close_waits_for_hanging_threads_no_longer_than_its_timeout() -> None:
     pool.close(timeout=0.2)
     assert 0.15 < time.monotonic() - start < 0.7
     go_on.set()
-    pool.close()
+    for thread in pool._threads:
+        thread.join(5)
+
+
+def test_a_pool_that_is_forgotten_ends_its_threads() -> None:
+    before = threading.active_count()
+    pool = Workers(2, lambda: None)
+    pool.submit(lambda state: None).result(5)
+    del pool
+    gc.collect()
+    assert threading.active_count() == before
 
 
 def test_threads_do_not_keep_the_process_from_ending(workers: Workers) -> None:

@@ -1,0 +1,68 @@
+"""The demonstration on a folder of images, and what it refuses."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from engine import demo
+from engine.plot import curves
+from pipeline import synthetic
+from tests.engine.test_run import ENVIRONMENT, run
+
+DEMO = (sys.executable, "-m", "engine.demo")
+
+
+def test_a_folder_becomes_a_table_a_preview_and_a_curve(tmp_path: Path) -> None:
+    for number in range(60):
+        pixels, label = synthetic.draw(0, number)
+        place = tmp_path / "images" / synthetic.CLASSES[label]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(place / f"{number:04d}.jpg")
+    out = tmp_path / "out"
+    path = str(Path(__file__).parents[2])
+    done = run(str(tmp_path / "images"), "--out", str(out), "--minutes", "0.001", command=DEMO, PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+    for row in ("raw pixels", "untrained encoder", "trained encoder", "pairs/s", "data-wait", str(out / "curve.png")):
+        assert row in done.stdout
+    for name in ("preview.png", "curve.png", "recipe.yaml", "run/summary.json", "train.beton"):
+        assert (out / name).is_file()
+
+
+def test_missing_data_is_one_line_and_exit_status_2(tmp_path: Path) -> None:
+    path = str(Path(__file__).parents[2])
+    refused = run("nowhere", "--out", str(tmp_path / "out"), command=DEMO, PYTHONPATH=path)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: nowhere")
+    assert len(refused.stderr.splitlines()) == 1
+    assert ENVIRONMENT["OMP_NUM_THREADS"] == "1"
+
+
+def test_subsets_are_found_where_there_are_any(tmp_path: Path) -> None:
+    for name in ("train/a", "val/a"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (20, 20)).save(tmp_path / name / "x.png")
+    assert demo._subsets(str(tmp_path)) == ["train", "val"]
+    assert demo._subsets(str(tmp_path / "train")) == [None]
+
+
+def test_curves_are_drawn_with_and_without_evaluations(tmp_path: Path) -> None:
+    lines = ['{"step": 1, "epoch": 0.5, "loss": 3.0}', '{"step": 2, "epoch": 1, "loss": 2.0}']
+    (tmp_path / "m.jsonl").write_text("\n".join(lines))
+    curves(tmp_path / "m.jsonl", tmp_path / "a.png")
+    (tmp_path / "m.jsonl").write_text("\n".join([*lines, '{"step": 2, "epoch": 1, "knn_top1": 0.5}']))
+    curves(tmp_path / "m.jsonl", tmp_path / "b.png", levels={"raw pixels": 0.2})
+    sizes = [Image.open(tmp_path / name).size for name in ("a.png", "b.png")]
+    assert sizes[0] == sizes[1]
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan"])
+def test_a_training_time_that_is_none_is_refused(minutes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["demo", "--minutes", minutes])
+    with pytest.raises(SystemExit) as ended:
+        demo.main()
+    assert ended.value.code == 2
