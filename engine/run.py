@@ -3,12 +3,12 @@
 import sys
 from pathlib import Path
 
-# A script's own folder comes first on the module path: put the project's root there instead.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":  # a script's own folder comes first on the module path: put the project's root there
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from engine.config import parse  # noqa: E402
-from engine.loop import train  # noqa: E402
-from pipeline.errors import command  # noqa: E402
+from engine.config import parse
+from engine.loop import train
+from pipeline.errors import command
 
 
 @command

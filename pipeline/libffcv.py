@@ -1,7 +1,8 @@
 """FFCV's file types and compiled C functions, imported without its side effects.
 
-Importing ffcv sets torch's and numba's thread counts to one for the whole process; both are put back here. Every
-other module of the project takes what it needs of FFCV from this one.
+Importing ffcv sets torch's and numba's thread counts to one for the whole process; both are put back here. It also
+compiles a numba dictionary of two entries, for seconds; a plain one serves. Every other module of the project takes
+what it needs of FFCV from this one.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 import ctypes
 
 import numba
+import numba.typed
 import torch
 
-_torch_threads, _numba_threads = torch.get_num_threads(), numba.get_num_threads()
+_torch_threads, _numba_threads, _typed_dict = torch.get_num_threads(), numba.get_num_threads(), numba.typed.Dict
+numba.typed.Dict = dict
 
 from ffcv.fields import IntField, RGBImageField  # noqa: E402
 from ffcv.libffcv import imdecode, lib  # noqa: E402
@@ -25,6 +28,7 @@ from ffcv.types import (  # noqa: E402
     get_metadata_type,
 )
 
+numba.typed.Dict = _typed_dict
 torch.set_num_threads(_torch_threads)
 numba.set_num_threads(_numba_threads)
 

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import engine.run
 from engine.monitor import WALL_CLOCK
 from pipeline import synthetic
 
@@ -172,15 +173,32 @@ def test_an_existing_run_is_not_overwritten(two_ranks: Path, drawn: Path) -> Non
         (["--data.train", "{drawn}", "--accumulate", "30"], "accumulate 30"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_status_2(drawn: Path, tmp_path: Path, arguments: list[str], says: str) -> None:
+def test_bad_input_is_one_line_and_exit_status_2(
+    drawn: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     (tmp_path / "cut.beton").write_bytes(drawn.read_bytes()[:5000])
     places = {"drawn": drawn, "truncated": tmp_path / "cut.beton", "empty": tmp_path}
-    refused = run(*SMALL, "--out", str(tmp_path / "out"), *(argument.format(**places) for argument in arguments))
-    lines = [line for line in refused.stderr.splitlines() if not line.startswith("warning:")]
-    assert refused.returncode == 2
-    assert len(lines) == 1, refused.stderr
+    given = [argument.format(**places) for argument in arguments]
+    monkeypatch.setattr(sys, "argv", ["run.py", *SMALL, "--out", str(tmp_path / "out"), *given])
+    with pytest.raises(SystemExit) as ended:
+        engine.run.main()
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning:")]
+    assert ended.value.code == 2
+    assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
     assert says in lines[0]
+
+
+def test_bad_input_ends_the_command_itself_with_one_line_and_exit_status_2() -> None:
+    refused = run("--data.train", "nowhere.beton")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: nowhere.beton: no such file")
+    assert len(refused.stderr.splitlines()) == 1
 
 
 def test_a_queue_larger_than_the_data_set_is_a_warning(drawn: Path, tmp_path: Path) -> None:

@@ -165,11 +165,15 @@ def test_a_preview_is_the_same_for_the_same_seed_and_another_for_another(small: 
 
 
 def test_a_preview_shows_the_originals_as_they_are(tmp_path: Path) -> None:
-    image = picture(96, 96)
-    source = pack("folder", {"1.bmp": saved(image, "bmp")}, tmp_path)
+    images = [np.asarray(picture(96, 96, seed)) for seed in range(4)]
+    source = pack(
+        "folder", {f"{i}.bmp": saved(Image.fromarray(image), "bmp") for i, image in enumerate(images)}, tmp_path
+    )
     prepare(str(source), tmp_path / "x.beton", Settings(mode="raw"), workers=1, quiet=True)
-    shown = preview(Beton(tmp_path / "x.beton"), AUGMENTATIONS["moco_v2"], size=96, count=12)
-    np.testing.assert_array_equal(np.asarray(shown)[6:102, 6:102], np.asarray(image))
+    grid = np.asarray(preview(Beton(tmp_path / "x.beton"), AUGMENTATIONS["moco_v2"], size=96, count=12))
+    # Two groups side by side, each an original and two views of 96 pixels, 6 pixels apart.
+    shown = {grid[y : y + 96, x : x + 96].tobytes() for y in (6, 108) for x in (6, 324)}
+    assert shown == {image.tobytes() for image in images}
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,15 @@ def test_damaged_exif_does_not_make_an_image_unreadable(mode: str) -> None:
         assert {*encode(bytes(changed), 0, Settings(mode=mode)).data[:2]}
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["png", "webp", "jpeg"])
+@pytest.mark.parametrize("exif", [b"MM\x00", b"Exif\x00\x00MM\x00*", b"no EXIF at all", b"II*\x00\xff\xff\xff\xff"])
+def test_exif_that_cannot_be_read_at_all_is_ignored(kind: str, exif: bytes) -> None:
+    data = saved(picture(), kind, exif=exif)
+    np.testing.assert_array_equal(_raw(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+    assert encode(data, 0, Settings()).width == 40
+
+
 def test_raw_mode_stores_the_pixels_themselves() -> None:
     record = encode(saved(picture(), "png"), 0, Settings(mode="raw"))
     assert (record.mode, record.data) == (RAW, np.asarray(picture()).tobytes())
