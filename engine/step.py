@@ -15,6 +15,7 @@ from methods import momentum
 from methods.moco import MoCo, Parts
 from methods.queue import KeyQueue
 from pipeline.hashing import mix, stream
+from pipeline.transfer import to_device
 
 _KEY_SHUFFLE = 0x73687566  # keeps these random numbers apart from those of order and augmentation
 
@@ -89,7 +90,6 @@ class Step:
         if not self._shuffle_keys:
             return self._target(*views)
         key = mix(mix(np.uint64(_KEY_SHUFFLE) ^ np.uint64(self._seed)) ^ np.uint64(number))
-        order = torch.from_numpy(np.argsort(stream(key, len(views[0])), kind="stable"))
-        back = torch.argsort(order).to(views[0].device, non_blocking=True)
-        order = order.to(views[0].device, non_blocking=True)
-        return tuple(k[back] for k in self._target(*(view[order] for view in views)))
+        order = np.argsort(stream(key, len(views[0])), kind="stable")
+        there, back = (to_device(index, views[0].device) for index in (order, np.argsort(order)))
+        return tuple(k[back] for k in self._target(*(view[there] for view in views)))

@@ -11,6 +11,7 @@ All sizes come from the host's draws, so that nothing here waits for the device.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from pipeline.draws import Colour
+from pipeline.transfer import to_device
 
 
 class Statistics(NamedTuple):
@@ -54,10 +56,16 @@ def normalise(
 
 
 def _normalise(x: torch.Tensor, statistics: Statistics, dtype: torch.dtype) -> torch.Tensor:
-    mean = torch.tensor(statistics.mean).mul_(255).to(x.device, non_blocking=True).view(3, 1, 1)
-    scale = torch.tensor(statistics.std).mul_(255).reciprocal_().to(x.device, non_blocking=True).view(3, 1, 1)
+    mean, scale = _on_device(statistics, x.device)
     out = torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
     return out.copy_(x.sub_(mean).mul_(scale))
+
+
+@lru_cache
+def _on_device(statistics: Statistics, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mean and the reciprocal standard deviation on a scale of 0 to 255, [3, 1, 1] each."""
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in statistics)
+    return mean * 255, 1 / (std * 255)
 
 
 def _apply(
@@ -67,13 +75,8 @@ def _apply(
     index = np.flatnonzero(chosen)
     if len(index) == 0:
         return
-    where = _to(index, x.device)
-    x[where] = operation(x[where], *(_to(parameter[index], x.device) for parameter in parameters))
-
-
-def _to(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    where = to_device(index, x.device)
+    x[where] = operation(x[where], *(to_device(parameter[index], x.device) for parameter in parameters))
 
 
 def _jitter(x: torch.Tensor, colour: Colour) -> None:

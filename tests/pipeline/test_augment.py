@@ -36,9 +36,13 @@ def _one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@functools.cache
 def _images(size: int = 96) -> Pixels:
-    """Drawn images, then noise."""
+    """Drawn images, then noise; a copy, so that no test can change them for another."""
+    return _made(size).copy()
+
+
+@functools.cache
+def _made(size: int) -> Pixels:
     noise = [np.random.default_rng(i).integers(0, 256, (size, size, 3), np.uint8) for i in range(_NOISE)]
     return np.stack([draw(3, i, size)[0] for i in range(_DRAWN)] + noise)
 
@@ -311,7 +315,7 @@ def test_bfloat16_views_are_the_rounded_float32_ones() -> None:
 
 
 def test_the_crops_are_left_as_they_were() -> None:
-    crops = torch.from_numpy(_images().copy())
+    crops = torch.from_numpy(_images())
     augment(crops, _drawn_colour(AUGMENTATIONS["moco_v1"][0]))
     normalise(crops)
     assert np.array_equal(crops.numpy(), _images())

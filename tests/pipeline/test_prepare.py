@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import signal
 import struct
 import subprocess
@@ -579,7 +580,15 @@ def _running(processes: list[psutil.Process]) -> list[psutil.Process]:
 def _started(folder: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
     """Preparing, as a command, that has begun to write into `folder`; and its workers."""
     command = [sys.executable, "-m", "pipeline.prepare", "synthetic:20000", str(folder / "x.beton"), "--workers", "2"]
-    process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored below a shell's background job
+    )
     deadline = time.monotonic() + 60
     while not any(path.stat().st_size > 500_000 for path in folder.iterdir()):  # the first images are written
         assert process.poll() is None
@@ -600,7 +609,10 @@ def test_a_signal_ends_all_processes_and_leaves_no_output(number: signal.Signals
     process, workers = _started(tmp_path)
     assert len(workers) == 2
     try:
-        process.send_signal(number)
+        if number == signal.SIGINT:  # Ctrl-C reaches all processes of a terminal
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
         _, errors = process.communicate(timeout=20)  # the pipes' end: the workers hold them as well
         deadline = time.monotonic() + 10
         while _running(workers) and time.monotonic() < deadline:
