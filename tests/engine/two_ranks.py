@@ -10,10 +10,11 @@ from safetensors.torch import save_file  # noqa: E402
 
 from engine import loop  # noqa: E402
 from engine.config import parse  # noqa: E402
+from engine.state import modules  # noqa: E402
 
 runs = []
 build = loop.build
 loop.build = lambda settings: runs.append(build(settings)) or runs[-1]
 loop.train(parse())
-state = {key: value.contiguous() for key, value in loop._modules(runs[0]).state_dict().items()}
+state = {key: value.contiguous() for key, value in modules(runs[0]).state_dict().items()}
 save_file(state, Path(os.environ["MILLRACE_TEST_QUEUE"]) / f"rank{runs[0].accelerator.process_index}.safetensors")

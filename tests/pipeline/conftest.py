@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.prepare import Settings, prepare
+from pipeline.encode import Settings
+from pipeline.prepare import prepare
 
 KINDS = ("folder", "tar", "zip", "deflated zip")
 

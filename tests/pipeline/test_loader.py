@@ -23,10 +23,11 @@ from pipeline.backends import Plan
 from pipeline.backends.ffcv import FfcvBackend, decode
 from pipeline.beton import Beton, manifest_path
 from pipeline.draws import draw_view
+from pipeline.encode import Settings
 from pipeline.errors import DamagedRecord, InputError, LoaderStalled
 from pipeline.loader import Batch, CentreLoader, Loader
 from pipeline.order import epoch_order
-from pipeline.prepare import Settings, prepare
+from pipeline.prepare import prepare
 from pipeline.views import AUGMENTATIONS, View
 
 _SIZE, _BATCH, _SAMPLES = 16, 32, 200
