@@ -5,9 +5,12 @@ Losses are summed on the device and fetched once a logging interval; nothing els
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +35,8 @@ class Monitor:
         self.last: dict[str, Any] = {}
         """Newest value of every metric."""
         self._bar: tqdm | None = None
-        self._mark = (time.perf_counter(), 0, 0.0)  # when the last line was, pairs and seconds waited since
         self._seconds_a_step = 0.0
+        self._begin()
         self.pairs, self.seconds, self.waited = 0, 0.0, 0.0
         """Pairs trained, time it took and time waited for data, seconds, of this process's whole life."""
 
@@ -43,7 +46,11 @@ class Monitor:
             _truncate(self._path, step)
             terminal = sys.stderr.isatty()
             self._bar = tqdm(total=self._steps, initial=step, unit="step", disable=not terminal, dynamic_ncols=True)
-        self._mark = (time.perf_counter(), 0, 0.0)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin a logging interval."""
+        self._since, self._pairs, self._waited = time.perf_counter(), 0, 0.0
 
     def add(self, parts: dict[str, torch.Tensor], pairs: int, waited: float) -> None:
         """Add a step: loss parts (scalars on the device), pairs over all processes, seconds waited for data."""
@@ -52,8 +59,8 @@ class Monitor:
             value = value.detach().double()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._count += 1
-        when, before, so_far = self._mark
-        self._mark = (when, before + pairs, so_far + waited)
+        self._pairs += pairs
+        self._waited += waited
         if self._bar is not None:
             self._bar.update()
 
@@ -61,43 +68,34 @@ class Monitor:
         """Write the means since the last line. Waits for the device. Raises FloatingPointError for a loss of nan."""
         names = list(self._sums)
         means = (ranks.mean(torch.stack([self._sums[name] for name in names])) / self._count).tolist()
-        now = time.perf_counter()
-        when, pairs, waited = self._mark
-        self._mark = (now, 0, 0.0)
-        self._seconds_a_step = (now - when) / self._count
-        self._sums, self._count = {}, 0
-        self.pairs, self.seconds, self.waited = (
-            self.pairs + pairs,
-            self.seconds + now - when,
-            self.waited + waited,
-        )
+        seconds = time.perf_counter() - self._since
         rates = {
-            "pairs_per_second": round(pairs / (now - when), 1),
-            "data_wait_fraction": round(waited / (now - when), 4),
+            "pairs_per_second": round(self._pairs / seconds, 1),
+            "data_wait_fraction": round(self._waited / seconds, 4),
         }
-        self._write(
-            {
-                "step": step,
-                "epoch": round(epoch, 4),
-                **dict(zip(names, means, strict=True)),
-                **values,
-                **rates,
-            }
+        self._seconds_a_step = seconds / self._count
+        self.pairs, self.seconds, self.waited = (
+            self.pairs + self._pairs,
+            self.seconds + seconds,
+            self.waited + self._waited,
         )
+        self._sums, self._count = {}, 0
+        self._begin()
+        self._write({"step": step, "epoch": round(epoch, 4), **dict(zip(names, means, strict=True)), **values, **rates})
         self._show(step)
-        if not all(torch.isfinite(torch.tensor(means))):
-            raise FloatingPointError(
-                f"step {step}: the loss is {means[0]}: resume from the last checkpoint with a lower optim.lr"
-            )
+        _refuse_nan(means, f"step {step}")
 
     def evaluation(self, step: int, epoch: float, **values: float) -> None:
         """Write the result of an evaluation; the time it took is no part of the training rates."""
         self._write({"step": step, "epoch": round(epoch, 4), **values})
         self._show(step)
 
-    def pause(self) -> Any:
-        """Return a context manager whose duration does not count as training time."""
-        return _Pause(self)
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """A context whose duration does not count as training time."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
 
     def close(self) -> None:
         """End the progress line."""
@@ -105,8 +103,12 @@ class Monitor:
             self._bar.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sums since the last line, and the newest metrics, as plain values. Waits for the device."""
+        """Return the sums since the last line, and the newest metrics, as plain values. Waits for the device.
+
+        Raises FloatingPointError for a loss of nan: such a state must not take the place of an earlier one.
+        """
         sums = {name: value.item() for name, value in self._sums.items()}
+        _refuse_nan(sums.values(), f"after step {self.last.get('step', 0)}")
         return {"sums": sums, "count": self._count, "last": self.last}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -148,16 +150,11 @@ class Monitor:
         return tqdm.format_interval((self._steps - step) * self._seconds_a_step)
 
 
-class _Pause:
-    def __init__(self, monitor: Monitor) -> None:
-        self._monitor = monitor
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        when, pairs, waited = self._monitor._mark
-        self._monitor._mark = (when + time.perf_counter() - self._start, pairs, waited)
+def _refuse_nan(losses: Iterable[float], where: str) -> None:
+    if not all(math.isfinite(loss) for loss in losses):
+        raise FloatingPointError(
+            f"{where}: the loss is not finite: resume from the last checkpoint with a lower optim.lr"
+        )
 
 
 def _truncate(path: Path, step: int) -> None:

@@ -1,0 +1,92 @@
+"""What a run writes of itself."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from engine.monitor import Monitor
+
+
+def monitor(out: Path) -> Monitor:
+    return Monitor(Accelerator(cpu=True), out, steps=10, epochs=2)
+
+
+def add(target: Monitor, *losses: float, waited: float = 0.0) -> None:
+    for loss in losses:
+        target.add({"a": torch.tensor(loss), "b": torch.tensor(1.0)}, pairs=8, waited=waited)
+
+
+def lines(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_line_holds_the_means_since_the_last_one(tmp_path: Path) -> None:
+    one = monitor(tmp_path)
+    one.start(0)
+    add(one, 1.0, 2.0)
+    one.log(2, 0.4, lr=0.1)
+    add(one, 5.0)
+    one.log(3, 0.6, lr=0.2)
+    first, second = lines(tmp_path)
+    assert (first["a"], first["b"], first["loss"], first["lr"]) == (1.5, 1.0, 2.5, 0.1)
+    assert (second["step"], second["loss"]) == (3, 6.0)
+
+
+def test_evaluation_time_does_not_count(tmp_path: Path) -> None:
+    one = monitor(tmp_path)
+    one.start(0)
+    add(one, 1.0, waited=0.01)
+    with one.pause():
+        time.sleep(0.3)
+    one.log(1, 0.1)
+    assert one.seconds < 0.2
+    assert one.pairs == 8
+    assert lines(tmp_path)[0]["pairs_per_second"] > 8 / 0.2
+    assert lines(tmp_path)[0]["data_wait_fraction"] > 0.05
+
+
+def test_sums_continue_exactly_after_a_restart(tmp_path: Path) -> None:
+    whole, before, after = (monitor(tmp_path / name) for name in ("whole", "before", "after"))
+    for name in ("whole", "before", "after"):
+        (tmp_path / name).mkdir()
+    add(whole, 0.1, 0.2, 0.3)
+    whole.log(3, 0.3)
+    add(before, 0.1, 0.2)
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    add(after, 0.3)
+    after.log(3, 0.3)
+    assert lines(tmp_path / "whole")[0]["loss"] == lines(tmp_path / "after")[0]["loss"]
+
+
+def test_lines_after_the_resumed_step_and_a_cut_off_line_are_dropped(tmp_path: Path) -> None:
+    written = [json.dumps({"step": step, "epoch": 0, "loss": 1.0}) for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(written) + '\n{"step": 2, "ep')
+    monitor(tmp_path).start(2)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path: Path) -> None:
+    one = monitor(tmp_path)
+    one.start(0)
+    add(one, 1.0, float("nan"))
+    with pytest.raises(FloatingPointError, match=r"optim\.lr"):
+        one.state_dict()
+    with pytest.raises(FloatingPointError, match="step 2"):
+        one.log(2, 0.1)
+
+
+def test_progress_lines_in_a_log_file_say_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = monitor(tmp_path)
+    one.start(0)
+    one.evaluation(0, 0, knn_top1=0.25)
+    add(one, 1.0)
+    one.log(1, 0.2)
+    shown = capsys.readouterr().err.splitlines()[-1]
+    for part in ("step 1/10", "epoch 0.20/2", "loss 2.000", "kNN 25.0%", "pairs/s", "data-wait", "left "):
+        assert part in shown
