@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import set_seed
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import is_wandb_available, set_seed
 from torch import nn
 
 from engine.config import Settings
@@ -21,13 +23,16 @@ from engine.step import Step
 from methods.encoders import place
 from methods.moco import MoCo
 from methods.momentum import momentum_copy
+from methods.norm import GROUPS
 from methods.queue import KeyQueue
 from methods.registry import build_encoder
-from pipeline.backends.ffcv import available_cores
 from pipeline.beton import Beton
+from pipeline.cores import available_cores
 from pipeline.errors import InputError
 from pipeline.loader import Loader
 from pipeline.views import AUGMENTATIONS
+
+_COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # the first process evaluates and saves while the others wait
 
 
 @dataclass
@@ -61,7 +66,7 @@ class Run:
 
 
 def build(settings: Settings) -> Run:
-    """Build a run from its settings. Raises InputError for what cannot work, before anything is written."""
+    """Build a run from its settings, writing nothing. Raises InputError for what cannot work."""
     train_set = _open(settings.data.train, "data.train")
     accelerator = _accelerator(settings)
     set_seed(settings.seed)
@@ -77,13 +82,16 @@ def build(settings: Settings) -> Run:
     )
     _check(settings, len(train_set), accelerator)
     model, method = settings.model, settings.method
-    online: nn.Module = build_encoder(method.name, model.arch, model.stem, model.width, model.dim, model.bn)
-    target = place(momentum_copy(online), accelerator.device)
+    groups = max(1, GROUPS // accelerator.num_processes)
+    online: nn.Module = build_encoder(method.name, model.arch, model.stem, model.width, model.dim, model.bn, groups)
     if model.bn == "sync" and accelerator.num_processes > 1:
         online = nn.SyncBatchNorm.convert_sync_batchnorm(online)
+    target = place(momentum_copy(online), accelerator.device)
     online = place(online, accelerator.device)
     queue = KeyQueue(method.queue, model.dim, settings.seed).to(accelerator.device)
-    online, optimiser = accelerator.prepare(online, build_optimiser(online, settings.optim))
+    online, optimiser = accelerator.prepare(
+        online, build_optimiser(online, settings.optim, fused=settings.precision != "fp16")
+    )
     step = Step(
         accelerator,
         online,
@@ -98,13 +106,21 @@ def build(settings: Settings) -> Run:
     )
     knn = _knn(settings, train_set, accelerator)
     out = Path(settings.out)
-    if accelerator.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        settings.write(out / "config.yaml")
-    if settings.tracker != "none":
-        accelerator.init_trackers(settings.tracker)
     monitor = Monitor(accelerator, out, settings.optim.epochs * loader.steps, settings.optim.epochs)
     return Run(settings, accelerator, loader, online, target, queue, optimiser, step, monitor, knn, out)
+
+
+def begin(run: Run) -> None:
+    """Make the run folder and start the trackers. Raises InputError where the folder cannot be made."""
+    settings = run.settings
+    if run.accelerator.is_main_process:
+        try:
+            run.out.mkdir(parents=True, exist_ok=True)
+            replace(settings, resume="").write(run.out / "config.yaml")
+        except OSError as error:
+            raise InputError(f"out {settings.out!r}: {error.strerror or error}: choose another folder") from None
+    if settings.tracker != "none":
+        run.accelerator.init_trackers("millrace")
 
 
 def _open(path: str, key: str) -> Beton:
@@ -119,6 +135,8 @@ def _accelerator(settings: Settings) -> Accelerator:
         raise InputError("precision 'fp16': needs a GPU: choose bf16 or no")
     if settings.precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported():
         raise InputError("precision 'bf16': this GPU does not have it: choose fp16 or no")
+    if settings.tracker == "wandb" and not is_wandb_available():
+        raise InputError("tracker 'wandb': the package is not installed: pip install wandb, or choose tensorboard")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return Accelerator(
@@ -126,13 +144,16 @@ def _accelerator(settings: Settings) -> Accelerator:
             mixed_precision=settings.precision,
             log_with=None if settings.tracker == "none" else settings.tracker,
             project_dir=settings.out,
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT),
+            ],
         )
 
 
 def _loading(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
     data = settings.data
-    processes = max(1, int(getattr(accelerator.state, "local_world_size", 0) or accelerator.num_processes))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
     return {
         "size": data.size,
         "device": accelerator.device,
@@ -150,6 +171,8 @@ def _check(settings: Settings, samples: int, accelerator: Accelerator) -> None:
             f"accumulate {settings.accumulate}: does not divide the {local} samples a process has of a batch "
             "into equal parts of two or more: choose another number"
         )
+    if settings.model.bn == "sync" and accelerator.num_processes > 1 and accelerator.device.type == "cpu":
+        raise InputError("model.bn 'sync': needs GPUs: choose split or plain for several processes on the CPU")
     if settings.method.queue > samples and accelerator.is_main_process:
         print(
             f"warning: method.queue {settings.method.queue} is larger than the data set's {samples} images, so that "

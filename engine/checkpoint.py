@@ -78,9 +78,14 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     return None, broken
 
 
+def step_of(path: Path) -> int:
+    """Return the step of the checkpoint at `path`, by its name."""
+    return int(path.name.removeprefix("step_"))
+
+
 def _all(folder: Path) -> list[Path]:
     """Return the checkpoints in `folder`, newest first."""
-    return sorted((p for p in folder.glob("step_*") if p.name[5:].isdecimal()), key=lambda p: -int(p.name[5:]))
+    return sorted((p for p in folder.glob("step_*") if p.name[5:].isdecimal()), key=step_of, reverse=True)
 
 
 def _verified_state(path: Path) -> dict[str, Any]:

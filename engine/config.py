@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -256,11 +257,23 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     """Return the settings of a command line (`sys.argv` by default). Raises InputError, naming key and remedy."""
     parser = _parser()
     try:
-        chosen = parser.instantiate(parser.parse_args(arguments)).as_dict()
+        chosen = parser.instantiate(parser.parse_args(_recipe_first(arguments))).as_dict()
     except ArgumentError as error:
         raise InputError(_explain(parser, str(error))) from None
     chosen.pop("config", None)
     return Settings(**chosen)
+
+
+def _recipe_first(arguments: Sequence[str] | None) -> list[str]:
+    """Return the arguments with --config before all others, so that these win over the recipe wherever they stand."""
+    rest = list(sys.argv[1:] if arguments is None else arguments)
+    first: list[str] = []
+    for number, argument in enumerate(rest):
+        if argument == "--config" or argument.startswith("--config="):
+            length = 2 if argument == "--config" else 1
+            first, rest = rest[number : number + length], rest[:number] + rest[number + length :]
+            break
+    return first + rest
 
 
 def _explain(parser: ArgumentParser, message: str) -> str:
@@ -278,6 +291,8 @@ def _explain(parser: ArgumentParser, message: str) -> str:
     missing = re.search(r'Parser key "config": (.*)', flat)
     if missing:
         return f"--config: {missing.group(1)}: give the path of a recipe, such as engine/recipes/moco_v2_in1k.yaml"
+    if flat.startswith("Problems parsing config"):
+        return f"--config: not valid YAML: {flat.partition(': ')[2]}: correct it there"
     return f"{flat}: see --help"
 
 

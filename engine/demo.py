@@ -37,6 +37,7 @@ from pipeline.views import AUGMENTATIONS
 _TRAIN, _TEST = 5000, 1000  # drawn images
 _SMALL = 96  # images of at most this many pixels a side are trained on at 32 pixels
 _MOST_EPOCHS = 60
+_MOST_IMAGES = 20000  # of a folder or archive, evenly spread: an epoch ends in a few minutes anywhere
 
 
 def _prepared(data: str | None, out: Path) -> tuple[Path, Path]:
@@ -56,7 +57,9 @@ def _prepared(data: str | None, out: Path) -> tuple[Path, Path]:
     written = []
     for (source, subset), name in zip(sources, ("train.beton", "eval.beton"), strict=False):
         print(f"preparing {source}{f', {subset}' if subset else ''} ...", flush=True)
-        prepare(source, out / name, subset=subset, skip_bad=100)
+        manifest = prepare(source, out / name, subset=subset, skip_bad=100, limit=_MOST_IMAGES)
+        for image, reason in manifest.skipped:
+            print(f"left out: {image}: {reason}")
         written.append(out / name)
     return written[0], written[-1]
 
@@ -78,7 +81,8 @@ def _settings(train: Path, evaluation: Path, out: Path) -> Settings:
     if len(beton) < 16:
         raise InputError(f"{train}: {len(beton)} images: give at least 16, better a thousand")
     small = beton.longest_side <= _SMALL
-    batch = max(2, min(256, len(beton) // 4) // 2 * 2)
+    devices = 2 * max(1, torch.cuda.device_count())
+    batch = max(devices, min(256, len(beton) // 4) // devices * devices)
     labelled = bool((beton.labels >= 0).all() and (Beton(evaluation).labels >= 0).all())
     return Settings(
         data=Data(
@@ -92,7 +96,7 @@ def _settings(train: Path, evaluation: Path, out: Path) -> Settings:
         model=Model(arch="resnet18", stem="small" if small else "imagenet", width=1.0 if gpu else 0.25),
         method=Method(temperature=0.1, momentum=0.99, queue=max(batch, min(4096, len(beton) // 2))),
         optim=Optim(lr=0.12 * batch / 256, weight_decay=5e-4, epochs=1, schedule="cosine", by="step"),
-        knn=Knn(every=1, k=20, limit=20000),
+        knn=Knn(every=1, k=20, limit=10000),
         out=str(out / "run"),
         log_every=10,
         precision="bf16" if not gpu or torch.cuda.is_bf16_supported() else "fp16",
@@ -101,7 +105,7 @@ def _settings(train: Path, evaluation: Path, out: Path) -> Settings:
 
 def _with_epochs(settings: Settings, minutes: float) -> Settings:
     """Give the run as many epochs as it trains in that time, measured on a few steps."""
-    rate = measure_rate(settings)
+    rate = measure_rate(settings) * max(1, torch.cuda.device_count())
     samples = len(Beton(settings.data.train))
     epochs = int(min(max(rate * minutes * 60 / samples, 1), _MOST_EPOCHS))
     settings.optim.epochs = epochs

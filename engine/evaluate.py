@@ -34,14 +34,18 @@ def features(
     backbone.eval()
     images = CentreLoader(beton, indices=indices, **loader)
     try:
-        found = []
+        found, done = None, 0
         for batch, _ in images:
             with autocast():
-                found.append(F.normalize(backbone(batch).float().flatten(1), dim=1))
+                part = F.normalize(backbone(batch).float().flatten(1), dim=1)
+            found = part.new_empty(len(indices), part.shape[1]) if found is None else found
+            found[done : done + len(part)] = part
+            done += len(part)
     finally:
         images.close()
         backbone.train(was_training)
-    return torch.cat(found)
+    assert found is not None, "no indices"
+    return found
 
 
 def knn_predict(
@@ -92,16 +96,17 @@ class Knn:
                 raise InputError(
                     f"{beton.path}: has images without a label, which kNN needs: prepare it from class folders"
                 )
-        if train.classes != test.classes:
+        if train.manifest and test.manifest and train.classes != test.classes:
             raise InputError(
                 f"{test.path}: its {len(test.classes)} classes are not the {len(train.classes)} of {train.path}: "
                 "prepare both from the same class folders"
             )
         self._train, self._test, self._loader = train, test, {"device": device, **loader}
         bank, self._test_ids = np.arange(len(train)), np.arange(len(test))
-        if train.path == test.path:
+        if train.fingerprint == test.fingerprint:
             queries = bank % _HELD_OUT == 0
             bank, self._test_ids = bank[~queries], bank[queries]
+            self._test_ids = self._test_ids[: limit or None]
         count = min(limit or len(bank), len(bank))
         self._bank_ids = bank[np.arange(count) * len(bank) // count]
         self._k, self._temperature = k, temperature

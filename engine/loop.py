@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from engine.build import Run, build
+from engine.build import Run, begin, build
 from engine.config import Settings
 from engine.optim import learning_rate
 from engine.state import restore, save
@@ -23,13 +23,15 @@ def train(settings: Settings) -> dict[str, Any]:
     run = build(settings)
     try:
         restore(run)
+        begin(run)
         run.monitor.start(run.done)
         _epochs(run)
-        return _summarise(run)
+        summary = _summarise(run)
     finally:
         run.monitor.close()
         run.loader.close()
-        run.accelerator.end_training()
+    run.accelerator.end_training()  # not after a failure: it waits for processes that may never come
+    return summary
 
 
 def _epochs(run: Run) -> None:
@@ -87,7 +89,9 @@ def _now(accelerator: Accelerator) -> float:
 
 
 def _summarise(run: Run) -> dict[str, Any]:
-    monitor = run.monitor
+    monitor, path = run.monitor, run.out / "summary.json"
+    if not monitor.pairs and path.exists():  # it was finished before
+        return json.loads(path.read_text())
     summary = {
         **monitor.last,
         "pairs_per_second": round(monitor.pairs / monitor.seconds, 1) if monitor.seconds else None,
@@ -99,5 +103,5 @@ def _summarise(run: Run) -> dict[str, Any]:
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     if run.accelerator.is_main_process:
-        (run.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        path.write_text(json.dumps(summary, indent=1) + "\n")
     return summary

@@ -6,6 +6,7 @@ Losses are summed on the device and fetched once a logging interval; nothing els
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import sys
@@ -103,18 +104,25 @@ class Monitor:
             self._bar.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sums since the last line, and the newest metrics, as plain values. Waits for the device.
+        """Return every process's sums since the last line, and the newest metrics, as plain values.
 
-        Raises FloatingPointError for a loss of nan: such a state must not take the place of an earlier one.
+        Called by all processes; waits for the device. Raises FloatingPointError, on all alike, for a loss of nan:
+        such a state must not take the place of an earlier one.
         """
-        sums = {name: value.item() for name, value in self._sums.items()}
-        _refuse_nan(sums.values(), f"after step {self.last.get('step', 0)}")
+        sums: dict[str, list[float]] = {}
+        if self._sums:
+            everyone = ranks.gather(torch.stack(list(self._sums.values()))[None])  # [world, parts]
+            sums = {name: column.tolist() for name, column in zip(self._sums, everyone.T, strict=True)}
+        _refuse_nan(itertools.chain(*sums.values()), f"after step {self.last.get('step', 0)}")
         return {"sums": sums, "count": self._count, "last": self.last}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`."""
-        device = self._accelerator.device
-        self._sums = {n: torch.tensor(v, dtype=torch.float64, device=device) for n, v in state["sums"].items()}
+        """Go on from `state`; on another number of processes with the mean of theirs, equal but for rounding."""
+        device, rank, world = (getattr(self._accelerator, k) for k in ("device", "process_index", "num_processes"))
+        self._sums = {}
+        for name, sums in state["sums"].items():
+            own = sums[rank] if len(sums) == world else sum(sums) / len(sums)
+            self._sums[name] = torch.tensor(own, dtype=torch.float64, device=device)
         self._count, self.last = state["count"], dict(state["last"])
 
     def _write(self, line: dict[str, Any]) -> None:

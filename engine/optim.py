@@ -10,14 +10,18 @@ from torch import nn
 from engine.config import Optim
 
 
-def build_optimiser(model: nn.Module, settings: Optim) -> torch.optim.Optimizer:
-    """Return SGD over all parameters, one fused update; the learning rate is set each step."""
+def build_optimiser(model: nn.Module, settings: Optim, *, fused: bool = True) -> torch.optim.Optimizer:
+    """Return SGD over all parameters; the learning rate is set each step.
+
+    fused: one kernel. Not for fp16: a fused optimiser skips an overflowed step by itself, so that nobody can tell, and
+    leaves the momentum of a first step unwritten.
+    """
     return torch.optim.SGD(
         model.parameters(),
         lr=settings.lr,
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
-        fused=True,
+        fused=fused,
     )
 
 

@@ -1,5 +1,6 @@
 """Pretrain an encoder:  accelerate launch engine/run.py --config engine/recipes/NAME.yaml --data.train F.beton ..."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from pipeline.errors import command
 @command
 def main() -> None:
     summary = train(parse())
+    if os.environ.get("RANK", "0") != "0":
+        return
     result = f", kNN top-1 {summary['knn_top1']:.2%}" if "knn_top1" in summary else ""
     print(f"finished after step {summary['step']}: loss {summary['loss']:.4f}{result}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,9 +13,13 @@ from engine import checkpoint
 from engine.build import Run
 from pipeline.errors import InputError
 
+_FREE = {"out", "resume", "log_every", "save_every", "keep", "tracker", "data.train", "data.eval", "data.workers"}
+_FREE |= {"data.ahead", "data.stall_timeout", "cpu"}
+
 
 def save(run: Run) -> None:
-    """Write a checkpoint of the run as it stands."""
+    """Write a checkpoint of the run as it stands. Called by all processes. Raises FloatingPointError, see below."""
+    _refuse_non_finite(run)
     state = {
         "loader": run.loader.state_dict(),
         "queue_position": run.queue.position,
@@ -29,12 +34,30 @@ def save(run: Run) -> None:
     run.accelerator.wait_for_everyone()
 
 
+def _refuse_non_finite(run: Run) -> None:
+    """Raise FloatingPointError, on all processes alike, where a parameter is not finite: never keep such a state."""
+    norms = torch._foreach_norm([p.detach() for p in run.online.parameters()])
+    if not torch.stack(norms).isfinite().all():
+        raise FloatingPointError(
+            f"after step {run.done}: parameters are not finite: resume from the last checkpoint with a lower optim.lr"
+        )
+
+
 def restore(run: Run) -> None:
-    """Take up the checkpoint that `resume` names, exactly. With `auto` and none there, begin anew."""
+    """Take up the checkpoint that `resume` names, exactly. With `auto` and none there, begin anew.
+
+    Raises InputError where it does not fit the settings, or where the run folder already holds later ones.
+    """
     path = _to_resume(run)
     if path is None:
         return
     tensors, state = checkpoint.load(path)
+    _compare(run, state["settings"])
+    later, _ = checkpoint.newest(run.out / "checkpoints")
+    if later is not None and checkpoint.step_of(later) > state["step"]:
+        raise InputError(
+            f"{run.out}: holds {later.name}, later than {path}: choose another --out, or remove the later checkpoints"
+        )
     modules(run).load_state_dict(tensors["model"])
     _load_optimiser(run, tensors["optimiser"])
     run.loader.load_state_dict(state["loader"])
@@ -45,6 +68,26 @@ def restore(run: Run) -> None:
     run.done = state["step"]
     if run.accelerator.is_main_process:
         print(f"resumed from {path}", file=sys.stderr)
+
+
+def _compare(run: Run, saved: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose model or queue is of another shape; say which other settings differ."""
+    then, now = _flat(saved), _flat(run.settings.as_dict())
+    differing = [key for key in now if key not in _FREE and then.get(key) != now[key]]
+    for key in differing:
+        if key.startswith("model.") or key in ("method.name", "method.queue"):
+            raise InputError(f"{key} {now[key]!r}: the checkpoint has {then.get(key)!r}: resume with that value")
+    if differing and run.accelerator.is_main_process:
+        listed = ", ".join(f"{key} {then.get(key)!r} -> {now[key]!r}" for key in differing)
+        print(f"warning: resuming with other settings: {listed}", file=sys.stderr)
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        f"{section}.{key}" if isinstance(values, dict) else section: value
+        for section, values in settings.items()
+        for key, value in (values.items() if isinstance(values, dict) else [("", values)])
+    }
 
 
 def _to_resume(run: Run) -> Path | None:

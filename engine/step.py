@@ -43,6 +43,7 @@ class Step:
     ) -> None:
         self._accelerator, self._online, self._target = accelerator, online, target
         self._queue, self._method, self._optimiser = queue, method, optimiser
+        self._parameters: tuple[list, list] = list(target.parameters()), list(online.parameters())
         self._ema, self._accumulate = ema, accumulate
         self._shuffle_keys, self._seed = shuffle_keys, seed
 
@@ -60,7 +61,7 @@ class Step:
         self._optimiser.step()
         self._optimiser.zero_grad(set_to_none=True)
         if not self._optimiser.step_was_skipped:
-            momentum.update(self._target, self._online, self._ema)
+            momentum.update(*self._parameters, self._ema)
             self._queue.write(ranks.gather(torch.cat(keys)))
         return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
 

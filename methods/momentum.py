@@ -15,6 +15,6 @@ def momentum_copy(online: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def update(target: nn.Module, online: nn.Module, momentum: float) -> None:
-    """Set target <- momentum * target + (1 - momentum) * online, parameters only, in one multi-tensor operation."""
-    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - momentum)
+def update(target: list[torch.Tensor], online: list[torch.Tensor], momentum: float) -> None:
+    """Set target <- momentum * target + (1 - momentum) * online, lists of parameters, in one multi-tensor operation."""
+    torch._foreach_lerp_(target, online, 1 - momentum)

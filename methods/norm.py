@@ -20,7 +20,8 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
     On one device this stands for the eight devices of MoCo (1911.05722, section 3.3), whose batch statistics would
     otherwise tell the encoder which key belongs to which query. Running statistics move as far as those of one
-    update over the whole batch. A batch that `groups` does not divide is split into as many parts as do.
+    update over the whole batch. A batch that cannot be split into `groups` equal parts of two or more is split into
+    as many as can be.
     """
 
     def __init__(self, channels: int, groups: int = GROUPS) -> None:
@@ -30,7 +31,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return super().forward(x)
-        groups = next(g for g in range(min(self.groups, len(x)), 0, -1) if len(x) % g == 0)
+        groups = next(g for g in range(max(1, min(self.groups, len(x) // 2)), 0, -1) if len(x) % g == 0)
         momentum = 1 - (1 - (self.momentum or 0.0)) ** (1 / groups)
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
@@ -41,6 +42,6 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         return torch.cat(parts)
 
 
-def norm_layer(kind: BatchNormKind) -> Norm:
+def norm_layer(kind: BatchNormKind, groups: int = GROUPS) -> Norm:
     """Return the BatchNorm layer of that kind: `plain` and `sync` differ only once converted for several processes."""
-    return partial(SplitBatchNorm2d, groups=GROUPS) if kind == "split" else nn.BatchNorm2d
+    return partial(SplitBatchNorm2d, groups=groups) if kind == "split" else nn.BatchNorm2d

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import InputError
+from pipeline.errors import BadRecords, InputError
 from pipeline.libffcv import (
     ALLOC_TABLE_TYPE,
     CURRENT_VERSION,
@@ -225,9 +225,12 @@ class Beton:
             "an unknown storage mode": (self.modes != JPEG) & (self.modes != RAW),
             "a raw record whose size is not that of its image": (self.modes == RAW) & (size != pixels * np.uint64(3)),
         }
-        for what, wrong in faults.items():
-            if wrong.any():
-                raise self._broken(f"sample {int(wrong.argmax())} has {what} ({int(wrong.sum())} in all)")
+        found = [(int(index), what) for what, wrong in faults.items() for index in np.flatnonzero(wrong)]
+        if found:
+            first = dict(reversed(found))
+            index = min(first)
+            message = self._broken(f"sample {index} has {first[index]} ({len(first)} such samples)")
+            raise BadRecords(str(message), sorted(first.items()))
 
     def _read_manifest(self) -> Manifest | None:
         path = manifest_path(self.path)

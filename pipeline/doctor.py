@@ -10,7 +10,6 @@ import argparse
 import ctypes
 import importlib
 import importlib.util
-import os
 import re
 import resource
 import shutil
@@ -21,6 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+
+from pipeline.cores import available_cores, control_group
 
 GIB = 2**30
 MIN_CORES_PER_GPU = 6
@@ -151,23 +152,6 @@ def _driver_cuda() -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
-def _control_group(name: str) -> list[str]:
-    """The fields of one limit that a container sets, or none."""
-    try:
-        return Path("/sys/fs/cgroup", name).read_text().split()
-    except OSError:
-        return []
-
-
-def _cores() -> int:
-    """Cores that this process may use, the container's limit counted in."""
-    cores = len(os.sched_getaffinity(0))
-    limit = _control_group("cpu.max")
-    if len(limit) == 2 and limit[0].isdigit():
-        cores = min(cores, max(1, int(limit[0]) // int(limit[1])))
-    return cores
-
-
 def _free_memory() -> int | None:
     """Bytes of memory free for the page cache, the container's limit counted in; None if not known."""
     try:
@@ -175,7 +159,7 @@ def _free_memory() -> int | None:
     except OSError:
         return None
     free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    limit = [int(field) for field in _control_group("memory.max") if field.isdigit()]
+    limit = [int(field) for field in control_group("memory.max") if field.isdigit()]
     return min(free + limit, default=None)
 
 
@@ -244,7 +228,7 @@ def check_numba() -> Finding:
         threads = int(_load("numba").config.NUMBA_NUM_THREADS)
     except Exception as error:
         return Finding("numba", False, _reason(error), _SETUP)
-    cores = _cores()
+    cores = available_cores()
     if threads < cores:
         detail = f"{threads} threads on {cores} cores: a loader gets no more than {threads} workers"
         return Finding("numba", None, detail, "unset NUMBA_NUM_THREADS")
@@ -299,7 +283,7 @@ def _judge_driver(build: str, driver: tuple[int, int] | None, available: bool) -
 
 def check_cores(gpus: Sequence[Gpu]) -> Finding:
     """Enough cores for the GPUs: images are decoded and augmented on the CPU."""
-    cores = _cores()
+    cores = available_cores()
     if not gpus:
         return Finding("cores", True, str(cores))
     detail = f"{cores} for {len(gpus)} GPU{'s' if len(gpus) > 1 else ''}"

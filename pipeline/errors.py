@@ -12,6 +12,14 @@ class InputError(ValueError):
     """Input that a user can mend. The message says what is wrong, where, and the remedy, in one line."""
 
 
+class BadRecords(InputError):
+    """Records whose place or size cannot be right; `faults` lists sample ids and what is wrong with each."""
+
+    def __init__(self, message: str, faults: list[tuple[int, str]]) -> None:
+        super().__init__(message)
+        self.faults = faults
+
+
 class DamagedRecord(InputError):
     """A record whose bytes are not the ones that were written, or do not decode."""
 

@@ -17,10 +17,11 @@ from PIL import Image
 
 from pipeline.augment import IMAGENET, augment
 from pipeline.backends import Plan, build
-from pipeline.backends.ffcv import available_cores, check_record, decode
+from pipeline.backends.ffcv import check_record, decode
 from pipeline.beton import Beton, printable
+from pipeline.cores import available_cores
 from pipeline.draws import draw_view
-from pipeline.errors import InputError, command
+from pipeline.errors import BadRecords, InputError, command
 from pipeline.libffcv import RAW
 from pipeline.order import epoch_order
 from pipeline.progress import progress
@@ -151,7 +152,15 @@ def main() -> int:
     args = _arguments()
     if min(args.size - 8, args.count - 1, args.seed, args.epoch) < 0 or args.size > 1024 or args.count > 1000:
         raise InputError("--size is 8 to 1024, --count 1 to 1000, --seed and --epoch 0 or more: choose such values")
-    beton = Beton(args.file)
+    try:
+        beton = Beton(args.file)
+    except BadRecords as error:
+        if not args.verify:
+            raise
+        for index, fault in error.faults:
+            print(f"bad: sample {index}: {fault}")
+        print(f"verified: {len(error.faults)} records cannot be read: write the file again")
+        return 1
     print(describe(beton))
     if args.preview:
         picture = preview(

@@ -26,8 +26,8 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from pipeline.backends.ffcv import available_cores
 from pipeline.beton import Manifest, manifest_path
+from pipeline.cores import available_cores
 from pipeline.encode import Record, Settings, Unreadable, encode
 from pipeline.errors import InputError, command
 from pipeline.progress import progress

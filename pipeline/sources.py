@@ -161,7 +161,11 @@ def _tar_members(path: Path) -> Iterator[Item]:
 
 def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """Yield the files of a tar. A damaged or missing header, which tarfile takes for the end of it, is an error."""
-    yield from (member for member in archive if member.isfile())
+    for member in archive:
+        if member.islnk() or member.issym():
+            raise tarfile.ReadError(f"{member.name} is a link: pack the files themselves, with tar --dereference")
+        if member.isfile():
+            yield member
     assert archive.fileobj is not None
     archive.fileobj.seek(archive.offset)
     if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):

@@ -8,7 +8,6 @@ FFCV's file format, compiler and C functions directly. A batch is cut into chunk
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from concurrent.futures import Future, wait
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ import torch
 
 from pipeline.backends import Plan
 from pipeline.beton import Beton
+from pipeline.cores import available_cores
 from pipeline.errors import DamagedRecord, LoaderStalled
 from pipeline.libffcv import JPEG, crc32, decode_jpeg
 from pipeline.resize import crop_resize, scratch
@@ -208,11 +208,6 @@ class FfcvBackend:
     def close(self) -> None:
         self._pending.clear()
         self._workers.close()
-
-
-def available_cores() -> int:
-    """Return the number of cores this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 build = FfcvBackend

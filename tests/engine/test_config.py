@@ -28,6 +28,13 @@ def test_command_line_overrides_the_recipe_and_the_recipe_the_defaults(tmp_path:
     assert settings.method.symmetric
 
 
+def test_the_command_line_wins_wherever_the_recipe_stands(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("optim: {lr: 0.5, epochs: 7}")
+    for arguments in (["--optim.lr", "0.06", "--config", str(recipe)], ["--optim.lr=0.06", f"--config={recipe}"]):
+        assert (parse(arguments).optim.lr, parse(arguments).optim.epochs) == (0.06, 7)
+
+
 def test_written_settings_are_complete_and_read_back_equal(tmp_path: Path) -> None:
     settings = parse(["--data.batch", "64", "--out", "somewhere", "--optim.lr", "1e-3"])
     settings.write(tmp_path / "config.yaml")

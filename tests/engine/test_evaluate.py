@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from engine.evaluate import Knn, RawPixels, features, knn_predict
 from methods.encoders import resnet
 from pipeline.beton import Beton
+from pipeline.encode import Settings
 from pipeline.errors import InputError
 from pipeline.prepare import prepare
 
@@ -48,6 +49,12 @@ def test_features_are_of_norm_one_in_order_and_leave_the_mode(drawn: Path) -> No
     assert all(torch.equal(before[name], value) for name, value in backbone.state_dict().items())
 
 
+def test_one_file_is_known_under_two_names(drawn: Path, tmp_path: Path) -> None:
+    (tmp_path / "link.beton").symlink_to(drawn)
+    knn = Knn(Beton(drawn), Beton(tmp_path / "link.beton"), k=1, temperature=0.1, device=CPU, size=32, batch=64)
+    assert not set(knn._bank_ids.tolist()) & set(knn._test_ids.tolist())
+
+
 def test_of_one_file_every_tenth_image_is_classified_by_the_others(drawn: Path) -> None:
     knn = Knn(Beton(drawn), Beton(drawn), k=1, temperature=0.1, device=CPU, size=32, batch=64)
     assert set(knn._test_ids.tolist()) == set(range(0, 200, 10))
@@ -57,7 +64,7 @@ def test_of_one_file_every_tenth_image_is_classified_by_the_others(drawn: Path) 
 
 def test_raw_pixels_find_the_image_itself(drawn: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.beton"
-    prepare("synthetic:200", copy, workers=1, quiet=True)
+    prepare("synthetic:200", copy, Settings(mode="raw"), workers=1, quiet=True)
     knn = Knn(Beton(drawn), Beton(copy), k=1, temperature=0.1, device=CPU, size=32, batch=64)
     assert knn.top1(RawPixels()) == 1.0
 

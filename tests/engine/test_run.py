@@ -152,10 +152,53 @@ def test_two_processes_hold_the_same_queue_and_parameters(two_ranks: Path) -> No
     assert all(torch.equal(first[key], second[key]) for key in parameters)
 
 
-def test_an_existing_run_is_not_overwritten(two_ranks: Path, drawn: Path) -> None:
-    refused = run("--data.train", str(drawn), *SMALL, "--out", str(two_ranks))
-    assert refused.returncode == 2
-    assert "--resume auto" in refused.stderr
+def main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Run engine/run.py in this process; return its exit status."""
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        engine.run.main()
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "already holds a run: add --resume auto"),
+        (["--resume", "auto", "--method.queue", "50"], "method.queue 50: the checkpoint has 70"),
+        (["--resume", "auto", "--model.width", "0.25"], "model.width 0.25: the checkpoint has 0.125"),
+        (["--resume", "auto", "--seed", "1"], "the loader's seed is 1, the saved one 0"),
+        (["--resume", "{first}"], "holds step_00000010, later than"),
+    ],
+)
+def test_an_existing_run_is_neither_overwritten_nor_mixed_with_another(
+    two_ranks: Path,
+    drawn: Path,
+    arguments: list[str],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = {path: path.read_bytes() for path in two_ranks.rglob("*") if path.is_file()}
+    given = [a.format(first=two_ranks / "checkpoints" / "step_00000005") for a in arguments]
+    options = ["--data.train", str(drawn), "--data.eval", str(drawn), *SMALL, "--optim.epochs", "2"]
+    assert main(monkeypatch, *options, "--precision", "no", "--out", str(two_ranks), *given) == 2
+    assert says in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in two_ranks.rglob("*") if path.is_file()} == before
+
+
+def test_resuming_a_finished_run_changes_nothing(two_ranks: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (two_ranks / "summary.json").read_text()
+    options = ["--data.train", str(drawn), "--data.eval", str(drawn), *SMALL, "--optim.epochs", "2"]
+    assert main(monkeypatch, *options, "--precision", "no", "--out", str(two_ranks), "--resume", "auto") == 0
+    assert (two_ranks / "summary.json").read_text() == before
+
+
+def test_an_out_that_is_a_file_is_refused(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert main(monkeypatch, "--data.train", str(drawn), *SMALL, "--out", str(tmp_path / "file")) == 2
+    assert "choose another folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

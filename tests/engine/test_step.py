@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.nn import functional as F
 
@@ -128,19 +129,29 @@ def test_accumulated_parts_give_the_gradient_and_the_keys_of_the_whole_batch() -
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(p_a, p_b, strict=True))
 
 
-def test_a_skipped_optimiser_step_leaves_momentum_encoder_and_queue() -> None:
+def test_an_overflowed_step_leaves_parameters_optimiser_momentum_encoder_and_queue() -> None:
+    """With a real gradient scaler: a loss that is not finite, then a good one."""
     online, target, queue = parts()
-    step, optimiser = make_step(online, target, queue)
-    before = copy.deepcopy((target.state_dict(), queue.keys, queue.position))
-    target.eval()  # its batch statistics are no part of the promise here
-    optimiser._is_overflow = True
-    real = optimiser.step
-    optimiser.step = lambda: None
-    step(views(0), 0)
-    optimiser.step = real
-    assert torch.equal(queue.keys, before[1])
-    assert queue.position == before[2]
-    assert all(torch.equal(a, before[0][name]) for name, a in target.state_dict().items())
+    for module in (online, target):
+        module.float().eval()  # running statistics are no part of the promise
+    queue.float()
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    optimiser = AcceleratedOptimizer(build_optimiser(online, Optim(lr=0.1), fused=False), scaler=accelerator.scaler)
+    step = Step(accelerator, online, target, queue, MoCo(TEMPERATURE, False), optimiser, ema=EMA)
+    before = copy.deepcopy((online.state_dict(), target.state_dict(), queue.keys, queue.position))
+    good = tuple(view.float() for view in views(0))
+    step((good[0] * float("inf"), good[1]), 0)
+    assert optimiser.step_was_skipped
+    assert not optimiser.state
+    assert torch.equal(queue.keys, before[2])
+    assert queue.position == before[3]
+    for module, old in ((online, before[0]), (target, before[1])):
+        assert all(torch.equal(value, old[name]) for name, value in module.state_dict().items())
+    step(good, 1)
+    assert not optimiser.step_was_skipped
+    assert all(p.isfinite().all() for p in online.parameters())
+    assert not torch.equal(queue.keys, before[2])
 
 
 def test_shuffled_keys_return_to_their_own_samples() -> None:

@@ -28,7 +28,7 @@ def test_update_is_the_moving_average_of_parameters_and_leaves_buffers() -> None
             p.normal_()
     before = [p.clone() for p in target.parameters()]
     buffers = [b.clone() for b in target.buffers()]
-    update(target, online, 0.99)
+    update(list(target.parameters()), list(online.parameters()), 0.99)
     for old, q, k in zip(before, online.parameters(), target.parameters(), strict=True):
         assert torch.allclose(k, 0.99 * old + 0.01 * q, atol=1e-15)
     assert all(torch.equal(a, b) for a, b in zip(buffers, target.buffers(), strict=True))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pipeline import cores as cores_module
 from pipeline import doctor
 from pipeline.doctor import GIB, Finding, Gpu
 
@@ -17,8 +18,9 @@ H200 = Gpu("NVIDIA H200", 141 * GIB)
 
 def answer(monkeypatch: pytest.MonkeyPatch, **probes: Any) -> None:
     """Make the probes named give fixed answers."""
+    shared = {"cores": "available_cores", "control_group": "control_group"}
     for name, value in probes.items():
-        monkeypatch.setattr(doctor, f"_{name}", lambda *_, value=value: value)
+        monkeypatch.setattr(doctor, shared.get(name, f"_{name}"), lambda *_, value=value: value)
 
 
 def offer(monkeypatch: pytest.MonkeyPatch, **modules: Any) -> None:
@@ -256,9 +258,9 @@ def test_driver_cuda(monkeypatch: pytest.MonkeyPatch, text: str | None, version:
     ],
 )
 def test_cores_under_a_container_limit(monkeypatch: pytest.MonkeyPatch, limit: list[str], cores: int) -> None:
-    monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    answer(monkeypatch, control_group=limit)
-    assert doctor._cores() == cores
+    monkeypatch.setattr(cores_module.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(cores_module, "control_group", lambda _: limit)
+    assert cores_module.available_cores() == cores
 
 
 def test_free_memory_under_a_container_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -209,3 +210,22 @@ def test_the_command_refuses_a_manifest_of_wrong_types(
     manifest_path(small).write_text(json.dumps(manifest | {"settings": None}))
     assert run_command(main, monkeypatch, small) == 2
     assert "settings and versions must be objects" in capsys.readouterr().err
+
+
+def test_verify_lists_every_record_with_a_bad_pointer(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    beton = Beton(drawn)
+    start = beton.header_end - beton.metadata.nbytes
+    rows = beton.metadata.copy()
+    rows["f0"]["data_ptr"][[3, 17]] = 2**60
+    path = tmp_path / "forged.beton"
+    data = bytearray(drawn.read_bytes())
+    data[start : beton.header_end] = rows.tobytes()
+    path.write_bytes(data)
+    monkeypatch.setattr(sys, "argv", ["inspect", str(path), "--verify"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    listed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("bad: ")]
+    assert [line.split(":")[1] for line in listed] == [" sample 3", " sample 17"]

@@ -1,0 +1,23 @@
+"""How many cores this process may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def control_group(name: str) -> list[str]:
+    """Return the fields of a control group's file such as cpu.max or memory.max; none where there is no such limit."""
+    try:
+        return Path("/sys/fs/cgroup", name).read_text().split()
+    except OSError:
+        return []
+
+
+def available_cores() -> int:
+    """Return the number of cores this process may use, its affinity and the container's limit counted in."""
+    cores = len(os.sched_getaffinity(0))
+    limit = control_group("cpu.max")
+    if len(limit) == 2 and limit[0].isdigit():
+        cores = min(cores, max(1, int(limit[0]) // int(limit[1])))
+    return cores
