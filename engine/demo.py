@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -37,6 +38,9 @@ from pipeline.views import AUGMENTATIONS
 _TRAIN, _TEST = 5000, 1000  # drawn images
 _SMALL = 96  # images of at most this many pixels a side are trained on at 32 pixels
 _MOST_EPOCHS = 60
+_STEPS = (
+    78  # an epoch at least, where there are images for it: a queue learns in many small steps, not in few large ones
+)
 _MOST_IMAGES = 20000  # of a folder or archive, evenly spread: an epoch ends in a few minutes anywhere
 
 
@@ -82,7 +86,7 @@ def _settings(train: Path, evaluation: Path, out: Path) -> Settings:
         raise InputError(f"{train}: {len(beton)} images: give at least 16, better a thousand")
     small = beton.longest_side <= _SMALL
     devices = 2 * max(1, torch.cuda.device_count())
-    batch = max(devices, min(256, len(beton) // 4) // devices * devices)
+    batch = max(devices, min(256, len(beton) // _STEPS) // devices * devices)
     labelled = bool((beton.labels >= 0).all() and (Beton(evaluation).labels >= 0).all())
     return Settings(
         data=Data(
@@ -93,12 +97,17 @@ def _settings(train: Path, evaluation: Path, out: Path) -> Settings:
             batch=batch,
             eval_share=1.0 if small else 0.875,
         ),
-        model=Model(arch="resnet18", stem="small" if small else "imagenet", width=1.0 if gpu else 0.25),
+        model=Model(
+            arch="resnet18",
+            stem="small" if small else "imagenet",
+            width=1.0 if gpu else 0.25,
+            bn="split" if batch >= 128 else "plain",
+        ),
         method=Method(temperature=0.1, momentum=0.99, queue=max(batch, min(4096, len(beton) // 2))),
-        optim=Optim(lr=0.12 * batch / 256, weight_decay=5e-4, epochs=1, schedule="cosine", by="step"),
+        optim=Optim(lr=0.12 * math.sqrt(batch / 256), weight_decay=5e-4, epochs=1, schedule="cosine", by="step"),
         knn=Knn(every=1, k=20, limit=10000),
         out=str(out / "run"),
-        log_every=10,
+        log_every=max(1, len(beton) // batch // 2),
         precision="bf16" if not gpu or torch.cuda.is_bf16_supported() else "fp16",
     )
 
