@@ -172,7 +172,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="./millrace demo", description="Prepare, preview, pretrain, evaluate.")
     parser.add_argument("data", metavar="DATA", nargs="?", help="folder, .tar, .zip or .beton (default: drawn images)")
     parser.add_argument("--out", type=Path, help="folder for everything (default: runs/demo-DATE-TIME)")
-    parser.add_argument("--minutes", type=float, default=4.0, help="training time to aim for (default %(default)s)")
+    parser.add_argument("--minutes", type=float, default=3.5, help="training time to aim for (default %(default)s)")
     return parser.parse_args()
 
 
