@@ -66,7 +66,7 @@ def evaluate(run: Run, epoch: int) -> None:
         run.accelerator.wait_for_everyone()
 
 
-def measure_rate(settings: Settings, steps: int = 8) -> float:
+def measure_rate(settings: Settings, steps: int = 20) -> float:
     """Return pairs a second of such a run on this machine, over a few steps after as many to warm up."""
     with tempfile.TemporaryDirectory() as folder:
         run = build(replace(settings, out=folder, tracker="none"))

@@ -120,12 +120,15 @@ class Beton:
         self.path = Path(path)
         if not self.path.is_file():
             raise InputError(f"{path}: no such file: write it with python -m pipeline.prepare SOURCE {path}")
-        self.file_size = self.path.stat().st_size
-        self._read_header()
-        self._read_records()
-        self.manifest = self._read_manifest()
+        try:
+            self.file_size = self.path.stat().st_size
+            self._read_header()
+            self._read_records()
+            self.manifest = self._read_manifest()
+            self.data = np.memmap(self.path, dtype=np.uint8, mode="r")
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror or error}): make it readable") from None
         self.crc32 = np.array(self.manifest.crc32, dtype=np.uint32) if self.manifest else None
-        self.data = np.memmap(self.path, dtype=np.uint8, mode="r")
 
     def __len__(self) -> int:
         return len(self.sizes)

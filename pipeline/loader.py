@@ -72,6 +72,8 @@ class Loader:
             raise InputError(
                 f"{beton.path}: a batch of {batch} from {len(beton)} samples: choose data.batch from 1 to {len(beton)}"
             )
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} of {world}: ranks are 0 to {world - 1}")
         if batch % world:
             raise InputError(
                 f"data.batch {batch} does not divide among {world} processes: choose a multiple of {world}"
