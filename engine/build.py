@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sys
 import warnings
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -53,6 +54,8 @@ class Run:
     out: Path
     done: int = 0
     """Steps trained."""
+    lock: IO[str] | None = None
+    """Held on the run folder while this is there."""
 
     @property
     def total(self) -> int:
@@ -116,11 +119,23 @@ def begin(run: Run) -> None:
     if run.accelerator.is_main_process:
         try:
             run.out.mkdir(parents=True, exist_ok=True)
+            run.lock = _lock(run.out)
             replace(settings, resume="").write(run.out / "config.yaml")
         except OSError as error:
             raise InputError(f"out {settings.out!r}: {error.strerror or error}: choose another folder") from None
     if settings.tracker != "none":
         run.accelerator.init_trackers("millrace")
+
+
+def _lock(out: Path) -> IO[str]:
+    """Return a file whose lock keeps a second run out of the folder; the system releases it with the process."""
+    file = open(out / ".lock", "w")  # noqa: SIM115 - open as long as the run
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise InputError(f"{out}: another run is writing into it: choose another --out, or end that run") from None
+    return file
 
 
 def _open(path: str, key: str) -> Beton:

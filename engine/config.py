@@ -287,6 +287,9 @@ def _explain(parser: ArgumentParser, message: str) -> str:
         return f"{name}: no such setting{_suggestion(parser, name)}: see --help for all of them"
     wrong = re.search(r'Parser key "([\w.]+)": Expected a (.+?)\. Got value: (.*)', flat)
     if wrong:
+        choices = re.search(r"Literal\[(.*)\]", wrong.group(2))
+        if choices:
+            return f"{wrong.group(1)} {wrong.group(3)!r}: choose one of {choices.group(1)}"
         return f"{wrong.group(1)} {wrong.group(3)!r}: wrong type: give a value of type {_type_name(wrong.group(2))}"
     missing = re.search(r'Parser key "config": (.*)', flat)
     if missing:

@@ -38,26 +38,30 @@ from pipeline.views import AUGMENTATIONS
 _TRAIN, _TEST = 5000, 1000  # drawn images
 _SMALL = 96  # images of at most this many pixels a side are trained on at 32 pixels
 _MOST_EPOCHS = 60
+_KNN_LIMIT = 10000
 _STEPS = (
     78  # an epoch at least, where there are images for it: a queue learns in many small steps, not in few large ones
 )
 _MOST_IMAGES = 20000  # of a folder or archive, evenly spread: an epoch ends in a few minutes anywhere
 
 
-def _prepared(data: str | None, out: Path) -> tuple[Path, Path]:
-    """Return training and evaluation betons of `data`, written into `out` where they are not betons already.
-
-    Without subsets (train and test or val) in it, both are the same file, of which every tenth image is evaluated.
-    """
+def _sources(data: str | None) -> list[tuple[str, str | None]]:
+    """Return sources and subsets to prepare for training and, where there is one, for evaluation; none for a beton."""
     if data is None:
-        sources: list[tuple[str, str | None]] = [
-            (f"synthetic:{_TRAIN}", None),
-            (f"synthetic:{10 * _TRAIN}:{_TEST}", None),
-        ]
-    elif data.endswith(".beton"):
-        return Path(data), Path(data)
-    else:
-        sources = [(data, subset) for subset in _subsets(data)]
+        return [(f"synthetic:{_TRAIN}", None), (f"synthetic:{10 * _TRAIN}:{_TEST}", None)]
+    if data.endswith(".beton"):
+        Beton(data)
+        return []
+    subsets = _subsets(data)
+    open_source(data, subsets[0])
+    return [(data, subset) for subset in subsets]
+
+
+def _prepared(sources: list[tuple[str, str | None]], out: Path) -> tuple[Path, Path]:
+    """Return training and evaluation betons, written into `out`.
+
+    With one source both are the same file, of which every tenth image is evaluated.
+    """
     written = []
     for (source, subset), name in zip(sources, ("train.beton", "eval.beton"), strict=False):
         print(f"preparing {source}{f', {subset}' if subset else ''} ...", flush=True)
@@ -105,7 +109,7 @@ def _settings(train: Path, evaluation: Path, out: Path) -> Settings:
         ),
         method=Method(temperature=0.1, momentum=0.99, queue=max(batch, min(4096, len(beton) // 2))),
         optim=Optim(lr=0.12 * math.sqrt(batch / 256), weight_decay=5e-4, epochs=1, schedule="cosine", by="step"),
-        knn=Knn(every=1, k=20, limit=10000),
+        knn=Knn(every=1, k=20, limit=_KNN_LIMIT),
         out=str(out / "run"),
         log_every=max(1, len(beton) // batch // 2),
         precision="bf16" if not gpu or torch.cuda.is_bf16_supported() else "fp16",
@@ -140,22 +144,37 @@ def _baselines(settings: Settings) -> dict[str, float]:
 
 def _launch(config: Path) -> None:
     """Train as the recipe `config` says, the way a user would."""
-    script = Path(__file__).with_name("run.py")
-    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    plain = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    processes = ["--num_processes", str(max(1, torch.cuda.device_count()))]
+    arguments = [str(Path(__file__).with_name("run.py")), "--config", str(config)]
+    command, shown = [sys.executable], "python"
     if torch.cuda.device_count() > 1:
-        processes.append("--multi_gpu")
-    arguments = [str(script), "--config", str(config)]
-    print(f"$ accelerate launch {shlex.join(arguments)}", flush=True)
-    if subprocess.run([*launcher, "--quiet", *plain, *processes, *arguments], check=False).returncode:
+        options = ["--multi_gpu", "--num_machines", "1", "--num_processes", str(torch.cuda.device_count())]
+        command += [
+            "-m",
+            "accelerate.commands.accelerate_cli",
+            "launch",
+            "--quiet",
+            "--mixed_precision",
+            "no",
+            *options,
+        ]
+        shown = f"accelerate launch {' '.join(options)}"
+    print(f"$ {shown} {shlex.join(arguments)}", flush=True)
+    if subprocess.run([*command, *arguments], check=False).returncode:
         raise InputError(f"training failed (see the lines above): its settings are in {config}")
 
 
-def _table(rows: dict[str, float], summary: dict[str, Any]) -> Table:
+def _evaluated(train: Path, evaluation: Path) -> int:
+    """Return the number of images that kNN classifies."""
+    count = len(Beton(evaluation))
+    return min(-(-count // 10), _KNN_LIMIT) if train == evaluation else count
+
+
+def _table(rows: dict[str, float], summary: dict[str, Any], evaluated: int) -> Table:
     table = Table(title="Millrace demo", show_header=False)
     for name, top1 in rows.items():
         table.add_row(f"kNN top-1, {name}", f"{top1:.1%}")
+    if rows:
+        table.add_row("evaluated on", f"{evaluated} images")
     if not rows:
         table.add_row("kNN top-1", "none: the images have no labels")
     table.add_row("loss", f"{summary['loss']:.3f}")
@@ -182,11 +201,14 @@ def main() -> None:
     if not 0 < args.minutes <= 10000:
         raise InputError(f"--minutes {args.minutes}: give a number above 0")
     out = args.out or Path("runs") / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
+    sources = _sources(args.data)
+    if (out / "run").exists():
+        raise InputError(f"{out}: already holds a demonstration: choose another folder with --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{out}: cannot be made ({error.strerror}): choose another folder with --out") from None
-    train, evaluation = _prepared(args.data, out)
+    train, evaluation = _prepared(sources, out) if sources else (Path(args.data), Path(args.data))
     settings = _settings(train, evaluation, out)
     picture = out / "preview.png"
     preview(Beton(train), AUGMENTATIONS[settings.data.augmentation], size=settings.data.size).save(picture)
@@ -200,7 +222,7 @@ def main() -> None:
     if "knn_top1" in summary:
         rows |= {"trained encoder": summary["knn_top1"]}
     files = {"run folder": run, "preview": picture, "curve": out / "curve.png"}
-    Console().print(_table(rows, summary))
+    Console().print(_table(rows, summary, _evaluated(train, evaluation)))
     for name, path in files.items():
         print(f"{name:11s} {path}")
 

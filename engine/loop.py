@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -23,6 +24,8 @@ def train(settings: Settings) -> dict[str, Any]:
     run = build(settings)
     try:
         restore(run)
+        if run.done >= run.total:
+            return _already_finished(run)
         begin(run)
         run.monitor.start(run.done)
         _epochs(run)
@@ -32,6 +35,13 @@ def train(settings: Settings) -> dict[str, Any]:
         run.loader.close()
     run.accelerator.end_training()  # not after a failure: it waits for processes that may never come
     return summary
+
+
+def _already_finished(run: Run) -> dict[str, Any]:
+    if run.accelerator.is_main_process:
+        asked = f"{run.settings.optim.epochs} epochs, {run.total} steps"
+        print(f"nothing to train: {run.done} steps are done of the {asked} asked for", file=sys.stderr)
+    return {**run.monitor.last, "step": run.done}
 
 
 def _epochs(run: Run) -> None:
@@ -89,9 +99,7 @@ def _now(accelerator: Accelerator) -> float:
 
 
 def _summarise(run: Run) -> dict[str, Any]:
-    monitor, path = run.monitor, run.out / "summary.json"
-    if not monitor.pairs and path.exists():  # it was finished before
-        return json.loads(path.read_text())
+    monitor = run.monitor
     summary = {
         **monitor.last,
         "pairs_per_second": round(monitor.pairs / monitor.seconds, 1) if monitor.seconds else None,
@@ -103,5 +111,5 @@ def _summarise(run: Run) -> dict[str, Any]:
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     if run.accelerator.is_main_process:
-        path.write_text(json.dumps(summary, indent=1) + "\n")
+        (run.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary

@@ -75,7 +75,7 @@ def _compare(run: Run, saved: dict[str, Any]) -> None:
     then, now = _flat(saved), _flat(run.settings.as_dict())
     differing = [key for key in now if key not in _FREE and then.get(key) != now[key]]
     for key in differing:
-        if key.startswith("model.") or key in ("method.name", "method.queue"):
+        if key.startswith("model.") or key in ("method.name", "method.queue", "data.batch", "seed"):
             raise InputError(f"{key} {now[key]!r}: the checkpoint has {then.get(key)!r}: resume with that value")
     if differing and run.accelerator.is_main_process:
         listed = ", ".join(f"{key} {then.get(key)!r} -> {now[key]!r}" for key in differing)

@@ -118,6 +118,10 @@ class Beton:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        if self.path.is_dir():
+            raise InputError(
+                f"{path}: is a folder: write a beton from it with python -m pipeline.prepare {path} OUT.beton"
+            )
         if not self.path.is_file():
             raise InputError(f"{path}: no such file: write it with python -m pipeline.prepare SOURCE {path}")
         try:

@@ -74,6 +74,8 @@ class Loader:
             )
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} of {world}: ranks are 0 to {world - 1}")
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise InputError(f"device {str(device)!r}: this machine has no GPU that torch can use: give device='cpu'")
         if batch % world:
             raise InputError(
                 f"data.batch {batch} does not divide among {world} processes: choose a multiple of {world}"

@@ -241,6 +241,9 @@ def main() -> None:
     manifest = prepare(args.source, args.out, settings, **options)
     for name, reason in manifest.skipped:
         print(f"left out: {name}: {reason}", file=sys.stderr)
+    alone = sum("/" not in name for name in manifest.names) if manifest.classes else 0
+    if alone:
+        print(f"warning: {alone} images stand in no class folder and have no label", file=sys.stderr)
     labelled = f"{len(manifest.classes)} classes" if manifest.classes else "unlabelled"
     print(f"{args.out}: {manifest.count} images, {labelled}, {manifest.file_size / 2**20:.1f} MiB")
 

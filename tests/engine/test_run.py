@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -166,7 +167,7 @@ def main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         ([], "already holds a run: add --resume auto"),
         (["--resume", "auto", "--method.queue", "50"], "method.queue 50: the checkpoint has 70"),
         (["--resume", "auto", "--model.width", "0.25"], "model.width 0.25: the checkpoint has 0.125"),
-        (["--resume", "auto", "--seed", "1"], "the loader's seed is 1, the saved one 0"),
+        (["--resume", "auto", "--seed", "1"], "seed 1: the checkpoint has 0"),
         (["--resume", "{first}"], "holds step_00000010, later than"),
     ],
 )
@@ -187,10 +188,22 @@ def test_an_existing_run_is_neither_overwritten_nor_mixed_with_another(
 
 
 def test_resuming_a_finished_run_changes_nothing(two_ranks: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = (two_ranks / "summary.json").read_text()
+    before = [(two_ranks / name).read_text() for name in ("summary.json", "config.yaml")]
     options = ["--data.train", str(drawn), "--data.eval", str(drawn), *SMALL, "--optim.epochs", "2"]
     assert main(monkeypatch, *options, "--precision", "no", "--out", str(two_ranks), "--resume", "auto") == 0
-    assert (two_ranks / "summary.json").read_text() == before
+    assert [(two_ranks / name).read_text() for name in ("summary.json", "config.yaml")] == before
+
+
+def test_a_second_run_into_the_same_folder_is_refused(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with open(out / ".lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert main(monkeypatch, "--data.train", str(drawn), *SMALL, "--out", str(out)) == 2
+    assert "another run is writing into it" in capsys.readouterr().err
+    assert not (out / "config.yaml").exists()
 
 
 def test_an_out_that_is_a_file_is_refused(

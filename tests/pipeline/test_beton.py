@@ -139,7 +139,7 @@ def test_what_is_no_beton_is_refused_with_its_name(data: bytes | None, says: str
 
 
 def test_a_folder_is_no_beton(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="is a folder"):
         Beton(tmp_path)
 
 
