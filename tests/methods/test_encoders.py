@@ -55,10 +55,13 @@ def test_forward_equals_the_paper_written_out(stem: str) -> None:
     torch.manual_seed(0)
     model = resnet("resnet18", stem=stem, width=0.25).double().eval()
     for name, buffer in model.named_buffers():
-        if "running" in name:
+        if "running_var" in name:
             buffer.uniform_(0.5, 1.5)
+        elif "running_mean" in name:
+            buffer.uniform_(-0.1, 0.1)
     x = torch.randn(2, 3, 40, 40, dtype=torch.float64)
-    assert torch.allclose(model(x), _written_out(model.state_dict(), x, stem), atol=1e-12)
+    assert model(x).std() > 0.01  # not dead, or any two models would agree
+    assert torch.allclose(model(x), _written_out(model.state_dict(), x, stem), atol=1e-12, rtol=0)
 
 
 def _written_out(w: dict[str, torch.Tensor], x: torch.Tensor, stem: str) -> torch.Tensor:
@@ -81,6 +84,14 @@ def _written_out(w: dict[str, torch.Tensor], x: torch.Tensor, stem: str) -> torc
                 x = norm(F.conv2d(x, w[f"{p}.downsample.0.weight"], stride=stride), f"{p}.downsample.1")
             x = (x + y).relu()
     return x.mean(dim=(2, 3))
+
+
+def test_convolutions_begin_as_torchvisions() -> None:
+    """He initialisation by fan-out: the standard deviation is sqrt(2 / (out channels * kernel area))."""
+    weight = resnet("resnet50").layer2[0].conv2.weight
+    assert weight.std().item() == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.02)
+    strided = resnet("resnet50").layer2[0].conv1.weight  # 256 to 128 channels: fan-in and fan-out differ
+    assert strided.std().item() == pytest.approx((2 / 128) ** 0.5, rel=0.03)
 
 
 def test_encoder_embeds_each_view_on_its_own_with_norm_one() -> None:
