@@ -16,24 +16,38 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.utils import is_wandb_available, set_seed
 from torch import nn
 
+from engine import ranks
 from engine.config import Settings
 from engine.evaluate import Knn
 from engine.monitor import Monitor
 from engine.optim import build_optimiser
 from engine.step import Step
+from engine.sync_norm import synchronise
 from methods.encoders import place
-from methods.moco import MoCo
+from methods.heads import Encoder
 from methods.momentum import momentum_copy
-from methods.norm import GROUPS
+from methods.norm import GROUPS, SHUFFLED
 from methods.queue import KeyQueue
-from methods.registry import build_encoder
+from methods.registry import build_backbone, build_encoder, build_objective
 from pipeline.beton import Beton
 from pipeline.cores import available_cores
 from pipeline.errors import InputError
-from pipeline.loader import Loader
+from pipeline.loader import Loader, Shuffle
 from pipeline.views import AUGMENTATIONS
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # the first process evaluates and saves while the others wait
+
+
+@dataclass
+class Model:
+    """What is trained, and the step that trains it."""
+
+    online: nn.Module
+    """As Accelerate wrapped it."""
+    target: Encoder | None
+    queue: KeyQueue | None
+    optimiser: Any
+    step: Step
 
 
 @dataclass
@@ -43,12 +57,7 @@ class Run:
     settings: Settings
     accelerator: Accelerator
     loader: Loader
-    online: nn.Module
-    """As Accelerate wrapped it."""
-    target: nn.Module
-    queue: KeyQueue
-    optimiser: Any
-    step: Step
+    model: Model
     monitor: Monitor
     knn: Knn | None
     out: Path
@@ -65,14 +74,13 @@ class Run:
     @property
     def backbone(self) -> nn.Module:
         """The online backbone."""
-        return self.accelerator.unwrap_model(self.online).backbone
+        return self.accelerator.unwrap_model(self.model.online).backbone
 
 
 def build(settings: Settings) -> Run:
     """Build a run from its settings, writing nothing. Raises InputError for what cannot work."""
     train_set = _open(settings.data.train, "data.train")
-    accelerator = _accelerator(settings)
-    set_seed(settings.seed)
+    accelerator = build_accelerator(settings)
     loader = Loader(
         train_set,
         AUGMENTATIONS[settings.data.augmentation],
@@ -81,36 +89,70 @@ def build(settings: Settings) -> Run:
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         ahead=settings.data.ahead,
+        shuffle=_shuffle(settings, accelerator.num_processes),
         **_loading(settings, accelerator),
     )
     _check(settings, len(train_set), accelerator)
-    model, method = settings.model, settings.method
-    groups = max(1, GROUPS // accelerator.num_processes)
-    online: nn.Module = build_encoder(method.name, model.arch, model.stem, model.width, model.dim, model.bn, groups)
-    if model.bn == "sync" and accelerator.num_processes > 1:
-        online = nn.SyncBatchNorm.convert_sync_batchnorm(online)
-    target = place(momentum_copy(online), accelerator.device)
-    online = place(online, accelerator.device)
-    queue = KeyQueue(method.queue, model.dim, settings.seed).to(accelerator.device)
-    online, optimiser = accelerator.prepare(
-        online, build_optimiser(online, settings.optim, fused=settings.precision != "fp16")
-    )
-    step = Step(
-        accelerator,
-        online,
-        target,
-        queue,
-        MoCo(method.temperature, method.symmetric),
-        optimiser,
-        ema=method.momentum,
-        accumulate=settings.accumulate,
-        shuffle_keys=model.bn == "split",
-        seed=settings.seed,
-    )
+    model = build_model(settings, accelerator)
     knn = _knn(settings, train_set, accelerator)
     out = Path(settings.out)
     monitor = Monitor(accelerator, out, settings.optim.epochs * loader.steps, settings.optim.epochs)
-    return Run(settings, accelerator, loader, online, target, queue, optimiser, step, monitor, knn, out)
+    return Run(settings, accelerator, loader, model, monitor, knn, out)
+
+
+def build_model(settings: Settings, accelerator: Accelerator) -> Model:
+    """Build encoders, queue, objective, optimiser and step, weights from the settings' seed."""
+    set_seed(settings.seed)
+    model, method, base = settings.model, settings.method, settings.base
+    assert model.dim is not None
+    assert model.bn is not None
+    groups = max(1, GROUPS // (accelerator.num_processes * settings.accumulate))
+    backbone = build_backbone(
+        model.arch,
+        stem=model.stem,
+        width=model.width,
+        bn=model.bn,
+        groups=groups,
+        zero_init=bool(model.zero_init),
+        size=settings.data.size,
+        frozen_patch=model.frozen_patch,
+    )
+    online = build_encoder(base, backbone, dim=model.dim, hidden=model.hidden, bn=model.bn, groups=groups)
+    if model.bn == "sync" and accelerator.num_processes > 1:
+        synchronise(online, accelerator.device)
+    target = place(momentum_copy(online), accelerator.device) if base.teacher else None
+    place(online, accelerator.device)
+    queue = None
+    if base.queue:
+        assert method.queue is not None
+        dtype = getattr(torch, method.queue_dtype)
+        queue = KeyQueue(method.queue, model.dim, settings.seed, dtype).to(accelerator.device)
+    optimiser = build_optimiser(online, settings.optim, fused=settings.precision != "fp16")
+    wrapped, optimiser = accelerator.prepare(online, optimiser)
+    assert method.temperature is not None
+    step = Step(
+        accelerator,
+        wrapped,
+        target,
+        queue,
+        build_objective(base, method.temperature, settings.terms),
+        optimiser,
+        accumulate=settings.accumulate,
+        clip=settings.optim.clip,
+        gradient_shares=settings.gradient_shares,
+    )
+    return Model(wrapped, target, queue, optimiser, step)
+
+
+def _shuffle(settings: Settings, world: int) -> Shuffle | None:
+    """Return how the keys' views are shuffled, where BatchNorm is to meet other samples in them than in the queries."""
+    if settings.model.bn not in SHUFFLED:
+        return None
+    assert settings.method.temperature is not None
+    needs = build_objective(settings.base, settings.method.temperature, settings.terms).needs
+    keys, queries = ({int(name[1]) - 1 for name in needs if name[0] in kinds} for kinds in ("kK", "qQ"))
+    parts = 1 if settings.model.bn == "shuffle" else world
+    return Shuffle(tuple(sorted(keys)), ranks.exchange, parts, only=tuple(sorted(keys - queries)))
 
 
 def begin(run: Run) -> None:
@@ -144,7 +186,7 @@ def _open(path: str, key: str) -> Beton:
     return Beton(path)
 
 
-def _accelerator(settings: Settings) -> Accelerator:
+def build_accelerator(settings: Settings) -> Accelerator:
     on_gpu = torch.cuda.is_available() and not settings.cpu
     if settings.precision == "fp16" and not on_gpu:
         raise InputError("precision 'fp16': needs a GPU: choose bf16 or no")
@@ -186,9 +228,7 @@ def _check(settings: Settings, samples: int, accelerator: Accelerator) -> None:
             f"accumulate {settings.accumulate}: does not divide the {local} samples a process has of a batch "
             "into equal parts of two or more: choose another number"
         )
-    if settings.model.bn == "sync" and accelerator.num_processes > 1 and accelerator.device.type == "cpu":
-        raise InputError("model.bn 'sync': needs GPUs: choose split or plain for several processes on the CPU")
-    if settings.method.queue > samples and accelerator.is_main_process:
+    if (settings.method.queue or 0) > samples and accelerator.is_main_process:
         print(
             f"warning: method.queue {settings.method.queue} is larger than the data set's {samples} images, so that "
             f"a sample meets its own older keys as negatives: choose at most {samples // 2}",

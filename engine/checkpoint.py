@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.errors import InputError
 
-FORMAT = 1
+FORMAT = 2
 Tensors = dict[str, torch.Tensor]
 
 

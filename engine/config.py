@@ -10,8 +10,8 @@ import math
 import re
 import sys
 from argparse import ArgumentError
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,12 @@ import jsonargparse
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+from methods.base import Base, CannotCarry
+from methods.norm import SHUFFLED
+from methods.registry import BASES, Terms, build_objective
+from methods.vit import PATCH, VITS
 from pipeline.errors import InputError
+from pipeline.views import AUGMENTATIONS
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -45,7 +50,7 @@ class Data:
     backend: Literal["ffcv"] = "ffcv"
     """What decodes and crops."""
     augmentation: str = "moco_v2"
-    """Two-view augmentation: moco_v1, moco_v2, moco_v3, simclr, or one of these with _32 (no blur) for small images."""
+    """Two-view augmentation: moco_v1, moco_v2, moco_v3, simclr, byol; with _32 (no blur) for small images."""
     size: int = 224
     """Side of a view, pixels."""
     batch: int = 256
@@ -58,10 +63,10 @@ class Data:
     """Seconds without a batch after which the run ends with an error."""
     eval_share: float = 0.875
     """Centre crop for evaluation, as a share of the shorter side; 1 for small images."""
+    samples: int = 0
+    """Images that --dry-run counts steps with where `train` is not set."""
 
     def __post_init__(self) -> None:
-        from pipeline.views import AUGMENTATIONS
-
         known = ", ".join(AUGMENTATIONS)
         _require(
             self.augmentation in AUGMENTATIONS,
@@ -85,88 +90,115 @@ class Data:
 
 @dataclass
 class Model:
-    """The encoder."""
+    """The encoder. What is left open (null) is as published for the base method."""
 
-    arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
+    arch: Literal["resnet18", "resnet34", "resnet50", "resnet101", "vit_small", "vit_base"] = "resnet50"
     """Backbone."""
     stem: Literal["imagenet", "small"] = "imagenet"
-    """First layers: imagenet (7x7 stride 2, pooling) or small (3x3) for images of 32 to 64 pixels."""
+    """First layers of a ResNet: imagenet (7x7 stride 2, pooling) or small (3x3) for images of 32 to 64 pixels."""
     width: float = 1.0
-    """Share of the published channel counts."""
-    dim: int = 128
+    """Share of a ResNet's published channel counts."""
+    dim: int | None = None
     """Dimensions of the embeddings."""
-    bn: Literal["plain", "split", "sync"] = "split"
-    """BatchNorm statistics: of each process's batch, of 8 parts of it (keys shuffled), or of all processes'."""
+    hidden: int | None = None
+    """Width of the heads' hidden layers."""
+    bn: Literal["plain", "shuffle", "split", "sync"] | None = None
+    """BatchNorm statistics: of each process's batch, of 8 parts of the global batch (keys' samples shuffled over all
+    of it, or within each process), or of all processes' batches."""
+    zero_init: bool | None = None
+    """Begin a ResNet's blocks as the identity: scale 0 in their last BatchNorm."""
+    frozen_patch: bool = True
+    """Leave a transformer's patch projection as initialised."""
 
     def __post_init__(self) -> None:
         _require(0.05 <= self.width <= 8, "model.width", self.width, "choose 0.05 to 8")
-        _require(2 <= self.dim <= 65536, "model.dim", self.dim, "choose 2 to 65536")
+        for key in ("dim", "hidden"):
+            value = getattr(self, key)
+            _require(value is None or 2 <= value <= 65536, f"model.{key}", value, "choose 2 to 65536")
+        if self.arch in VITS:
+            plain = self.stem == "imagenet" and self.width == 1
+            _require(plain, "model.arch", self.arch, "model.stem and model.width are of ResNets: leave them out")
 
 
 @dataclass
 class Method:
-    """The contrastive objective."""
+    """The base method. What is left open (null) is as published for it."""
 
-    name: Literal["moco_v2"] = "moco_v2"
+    name: Literal["moco_v1", "moco_v2", "moco_v3", "simclr", "byol"] = "moco_v2"
     """Base method."""
-    temperature: float = 0.2
+    temperature: float | None = None
     """Softmax temperature."""
-    momentum: float = 0.999
+    momentum: float | None = None
     """Of the momentum encoder: the share of itself it keeps each step."""
-    queue: int = 65536
-    """Keys in the queue."""
-    symmetric: bool = False
-    """Average the loss with that of the views exchanged."""
+    momentum_schedule: Literal["constant", "cosine"] | None = None
+    """Whether that share stays, or rises to 1 by a cosine over the run."""
+    queue: int | None = None
+    """Keys in the queue (moco_v1, moco_v2)."""
+    queue_dtype: Literal["float32", "bfloat16"] = "float32"
+    """How they are stored; bfloat16 changes a similarity by at most 0.002."""
+    symmetric: bool | None = None
+    """Whether the loss is the mean over both views as queries (a choice for moco_v1, moco_v2)."""
 
     def __post_init__(self) -> None:
-        _finite(method__temperature=self.temperature, method__momentum=self.momentum)
-        _require(
-            self.temperature > 0,
-            "method.temperature",
-            self.temperature,
-            "choose a number above 0, such as 0.2",
-        )
-        _require(0 <= self.momentum <= 1, "method.momentum", self.momentum, "choose 0 to 1, such as 0.999")
-        _require(
-            0 < self.queue <= 2**24,
-            "method.queue",
-            self.queue,
-            "choose a number of keys above 0, such as 65536",
-        )
+        for key in ("temperature", "momentum"):
+            if getattr(self, key) is not None:
+                _finite(**{f"method__{key}": getattr(self, key)})
+        positive = self.temperature is None or self.temperature > 0
+        _require(positive, "method.temperature", self.temperature, "choose a number above 0, such as 0.2")
+        share = self.momentum is None or 0 <= self.momentum <= 1
+        _require(share, "method.momentum", self.momentum, "choose 0 to 1, such as 0.999")
+        sensible = self.queue is None or 0 < self.queue <= 2**24
+        _require(sensible, "method.queue", self.queue, "choose a number of keys above 0, such as 65536")
 
 
 @dataclass
 class Optim:
-    """The optimiser (SGD) and its schedule."""
+    """The optimiser and its schedule."""
 
+    name: Literal["sgd", "lars", "adamw"] = "sgd"
+    """sgd and adamw decay all parameters, lars all but biases and BatchNorm, which it does not scale either."""
     lr: float = 0.03
-    """Learning rate at its highest, for the whole batch."""
+    """Learning rate at its highest, for a batch of 256 or, by lr_rule none, for the batch as it is."""
+    lr_rule: Literal["none", "linear", "sqrt"] = "none"
+    """How it grows with the batch: not, as batch / 256, or as the square root of that."""
     momentum: float = 0.9
-    """SGD momentum."""
+    """Of sgd and lars; adamw has 0.9 and 0.999."""
     weight_decay: float = 1e-4
-    """On all parameters, as MoCo's."""
+    """Of the optimiser's parameters."""
+    trust: float = 0.001
+    """Trust coefficient of lars."""
+    clip: float = 0.0
+    """Largest norm of the whole gradient, which is scaled down to it; 0: any."""
     epochs: int = 200
     """Epochs to train."""
     warmup_epochs: float = 0.0
     """Epochs of linear warm-up from 0."""
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "steps", "constant"] = "cosine"
     """Learning rate after warm-up."""
+    milestones: list[float] = field(default_factory=list)
+    """Epochs from which on schedule steps multiplies the rate by `factor`."""
+    factor: float = 0.1
+    """See milestones."""
     by: Literal["epoch", "step"] = "epoch"
-    """The cosine moves once an epoch, as MoCo's, or every step."""
+    """The schedule after warm-up moves once an epoch or every step."""
 
     def __post_init__(self) -> None:
         _finite(optim__lr=self.lr, optim__weight_decay=self.weight_decay, optim__warmup_epochs=self.warmup_epochs)
+        _finite(optim__clip=self.clip, optim__trust=self.trust, optim__factor=self.factor)
         _require(self.lr > 0, "optim.lr", self.lr, "choose a number above 0, such as 0.03")
         _require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "choose 0 to 1, such as 0.9")
         _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "choose 0 or more, such as 1e-4")
+        _require(self.trust > 0, "optim.trust", self.trust, "choose a number above 0, such as 0.001")
+        _require(self.clip >= 0, "optim.clip", self.clip, "choose a norm above 0, or 0 for none")
+        _require(self.factor > 0, "optim.factor", self.factor, "choose a number above 0, such as 0.1")
         _require(self.epochs >= 1, "optim.epochs", self.epochs, "choose 1 or more")
         fits = 0 <= self.warmup_epochs < self.epochs
-        _require(
-            fits,
-            "optim.warmup_epochs",
-            self.warmup_epochs,
-            f"choose 0 or more, below optim.epochs {self.epochs}",
-        )
+        remedy = f"choose 0 or more, below optim.epochs {self.epochs}"
+        _require(fits, "optim.warmup_epochs", self.warmup_epochs, remedy)
+        stepped = bool(self.milestones) == (self.schedule == "steps")
+        _require(stepped, "optim.milestones", self.milestones, "give epochs with schedule steps, and only with it")
+        rising = self.milestones == sorted(self.milestones) and all(m > 0 for m in self.milestones)
+        _require(rising, "optim.milestones", self.milestones, "give epochs above 0 in rising order")
 
 
 @dataclass
@@ -196,6 +228,7 @@ class Settings:
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     method: Method = field(default_factory=Method)
+    terms: Terms = field(default_factory=Terms)
     optim: Optim = field(default_factory=Optim)
     knn: Knn = field(default_factory=Knn)
     out: str = "runs/run"
@@ -210,6 +243,8 @@ class Settings:
     """Parts in which a process computes its share of a batch, one after another, to save memory."""
     log_every: int = 50
     """Steps between metrics lines."""
+    gradient_shares: bool = False
+    """Log each part's share of the gradient's norm at the online embeddings."""
     save_every: int = 0
     """Steps between checkpoints; 0: one an epoch. There is always one at the end."""
     keep: int = 2
@@ -231,6 +266,47 @@ class Settings:
             "choose a number of steps, or 0 for every epoch",
         )
         _require(self.keep >= 0, "keep", self.keep, "choose 1 or more, or 0 for all")
+        self._fill_published()
+        self._refuse_impossible()
+
+    def _fill_published(self) -> None:
+        """Set what was left open to the base method's published value."""
+        base = BASES[self.method.name]
+        for dotted, value in {**base.published, "method.symmetric": base.symmetric}.items():
+            section, key = dotted.split(".")
+            if getattr(getattr(self, section), key) is None:
+                setattr(getattr(self, section), key, value)
+
+    def _refuse_impossible(self) -> None:
+        """Raise InputError for combinations that cannot work."""
+        base = BASES[self.method.name]
+        if self.method.queue and not base.queue:
+            raise InputError(f"method.queue {self.method.queue}: {base.name} has no queue: leave it out, or null")
+        if self.method.symmetric != base.symmetric and not base.queue:
+            raise InputError(
+                f"method.symmetric {self.method.symmetric}: {base.name} is symmetric: leave it out, or null"
+            )
+        if self.model.bn in SHUFFLED and not base.teacher:
+            raise InputError(f"model.bn {self.model.bn!r}: {base.name} has no keys to shuffle: choose plain or sync")
+        if self.model.arch in VITS and self.data.size % PATCH:
+            remedy = f"{self.model.arch} has patches of {PATCH} pixels: choose a multiple of {PATCH}"
+            raise InputError(f"data.size {self.data.size}: {remedy}")
+        for name, term in asdict(self.terms).items():
+            for key, value in (term or {}).items():
+                if isinstance(value, float):
+                    temperature = "temperature" in key
+                    fits = math.isfinite(value) and (value > 0 if temperature else value >= 0)
+                    remedy = "choose a number above 0" if temperature else "choose 0 or more"
+                    _require(fits, f"terms.{name}.{key}", value, remedy)
+        try:
+            build_objective(self.base, 1.0, self.terms)
+        except CannotCarry as error:
+            raise InputError(f"terms.{error}") from None
+
+    @property
+    def base(self) -> Base:
+        """The base method, as these settings have it."""
+        return replace(BASES[self.method.name], symmetric=bool(self.method.symmetric))
 
     def as_dict(self) -> dict[str, Any]:
         """Return all settings as nested plain values."""
@@ -241,14 +317,27 @@ class Settings:
         path.write_text(yaml.safe_dump(self.as_dict(), sort_keys=False))
 
 
+def _load_recipe(text: str) -> Any:
+    """Return what YAML `text` says; terms given as a list of names stand for those terms as they are by default."""
+    found = yaml.safe_load(text)
+    if isinstance(found, dict) and isinstance(found.get("terms"), list):
+        found["terms"] = {name: {} for name in found["terms"]}
+    return found
+
+
+jsonargparse.set_loader("recipe", _load_recipe, exceptions=(yaml.YAMLError,))
+
+
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
+        parser_mode="recipe",
         prog="accelerate launch engine/run.py",
         description="Pretrain an image encoder by momentum contrast. Every field below can stand in the --config file.",
         exit_on_error=False,
         allow_abbrev=False,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="recipe, such as engine/recipes/moco_v2_in1k.yaml")
+    parser.add_argument("--dry-run", action="store_true", help="build, take one step on a stub batch, print, and exit")
     parser.add_class_arguments(Settings)
     return parser
 
@@ -261,12 +350,18 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     except ArgumentError as error:
         raise InputError(_explain(parser, str(error))) from None
     chosen.pop("config", None)
+    chosen.pop("dry_run", None)
     return Settings(**chosen)
+
+
+def wants_dry_run(arguments: Sequence[str] | None = None) -> bool:
+    """Return whether a command line asks for a dry run."""
+    return "--dry-run" in (sys.argv[1:] if arguments is None else arguments)
 
 
 def _recipe_first(arguments: Sequence[str] | None) -> list[str]:
     """Return the arguments with --config before all others, so that these win over the recipe wherever they stand."""
-    rest = list(sys.argv[1:] if arguments is None else arguments)
+    rest = [part for argument in _spelled(arguments) for part in argument]
     first: list[str] = []
     for number, argument in enumerate(rest):
         if argument == "--config" or argument.startswith("--config="):
@@ -274,6 +369,22 @@ def _recipe_first(arguments: Sequence[str] | None) -> list[str]:
             first, rest = rest[number : number + length], rest[:number] + rest[number + length :]
             break
     return first + rest
+
+
+def _spelled(arguments: Sequence[str] | None) -> Iterator[list[str]]:
+    """Yield the arguments; `--terms [a, b]` as `--terms.a {} --terms.b {}`."""
+    given = iter(sys.argv[1:] if arguments is None else arguments)
+    for argument in given:
+        listed = argument.removeprefix("--terms=") if argument.startswith("--terms=") else None
+        if argument == "--terms":
+            listed = next(given, "")
+        if listed is not None and listed.startswith("["):
+            for name in listed.strip("[]").replace(",", " ").split():
+                yield [f"--terms.{name}", "{}"]
+        elif listed is not None:
+            yield ["--terms", listed]
+        else:
+            yield [argument]
 
 
 def _explain(parser: ArgumentParser, message: str) -> str:
@@ -285,12 +396,19 @@ def _explain(parser: ArgumentParser, message: str) -> str:
     if found:
         name = ".".join(part for part in found.groups() if part)
         return f"{name}: no such setting{_suggestion(parser, name)}: see --help for all of them"
-    wrong = re.search(r'Parser key "([\w.]+)": Expected a (.+?)\. Got value: (.*)', flat)
+    term = re.match(r'Parser key "(terms\.\w+)"', flat)
+    within = f"{term.group(1)}." if term else ""
+    foreign = re.search(r"Option '([\w.]+)' is not accepted", flat)
+    if foreign:
+        name = within + foreign.group(1)
+        return f"{name}: no such setting: see --{within.rstrip('.')}.help for all of them"
+    wrong = re.search(r'Parser key "([\w.]+)": Expected a (.+?)\. Got value: (.*?)(?: - Expected a|$)', flat)
     if wrong:
-        choices = re.search(r"Literal\[(.*)\]", wrong.group(2))
+        key, kind, value = within + wrong.group(1), wrong.group(2), wrong.group(3)
+        choices = re.search(r"Literal\[(.*)\]", kind)
         if choices:
-            return f"{wrong.group(1)} {wrong.group(3)!r}: choose one of {choices.group(1)}"
-        return f"{wrong.group(1)} {wrong.group(3)!r}: wrong type: give a value of type {_type_name(wrong.group(2))}"
+            return f"{key} {value!r}: choose one of {choices.group(1)}"
+        return f"{key} {value!r}: wrong type: give a value of type {_type_name(kind)}"
     missing = re.search(r'Parser key "config": (.*)', flat)
     if missing:
         return f"--config: {missing.group(1)}: give the path of a recipe, such as engine/recipes/moco_v2_in1k.yaml"

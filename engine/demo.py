@@ -105,7 +105,7 @@ def _settings(train: Path, evaluation: Path, out: Path) -> Settings:
             arch="resnet18",
             stem="small" if small else "imagenet",
             width=1.0 if gpu else 0.25,
-            bn="split" if batch >= 128 else "plain",
+            bn="shuffle",
         ),
         method=Method(temperature=0.1, momentum=0.99, queue=max(batch, min(4096, len(beton) // 2))),
         optim=Optim(lr=0.12 * math.sqrt(batch / 256), weight_decay=5e-4, epochs=1, schedule="cosine", by="step"),
@@ -138,7 +138,7 @@ def _baselines(settings: Settings) -> dict[str, float]:
     evaluation = KnnEvaluation(Beton(data.train), Beton(data.eval), **options, **loading)
     set_seed(settings.seed)
     model = settings.model
-    untrained = place(build_backbone(model.arch, model.stem, model.width, model.bn), device)
+    untrained = place(build_backbone(model.arch, stem=model.stem, width=model.width), device)
     return {"raw pixels": evaluation.top1(RawPixels()), "untrained encoder": evaluation.top1(untrained)}
 
 

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from engine.build import Run, begin, build
 from engine.config import Settings
-from engine.optim import learning_rate
+from engine.optim import learning_rate, momentum_after
 from engine.state import restore, save
 
 
@@ -48,15 +48,17 @@ def _epochs(run: Run) -> None:
     settings, steps = run.settings, run.loader.steps
     for epoch in range(run.done // steps, settings.optim.epochs):
         for batch in run.loader:
-            lr = learning_rate(settings.optim, run.done, steps)
-            for group in run.optimiser.param_groups:
+            lr = learning_rate(settings.optim, run.done, steps, settings.data.batch)
+            ema = momentum_after(settings.method, run.done, run.total)
+            for group in run.model.optimiser.param_groups:
                 group["lr"] = lr
-            parts = run.step(batch.views, run.done)
+            ends = (run.done + 1) % steps == 0
+            logs = ends or (run.done + 1) % settings.log_every == 0
+            result = run.model.step(batch, ema, measured=logs)
             run.done += 1
-            run.monitor.add(parts, settings.data.batch, batch.waited)
-            ends = run.done % steps == 0
-            if run.done % settings.log_every == 0 or ends:
-                run.monitor.log(run.done, run.done / steps, lr=lr, momentum=settings.method.momentum)
+            run.monitor.add(result, settings.data.batch, batch.waited)
+            if logs:
+                run.monitor.log(run.done, run.done / steps, result.measures, lr=lr, momentum=ema)
             if settings.save_every and run.done % settings.save_every == 0 and not ends:
                 save(run)
         evaluate(run, epoch + 1)
@@ -85,7 +87,7 @@ def measure_rate(settings: Settings, steps: int = 20) -> float:
             for number, batch in enumerate(itertools.islice(batches, 2 * steps)):
                 if number == steps:
                     start = _now(run.accelerator)
-                run.step(batch.views, number)
+                run.model.step(batch, momentum_after(settings.method, number, run.total))
             return steps * settings.data.batch / (_now(run.accelerator) - start)
         finally:
             run.loader.close()

@@ -1,6 +1,7 @@
 """What a run says of itself: metrics.jsonl, trackers, and one progress line.
 
-Losses are summed on the device and fetched once a logging interval; nothing else here touches the device.
+Losses are summed on the device and fetched once a logging interval, with the measures of that interval's last step;
+nothing else here touches the device.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from engine import ranks
+from engine.step import Result
+from engine.watch import CollapseWatch
 
 WALL_CLOCK = ("pairs_per_second", "data_wait_fraction")
 """Keys of a metrics line that tell of time, and so differ between two runs that compute the same."""
@@ -33,6 +36,7 @@ class Monitor:
         self._steps, self._epochs = steps, epochs
         self._sums: dict[str, torch.Tensor] = {}
         self._count = 0
+        self._collapse = CollapseWatch(accelerator.device)
         self.last: dict[str, Any] = {}
         """Newest value of every metric."""
         self._bar: tqdm | None = None
@@ -53,11 +57,11 @@ class Monitor:
         """Begin a logging interval."""
         self._since, self._pairs, self._waited = time.perf_counter(), 0, 0.0
 
-    def add(self, parts: dict[str, torch.Tensor], pairs: int, waited: float) -> None:
-        """Add a step: loss parts (scalars on the device), pairs over all processes, seconds waited for data."""
-        total = torch.stack(list(parts.values())).sum() if len(parts) > 1 else next(iter(parts.values()))
-        for name, value in {"loss": total, **parts}.items():
-            value = value.detach().double()
+    def add(self, result: Result, pairs: int, waited: float) -> None:
+        """Add a step: what it tells of itself, pairs over all processes, seconds waited for data."""
+        self._collapse.add(result.q)
+        for name, value in result.parts.items():
+            value = value.double()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._count += 1
         self._pairs += pairs
@@ -65,10 +69,14 @@ class Monitor:
         if self._bar is not None:
             self._bar.update()
 
-    def log(self, step: int, epoch: float, **values: float) -> None:
-        """Write the means since the last line. Waits for the device. Raises FloatingPointError for a loss of nan."""
-        names = list(self._sums)
-        means = (ranks.mean(torch.stack([self._sums[name] for name in names])) / self._count).tolist()
+    def log(self, step: int, epoch: float, measures: Mapping[str, torch.Tensor] | None = None, **values: float) -> None:
+        """Write the means since the last line, the measures of the last step, both over all processes, and `values`.
+
+        Waits for the device. Raises FloatingPointError for a loss of nan.
+        """
+        own = {name: value / self._count for name, value in self._sums.items()} | dict(measures or {})
+        names = list(own)
+        means = ranks.mean(torch.stack([value.double() for value in own.values()])).tolist()
         seconds = time.perf_counter() - self._since
         rates = {
             "pairs_per_second": round(self._pairs / seconds, 1),
@@ -84,7 +92,10 @@ class Monitor:
         self._begin()
         self._write({"step": step, "epoch": round(epoch, 4), **dict(zip(names, means, strict=True)), **values, **rates})
         self._show(step)
-        _refuse_nan(means, f"step {step}")
+        warning = self._collapse.warning()
+        if warning and self._accelerator.is_main_process:
+            print(f"warning: step {step}: {warning}", file=sys.stderr, flush=True)
+        _refuse_nan(means[: 1 + names.index("loss")], f"step {step}")
 
     def evaluation(self, step: int, epoch: float, **values: float) -> None:
         """Write the result of an evaluation; the time it took is no part of the training rates."""
@@ -114,7 +125,8 @@ class Monitor:
             everyone = ranks.gather(torch.stack(list(self._sums.values()))[None])  # [world, parts]
             sums = {name: column.tolist() for name, column in zip(self._sums, everyone.T, strict=True)}
         _refuse_nan(itertools.chain(*sums.values()), f"after step {self.last.get('step', 0)}")
-        return {"sums": sums, "count": self._count, "last": self.last}
+        collapse = self._collapse.state_dict()
+        return {"sums": sums, "count": self._count, "collapse": collapse, "last": self.last}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`; on another number of processes with the mean of theirs, equal but for rounding."""
@@ -124,6 +136,7 @@ class Monitor:
             own = sums[rank] if len(sums) == world else sum(sums) / len(sums)
             self._sums[name] = torch.tensor(own, dtype=torch.float64, device=device)
         self._count, self.last = state["count"], dict(state["last"])
+        self._collapse.load_state_dict(state["collapse"])
 
     def _write(self, line: dict[str, Any]) -> None:
         self.last.update(line)

@@ -2,26 +2,103 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import distributed
+
+from pipeline.transfer import to_device
 
 # torch 2.13 gives it a new name, and warns of the old one
 _all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
 
 
+def world() -> int:
+    """Return the number of processes."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return this process's number."""
+    return distributed.get_rank() if world() > 1 else 0
+
+
 def gather(local: torch.Tensor) -> torch.Tensor:
     """Return the rows of all processes, [world * B, ...] in order of rank, without gradient; the input where alone."""
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
-        return local
-    everyone = local.new_empty((distributed.get_world_size() * len(local), *local.shape[1:]))
+    if world() == 1:
+        return local.detach()
+    everyone = local.new_empty((world() * len(local), *local.shape[1:]))
     _all_gather(everyone, local.detach().contiguous())
     return everyone
 
 
+def gather_into(out: torch.Tensor, local: torch.Tensor) -> None:
+    """Write the rows of all processes, in order of rank, straight into `out` [world * B, ...]."""
+    if world() == 1:
+        out.copy_(local)
+    elif out.dtype == local.dtype:
+        _all_gather(out, local.detach().contiguous())
+    else:
+        out.copy_(gather(local))
+
+
+def gather_with_gradient(local: torch.Tensor) -> torch.Tensor:
+    """Return the rows of all processes as `gather`, with gradient: of the sum of all processes' losses."""
+    return local if world() == 1 else _Gather.apply(local)
+
+
+def sum_with_gradient(local: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor over all processes, with gradient: of the sum of all processes' losses."""
+    return local if world() == 1 else _Sum.apply(local)
+
+
 def mean(local: torch.Tensor) -> torch.Tensor:
     """Return the mean of a tensor over all processes, the input where alone."""
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
-        return local
-    total = local.detach().clone()
+    return local if world() == 1 else _summed(local) / world()
+
+
+def exchange(rows: torch.Tensor, order: np.ndarray) -> torch.Tensor:
+    """Return this process's share of all processes' rows in the order `order`.
+
+    rows [B, ...] of each process; order a permutation of world * B, the same on all: process r is given the rows
+    order[r * B : (r + 1) * B]. What stays within each process is not sent.
+    """
+    count, number = len(rows), rank()
+    owner, at = np.divmod(order, count)
+    asked = np.repeat(np.arange(world()), count)  # who asks for each row of `order`
+    if (owner == asked).all():
+        return rows[to_device(at[asked == number], rows.device)]
+    given, wanted = owner == number, asked == number
+    sent = rows[to_device(at[given], rows.device)]  # in the order of who asks
+    arrival = np.argsort(owner[wanted], kind="stable")  # they come in the order of who owns them
+    received = torch.empty_like(sent)
+    splits = [np.bincount(who, minlength=world()).tolist() for who in (owner[wanted], asked[given])]
+    distributed.all_to_all_single(received, sent, *splits)
+    return received[to_device(np.argsort(arrival), rows.device)]
+
+
+def _summed(local: torch.Tensor) -> torch.Tensor:
+    total = local.detach().clone(memory_format=torch.contiguous_format)
     distributed.all_reduce(total)
-    return total / distributed.get_world_size()
+    return total
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: torch.Tensor) -> torch.Tensor:
+        return gather(local)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return _summed(gradients[0]).chunk(world())[rank()]
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: torch.Tensor) -> torch.Tensor:
+        return _summed(local)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return _summed(gradients[0])

@@ -14,7 +14,7 @@ from engine.build import Run
 from pipeline.errors import InputError
 
 _FREE = {"out", "resume", "log_every", "save_every", "keep", "tracker", "data.train", "data.eval", "data.workers"}
-_FREE |= {"data.ahead", "data.stall_timeout", "cpu"}
+_FREE |= {"data.ahead", "data.stall_timeout", "data.samples", "cpu", "gradient_shares"}
 
 
 def save(run: Run) -> None:
@@ -22,7 +22,7 @@ def save(run: Run) -> None:
     _refuse_non_finite(run)
     state = {
         "loader": run.loader.state_dict(),
-        "queue_position": run.queue.position,
+        "queue_position": run.model.queue.position if run.model.queue else None,
         "monitor": run.monitor.state_dict(),
         "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
         "settings": run.settings.as_dict(),
@@ -36,7 +36,7 @@ def save(run: Run) -> None:
 
 def _refuse_non_finite(run: Run) -> None:
     """Raise FloatingPointError, on all processes alike, where a parameter is not finite: never keep such a state."""
-    norms = torch._foreach_norm([p.detach() for p in run.online.parameters()])
+    norms = torch._foreach_norm([p.detach() for p in run.model.online.parameters()])
     if not torch.stack(norms).isfinite().all():
         raise FloatingPointError(
             f"after step {run.done}: parameters are not finite: resume from the last checkpoint with a lower optim.lr"
@@ -61,7 +61,8 @@ def restore(run: Run) -> None:
     modules(run).load_state_dict(tensors["model"])
     _load_optimiser(run, tensors["optimiser"])
     run.loader.load_state_dict(state["loader"])
-    run.queue.position = state["queue_position"]
+    if run.model.queue:
+        run.model.queue.position = state["queue_position"]
     run.monitor.load_state_dict(state["monitor"])
     if run.accelerator.scaler and state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
@@ -73,21 +74,22 @@ def restore(run: Run) -> None:
 def _compare(run: Run, saved: dict[str, Any]) -> None:
     """Refuse a checkpoint whose model or queue is of another shape; say which other settings differ."""
     then, now = _flat(saved), _flat(run.settings.as_dict())
-    differing = [key for key in now if key not in _FREE and then.get(key) != now[key]]
+    differing = [key for key in {**now, **then} if key not in _FREE and then.get(key) != now.get(key)]
     for key in differing:
-        if key.startswith("model.") or key in ("method.name", "method.queue", "data.batch", "seed"):
-            raise InputError(f"{key} {now[key]!r}: the checkpoint has {then.get(key)!r}: resume with that value")
+        fixed = ("method.name", "method.queue", "method.queue_dtype", "optim.name", "data.batch", "seed")
+        if key.startswith("model.") or key in fixed:
+            raise InputError(f"{key} {now.get(key)!r}: the checkpoint has {then.get(key)!r}: resume with that value")
     if differing and run.accelerator.is_main_process:
-        listed = ", ".join(f"{key} {then.get(key)!r} -> {now[key]!r}" for key in differing)
+        listed = ", ".join(f"{key} {then.get(key)!r} -> {now.get(key)!r}" for key in differing)
         print(f"warning: resuming with other settings: {listed}", file=sys.stderr)
 
 
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    return {
-        f"{section}.{key}" if isinstance(values, dict) else section: value
-        for section, values in settings.items()
-        for key, value in (values.items() if isinstance(values, dict) else [("", values)])
-    }
+def _flat(settings: dict[str, Any], within: str = "") -> dict[str, Any]:
+    """Return nested settings by their dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{within}{key}.") if isinstance(value, dict) else {within + key: value}
+    return flat
 
 
 def _to_resume(run: Run) -> Path | None:
@@ -106,15 +108,19 @@ def _to_resume(run: Run) -> Path | None:
 
 
 def modules(run: Run) -> nn.ModuleDict:
-    """Return online encoder, momentum encoder and queue under the names they have in a checkpoint."""
-    online = run.accelerator.unwrap_model(run.online)
-    return nn.ModuleDict({"online": online, "target": run.target, "queue": run.queue})
+    """Return online encoder and, where there are any, momentum encoder and queue, by their names in a checkpoint."""
+    found = {
+        "online": run.accelerator.unwrap_model(run.model.online),
+        "target": run.model.target,
+        "queue": run.model.queue,
+    }
+    return nn.ModuleDict({name: module for name, module in found.items() if module is not None})
 
 
 def _named_states(run: Run) -> dict[str, dict[str, torch.Tensor]]:
     """Return the optimiser's state of each parameter, by the parameter's name."""
-    names = {id(p): name for name, p in run.accelerator.unwrap_model(run.online).named_parameters()}
-    return {names[id(p)]: state for p, state in run.optimiser.state.items()}
+    names = {id(p): name for name, p in run.accelerator.unwrap_model(run.model.online).named_parameters()}
+    return {names[id(p)]: state for p, state in run.model.optimiser.state.items()}
 
 
 def _optimiser_tensors(run: Run) -> dict[str, torch.Tensor]:
@@ -125,8 +131,9 @@ def _optimiser_tensors(run: Run) -> dict[str, torch.Tensor]:
 
 
 def _load_optimiser(run: Run, tensors: dict[str, torch.Tensor]) -> None:
-    parameters = dict(run.accelerator.unwrap_model(run.online).named_parameters())
+    parameters = dict(run.accelerator.unwrap_model(run.model.online).named_parameters())
     for name, value in tensors.items():
         parameter, key = name.split("|")
         like = parameters[parameter]
-        run.optimiser.state[like][key] = torch.empty_like(like).copy_(value)
+        own = torch.empty_like(like) if value.shape == like.shape else torch.empty_like(value, device=like.device)
+        run.model.optimiser.state[like][key] = own.copy_(value)

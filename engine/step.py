@@ -1,8 +1,10 @@
-"""One training step: online encoder, momentum encoder, loss, backward, optimiser, moving average, queue."""
+"""One training step: momentum encoder, online encoder, terms, backward, optimiser, moving average, queue."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,87 +12,172 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from engine import ranks
+from engine import ranks, watch
 from methods import momentum
-from methods.moco import MoCo, Parts
+from methods.base import Embeddings, Objective, Part, total
+from methods.heads import Encoder
 from methods.queue import KeyQueue
-from pipeline.hashing import mix, stream
+from pipeline.loader import Batch
 from pipeline.transfer import to_device
 
-_KEY_SHUFFLE = 0x73687566  # keeps these random numbers apart from those of order and augmentation
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass
+class Result:
+    """What a step tells of itself; scalars on the device, without gradient."""
+
+    parts: Tensors
+    """The loss, and its parts without their weights."""
+    q: torch.Tensor
+    """Online embeddings of the first view, [B, C], of the last part of the batch."""
+    measures: Tensors = field(default_factory=dict)
+    """Of `watch.measure`, where asked for, and `gradient_share_NAME` of each part."""
 
 
 class Step:
     """Trains on one batch when called. Nothing in it waits for the device (but fp16's check for an overflow).
 
-    Only the embeddings that `method` needs are computed. A step whose gradients overflowed in fp16 leaves parameters,
-    momentum encoder and queue as they were.
+    Only the embeddings that the objective needs are computed. Keys come first, for the whole batch; queries follow in
+    `accumulate` parts, and what a part's terms see as the global batch is that part of all processes. A step whose
+    gradients overflowed in fp16 leaves parameters, momentum encoder and queue as they were.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
         online: nn.Module,
-        target: nn.Module,
-        queue: KeyQueue,
-        method: MoCo,
+        target: Encoder | None,
+        queue: KeyQueue | None,
+        objective: Objective,
         optimiser: Any,
         *,
-        ema: float,
         accumulate: int = 1,
-        shuffle_keys: bool = False,
-        seed: int = 0,
+        clip: float = 0.0,
+        gradient_shares: bool = False,
     ) -> None:
         self._accelerator, self._online, self._target = accelerator, online, target
-        self._queue, self._method, self._optimiser = queue, method, optimiser
-        self._parameters: tuple[list, list] = list(target.parameters()), list(online.parameters())
-        self._ema, self._accumulate = ema, accumulate
-        self._shuffle_keys, self._seed = shuffle_keys, seed
+        self._queue, self._objective, self._optimiser = queue, objective, optimiser
+        self._accumulate, self._clip, self._shares = accumulate, clip, gradient_shares
+        self._moving = momentum.parameter_pairs(target, accelerator.unwrap_model(online)) if target else None
+        needs = objective.needs if target else {name.replace("k", "q").replace("K", "Q") for name in objective.needs}
+        self._queries = sorted({int(name[1]) for name in needs if name[0] in "qQ"})
+        self._keys = sorted({int(name[1]) for name in needs if name[0] in "kK"})
+        self._everyone = sorted(name for name in objective.needs if name[0] in "QK")
 
-    def __call__(self, views: tuple[torch.Tensor, ...], number: int) -> Parts:
-        """Train step `number` of the run on views ([B, 3, S, S] each); return the loss's parts, without gradient."""
-        parts: list[Parts] = []
-        keys: list[torch.Tensor] = []
-        chunks = list(zip(*(view.chunk(self._accumulate) for view in views), strict=True))
-        for index, chunk in enumerate(chunks):
-            last = index == len(chunks) - 1
+    def __call__(self, batch: Batch, ema: float, *, measured: bool = False) -> Result:
+        """Train on `batch`; `ema` is the share of itself that the momentum encoder keeps after it.
+
+        measured: also return the measures. They cost a momentum forward pass where the objective does not need the
+        first view's keys, and change nothing.
+        """
+        keys, all_keys = self._encode_keys(batch)
+        results = []
+        for part in range(self._accumulate):
+            last = part == self._accumulate - 1
             with contextlib.nullcontext() if last else self._accelerator.no_sync(self._online):
-                part, key = self._forward_backward(chunk, number, len(chunks))
-            parts.append(part)
-            keys.append(key)
+                results.append(self._train_on(batch, part, keys, all_keys, measured and last))
+        if self._clip:
+            self._accelerator.clip_grad_norm_(self._online.parameters(), self._clip)
         self._optimiser.step()
         self._optimiser.zero_grad(set_to_none=True)
         if not self._optimiser.step_was_skipped:
-            momentum.update(*self._parameters, self._ema)
-            self._queue.write(ranks.gather(torch.cat(keys)))
-        return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
+            self._follow(ema, keys, all_keys)
+        parts = {name: torch.stack([r.parts[name] for r in results]).mean() for name in results[0].parts}
+        return Result(parts, results[-1].q, results[-1].measures)
 
-    def _forward_backward(
-        self, views: tuple[torch.Tensor, ...], number: int, chunks: int
-    ) -> tuple[Parts, torch.Tensor]:
-        embeddings = self._embed(views, number)
-        parts = self._method(embeddings, self._queue.keys)
-        self._accelerator.backward(torch.stack(list(parts.values())).sum() / chunks)
-        return {name: value.detach() for name, value in parts.items()}, self._method.enqueued(embeddings)
+    def _encode_keys(self, batch: Batch) -> tuple[Tensors, Tensors]:
+        """Return this process's keys by name, k1 or k2 or both, [B, C], and those of all processes that are needed.
 
-    def _embed(self, views: tuple[torch.Tensor, ...], number: int) -> dict[str, torch.Tensor]:
-        """Return the embeddings that the method needs, by name: q1, q2 online, k1, k2 momentum."""
-        needs = sorted(self._method.needs)
-        online = [name for name in needs if name[0] == "q"]
-        target = [name for name in needs if name[0] == "k"]
-        queries = self._online(*(views[int(name[1]) - 1] for name in online))
-        with torch.no_grad(), self._accelerator.autocast():
-            keys = self._encode_keys([views[int(name[1]) - 1] for name in target], number)
-        return dict(zip(online + target, (*queries, *keys), strict=True))
-
-    def _encode_keys(self, views: list[torch.Tensor], number: int) -> tuple[torch.Tensor, ...]:
-        """Return the momentum encoder's embeddings; of shuffled samples where BatchNorm sees parts of the batch.
-
-        So a key's batch statistics are not those of its query's part (1911.05722, section 3.3).
+        Shuffled samples' keys come back to the processes whose samples they are (1911.05722, section 3.3).
         """
-        if not self._shuffle_keys:
-            return self._target(*views)
-        key = mix(mix(np.uint64(_KEY_SHUFFLE) ^ np.uint64(self._seed)) ^ np.uint64(number))
-        order = np.argsort(stream(key, len(views[0])), kind="stable")
-        there, back = (to_device(index, views[0].device) for index in (order, np.argsort(order)))
-        return tuple(k[back] for k in self._target(*(view[there] for view in views)))
+        if self._target is None:
+            return {}, {}
+        views = [_present(batch.shuffled.get(number - 1, batch.views[number - 1])) for number in self._keys]
+        with torch.no_grad(), self._accelerator.autocast():
+            found = [self._target(*part) for part in zip(*(v.chunk(self._accumulate) for v in views), strict=True)]
+        keys = {f"k{number}": torch.cat(of) for number, of in zip(self._keys, zip(*found, strict=True), strict=True)}
+        if batch.order is None:
+            return keys, {name: ranks.gather(keys[name.lower()]) for name in self._everyone if name[0] == "K"}
+        back = to_device(np.argsort(batch.order), keys[f"k{self._keys[0]}"].device)
+        everyone = {name.upper(): ranks.gather(k)[back] for name, k in keys.items()}
+        return {name.lower(): k.chunk(ranks.world())[ranks.rank()] for name, k in everyone.items()}, everyone
+
+    def _train_on(self, batch: Batch, part: int, keys: Tensors, all_keys: Tensors, measured: bool) -> Result:
+        """Run forward and backward on a part of the batch."""
+        views = {n: _present(batch.views[n - 1]).chunk(self._accumulate)[part] for n in self._queries}
+        named = dict(zip((f"q{n}" for n in self._queries), self._online(*views.values()), strict=True))
+        named |= {name: k.chunk(self._accumulate)[part] for name, k in keys.items()}
+        if self._target is None:
+            named |= {f"k{n}": named[f"q{n}"] for n in self._queries}
+        first = ranks.rank() * len(named[f"q{self._queries[0]}"])
+        for name in self._everyone:
+            named[name] = self._of_part(all_keys[name], part) if name in all_keys else self._gathered(named, name)
+        e = Embeddings(named, None if self._queue is None else self._queue.keys, first)
+        parts = self._objective(e)
+        loss = total(parts)
+        measures = self._measures(e, parts, views) if measured else {}
+        self._accelerator.backward(loss / self._accumulate)
+        values = {"loss": loss.detach(), **{name: p.value.detach() for name, p in parts.items()}}
+        return Result(values, named[f"q{self._queries[0]}"].detach(), measures)
+
+    def _of_part(self, everyone: torch.Tensor, part: int) -> torch.Tensor:
+        """Return those rows of all processes' [G, C] that belong to a part of the batch."""
+        rows = everyone.view(ranks.world(), self._accumulate, -1, everyone.shape[1])
+        return rows[:, part].reshape(-1, everyone.shape[1])
+
+    def _gathered(self, named: Tensors, name: str) -> torch.Tensor:
+        """Return all processes' rows of a query, with gradient; once where SimCLR's queries serve as keys too."""
+        query = f"Q{name[1]}"
+        return named[query] if query in named else ranks.gather_with_gradient(named[query.lower()])
+
+    def _measures(self, e: Embeddings, parts: dict[str, Part], views: dict[int, torch.Tensor]) -> Tensors:
+        a, _ = self._objective.base.pairs[0]
+        if self._target is not None and f"k{a}" not in e.named:
+            with torch.no_grad(), self._accelerator.autocast(), _unchanged_buffers(self._target):
+                e = Embeddings({**e.named, f"k{a}": self._target(views[a])[0]}, e.queue, e.first)
+        found = watch.measure(e, self._objective.base)
+        return {**found, **(self._gradient_shares(e, parts) if self._shares else {})}
+
+    def _gradient_shares(self, e: Embeddings, parts: dict[str, Part]) -> Tensors:
+        """Return each weighted part's gradient norm at the online embeddings, as a share of the sum of these."""
+        queries = [e[f"q{n}"] for n in self._queries]
+        norms = []
+        for part in parts.values():
+            loss = part.weight * part.value
+            gradients = torch.autograd.grad(loss, queries, retain_graph=True, allow_unused=True)
+            norms.append(torch.stack([g.norm() for g in gradients if g is not None]).norm())
+        whole = torch.stack(norms).sum()
+        return {f"gradient_share_{name}": norm / whole for name, norm in zip(parts, norms, strict=True)}
+
+    @torch.no_grad()
+    def _follow(self, ema: float, keys: Tensors, all_keys: Tensors) -> None:
+        """Move the momentum encoder, and put the keys of this step into the queue: one a sample."""
+        if self._moving is not None:
+            momentum.update(*self._moving, ema)
+        if self._queue is None:
+            return
+        name = f"k{self._objective.base.pairs[0][1]}"
+        count = ranks.world() * len(keys[name])
+        rest, start = self._queue.slots(count)
+        if name.upper() in all_keys:
+            self._queue.write(all_keys[name.upper()])
+        elif len(rest) == count and not len(start):
+            ranks.gather_into(rest, keys[name])
+            self._queue.advance(count)
+        else:
+            self._queue.write(ranks.gather(keys[name]))
+
+
+def _present(view: torch.Tensor | None) -> torch.Tensor:
+    assert view is not None, "the loader left out a view that is needed"
+    return view
+
+
+@contextlib.contextmanager
+def _unchanged_buffers(module: nn.Module) -> Iterator[None]:
+    """A context after which the module's buffers, such as running statistics, are as before."""
+    buffers = list(module.buffers())
+    kept = [buffer.clone() for buffer in buffers]
+    yield
+    torch._foreach_copy_(buffers, kept)

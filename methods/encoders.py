@@ -5,13 +5,13 @@ Their state dicts load into torchvision's models and back (all but `fc`, which a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
 
-Norm = Callable[[int], nn.Module]
+from methods.norm import Norm
+
 Stem = Literal["imagenet", "small"]
 
 
@@ -72,7 +72,8 @@ class ResNet(nn.Module):
     """A ResNet without its classifier: images [B, 3, H, W] to features [B, `features`].
 
     width: share of the published channel counts (0.25: 16 to 128 for basic blocks). stem: `imagenet` (7x7 stride 2 and
-    max-pooling) or `small` (3x3, no pooling).
+    max-pooling) or `small` (3x3, no pooling). zero_init: each block's last BatchNorm begins with scale 0, so that the
+    block begins as the identity (1706.02677, section 5.1).
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class ResNet(nn.Module):
         stem: Stem = "imagenet",
         width: float = 1.0,
         norm: Norm = nn.BatchNorm2d,
+        zero_init: bool = False,
     ) -> None:
         super().__init__()
         base = max(8, int(64 * width))
@@ -101,6 +103,8 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if zero_init and isinstance(module, (BasicBlock, Bottleneck)):
+                nn.init.zeros_((module.bn2 if isinstance(module, BasicBlock) else module.bn3).weight)
 
     def _stage(
         self, block: type[BasicBlock] | type[Bottleneck], width: int, depth: int, stride: int, norm: Norm
@@ -121,7 +125,7 @@ class ResNet(nn.Module):
         return self.avgpool(x).flatten(1)
 
 
-_RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
+RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
@@ -129,12 +133,22 @@ _RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, i
 }
 
 
-def resnet(arch: str, *, stem: Stem = "imagenet", width: float = 1.0, norm: Norm = nn.BatchNorm2d) -> ResNet:
+def resnet(
+    arch: str,
+    *,
+    stem: Stem = "imagenet",
+    width: float = 1.0,
+    norm: Norm = nn.BatchNorm2d,
+    zero_init: bool = False,
+) -> ResNet:
     """Return `resnet18`, `resnet34`, `resnet50` or `resnet101`, initialised as torchvision's."""
-    block, depths = _RESNETS[arch]
-    return ResNet(block, depths, stem=stem, width=width, norm=norm)
+    block, depths = RESNETS[arch]
+    return ResNet(block, depths, stem=stem, width=width, norm=norm, zero_init=zero_init)
 
 
-def place(module: nn.Module, device: torch.device) -> nn.Module:
+M = TypeVar("M", bound=nn.Module)
+
+
+def place(module: M, device: torch.device) -> M:
     """Return `module` on the device, its convolutions' weights channels-last."""
     return module.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

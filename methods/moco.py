@@ -2,45 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
-Parts = dict[str, torch.Tensor]
+from methods.base import Base, Embeddings, Part, needs_of
+from methods.heads import linear_head, moco_v2_head
+from methods.precision import full_precision
 
 
+@full_precision
 def info_nce(q: torch.Tensor, k: torch.Tensor, queue: torch.Tensor, temperature: float) -> torch.Tensor:
     """Return -log e^{q.k/t} / (e^{q.k/t} + sum over n in queue of e^{q.n/t}), the mean over the batch (equation 1).
 
-    q [B, C] with gradient, k [B, C] its positives, queue [K, C] the negatives; all of norm 1. Float32 whatever the
-    autocast type: float64 where q is.
+    q [B, C] with gradient, k [B, C] its positives, queue [K, C] the negatives; all of norm 1.
     """
-    with torch.autocast(q.device.type, enabled=False):
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        q, k, queue = q.to(dtype), k.detach().to(dtype), queue.detach().to(dtype)
-        positive = (q * k).sum(dim=1, keepdim=True)  # [B, 1]
-        logits = torch.cat([positive, q @ queue.T], dim=1) / temperature  # [B, 1 + K]
-        target = torch.zeros(len(q), dtype=torch.long, device=q.device)
-        return F.cross_entropy(logits, target)
+    positive = (q * k.detach()).sum(dim=1, keepdim=True)  # [B, 1]
+    logits = torch.cat([positive, q @ queue.detach().T], dim=1) / temperature  # [B, 1 + K]
+    target = torch.zeros(len(q), dtype=torch.long, device=q.device)
+    return F.cross_entropy(logits, target)
 
 
+@dataclass(frozen=True)
 class MoCo:
-    """MoCo's loss over named embeddings; `symmetric` averages it with the views exchanged.
+    """MoCo's loss; on a symmetric base the mean over both views as queries."""
 
-    Of x1, x2 the views: q1, q2 are online embeddings, k1, k2 momentum ones, [B, C] each.
-    """
+    temperature: float
 
-    def __init__(self, temperature: float, symmetric: bool) -> None:
-        self.temperature, self.symmetric = temperature, symmetric
-        self.needs = frozenset({"q1", "q2", "k1", "k2"} if symmetric else {"q1", "k2"})
+    def needs(self, base: Base) -> frozenset[str]:
+        """Return the names of queries and keys."""
+        return needs_of(base, "qk")
 
-    def __call__(self, embeddings: Mapping[str, torch.Tensor], queue: torch.Tensor) -> Parts:
-        """Return the loss by its parts' names; their sum is what is minimised."""
-        pairs = (("q1", "k2"), ("q2", "k1")) if self.symmetric else (("q1", "k2"),)
-        losses = [info_nce(embeddings[q], embeddings[k], queue, self.temperature) for q, k in pairs]
-        return {"info_nce": torch.stack(losses).mean()}
+    def __call__(self, e: Embeddings, base: Base) -> dict[str, Part]:
+        """Return the loss as `info_nce`."""
+        assert e.queue is not None, "MoCo has a queue"
+        losses = [info_nce(e[f"q{a}"], e[f"k{b}"], e.queue, self.temperature) for a, b in base.pairs]
+        return {"info_nce": Part(1.0, torch.stack(losses).mean())}
 
-    def enqueued(self, embeddings: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return the keys that go into the queue after the step, [B, C]: one key a sample."""
-        return embeddings["k2"]
+
+_SHARED = {
+    "method.momentum": 0.999,
+    "method.momentum_schedule": "constant",
+    "method.queue": 65536,
+    "model.dim": 128,
+    "model.bn": "shuffle",
+    "model.zero_init": False,
+}
+V1 = Base("moco_v1", linear_head, MoCo, symmetric=False, queue=True, published={"method.temperature": 0.07, **_SHARED})
+V2 = Base("moco_v2", moco_v2_head, MoCo, symmetric=False, queue=True, published={"method.temperature": 0.2, **_SHARED})

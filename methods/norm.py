@@ -1,7 +1,14 @@
-"""BatchNorm for contrastive learning: statistics over the whole batch or over parts of it."""
+"""BatchNorm for contrastive learning: statistics over the whole batch or over parts of it.
+
+plain: each process's batch. sync: the batches of all processes together. split: equal parts of each process's batch.
+shuffle: those too, while the keys of a part are of samples drawn from the whole global batch, on whichever process they
+were loaded. By one part's statistics, a network could otherwise tell which key belongs to which query (1911.05722,
+section 3.3). The parts are GROUPS of the global batch, for any number of processes up to that.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -9,24 +16,27 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from methods.encoders import Norm
-
-BatchNormKind = Literal["plain", "split", "sync"]
+Norm = Callable[..., nn.modules.batchnorm._BatchNorm]
+"""(channels, affine=True) to a BatchNorm layer."""
+BatchNormKind = Literal["plain", "shuffle", "split", "sync"]
 GROUPS = 8
+SHUFFLED = ("shuffle", "split")
 
 
-class SplitBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm whose training statistics are those of `groups` equal parts of the batch, each its own.
+class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm over [B, C] or [B, C, H, W] whose training statistics are those of `groups` equal parts of the batch.
 
-    On one device this stands for the eight devices of MoCo (1911.05722, section 3.3), whose batch statistics would
-    otherwise tell the encoder which key belongs to which query. Running statistics move as far as those of one
-    update over the whole batch. A batch that cannot be split into `groups` equal parts of two or more is split into
-    as many as can be.
+    Running statistics move as far as those of one update over the whole batch. A batch that cannot be split into
+    `groups` equal parts of two or more is split into as many as can be.
     """
 
-    def __init__(self, channels: int, groups: int = GROUPS) -> None:
-        super().__init__(channels)
+    def __init__(self, channels: int, groups: int = GROUPS, *, affine: bool = True) -> None:
+        super().__init__(channels, affine=affine)
         self.groups = groups
+
+    def _check_input_dim(self, input: torch.Tensor) -> None:
+        if input.ndim not in (2, 4):
+            raise ValueError(f"expected [B, C] or [B, C, H, W], got {tuple(input.shape)}")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
@@ -42,6 +52,12 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         return torch.cat(parts)
 
 
-def norm_layer(kind: BatchNormKind, groups: int = GROUPS) -> Norm:
-    """Return the BatchNorm layer of that kind: `plain` and `sync` differ only once converted for several processes."""
-    return partial(SplitBatchNorm2d, groups=groups) if kind == "split" else nn.BatchNorm2d
+def norm_layers(kind: BatchNormKind, groups: int = GROUPS) -> tuple[Norm, Norm]:
+    """Return the BatchNorm layers of that kind for images and for vectors.
+
+    `plain` and `sync` differ only once converted for several processes.
+    """
+    if kind in SHUFFLED:
+        split = partial(SplitBatchNorm, groups=groups)
+        return split, split
+    return nn.BatchNorm2d, nn.BatchNorm1d

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,17 +21,34 @@ from pipeline import backends
 from pipeline.augment import IMAGENET, Statistics, augment, normalise
 from pipeline.backends import Plan
 from pipeline.beton import Beton
-from pipeline.draws import Colour, centre_boxes, draw_view
+from pipeline.draws import Colour, centre_boxes, draw_colour, draw_view
 from pipeline.errors import InputError
-from pipeline.order import epoch_order, rank_slice, steps_per_epoch
+from pipeline.order import epoch_order, rank_slice, shuffled_rows, steps_per_epoch
 from pipeline.views import View
+
+
+@dataclass(frozen=True)
+class Shuffle:
+    """Views that come in another order of the samples than the others, so that BatchNorm meets other samples there.
+
+    They are exchanged between ranks as uint8 crops; each rank draws the colours of what it receives by itself.
+    """
+
+    views: tuple[int, ...]
+    """Indices of the views to shuffle."""
+    exchange: Callable[[torch.Tensor, np.ndarray], torch.Tensor]
+    """(rows [B, ...] of this rank, permutation [G] of all ranks' rows) to this rank's share of the permuted rows."""
+    parts: int = 1
+    """The permutation stays within so many equal parts of the global batch: 1, or one for each rank."""
+    only: tuple[int, ...] = ()
+    """Indices of those of the views that are not wanted in the order of `ids`: left out of `Batch.views`."""
 
 
 @dataclass(frozen=True)
 class Batch:
     """One rank's share of a global batch."""
 
-    views: tuple[torch.Tensor, ...]
+    views: tuple[torch.Tensor | None, ...]
     """V tensors [B, 3, S, S], normalised, channels-last, on the device."""
     ids: np.ndarray
     """int64 [B]."""
@@ -40,6 +57,10 @@ class Batch:
     """Number of the global batch in its epoch."""
     waited: float
     """Seconds the caller waited for the crops."""
+    shuffled: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Shuffled views [B, 3, S, S] by their index."""
+    order: np.ndarray | None = None
+    """Permutation [G] that these are in: this rank's row i of them is row order[rank * B + i] of the global batch."""
 
 
 class Loader:
@@ -67,6 +88,7 @@ class Loader:
         ahead: int = 3,
         stall_timeout: float = 60.0,
         statistics: Statistics = IMAGENET,
+        shuffle: Shuffle | None = None,
     ) -> None:
         if not 0 < batch <= len(beton):
             raise InputError(
@@ -84,8 +106,8 @@ class Loader:
         self.rank, self.world, self.device, self.dtype = rank, world, torch.device(device), dtype
         self.stall_timeout = stall_timeout
         self.steps = steps_per_epoch(len(beton), batch)
-        self._statistics = statistics
-        self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
+        self._statistics, self._shuffle = statistics, shuffle
+        self._orders: dict[int, np.ndarray] = {}  # of this epoch and, near its end, the next
         self._pending: deque[tuple[int, int, np.ndarray, list[Colour]]] = deque()
         self._epoch, self._step = 0, 0  # of the next batch to hand out
         self._backend_arguments: dict[str, Any] = {
@@ -145,21 +167,44 @@ class Loader:
         crops = self._backend.receive(self.stall_timeout)
         waited = time.perf_counter() - start
         epoch, step, ids, colours = self._pending.popleft()  # not before: a batch that raised is the next one still
+        shuffled, order = self._shuffled(crops, epoch, step)
+        left_out = self._shuffle.only if self._shuffle else ()
         views = tuple(
-            augment(crop, colour, self._statistics, self.dtype) for crop, colour in zip(crops, colours, strict=True)
+            None if index in left_out else augment(crop, colour, self._statistics, self.dtype)
+            for index, (crop, colour) in enumerate(zip(crops, colours, strict=True))
         )
         self._epoch, self._step = self._after(1)
         self._submit(*self._after(len(self._pending)))
-        return Batch(views, ids, epoch, step, waited)
+        return Batch(views, ids, epoch, step, waited, shuffled, order)
+
+    def _shuffled(
+        self, crops: torch.Tensor, epoch: int, step: int
+    ) -> tuple[dict[int, torch.Tensor], np.ndarray | None]:
+        """Return the shuffled views by index, and their permutation of the global batch."""
+        if self._shuffle is None:
+            return {}, None
+        order = shuffled_rows(self.seed, epoch * self.steps + step, self.batch, self._shuffle.parts)
+        whole = rank_slice(self._order_of(epoch), step, self.batch, 0, 1)
+        ids = whole[rank_slice(order, 0, self.batch, self.rank, self.world)]
+        views = {}
+        for index in self._shuffle.views:
+            colour = draw_colour(self.views[index], index, seed=self.seed, epoch=epoch, ids=ids)
+            exchanged = self._shuffle.exchange(crops[index], order)
+            views[index] = augment(exchanged, colour, self._statistics, self.dtype)
+        return views, order
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
+            self._orders[epoch] = epoch_order(self.seed, epoch, len(self.beton))
+        return self._orders[epoch]
 
     def _after(self, batches: int) -> tuple[int, int]:
         """Return epoch and step of the batch that many after the next one to hand out."""
         return divmod(self._epoch * self.steps + self._step + batches, self.steps)
 
     def _submit(self, epoch: int, step: int) -> None:
-        if self._order[0] != epoch:
-            self._order = (epoch, epoch_order(self.seed, epoch, len(self.beton)))
-        ids = rank_slice(self._order[1], step, self.batch, self.rank, self.world)
+        ids = rank_slice(self._order_of(epoch), step, self.batch, self.rank, self.world)
         heights, widths = self.beton.heights[ids], self.beton.widths[ids]
         drawn = [
             draw_view(view, index, seed=self.seed, epoch=epoch, ids=ids, heights=heights, widths=widths)

@@ -9,7 +9,9 @@ import numpy as np
 
 from pipeline.hashing import mix, stream
 
-_ORDER = 0x6F72646572  # keeps the order's random numbers apart from those of the augmentation
+# These keep the random numbers apart from those of the augmentation, and from each other.
+_ORDER = 0x6F72646572
+_SHUFFLE = 0x73687566
 
 
 def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
@@ -38,3 +40,17 @@ def rank_slice(order: np.ndarray, step: int, global_batch: int, rank: int, world
     local = global_batch // world
     start = step * global_batch + rank * local
     return order[start : start + local]
+
+
+def shuffled_rows(seed: int, number: int, global_batch: int, parts: int = 1) -> np.ndarray:
+    """Return a permutation of the rows of a global batch, int64 [global_batch], within each of `parts` equal parts.
+
+    A pure function of its arguments; `number` is that of the batch, counted over the whole run. Raises ValueError where
+    the parts do not divide the batch.
+    """
+    if global_batch % parts:
+        raise ValueError(f"{parts} parts do not divide a global batch of {global_batch}")
+    key = mix(mix(np.uint64(_SHUFFLE) ^ np.uint64(seed)) ^ np.uint64(number))
+    keys = stream(key, global_batch).reshape(parts, -1)
+    starts = np.arange(0, global_batch, global_batch // parts)[:, None]
+    return (np.argsort(keys, axis=1, kind="stable") + starts).reshape(-1)

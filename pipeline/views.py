@@ -1,7 +1,8 @@
 """What a view is drawn from: the published two-view augmentations as data.
 
 Sources: moco_v1 and moco_v2, facebookresearch/moco `main_moco.py`; moco_v3, facebookresearch/moco-v3 `main_moco.py`
-(its crop scale of 0.2 for ResNets); simclr, 2002.05709 appendix A. On images of 32 pixels blur is left out, as in
+(its crop scale of 0.2 for ResNets); simclr, 2002.05709 appendix A; byol, 2006.07733 appendix B, which moco-v3 takes for
+its transformers. On images of 32 pixels blur is left out, as in
 SimCLR's CIFAR-10 appendix B.9: the names ending in `_32`.
 """
 
@@ -41,6 +42,7 @@ class View:
 _V1 = View(jitter=1.0, hue=0.4, blur=0.0, grey_first=True)
 _V2 = View()
 _V3 = View(saturation=0.2, blur=1.0), View(saturation=0.2, blur=0.1, solarise=0.2)
+_BYOL = tuple(replace(view, scale=(0.08, 1.0)) for view in _V3)
 _SIMCLR = View(scale=(0.08, 1.0), brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2)
 
 
@@ -53,5 +55,6 @@ AUGMENTATIONS: dict[str, tuple[View, ...]] = {
     "moco_v2": (_V2, _V2),
     "moco_v3": _V3,
     "simclr": (_SIMCLR, _SIMCLR),
+    "byol": _BYOL,
 }
 AUGMENTATIONS |= {f"{name}_32": _without_blur(views) for name, views in AUGMENTATIONS.items()}

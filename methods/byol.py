@@ -1,0 +1,53 @@
+"""BYOL (2006.07733): the online network predicts the momentum network's embedding; no negatives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from methods.base import Base, Embeddings, Part, needs_of
+from methods.heads import byol_heads
+from methods.precision import full_precision
+
+
+@full_precision
+def regression(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Return |q - k|^2 = 2 - 2 q.k for rows of norm 1, the mean over the batch (equation 2).
+
+    q [B, C] with gradient, k [B, C] without.
+    """
+    return 2 - 2 * (q * k.detach()).sum(dim=1).mean()
+
+
+@dataclass(frozen=True)
+class BYOL:
+    """The sum of both views' regressions; the temperature has no meaning here."""
+
+    temperature: float
+
+    def needs(self, base: Base) -> frozenset[str]:
+        """Return the names of queries and keys."""
+        return needs_of(base, "qk")
+
+    def __call__(self, e: Embeddings, base: Base) -> dict[str, Part]:
+        """Return the loss as `regression`."""
+        losses = [regression(e[f"q{a}"], e[f"k{b}"]) for a, b in base.pairs]
+        return {"regression": Part(1.0, torch.stack(losses).sum())}
+
+
+BYOL_BASE = Base(
+    "byol",
+    byol_heads,
+    BYOL,
+    symmetric=True,
+    contrastive=False,
+    published={
+        "method.temperature": 1.0,
+        "method.momentum": 0.996,
+        "method.momentum_schedule": "cosine",
+        "model.dim": 256,
+        "model.bn": "sync",
+        "model.zero_init": True,
+    },
+)

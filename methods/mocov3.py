@@ -1,0 +1,54 @@
+"""MoCo v3 (2104.02057): symmetric contrast with the keys of the global batch, and a predictor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from methods.base import Base, Embeddings, Part, needs_of
+from methods.heads import moco_v3_heads
+from methods.precision import full_precision
+
+
+@full_precision
+def contrast(q: torch.Tensor, keys: torch.Tensor, temperature: float, first: int = 0) -> torch.Tensor:
+    """Return the mean cross entropy of q.keys/t to each query's own key.
+
+    q [B, C] with gradient, keys [G, C] of the global batch; all of norm 1. Query i's own key is row first + i.
+    """
+    target = torch.arange(first, first + len(q), device=q.device)
+    return F.cross_entropy(q @ keys.detach().T / temperature, target)
+
+
+@dataclass(frozen=True)
+class MoCoV3:
+    """2 t [CE(q1 k2', diag) + CE(q2 k1', diag)], as facebookresearch/moco-v3's `ctr_loss`."""
+
+    temperature: float
+
+    def needs(self, base: Base) -> frozenset[str]:
+        """Return the names of queries and all processes' keys."""
+        return needs_of(base, "qK")
+
+    def __call__(self, e: Embeddings, base: Base) -> dict[str, Part]:
+        """Return the loss as `info_nce`."""
+        losses = [contrast(e[f"q{a}"], e[f"K{b}"], self.temperature, e.first) for a, b in base.pairs]
+        return {"info_nce": Part(2 * self.temperature, torch.stack(losses).sum())}
+
+
+V3 = Base(
+    "moco_v3",
+    moco_v3_heads,
+    MoCoV3,
+    symmetric=True,
+    published={
+        "method.temperature": 1.0,
+        "method.momentum": 0.99,
+        "method.momentum_schedule": "cosine",
+        "model.dim": 256,
+        "model.bn": "sync",
+        "model.zero_init": True,
+    },
+)

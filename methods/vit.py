@@ -1,0 +1,116 @@
+"""MoCo v3's vision transformers (2104.02057), with timm's key names.
+
+Fixed two-dimensional sine-cosine positions and, as an option, a patch projection that stays as initialised, which is
+what makes their training stable (section 4). Both follow facebookresearch/moco-v3 `vits.py`, whose ViT-S has 12 heads.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+PATCH = 16
+
+
+class _Attention(nn.Module):
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, dim = x.shape
+        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(*qkv.unbind(0))  # [B, heads, tokens, dim / heads]
+        return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, dim))
+
+
+class _Mlp(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class _Block(nn.Module):
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), _Attention(dim, heads)
+        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), _Mlp(dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class _Patches(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, PATCH, PATCH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)  # [B, tokens, dim]
+
+
+class VisionTransformer(nn.Module):
+    """A ViT without its classifier: images [B, 3, size, size] to the class token [B, `features`]."""
+
+    pos_embed: torch.Tensor
+
+    def __init__(self, dim: int, depth: int, heads: int, *, size: int = 224, frozen_patch: bool = True) -> None:
+        super().__init__()
+        self.features, self.size = dim, size
+        self.patch_embed = _Patches(dim)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.register_buffer("pos_embed", sine_cosine_positions(size // PATCH, dim))
+        self.blocks = nn.Sequential(*(_Block(dim, heads) for _ in range(depth)))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self._initialise()
+        self.patch_embed.requires_grad_(not frozen_patch)
+
+    def _initialise(self) -> None:
+        """Xavier-uniform weights, the query, key and value matrices each on its own; biases 0."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                rows = module.out_features // (3 if name.endswith("qkv") else 1)
+                bound = math.sqrt(6 / (rows + module.in_features))
+                nn.init.uniform_(module.weight, -bound, bound)
+                nn.init.zeros_(module.bias)
+        bound = math.sqrt(6 / (3 * PATCH**2 + self.features))
+        nn.init.uniform_(self.patch_embed.proj.weight, -bound, bound)
+        nn.init.zeros_(self.patch_embed.proj.bias)  # type: ignore[arg-type]
+        nn.init.normal_(self.cls_token, std=1e-6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.patch_embed(x)
+        tokens = torch.cat([self.cls_token.expand(len(x), -1, -1).to(tokens.dtype), tokens], dim=1) + self.pos_embed
+        return self.norm(self.blocks(tokens))[:, 0]
+
+
+def sine_cosine_positions(side: int, dim: int) -> torch.Tensor:
+    """Return positions of the class token (zeros) and of side x side patches, row by row: [1, 1 + side^2, dim].
+
+    A quarter each of sines and cosines of one coordinate, then of the other, at dim / 4 frequencies from 1 down to
+    nearly 1/10000. As in moco-v3 the first half is that of the patch's row.
+    """
+    frequency = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float32) / (dim // 4))
+    at = torch.arange(side, dtype=torch.float32)
+    rows, columns = torch.meshgrid(at, at, indexing="ij")
+    angles = [coordinate.flatten()[:, None] * frequency for coordinate in (rows, columns)]  # [side^2, dim / 4]
+    positions = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
+    return torch.cat([torch.zeros(1, dim), positions])[None]
+
+
+VITS = {"vit_small": (384, 12, 12), "vit_base": (768, 12, 12)}
+
+
+def vit(arch: str, *, size: int = 224, frozen_patch: bool = True) -> VisionTransformer:
+    """Return `vit_small` or `vit_base`, patches of 16 pixels, for images of `size` (a multiple of 16) pixels a side."""
+    if size % PATCH:
+        raise ValueError(f"data.size {size}: {arch} has patches of {PATCH} pixels: choose a multiple of {PATCH}")
+    return VisionTransformer(*VITS[arch], size=size, frozen_patch=frozen_patch)
