@@ -1,8 +1,9 @@
-"""The training step against a plain transcription of MoCo's algorithm."""
+"""The training step against plain transcriptions of the published algorithms, and what it promises besides."""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,51 +14,37 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.nn import functional as F
 
+from engine import ranks
+from engine.build import Model
 from engine.config import Optim
 from engine.optim import build_optimiser
 from engine.step import Step
-from methods.encoders import resnet
-from methods.heads import Encoder, moco_v2_head
-from methods.moco import MoCo
-from methods.momentum import momentum_copy
-from methods.norm import norm_layer
-from methods.queue import KeyQueue
+from methods.co2 import CO2, consistency
+from methods.dcl import DCL
+from methods.moco import info_nce
+from methods.registry import Terms, build_objective
+from methods.residual import Residual, gap
+from methods.xmoco import XMoCo
+from pipeline.order import shuffled_rows
+from tests.engine.small import BATCH, LENGTH, batch_of, built, settings, views
 
-EMA, TEMPERATURE, LENGTH, BATCH = 0.9, 0.2, 20, 8
-
-
-def parts(bn: str = "plain") -> tuple[Encoder, nn.Module, KeyQueue]:
-    torch.manual_seed(0)
-    backbone = resnet("resnet18", stem="small", width=0.125, norm=norm_layer(bn))
-    online = Encoder(backbone, moco_v2_head(backbone.features, 16)).double()
-    return online, momentum_copy(online), KeyQueue(LENGTH, 16).double()
+EMA, TEMPERATURE, RATE = 0.9, 0.2, 0.1
+TERMS: dict[str, Any] = {"co2": CO2(), "xmoco": XMoCo(), "residual": Residual(), "dcl": DCL()}
 
 
-def make_step(online: Encoder, target: nn.Module, queue: KeyQueue, **options: Any) -> tuple[Step, Any]:
-    accelerator = Accelerator(cpu=True)
-    symmetric = options.pop("symmetric", False)
-    wrapped, optimiser = accelerator.prepare(online, build_optimiser(online, Optim(lr=0.1)))
-    method = MoCo(TEMPERATURE, symmetric)
-    return Step(accelerator, wrapped, target, queue, method, optimiser, ema=EMA, **options), optimiser
+def equal(ours: Any, theirs: Any, atol: float = 1e-12) -> bool:
+    return all(torch.allclose(a, b, atol=atol, rtol=0) for a, b in zip(ours, theirs, strict=True))
 
 
-def views(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    a, b = (torch.randn(BATCH, 3, 8, 8, generator=generator, dtype=torch.float64) for _ in range(2))
-    return a, b
-
-
-def transcription(steps: int) -> tuple[nn.Module, nn.Module, torch.Tensor, list[float]]:
-    """MoCo's Algorithm 1 (1911.05722), with its queue as a list of columns, SGD and EMA by hand."""
-    f_q, f_k, started = parts()
-    queue = started.keys.clone()
+def moco_v2_transcribed(f_q: nn.Module, f_k: nn.Module, queue: torch.Tensor, steps: int) -> list[float]:
+    """MoCo's Algorithm 1 (1911.05722), with its queue as a list of rows, SGD and EMA by hand."""
     at, losses = 0, []
     velocity = {name: torch.zeros_like(p) for name, p in f_q.named_parameters()}
     for step in range(steps):
         x_q, x_k = views(step)
-        q = F.normalize(f_q.head(f_q.backbone(x_q)), dim=1)
+        q = F.normalize(f_q.projector(f_q.backbone(x_q)), dim=1)
         with torch.no_grad():
-            k = F.normalize(f_k.head(f_k.backbone(x_k)), dim=1)
+            k = F.normalize(f_k.projector(f_k.backbone(x_k)), dim=1)
         l_pos = torch.einsum("nc,nc->n", q, k).unsqueeze(-1)
         l_neg = torch.einsum("nc,kc->nk", q, queue.clone())
         logits = torch.cat([l_pos, l_neg], dim=1) / TEMPERATURE
@@ -69,101 +56,222 @@ def transcription(steps: int) -> tuple[nn.Module, nn.Module, torch.Tensor, list[
             for name, p in f_q.named_parameters():
                 assert p.grad is not None
                 velocity[name] = 0.9 * velocity[name] + p.grad + 1e-4 * p
-                p -= 0.1 * velocity[name]
+                p -= RATE * velocity[name]
             for p_q, p_k in zip(f_q.parameters(), f_k.parameters(), strict=True):
                 p_k.copy_(EMA * p_k + (1 - EMA) * p_q)
         for row in k:
             queue[at] = row
             at = (at + 1) % LENGTH
-    return f_q, f_k, queue, losses
+    return losses
 
 
-def test_three_steps_equal_the_published_algorithm() -> None:
-    online, target, queue = parts()
-    step, _ = make_step(online, target, queue)
-    losses = [step(views(i), i)["info_nce"].item() for i in range(3)]
-    f_q, f_k, keys, expected = transcription(3)
-    assert losses == pytest.approx(expected, abs=1e-12)
-    for ours, theirs in ((online, f_q), (target, f_k)):
-        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-            assert torch.allclose(a, b, atol=1e-12, rtol=0)
-    assert torch.allclose(queue.keys, keys, atol=1e-12, rtol=0)
+def test_three_steps_of_moco_v2_equal_the_published_algorithm() -> None:
+    model = built(settings())
+    f_q, f_k, keys = copy.deepcopy((model.online, model.target, model.queue.keys))
+    losses = [model.step(batch_of(*views(i)), EMA).parts["loss"].item() for i in range(3)]
+    assert losses == pytest.approx(moco_v2_transcribed(f_q, f_k, keys, 3), abs=1e-12)
+    assert equal(model.online.parameters(), f_q.parameters())
+    assert equal(model.target.parameters(), f_k.parameters())
+    assert torch.allclose(model.queue.keys, keys, atol=1e-12, rtol=0)
 
 
-def test_only_needed_embeddings_are_computed() -> None:
-    for symmetric, online_views, target_views in ((False, 1, 1), (True, 2, 2)):
-        online, target, queue = parts()
-        counts = {"online": 0, "target": 0}
+def moco_v3_transcribed(base: nn.Module, momentum: nn.Module, settings: Optim, steps: int, m: float) -> list[float]:
+    """MoCo v3's Algorithm 1 (2104.02057) and LARS, parameter by parameter; m_s = 1 - (1 - m)(1 + cos(pi s/S))/2."""
+    losses = []
+    velocity = {name: torch.zeros_like(p) for name, p in base.named_parameters()}
 
-        def count(name: str, counts: dict[str, int] = counts) -> Any:
-            return lambda *_: counts.__setitem__(name, counts[name] + 1)
+    def ctr(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        logits = F.normalize(q, dim=1) @ F.normalize(k, dim=1).T
+        return 2 * TEMPERATURE * F.cross_entropy(logits / TEMPERATURE, torch.arange(len(q)))
 
-        online.backbone.register_forward_hook(count("online"))
-        target.backbone.register_forward_hook(count("target"))
-        step, _ = make_step(online, target, queue, symmetric=symmetric)
-        step(views(0), 0)
-        assert counts == {"online": online_views, "target": target_views}
+    for step in range(steps):
+        share = 1 - (1 - m) * (1 + np.cos(np.pi * step / steps)) / 2
+        with torch.no_grad():
+            for name, p_m in momentum.named_parameters():
+                p_m.copy_(p_m * share + base.get_parameter(name) * (1 - share))
+        x1, x2 = views(step)
+        q1, q2 = (base.predictor(base.projector(base.backbone(x))) for x in (x1, x2))
+        with torch.no_grad():
+            k1, k2 = (momentum.projector(momentum.backbone(x)) for x in (x1, x2))
+        loss = ctr(q1, k2) + ctr(q2, k1)
+        base.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        with torch.no_grad():
+            for name, p in base.named_parameters():
+                g = p.grad.clone()
+                if p.ndim > 1:
+                    g += settings.weight_decay * p
+                    g *= 0.001 * p.norm() / g.norm()
+                velocity[name] = 0.9 * velocity[name] + g
+                p -= settings.lr * velocity[name]
+    return losses
+
+
+def test_three_steps_of_moco_v3_with_lars_equal_the_published_algorithm() -> None:
+    optim = Optim(name="lars", lr=3.0, weight_decay=1e-2)
+    chosen = replace(settings("moco_v3", temperature=TEMPERATURE), optim=optim)
+    model = built(chosen)
+    base, momentum = copy.deepcopy((model.online, model.target))
+    before = [p.detach().clone() for p in base.parameters()]
+    shares = [1 - 0.1 * (1 + np.cos(np.pi * (i + 1) / 3)) / 2 for i in range(3)]
+    losses = [model.step(batch_of(*views(i)), shares[i]).parts["loss"].item() for i in range(3)]
+    assert losses == pytest.approx(moco_v3_transcribed(base, momentum, optim, 3, 0.9), abs=1e-12)
+    assert equal(model.online.parameters(), base.parameters())
+    assert not any(torch.equal(a, b) for a, b in zip(before, base.parameters(), strict=True) if a.ndim > 1)
+    with torch.no_grad():  # the transcription moves its momentum encoder at the next step's beginning
+        for name, p in momentum.named_parameters():
+            p.copy_(p * shares[2] + base.get_parameter(name) * (1 - shares[2]))
+    assert equal(model.target.parameters(), momentum.parameters())
+
+
+def count_views(model: Model) -> dict[str, int]:
+    """Return counts that go up with each view that goes through the online and the momentum backbone."""
+    counts = {"online": 0, "target": 0}
+    for name, module in (("online", model.online), ("target", model.target)):
+        if module is not None:
+            module.backbone.register_forward_hook(lambda *_, name=name: counts.__setitem__(name, counts[name] + 1))
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("name", "terms", "symmetric", "online", "target"),
+    [
+        ("moco_v2", [], False, 1, 1),
+        ("moco_v2", ["co2"], False, 1, 1),
+        ("moco_v2", ["xmoco"], False, 1, 1),
+        ("moco_v2", ["residual"], False, 1, 2),
+        ("moco_v2", ["co2", "xmoco", "residual", "dcl"], False, 1, 2),
+        ("moco_v2", [], True, 2, 2),
+        ("moco_v2", ["residual"], True, 2, 2),
+        ("moco_v3", ["residual", "co2"], True, 2, 2),
+        ("byol", [], True, 2, 2),
+        ("simclr", ["xmoco"], True, 1, 0),  # both views in one batch
+    ],
+)
+def test_only_needed_embeddings_are_computed(
+    name: str, terms: list[str], symmetric: bool, online: int, target: int
+) -> None:
+    model = built(settings(name, Terms(**{term: TERMS[term] for term in terms}), symmetric=symmetric))
+    counts = count_views(model)
+    model.step(batch_of(*views(0)), EMA)
+    assert counts == {"online": online, "target": target}
+
+
+def test_measures_cost_one_momentum_view_where_the_gap_needs_it_and_change_nothing() -> None:
+    ends = []
+    for measured in (False, True):
+        model = built(settings())
+        counts = count_views(model)
+        results = [model.step(batch_of(*views(i)), EMA, measured=measured) for i in range(2)]
+        assert counts == {"online": 2, "target": 4 if measured else 2}
+        assert ("student_teacher_gap" in results[0].measures) == measured
+        ends.append([*model.online.state_dict().values(), *model.target.state_dict().values(), model.queue.keys])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
 def test_momentum_parameters_and_queue_get_no_gradient() -> None:
-    online, target, queue = parts()
-    step, _ = make_step(online, target, queue)
-    step(views(0), 0)
-    assert all(p.grad is None for p in target.parameters())
-    assert queue.keys.grad is None
+    model = built(settings(terms=Terms(co2=CO2(), xmoco=XMoCo(), residual=Residual())))
+    model.step(batch_of(*views(0)), EMA)
+    assert all(p.grad is None for p in model.target.parameters())
+    assert model.queue.keys.grad is None
 
 
-def test_accumulated_parts_give_the_gradient_and_the_keys_of_the_whole_batch() -> None:
+@pytest.mark.parametrize("name", ["moco_v2", "moco_v3"])
+def test_accumulated_parts_give_the_gradient_of_their_mean_and_the_keys_of_the_whole_batch(name: str) -> None:
     """With BatchNorm in evaluation mode, since batch statistics are those of a part."""
     ends = []
     for accumulate in (1, 4):
-        online, target, queue = parts()
-        online.eval()
-        target.eval()
-        step, _ = make_step(online, target, queue, accumulate=accumulate)
-        loss = step(views(0), 0)["info_nce"].item()
-        ends.append((loss, queue.keys.clone(), queue.position, [p.detach().clone() for p in online.parameters()]))
-    (loss_a, keys_a, at_a, p_a), (loss_b, keys_b, at_b, p_b) = ends
-    assert (loss_a, at_a) == (pytest.approx(loss_b, abs=1e-12), at_b)
-    assert torch.allclose(keys_a, keys_b, atol=1e-12)
-    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(p_a, p_b, strict=True))
+        model = built(replace(settings(name), accumulate=accumulate))
+        model.online.eval()
+        model.target.eval()
+        loss = model.step(batch_of(*views(0)), EMA).parts["loss"].item()
+        ends.append((loss, model.queue.keys.clone() if model.queue else None, list(model.online.parameters())))
+    (loss_a, keys_a, p_a), (loss_b, keys_b, p_b) = ends
+    if name == "moco_v2":
+        assert loss_a == pytest.approx(loss_b, abs=1e-12)
+        assert torch.allclose(keys_a, keys_b, atol=1e-12)
+        assert equal(p_a, p_b)
+    else:  # its negatives are those of the part: fewer, and a smaller loss
+        assert loss_b < loss_a - 0.1
 
 
 def test_an_overflowed_step_leaves_parameters_optimiser_momentum_encoder_and_queue() -> None:
     """With a real gradient scaler: a loss that is not finite, then a good one."""
-    online, target, queue = parts()
+    chosen = settings()
+    model = built(chosen)
+    online, target, queue = model.online, model.target, model.queue
     for module in (online, target):
         module.float().eval()  # running statistics are no part of the promise
     queue.float()
     accelerator = Accelerator(cpu=True)
     accelerator.scaler = torch.amp.GradScaler("cpu")
     optimiser = AcceleratedOptimizer(build_optimiser(online, Optim(lr=0.1), fused=False), scaler=accelerator.scaler)
-    step = Step(accelerator, online, target, queue, MoCo(TEMPERATURE, False), optimiser, ema=EMA)
+    objective = build_objective(chosen.base, TEMPERATURE, Terms())
+    step = Step(accelerator, online, target, queue, objective, optimiser)
     before = copy.deepcopy((online.state_dict(), target.state_dict(), queue.keys, queue.position))
     good = tuple(view.float() for view in views(0))
-    step((good[0] * float("inf"), good[1]), 0)
+    step(batch_of(good[0] * float("inf"), good[1]), EMA)
     assert optimiser.step_was_skipped
     assert not optimiser.state
     assert torch.equal(queue.keys, before[2])
     assert queue.position == before[3]
     for module, old in ((online, before[0]), (target, before[1])):
         assert all(torch.equal(value, old[name]) for name, value in module.state_dict().items())
-    step(good, 1)
+    step(batch_of(*good), EMA)
     assert not optimiser.step_was_skipped
     assert all(p.isfinite().all() for p in online.parameters())
     assert not torch.equal(queue.keys, before[2])
 
 
-def test_shuffled_keys_return_to_their_own_samples() -> None:
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_shuffled_keys_return_to_their_own_samples(symmetric: bool) -> None:
     """With statistics over the whole batch, shuffling changes nothing but the order inside the momentum encoder."""
     ends = []
+    order = shuffled_rows(0, 0, BATCH)
     for shuffle in (False, True):
-        online, target, queue = parts()
-        order: list[np.ndarray] = []
-        target.backbone.register_forward_pre_hook(lambda _, x, order=order: order.append(x[0].sum((1, 2, 3)).numpy()))
-        step, _ = make_step(online, target, queue, shuffle_keys=shuffle)
-        step(views(0), 0)
-        ends.append((queue.keys.clone(), order[0]))
-    assert torch.allclose(ends[0][0], ends[1][0], atol=1e-10)
-    assert not np.allclose(ends[0][1], ends[1][1])
-    assert np.allclose(np.sort(ends[0][1]), np.sort(ends[1][1]))
+        model = built(settings(symmetric=symmetric))
+        seen: list[np.ndarray] = []
+        model.target.backbone.register_forward_pre_hook(lambda _, x, seen=seen: seen.append(x[0].sum((1, 2, 3))))
+        x1, x2 = views(0)
+        more = {"shuffled": {0: ranks.exchange(x1, order), 1: ranks.exchange(x2, order)}, "order": order}
+        loss = model.step(batch_of(x1, x2, **(more if shuffle else {})), EMA).parts["loss"].item()
+        ends.append((loss, model.queue.keys.clone(), list(model.online.parameters()), seen[-1]))
+    assert ends[0][0] == pytest.approx(ends[1][0], abs=1e-10)
+    assert torch.allclose(ends[0][1], ends[1][1], atol=1e-10)
+    assert equal(ends[0][2], ends[1][2], atol=1e-10)
+    assert not torch.equal(ends[0][3], ends[1][3])
+    assert torch.allclose(ends[0][3][order], ends[1][3])
+
+
+def test_gradient_is_scaled_down_to_the_norm_asked_for() -> None:
+    plain, clipped = built(settings()), built(replace(settings(), optim=Optim(lr=0.1, weight_decay=0, clip=0.01)))
+    before = [p.detach().clone() for p in plain.online.parameters()]
+    moves = []
+    for model in (plain, clipped):
+        model.step(batch_of(*views(0)), EMA)
+        moves.append(torch.cat([(p - b).flatten() for p, b in zip(model.online.parameters(), before, strict=True)]))
+    assert moves[1].norm().item() == pytest.approx(0.1 * 0.01, rel=1e-4)
+    assert moves[0].norm() > 2 * moves[1].norm()
+    assert F.cosine_similarity(moves[0], moves[1], dim=0) > 0.99
+
+
+def test_gradient_shares_are_those_of_each_weighted_part_at_the_embeddings() -> None:
+    chosen = replace(settings(terms=Terms(co2=CO2(weight=2.0), residual=Residual())), gradient_shares=True)
+    shares = {
+        name.removeprefix("gradient_share_"): value.item()
+        for name, value in built(chosen).step(batch_of(*views(0)), EMA, measured=True).measures.items()
+        if name.startswith("gradient_share_")
+    }
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-12)
+    model = built(chosen)
+    x1, x2 = views(0)
+    q = model.online(x1)[0].detach().requires_grad_()
+    k1, k2 = (model.target(x)[0] for x in (x1, x2))
+    losses = {
+        "info_nce": info_nce(q, k2, model.queue.keys, 0.2),
+        "co2": 2 * consistency(q, k2, model.queue.keys, 0.05),
+        "residual": gap(q, k1),
+    }
+    norms = {name: torch.autograd.grad(loss, q)[0].norm().item() for name, loss in losses.items()}
+    assert shares == pytest.approx({name: norm / sum(norms.values()) for name, norm in norms.items()}, abs=1e-10)

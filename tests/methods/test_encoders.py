@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from methods.encoders import resnet
-from methods.heads import Encoder, moco_v2_head
 
 PARAMETERS = {  # torchvision's models without fc
     "resnet18": 11_689_512 - 513_000,
@@ -34,6 +35,11 @@ def torchvision_keys(arch: str) -> list[str]:
             if block == 0 and (stage > 1 or convolutions == 3):
                 keys += [f"{prefix}.downsample.0.weight", *norm(f"{prefix}.downsample.1")]
     return keys
+
+
+def test_keys_of_resnet50_are_torchvisions_own_list() -> None:
+    recorded = Path(__file__).with_name("torchvision_resnet50_keys.txt").read_text().split()
+    assert list(resnet("resnet50").state_dict()) == recorded
 
 
 @pytest.mark.parametrize("arch", PARAMETERS)
@@ -94,20 +100,9 @@ def test_convolutions_begin_as_torchvisions() -> None:
     assert strided.std().item() == pytest.approx((2 / 128) ** 0.5, rel=0.03)
 
 
-def test_encoder_embeds_each_view_on_its_own_with_norm_one() -> None:
-    torch.manual_seed(0)
-    backbone = resnet("resnet18", stem="small", width=0.125)
-    encoder = Encoder(backbone, moco_v2_head(backbone.features, 16))
-    a, b = torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16)
-    together = encoder(a, b)
-    assert torch.equal(together[0], encoder(a)[0])
-    assert torch.equal(together[1], encoder(b)[0])
-    assert torch.allclose(together[0].norm(dim=1), torch.ones(4), atol=1e-6)
-
-
-def test_moco_v2_head_is_linear_relu_linear() -> None:
-    head = moco_v2_head(2048, 128)
-    x = torch.randn(3, 2048)
-    (w1, b1), (w2, b2) = ((head[i].weight, head[i].bias) for i in (0, 2))
-    assert torch.allclose(head(x), (x @ w1.T + b1).relu() @ w2.T + b2, atol=1e-5)
-    assert (w1.shape, w2.shape) == ((2048, 2048), (128, 2048))
+def test_zero_init_begins_with_blocks_that_change_nothing() -> None:
+    for arch in ("resnet18", "resnet50"):
+        block = resnet(arch, width=0.125, zero_init=True).layer1[1]
+        x = torch.randn(4, block.conv1.in_channels, 8, 8).relu()
+        assert torch.equal(block(x), x)
+        assert not torch.equal(resnet(arch, width=0.125).layer1[1](x), x)

@@ -37,3 +37,31 @@ def test_begins_as_directions_that_depend_on_the_seed_alone() -> None:
     assert torch.equal(a.keys, b.keys)
     assert not torch.equal(a.keys, c.keys)
     assert torch.allclose(a.keys.norm(dim=1), torch.ones(50), atol=1e-6)
+
+
+@pytest.mark.parametrize(("length", "batch"), [(8, 3), (12, 4), (5, 5)])
+def test_slots_are_where_the_next_keys_belong(length: int, batch: int) -> None:
+    written, filled = KeyQueue(length, 2), KeyQueue(length, 2)
+    for _ in range(5):
+        keys = torch.randn(batch, 2)
+        written.write(keys)
+        end, start = filled.slots(batch)
+        assert len(end) + len(start) == batch
+        end.copy_(keys[: len(end)])
+        start.copy_(keys[len(end) :])
+        filled.advance(batch)
+        assert torch.equal(written.keys, filled.keys)
+        assert written.position == filled.position
+
+
+def test_bfloat16_storage_changes_a_similarity_by_at_most_its_stated_error() -> None:
+    torch.manual_seed(0)
+    full, half = KeyQueue(4096, 128), KeyQueue(4096, 128, dtype=torch.bfloat16)
+    keys = torch.nn.functional.normalize(torch.randn(3000, 128), dim=1)
+    for queue in (full, half):
+        queue.write(keys)
+    q = torch.nn.functional.normalize(full.keys[:64] + 0.03 * torch.randn(64, 128), dim=1)
+    error = (q @ full.keys.T - q @ half.keys.float().T).abs()
+    assert half.keys.element_size() == 2
+    assert 0 < error.max() <= 2**-9
+    assert error.mean() < 2e-4

@@ -1,0 +1,56 @@
+"""Small models and batches in float64 for tests of the step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from engine.build import Model, build_model
+from engine.config import Data, Method, Optim, Settings
+from engine.config import Model as ModelSettings
+from methods.registry import Terms
+from pipeline.loader import Batch
+
+BATCH, SIZE, LENGTH = 8, 8, 20
+
+
+def settings(name: str = "moco_v2", terms: Terms | None = None, bn: str = "plain", **method: Any) -> Settings:
+    """Return settings of a run so small that float64 is quick; terms none by default."""
+    queue = {"queue": LENGTH} if name in ("moco_v1", "moco_v2") else {}
+    return Settings(
+        data=Data(size=SIZE, batch=BATCH),
+        model=ModelSettings(arch="resnet18", stem="small", width=0.125, dim=16, hidden=24, bn=bn),  # type: ignore[arg-type]
+        method=Method(name=name, **queue, **method),  # type: ignore[arg-type]
+        terms=terms or Terms(),
+        optim=Optim(lr=0.1),
+        precision="no",
+    )
+
+
+def built(chosen: Settings, accelerator: Accelerator | None = None) -> Model:
+    """Return the model of those settings in float64, weights as the seed has them."""
+    accelerator = accelerator or Accelerator(cpu=True)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = build_model(chosen, accelerator)
+    finally:
+        torch.set_default_dtype(default)
+    if model.queue is not None:
+        model.queue.double()
+    return model
+
+
+def views(seed: int, batch: int = BATCH) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return two random views of a global batch."""
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (torch.randn(batch, 3, SIZE, SIZE, generator=generator, dtype=torch.float64) for _ in range(2))
+    return a, b
+
+
+def batch_of(*given: torch.Tensor, **more: Any) -> Batch:
+    """Return views as the loader hands them out."""
+    return Batch(given, np.arange(len(given[0])), 0, 0, 0.0, **more)

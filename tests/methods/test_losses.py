@@ -1,0 +1,183 @@
+"""Every loss and term against its formula as a loop in float64: values, gradients, identities, where gradient goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from methods.byol import regression
+from methods.co2 import consistency
+from methods.dcl import decoupled
+from methods.moco import info_nce
+from methods.mocov3 import contrast
+from methods.residual import gap
+from methods.simclr import nt_xent
+from methods.xmoco import cross_similarity, uniformity
+from tests.methods import formulas
+from tests.methods.formulas import Rows, unit
+
+Loss = Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loss of (q, k, negatives), all the same samples in the same order where the negatives are in the batch."""
+
+    ours: Loss
+    loop: Callable[[Rows, Rows, Rows], float]
+    queued: bool
+    """Whether the negatives are a queue; otherwise they are k again."""
+    keys_have_gradient: bool = False
+
+
+T = 0.13
+CASES = {
+    "info_nce": Case(lambda q, k, n: info_nce(q, k, n, T), partial(formulas.info_nce, t=T), queued=True),
+    "contrast": Case(lambda q, k, n: contrast(q, k, T), lambda q, k, n: formulas.in_batch(q, k, T), queued=False),
+    "regression": Case(
+        lambda q, k, n: regression(F.normalize(q, dim=1), k), lambda q, k, n: formulas.byol(q, k), queued=False
+    ),
+    "co2, queue": Case(lambda q, k, n: consistency(q, k, n, T), partial(formulas.co2, t=T), queued=True),
+    "co2, batch": Case(lambda q, k, n: consistency(q, k, n, T, 0), partial(formulas.co2, t=T, first=0), queued=False),
+    "cross, mse": Case(
+        lambda q, k, n: cross_similarity(q, k, q, k), lambda q, k, n: formulas.cross_mse(q, k), queued=False
+    ),
+    "cross, kl": Case(
+        lambda q, k, n: cross_similarity(q, k, q, k, "kl", T), lambda q, k, n: formulas.cross_kl(q, k, T), queued=False
+    ),
+    "uniformity, queue": Case(
+        lambda q, k, n: uniformity(q, n, T), lambda q, k, n: formulas.uniformity(q, n, T), queued=True
+    ),
+    "uniformity, batch": Case(
+        lambda q, k, n: uniformity(q, n, T, 0), lambda q, k, n: formulas.uniformity(q, n, T, 0), queued=False
+    ),
+    "residual": Case(lambda q, k, n: gap(q, k), lambda q, k, n: formulas.residual(q, k), queued=False),
+    "dcl, queue": Case(
+        lambda q, k, n: decoupled(q, k, n, T), partial(formulas.dcl, t=T), queued=True, keys_have_gradient=True
+    ),
+    "dcl, batch": Case(
+        lambda q, k, n: decoupled(q, k, n, T, 0),
+        partial(formulas.dcl, t=T, first=0),
+        queued=False,
+        keys_have_gradient=True,
+    ),
+    "nt_xent": Case(
+        lambda q, k, n: (nt_xent(q, k, q, T) + nt_xent(k, q, k, T)) / 2,
+        lambda q, k, n: formulas.nt_xent(q, k, T),
+        queued=False,
+        keys_have_gradient=True,
+    ),
+}
+SHAPES = [(4, 8, 7), (3, 5, 16), (2, 2, 1), (6, 3, 10)]
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def inputs(case: Case, batch: int, dim: int, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q, k = unit(batch, dim, seed=batch), unit(batch, dim, seed=batch + 100)
+    return q, k, unit(length, dim, seed=length + 200) if case.queued else k
+
+
+@every_case
+@pytest.mark.parametrize(("batch", "dim", "length"), SHAPES)
+def test_value_equals_the_formula(case: Case, batch: int, dim: int, length: int) -> None:
+    q, k, negatives = inputs(case, batch, dim, length)
+    assert abs(case.ours(q, k, negatives).item() - case.loop(q.tolist(), k.tolist(), negatives.tolist())) < 1e-10
+
+
+@every_case
+def test_gradient_equals_central_differences_of_the_formula(case: Case) -> None:
+    """By Richardson's extrapolation from three step widths, whose error is of the sixth order."""
+    q, k, negatives = inputs(case, 3, 4, 5)
+    q.requires_grad_()
+    case.ours(q, k.detach(), negatives.detach()).backward()
+    assert q.grad is not None
+    fixed = (k.tolist(), negatives.tolist())
+
+    def slope(i: int, j: int, h: float) -> float:
+        ends = []
+        for shift in (h, -h):
+            rows = q.detach().tolist()
+            rows[i][j] += shift
+            ends.append(case.loop(rows, *fixed))
+        return (ends[0] - ends[1]) / (2 * h)
+
+    for i in range(3):
+        for j in range(4):
+            fine, middle, coarse = (slope(i, j, h) for h in (5e-4, 1e-3, 2e-3))
+            expected = (64 * fine - 20 * middle + coarse) / 45
+            assert q.grad[i, j].item() == pytest.approx(expected, abs=1e-8)
+
+
+@every_case
+def test_gradcheck(case: Case) -> None:
+    q, k, negatives = inputs(case, 3, 4, 5)
+    assert torch.autograd.gradcheck(lambda q: case.ours(q, k, negatives), (q.requires_grad_(),), atol=1e-8)
+
+
+@every_case
+def test_gradient_reaches_the_queries_and_neither_keys_nor_queue(case: Case) -> None:
+    q, k, negatives = (x.clone().requires_grad_() for x in inputs(case, 4, 6, 5))
+    case.ours(q, k, negatives).backward()
+    assert q.grad is not None
+    assert q.grad.abs().sum() > 0
+    if not case.keys_have_gradient:
+        assert k.grad is None
+        assert negatives.grad is None
+
+
+@every_case
+def test_is_computed_in_float32_under_autocast(case: Case) -> None:
+    q, k, negatives = (x.float() for x in inputs(case, 8, 16, 64))
+    expected = case.ours(q, k, negatives)
+    assert expected.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(case.ours(q, k, negatives), expected)
+    assert case.ours(q.bfloat16(), k.bfloat16(), negatives.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["co2, batch", "uniformity, batch", "contrast", "nt_xent", "dcl, batch"])
+def test_rows_of_a_part_of_the_batch_average_to_the_whole(name: str) -> None:
+    """As each process computes them: its own queries, everyone's keys, and where its first own key stands."""
+    q, k = unit(6, 5, seed=1), unit(6, 5, seed=2)
+    parts: dict[str, Callable[[int], torch.Tensor]] = {
+        "co2, batch": lambda r: consistency(q[r : r + 2], k[r : r + 2], k, T, r),
+        "uniformity, batch": lambda r: uniformity(q[r : r + 2], k, T, r),
+        "contrast": lambda r: contrast(q[r : r + 2], k, T, r),
+        "nt_xent": lambda r: (nt_xent(q[r : r + 2], k, q, T, r) + nt_xent(k[r : r + 2], q, k, T, r)) / 2,
+        "dcl, batch": lambda r: decoupled(q[r : r + 2], k[r : r + 2], k, T, r),
+    }
+    mean = torch.stack([parts[name](r) for r in (0, 2, 4)]).mean()
+    assert mean.item() == pytest.approx(CASES[name].loop(q.tolist(), k.tolist(), k.tolist()), abs=1e-10)
+
+
+def test_co2_is_zero_where_query_and_key_agree_and_symmetric_in_them() -> None:
+    q, k, negatives = unit(4, 6, seed=1), unit(4, 6, seed=2), unit(9, 6, seed=3)
+    assert consistency(q, q, negatives, T).item() == pytest.approx(0, abs=1e-15)
+    assert consistency(q, k, negatives, T).item() == pytest.approx(consistency(k, q, negatives, T).item(), abs=1e-14)
+    assert consistency(q, k, negatives, T) > 0.01
+
+
+@pytest.mark.parametrize("form", ["mse", "kl"])
+def test_cross_similarity_is_zero_where_the_exchange_changes_nothing(form: str) -> None:
+    q, k = unit(5, 4, seed=1), unit(5, 4, seed=2)
+    assert cross_similarity(q, q, q, q, form).item() == pytest.approx(0, abs=1e-15)  # type: ignore[arg-type]
+    assert cross_similarity(q, k, q, k, form) > 1e-4  # type: ignore[arg-type]
+
+
+def test_uniformity_is_zero_for_equal_similarities() -> None:
+    q = F.normalize(torch.tensor([[1.0, 0, 0], [-2, 0, 0]], dtype=torch.float64), dim=1)
+    ring = torch.tensor([[0.6, 0.8, 0], [0.6, -0.8, 0], [0.6, 0, 0.8]], dtype=torch.float64)
+    assert uniformity(q, ring, T).item() == pytest.approx(0, abs=1e-14)
+    assert uniformity(q, unit(3, 3, seed=0), T) > 1e-3
+
+
+def test_residual_is_zero_for_equal_embeddings_of_any_length() -> None:
+    q = unit(5, 4, seed=1)
+    assert gap(q, q).item() == pytest.approx(0, abs=1e-15)
+    assert gap(3 * q, 0.5 * q).item() == pytest.approx(0, abs=1e-14)
+    assert gap(q, -q).item() == pytest.approx(2, abs=1e-14)
