@@ -144,13 +144,18 @@ def build_model(settings: Settings, accelerator: Accelerator) -> Model:
     return Model(wrapped, target, queue, optimiser, step)
 
 
+def needed_views(settings: Settings, kinds: str = "qQkK") -> set[int]:
+    """Return the indices of the views whose embeddings are needed, of those kinds."""
+    assert settings.method.temperature is not None
+    needs = build_objective(settings.base, settings.method.temperature, settings.terms).needs
+    return {int(name[1]) - 1 for name in needs if name[0] in kinds}
+
+
 def _shuffle(settings: Settings, world: int) -> Shuffle | None:
     """Return how the keys' views are shuffled, where BatchNorm is to meet other samples in them than in the queries."""
     if settings.model.bn not in SHUFFLED:
         return None
-    assert settings.method.temperature is not None
-    needs = build_objective(settings.base, settings.method.temperature, settings.terms).needs
-    keys, queries = ({int(name[1]) - 1 for name in needs if name[0] in kinds} for kinds in ("kK", "qQ"))
+    queries, keys = (needed_views(settings, kinds) for kinds in ("qQ", "kK"))
     parts = 1 if settings.model.bn == "shuffle" else world
     return Shuffle(tuple(sorted(keys)), ranks.exchange, parts, only=tuple(sorted(keys - queries)))
 

@@ -48,11 +48,6 @@ def gather_with_gradient(local: torch.Tensor) -> torch.Tensor:
     return local if world() == 1 else _Gather.apply(local)
 
 
-def sum_with_gradient(local: torch.Tensor) -> torch.Tensor:
-    """Return the sum of a tensor over all processes, with gradient: of the sum of all processes' losses."""
-    return local if world() == 1 else _Sum.apply(local)
-
-
 def mean(local: torch.Tensor) -> torch.Tensor:
     """Return the mean of a tensor over all processes, the input where alone."""
     return local if world() == 1 else _summed(local) / world()
@@ -92,13 +87,3 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
         return _summed(gradients[0]).chunk(world())[rank()]
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, local: torch.Tensor) -> torch.Tensor:
-        return _summed(local)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        return _summed(gradients[0])

@@ -7,14 +7,19 @@ from pathlib import Path
 if __name__ == "__main__":  # a script's own folder comes first on the module path: put the project's root there
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from engine.config import parse
+from engine.config import parse, wants_dry_run
+from engine.dryrun import dry_run
 from engine.loop import train
 from pipeline.errors import command
 
 
 @command
 def main() -> None:
-    summary = train(parse())
+    settings = parse()
+    if wants_dry_run():
+        dry_run(settings)
+        return
+    summary = train(settings)
     if os.environ.get("RANK", "0") != "0":
         return
     result = f", kNN top-1 {summary['knn_top1']:.2%}" if "knn_top1" in summary else ""

@@ -57,9 +57,11 @@ class Step:
         gradient_shares: bool = False,
     ) -> None:
         self._accelerator, self._online, self._target = accelerator, online, target
+        self.encoder: Encoder = accelerator.unwrap_model(online)
+        """The online encoder, unwrapped."""
         self._queue, self._objective, self._optimiser = queue, objective, optimiser
         self._accumulate, self._clip, self._shares = accumulate, clip, gradient_shares
-        self._moving = momentum.parameter_pairs(target, accelerator.unwrap_model(online)) if target else None
+        self._moving = momentum.parameter_pairs(target, self.encoder) if target else None
         needs = objective.needs if target else {name.replace("k", "q").replace("K", "Q") for name in objective.needs}
         self._queries = sorted({int(name[1]) for name in needs if name[0] in "qQ"})
         self._keys = sorted({int(name[1]) for name in needs if name[0] in "kK"})

@@ -10,7 +10,10 @@ from engine import ranks
 
 
 class CpuSyncBatchNorm(_BatchNorm):
-    """BatchNorm over [B, C, ...] whose training statistics are those of all processes' batches together."""
+    """BatchNorm over [B, C, ...] whose training statistics are those of all processes' equal batches together.
+
+    One collective forward, one backward.
+    """
 
     def _check_input_dim(self, input: torch.Tensor) -> None:
         pass
@@ -18,15 +21,15 @@ class CpuSyncBatchNorm(_BatchNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return super().forward(x)
-        axes = [0, *range(2, x.ndim)]
-        count = ranks.world() * x.numel() // x.shape[1]
-        shape = [1, -1, *[1] * (x.ndim - 2)]
+        axes, shape = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
         values = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean = ranks.sum_with_gradient(values.sum(axes)) / count
-        centred = values - mean.view(shape)
-        variance = ranks.sum_with_gradient(centred.square().sum(axes)) / count
+        own = torch.stack(torch.var_mean(values, axes, correction=0))[None]  # [1, 2, C]
+        variances, means = ranks.gather_with_gradient(own).unbind(1)  # [world, C] each
+        mean = means.mean(dim=0)
+        variance = variances.mean(dim=0) + (means - mean).square().mean(dim=0)
+        count = ranks.world() * x.numel() // x.shape[1]
         self._track(mean.detach(), variance.detach() * count / (count - 1))
-        normal = centred * (variance + self.eps).rsqrt().view(shape)
+        normal = (values - mean.view(shape)) * (variance + self.eps).rsqrt().view(shape)
         if self.affine:
             normal = normal * self.weight.view(shape) + self.bias.view(shape)
         return normal.to(x.dtype)

@@ -1,0 +1,104 @@
+"""Every base method with every set of terms it carries: it trains, and a checkpoint brings it back exactly."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields, replace
+from itertools import chain, combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.build import Run, build
+from engine.config import Data, Method, Model, Optim, Settings
+from engine.state import modules, restore, save
+from methods.co2 import CO2
+from methods.dcl import DCL
+from methods.registry import BASES, Terms
+from methods.residual import Residual
+from methods.xmoco import XMoCo
+from pipeline.errors import InputError
+
+TERMS: dict[str, Any] = {"co2": CO2(), "xmoco": XMoCo(), "residual": Residual(), "dcl": DCL()}
+CANNOT = {"simclr": "residual", "byol": "dcl"}
+SUBSETS = list(chain(*(combinations(TERMS, count) for count in range(len(TERMS) + 1))))
+CARRIED = [(base, subset) for base in BASES for subset in SUBSETS if CANNOT.get(base) not in subset]
+
+
+def settings(base: str, subset: tuple[str, ...], beton: Path, out: Path) -> Settings:
+    """Return settings of a small run, each base with another optimiser."""
+    queue = {"queue": 35} if BASES[base].queue else {}
+    optimiser = {"moco_v1": "sgd", "moco_v2": "sgd", "moco_v3": "lars", "simclr": "adamw", "byol": "lars"}[base]
+    return Settings(
+        data=Data(train=str(beton), size=16, batch=20, augmentation="moco_v2_32", workers=1),
+        model=Model(arch="resnet18", stem="small", width=0.125, dim=16, hidden=24),
+        method=Method(name=base, momentum=0.9, **queue),  # type: ignore[arg-type]
+        terms=Terms(**{name: TERMS[name] for name in subset}),
+        optim=Optim(name=optimiser, lr=0.01, warmup_epochs=0, epochs=2),  # type: ignore[arg-type]
+        out=str(out),
+        precision="no",
+        tracker="none",
+        cpu=True,
+    )
+
+
+def state(run: Run) -> dict[str, torch.Tensor]:
+    found = {name: value.clone() for name, value in modules(run).state_dict().items()}
+    for number, values in enumerate(run.model.optimiser.state.values()):
+        found |= {f"{number} {key}": value.clone() for key, value in values.items() if value is not None}
+    return found
+
+
+def train(run: Run, steps: int) -> list[dict[str, float]]:
+    parts = []
+    for _, batch in zip(range(steps), run.loader, strict=False):
+        parts.append({name: value.item() for name, value in run.model.step(batch, 0.9).parts.items()})
+        run.done += 1
+    return parts
+
+
+def test_every_term_is_among_the_subsets() -> None:
+    assert [field.name for field in fields(Terms)] == list(TERMS)
+
+
+@pytest.mark.parametrize(("base", "subset"), CARRIED, ids=lambda x: x if isinstance(x, str) else "+".join(x) or "alone")
+def test_trains_and_comes_back_from_a_checkpoint(
+    base: str, subset: tuple[str, ...], drawn: Path, tmp_path: Path
+) -> None:
+    chosen = settings(base, subset, drawn, tmp_path / "out")
+    run, again = build(chosen), None
+    try:
+        before = {name: p.detach().clone() for name, p in run.model.online.named_parameters() if p.requires_grad}
+        parts = train(run, 3)
+        names = {"loss", *(name.split("_")[0] for name in ({*subset} if "dcl" in subset else {*subset, "base"}))}
+        told = {"base" if name in ("info_nce", "regression") else name.split("_")[0] for name in parts[0]}
+        assert told == names
+        assert all(torch.tensor(list(step.values())).isfinite().all() for step in parts)
+        assert not any(torch.equal(p, before[n]) for n, p in run.model.online.named_parameters() if n in before)
+        save(run)
+        again = build(replace(chosen, resume="auto"))
+        restore(again)
+        first, second = state(run), state(again)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)
+        assert train(run, 1) == train(again, 1)
+    finally:
+        run.loader.close()
+        if again is not None:
+            again.loader.close()
+
+
+@pytest.mark.parametrize(("base", "term"), CANNOT.items())
+def test_a_term_that_a_base_cannot_carry_is_refused_with_the_reason(base: str, term: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=rf"terms.{term}: {base} has no .*leave the term out"):
+        settings(base, (term,), tmp_path, tmp_path)
+
+
+def test_settings_of_every_combination_are_complete_and_reread(tmp_path: Path) -> None:
+    from engine.config import parse
+
+    for base, subset in CARRIED:
+        chosen = settings(base, subset, tmp_path / "x.beton", tmp_path)
+        chosen.write(tmp_path / "config.yaml")
+        assert asdict(parse(["--config", str(tmp_path / "config.yaml")])) == asdict(chosen)

@@ -1,0 +1,168 @@
+"""Several ranks against one process with the same global batch, in float64: losses, gradients, statistics, queue."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from engine import ranks
+from engine.build import needed_views
+from engine.config import Settings
+from methods.co2 import CO2
+from methods.dcl import DCL
+from methods.registry import Terms
+from methods.residual import Residual
+from methods.xmoco import XMoCo
+from pipeline.loader import Batch
+from pipeline.order import shuffled_rows
+from tests.engine.small import BATCH, batch_of, built, settings, views
+from tests.gloo import on_ranks
+
+STEPS = 2
+TERMS = {
+    "co2": Terms(co2=CO2()),
+    "cross mse": Terms(xmoco=XMoCo(uniformity=0)),
+    "cross kl": Terms(xmoco=XMoCo(uniformity=0, form="kl")),
+    "uniformity": Terms(xmoco=XMoCo(cross=0)),
+    "residual": Terms(residual=Residual()),
+    "dcl": Terms(dcl=DCL()),
+    "all": Terms(co2=CO2(), xmoco=XMoCo(), residual=Residual(), dcl=DCL()),
+}
+FOUR = ["moco_v2 + all", "moco_v3 + all", "simclr + co2, xmoco", "byol + co2, xmoco, residual", "moco_v2, shuffle"]
+CANNOT = {"simclr": {"residual", "all"}, "byol": {"dcl", "all"}}
+
+
+def cases() -> dict[str, Settings]:
+    """Return settings by name: each base alone and with each of its terms, BatchNorm synchronised; and other kinds."""
+    found = {}
+    for name in ("moco_v1", "moco_v2", "moco_v3", "simclr", "byol"):
+        found[name] = settings(name, bn="sync")
+        for term, terms in TERMS.items():
+            if term not in CANNOT.get(name, ()):
+                found[f"{name} + {term}"] = settings(name, terms, bn="sync")
+    several = Terms(co2=CO2(), xmoco=XMoCo())
+    found["simclr + co2, xmoco"] = settings("simclr", several, bn="sync")
+    found["byol + co2, xmoco, residual"] = settings("byol", replace(several, residual=Residual()), bn="sync")
+    found["moco_v2, symmetric + all"] = settings("moco_v2", TERMS["all"], bn="sync", symmetric=True)
+    found["moco_v2, shuffle"] = settings("moco_v2", bn="shuffle")
+    found["moco_v2, symmetric, shuffle + all"] = settings("moco_v2", TERMS["all"], bn="shuffle", symmetric=True)
+    found["moco_v3, shuffle"] = settings("moco_v3", bn="shuffle")
+    found["moco_v3, clipped"] = settings("moco_v3", bn="sync")
+    found["moco_v3, clipped"].optim.clip = 0.1
+    return found
+
+
+def rank_batch(chosen: Settings, step: int) -> Batch:
+    """Return this rank's share of a global batch, as the loader would hand it out."""
+    given = [view.chunk(ranks.world())[ranks.rank()] for view in views(step)]
+    if chosen.model.bn != "shuffle":
+        return batch_of(*given)
+    order = shuffled_rows(0, step, BATCH)
+    shuffled = {index: ranks.exchange(given[index], order) for index in needed_views(chosen, "kK")}
+    return batch_of(*given, shuffled=shuffled, order=order)
+
+
+def trained(chosen: Settings, accelerator: Accelerator) -> dict[str, torch.Tensor]:
+    """Train a few steps; return losses, gradients, buffers and queue by name."""
+    model = built(chosen, accelerator)
+    encoder, found = model.step.encoder, {}
+
+    def record(*_: Any) -> None:
+        for name, p in encoder.named_parameters():
+            if p.grad is not None:
+                found[f"gradient {step} {name}"] = p.grad.clone()
+
+    model.optimiser.optimizer.register_step_pre_hook(record)
+    for step in range(STEPS):
+        parts = model.step(rank_batch(chosen, step), 0.9).parts
+        found |= {f"part {step} {name}": ranks.mean(value) for name, value in parts.items()}
+    found |= {f"parameter {name}": p.detach().clone() for name, p in encoder.named_parameters()}
+    if model.target is not None:
+        found |= {f"momentum {name}": p.clone() for name, p in model.target.named_parameters()}
+    if chosen.model.bn == "sync":
+        found |= {f"buffer {name}": b.double().clone() for name, b in encoder.named_buffers()}
+    if model.queue is not None:
+        found |= {"queue": model.queue.keys.clone(), "position": torch.tensor(model.queue.position)}
+    return found
+
+
+def run_cases(names: list[str], out: str) -> None:
+    """Train cases on this rank; write what came of them."""
+    accelerator = Accelerator(cpu=True)
+    assert ranks.world() == accelerator.num_processes > 1
+    results = {name: trained(chosen, accelerator) for name, chosen in cases().items() if name in names}
+    torch.save(results, Path(out) / f"{ranks.rank()}.pt")
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, dict[str, torch.Tensor]]:
+    return {name: trained(chosen, Accelerator(cpu=True)) for name, chosen in cases().items()}
+
+
+def trained_on(world: int, names: list[str], folder: Path) -> list[dict[str, Any]]:
+    on_ranks(world, run_cases, names, str(folder))
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return trained_on(2, list(cases()), tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return trained_on(4, FOUR, tmp_path_factory.mktemp("four"))
+
+
+@pytest.mark.parametrize("name", cases())
+def test_two_ranks_equal_one_process(name: str, alone: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    check(name, alone[name], two)
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_four_ranks_equal_one_process(name: str, alone: dict[str, Any], four: list[dict[str, Any]]) -> None:
+    check(name, alone[name], four)
+
+
+def check(name: str, expected: dict[str, torch.Tensor], together: list[dict[str, Any]]) -> None:
+    """Compare what each rank came to with one process. Of BatchNorm over two samples gradients are large."""
+    assert any(key.startswith("gradient") and value.abs().max() > 1e-3 for key, value in expected.items())
+    for rank in together:
+        assert rank[name].keys() == expected.keys()
+        for key, value in expected.items():
+            scale = max(1.0, value.abs().max().item()) if "shuffle" in name else 1.0
+            assert torch.allclose(rank[name][key], value, atol=1e-9 * scale, rtol=0), key
+    assert all(torch.equal(rank[name][key], together[0][name][key]) for rank in together for key in expected)
+
+
+def run_collectives(out: str) -> None:
+    Accelerator(cpu=True)
+    world, rank, count = ranks.world(), ranks.rank(), 6
+    everyone = torch.arange(world * count * 2).view(-1, 2).to(torch.uint8)
+    own = everyone.chunk(world)[rank]
+    found = {"gather": ranks.gather(own)}
+    for seed in range(5):
+        order = np.random.default_rng(seed).permutation(world * count)
+        found[f"exchange {seed}"] = ranks.exchange(own, order)
+        assert torch.equal(found[f"exchange {seed}"], everyone[order].chunk(world)[rank])
+    within = shuffled_rows(0, 0, world * count, parts=world)
+    assert torch.equal(ranks.exchange(own, within), everyone[within].chunk(world)[rank])
+    assert torch.equal(found["gather"], everyone)
+    into = torch.empty(world * count, 2)
+    ranks.gather_into(into, own.float())
+    half = torch.empty(world * count, 2, dtype=torch.bfloat16)
+    ranks.gather_into(half, own.float())
+    assert torch.equal(into, everyone.float())
+    assert torch.equal(half, everyone.bfloat16())
+    Path(out, str(rank)).touch()
+
+
+def test_rows_are_gathered_and_exchanged(tmp_path: Path) -> None:
+    on_ranks(3, run_collectives, str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 3
