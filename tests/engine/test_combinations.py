@@ -45,8 +45,8 @@ def settings(base: str, subset: tuple[str, ...], beton: Path, out: Path) -> Sett
 
 def state(run: Run) -> dict[str, torch.Tensor]:
     found = {name: value.clone() for name, value in modules(run).state_dict().items()}
-    for number, values in enumerate(run.model.optimiser.state.values()):
-        found |= {f"{number} {key}": value.clone() for key, value in values.items() if value is not None}
+    for name, p in run.model.online.named_parameters():
+        found |= {f"{name} {key}": value.clone() for key, value in run.model.optimiser.state.get(p, {}).items()}
     return found
 
 
@@ -69,13 +69,14 @@ def test_trains_and_comes_back_from_a_checkpoint(
     chosen = settings(base, subset, drawn, tmp_path / "out")
     run, again = build(chosen), None
     try:
-        before = {name: p.detach().clone() for name, p in run.model.online.named_parameters() if p.requires_grad}
+        matrices = {name: p for name, p in run.model.online.named_parameters() if p.ndim > 1}
+        before = {name: p.detach().clone() for name, p in matrices.items()}
         parts = train(run, 3)
         names = {"loss", *(name.split("_")[0] for name in ({*subset} if "dcl" in subset else {*subset, "base"}))}
         told = {"base" if name in ("info_nce", "regression") else name.split("_")[0] for name in parts[0]}
         assert told == names
         assert all(torch.tensor(list(step.values())).isfinite().all() for step in parts)
-        assert not any(torch.equal(p, before[n]) for n, p in run.model.online.named_parameters() if n in before)
+        assert not any(torch.equal(p, before[name]) for name, p in matrices.items())
         save(run)
         again = build(replace(chosen, resume="auto"))
         restore(again)

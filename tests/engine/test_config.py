@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from engine.config import Settings, parse
+from methods.co2 import CO2
+from methods.registry import BASES, Terms
+from methods.residual import Residual
 from pipeline.errors import InputError
 
 RECIPES = sorted((Path(__file__).parents[2] / "engine" / "recipes").glob("*.yaml"))
@@ -65,6 +68,23 @@ def test_recipes_are_valid(recipe: Path) -> None:
         (["--seed", "-1"], "seed -1", "choose 0"),
         (["--config", "nowhere.yaml"], "nowhere.yaml", "recipe"),
         (["words"], "words", "--help"),
+        (["--terms.co2.weigh", "3"], "terms.co2.weigh", "no such setting"),
+        (["--terms.co2.weight", "x"], "terms.co2.weight 'x'", "type float"),
+        (["--terms.co2.weight", "-1"], "terms.co2.weight -1", "0 or more"),
+        (["--terms.co2.temperature", "0"], "terms.co2.temperature 0", "above 0"),
+        (["--terms.xmoco.form", "l1"], "terms.xmoco.form 'l1'", "'mse', 'kl'"),
+        (["--terms", "[co2, nonsense]"], "terms.nonsense", "no such setting"),
+        (["--method.name", "simclr", "--terms", "[residual]"], "terms.residual", "no momentum encoder"),
+        (["--method.name", "byol", "--terms", "[dcl]"], "terms.dcl", "no contrastive loss"),
+        (["--method.name", "moco_v3", "--terms.xmoco.negatives", "queue"], "xmoco.negatives 'queue'", "choose batch"),
+        (["--method.name", "moco_v3", "--method.queue", "9"], "method.queue 9", "has no queue"),
+        (["--method.name", "byol", "--method.symmetric", "false"], "method.symmetric False", "is symmetric"),
+        (["--method.name", "simclr", "--model.bn", "shuffle"], "model.bn 'shuffle'", "choose plain or sync"),
+        (["--model.arch", "vit_small", "--data.size", "40"], "data.size 40", "multiple of 16"),
+        (["--model.arch", "vit_small", "--model.width", "0.5"], "model.arch 'vit_small'", "of ResNets"),
+        (["--optim.milestones", "[3]"], "optim.milestones [3.0]", "schedule steps"),
+        (["--optim.schedule", "steps"], "optim.milestones []", "give epochs"),
+        (["--optim.clip", "-1"], "optim.clip -1", "0 for none"),
     ],
 )
 def test_a_wrong_setting_is_refused_with_key_and_remedy(arguments: list[str], key: str, remedy: str) -> None:
@@ -73,6 +93,34 @@ def test_a_wrong_setting_is_refused_with_key_and_remedy(arguments: list[str], ke
     assert key in str(refused.value)
     assert remedy in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_terms_are_a_mapping_a_list_or_options(tmp_path: Path) -> None:
+    (tmp_path / "map.yaml").write_text("terms: {co2: {weight: 7}, residual: {}}")
+    (tmp_path / "list.yaml").write_text("terms: [co2, residual]")
+    both = Terms(co2=CO2(), residual=Residual())
+    assert parse(["--config", str(tmp_path / "map.yaml")]).terms == Terms(co2=CO2(weight=7), residual=Residual())
+    assert parse(["--config", str(tmp_path / "list.yaml")]).terms == both
+    assert parse(["--terms", "[co2, residual]"]).terms == both
+    assert parse(["--terms=[co2]", "--terms.co2.temperature", "0.1"]).terms == Terms(co2=CO2(temperature=0.1))
+    without = ["--config", str(tmp_path / "map.yaml"), "--terms.co2", "null", "--terms.residual.weight", "2"]
+    assert parse(without).terms == Terms(residual=Residual(weight=2))
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_what_is_left_open_is_as_published(name: str) -> None:
+    published = {
+        "moco_v1": (0.07, 0.999, "constant", 65536, False, 128, "shuffle", False),
+        "moco_v2": (0.2, 0.999, "constant", 65536, False, 128, "shuffle", False),
+        "moco_v3": (1.0, 0.99, "cosine", None, True, 256, "sync", True),
+        "simclr": (0.1, 0.0, "constant", None, True, 128, "sync", True),
+        "byol": (1.0, 0.996, "cosine", None, True, 256, "sync", True),
+    }
+    s = parse(["--method.name", name])
+    method = (s.method.temperature, s.method.momentum, s.method.momentum_schedule, s.method.queue, s.method.symmetric)
+    assert (*method, s.model.dim, s.model.bn, s.model.zero_init) == published[name]
+    given = parse(["--method.name", name, "--method.temperature", "0.5", "--model.dim", "7", "--model.bn", "plain"])
+    assert (given.method.temperature, given.model.dim, given.model.bn) == (0.5, 7, "plain")
 
 
 @pytest.mark.parametrize("text", ["data: {bach: 3}", "dta: {batch: 3}", "data: [", "a: !!python/object:f x", "- 1"])

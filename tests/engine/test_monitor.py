@@ -11,6 +11,10 @@ import torch
 from accelerate import Accelerator
 
 from engine.monitor import Monitor
+from engine.step import Result
+from engine.watch import PATIENCE
+
+spread_out, collapsed = torch.eye(4), torch.ones(4, 4) / 2
 
 
 def monitor(out: Path) -> Monitor:
@@ -19,7 +23,8 @@ def monitor(out: Path) -> Monitor:
 
 def add(target: Monitor, *losses: float, waited: float = 0.0) -> None:
     for loss in losses:
-        target.add({"a": torch.tensor(loss), "b": torch.tensor(1.0)}, pairs=8, waited=waited)
+        parts = {"loss": torch.tensor(loss + 1), "a": torch.tensor(loss), "b": torch.tensor(1.0)}
+        target.add(Result(parts, spread_out), pairs=8, waited=waited)
 
 
 def lines(out: Path) -> list[dict[str, float]]:
@@ -30,12 +35,13 @@ def test_a_line_holds_the_means_since_the_last_one(tmp_path: Path) -> None:
     one = monitor(tmp_path)
     one.start(0)
     add(one, 1.0, 2.0)
-    one.log(2, 0.4, lr=0.1)
+    one.log(2, 0.4, {"measure": torch.tensor(0.25)}, lr=0.1)
     add(one, 5.0)
     one.log(3, 0.6, lr=0.2)
     first, second = lines(tmp_path)
     assert (first["a"], first["b"], first["loss"], first["lr"]) == (1.5, 1.0, 2.5, 0.1)
     assert (second["step"], second["loss"]) == (3, 6.0)
+    assert (first["measure"], "measure" in second) == (0.25, False)
 
 
 def test_evaluation_time_does_not_count(tmp_path: Path) -> None:
@@ -90,3 +96,28 @@ def test_progress_lines_in_a_log_file_say_all(tmp_path: Path, capsys: pytest.Cap
     shown = capsys.readouterr().err.splitlines()[-1]
     for part in ("step 1/10", "epoch 0.20/2", "loss 2.000", "kNN 25.0%", "pairs/s", "data-wait", "left "):
         assert part in shown
+
+
+def test_a_collapse_is_a_loud_warning_once_and_its_count_survives_a_restart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = monitor(tmp_path)
+    one.start(0)
+
+    def train(target: Monitor, q: torch.Tensor, steps: int) -> bool:
+        """Train and log; return whether a collapse was warned of."""
+        for _ in range(steps):
+            target.add(Result({"loss": torch.tensor(1.0)}, q), pairs=8, waited=0.0)
+        target.log(1, 0.1)
+        return "COLLAPSE" in capsys.readouterr().err
+
+    assert not train(one, collapsed, PATIENCE - 1)
+    assert not train(one, spread_out, 1)  # begins anew
+    assert not train(one, collapsed, 60)
+    two = monitor(tmp_path)
+    two.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    two.start(1)
+    assert train(two, collapsed, PATIENCE - 60)
+    assert not train(two, collapsed, 5)  # said already
+    train(two, spread_out, 1)
+    assert train(two, collapsed, PATIENCE)

@@ -375,6 +375,10 @@ def test_augmentations_are_the_published_ones() -> None:
             ((0.2, 1.0), 0.8, (0.4, 0.4, 0.2, 0.1), 0.2, 0.1, 0.2, False),
         ],
         "simclr": [((0.08, 1.0), 0.8, (0.8, 0.8, 0.8, 0.2), 0.2, 0.5, 0.0, False)] * 2,
+        "byol": [
+            ((0.08, 1.0), 0.8, (0.4, 0.4, 0.2, 0.1), 0.2, 1.0, 0.0, False),
+            ((0.08, 1.0), 0.8, (0.4, 0.4, 0.2, 0.1), 0.2, 0.1, 0.2, False),
+        ],
     }
     assert {name for name in AUGMENTATIONS if not name.endswith("_32")} == set(published)
     for name, views in published.items():

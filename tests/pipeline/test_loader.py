@@ -25,8 +25,8 @@ from pipeline.beton import Beton, manifest_path
 from pipeline.draws import draw_view
 from pipeline.encode import Settings
 from pipeline.errors import DamagedRecord, InputError, LoaderStalled
-from pipeline.loader import Batch, CentreLoader, Loader
-from pipeline.order import epoch_order
+from pipeline.loader import Batch, CentreLoader, Loader, Shuffle
+from pipeline.order import epoch_order, shuffled_rows
 from pipeline.prepare import prepare
 from pipeline.views import AUGMENTATIONS, View
 
@@ -222,6 +222,40 @@ def test_all_ranks_together_give_the_batches_of_one(drawn: Path, world: int) -> 
         assert np.concatenate([share.ids for share in shares]).tolist() == batch.ids.tolist()
         for index, view in enumerate(batch.views):
             assert torch.equal(torch.cat([share.views[index] for share in shares]), view)
+
+
+@pytest.mark.parametrize("name", ["moco_v2", "moco_v3"])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_shuffled_views_are_the_views_of_the_permuted_samples(drawn: Path, name: str, world: int) -> None:
+    """Over an epoch's end, with an exchange that has all ranks' crops at hand."""
+    with _loader(drawn, views=AUGMENTATIONS[name]) as whole:
+        alone = _take(whole, _STEPS + 2)
+    everyone: list[torch.Tensor] = []
+
+    def record(rows: torch.Tensor, order: np.ndarray) -> torch.Tensor:
+        everyone.append(rows.clone())
+        return rows
+
+    with _loader(drawn, views=AUGMENTATIONS[name], shuffle=Shuffle((0, 1), record)) as one:
+        _take(one, _STEPS + 2)
+    for rank in range(world):
+        crops = iter(everyone)
+
+        def exchange(rows: torch.Tensor, order: np.ndarray, rank: int = rank, crops: Any = crops) -> torch.Tensor:
+            of_all = next(crops)
+            assert rows.dtype == torch.uint8
+            assert torch.equal(rows, of_all.chunk(world)[rank])
+            return of_all[order].chunk(world)[rank]
+
+        given = Shuffle((0, 1), exchange, parts=1, only=(1,))
+        with _loader(drawn, views=AUGMENTATIONS[name], rank=rank, world=world, shuffle=given) as part:
+            for number, (batch, share) in enumerate(zip(alone, _take(part, _STEPS + 2), strict=True)):
+                assert share.order is not None
+                assert share.order.tolist() == shuffled_rows(3, number, _BATCH).tolist()
+                for index in (0, 1):
+                    assert torch.equal(share.shuffled[index], batch.views[index][share.order].chunk(world)[rank])
+                assert torch.equal(share.views[0], batch.views[0].chunk(world)[rank])
+                assert share.views[1] is None
 
 
 def test_raw_records_give_the_same_ids_and_boxes(drawn: Path, tmp_path: Path, plans: list[Plan]) -> None:

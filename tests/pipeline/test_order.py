@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.hashing import mix, stream, uniforms
-from pipeline.order import epoch_order, rank_slice, steps_per_epoch
+from pipeline.order import epoch_order, rank_slice, shuffled_rows, steps_per_epoch
 
 _SEED_OF_REFERENCE = 1234567
 _REFERENCE = (  # SplitMix64's published outputs for that seed
@@ -161,3 +161,25 @@ def test_a_world_that_does_not_divide_the_batch_is_refused(batch: int, world: in
     with pytest.raises(ValueError, match=f"{batch} does not divide among {world} ranks") as caught:
         rank_slice(epoch_order(0, 0, 1000), 0, batch, 0, world)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_shuffled_rows_are_a_permutation_within_each_part(parts: int) -> None:
+    order = shuffled_rows(3, 17, 32, parts)
+    for part, rows in enumerate(np.split(order, parts)):
+        assert sorted(rows) == list(range(part * 32 // parts, (part + 1) * 32 // parts))
+    assert not np.array_equal(order, np.arange(32))
+    assert np.array_equal(order, shuffled_rows(3, 17, 32, parts))
+    for other in (shuffled_rows(4, 17, 32, parts), shuffled_rows(3, 18, 32, parts)):
+        assert not np.array_equal(order, other)
+
+
+def test_shuffled_rows_are_sorted_by_splitmix64_keys() -> None:
+    key = mix(mix(np.uint64(0x73687566) ^ np.uint64(5)) ^ np.uint64(9))
+    keys = [int(word) for word in stream(key, 50)]
+    assert shuffled_rows(5, 9, 50).tolist() == sorted(range(50), key=lambda i: keys[i])
+
+
+def test_parts_that_do_not_divide_the_batch_are_refused() -> None:
+    with pytest.raises(ValueError, match="do not divide"):
+        shuffled_rows(0, 0, 10, 4)
