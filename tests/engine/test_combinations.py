@@ -103,3 +103,22 @@ def test_settings_of_every_combination_are_complete_and_reread(tmp_path: Path) -
         chosen = settings(base, subset, tmp_path / "x.beton", tmp_path)
         chosen.write(tmp_path / "config.yaml")
         assert asdict(parse(["--config", str(tmp_path / "config.yaml")])) == asdict(chosen)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("base", BASES)
+def test_a_step_on_the_gpu_waits_for_nothing(base: str, drawn: Path, tmp_path: Path) -> None:
+    subset = tuple(term for term in TERMS if CANNOT.get(base) != term)
+    run = build(replace(settings(base, subset, drawn, tmp_path), cpu=False, precision="bf16"))
+    try:
+        train(run, 1)
+        batch = next(iter(run.loader))
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        result = run.model.step(batch, 0.9)
+        run.monitor.add(result, 20, 0.0)
+        torch.cuda.set_sync_debug_mode("default")
+        assert all(value.isfinite() for value in result.parts.values())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        run.loader.close()
