@@ -106,7 +106,8 @@ def build_model(settings: Settings, accelerator: Accelerator) -> Model:
     model, method, base = settings.model, settings.method, settings.base
     assert model.dim is not None
     assert model.bn is not None
-    groups = max(1, GROUPS // (accelerator.num_processes * settings.accumulate))
+    parts = accelerator.num_processes * settings.accumulate if model.bn == "shuffle" else settings.accumulate
+    groups = max(1, GROUPS // parts)
     backbone = build_backbone(
         model.arch,
         stem=model.stem,
@@ -129,13 +130,12 @@ def build_model(settings: Settings, accelerator: Accelerator) -> Model:
         queue = KeyQueue(method.queue, model.dim, settings.seed, dtype).to(accelerator.device)
     optimiser = build_optimiser(online, settings.optim, fused=settings.precision != "fp16")
     wrapped, optimiser = accelerator.prepare(online, optimiser)
-    assert method.temperature is not None
     step = Step(
         accelerator,
         wrapped,
         target,
         queue,
-        build_objective(base, method.temperature, settings.terms),
+        build_objective(base, settings.terms),
         optimiser,
         accumulate=settings.accumulate,
         clip=settings.optim.clip,
@@ -146,8 +146,7 @@ def build_model(settings: Settings, accelerator: Accelerator) -> Model:
 
 def needed_views(settings: Settings, kinds: str = "qQkK") -> set[int]:
     """Return the indices of the views whose embeddings are needed, of those kinds."""
-    assert settings.method.temperature is not None
-    needs = build_objective(settings.base, settings.method.temperature, settings.terms).needs
+    needs = build_objective(settings.base, settings.terms).needs
     return {int(name[1]) - 1 for name in needs if name[0] in kinds}
 
 
@@ -227,16 +226,29 @@ def _loading(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
 
 def _check(settings: Settings, samples: int, accelerator: Accelerator) -> None:
     """Refuse what cannot work, and warn of what hardly will."""
-    local = settings.data.batch // accelerator.num_processes
-    if local % settings.accumulate or local // settings.accumulate < 2:
-        raise InputError(
-            f"accumulate {settings.accumulate}: does not divide the {local} samples a process has of a batch "
-            "into equal parts of two or more: choose another number"
-        )
+    check_batch(settings, accelerator)
     if (settings.method.queue or 0) > samples and accelerator.is_main_process:
         print(
             f"warning: method.queue {settings.method.queue} is larger than the data set's {samples} images, so that "
             f"a sample meets its own older keys as negatives: choose at most {samples // 2}",
+            file=sys.stderr,
+        )
+
+
+def check_batch(settings: Settings, accelerator: Accelerator) -> None:
+    """Refuse a batch that does not divide into its parts, and warn of BatchNorm's that are not what they should be."""
+    batch, world = settings.data.batch, accelerator.num_processes
+    local = batch // world
+    if batch % world or local % settings.accumulate or local // settings.accumulate < 2:
+        raise InputError(
+            f"accumulate {settings.accumulate}: does not divide the {local} samples a process has of a batch "
+            "into equal parts of two or more: choose another number"
+        )
+    parts = GROUPS * world if settings.model.bn == "split" else max(GROUPS, world)
+    if settings.model.bn in SHUFFLED and batch % parts and accelerator.is_main_process:
+        print(
+            f"warning: data.batch {batch} does not divide into the {parts} parts of model.bn {settings.model.bn}, so "
+            f"that BatchNorm sees fewer and larger ones: choose a multiple of {2 * parts}",
             file=sys.stderr,
         )
 

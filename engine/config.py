@@ -1,23 +1,16 @@
 """Settings: typed, each with a line of help, checked here, complete in a run's `config.yaml`.
 
-A recipe is a YAML file of these; any field can be set on the command line as `--section.field value`.
+`engine.arguments` reads them from recipes and the command line.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
-import re
-import sys
-from argparse import ArgumentError
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import jsonargparse
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser
 
 from methods.base import Base, CannotCarry
 from methods.norm import SHUFFLED
@@ -25,8 +18,6 @@ from methods.registry import BASES, Terms, build_objective
 from methods.vit import PATCH, VITS
 from pipeline.errors import InputError
 from pipeline.views import AUGMENTATIONS
-
-jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 def _require(holds: bool, key: str, value: Any, remedy: str) -> None:
@@ -85,6 +76,7 @@ class Data:
             self.stall_timeout,
             "choose a number of seconds above 0",
         )
+        _require(self.samples >= 0, "data.samples", self.samples, "choose a number of images, or 0 for unknown")
         _require(0 < self.eval_share <= 1, "data.eval_share", self.eval_share, "choose a share above 0, up to 1")
 
 
@@ -103,8 +95,8 @@ class Model:
     hidden: int | None = None
     """Width of the heads' hidden layers."""
     bn: Literal["plain", "shuffle", "split", "sync"] | None = None
-    """BatchNorm statistics: of each process's batch, of 8 parts of the global batch (keys' samples shuffled over all
-    of it, or within each process), or of all processes' batches."""
+    """BatchNorm statistics: of each process's batch; of 8 parts of the global batch, keys' samples shuffled over all of
+    it; of 8 parts of each process's batch, shuffled within it; or of all processes' batches."""
     zero_init: bool | None = None
     """Begin a ResNet's blocks as the identity: scale 0 in their last BatchNorm."""
     frozen_patch: bool = True
@@ -127,9 +119,9 @@ class Method:
     name: Literal["moco_v1", "moco_v2", "moco_v3", "simclr", "byol"] = "moco_v2"
     """Base method."""
     temperature: float | None = None
-    """Softmax temperature."""
+    """Softmax temperature (not byol)."""
     momentum: float | None = None
-    """Of the momentum encoder: the share of itself it keeps each step."""
+    """Of the momentum encoder: the share of itself it keeps each step (not simclr)."""
     momentum_schedule: Literal["constant", "cosine"] | None = None
     """Whether that share stays, or rises to 1 by a cosine over the run."""
     queue: int | None = None
@@ -186,7 +178,7 @@ class Optim:
         _finite(optim__lr=self.lr, optim__weight_decay=self.weight_decay, optim__warmup_epochs=self.warmup_epochs)
         _finite(optim__clip=self.clip, optim__trust=self.trust, optim__factor=self.factor)
         _require(self.lr > 0, "optim.lr", self.lr, "choose a number above 0, such as 0.03")
-        _require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "choose 0 to 1, such as 0.9")
+        _require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "choose 0 or more, below 1, such as 0.9")
         _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "choose 0 or more, such as 1e-4")
         _require(self.trust > 0, "optim.trust", self.trust, "choose a number above 0, such as 0.001")
         _require(self.clip >= 0, "optim.clip", self.clip, "choose a norm above 0, or 0 for none")
@@ -197,8 +189,9 @@ class Optim:
         _require(fits, "optim.warmup_epochs", self.warmup_epochs, remedy)
         stepped = bool(self.milestones) == (self.schedule == "steps")
         _require(stepped, "optim.milestones", self.milestones, "give epochs with schedule steps, and only with it")
-        rising = self.milestones == sorted(self.milestones) and all(m > 0 for m in self.milestones)
-        _require(rising, "optim.milestones", self.milestones, "give epochs above 0 in rising order")
+        rising = self.milestones == sorted(set(self.milestones)) and all(0 < m < self.epochs for m in self.milestones)
+        remedy = f"give epochs above 0 in rising order, below optim.epochs {self.epochs}"
+        _require(rising, "optim.milestones", self.milestones, remedy)
 
 
 @dataclass
@@ -240,7 +233,8 @@ class Settings:
     precision: Literal["no", "fp16", "bf16"] = "bf16"
     """Mixed precision."""
     accumulate: int = 1
-    """Parts in which a process computes its share of a batch, one after another, to save memory."""
+    """Parts in which a process computes its share of a batch, one after another, to save memory. Each part has its own
+    batch statistics, and meets the keys of the whole batch."""
     log_every: int = 50
     """Steps between metrics lines."""
     gradient_shares: bool = False
@@ -267,46 +261,77 @@ class Settings:
         )
         _require(self.keep >= 0, "keep", self.keep, "choose 1 or more, or 0 for all")
         self._fill_published()
+        self._check_terms()
+        self._refuse_without_effect()
         self._refuse_impossible()
 
     def _fill_published(self) -> None:
         """Set what was left open to the base method's published value."""
-        base = BASES[self.method.name]
+        base, transformer = BASES[self.method.name], self.model.arch in VITS
         for dotted, value in {**base.published, "method.symmetric": base.symmetric}.items():
             section, key = dotted.split(".")
-            if getattr(getattr(self, section), key) is None:
+            if getattr(getattr(self, section), key) is None and not (transformer and key == "zero_init"):
                 setattr(getattr(self, section), key, value)
+
+    def _refuse_without_effect(self) -> None:
+        """Raise InputError for settings that would change nothing."""
+        base, method, model = self.base, self.method, self.model
+        queue_dtype = method.queue_dtype if method.queue_dtype != "float32" else None
+        for key, value, has, why in (
+            ("method.queue", method.queue, base.queue, f"{base.name} has no queue"),
+            ("method.queue_dtype", queue_dtype, base.queue, f"{base.name} has no queue"),
+            ("method.momentum", method.momentum, base.teacher, f"{base.name} has no momentum encoder"),
+            (
+                "method.momentum_schedule",
+                method.momentum_schedule,
+                base.teacher,
+                f"{base.name} has no momentum encoder",
+            ),
+            ("method.temperature", method.temperature, base.contrastive, f"{base.name} has no softmax"),
+            ("model.hidden", model.hidden, base.name != "moco_v1", f"{base.name}'s head is one layer"),
+            ("model.zero_init", model.zero_init, model.arch not in VITS, f"{model.arch} has no such blocks"),
+        ):
+            if value is not None and not has:
+                raise InputError(f"{key} {value!r}: {why}: leave it out, or null")
 
     def _refuse_impossible(self) -> None:
         """Raise InputError for combinations that cannot work."""
-        base = BASES[self.method.name]
-        if self.method.queue and not base.queue:
-            raise InputError(f"method.queue {self.method.queue}: {base.name} has no queue: leave it out, or null")
-        if self.method.symmetric != base.symmetric and not base.queue:
-            raise InputError(
-                f"method.symmetric {self.method.symmetric}: {base.name} is symmetric: leave it out, or null"
-            )
+        base = self.base
+        if not base.symmetric and not base.queue:
+            raise InputError(f"method.symmetric False: {base.name} is symmetric: leave it out, or null")
         if self.model.bn in SHUFFLED and not base.teacher:
             raise InputError(f"model.bn {self.model.bn!r}: {base.name} has no keys to shuffle: choose plain or sync")
         if self.model.arch in VITS and self.data.size % PATCH:
             remedy = f"{self.model.arch} has patches of {PATCH} pixels: choose a multiple of {PATCH}"
             raise InputError(f"data.size {self.data.size}: {remedy}")
-        for name, term in asdict(self.terms).items():
-            for key, value in (term or {}).items():
-                if isinstance(value, float):
-                    temperature = "temperature" in key
-                    fits = math.isfinite(value) and (value > 0 if temperature else value >= 0)
-                    remedy = "choose a number above 0" if temperature else "choose 0 or more"
-                    _require(fits, f"terms.{name}.{key}", value, remedy)
         try:
-            build_objective(self.base, 1.0, self.terms)
+            needs = build_objective(base, self.terms).needs
         except CannotCarry as error:
             raise InputError(f"terms.{error}") from None
+        if self.accumulate > 1 and any(name[0] == "Q" for name in needs):
+            own = any(name[0] == "Q" for name in base.loss().needs(base))
+            who = base.name if own else "terms.xmoco.cross"
+            raise InputError(f"accumulate {self.accumulate}: {who} compares all queries of a batch at once: choose 1")
+
+    def _check_terms(self) -> None:
+        """Raise InputError for a parameter out of range: weights are 0 or more, temperatures above 0."""
+        for part in fields(self.terms):
+            term = getattr(self.terms, part.name)
+            for parameter in fields(term) if term is not None else ():
+                key, value = f"terms.{part.name}.{parameter.name}", getattr(term, parameter.name)
+                _require(value is not None or "None" in str(parameter.type), key, value, "give a value")
+                if isinstance(value, float):
+                    _require(math.isfinite(value), key, value, "give a finite number")
+                if "temperature" in parameter.name and value is not None:
+                    _require(value > 0, key, value, "choose a number above 0")
+                elif parameter.name == "weight":
+                    _require(value > 0, key, value, "choose a number above 0, or leave the term out")
 
     @property
     def base(self) -> Base:
         """The base method, as these settings have it."""
-        return replace(BASES[self.method.name], symmetric=bool(self.method.symmetric))
+        base, method = BASES[self.method.name], self.method
+        return replace(base, symmetric=bool(method.symmetric), temperature=method.temperature or base.temperature)
 
     def as_dict(self) -> dict[str, Any]:
         """Return all settings as nested plain values."""
@@ -315,115 +340,3 @@ class Settings:
     def write(self, path: Path) -> None:
         """Write all settings to `path`, YAML that `--config` takes."""
         path.write_text(yaml.safe_dump(self.as_dict(), sort_keys=False))
-
-
-def _load_recipe(text: str) -> Any:
-    """Return what YAML `text` says; terms given as a list of names stand for those terms as they are by default."""
-    found = yaml.safe_load(text)
-    if isinstance(found, dict) and isinstance(found.get("terms"), list):
-        found["terms"] = {name: {} for name in found["terms"]}
-    return found
-
-
-jsonargparse.set_loader("recipe", _load_recipe, exceptions=(yaml.YAMLError,))
-
-
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        parser_mode="recipe",
-        prog="accelerate launch engine/run.py",
-        description="Pretrain an image encoder by momentum contrast. Every field below can stand in the --config file.",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", action=ActionConfigFile, help="recipe, such as engine/recipes/moco_v2_in1k.yaml")
-    parser.add_argument("--dry-run", action="store_true", help="build, take one step on a stub batch, print, and exit")
-    parser.add_class_arguments(Settings)
-    return parser
-
-
-def parse(arguments: Sequence[str] | None = None) -> Settings:
-    """Return the settings of a command line (`sys.argv` by default). Raises InputError, naming key and remedy."""
-    parser = _parser()
-    try:
-        chosen = parser.instantiate(parser.parse_args(_recipe_first(arguments))).as_dict()
-    except ArgumentError as error:
-        raise InputError(_explain(parser, str(error))) from None
-    chosen.pop("config", None)
-    chosen.pop("dry_run", None)
-    return Settings(**chosen)
-
-
-def wants_dry_run(arguments: Sequence[str] | None = None) -> bool:
-    """Return whether a command line asks for a dry run."""
-    return "--dry-run" in (sys.argv[1:] if arguments is None else arguments)
-
-
-def _recipe_first(arguments: Sequence[str] | None) -> list[str]:
-    """Return the arguments with --config before all others, so that these win over the recipe wherever they stand."""
-    rest = [part for argument in _spelled(arguments) for part in argument]
-    first: list[str] = []
-    for number, argument in enumerate(rest):
-        if argument == "--config" or argument.startswith("--config="):
-            length = 2 if argument == "--config" else 1
-            first, rest = rest[number : number + length], rest[:number] + rest[number + length :]
-            break
-    return first + rest
-
-
-def _spelled(arguments: Sequence[str] | None) -> Iterator[list[str]]:
-    """Yield the arguments; `--terms [a, b]` as `--terms.a {} --terms.b {}`."""
-    given = iter(sys.argv[1:] if arguments is None else arguments)
-    for argument in given:
-        listed = argument.removeprefix("--terms=") if argument.startswith("--terms=") else None
-        if argument == "--terms":
-            listed = next(given, "")
-        if listed is not None and listed.startswith("["):
-            for name in listed.strip("[]").replace(",", " ").split():
-                yield [f"--terms.{name}", "{}"]
-        elif listed is not None:
-            yield ["--terms", listed]
-        else:
-            yield [argument]
-
-
-def _explain(parser: ArgumentParser, message: str) -> str:
-    """Return jsonargparse's message in one line, with the remedy."""
-    flat = " ".join(message.split())
-    unknown = re.search(r"unrecognized arguments: --?([\w.]+)", flat)
-    nested = re.search(r"Group '([\w.]*)' does not accept option '([\w.]+)'", flat)
-    found = unknown or nested
-    if found:
-        name = ".".join(part for part in found.groups() if part)
-        return f"{name}: no such setting{_suggestion(parser, name)}: see --help for all of them"
-    term = re.match(r'Parser key "(terms\.\w+)"', flat)
-    within = f"{term.group(1)}." if term else ""
-    foreign = re.search(r"Option '([\w.]+)' is not accepted", flat)
-    if foreign:
-        name = within + foreign.group(1)
-        return f"{name}: no such setting: see --{within.rstrip('.')}.help for all of them"
-    wrong = re.search(r'Parser key "([\w.]+)": Expected a (.+?)\. Got value: (.*?)(?: - Expected a|$)', flat)
-    if wrong:
-        key, kind, value = within + wrong.group(1), wrong.group(2), wrong.group(3)
-        choices = re.search(r"Literal\[(.*)\]", kind)
-        if choices:
-            return f"{key} {value!r}: choose one of {choices.group(1)}"
-        return f"{key} {value!r}: wrong type: give a value of type {_type_name(kind)}"
-    missing = re.search(r'Parser key "config": (.*)', flat)
-    if missing:
-        return f"--config: {missing.group(1)}: give the path of a recipe, such as engine/recipes/moco_v2_in1k.yaml"
-    if flat.startswith("Problems parsing config"):
-        return f"--config: not valid YAML: {flat.partition(': ')[2]}: correct it there"
-    return f"{flat}: see --help"
-
-
-def _suggestion(parser: ArgumentParser, name: str) -> str:
-    known = [action.dest for action in parser._actions]
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if not close:  # the right field in the wrong section
-        close = [key for key in known if key.split(".")[-1] == name.split(".")[-1]][:1]
-    return f", did you mean {close[0]}" if close else ""
-
-
-def _type_name(text: str) -> str:
-    return text.replace("<class '", "").replace("'>", "").replace("typing.", "")

@@ -1,4 +1,4 @@
-"""What a run would be: built, one step taken on a stub batch, its parameters, cost, memory and steps printed."""
+"""What a run would be: built, a step taken on stub batches, its parameters, cost, memory and steps printed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.build import Model, build_accelerator, build_model, needed_views
+from engine.build import Model, build_accelerator, build_model, check_batch, needed_views
 from engine.config import Settings
 from engine.optim import momentum_after, peak_rate
 from pipeline.beton import Beton
+from pipeline.errors import InputError
 from pipeline.loader import Batch
 from pipeline.order import steps_per_epoch
 
@@ -30,25 +31,28 @@ def dry_run(settings: Settings) -> dict[str, Any]:
     parameters, gradients, optimiser, momentum encoder, queue, views, and the activations kept for the backward pass,
     which are extrapolated from the two stub batches. Raises InputError for settings that cannot work.
     """
+    length = _length(settings)
     accelerator = build_accelerator(replace(settings, tracker="none"))
-    model = build_model(settings, accelerator)
-    small, _ = _step(settings, model, _STUB * settings.accumulate)
-    large, flops = _step(settings, model, 2 * _STUB * settings.accumulate)
+    check_batch(settings, accelerator)
+    model = build_model(replace(settings, accumulate=1), accelerator)  # one part
+    small, _ = _step(settings, model, _STUB)
+    large, flops = _step(settings, model, 2 * _STUB)
     slope = (large - small) / _STUB
     found = {
         **_parameters(model),
-        "flops_a_pair": flops / (2 * _STUB * settings.accumulate),
+        "flops_a_pair": flops / (2 * _STUB),
         "activation_bytes_a_pair": slope,
         "memory": _memory(settings, model, slope, max(0.0, small - _STUB * slope)),
-        **_length(settings),
+        **length,
     }
     accelerator.free_memory()
-    _print(settings, found)
+    if accelerator.is_main_process:
+        _print(settings, found)
     return found
 
 
 def _step(settings: Settings, model: Model, count: int) -> tuple[int, int]:
-    """Train on `count` samples; return the bytes one part of them keeps for its backward pass, and FLOPs in all."""
+    """Train on `count` samples; return the bytes they keep for the backward pass, and FLOPs."""
     device = next(model.online.parameters()).device
     kept: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in model.online.parameters()}
@@ -96,6 +100,8 @@ def _length(settings: Settings) -> dict[str, int]:
     if not samples:
         return {}
     epoch = steps_per_epoch(samples, settings.data.batch)
+    if not epoch:
+        raise InputError(f"data.batch {settings.data.batch}: more than the {samples} images: choose at most {samples}")
     return {"samples": samples, "steps_an_epoch": epoch, "steps": epoch * settings.optim.epochs}
 
 

@@ -12,8 +12,8 @@ class LARS(torch.optim.Optimizer):
     """SGD whose step of each matrix is scaled to its norm; biases and normalisation (ndim 1 or less) are left alone.
 
     For ndim > 1: g <- g + decay * w, then g <- g * trust * |w| / |g| (not scaled where either norm is 0). For all:
-    v <- momentum * v + g, w <- w - lr * v. So facebookresearch/moco-v3's `optimizer.py`; here in multi-tensor
-    operations, in no loop over parameters, waiting for nothing.
+    v <- momentum * v + g, w <- w - lr * v. So facebookresearch/moco-v3's `optimizer.py`; here mostly in
+    multi-tensor operations, and waiting for nothing.
     """
 
     def __init__(

@@ -58,7 +58,8 @@ def _epochs(run: Run) -> None:
             run.done += 1
             run.monitor.add(result, settings.data.batch, batch.waited)
             if logs:
-                run.monitor.log(run.done, run.done / steps, result.measures, lr=lr, momentum=ema)
+                rates = {"lr": lr, "momentum": ema} if run.model.target else {"lr": lr}
+                run.monitor.log(run.done, run.done / steps, result.measures, **rates)
             if settings.save_every and run.done % settings.save_every == 0 and not ends:
                 save(run)
         evaluate(run, epoch + 1)

@@ -59,7 +59,6 @@ def momentum_after(settings: Method, step: int, steps: int) -> float:
     The keys of step s + 1 then come from an update by the momentum of s + 1, as where facebookresearch/moco-v3 updates
     at the beginning of each step (its first update changes nothing).
     """
-    assert settings.momentum is not None
-    if settings.momentum_schedule == "constant":
-        return settings.momentum
+    if settings.momentum is None or settings.momentum_schedule == "constant":
+        return settings.momentum or 0.0
     return cosine_momentum(settings.momentum, (step + 1) / steps)

@@ -7,7 +7,7 @@ from pathlib import Path
 if __name__ == "__main__":  # a script's own folder comes first on the module path: put the project's root there
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from engine.config import parse, wants_dry_run
+from engine.arguments import parse, wants_dry_run
 from engine.dryrun import dry_run
 from engine.loop import train
 from pipeline.errors import command

@@ -75,7 +75,7 @@ def _compare(run: Run, saved: dict[str, Any]) -> None:
     """Refuse a checkpoint whose model or queue is of another shape; say which other settings differ."""
     then, now = _flat(saved), _flat(run.settings.as_dict())
     differing = [key for key in {**now, **then} if key not in _FREE and then.get(key) != now.get(key)]
-    for key in differing:
+    for key in sorted(differing, key=lambda key: key != "method.name"):  # which decides over others
         fixed = ("method.name", "method.queue", "method.queue_dtype", "optim.name", "data.batch", "seed")
         if key.startswith("model.") or key in fixed:
             raise InputError(f"{key} {now.get(key)!r}: the checkpoint has {then.get(key)!r}: resume with that value")
@@ -135,5 +135,6 @@ def _load_optimiser(run: Run, tensors: dict[str, torch.Tensor]) -> None:
     for name, value in tensors.items():
         parameter, key = name.split("|")
         like = parameters[parameter]
-        own = torch.empty_like(like) if value.shape == like.shape else torch.empty_like(value, device=like.device)
+        place = like.device if value.ndim or run.settings.precision != "fp16" else "cpu"  # an unfused step count
+        own = torch.empty_like(like) if value.shape == like.shape else torch.empty_like(value, device=place)
         run.model.optimiser.state[like][key] = own.copy_(value)

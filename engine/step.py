@@ -36,11 +36,11 @@ class Result:
 
 
 class Step:
-    """Trains on one batch when called. Nothing in it waits for the device (but fp16's check for an overflow).
+    """Trains on one batch when called. Nothing in it waits for the device but fp16's check for an overflow.
 
     Only the embeddings that the objective needs are computed. Keys come first, for the whole batch; queries follow in
-    `accumulate` parts, and what a part's terms see as the global batch is that part of all processes. A step whose
-    gradients overflowed in fp16 leaves parameters, momentum encoder and queue as they were.
+    `accumulate` parts, each of which meets the keys of the whole global batch. A step whose gradients overflowed in
+    fp16 leaves parameters, momentum parameters and queue as they were.
     """
 
     def __init__(
@@ -65,13 +65,13 @@ class Step:
         needs = objective.needs if target else {name.replace("k", "q").replace("K", "Q") for name in objective.needs}
         self._queries = sorted({int(name[1]) for name in needs if name[0] in "qQ"})
         self._keys = sorted({int(name[1]) for name in needs if name[0] in "kK"})
-        self._everyone = sorted(name for name in objective.needs if name[0] in "QK")
+        self._everyone = sorted((name for name in objective.needs if name[0] in "QK"), reverse=True)  # Q before K
 
     def __call__(self, batch: Batch, ema: float, *, measured: bool = False) -> Result:
         """Train on `batch`; `ema` is the share of itself that the momentum encoder keeps after it.
 
-        measured: also return the measures. They cost a momentum forward pass where the objective does not need the
-        first view's keys, and change nothing.
+        measured: also return the measures, which wait for the device. They cost a momentum forward pass where the first
+        view's keys are not there or are shuffled, and change nothing.
         """
         keys, all_keys = self._encode_keys(batch)
         results = []
@@ -112,30 +112,29 @@ class Step:
         named |= {name: k.chunk(self._accumulate)[part] for name, k in keys.items()}
         if self._target is None:
             named |= {f"k{n}": named[f"q{n}"] for n in self._queries}
-        first = ranks.rank() * len(named[f"q{self._queries[0]}"])
+        rows = len(named[f"q{self._queries[0]}"])
+        first = (ranks.rank() * self._accumulate + part) * rows
         for name in self._everyone:
-            named[name] = self._of_part(all_keys[name], part) if name in all_keys else self._gathered(named, name)
+            named[name] = all_keys[name] if name in all_keys else self._gathered(named, name)
         e = Embeddings(named, None if self._queue is None else self._queue.keys, first)
         parts = self._objective(e)
         loss = total(parts)
-        measures = self._measures(e, parts, views) if measured else {}
+        measures = self._measures(e, parts, views, batch.order is not None) if measured else {}
         self._accelerator.backward(loss / self._accumulate)
         values = {"loss": loss.detach(), **{name: p.value.detach() for name, p in parts.items()}}
         return Result(values, named[f"q{self._queries[0]}"].detach(), measures)
-
-    def _of_part(self, everyone: torch.Tensor, part: int) -> torch.Tensor:
-        """Return those rows of all processes' [G, C] that belong to a part of the batch."""
-        rows = everyone.view(ranks.world(), self._accumulate, -1, everyone.shape[1])
-        return rows[:, part].reshape(-1, everyone.shape[1])
 
     def _gathered(self, named: Tensors, name: str) -> torch.Tensor:
         """Return all processes' rows of a query, with gradient; once where SimCLR's queries serve as keys too."""
         query = f"Q{name[1]}"
         return named[query] if query in named else ranks.gather_with_gradient(named[query.lower()])
 
-    def _measures(self, e: Embeddings, parts: dict[str, Part], views: dict[int, torch.Tensor]) -> Tensors:
+    def _measures(
+        self, e: Embeddings, parts: dict[str, Part], views: dict[int, torch.Tensor], shuffled: bool
+    ) -> Tensors:
+        """Return the measures. The gap's key shares its query's batch statistics in every run: shuffled keys do not."""
         a, _ = self._objective.base.pairs[0]
-        if self._target is not None and f"k{a}" not in e.named:
+        if self._target is not None and (shuffled or f"k{a}" not in e.named):
             with torch.no_grad(), self._accelerator.autocast(), _unchanged_buffers(self._target):
                 e = Embeddings({**e.named, f"k{a}": self._target(views[a])[0]}, e.queue, e.first)
         found = watch.measure(e, self._objective.base)
@@ -181,5 +180,7 @@ def _unchanged_buffers(module: nn.Module) -> Iterator[None]:
     """A context after which the module's buffers, such as running statistics, are as before."""
     buffers = list(module.buffers())
     kept = [buffer.clone() for buffer in buffers]
-    yield
-    torch._foreach_copy_(buffers, kept)
+    try:
+        yield
+    finally:
+        torch._foreach_copy_(buffers, kept)

@@ -41,9 +41,9 @@ def uniformity(q: torch.Tensor) -> torch.Tensor:
 def effective_rank(q: torch.Tensor) -> torch.Tensor:
     """Return e^H of the singular values of the centred q [B, C], as shares of their sum (Roy and Vetterli, 2007)."""
     centred = (q - q.mean(dim=0)).double()
-    values = torch.linalg.eigvalsh(centred.T @ centred).clamp_min(0).sqrt()  # [C]
+    values = torch.linalg.eigvalsh((centred.T @ centred).nan_to_num(0, 0, 0)).clamp_min(0).sqrt()  # [C]
     shares = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
-    return torch.special.entr(shares).sum().exp()
+    return torch.special.entr(shares).sum().exp().where(centred.isfinite().all(), torch.nan)
 
 
 @torch.no_grad()
@@ -81,31 +81,34 @@ class CollapseWatch:
 
     def __init__(self, device: torch.device) -> None:
         self._count = torch.zeros((), dtype=torch.float64, device=device)
+        self._longest = torch.zeros_like(self._count)  # since the last look
         self._warned = False
 
     @torch.no_grad()
     def add(self, q: torch.Tensor) -> None:
         """Add a step by its online embeddings [B, C]. Does not wait for the device."""
         self._count.add_(1).mul_(spread(q.detach()) < COLLAPSED)
+        torch.maximum(self._longest, self._count, out=self._longest)
 
     def warning(self) -> str | None:
         """Return a sentence once a collapse has gone on for PATIENCE steps, until it ends. Waits for the device."""
-        count = int(self._count.item())
-        collapsed = count >= PATIENCE
-        due = collapsed and not self._warned
-        self._warned = collapsed
+        count, now = (int(value) for value in torch.stack([self._longest, self._count]).tolist())
+        due = count >= PATIENCE and not self._warned
+        self._warned = now >= PATIENCE
+        self._longest.copy_(self._count)
         if not due:
             return None
         return (
             f"COLLAPSE: the embeddings' deviation has been under {COLLAPSED} / sqrt(C) for {count} steps, so that "
-            "all images look alike: lower optim.lr, warm up longer, or check model.bn and the predictor"
+            "all images look alike: lower optim.lr or optim.weight_decay, warm up longer, or check model.bn"
         )
 
     def state_dict(self) -> dict[str, float]:
         """Return the count and whether it was warned of, plain values. Waits for the device."""
-        return {"count": self._count.item(), "warned": self._warned}
+        return {"count": self._count.item(), "longest": self._longest.item(), "warned": self._warned}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Go on from `state`."""
         self._count.fill_(state["count"])
+        self._longest.fill_(state["longest"])
         self._warned = bool(state["warned"])

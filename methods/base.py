@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 Heads = Callable[..., tuple[nn.Module, "nn.Module | None"]]
-"""(features, hidden, dim, norm, transformer) to projector and predictor; hidden None: the published width."""
+"""(features, hidden, dim, norm, transformer) to projector and predictor, see `methods.heads`."""
 
 
 class CannotCarry(ValueError):
@@ -36,8 +36,8 @@ class Base:
 
     name: str
     heads: Heads
-    loss: Callable[[float], Term]
-    """Temperature to the base's own term."""
+    loss: Callable[[], Term]
+    """The base's own term."""
     symmetric: bool
     """Whether the loss is that of both views as queries."""
     queue: bool = False
@@ -49,7 +49,9 @@ class Base:
     joint: bool = False
     """Whether all views go through the encoder as one batch."""
     published: Mapping[str, Any] = field(default_factory=dict)
-    """Values of the settings that are left open, by their dotted name."""
+    """Values of the settings that are left open, by their dotted name; what has no meaning for it is not there."""
+    temperature: float = 1.0
+    """Of its softmax."""
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:

@@ -22,9 +22,7 @@ def regression(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class BYOL:
-    """The sum of both views' regressions; the temperature has no meaning here."""
-
-    temperature: float
+    """The sum of both views' regressions."""
 
     def needs(self, base: Base) -> frozenset[str]:
         """Return the names of queries and keys."""
@@ -43,7 +41,6 @@ BYOL_BASE = Base(
     symmetric=True,
     contrastive=False,
     published={
-        "method.temperature": 1.0,
         "method.momentum": 0.996,
         "method.momentum_schedule": "cosine",
         "model.dim": 256,

@@ -18,7 +18,7 @@ import torch
 
 from methods.base import Base, Embeddings, Part, with_negatives
 from methods.precision import full_precision
-from methods.similarity import others, symmetric_kl
+from methods.similarity import others, similarities, symmetric_kl
 
 
 @full_precision
@@ -31,7 +31,7 @@ def consistency(
     are among the negatives, the row of the first sample's; that of sample i is first + i, and it is left out.
     """
     k, negatives = k.detach(), negatives.detach()
-    query, key = (others(x @ negatives.T, first) / temperature for x in (q, k))
+    query, key = (others(similarities(x, negatives), first) / temperature for x in (q, k))
     return symmetric_kl(query, key)
 
 

@@ -17,6 +17,7 @@ from methods.norm import Norm
 
 Last = Literal["linear", "whiten", "scale"]
 HeadPair = tuple[nn.Module, "nn.Module | None"]
+"""Projector and predictor."""
 
 
 def linear_head(features: int, hidden: int | None, dim: int, norm: Norm, transformer: bool) -> HeadPair:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from methods.base import Base, Embeddings, Part, needs_of
 from methods.heads import linear_head, moco_v2_head
 from methods.precision import full_precision
+from methods.similarity import similarities
 
 
 @full_precision
@@ -19,16 +20,14 @@ def info_nce(q: torch.Tensor, k: torch.Tensor, queue: torch.Tensor, temperature:
     q [B, C] with gradient, k [B, C] its positives, queue [K, C] the negatives; all of norm 1.
     """
     positive = (q * k.detach()).sum(dim=1, keepdim=True)  # [B, 1]
-    logits = torch.cat([positive, q @ queue.detach().T], dim=1) / temperature  # [B, 1 + K]
+    logits = torch.cat([positive, similarities(q, queue.detach())], dim=1) / temperature  # [B, 1 + K]
     target = torch.zeros(len(q), dtype=torch.long, device=q.device)
     return F.cross_entropy(logits, target)
 
 
 @dataclass(frozen=True)
 class MoCo:
-    """MoCo's loss; on a symmetric base the mean over both views as queries."""
-
-    temperature: float
+    """MoCo's loss; on a symmetric base the mean over both views as queries, while view 2's keys alone are enqueued."""
 
     def needs(self, base: Base) -> frozenset[str]:
         """Return the names of queries and keys."""
@@ -37,7 +36,7 @@ class MoCo:
     def __call__(self, e: Embeddings, base: Base) -> dict[str, Part]:
         """Return the loss as `info_nce`."""
         assert e.queue is not None, "MoCo has a queue"
-        losses = [info_nce(e[f"q{a}"], e[f"k{b}"], e.queue, self.temperature) for a, b in base.pairs]
+        losses = [info_nce(e[f"q{a}"], e[f"k{b}"], e.queue, base.temperature) for a, b in base.pairs]
         return {"info_nce": Part(1.0, torch.stack(losses).mean())}
 
 

@@ -26,16 +26,14 @@ def contrast(q: torch.Tensor, keys: torch.Tensor, temperature: float, first: int
 class MoCoV3:
     """2 t [CE(q1 k2', diag) + CE(q2 k1', diag)], as facebookresearch/moco-v3's `ctr_loss`."""
 
-    temperature: float
-
     def needs(self, base: Base) -> frozenset[str]:
         """Return the names of queries and all processes' keys."""
         return needs_of(base, "qK")
 
     def __call__(self, e: Embeddings, base: Base) -> dict[str, Part]:
         """Return the loss as `info_nce`."""
-        losses = [contrast(e[f"q{a}"], e[f"K{b}"], self.temperature, e.first) for a, b in base.pairs]
-        return {"info_nce": Part(2 * self.temperature, torch.stack(losses).sum())}
+        losses = [contrast(e[f"q{a}"], e[f"K{b}"], base.temperature, e.first) for a, b in base.pairs]
+        return {"info_nce": Part(2 * base.temperature, torch.stack(losses).sum())}
 
 
 V3 = Base(

@@ -1,9 +1,9 @@
 """BatchNorm for contrastive learning: statistics over the whole batch or over parts of it.
 
-plain: each process's batch. sync: the batches of all processes together. split: equal parts of each process's batch.
-shuffle: those too, while the keys of a part are of samples drawn from the whole global batch, on whichever process they
-were loaded. By one part's statistics, a network could otherwise tell which key belongs to which query (1911.05722,
-section 3.3). The parts are GROUPS of the global batch, for any number of processes up to that.
+plain: each process's batch. sync: the batches of all processes together. split: GROUPS equal parts of each process's
+batch, the keys' samples shuffled within it. shuffle: GROUPS equal parts of the global batch (one a process, where there
+are more processes), the keys' samples shuffled over all of it, on whichever process they were loaded. By a part's
+statistics a network could otherwise tell which key belongs to which query (1911.05722, section 3.3).
 """
 
 from __future__ import annotations

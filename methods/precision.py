@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, ParamSpec
@@ -9,16 +10,22 @@ from typing import Any, ParamSpec
 import torch
 
 P = ParamSpec("P")
+_STORED = ("queue", "negatives")
 
 
 def full_precision(function: Callable[P, torch.Tensor]) -> Callable[P, torch.Tensor]:
-    """Return `function` (of a tensor first) outside autocast, its float16 and bfloat16 tensors turned to float32."""
+    """Return `function` (of a tensor first) outside autocast, its float16 and bfloat16 tensors turned to float32.
+
+    All but the arguments `queue` and `negatives`, which may be large: `similarities` takes them as they are stored.
+    """
+    names = tuple(inspect.signature(function).parameters)
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> torch.Tensor:
-        device = args[0].device.type  # type: ignore[attr-defined]
-        with torch.autocast(device, enabled=False):
-            return function(*map(_raised, args), **{k: _raised(v) for k, v in kwargs.items()})  # type: ignore[arg-type]
+        given: dict[str, Any] = dict(zip(names, args, strict=False)) | kwargs
+        raised = {name: value if name in _STORED else _raised(value) for name, value in given.items()}
+        with torch.autocast(raised[names[0]].device.type, enabled=False):
+            return function(**raised)  # type: ignore[call-arg, arg-type]
 
     return run
 

@@ -10,7 +10,7 @@ from methods import byol, moco, mocov3, simclr
 from methods.base import Base, Objective
 from methods.co2 import CO2
 from methods.dcl import DCL
-from methods.encoders import RESNETS, Stem, resnet
+from methods.encoders import Stem, resnet
 from methods.heads import Encoder
 from methods.norm import GROUPS, BatchNormKind, norm_layers
 from methods.residual import Residual
@@ -18,7 +18,6 @@ from methods.vit import VITS, VisionTransformer, vit
 from methods.xmoco import XMoCo
 
 BASES: dict[str, Base] = {base.name: base for base in (moco.V1, moco.V2, mocov3.V3, simclr.SIMCLR, byol.BYOL_BASE)}
-ARCHITECTURES = (*RESNETS, *VITS)
 
 
 @dataclass(frozen=True)
@@ -35,10 +34,10 @@ class Terms:
     """Decoupled contrast in place of the base's InfoNCE (2110.06848)."""
 
 
-def build_objective(base: Base, temperature: float, terms: Terms) -> Objective:
+def build_objective(base: Base, terms: Terms) -> Objective:
     """Return the base's loss with those terms. Raises CannotCarry for a term that the base cannot carry."""
     chosen = {field.name: getattr(terms, field.name) for field in fields(terms)}
-    return Objective(base, base.loss(temperature), {name: term for name, term in chosen.items() if term is not None})
+    return Objective(base, base.loss(), {name: term for name, term in chosen.items() if term is not None})
 
 
 def build_backbone(

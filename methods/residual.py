@@ -37,7 +37,7 @@ class Residual:
         """Return the names of both networks' embeddings of the queries' views."""
         if not base.teacher:
             raise CannotCarry(f"residual: {base.name} has no momentum encoder, and so no gap: leave the term out")
-        return frozenset(f"{kind}{a}" for a, _ in base.pairs for kind in "qk")
+        return frozenset(f"{kind}{a}" for kind in "qk" for a, _ in base.pairs)
 
     def __call__(self, e: Embeddings, base: Base) -> dict[str, Part]:
         """Return the term as `residual`."""

@@ -30,15 +30,13 @@ def nt_xent(
 class SimCLR:
     """The mean of NT-Xent over both views."""
 
-    temperature: float
-
     def needs(self, base: Base) -> frozenset[str]:
         """Return the names of this process's and of all processes' queries."""
         return frozenset({"q1", "q2", "Q1", "Q2"})
 
     def __call__(self, e: Embeddings, base: Base) -> dict[str, Part]:
         """Return the loss as `info_nce`."""
-        losses = [nt_xent(e[f"q{a}"], e[f"Q{b}"], e[f"Q{a}"], self.temperature, e.first) for a, b in base.pairs]
+        losses = [nt_xent(e[f"q{a}"], e[f"Q{b}"], e[f"Q{a}"], base.temperature, e.first) for a, b in base.pairs]
         return {"info_nce": Part(1.0, torch.stack(losses).mean())}
 
 
@@ -51,8 +49,6 @@ SIMCLR = Base(
     joint=True,
     published={
         "method.temperature": 0.1,
-        "method.momentum": 0.0,
-        "method.momentum_schedule": "constant",
         "model.dim": 128,
         "model.bn": "sync",
         "model.zero_init": True,

@@ -2,7 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+
+
+def similarities(q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Return q.k of all pairs, [B, N], in the type of q [B, C], without gradient to keys [N, C] of a lower type.
+
+    Keys that are stored in bfloat16 are cast for the moment of each product; no copy of them is kept for the backward
+    pass.
+    """
+    if keys.dtype == q.dtype:
+        return q @ keys.T
+    return _Cast.apply(q, keys)
+
+
+class _Cast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(keys)
+        return q @ keys.to(q.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (keys,) = ctx.saved_tensors
+        return gradients[0] @ keys.to(gradients[0].dtype), None
 
 
 def others(similarity: torch.Tensor, first: int | None) -> torch.Tensor:

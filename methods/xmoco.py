@@ -19,7 +19,7 @@ import torch
 
 from methods.base import Base, CannotCarry, Embeddings, Part, needs_of
 from methods.precision import full_precision
-from methods.similarity import others, symmetric_kl
+from methods.similarity import others, similarities, symmetric_kl
 
 
 @full_precision
@@ -51,7 +51,7 @@ def uniformity(q: torch.Tensor, negatives: torch.Tensor, temperature: float, fir
 
     q [B, C] with gradient, negatives [N, C] without; all of norm 1. first: as in `co2.consistency`.
     """
-    logits = others(q @ negatives.detach().T, first) / temperature
+    logits = others(similarities(q, negatives.detach()), first) / temperature
     return -logits.log_softmax(dim=1).mean() - math.log(logits.shape[1])
 
 
@@ -74,6 +74,10 @@ class XMoCo:
 
     def needs(self, base: Base) -> frozenset[str]:
         """Return the names of the similarities' queries and keys."""
+        if not self.cross and not self.uniformity:
+            raise CannotCarry(
+                "xmoco: cross and uniformity are both 0: give one of them a weight, or leave the term out"
+            )
         if self.negatives == "queue" and not base.queue:
             raise CannotCarry(f"xmoco.negatives 'queue': {base.name} has no queue: choose batch")
         names = needs_of(base, "q")

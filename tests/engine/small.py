@@ -17,12 +17,14 @@ from pipeline.loader import Batch
 BATCH, SIZE, LENGTH = 8, 8, 20
 
 
-def settings(name: str = "moco_v2", terms: Terms | None = None, bn: str = "plain", **method: Any) -> Settings:
+def settings(
+    name: str = "moco_v2", terms: Terms | None = None, bn: str = "plain", batch: int = BATCH, **method: Any
+) -> Settings:
     """Return settings of a run so small that float64 is quick; terms none by default."""
     queue = {"queue": LENGTH} if name in ("moco_v1", "moco_v2") else {}
     return Settings(
-        data=Data(size=SIZE, batch=BATCH),
-        model=ModelSettings(arch="resnet18", stem="small", width=0.125, dim=16, hidden=24, bn=bn),  # type: ignore[arg-type]
+        data=Data(size=SIZE, batch=batch),
+        model=ModelSettings("resnet18", "small", 0.125, 16, None if name == "moco_v1" else 24, bn),  # type: ignore[arg-type]
         method=Method(name=name, **queue, **method),  # type: ignore[arg-type]
         terms=terms or Terms(),
         optim=Optim(lr=0.1),

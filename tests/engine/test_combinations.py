@@ -32,8 +32,8 @@ def settings(base: str, subset: tuple[str, ...], beton: Path, out: Path) -> Sett
     optimiser = {"moco_v1": "sgd", "moco_v2": "sgd", "moco_v3": "lars", "simclr": "adamw", "byol": "lars"}[base]
     return Settings(
         data=Data(train=str(beton), size=16, batch=20, augmentation="moco_v2_32", workers=1),
-        model=Model(arch="resnet18", stem="small", width=0.125, dim=16, hidden=24),
-        method=Method(name=base, momentum=0.9, **queue),  # type: ignore[arg-type]
+        model=Model("resnet18", "small", 0.125, 16, None if base == "moco_v1" else 24),
+        method=Method(name=base, momentum=0.9 if BASES[base].teacher else None, **queue),  # type: ignore[arg-type]
         terms=Terms(**{name: TERMS[name] for name in subset}),
         optim=Optim(name=optimiser, lr=0.01, warmup_epochs=0, epochs=2),  # type: ignore[arg-type]
         out=str(out),
@@ -83,6 +83,8 @@ def test_trains_and_comes_back_from_a_checkpoint(
         first, second = state(run), state(again)
         assert first.keys() == second.keys()
         assert all(torch.equal(first[key], second[key]) for key in first)
+        if run.model.queue is not None:
+            assert run.model.queue.position == again.model.queue.position == 60 % 35
         assert train(run, 1) == train(again, 1)
     finally:
         run.loader.close()
@@ -97,7 +99,7 @@ def test_a_term_that_a_base_cannot_carry_is_refused_with_the_reason(base: str, t
 
 
 def test_settings_of_every_combination_are_complete_and_reread(tmp_path: Path) -> None:
-    from engine.config import parse
+    from engine.arguments import parse
 
     for base, subset in CARRIED:
         chosen = settings(base, subset, tmp_path / "x.beton", tmp_path)

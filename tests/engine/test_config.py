@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import Settings, parse
+from engine.arguments import parse
+from engine.config import Settings
 from methods.co2 import CO2
 from methods.registry import BASES, Terms
 from methods.residual import Residual
@@ -70,10 +71,30 @@ def test_recipes_are_valid(recipe: Path) -> None:
         (["words"], "words", "--help"),
         (["--terms.co2.weigh", "3"], "terms.co2.weigh", "no such setting"),
         (["--terms.co2.weight", "x"], "terms.co2.weight 'x'", "type float"),
-        (["--terms.co2.weight", "-1"], "terms.co2.weight -1", "0 or more"),
+        (["--terms.co2.weight", "-1"], "terms.co2.weight -1", "leave the term out"),
+        (["--terms.dcl.weight", "0"], "terms.dcl.weight 0", "leave the term out"),
+        (["--terms.co2.weight", ".inf"], "terms.co2.weight inf", "finite"),
+        (["--terms.co2", "0.5"], "terms.co2 '0.5'", "{weight: 1}"),
+        (["--terms", "{co2: {weight: 1}}"], "terms '{co2: {weight: 1}}'", "[co2, residual]"),
+        (["--terms.xmoco.cross", "0", "--terms.xmoco.uniformity", "0"], "terms.xmoco", "both 0"),
+        (["--method.temperature", "nan"], "method.temperature", "number"),
+        (["--method.queue", "1.5"], "method.queue '1.5'", "a whole number, or null"),
+        (["--model.bn", "groupnorm"], "model.bn 'groupnorm'", "'shuffle'"),
+        (["--method.name", "byol", "--method.temperature", "1"], "method.temperature 1.0", "no softmax"),
+        (["--method.name", "simclr", "--method.momentum", "0.9"], "method.momentum 0.9", "no momentum encoder"),
+        (["--method.name", "moco_v1", "--model.hidden", "9"], "model.hidden 9", "one layer"),
+        (["--method.name", "simclr", "--accumulate", "2"], "accumulate 2", "choose 1"),
+        (["--terms.xmoco.cross", "1", "--accumulate", "2"], "terms.xmoco.cross", "choose 1"),
+        (["--dry_run"], "dry_run", "--dry-run"),
+        (["--gradient-shares", "true"], "gradient-shares", "did you mean gradient_shares"),
+        (
+            ["--optim.schedule", "steps", "--optim.milestones", "[250]"],
+            "optim.milestones [250.0]",
+            "below optim.epochs",
+        ),
         (["--terms.co2.temperature", "0"], "terms.co2.temperature 0", "above 0"),
         (["--terms.xmoco.form", "l1"], "terms.xmoco.form 'l1'", "'mse', 'kl'"),
-        (["--terms", "[co2, nonsense]"], "terms.nonsense", "no such setting"),
+        (["--terms", "[co2, nonsense]"], "terms '[co2, nonsense]'", "of co2, xmoco, residual, dcl"),
         (["--method.name", "simclr", "--terms", "[residual]"], "terms.residual", "no momentum encoder"),
         (["--method.name", "byol", "--terms", "[dcl]"], "terms.dcl", "no contrastive loss"),
         (["--method.name", "moco_v3", "--terms.xmoco.negatives", "queue"], "xmoco.negatives 'queue'", "choose batch"),
@@ -101,7 +122,14 @@ def test_terms_are_a_mapping_a_list_or_options(tmp_path: Path) -> None:
     both = Terms(co2=CO2(), residual=Residual())
     assert parse(["--config", str(tmp_path / "map.yaml")]).terms == Terms(co2=CO2(weight=7), residual=Residual())
     assert parse(["--config", str(tmp_path / "list.yaml")]).terms == both
-    assert parse(["--terms", "[co2, residual]"]).terms == both
+    for given in (["--terms", "[co2, residual]"], ["--terms", "co2,residual"], ["--terms", "[co2,", "residual]"]):
+        assert parse(given).terms == both
+    with_one = ["--config", str(tmp_path / "map.yaml"), "--terms", "[co2]"]
+    assert parse(with_one).terms == Terms(co2=CO2(weight=7))
+    assert parse([*with_one[:2], "--terms", "[]"]).terms == Terms()
+    for text in ("terms:", "terms: null", "terms: {co2: }"):
+        (tmp_path / "none.yaml").write_text(text)
+        assert parse(["--config", str(tmp_path / "none.yaml")]).terms == Terms()
     assert parse(["--terms=[co2]", "--terms.co2.temperature", "0.1"]).terms == Terms(co2=CO2(temperature=0.1))
     without = ["--config", str(tmp_path / "map.yaml"), "--terms.co2", "null", "--terms.residual.weight", "2"]
     assert parse(without).terms == Terms(residual=Residual(weight=2))
@@ -113,21 +141,38 @@ def test_what_is_left_open_is_as_published(name: str) -> None:
         "moco_v1": (0.07, 0.999, "constant", 65536, False, 128, "shuffle", False),
         "moco_v2": (0.2, 0.999, "constant", 65536, False, 128, "shuffle", False),
         "moco_v3": (1.0, 0.99, "cosine", None, True, 256, "sync", True),
-        "simclr": (0.1, 0.0, "constant", None, True, 128, "sync", True),
-        "byol": (1.0, 0.996, "cosine", None, True, 256, "sync", True),
+        "simclr": (0.1, None, None, None, True, 128, "sync", True),
+        "byol": (None, 0.996, "cosine", None, True, 256, "sync", True),
     }
     s = parse(["--method.name", name])
     method = (s.method.temperature, s.method.momentum, s.method.momentum_schedule, s.method.queue, s.method.symmetric)
     assert (*method, s.model.dim, s.model.bn, s.model.zero_init) == published[name]
-    given = parse(["--method.name", name, "--method.temperature", "0.5", "--model.dim", "7", "--model.bn", "plain"])
-    assert (given.method.temperature, given.model.dim, given.model.bn) == (0.5, 7, "plain")
+    given = parse(["--method.name", name, "--model.zero_init", "true", "--model.dim", "7", "--model.bn", "plain"])
+    assert (given.model.zero_init, given.model.dim, given.model.bn) == (True, 7, "plain")
 
 
-@pytest.mark.parametrize("text", ["data: {bach: 3}", "dta: {batch: 3}", "data: [", "a: !!python/object:f x", "- 1"])
-def test_a_wrong_recipe_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "r.yaml").write_text(text)
-    with pytest.raises(InputError):
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b"data: {bach: 3}", "data.bach"),
+        (b"dta: {batch: 3}", "dta: no such setting, did you mean data"),
+        (b"data: [", "r.yaml: not valid YAML"),
+        (b"a: !!python/object:f x", "r.yaml: not valid YAML"),
+        (b"- 1", "r.yaml: not a mapping"),
+        (b"", "r.yaml: not a mapping"),
+        (b"\xff\xfe", "r.yaml: not valid YAML"),
+        (b"nonsense: {}", "nonsense: no such setting"),
+        (b"terms: [co2, residaul]", "terms.residaul: no such setting, did you mean terms.residual"),
+        (b"terms: {residaul: {}}", "terms.residaul"),
+        (b"terms: {co2: {temperature: null}}", "terms.co2.temperature None: give a value"),
+    ],
+)
+def test_a_wrong_recipe_is_refused(tmp_path: Path, text: bytes, says: str) -> None:
+    (tmp_path / "r.yaml").write_bytes(text)
+    with pytest.raises(InputError) as refused:
         parse(["--config", str(tmp_path / "r.yaml")])
+    assert says in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ from methods.residual import Residual
 from methods.xmoco import XMoCo
 from pipeline.loader import Batch
 from pipeline.order import shuffled_rows
-from tests.engine.small import BATCH, batch_of, built, settings, views
+from tests.engine.small import batch_of, built, settings, views
 from tests.gloo import on_ranks
 
 STEPS = 2
@@ -50,9 +50,14 @@ def cases() -> dict[str, Settings]:
     found["simclr + co2, xmoco"] = settings("simclr", several, bn="sync")
     found["byol + co2, xmoco, residual"] = settings("byol", replace(several, residual=Residual()), bn="sync")
     found["moco_v2, symmetric + all"] = settings("moco_v2", TERMS["all"], bn="sync", symmetric=True)
-    found["moco_v2, shuffle"] = settings("moco_v2", bn="shuffle")
-    found["moco_v2, symmetric, shuffle + all"] = settings("moco_v2", TERMS["all"], bn="shuffle", symmetric=True)
-    found["moco_v3, shuffle"] = settings("moco_v3", bn="shuffle")
+    found["moco_v2, shuffle"] = settings("moco_v2", bn="shuffle", batch=32)
+    found["moco_v2, symmetric, shuffle + all"] = settings(
+        "moco_v2", TERMS["all"], bn="shuffle", batch=32, symmetric=True
+    )
+    found["moco_v3, shuffle"] = settings("moco_v3", bn="shuffle", batch=32)
+    found["moco_v3 + all but cross, accumulated"] = replace(
+        settings("moco_v3", replace(TERMS["all"], xmoco=XMoCo(cross=0)), bn="plain"), accumulate=2
+    )
     found["moco_v3, clipped"] = settings("moco_v3", bn="sync")
     found["moco_v3, clipped"].optim.clip = 0.1
     return found
@@ -60,10 +65,11 @@ def cases() -> dict[str, Settings]:
 
 def rank_batch(chosen: Settings, step: int) -> Batch:
     """Return this rank's share of a global batch, as the loader would hand it out."""
-    given = [view.chunk(ranks.world())[ranks.rank()] for view in views(step)]
+    batch = chosen.data.batch
+    given = [view.chunk(ranks.world())[ranks.rank()] for view in views(step, batch)]
     if chosen.model.bn != "shuffle":
         return batch_of(*given)
-    order = shuffled_rows(0, step, BATCH)
+    order = shuffled_rows(0, step, batch)
     shuffled = {index: ranks.exchange(given[index], order) for index in needed_views(chosen, "kK")}
     return batch_of(*given, shuffled=shuffled, order=order)
 
@@ -72,6 +78,9 @@ def trained(chosen: Settings, accelerator: Accelerator) -> dict[str, torch.Tenso
     """Train a few steps; return losses, gradients, buffers and queue by name."""
     model = built(chosen, accelerator)
     encoder, found = model.step.encoder, {}
+    if chosen.accumulate > 1:  # batch statistics would be those of other parts
+        encoder.eval()
+        model.target.eval()
 
     def record(*_: Any) -> None:
         for name, p in encoder.named_parameters():

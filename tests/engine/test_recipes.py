@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from engine.config import parse
+import engine.run
+from engine.arguments import parse
 from engine.dryrun import dry_run
+from pipeline.errors import InputError
 
 RECIPES = sorted((Path(__file__).parents[2] / "engine" / "recipes").glob("*.yaml"))
 
@@ -26,6 +29,46 @@ def test_every_recipe_passes_a_dry_run(recipe: Path, capsys: pytest.CaptureFixtu
     assert f"{found['steps']:,}" in shown
     assert all(size > 0 for size in found["memory"].values())
     assert torch.get_num_threads() == threads
+
+
+def test_a_dry_run_of_moco_v2_says_what_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+    """ResNet-50's parameters and operations (He et al.: 4.1 G multiply-adds an image), four passes a pair."""
+    found = dry_run(parse(["--config", str(RECIPES[0].with_name("moco_v2_in1k.yaml")), "--cpu", "true"]))
+    parameters = 23_508_032 + 2048 * 2048 + 2048 + 2048 * 128 + 128
+    assert (found["backbone"], found["trained"]) == (23_508_032, parameters)
+    assert found["flops_a_pair"] == pytest.approx(4 * 2 * 4.09e9, rel=0.02)
+    held = 4 * (4 * parameters + 65536 * 128)  # weights, momentum weights, gradients, momentum of the optimiser
+    batch = 256 * (found["activation_bytes_a_pair"] + 2 * 4 * 3 * 224**2)
+    assert found["memory"][1] == pytest.approx(held + batch, rel=0.02)
+    assert found["memory"][8] == pytest.approx(held + batch / 8, rel=0.1)
+    assert 30 * 2**20 < found["activation_bytes_a_pair"] < 60 * 2**20  # 11 M outputs of convolutions, twice, in bf16
+    assert (found["steps_an_epoch"], found["steps"]) == (5004, 1_000_800)
+    assert "32.5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--data.samples", "100", "--data.batch", "128"], "more than the 100 images"),
+        (["--accumulate", "3"], "accumulate 3"),
+        (["--data.train", "nowhere.beton"], "no such file"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_refuses(arguments: list[str], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        dry_run(parse([*arguments, "--cpu", "true"]))
+
+
+def test_the_command_takes_a_dry_run_without_data_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--model.arch", "resnet18", "--model.stem", "small", "--model.width", "0.125", "--data.size", "16"]
+    monkeypatch.setattr(sys, "argv", ["run.py", *small, "--cpu", "true", "--dry-run", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        engine.run.main()
+    assert not ended.value.code
+    assert "unknown: give --data.train" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

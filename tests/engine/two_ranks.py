@@ -9,7 +9,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 from safetensors.torch import save_file  # noqa: E402
 
 from engine import loop  # noqa: E402
-from engine.config import parse  # noqa: E402
+from engine.arguments import parse  # noqa: E402
 from engine.state import modules  # noqa: E402
 
 runs = []

@@ -119,10 +119,11 @@ def residual(q: Rows, k: Rows) -> float:
     return average([1 - dot(a, b) / n for a, b, n in zip(q, k, lengths, strict=True)])
 
 
-def dcl(q: Rows, k: Rows, negatives: Rows, t: float, first: int | None = None) -> float:
-    """2110.06848, equation 6: InfoNCE without the positive in the denominator."""
+def dcl(q: Rows, k: Rows, negatives: Rows, t: float, first: int | None = None, same: Rows | None = None) -> float:
+    """2110.06848, equation 6: InfoNCE without the positive in the denominator; `same`: the query's own view of all."""
     losses = []
     for i in range(len(q)):
         others = negatives if first is None else without(negatives, first + i)
+        others = others + without(same or [], i)
         losses.append(-dot(q[i], k[i]) / t + math.log(sum(math.exp(dot(q[i], n) / t) for n in others)))
     return average(losses)

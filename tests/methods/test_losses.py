@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -37,13 +38,15 @@ class Case:
 
 T = 0.13
 CASES = {
-    "info_nce": Case(lambda q, k, n: info_nce(q, k, n, T), partial(formulas.info_nce, t=T), queued=True),
+    "info_nce": Case(lambda q, k, n: info_nce(q, k, n, T), lambda q, k, n: formulas.info_nce(q, k, n, T), queued=True),
     "contrast": Case(lambda q, k, n: contrast(q, k, T), lambda q, k, n: formulas.in_batch(q, k, T), queued=False),
     "regression": Case(
         lambda q, k, n: regression(F.normalize(q, dim=1), k), lambda q, k, n: formulas.byol(q, k), queued=False
     ),
-    "co2, queue": Case(lambda q, k, n: consistency(q, k, n, T), partial(formulas.co2, t=T), queued=True),
-    "co2, batch": Case(lambda q, k, n: consistency(q, k, n, T, 0), partial(formulas.co2, t=T, first=0), queued=False),
+    "co2, queue": Case(lambda q, k, n: consistency(q, k, n, T), lambda q, k, n: formulas.co2(q, k, n, T), queued=True),
+    "co2, batch": Case(
+        lambda q, k, n: consistency(q, k, n, T, 0), lambda q, k, n: formulas.co2(q, k, n, T, 0), queued=False
+    ),
     "cross, mse": Case(
         lambda q, k, n: cross_similarity(q, k, q, k), lambda q, k, n: formulas.cross_mse(q, k), queued=False
     ),
@@ -58,11 +61,20 @@ CASES = {
     ),
     "residual": Case(lambda q, k, n: gap(q, k), lambda q, k, n: formulas.residual(q, k), queued=False),
     "dcl, queue": Case(
-        lambda q, k, n: decoupled(q, k, n, T), partial(formulas.dcl, t=T), queued=True, keys_have_gradient=True
+        lambda q, k, n: decoupled(q, k, n, T),
+        lambda q, k, n: formulas.dcl(q, k, n, T),
+        queued=True,
+        keys_have_gradient=True,
     ),
     "dcl, batch": Case(
         lambda q, k, n: decoupled(q, k, n, T, 0),
-        partial(formulas.dcl, t=T, first=0),
+        lambda q, k, n: formulas.dcl(q, k, n, T, 0),
+        queued=False,
+        keys_have_gradient=True,
+    ),
+    "dcl, both views": Case(
+        lambda q, k, n: decoupled(q, k, n, T, 0, q),
+        lambda q, k, n: formulas.dcl(q, k, n, T, 0, q),
         queued=False,
         keys_have_gradient=True,
     ),
@@ -111,6 +123,16 @@ def test_gradient_equals_central_differences_of_the_formula(case: Case) -> None:
             fine, middle, coarse = (slope(i, j, h) for h in (5e-4, 1e-3, 2e-3))
             expected = (64 * fine - 20 * middle + coarse) / 45
             assert q.grad[i, j].item() == pytest.approx(expected, abs=1e-8)
+
+
+@every_case
+@pytest.mark.parametrize("seed", range(5))
+def test_value_equals_the_formula_for_random_shapes_and_temperatures(case: Case, seed: int, monkeypatch: Any) -> None:
+    generator = np.random.default_rng(seed)
+    monkeypatch.setattr(f"{__name__}.T", float(np.exp(generator.uniform(np.log(0.05), np.log(2)))))
+    batch, dim, length = (int(n) for n in generator.integers((2, 2, 1), (9, 12, 30)))
+    q, k, negatives = inputs(case, batch, dim, length)
+    assert abs(case.ours(q, k, negatives).item() - case.loop(q.tolist(), k.tolist(), negatives.tolist())) < 1e-10
 
 
 @every_case
@@ -181,3 +203,20 @@ def test_residual_is_zero_for_equal_embeddings_of_any_length() -> None:
     assert gap(q, q).item() == pytest.approx(0, abs=1e-15)
     assert gap(3 * q, 0.5 * q).item() == pytest.approx(0, abs=1e-14)
     assert gap(q, -q).item() == pytest.approx(2, abs=1e-14)
+
+
+@pytest.mark.parametrize("name", ["info_nce", "co2, queue", "uniformity, queue", "dcl, queue"])
+def test_a_bfloat16_queue_is_read_as_it_is_stored_and_no_copy_of_it_is_kept(name: str) -> None:
+    q, k, queue = (unit(*s, seed=i).float() for i, s in enumerate(((4, 8), (4, 8), (500, 8))))
+    kept: list[torch.Tensor] = []
+    grads = []
+    for stored in (queue.bfloat16(), queue.bfloat16().float()):
+        leaf = q.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            loss = CASES[name].ours(leaf, k, stored)
+        loss.backward()
+        grads.append((loss.detach(), leaf.grad))
+        if stored.dtype == torch.bfloat16:
+            assert not any(t.ndim and t.shape[0] == 500 and t.dtype == torch.float32 for t in kept)
+    assert torch.equal(grads[0][0], grads[1][0])
+    assert torch.allclose(grads[0][1], grads[1][1], atol=1e-7)

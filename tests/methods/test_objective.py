@@ -29,7 +29,7 @@ ALONE: dict[str, Any] = {
 }
 CANNOT = {("simclr", "residual"), ("byol", "dcl")}
 SYMMETRIC = {f"{name}, symmetric": replace(BASES[name], symmetric=True) for name in ("moco_v1", "moco_v2")}
-EVERY_BASE = {**BASES, **SYMMETRIC}
+EVERY_BASE = {name: replace(base, temperature=T) for name, base in {**BASES, **SYMMETRIC}.items()}
 
 
 def embeddings(base: Base, rows: int = 6) -> Embeddings:
@@ -57,7 +57,9 @@ def expected(base: Base, e: Embeddings, term: str | None) -> float:
             "cross kl": lambda q=q, k=k: formulas.cross_kl(q, k, 0.2),
             "uniformity": lambda q=q, b=b: formulas.uniformity(q, v[f"K{b}"], 0.2, 0),
             "residual": lambda q=q, a=a: formulas.residual(q, v[f"k{a}"]),
-            "dcl": lambda q=q, k=k, n=negatives, f=first: formulas.dcl(q, k, n, 0.1, f),
+            "dcl": lambda q=q, k=k, n=negatives, f=first, a=a: formulas.dcl(
+                q, k, n, T, f, None if base.teacher else v[f"Q{a}"]
+            ),
             "moco": lambda q=q, k=k: formulas.info_nce(q, k, QUEUE.tolist(), T),
             "moco_v3": lambda q=q, k=k: formulas.in_batch(q, k, T),
             "byol": lambda q=q, k=k: formulas.byol(q, k),
@@ -74,7 +76,7 @@ def expected(base: Base, e: Embeddings, term: str | None) -> float:
 def test_a_bases_loss_is_the_papers(name: str) -> None:
     base = EVERY_BASE[name]
     e = embeddings(base)
-    parts = build_objective(base, T, Terms())(e)
+    parts = build_objective(base, Terms())(e)
     assert total(parts).item() == pytest.approx(expected(base, e, None), abs=1e-10)
 
 
@@ -113,24 +115,24 @@ def test_a_terms_value_is_the_papers_and_its_gradient_reaches_the_queries_alone(
 def test_what_is_needed_is_what_is_used(name: str, term: str | None, needs: set[str]) -> None:
     base = EVERY_BASE[name]
     field = {"cross": "xmoco", "uniformity": "xmoco"}.get(term or "", term)
-    objective = build_objective(base, T, Terms(**({field: ALONE[term]} if field and term else {})))
+    objective = build_objective(base, Terms(**({field: ALONE[term]} if field and term else {})))
     assert objective.needs == needs
     e = embeddings(base)
     objective(Embeddings({key: e[key] for key in needs}, e.queue))  # raises KeyError for one that was not asked for
 
 
 def test_every_part_is_weighted_and_a_weight_of_zero_leaves_a_part_out() -> None:
-    base = BASES["moco_v2"]
+    base = EVERY_BASE["moco_v2"]
     e = embeddings(base)
     terms = Terms(co2=CO2(weight=3), xmoco=XMoCo(cross=5, uniformity=7), residual=Residual(weight=2))
-    parts = build_objective(base, T, terms)(e)
+    parts = build_objective(base, terms)(e)
     assert list(parts) == ["info_nce", "co2", "xmoco_cross", "xmoco_uniformity", "residual"]
     whole = sum(
         weight * expected(base, e, term)
         for weight, term in ((1, None), (3, "co2"), (5, "cross"), (7, "uniformity"), (2, "residual"))
     )
     assert total(parts).item() == pytest.approx(whole, abs=1e-9)
-    assert list(build_objective(base, T, Terms(xmoco=XMoCo(cross=0)))(e)) == ["info_nce", "xmoco_uniformity"]
+    assert list(build_objective(base, Terms(xmoco=XMoCo(cross=0)))(e)) == ["info_nce", "xmoco_uniformity"]
 
 
 def test_uniformity_over_the_queue_is_a_choice_where_there_is_one() -> None:
@@ -144,10 +146,18 @@ def test_uniformity_over_the_queue_is_a_choice_where_there_is_one() -> None:
         term.needs(BASES["byol"])
 
 
+def test_dcl_has_the_bases_temperature_unless_it_is_given_one() -> None:
+    base = EVERY_BASE["moco_v2"]
+    e = embeddings(base)
+    q, k = e["q1"].tolist(), e["k2"].tolist()
+    for term, t in ((DCL(), T), (DCL(temperature=0.7), 0.7)):
+        assert term(e, base)["dcl"].value.item() == pytest.approx(formulas.dcl(q, k, QUEUE.tolist(), t), abs=1e-10)
+
+
 @pytest.mark.parametrize("name", ["moco_v1", "moco_v2", "moco_v3", "simclr"])
 def test_dcl_takes_the_place_of_the_bases_own_loss(name: str) -> None:
     base = BASES[name]
-    assert list(build_objective(base, T, Terms(dcl=DCL(), co2=CO2()))(embeddings(base))) == ["co2", "dcl"]
+    assert list(build_objective(base, Terms(dcl=DCL(), co2=CO2()))(embeddings(base))) == ["co2", "dcl"]
 
 
 def test_two_terms_that_replace_the_loss_are_refused() -> None:
@@ -163,4 +173,4 @@ def test_two_terms_that_replace_the_loss_are_refused() -> None:
 
     base = BASES["moco_v2"]
     with pytest.raises(CannotCarry, match="dcl and other: both replace"):
-        Objective(base, base.loss(T), {"dcl": DCL(), "other": Other()})
+        Objective(base, base.loss(), {"dcl": DCL(), "other": Other()})

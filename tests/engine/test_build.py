@@ -1,0 +1,134 @@
+"""What a run is built of, by its settings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from engine import ranks
+from engine.build import Run, build, check_batch
+from engine.config import Data, Method, Model, Optim, Settings
+from methods.norm import SplitBatchNorm
+from methods.registry import Terms
+from methods.residual import Residual
+from pipeline.errors import InputError
+from pipeline.order import shuffled_rows
+from tests.gloo import on_ranks
+
+
+def settings(beton: Path, bn: str, terms: Terms | None = None, **method: object) -> Settings:
+    return Settings(
+        data=Data(train=str(beton), size=16, batch=32, augmentation="moco_v2_32", workers=1),
+        model=Model("resnet18", "small", 0.125, 16, bn=bn),  # type: ignore[arg-type]
+        method=Method(queue=70, momentum=0.9, **method),  # type: ignore[arg-type]
+        terms=terms or Terms(),
+        optim=Optim(lr=0.05, epochs=1),
+        precision="no",
+        tracker="none",
+        cpu=True,
+    )
+
+
+def groups(run: Run) -> set[int]:
+    return {m.groups for m in run.model.online.modules() if isinstance(m, SplitBatchNorm)}
+
+
+@pytest.mark.parametrize(
+    ("bn", "terms", "symmetric", "shuffled", "plain"),
+    [
+        ("plain", Terms(), False, set(), {0, 1}),
+        ("sync", Terms(), False, set(), {0, 1}),
+        ("shuffle", Terms(), False, {1}, {0}),
+        ("split", Terms(), False, {1}, {0}),
+        ("shuffle", Terms(residual=Residual()), False, {0, 1}, {0}),
+        ("shuffle", Terms(), True, {0, 1}, {0, 1}),
+    ],
+)
+def test_views_come_shuffled_where_batchnorm_asks_and_only_those_that_are_needed(
+    bn: str, terms: Terms, symmetric: bool, shuffled: set[int], plain: set[int], drawn: Path
+) -> None:
+    run = build(settings(drawn, bn, terms, symmetric=symmetric))
+    try:
+        batch = next(iter(run.loader))
+        assert set(batch.shuffled) == shuffled
+        assert {index for index, view in enumerate(batch.views) if view is not None} == plain
+        assert (batch.order is not None) == bool(shuffled)
+        assert groups(run) == ({8} if shuffled else set())
+    finally:
+        run.loader.close()
+
+
+def run_shuffled(beton: str, out: str, bn: str) -> None:
+    """Train three steps; write the losses, the order of the last batch and the groups."""
+    run = build(settings(Path(beton), bn))
+    losses = []
+    for _, batch in zip(range(3), run.loader, strict=False):
+        losses.append(ranks.mean(run.model.step(batch, 0.9).parts["loss"]).item())
+    run.loader.close()
+    torch.save(
+        {"losses": losses, "order": torch.from_numpy(batch.order), "groups": sorted(groups(run))},
+        Path(out) / f"{ranks.rank()}.pt",
+    )
+
+
+@pytest.mark.parametrize("bn", ["shuffle", "split"])
+def test_two_processes_shuffle_over_both_or_within_each(bn: str, drawn: Path, tmp_path: Path) -> None:
+    on_ranks(2, run_shuffled, str(drawn), str(tmp_path), bn)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert torch.equal(first["order"], second["order"])
+    (tmp_path / "alone").mkdir()
+    run_shuffled(str(drawn), str(tmp_path / "alone"), bn)
+    alone = torch.load(tmp_path / "alone" / "0.pt", weights_only=True)
+    if bn == "shuffle":  # eight parts of the global batch either way
+        assert (first["groups"], alone["groups"]) == ([4], [8])
+        assert first["order"].tolist() == alone["order"].tolist() == shuffled_rows(0, 2, 32).tolist()
+        assert first["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    else:
+        assert (first["groups"], alone["groups"]) == ([8], [8])
+        assert first["order"].tolist() == shuffled_rows(0, 2, 32, parts=2).tolist()
+        assert np.ptp(first["order"][:16].numpy()) < 16
+
+
+def test_settings_reach_the_networks(drawn: Path) -> None:
+    chosen = settings(drawn, "plain")
+    chosen = replace(
+        chosen, model=replace(chosen.model, zero_init=True), method=replace(chosen.method, queue_dtype="bfloat16")
+    )
+    run = build(chosen)
+    run.loader.close()
+    assert run.model.queue is not None
+    assert run.model.queue.keys.dtype == torch.bfloat16
+    assert run.backbone.layer1[0].bn2.weight.abs().sum() == 0
+    vit = replace(
+        chosen,
+        data=replace(chosen.data, size=32),
+        model=Model("vit_small", dim=16, frozen_patch=False),
+        method=replace(chosen.method, queue_dtype="float32"),
+    )
+    run = build(vit)
+    run.loader.close()
+    assert all(p.requires_grad for p in run.backbone.parameters())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in run.backbone.modules())
+
+
+@pytest.mark.parametrize(
+    ("batch", "bn", "warned"),
+    [(64, "shuffle", False), (40, "shuffle", False), (42, "shuffle", True), (42, "plain", False)],
+)
+def test_a_batch_that_batchnorms_parts_do_not_divide_is_warned_of(
+    batch: int, bn: str, warned: bool, drawn: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = settings(drawn, bn)
+    check_batch(replace(chosen, data=replace(chosen.data, batch=batch)), Accelerator(cpu=True))
+    assert ("does not divide into the 8 parts" in capsys.readouterr().err) == warned
+
+
+def test_parts_of_a_single_sample_are_refused(drawn: Path) -> None:
+    with pytest.raises(InputError, match="accumulate 32"):
+        check_batch(replace(settings(drawn, "plain"), accumulate=32), Accelerator(cpu=True))
