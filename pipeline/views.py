@@ -2,8 +2,8 @@
 
 Sources: moco_v1 and moco_v2, facebookresearch/moco `main_moco.py`; moco_v3, facebookresearch/moco-v3 `main_moco.py`
 (its crop scale of 0.2 for ResNets); simclr, 2002.05709 appendix A; byol, 2006.07733 appendix B, which moco-v3 takes for
-its transformers. On images of 32 pixels blur is left out, as in
-SimCLR's CIFAR-10 appendix B.9: the names ending in `_32`.
+its transformers. On images of 32 pixels blur is left out, as in SimCLR's CIFAR-10 appendix B.9: the names ending in
+`_32`.
 """
 
 from __future__ import annotations
