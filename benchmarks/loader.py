@@ -33,8 +33,8 @@ Epoch = Callable[[], int]
 def ours(beton: Beton, size: int, batch: int, threads: int) -> tuple[Epoch, Callable[[], None]]:
     """Return a function that crops one epoch and returns its number of pairs, and one that closes the backend."""
     views = AUGMENTATIONS["moco_v2"]
-    arguments = {"size": size, "views": 2, "batch": batch, "workers": threads, "depth": _AHEAD}
-    backend = build("ffcv", beton, device=torch.device("cpu"), **arguments)
+    device = torch.device("cpu")
+    backend = build("ffcv", beton, sizes=(size, size), batch=batch, workers=threads, depth=_AHEAD, device=device)
 
     def plan(ids: np.ndarray) -> Plan:
         sides = {"heights": beton.heights[ids], "widths": beton.widths[ids]}

@@ -29,6 +29,7 @@ from methods.momentum import momentum_copy
 from methods.norm import GROUPS, SHUFFLED
 from methods.queue import KeyQueue
 from methods.registry import build_backbone, build_encoder, build_objective
+from pipeline.backends.choice import Choice, choose
 from pipeline.beton import Beton
 from pipeline.cores import available_cores
 from pipeline.errors import InputError
@@ -57,6 +58,7 @@ class Run:
     settings: Settings
     accelerator: Accelerator
     loader: Loader
+    backend: Choice
     model: Model
     monitor: Monitor
     knn: Knn | None
@@ -80,7 +82,8 @@ class Run:
 def build(settings: Settings) -> Run:
     """Build a run from its settings, writing nothing. Raises InputError for what cannot work."""
     train_set = _open(settings.data.train, "data.train")
-    accelerator = build_accelerator(settings)
+    accelerator, data = build_accelerator(settings), settings.data
+    backend = choose(data.backend, data.crop_on, train_set, accelerator.device, _processes(accelerator))
     loader = Loader(
         train_set,
         AUGMENTATIONS[settings.data.augmentation],
@@ -90,6 +93,7 @@ def build(settings: Settings) -> Run:
         world=accelerator.num_processes,
         ahead=settings.data.ahead,
         shuffle=_shuffle(settings, accelerator.num_processes),
+        backend=backend.name,
         **_loading(settings, accelerator),
     )
     _check(settings, len(train_set), accelerator)
@@ -97,7 +101,7 @@ def build(settings: Settings) -> Run:
     knn = _knn(settings, train_set, accelerator)
     out = Path(settings.out)
     monitor = Monitor(accelerator, out, settings.optim.epochs * loader.steps, settings.optim.epochs)
-    return Run(settings, accelerator, loader, model, monitor, knn, out)
+    return Run(settings, accelerator, loader, backend, model, monitor, knn, out)
 
 
 def build_model(settings: Settings, accelerator: Accelerator) -> Model:
@@ -169,6 +173,7 @@ def begin(run: Run) -> None:
             replace(settings, resume="").write(run.out / "config.yaml")
         except OSError as error:
             raise InputError(f"out {settings.out!r}: {error.strerror or error}: choose another folder") from None
+        print(f"data.backend: {run.backend.name} ({run.backend.why})", file=sys.stderr)
     if settings.tracker != "none":
         run.accelerator.init_trackers("millrace")
 
@@ -212,13 +217,16 @@ def build_accelerator(settings: Settings) -> Accelerator:
         )
 
 
+def _processes(accelerator: Accelerator) -> int:
+    """Return the number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+
+
 def _loading(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
-    data = settings.data
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    data, processes = settings.data, _processes(accelerator)
     return {
         "size": data.size,
         "device": accelerator.device,
-        "backend": data.backend,
         "workers": data.workers or max(1, available_cores() // processes),
         "stall_timeout": data.stall_timeout,
     }
@@ -256,10 +264,11 @@ def check_batch(settings: Settings, accelerator: Accelerator) -> None:
 def _knn(settings: Settings, train_set: Beton, accelerator: Accelerator) -> Knn | None:
     if not settings.data.eval or not settings.knn.every:
         return None
-    knn = settings.knn
+    knn, data = settings.knn, settings.data
     return Knn(
         train_set,
         _open(settings.data.eval, "data.eval"),
+        backend=choose("ffcv", data.crop_on, train_set, accelerator.device).name,  # once an image: not worth residence
         k=knn.k,
         temperature=knn.temperature,
         limit=knn.limit,

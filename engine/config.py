@@ -38,8 +38,11 @@ class Data:
     """Beton to train on; write one with python -m pipeline.prepare."""
     eval: str = ""
     """Labelled beton for kNN, neighbours from `train` (of one file: every tenth image by the others). None: no kNN."""
-    backend: Literal["ffcv"] = "ffcv"
-    """What decodes and crops."""
+    backend: Literal["auto", "ffcv", "resident"] = "auto"
+    """What decodes and crops: ffcv each record once a batch, resident all of them once, into memory of the device;
+    auto: resident where the images take at most half of what is free, else ffcv."""
+    crop_on: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where ffcv's crops are made: by the cores that decode, or by the GPU; auto: the GPU, where there is one."""
     augmentation: str = "moco_v2"
     """Two-view augmentation: moco_v1, moco_v2, moco_v3, simclr, byol; with _32 (no blur) for small images."""
     size: int = 224
@@ -58,13 +61,16 @@ class Data:
     """Images that --dry-run counts steps with where `train` is not set."""
 
     def __post_init__(self) -> None:
-        known = ", ".join(AUGMENTATIONS)
+        known = ", ".join(name for name, views in AUGMENTATIONS.items() if len(views) == 2)
         _require(
             self.augmentation in AUGMENTATIONS,
             "data.augmentation",
             self.augmentation,
             f"choose one of {known}",
         )
+        count = len(AUGMENTATIONS[self.augmentation])
+        remedy = f"it has {count} views, and the methods here take two: choose another"
+        _require(count == 2, "data.augmentation", self.augmentation, remedy)
         _require(8 <= self.size <= 1024, "data.size", self.size, "choose 8 to 1024 pixels")
         _require(self.batch >= 2, "data.batch", self.batch, "choose 2 or more: contrast needs other samples")
         _require(0 <= self.workers <= 1024, "data.workers", self.workers, "choose 0 (automatic) to 1024")

@@ -36,7 +36,48 @@ _SOLARISE_AT = 128
 def augment(
     crops: torch.Tensor, colour: Colour, statistics: Statistics = IMAGENET, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Return the views of crops, uint8 [B, S, S, 3], after `colour`: dtype [B, 3, S, S], channels-last."""
+    """Return the views of crops, uint8 [B, S, S, 3], after `colour`: dtype [B, 3, S, S], channels-last.
+
+    On a GPU by Triton kernels in four passes at most; elsewhere by the operations below, which are their reference.
+    """
+    return (fused if crops.device.type == "cuda" else stepwise)(crops, colour, statistics, dtype)
+
+
+def fused(crops: torch.Tensor, colour: Colour, statistics: Statistics, dtype: torch.dtype) -> torch.Tensor:
+    """Return what `augment` does, by `pipeline.kernels`: equal to `stepwise` but for roundings of the blur."""
+    from pipeline.kernels import augment_view
+
+    batch, size, _, _ = crops.shape
+    out = torch.empty((batch, 3, size, size), dtype=dtype, device=crops.device, memory_format=torch.channels_last)
+    blurs = to_device(np.flatnonzero(colour.blur), crops.device)
+    parameters = to_device(pack(colour, statistics), crops.device)
+    augment_view(crops.contiguous(), parameters, blurs, out, grey_first=colour.grey_first)
+    return out
+
+
+def pack(colour: Colour, statistics: Statistics) -> np.ndarray:
+    """Return the parameters of `pipeline.kernels.augment_view`, a row a sample: float32 [B, 20]."""
+    scale = np.float32(1) / (np.array(statistics.std, np.float32) * np.float32(255))
+    columns = [
+        colour.jitter,
+        *colour.order.T,
+        colour.brightness,
+        colour.contrast,
+        colour.saturation,
+        np.trunc(colour.hue * np.float32(255)),  # as in `hue`
+        colour.grey,
+        colour.blur,
+        colour.sigma,
+        colour.solarise,
+        *np.array(statistics.mean, np.float32) * np.float32(255),
+        *scale,
+        0.0,
+    ]
+    return np.stack([np.broadcast_to(np.float32(column), len(colour.jitter)) for column in columns], axis=1)
+
+
+def stepwise(crops: torch.Tensor, colour: Colour, statistics: Statistics, dtype: torch.dtype) -> torch.Tensor:
+    """Return what `augment` does, one operation after another."""
     x = crops.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)  # planes: [B, 3, S, S]
     if colour.grey_first:
         _apply(x, colour.grey, greyscale)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from pipeline.backends.ffcv import jpeg_side_lengths
 from pipeline.errors import InputError
 from pipeline.hashing import mix
 from pipeline.libffcv import JPEG, RAW, decode_jpeg
+from pipeline.records import jpeg_side_lengths
 
 _LONGEST_SIDE = 65500  # the JPEG encoder's; the format itself holds 65535
 _TURNS = {  # by EXIF orientation

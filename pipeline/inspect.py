@@ -17,7 +17,6 @@ from PIL import Image
 
 from pipeline.augment import IMAGENET, augment
 from pipeline.backends import Plan, build
-from pipeline.backends.ffcv import check_record, decode
 from pipeline.beton import Beton, printable
 from pipeline.cores import available_cores
 from pipeline.draws import draw_view
@@ -25,7 +24,8 @@ from pipeline.errors import BadRecords, InputError, command
 from pipeline.libffcv import RAW
 from pipeline.order import epoch_order
 from pipeline.progress import progress
-from pipeline.views import AUGMENTATIONS, View
+from pipeline.records import check_record, decode
+from pipeline.views import AUGMENTATIONS, View, view_sizes
 
 _CHUNK = 64  # records a thread checks at a time
 _COLUMNS, _GAP, _SHOWN = 2, 6, 12  # groups side by side, pixels between pictures, images shown
@@ -84,8 +84,7 @@ def preview(
     backend = build(
         "ffcv",
         beton,
-        size=size,
-        views=len(views),
+        sizes=view_sizes(views, size),
         batch=count,
         workers=1,
         depth=1,
@@ -95,6 +94,7 @@ def preview(
         backend.submit(Plan(ids, np.stack([d.boxes for d in drawn]), np.stack([d.flips for d in drawn])))
         crops = backend.receive(timeout=60)
         seen = [_pixels(augment(crop, d.colour)) for crop, d in zip(crops, drawn, strict=True)]
+        seen = [view if view.shape[1] == size else np.stack([_fit(image, size) for image in view]) for view in seen]
     finally:
         backend.close()
     groups = [[_fit(decode(beton, int(index)), size), *(view[i] for view in seen)] for i, index in enumerate(ids)]

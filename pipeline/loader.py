@@ -24,7 +24,7 @@ from pipeline.beton import Beton
 from pipeline.draws import Colour, centre_boxes, draw_colour, draw_view
 from pipeline.errors import InputError
 from pipeline.order import epoch_order, rank_slice, shuffled_rows, steps_per_epoch
-from pipeline.views import View
+from pipeline.views import View, view_sizes
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,7 @@ class Loader:
         self._pending: deque[tuple[int, int, np.ndarray, list[Colour]]] = deque()
         self._epoch, self._step = 0, 0  # of the next batch to hand out
         self._backend_arguments: dict[str, Any] = {
-            "size": size,
-            "views": len(views),
+            "sizes": view_sizes(views, size),
             "batch": batch // world,
             "workers": workers,
             "depth": ahead,
@@ -178,7 +177,7 @@ class Loader:
         return Batch(views, ids, epoch, step, waited, shuffled, order)
 
     def _shuffled(
-        self, crops: torch.Tensor, epoch: int, step: int
+        self, crops: tuple[torch.Tensor, ...], epoch: int, step: int
     ) -> tuple[dict[int, torch.Tensor], np.ndarray | None]:
         """Return the shuffled views by index, and their permutation of the global batch."""
         if self._shuffle is None:
@@ -244,8 +243,7 @@ class CentreLoader:
         self._under_way = 0
         self._backend_name = backend
         self._backend_arguments: dict[str, Any] = {
-            "size": size,
-            "views": 1,
+            "sizes": (size,),
             "batch": self.batch,
             "workers": workers,
             "depth": ahead,

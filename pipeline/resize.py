@@ -44,9 +44,10 @@ class Scratch(NamedTuple):
     column_weights: np.ndarray
 
 
-def scratch(size: int, longest: int) -> Scratch:
-    """Return buffers for crops of images of at most `longest` pixels a side to `size` by `size`."""
-    taps = int(2 * max(longest / size, 1.0)) + 3 + max(_TAPS)
+def scratch(sizes: tuple[int, ...], longest: int) -> Scratch:
+    """Return buffers for crops of images of at most `longest` pixels a side to squares of any of `sizes`."""
+    size = max(sizes)
+    taps = int(2 * max(longest / min(sizes), 1.0)) + 3 + max(_TAPS)
 
     def axis() -> tuple[np.ndarray, ...]:
         return np.zeros(size, np.int64), np.zeros(size, np.int64), np.zeros((size, taps), np.float32)

@@ -2,12 +2,13 @@
 
 Sources: moco_v1 and moco_v2, facebookresearch/moco `main_moco.py`; moco_v3, facebookresearch/moco-v3 `main_moco.py`
 (its crop scale of 0.2 for ResNets); simclr, 2002.05709 appendix A; byol, 2006.07733 appendix B, which moco-v3 takes for
-its transformers. On images of 32 pixels blur is left out, as in SimCLR's CIFAR-10 appendix B.9: the names ending in
-`_32`.
+its transformers; swav, 2006.09882 (facebookresearch/swav `main_swav.py`), two views and six small ones. On images of 32
+pixels blur is left out, as in SimCLR's CIFAR-10 appendix B.9: the names ending in `_32`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 
@@ -37,6 +38,8 @@ class View:
     """Range of the blur's standard deviation, pixels."""
     solarise: float = 0.0
     """Probability of solarising at 128."""
+    size: int | None = None
+    """Side of the view, pixels; None: that of the run."""
 
 
 _V1 = View(jitter=1.0, hue=0.4, blur=0.0, grey_first=True)
@@ -46,9 +49,20 @@ _BYOL = tuple(replace(view, scale=(0.08, 1.0)) for view in _V3)
 _SIMCLR = View(scale=(0.08, 1.0), brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2)
 
 
+def view_sizes(views: Sequence[View], size: int) -> tuple[int, ...]:
+    """Return each view's side, pixels, where the run's is `size`."""
+    return tuple(view.size or size for view in views)
+
+
 def _without_blur(views: tuple[View, ...]) -> tuple[View, ...]:
     return tuple(replace(view, blur=0.0) for view in views)
 
+
+_SWAV = tuple(
+    replace(_SIMCLR, scale=scale, size=size)
+    for scale, size, count in (((0.14, 1.0), None, 2), ((0.05, 0.14), 96, 6))
+    for _ in range(count)
+)
 
 AUGMENTATIONS: dict[str, tuple[View, ...]] = {
     "moco_v1": (_V1, _V1),
@@ -56,5 +70,6 @@ AUGMENTATIONS: dict[str, tuple[View, ...]] = {
     "moco_v3": _V3,
     "simclr": (_SIMCLR, _SIMCLR),
     "byol": _BYOL,
+    "swav": _SWAV,
 }
-AUGMENTATIONS |= {f"{name}_32": _without_blur(views) for name, views in AUGMENTATIONS.items()}
+AUGMENTATIONS |= {f"{name}_32": _without_blur(views) for name, views in AUGMENTATIONS.items() if name != "swav"}

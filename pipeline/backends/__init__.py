@@ -16,7 +16,7 @@ import torch
 from pipeline.beton import Beton
 from pipeline.errors import InputError
 
-BACKENDS = ("ffcv",)
+BACKENDS = ("ffcv", "ffcv_gpu", "resident")
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Backend(Protocol):
     def submit(self, plan: Plan) -> None:
         """Begin a batch; at most `depth` may be under way."""
 
-    def receive(self, timeout: float) -> torch.Tensor:
-        """Return the crops of the oldest batch under way: uint8 [V, B, S, S, 3], on the device.
+    def receive(self, timeout: float) -> tuple[torch.Tensor, ...]:
+        """Return the crops of the oldest batch under way: uint8 [B, S, S, 3] for each view, on the device.
 
         Raises DamagedRecord, naming the sample, and LoaderStalled after `timeout` seconds; that batch then stays the
         oldest.
@@ -54,15 +54,14 @@ def build(
     name: str,
     beton: Beton,
     *,
-    size: int,
-    views: int,
+    sizes: tuple[int, ...],
     batch: int,
     workers: int,
     depth: int,
     device: torch.device,
 ) -> Backend:
-    """Return backend `name` for at most `batch` samples at a time, `size` by `size` pixels, `views` crops of each."""
+    """Return backend `name` for at most `batch` samples at a time, a crop of `sizes` pixels a side for each view."""
     if name not in BACKENDS:
         raise InputError(f"data.backend {name!r} is not one of {', '.join(BACKENDS)}: choose one of these")
     module = importlib.import_module(f"pipeline.backends.{name}")
-    return module.build(beton, size=size, views=views, batch=batch, workers=workers, depth=depth, device=device)
+    return module.build(beton, sizes=sizes, batch=batch, workers=workers, depth=depth, device=device)

@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 
 from pipeline import libffcv
-from pipeline.backends.ffcv import check_record, decode
 from pipeline.beton import Beton, Manifest, manifest_path
 from pipeline.encode import Settings, encode
 from pipeline.errors import InputError
 from pipeline.libffcv import JPEG, RAW
 from pipeline.prepare import prepare
+from pipeline.records import check_record, decode
 from pipeline.writer import BetonWriter
 from tests.pipeline.conftest import picture, saved
 

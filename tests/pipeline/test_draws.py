@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 
 from pipeline.draws import TRIES, Colour, ViewDraws, centre_boxes, crop_boxes, draw_view
-from pipeline.views import AUGMENTATIONS, View
+from pipeline.views import AUGMENTATIONS, View, view_sizes
 
 N = 20_000
 _SHAPES = [(1, 1), (1, 500), (500, 2), (32, 32), (375, 500), (500, 375), (3, 7)]
@@ -379,10 +379,15 @@ def test_augmentations_are_the_published_ones() -> None:
             ((0.08, 1.0), 0.8, (0.4, 0.4, 0.2, 0.1), 0.2, 1.0, 0.0, False),
             ((0.08, 1.0), 0.8, (0.4, 0.4, 0.2, 0.1), 0.2, 0.1, 0.2, False),
         ],
+        "swav": [((0.14, 1.0), 0.8, (0.8, 0.8, 0.8, 0.2), 0.2, 0.5, 0.0, False)] * 2
+        + [((0.05, 0.14), 0.8, (0.8, 0.8, 0.8, 0.2), 0.2, 0.5, 0.0, False)] * 6,
     }
+    assert view_sizes(AUGMENTATIONS["swav"], 224) == (224, 224, *[96] * 6)
     assert {name for name in AUGMENTATIONS if not name.endswith("_32")} == set(published)
     for name, views in published.items():
         assert [settings(view) for view in AUGMENTATIONS[name]] == views
         for view in AUGMENTATIONS[name]:
             assert (view.flip, view.ratio, view.sigma) == (0.5, (3 / 4, 4 / 3), (0.1, 2.0))
+        if name == "swav":
+            continue
         assert AUGMENTATIONS[f"{name}_32"] == tuple(replace(view, blur=0.0) for view in AUGMENTATIONS[name])

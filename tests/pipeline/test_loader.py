@@ -20,7 +20,7 @@ from PIL import Image
 
 from pipeline.augment import Statistics
 from pipeline.backends import Plan
-from pipeline.backends.ffcv import FfcvBackend, decode
+from pipeline.backends.ffcv import FfcvBackend
 from pipeline.beton import Beton, manifest_path
 from pipeline.draws import draw_view
 from pipeline.encode import Settings
@@ -28,6 +28,7 @@ from pipeline.errors import DamagedRecord, InputError, LoaderStalled
 from pipeline.loader import Batch, CentreLoader, Loader, Shuffle
 from pipeline.order import epoch_order, shuffled_rows
 from pipeline.prepare import prepare
+from pipeline.records import decode
 from pipeline.views import AUGMENTATIONS, View
 
 _SIZE, _BATCH, _SAMPLES = 16, 32, 200
@@ -516,7 +517,7 @@ def test_no_more_batches_than_asked_for_are_under_way(drawn: Path, monkeypatch: 
     def counted(self: FfcvBackend, plan: Plan) -> None:
         nonlocal most
         submit(self, plan)
-        most = max(most, len(self._pending))
+        most = max(most, len(self._ahead._pending))
 
     monkeypatch.setattr(FfcvBackend, "submit", counted)
     with _loader(drawn, ahead=2) as loader:
@@ -528,9 +529,9 @@ def test_buffers_are_made_once(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> 
     places: list[int] = []
     receive = FfcvBackend.receive
 
-    def watched(self: FfcvBackend, timeout: float) -> torch.Tensor:
+    def watched(self: FfcvBackend, timeout: float) -> tuple[torch.Tensor, ...]:
         crops = receive(self, timeout)
-        places.append(crops.data_ptr())
+        places.append(crops[0].data_ptr())
         return crops
 
     monkeypatch.setattr(FfcvBackend, "receive", watched)

@@ -21,12 +21,12 @@ import pytest
 from PIL import Image, ImageOps
 
 from pipeline import libffcv, synthetic
-from pipeline.backends.ffcv import check_record, decode
 from pipeline.beton import Beton
 from pipeline.encode import Record, Settings, Unreadable, encode
 from pipeline.errors import InputError
 from pipeline.libffcv import JPEG, RAW, decode_jpeg
 from pipeline.prepare import main, prepare
+from pipeline.records import check_record, decode
 from pipeline.writer import PAGE, BetonWriter
 from tests.pipeline.conftest import pack, picture, run_command, saved
 

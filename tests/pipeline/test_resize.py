@@ -40,7 +40,7 @@ _IMAGES: dict[str, Callable[[], Pixels]] = {"noise": _noise, "waves": _waves, "b
 def _resize(image: Pixels, box: Box, size: int, mirrored: bool = False, buffers: Scratch | None = None) -> Pixels:
     out = np.zeros((size, size, 3), np.uint8)
     flat = np.ascontiguousarray(image).reshape(-1)
-    buffers = buffers or scratch(size, max(image.shape))
+    buffers = buffers or scratch((size,), max(image.shape))
     crop_resize(flat, image.shape[1], np.array(box, np.int32), mirrored, out, buffers)
     return out
 
@@ -69,7 +69,7 @@ def _boxes(count: int, seed: int) -> list[Box]:
 @pytest.mark.parametrize("size", _SIZES)
 @pytest.mark.parametrize("name", _IMAGES)
 def test_random_boxes_are_pillow_s_to_one_level(name: str, size: int) -> None:
-    image, buffers = _IMAGES[name](), scratch(size, _WIDTH)
+    image, buffers = _IMAGES[name](), scratch((size,), _WIDTH)
     for number, box in enumerate(_boxes(40, seed=size)):
         assert _off(_resize(image, box, size, buffers=buffers), _pillow(image, box, size)) <= 1, (number, box)
 
@@ -96,7 +96,7 @@ def test_smallest_and_largest_boxes_are_pillow_s_to_one_level(box: Box, size: in
 @pytest.mark.parametrize("size", _SIZES)
 @pytest.mark.parametrize("name", _IMAGES)
 def test_mirrored_is_pillow_s_mirrored(name: str, size: int) -> None:
-    image, buffers = _IMAGES[name](), scratch(size, _WIDTH)
+    image, buffers = _IMAGES[name](), scratch((size,), _WIDTH)
     for box in _boxes(20, seed=1000 + size):
         mirrored = _resize(image, box, size, mirrored=True, buffers=buffers)
         assert _off(mirrored, _pillow(image, box, size)[:, ::-1]) <= 1, box
@@ -137,7 +137,7 @@ def test_only_the_crop_is_read(mirrored: bool) -> None:
 
 @pytest.mark.parametrize("size", _SIZES)
 def test_nothing_beside_the_output_is_written(size: int) -> None:
-    image, buffers, guard = _noise().reshape(-1), scratch(size, _WIDTH), 4096
+    image, buffers, guard = _noise().reshape(-1), scratch((size,), _WIDTH), 4096
     for number, box in enumerate(_boxes(20, seed=size + 7)):
         buffer = np.full(3 * size * size + 2 * guard, 0xA5, np.uint8)
         out = buffer[guard:-guard].reshape(size, size, 3)
@@ -150,7 +150,7 @@ def test_nothing_beside_the_output_is_written(size: int) -> None:
 def test_buffers_are_never_overrun(size: int) -> None:
     """Each buffer stands between guards; the widest crop has the most taps."""
     guarded, whole = [], []
-    for part in scratch(size, _WIDTH):
+    for part in scratch((size,), _WIDTH):
         rows = np.full((part.shape[0] + 8, *part.shape[1:]), 77, part.dtype)
         rows[4:-4] = part
         whole.append(rows)
@@ -164,7 +164,7 @@ def test_buffers_are_never_overrun(size: int) -> None:
 
 def test_used_buffers_leave_no_trace() -> None:
     image, size = _noise(), 32
-    buffers = scratch(size, _WIDTH)
+    buffers = scratch((size,), _WIDTH)
     boxes = _boxes(30, seed=4)
     for box in boxes + boxes[::-1]:
         assert np.array_equal(_resize(image, box, size, buffers=buffers), _resize(image, box, size))

@@ -1,0 +1,82 @@
+"""Batches under way on worker threads, each in a buffer of its own; what backends that decode on the CPU share."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from pipeline.backends import Plan
+from pipeline.beton import Beton
+from pipeline.cores import available_cores
+from pipeline.errors import LoaderStalled
+from pipeline.workers import Workers
+
+_CHUNKS = 4  # chunks a worker and batch: small enough to share out evenly, large enough to cost nothing
+Buffer = TypeVar("Buffer")
+Work = Callable[[Any, Plan, int, int, Buffer], None]
+"""(a worker's own state, plan, first sample, end, buffer): fills the buffer for these samples, or raises."""
+
+
+class Ahead(Generic[Buffer]):
+    """Up to `depth` batches, cut into chunks that `workers` threads fill; buffers are made once and come round.
+
+    Buffers that a GPU copies from are not filled anew before `copied` says so.
+    """
+
+    def __init__(
+        self,
+        beton: Beton,
+        work: Work,
+        *,
+        workers: int,
+        depth: int,
+        state: Callable[[], Any],
+        buffer: Callable[[], Buffer],
+    ) -> None:
+        self._beton, self._work = beton, work
+        self._buffers = [buffer() for _ in range(depth + 1)]
+        self._copied: list[torch.cuda.Event | None] = [None] * len(self._buffers)
+        self._pending: deque[tuple[Plan, int, list[Future]]] = deque()
+        self._next = 0
+        self._count = workers or available_cores()
+        self._workers = Workers(self._count, state)
+
+    def begin(self, plan: Plan) -> None:
+        """Begin a batch."""
+        slot = self._next
+        self._next = (slot + 1) % len(self._buffers)
+        if (copied := self._copied[slot]) is not None:
+            copied.synchronize()  # the copy of depth + 1 batches ago: over long since
+        n = len(plan.ids)
+        chunk = max(1, -(-n // (self._count * _CHUNKS)))
+        spans = [(start, min(start + chunk, n)) for start in range(0, n, chunk)]
+        futures = [self._workers.submit(self._work, plan, *span, self._buffers[slot]) for span in spans]
+        self._pending.append((plan, slot, futures))
+
+    def finish(self, timeout: float) -> tuple[Plan, Buffer, int]:
+        """Return the oldest batch's plan and buffer, and the buffer's number. Raises as `Backend.receive`."""
+        plan, slot, futures = self._pending[0]
+        under_way = wait(futures, timeout).not_done
+        for future in futures:
+            if future not in under_way:
+                future.result()  # raises what the worker raised
+        if under_way:
+            raise LoaderStalled(
+                f"{self._beton.path}: no batch for {timeout:g} s (samples {plan.ids[0]} and following): check the disk "
+                "or network the file is on, or allow more with --data.stall_timeout"
+            )
+        self._pending.popleft()
+        return plan, self._buffers[slot], slot
+
+    def copied(self, slot: int, event: torch.cuda.Event) -> None:
+        """Keep the buffer of that number from being filled before `event`."""
+        self._copied[slot] = event
+
+    def close(self) -> None:
+        """Forget the batches under way and end the threads."""
+        self._pending.clear()
+        self._workers.close()

@@ -1,0 +1,109 @@
+"""Records of a beton in compiled code: checked against their CRC32, decoded to RGB, faults named."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+
+from pipeline.beton import Beton
+from pipeline.errors import DamagedRecord
+from pipeline.libffcv import JPEG, crc32, decode_jpeg
+
+WHOLE, _CHANGED, _UNDECODABLE = range(3)
+_FAULTS = {
+    _CHANGED: "its bytes are not those that were written (CRC32 differs)",
+    _UNDECODABLE: "its JPEG does not decode to the stored height and width",
+}
+
+
+class Records(NamedTuple):
+    """A beton's records as compiled code takes them."""
+
+    data: np.ndarray
+    pointers: np.ndarray
+    sizes: np.ndarray
+    heights: np.ndarray
+    widths: np.ndarray
+    modes: np.ndarray
+    crc32: np.ndarray
+    """uint32 [n], or [0] where there is no manifest."""
+
+
+@numba.njit(nogil=True, boundscheck=False)
+def jpeg_side_lengths(data: Any) -> tuple[Any, Any]:
+    """Return height and width from a JPEG's frame header, (0, 0) where it has none."""
+    at = np.int64(2)
+    while at + 9 < data.size and data[at] == 0xFF:
+        marker = data[at + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height = (np.int64(data[at + 5]) << 8) | np.int64(data[at + 6])
+            return height, (np.int64(data[at + 7]) << 8) | np.int64(data[at + 8])
+        if marker == 0xFF:  # fill byte
+            at += 1
+        else:
+            at += 2 + ((np.int64(data[at + 2]) << 8) | np.int64(data[at + 3]))
+    return 0, 0
+
+
+@numba.njit(nogil=True, boundscheck=False)
+def decode_record(records: Any, sample: int, pixels: Any) -> tuple[int, Any]:
+    """Return whether the sample is whole, and its pixels: uint8, flat, RGB."""
+    start, size = np.int64(records.pointers[sample]), np.int64(records.sizes[sample])
+    data = records.data[start : start + size]
+    if (
+        records.crc32.size > 0
+        and np.uint32(crc32(np.uint64(0), data.ctypes.data, np.uint32(size))) != records.crc32[sample]
+    ):
+        return _CHANGED, pixels
+    if records.modes[sample] != JPEG:
+        return WHOLE, data
+    height, width = records.heights[sample], records.widths[sample]
+    if jpeg_side_lengths(data) != (height, width):
+        return _UNDECODABLE, pixels
+    status = decode_jpeg(
+        data,
+        pixels,
+        np.uint32(height),
+        np.uint32(width),
+        np.uint32(height),
+        np.uint32(width),
+        0,
+        0,
+        1,
+        1,
+        False,
+        False,
+    )
+    return (WHOLE if status == 0 else _UNDECODABLE), pixels
+
+
+def check_record(beton: Beton, index: int) -> str | None:
+    """Return what is wrong with sample `index` of `beton`, or None: its CRC32, its JPEG header, its decoding."""
+    height, width = int(beton.heights[index]), int(beton.widths[index])
+    fault, _ = decode_record(records_of(beton), index, np.empty(3 * height * width, np.uint8))
+    return _FAULTS.get(fault)
+
+
+def decode(beton: Beton, index: int) -> np.ndarray:
+    """Return the pixels of sample `index`: uint8 [H, W, 3]. Raises DamagedRecord."""
+    height, width = int(beton.heights[index]), int(beton.widths[index])
+    fault, pixels = decode_record(records_of(beton), index, np.empty(3 * height * width, np.uint8))
+    if fault != WHOLE:
+        raise damaged(beton, index, fault)
+    return np.array(pixels).reshape(height, width, 3)
+
+
+def records_of(beton: Beton) -> Records:
+    """Return the records of `beton` for compiled code."""
+    crcs = beton.crc32 if beton.crc32 is not None else np.zeros(0, np.uint32)
+    return Records(beton.data, beton.pointers, beton.sizes, beton.heights, beton.widths, beton.modes, crcs)
+
+
+def damaged(beton: Beton, sample: int, fault: int) -> DamagedRecord:
+    """Return the error that names the sample and says what is wrong with it."""
+    return DamagedRecord(
+        f"{beton.path}: sample {sample} ({beton.name(sample)}) is damaged: {_FAULTS[fault]}: list all such "
+        f"samples with python -m pipeline.inspect {beton.path} --verify, and write the file again"
+    )

@@ -1,0 +1,196 @@
+"""All backends give the same views of the same samples, bit for bit, go on from any batch, and fail alike."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import os
+import threading
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from pipeline.backends import BACKENDS, resident
+from pipeline.backends.choice import choose
+from pipeline.beton import Beton, manifest_path
+from pipeline.errors import DamagedRecord, InputError
+from pipeline.loader import Batch, CentreLoader, Loader
+from pipeline.prepare import prepare
+from pipeline.views import AUGMENTATIONS, View, view_sizes
+
+SIZE, BATCH = 16, 32
+OTHERS = [name for name in BACKENDS if name != "ffcv"]
+
+
+def loader(path: Path, backend: str, **settings: Any) -> Any:
+    chosen = {"size": SIZE, "batch": BATCH, "workers": 1, "seed": 3} | settings
+    views = chosen.pop("views", AUGMENTATIONS["moco_v2"])
+    return closing(Loader(Beton(path), views, backend=backend, **chosen))
+
+
+def take(one: Loader, count: int) -> list[Batch]:
+    epochs = itertools.chain.from_iterable(iter(one) for _ in itertools.count())
+    return list(itertools.islice(epochs, count))
+
+
+def same(a: list[Batch], b: list[Batch]) -> bool:
+    return len(a) == len(b) and all(
+        (x.epoch, x.step, x.ids.tolist()) == (y.epoch, y.step, y.ids.tolist())
+        and all(torch.equal(v, w) for v, w in zip(x.views, y.views, strict=True))
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def ragged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A beton of drawn images of several shapes, some stored raw."""
+    folder = tmp_path_factory.mktemp("ragged")
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    (folder / "images").mkdir()
+    for number, (height, width) in enumerate(rng.integers(5, 90, (60, 2))):
+        y, x = np.mgrid[0:height, 0:width]
+        planes = [120 + 100 * np.sin(x / (9 + c) + y / 11 + number) for c in range(3)]
+        Image.fromarray(np.stack(planes, -1).astype(np.uint8)).save(folder / "images" / f"{number:02}.png")
+    prepare(str(folder / "images"), folder / "ragged.beton", workers=1, quiet=True)
+    return folder / "ragged.beton"
+
+
+@pytest.mark.parametrize("views", ["moco_v2", "swav"])
+@pytest.mark.parametrize("backend", OTHERS)
+def test_views_are_the_same_bit_for_bit(backend: str, views: str, ragged: Path) -> None:
+    settings = {"views": AUGMENTATIONS[views], "batch": 25}
+    with loader(ragged, "ffcv", **settings) as first, loader(ragged, backend, workers=2, **settings) as second:
+        expected, found = take(first, 5), take(second, 5)
+    assert same(expected, found)
+    assert tuple(view.shape[-1] for view in found[0].views) == view_sizes(AUGMENTATIONS[views], SIZE)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("position", [0, 1, 5, 7, 13])
+def test_any_backend_goes_on_from_any_batch(backend: str, position: int, drawn: Path) -> None:
+    with loader(drawn, backend) as whole:
+        expected = take(whole, 16)
+    with loader(drawn, backend) as begun:
+        take(begun, position)
+        state = json.loads(json.dumps(begun.state_dict()))
+    with loader(drawn, backend) as resumed:
+        resumed.load_state_dict(state)
+        assert same(take(resumed, 16 - position), expected[position:])
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+@pytest.mark.parametrize("world", [2, 4])
+def test_all_ranks_together_give_the_batches_of_one(backend: str, world: int, drawn: Path) -> None:
+    with loader(drawn, "ffcv") as whole:
+        alone = take(whole, 7)
+    parts = []
+    for rank in range(world):
+        with loader(drawn, backend, rank=rank, world=world) as part:
+            parts.append(take(part, 7))
+    for batch, *shares in zip(alone, *parts, strict=True):
+        assert np.concatenate([share.ids for share in shares]).tolist() == batch.ids.tolist()
+        for index, view in enumerate(batch.views):
+            assert torch.equal(torch.cat([share.views[index] for share in shares]), view)
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+def test_centre_crops_are_the_same(backend: str, ragged: Path) -> None:
+    found = []
+    for name in ("ffcv", backend):
+        with closing(CentreLoader(Beton(ragged), size=SIZE, batch=7, workers=1, backend=name)) as images:
+            found.append([(image.clone(), ids.tolist()) for image, ids in images])
+    for (a, ids_a), (b, ids_b) in zip(*found, strict=True):
+        assert ids_a == ids_b
+        assert torch.equal(a, b)
+
+
+def damage(path: Path, index: int, how: str, to: Path) -> Path:
+    """Write a copy of a beton whose record `index` is damaged, without its manifest where that would tell."""
+    beton, data = Beton(path), bytearray(path.read_bytes())
+    start, size = int(beton.pointers[index]), int(beton.sizes[index])
+    if how == "flipped":
+        data[start + size // 2] ^= 255
+        manifest_path(to).write_bytes(manifest_path(path).read_bytes())
+    else:
+        data[start : start + size] = bytes(size)
+    to.write_bytes(data)
+    return to
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("how", ["flipped", "zeros"])
+def test_a_damaged_record_is_named_on_every_backend(backend: str, how: str, drawn: Path, tmp_path: Path) -> None:
+    path = damage(drawn, 123, how, tmp_path / "bad.beton")
+    with pytest.raises(DamagedRecord, match="sample 123 "), loader(path, backend) as one:
+        take(one, 6)
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+def test_fifty_epochs_leave_no_threads_files_or_memory_behind(backend: str, drawn: Path) -> None:
+    with loader(drawn, backend, batch=100, workers=2) as one:
+        for _ in range(5):
+            list(one)
+        gc.collect()
+        before = threading.active_count(), len(os.listdir("/proc/self/fd")), psutil.Process().memory_info().rss
+        for _ in range(50):
+            list(one)
+        after = threading.active_count(), len(os.listdir("/proc/self/fd")), psutil.Process().memory_info().rss
+    assert after[0] == before[0]
+    assert after[1] <= before[1]
+    assert after[2] < before[2] + 8 * 2**20
+
+
+def test_resident_refuses_what_does_not_fit(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bytes_needed = 3 * sum(int(h) * int(w) for h, w in zip(Beton(drawn).heights, Beton(drawn).widths, strict=True))
+    assert resident.needed(Beton(drawn)) == bytes_needed
+    monkeypatch.setattr(resident, "free", lambda device: 2 * bytes_needed - 2)
+    with pytest.raises(InputError, match="choose another backend"):
+        Loader(Beton(drawn), AUGMENTATIONS["moco_v2"], size=SIZE, batch=BATCH, backend="resident")
+    monkeypatch.setattr(resident, "free", lambda device: 2 * bytes_needed)
+    with loader(drawn, "resident"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("backend", "crop_on", "device", "room", "processes", "name"),
+    [
+        ("auto", "auto", "cpu", 2, 1, "resident"),
+        ("auto", "auto", "cpu", 2, 2, "ffcv"),
+        ("auto", "auto", "cpu", 1, 1, "ffcv"),
+        ("auto", "auto", "cuda", 1, 1, "ffcv_gpu"),
+        ("auto", "cpu", "cuda", 1, 1, "ffcv"),
+        ("auto", "auto", "cuda", 2, 8, "resident"),
+        ("ffcv", "auto", "cpu", 9, 1, "ffcv"),
+        ("ffcv", "gpu", "cpu", 9, 1, "ffcv_gpu"),
+        ("resident", "auto", "cpu", 1, 1, "resident"),
+    ],
+)
+def test_the_choice_depends_on_device_and_room_and_says_why(
+    backend: str,
+    crop_on: Any,
+    device: str,
+    room: float,
+    processes: int,
+    name: str,
+    drawn: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(resident, "free", lambda device: int(room * resident.needed(Beton(drawn))))
+    choice = choose(backend, crop_on, Beton(drawn), torch.device(device), processes)
+    assert choice.name == name
+    assert ("asked for" in choice.why) == (backend != "auto")
+
+
+def test_views_of_one_size_each(drawn: Path) -> None:
+    views = (View(size=8), View(), View(size=24))
+    with loader(drawn, "ffcv", views=views) as one:
+        (batch,) = take(one, 1)
+    assert [tuple(view.shape) for view in batch.views if view is not None] == [(32, 3, s, s) for s in (8, 16, 24)]
