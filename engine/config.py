@@ -38,9 +38,9 @@ class Data:
     """Beton to train on; write one with python -m pipeline.prepare."""
     eval: str = ""
     """Labelled beton for kNN, neighbours from `train` (of one file: every tenth image by the others). None: no kNN."""
-    backend: Literal["auto", "ffcv", "resident"] = "auto"
-    """What decodes and crops: ffcv each record once a batch, resident all of them once, into memory of the device;
-    auto: resident where the images take at most half of what is free, else ffcv."""
+    backend: Literal["auto", "ffcv", "dali", "resident"] = "auto"
+    """What decodes: ffcv on the CPU's cores, dali on the GPU, where there is one, resident all images once, into memory
+    of the device; auto: resident where the images take at most half of what is free, else ffcv."""
     crop_on: Literal["auto", "cpu", "gpu"] = "auto"
     """Where ffcv's crops are made: by the cores that decode, or by the GPU; auto: the GPU, where there is one."""
     augmentation: str = "moco_v2"

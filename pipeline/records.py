@@ -101,9 +101,10 @@ def records_of(beton: Beton) -> Records:
     return Records(beton.data, beton.pointers, beton.sizes, beton.heights, beton.widths, beton.modes, crcs)
 
 
-def damaged(beton: Beton, sample: int, fault: int) -> DamagedRecord:
+def damaged(beton: Beton, sample: int, fault: int | str) -> DamagedRecord:
     """Return the error that names the sample and says what is wrong with it."""
+    reason = _FAULTS[fault] if isinstance(fault, int) else fault
     return DamagedRecord(
-        f"{beton.path}: sample {sample} ({beton.name(sample)}) is damaged: {_FAULTS[fault]}: list all such "
-        f"samples with python -m pipeline.inspect {beton.path} --verify, and write the file again"
+        f"{beton.path}: sample {sample} ({beton.name(sample)}) is damaged: {reason}: list all such samples with "
+        f"python -m pipeline.inspect {beton.path} --verify, and write the file again"
     )

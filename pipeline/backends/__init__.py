@@ -16,7 +16,7 @@ import torch
 from pipeline.beton import Beton
 from pipeline.errors import InputError
 
-BACKENDS = ("ffcv", "ffcv_gpu", "resident")
+BACKENDS = ("ffcv", "ffcv_gpu", "dali", "resident")
 
 
 @dataclass(frozen=True)

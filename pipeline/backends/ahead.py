@@ -21,6 +21,14 @@ Work = Callable[[Any, Plan, int, int, Buffer], None]
 """(a worker's own state, plan, first sample, end, buffer): fills the buffer for these samples, or raises."""
 
 
+def stalled(beton: Beton, plan: Plan, timeout: float) -> LoaderStalled:
+    """Return the error that says which batch did not come in time."""
+    return LoaderStalled(
+        f"{beton.path}: no batch for {timeout:g} s (samples {plan.ids[0]} and following): check the disk or network "
+        "the file is on, or allow more with --data.stall_timeout"
+    )
+
+
 class Ahead(Generic[Buffer]):
     """Up to `depth` batches, cut into chunks that `workers` threads fill; buffers are made once and come round.
 
@@ -65,10 +73,7 @@ class Ahead(Generic[Buffer]):
             if future not in under_way:
                 future.result()  # raises what the worker raised
         if under_way:
-            raise LoaderStalled(
-                f"{self._beton.path}: no batch for {timeout:g} s (samples {plan.ids[0]} and following): check the disk "
-                "or network the file is on, or allow more with --data.stall_timeout"
-            )
+            raise stalled(self._beton, plan, timeout)
         self._pending.popleft()
         return plan, self._buffers[slot], slot
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import io
 import itertools
 import json
 import os
 import threading
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +17,25 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from PIL import Image
 
+from pipeline.augment import Statistics
 from pipeline.backends import BACKENDS, resident
 from pipeline.backends.choice import choose
 from pipeline.beton import Beton, manifest_path
+from pipeline.draws import draw_view
+from pipeline.encode import Settings
 from pipeline.errors import DamagedRecord, InputError
+from pipeline.libffcv import JPEG, RAW
 from pipeline.loader import Batch, CentreLoader, Loader
+from pipeline.order import epoch_order
 from pipeline.prepare import prepare
 from pipeline.views import AUGMENTATIONS, View, view_sizes
 
 SIZE, BATCH = 16, 32
+LEVELS = Statistics((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))  # leaves 0..255 as it is
 OTHERS = [name for name in BACKENDS if name != "ffcv"]
+SAME_DECODER = [name for name in OTHERS if name != "dali"]
 
 
 def loader(path: Path, backend: str, **settings: Any) -> Any:
@@ -47,24 +57,22 @@ def same(a: list[Batch], b: list[Batch]) -> bool:
     )
 
 
-@pytest.fixture(scope="module")
-def ragged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A beton of drawn images of several shapes, some stored raw."""
+@pytest.fixture(scope="module", params=["proportion", "raw"])
+def ragged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A beton of drawn images of several shapes, half or all of them stored raw."""
     folder = tmp_path_factory.mktemp("ragged")
-    from PIL import Image
-
     rng = np.random.default_rng(0)
     (folder / "images").mkdir()
     for number, (height, width) in enumerate(rng.integers(5, 90, (60, 2))):
         y, x = np.mgrid[0:height, 0:width]
         planes = [120 + 100 * np.sin(x / (9 + c) + y / 11 + number) for c in range(3)]
         Image.fromarray(np.stack(planes, -1).astype(np.uint8)).save(folder / "images" / f"{number:02}.png")
-    prepare(str(folder / "images"), folder / "ragged.beton", workers=1, quiet=True)
+    prepare(str(folder / "images"), folder / "ragged.beton", Settings(mode=request.param), workers=1, quiet=True)
     return folder / "ragged.beton"
 
 
 @pytest.mark.parametrize("views", ["moco_v2", "swav"])
-@pytest.mark.parametrize("backend", OTHERS)
+@pytest.mark.parametrize("backend", SAME_DECODER)
 def test_views_are_the_same_bit_for_bit(backend: str, views: str, ragged: Path) -> None:
     settings = {"views": AUGMENTATIONS[views], "batch": 25}
     with loader(ragged, "ffcv", **settings) as first, loader(ragged, backend, workers=2, **settings) as second:
@@ -86,10 +94,44 @@ def test_any_backend_goes_on_from_any_batch(backend: str, position: int, drawn: 
         assert same(take(resumed, 16 - position), expected[position:])
 
 
+@pytest.mark.parametrize("views", ["moco_v2", "swav"])
+def test_dalis_views_are_pillows(views: str, ragged: Path) -> None:
+    """The same ids, boxes and flips as FFCV's; pixels that PIL decodes, crops and resizes, to one level."""
+    beton = Beton(ragged)
+    assert (beton.modes == RAW).any()
+    plain = tuple(replace(view, jitter=0.0, grey=0.0, blur=0.0) for view in AUGMENTATIONS[views])
+    with loader(beton.path, "dali", views=plain, batch=25, statistics=LEVELS) as one:
+        batches = take(one, 3)
+    for batch in batches:
+        assert (
+            batch.ids.tolist()
+            == epoch_order(3, batch.epoch, len(beton))[25 * batch.step : 25 * batch.step + 25].tolist()
+        )
+        for index, (view, images) in enumerate(zip(plain, batch.views, strict=True)):
+            sides = {"heights": beton.heights[batch.ids], "widths": beton.widths[batch.ids]}
+            drawn_ = draw_view(view, index, seed=3, epoch=batch.epoch, ids=batch.ids, **sides)
+            for place, sample in enumerate(batch.ids):
+                expected = pillow(beton, int(sample), drawn_.boxes[place], images.shape[-1])
+                expected = expected[:, ::-1] if drawn_.flips[place] else expected
+                assert np.abs(images[place].permute(1, 2, 0).numpy() - expected).max() <= 1
+
+
+def pillow(beton: Beton, index: int, box: np.ndarray, size: int) -> np.ndarray:
+    """Return the record as PIL decodes, crops and resizes it."""
+    record = bytes(beton.data[int(beton.pointers[index]) : int(beton.pointers[index]) + int(beton.sizes[index])])
+    if beton.modes[index] == JPEG:
+        image = Image.open(io.BytesIO(record)).convert("RGB")
+    else:
+        image = Image.frombytes("RGB", (int(beton.widths[index]), int(beton.heights[index])), record)
+    top, left, height, width = (int(value) for value in box)
+    crop = image.crop((left, top, left + width, top + height))
+    return np.asarray(crop.resize((size, size), Image.Resampling.BILINEAR)).astype(int)
+
+
 @pytest.mark.parametrize("backend", OTHERS)
 @pytest.mark.parametrize("world", [2, 4])
 def test_all_ranks_together_give_the_batches_of_one(backend: str, world: int, drawn: Path) -> None:
-    with loader(drawn, "ffcv") as whole:
+    with loader(drawn, backend) as whole:
         alone = take(whole, 7)
     parts = []
     for rank in range(world):
@@ -101,7 +143,7 @@ def test_all_ranks_together_give_the_batches_of_one(backend: str, world: int, dr
             assert torch.equal(torch.cat([share.views[index] for share in shares]), view)
 
 
-@pytest.mark.parametrize("backend", OTHERS)
+@pytest.mark.parametrize("backend", SAME_DECODER)
 def test_centre_crops_are_the_same(backend: str, ragged: Path) -> None:
     found = []
     for name in ("ffcv", backend):
