@@ -81,7 +81,7 @@ class Run:
 
 def build(settings: Settings) -> Run:
     """Build a run from its settings, writing nothing. Raises InputError for what cannot work."""
-    train_set = _open(settings.data.train, "data.train")
+    train_set = _open(settings, "train")
     accelerator, data = build_accelerator(settings), settings.data
     backend = choose(data.backend, data.crop_on, train_set, accelerator.device, _processes(accelerator))
     loader = Loader(
@@ -189,10 +189,11 @@ def _lock(out: Path) -> IO[str]:
     return file
 
 
-def _open(path: str, key: str) -> Beton:
+def _open(settings: Settings, name: str) -> Beton:
+    path, key = getattr(settings.data, name), f"data.{name}"
     if not path:
         raise InputError(f"{key} is not set: give a beton, --{key} F.beton; write one with python -m pipeline.prepare")
-    return Beton(path)
+    return Beton(path, tolerate=settings.data.on_bad == "skip")
 
 
 def build_accelerator(settings: Settings) -> Accelerator:
@@ -229,6 +230,7 @@ def _loading(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
         "device": accelerator.device,
         "workers": data.workers or max(1, available_cores() // processes),
         "stall_timeout": data.stall_timeout,
+        "on_bad": data.on_bad,
     }
 
 
@@ -267,7 +269,7 @@ def _knn(settings: Settings, train_set: Beton, accelerator: Accelerator) -> Knn 
     knn, data = settings.knn, settings.data
     return Knn(
         train_set,
-        _open(settings.data.eval, "data.eval"),
+        _open(settings, "eval"),
         backend=choose("ffcv", data.crop_on, train_set, accelerator.device).name,  # once an image: not worth residence
         k=knn.k,
         temperature=knn.temperature,

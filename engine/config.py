@@ -43,6 +43,9 @@ class Data:
     of the device; auto: resident where the images take at most half of what is free, else ffcv."""
     crop_on: Literal["auto", "cpu", "gpu"] = "auto"
     """Where ffcv's crops are made: by the cores that decode, or by the GPU; auto: the GPU, where there is one."""
+    on_bad: Literal["error", "skip"] = "error"
+    """What a damaged record is: an error that names it; or passed over, for the next whole one in the file, and counted
+    in the metrics as `substituted`."""
     augmentation: str = "moco_v2"
     """Two-view augmentation: moco_v1, moco_v2, moco_v3, simclr, byol; with _32 (no blur) for small images."""
     size: int = 224

@@ -25,27 +25,29 @@ def features(
     indices: np.ndarray,
     autocast: Any = contextlib.nullcontext,
     **loader: Any,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, np.ndarray]:
     """Return the backbone's features of samples `indices`, centre-cropped: float32 [N, F] of norm 1, on the device.
 
-    The backbone is in evaluation mode meanwhile. loader: `size`, `batch`, `device` and the rest of `CentreLoader`'s.
+    And the ids, int64 [N], of the records they are of: others, where damaged ones are passed over. The backbone is in
+    evaluation mode meanwhile. loader: `size`, `batch`, `device` and the rest of `CentreLoader`'s.
     """
     was_training = backbone.training
     backbone.eval()
     images = CentreLoader(beton, indices=indices, **loader)
     try:
-        found, done = None, 0
-        for batch, _ in images:
+        found, ids, done = None, indices.copy(), 0
+        for batch, read in images:
             with autocast():
                 part = F.normalize(backbone(batch).float().flatten(1), dim=1)
             found = part.new_empty(len(indices), part.shape[1]) if found is None else found
             found[done : done + len(part)] = part
+            ids[done : done + len(part)] = read
             done += len(part)
     finally:
         images.close()
         backbone.train(was_training)
     assert found is not None, "no indices"
-    return found
+    return found, ids
 
 
 def knn_predict(
@@ -110,18 +112,21 @@ class Knn:
         count = min(limit or len(bank), len(bank))
         self._bank_ids = bank[np.arange(count) * len(bank) // count]
         self._k, self._temperature = k, temperature
-        self._bank_labels = torch.from_numpy(train.labels[self._bank_ids]).to(device)
-        self._labels = torch.from_numpy(test.labels[self._test_ids]).to(device)
         self.classes = int(max(train.labels.max(), test.labels.max())) + 1
 
     def top1(self, backbone: nn.Module, autocast: Any = contextlib.nullcontext) -> float:
         """Return the share of test images whose class the vote gets right."""
-        bank = features(backbone, self._train, indices=self._bank_ids, autocast=autocast, **self._loader)
-        queries = features(backbone, self._test, indices=self._test_ids, autocast=autocast, **self._loader)
-        predicted = knn_predict(
-            queries, bank, self._bank_labels, k=self._k, temperature=self._temperature, classes=self.classes
-        )
-        return (predicted == self._labels).double().mean().item()
+        bank, known = self._features(backbone, self._train, self._bank_ids, autocast)
+        queries, labels = self._features(backbone, self._test, self._test_ids, autocast)
+        predicted = knn_predict(queries, bank, known, k=self._k, temperature=self._temperature, classes=self.classes)
+        return (predicted == labels).double().mean().item()
+
+    def _features(
+        self, backbone: nn.Module, beton: Beton, indices: np.ndarray, autocast: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return features and labels."""
+        found, ids = features(backbone, beton, indices=indices, autocast=autocast, **self._loader)
+        return found, torch.from_numpy(beton.labels[ids]).to(found.device)
 
 
 class RawPixels(nn.Module):

@@ -56,7 +56,8 @@ def _epochs(run: Run) -> None:
             logs = ends or (run.done + 1) % settings.log_every == 0
             result = run.model.step(batch, ema, measured=logs)
             run.done += 1
-            run.monitor.add(result, settings.data.batch, batch.waited)
+            substituted = batch.substituted if settings.data.on_bad == "skip" else None
+            run.monitor.add(result, settings.data.batch, batch.waited, substituted)
             if logs:
                 rates = {"lr": lr, "momentum": ema} if run.model.target else {"lr": lr}
                 run.monitor.log(run.done, run.done / steps, result.measures, **rates)

@@ -28,6 +28,9 @@ WALL_CLOCK = ("pairs_per_second", "data_wait_fraction")
 """Keys of a metrics line that tell of time, and so differ between two runs that compute the same."""
 
 
+_SUBSTITUTED = "substituted"
+
+
 class Monitor:
     """Accumulates a step's parts, and writes a line every logging interval and every evaluation."""
 
@@ -57,9 +60,15 @@ class Monitor:
         """Begin a logging interval."""
         self._since, self._pairs, self._waited = time.perf_counter(), 0, 0.0
 
-    def add(self, result: Result, pairs: int, waited: float) -> None:
-        """Add a step: what it tells of itself, pairs over all processes, seconds waited for data."""
+    def add(self, result: Result, pairs: int, waited: float, substituted: int | None = None) -> None:
+        """Add a step: what it tells of itself, pairs over all processes, seconds waited for data.
+
+        substituted: this process's samples that stood in for damaged ones; None where there cannot be any.
+        """
         self._collapse.add(result.q)
+        if substituted is not None:
+            before = self._sums.get(_SUBSTITUTED, torch.zeros((), dtype=torch.float64, device=result.q.device))
+            self._sums[_SUBSTITUTED] = before + substituted
         for name, value in result.parts.items():
             value = value.double()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
@@ -75,6 +84,8 @@ class Monitor:
         Waits for the device. Raises FloatingPointError for a loss of nan.
         """
         own = {name: value / self._count for name, value in self._sums.items()} | dict(measures or {})
+        if _SUBSTITUTED in own:
+            own[_SUBSTITUTED] = self._sums[_SUBSTITUTED] * ranks.world()  # a sum, not a mean
         names = list(own)
         means = ranks.mean(torch.stack([value.double() for value in own.values()])).tolist()
         seconds = time.perf_counter() - self._since
@@ -95,7 +106,7 @@ class Monitor:
         warning = self._collapse.warning()
         if warning and self._accelerator.is_main_process:
             print(f"warning: step {step}: {warning}", file=sys.stderr, flush=True)
-        _refuse_nan(means[: 1 + names.index("loss")], f"step {step}")
+        _refuse_nan([means[names.index("loss")]], f"step {step}")
 
     def evaluation(self, step: int, epoch: float, **values: float) -> None:
         """Write the result of an evaluation; the time it took is no part of the training rates."""

@@ -113,11 +113,15 @@ class Beton:
     heights, widths: int32 [n]; modes: uint8 [n] (JPEG 0, RAW 1); pointers, sizes: uint64 [n], bytes;
     labels: int64 [n], -1 where there are none; crc32: uint32 [n] or None without a manifest; data: uint8, the file.
 
+    tolerate: records whose place or size cannot be right, or that are no JPEG's size, are not refused but listed in
+    `unreadable`; they are never read, and pass for images of one pixel.
+
     Raises InputError where the file is missing, truncated, forged or does not fit its manifest.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path | str, *, tolerate: bool = False) -> None:
+        self.path, self._tolerate = Path(path), tolerate
+        self.unreadable: frozenset[int] = frozenset()
         if self.path.is_dir():
             raise InputError(
                 f"{path}: is a folder: write a beton from it with python -m pipeline.prepare {path} OUT.beton"
@@ -233,7 +237,12 @@ class Beton:
             "a raw record whose size is not that of its image": (self.modes == RAW) & (size != pixels * np.uint64(3)),
         }
         found = [(int(index), what) for what, wrong in faults.items() for index in np.flatnonzero(wrong)]
-        if found:
+        if found and self._tolerate and len(dict(found)) < len(self):
+            self.unreadable = frozenset(index for index, _ in found)
+            bad = sorted(self.unreadable)
+            self.heights[bad] = self.widths[bad] = self.sizes[bad] = 1
+            self.pointers[bad] = 0
+        elif found:
             first = dict(reversed(found))
             index = min(first)
             message = self._broken(f"sample {index} has {first[index]} ({len(first)} such samples)")

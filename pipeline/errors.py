@@ -21,7 +21,11 @@ class BadRecords(InputError):
 
 
 class DamagedRecord(InputError):
-    """A record whose bytes are not the ones that were written, or do not decode."""
+    """Records whose bytes are not the ones that were written, or do not decode: the message is of the first."""
+
+    def __init__(self, message: str, samples: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.samples = samples
 
 
 class LoaderStalled(RuntimeError):

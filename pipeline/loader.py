@@ -19,11 +19,12 @@ import torch
 
 from pipeline import backends
 from pipeline.augment import IMAGENET, Statistics, augment, normalise
-from pipeline.backends import Plan
+from pipeline.backends import Backend, Plan
 from pipeline.beton import Beton
 from pipeline.draws import Colour, centre_boxes, draw_colour, draw_view
-from pipeline.errors import InputError
+from pipeline.errors import DamagedRecord, InputError
 from pipeline.order import epoch_order, rank_slice, shuffled_rows, steps_per_epoch
+from pipeline.substitutes import OnBad, Substitutes
 from pipeline.views import View, view_sizes
 
 
@@ -51,12 +52,14 @@ class Batch:
     views: tuple[torch.Tensor | None, ...]
     """V tensors [B, 3, S, S], normalised, channels-last, on the device."""
     ids: np.ndarray
-    """int64 [B]."""
+    """int64 [B]: the records that were read."""
     epoch: int
     step: int
     """Number of the global batch in its epoch."""
     waited: float
     """Seconds the caller waited for the crops."""
+    substituted: int = 0
+    """Samples whose own record is damaged, and another's was read instead: `ids` names that one."""
     shuffled: dict[int, torch.Tensor] = field(default_factory=dict)
     """Shuffled views [B, 3, S, S] by their index."""
     order: np.ndarray | None = None
@@ -89,6 +92,7 @@ class Loader:
         stall_timeout: float = 60.0,
         statistics: Statistics = IMAGENET,
         shuffle: Shuffle | None = None,
+        on_bad: OnBad = "error",
     ) -> None:
         if not 0 < batch <= len(beton):
             raise InputError(
@@ -108,7 +112,8 @@ class Loader:
         self.steps = steps_per_epoch(len(beton), batch)
         self._statistics, self._shuffle = statistics, shuffle
         self._orders: dict[int, np.ndarray] = {}  # of this epoch and, near its end, the next
-        self._pending: deque[tuple[int, int, np.ndarray, list[Colour]]] = deque()
+        self._pending: deque[tuple[int, int, np.ndarray, int, list[Colour]]] = deque()
+        self._substitutes = Substitutes(beton, on_bad)
         self._epoch, self._step = 0, 0  # of the next batch to hand out
         self._backend_arguments: dict[str, Any] = {
             "sizes": view_sizes(views, size),
@@ -118,7 +123,7 @@ class Loader:
             "device": self.device,
         }
         self._backend_name = backend
-        self._backend = backends.build(backend, beton, **self._backend_arguments)
+        self._backend = _build(backend, beton, self._substitutes, self._backend_arguments)
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
@@ -150,9 +155,13 @@ class Loader:
                     "with the settings and the data the run was started with"
                 )
         if self._pending:
-            self.close()
-            self._backend = backends.build(self._backend_name, self.beton, **self._backend_arguments)
+            self._begin_anew()
         self._epoch, self._step = int(state["epoch"]), int(state["step"])
+
+    def _begin_anew(self) -> None:
+        """Forget the batches under way."""
+        self.close()
+        self._backend = _build(self._backend_name, self.beton, self._substitutes, self._backend_arguments)
 
     def close(self) -> None:
         """End the workers and forget the batches under way."""
@@ -163,9 +172,9 @@ class Loader:
         while len(self._pending) < self._backend.depth:
             self._submit(*self._after(len(self._pending)))
         start = time.perf_counter()
-        crops = self._backend.receive(self.stall_timeout)
+        crops = self._receive()
         waited = time.perf_counter() - start
-        epoch, step, ids, colours = self._pending.popleft()  # not before: a batch that raised is the next one still
+        epoch, step, ids, substituted, colours = self._pending.popleft()  # not before: one that raised is the next
         shuffled, order = self._shuffled(crops, epoch, step)
         left_out = self._shuffle.only if self._shuffle else ()
         views = tuple(
@@ -174,7 +183,18 @@ class Loader:
         )
         self._epoch, self._step = self._after(1)
         self._submit(*self._after(len(self._pending)))
-        return Batch(views, ids, epoch, step, waited, shuffled, order)
+        return Batch(views, ids, epoch, step, waited, substituted, shuffled, order)
+
+    def _receive(self) -> tuple[torch.Tensor, ...]:
+        """Return the crops of the next batch, with substitutes for damaged records where these are passed over."""
+        while True:
+            try:
+                return self._backend.receive(self.stall_timeout)
+            except DamagedRecord as error:
+                self._substitutes.add(error)
+                self._begin_anew()
+            while len(self._pending) < self._backend.depth:
+                self._submit(*self._after(len(self._pending)))
 
     def _shuffled(
         self, crops: tuple[torch.Tensor, ...], epoch: int, step: int
@@ -204,18 +224,29 @@ class Loader:
 
     def _submit(self, epoch: int, step: int) -> None:
         ids = rank_slice(self._order_of(epoch), step, self.batch, self.rank, self.world)
-        heights, widths = self.beton.heights[ids], self.beton.widths[ids]
+        records = self._substitutes.resolve(ids)  # draws stay those of the sample
+        heights, widths = self.beton.heights[records], self.beton.widths[records]
         drawn = [
             draw_view(view, index, seed=self.seed, epoch=epoch, ids=ids, heights=heights, widths=widths)
             for index, view in enumerate(self.views)
         ]
-        self._backend.submit(Plan(ids, np.stack([d.boxes for d in drawn]), np.stack([d.flips for d in drawn])))
-        self._pending.append((epoch, step, ids, [d.colour for d in drawn]))
+        self._backend.submit(Plan(records, np.stack([d.boxes for d in drawn]), np.stack([d.flips for d in drawn])))
+        self._pending.append((epoch, step, records, int((records != ids).sum()), [d.colour for d in drawn]))
+
+
+def _build(name: str, beton: Beton, substitutes: Substitutes, arguments: dict[str, Any]) -> Backend:
+    """Return the backend; one that reads all records at once may meet damaged ones here."""
+    while True:
+        try:
+            return backends.build(name, beton, **arguments, left_out=frozenset(substitutes.bad))
+        except DamagedRecord as error:
+            substitutes.add(error)
 
 
 class CentreLoader:
     """Every sample of `beton` once, in order, centre-cropped and normalised: batches (images [B, 3, S, S], ids [B]).
 
+    ids are the records that were read, which for damaged ones that are passed over are others.
     `share` is the crop's side over the image's shorter side: 0.875 is the usual 224 of 256.
     """
 
@@ -234,13 +265,14 @@ class CentreLoader:
         stall_timeout: float = 60.0,
         statistics: Statistics = IMAGENET,
         indices: np.ndarray | None = None,
+        on_bad: OnBad = "error",
     ) -> None:
         self.beton, self.size, self.share, self.dtype = beton, size, share, dtype
         self.stall_timeout = stall_timeout
         self.indices = np.arange(len(beton)) if indices is None else indices
         self.batch = min(batch, max(len(self.indices), 1))
         self._statistics = statistics
-        self._under_way = 0
+        self._pending: deque[np.ndarray] = deque()
         self._backend_name = backend
         self._backend_arguments: dict[str, Any] = {
             "sizes": (size,),
@@ -249,33 +281,47 @@ class CentreLoader:
             "depth": ahead,
             "device": torch.device(device),
         }
-        self._backend = backends.build(backend, beton, **self._backend_arguments)
+        self._substitutes = Substitutes(beton, on_bad)
+        self._backend = _build(backend, beton, self._substitutes, self._backend_arguments)
 
     def __len__(self) -> int:
         """Return the number of batches."""
         return -(-len(self.indices) // self.batch)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
-        if self._under_way:  # left over from an iteration that was broken off
-            self.close()
-            self._backend = backends.build(self._backend_name, self.beton, **self._backend_arguments)
+        if self._pending:  # left over from an iteration that was broken off
+            self._begin_anew()
         parts = [self.indices[i : i + self.batch] for i in range(0, len(self.indices), self.batch)]
-        for ahead in parts[: self._backend.depth]:
-            self._submit(ahead)
-        for number, ids in enumerate(parts):
-            crops = self._backend.receive(self.stall_timeout)
-            self._under_way -= 1
+        for number in range(len(parts)):
+            crops = self._receive(parts[number : number + self._backend.depth])
             images = normalise(crops[0], self._statistics, self.dtype)
-            if number + self._backend.depth < len(parts):
-                self._submit(parts[number + self._backend.depth])
+            ids = self._pending.popleft()
+            for ahead in parts[number + 1 + len(self._pending) : number + 1 + self._backend.depth]:
+                self._submit(ahead)
             yield images, ids
 
+    def _receive(self, parts: list[np.ndarray]) -> tuple[torch.Tensor, ...]:
+        """Return the crops of the first of `parts`, which are all to be under way."""
+        while True:
+            for ahead in parts[len(self._pending) :]:
+                self._submit(ahead)
+            try:
+                return self._backend.receive(self.stall_timeout)
+            except DamagedRecord as error:
+                self._substitutes.add(error)
+                self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self.close()
+        self._backend = _build(self._backend_name, self.beton, self._substitutes, self._backend_arguments)
+
     def _submit(self, ids: np.ndarray) -> None:
-        boxes = centre_boxes(self.beton.heights[ids], self.beton.widths[ids], self.share)
-        self._backend.submit(Plan(ids, boxes[None], np.zeros((1, len(ids)), bool)))
-        self._under_way += 1
+        records = self._substitutes.resolve(ids)
+        boxes = centre_boxes(self.beton.heights[records], self.beton.widths[records], self.share)
+        self._backend.submit(Plan(records, boxes[None], np.zeros((1, len(records)), bool)))
+        self._pending.append(records)
 
     def close(self) -> None:
-        """End the workers."""
-        self._under_way = 0
+        """End the workers and forget the batches under way."""
+        self._pending.clear()
         self._backend.close()

@@ -101,10 +101,12 @@ def records_of(beton: Beton) -> Records:
     return Records(beton.data, beton.pointers, beton.sizes, beton.heights, beton.widths, beton.modes, crcs)
 
 
-def damaged(beton: Beton, sample: int, fault: int | str) -> DamagedRecord:
-    """Return the error that names the sample and says what is wrong with it."""
+def damaged(beton: Beton, sample: int, fault: int | str, others: tuple[int, ...] = ()) -> DamagedRecord:
+    """Return the error that names the sample and says what is wrong with it; it knows of `others` too."""
     reason = _FAULTS[fault] if isinstance(fault, int) else fault
     return DamagedRecord(
         f"{beton.path}: sample {sample} ({beton.name(sample)}) is damaged: {reason}: list all such samples with "
-        f"python -m pipeline.inspect {beton.path} --verify, and write the file again"
+        f"python -m pipeline.inspect {beton.path} --verify, and write the file again, or pass over them with "
+        "--data.on_bad skip",
+        (sample, *others),
     )

@@ -59,9 +59,14 @@ def build(
     workers: int,
     depth: int,
     device: torch.device,
+    left_out: frozenset[int] = frozenset(),
 ) -> Backend:
-    """Return backend `name` for at most `batch` samples at a time, a crop of `sizes` pixels a side for each view."""
+    """Return backend `name` for at most `batch` samples at a time, a crop of `sizes` pixels a side for each view.
+
+    left_out: samples that will not be asked for.
+    """
     if name not in BACKENDS:
         raise InputError(f"data.backend {name!r} is not one of {', '.join(BACKENDS)}: choose one of these")
     module = importlib.import_module(f"pipeline.backends.{name}")
-    return module.build(beton, sizes=sizes, batch=batch, workers=workers, depth=depth, device=device)
+    more = {"left_out": left_out} if name == "resident" else {}
+    return module.build(beton, sizes=sizes, batch=batch, workers=workers, depth=depth, device=device, **more)

@@ -43,30 +43,51 @@ def fits(beton: Beton, device: torch.device) -> bool:
     return needed(beton) <= SHARE * free(device)
 
 
-def decode_all(beton: Beton, workers: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return all images, uint8, flat, and each one's first byte, int64 [N]. Raises DamagedRecord."""
+def decode_all(beton: Beton, workers: int, left_out: frozenset[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return all images, uint8, flat, and each one's first byte, int64 [N].
+
+    Those of `left_out` are not decoded. Raises DamagedRecord, of all damaged ones.
+    """
     records, count = records_of(beton), len(beton)
     ends = np.cumsum(3 * beton.heights.astype(np.int64) * beton.widths)
     starts = np.concatenate([[0], ends])
     pixels, ids = np.empty(ends[-1], np.uint8), np.arange(count)
+    faults: dict[int, int] = {}
 
     def decode(start: int) -> None:
-        fault, at = _decode_chunk(records, ids, starts, start, min(start + _CHUNK, count), pixels)
-        if fault != WHOLE:
-            raise damaged(beton, int(at), fault)
+        stop = min(start + _CHUNK, count)
+        for end in [*sorted(index for index in left_out if start <= index < stop), stop]:
+            while start < end:  # on to the next that is left out
+                fault, at = _decode_chunk(records, ids, starts, start, end, pixels)
+                if fault == WHOLE:
+                    break
+                faults[int(at)] = fault
+                start = int(at) + 1
+            start = end + 1
 
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(decode, range(0, count, _CHUNK)))
+    if faults:
+        first, *others = sorted(faults)
+        raise damaged(beton, first, faults[first], tuple(others))
     return pixels, starts[:-1]
 
 
 class ResidentBackend:
     """See `pipeline.backends.Backend`; on a GPU."""
 
-    def __init__(self, beton: Beton, *, sizes: tuple[int, ...], depth: int, device: torch.device, workers: int) -> None:
+    def __init__(
+        self,
+        beton: Beton,
+        pixels: np.ndarray,
+        starts: np.ndarray,
+        *,
+        sizes: tuple[int, ...],
+        depth: int,
+        device: torch.device,
+    ) -> None:
         self.depth, self._sizes, self._widths = depth, sizes, beton.widths.astype(np.int64)
-        pixels, self._starts = decode_all(beton, workers)
-        self._pixels = torch.from_numpy(pixels).to(device)
+        self._starts, self._pixels = starts, torch.from_numpy(pixels).to(device)
         self._pending: list[Plan] = []
 
     def submit(self, plan: Plan) -> None:
@@ -81,7 +102,16 @@ class ResidentBackend:
         self._pending.clear()
 
 
-def build(beton: Beton, *, sizes: tuple[int, ...], batch: int, workers: int, depth: int, device: torch.device) -> Any:
+def build(
+    beton: Beton,
+    *,
+    sizes: tuple[int, ...],
+    batch: int,
+    workers: int,
+    depth: int,
+    device: torch.device,
+    left_out: frozenset[int] = frozenset(),
+) -> Any:
     """Return the backend. Raises InputError where the images take more than `SHARE` of the free memory."""
     if not fits(beton, device):
         raise InputError(
@@ -89,9 +119,9 @@ def build(beton: Beton, *, sizes: tuple[int, ...], batch: int, workers: int, dep
             f"{SHARE:.0%} of the {free(device) / 2**30:.1f} GiB free on {device.type}: choose another backend"
         )
     workers = workers or available_cores()
+    pixels, starts = decode_all(beton, workers, left_out)
     if device.type == "cuda":
-        return ResidentBackend(beton, sizes=sizes, depth=depth, device=device, workers=workers)
-    pixels, starts = decode_all(beton, workers)
+        return ResidentBackend(beton, pixels, starts, sizes=sizes, depth=depth, device=device)
     records = records_of(beton)._replace(
         data=pixels,
         pointers=starts.astype(records_of(beton).pointers.dtype),

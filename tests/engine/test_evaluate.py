@@ -41,8 +41,8 @@ def test_features_are_of_norm_one_in_order_and_leave_the_mode(drawn: Path) -> No
     backbone = resnet("resnet18", stem="small", width=0.125).train()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     ids = np.array([5, 1, 9, 3, 100])
-    found = features(backbone, Beton(drawn), indices=ids, size=32, batch=2, device=CPU)
-    one = features(backbone, Beton(drawn), indices=ids[3:4], size=32, batch=2, device=CPU)
+    found, read = features(backbone, Beton(drawn), indices=ids, size=32, batch=2, device=CPU)
+    one, _ = features(backbone, Beton(drawn), indices=ids[3:4], size=32, batch=2, device=CPU)
     assert torch.allclose(found[3], one[0], atol=1e-5)
     assert torch.allclose(found.norm(dim=1), torch.ones(5), atol=1e-5)
     assert backbone.training

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from pipeline.augment import Statistics
-from pipeline.backends import BACKENDS, resident
+from pipeline.backends import BACKENDS, Plan, resident
 from pipeline.backends.choice import choose
 from pipeline.beton import Beton, manifest_path
 from pipeline.draws import draw_view
@@ -33,6 +33,7 @@ from pipeline.prepare import prepare
 from pipeline.views import AUGMENTATIONS, View, view_sizes
 
 SIZE, BATCH = 16, 32
+PLAIN = View(jitter=0.0, grey=0.0, blur=0.0)
 LEVELS = Statistics((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))  # leaves 0..255 as it is
 OTHERS = [name for name in BACKENDS if name != "ffcv"]
 SAME_DECODER = [name for name in OTHERS if name != "dali"]
@@ -236,3 +237,87 @@ def test_views_of_one_size_each(drawn: Path) -> None:
     with loader(drawn, "ffcv", views=views) as one:
         (batch,) = take(one, 1)
     assert [tuple(view.shape) for view in batch.views if view is not None] == [(32, 3, s, s) for s in (8, 16, 24)]
+
+
+def whole_after(bad: set[int], sample: int, count: int) -> int:
+    while sample in bad:
+        sample = (sample + 1) % count
+    return sample
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_damaged_records_are_passed_over_for_the_next_whole_one(backend: str, drawn: Path, tmp_path: Path) -> None:
+    """The same one on every backend and rank; draws stay the sample's own; a run goes on exactly from any batch."""
+    bad = {5, 77, 78, 199}
+    path = drawn
+    for number, index in enumerate(sorted(bad)):
+        path = damage(path, index, "flipped", tmp_path / f"{number}.beton")
+    with loader(path, backend, on_bad="skip", views=(PLAIN, PLAIN), statistics=LEVELS) as one:
+        batches = take(one, 9)
+    beton = Beton(drawn)
+    for batch in batches:
+        order = epoch_order(3, batch.epoch, 200)[BATCH * batch.step : BATCH * (batch.step + 1)]
+        assert batch.ids.tolist() == [whole_after(bad, int(i), 200) for i in order]
+        assert batch.substituted == sum(int(i) in bad for i in order)
+        sides = {"heights": beton.heights[batch.ids], "widths": beton.widths[batch.ids]}
+        drawn_ = draw_view(PLAIN, 1, seed=3, epoch=batch.epoch, ids=order, **sides)
+        with loader(drawn, backend) as whole:
+            whole._backend.submit(Plan(batch.ids, np.stack([drawn_.boxes] * 2), np.stack([drawn_.flips] * 2)))
+            expected = whole._backend.receive(60)[0]
+        assert torch.equal(batch.views[1].permute(0, 2, 3, 1), expected.float())
+    assert sum(batch.substituted for batch in batches) >= 4
+    for rank in (0, 1):
+        with loader(path, backend, on_bad="skip", views=(PLAIN, PLAIN), rank=rank, world=2) as part:
+            shares = take(part, 9)
+        for share, batch in zip(shares, batches, strict=True):
+            assert share.ids.tolist() == batch.ids[16 * rank : 16 * (rank + 1)].tolist()
+    with loader(path, backend, on_bad="skip", views=(PLAIN, PLAIN), statistics=LEVELS) as resumed:
+        resumed.load_state_dict({**resumed.state_dict(), "epoch": batches[4].epoch, "step": batches[4].step})
+        assert same(take(resumed, 5), batches[4:])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_centre_crops_pass_over_damaged_records_too(backend: str, drawn: Path, tmp_path: Path) -> None:
+    path = damage(drawn, 40, "flipped", tmp_path / "bad.beton")
+    options: dict[str, Any] = {"size": SIZE, "batch": 32, "workers": 1, "backend": backend}
+    with closing(CentreLoader(Beton(path), on_bad="skip", **options)) as images:
+        found = [ids.tolist() for _, ids in images]
+    assert [i for ids in found for i in ids] == [41 if i == 40 else i for i in range(200)]
+    with pytest.raises(DamagedRecord, match="sample 40 "), closing(CentreLoader(Beton(path), **options)) as images:
+        list(images)
+
+
+def test_too_many_damaged_records_are_an_error(drawn: Path, tmp_path: Path) -> None:
+    path = drawn
+    for number, index in enumerate(range(50, 61)):
+        path = damage(path, index, "zeros", tmp_path / f"{number}.beton")
+    with pytest.raises(InputError, match="at most 10 are skipped"), loader(path, "resident", on_bad="skip"):
+        pass
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("forged", ["pointer", "side", "both"])
+def test_forged_metadata_is_refused_or_passed_over(backend: str, forged: str, drawn: Path, tmp_path: Path) -> None:
+    """A pointer outside the file, a side that its record cannot have."""
+    beton, data = Beton(drawn), bytearray(drawn.read_bytes())
+    start = beton.header_end - beton.metadata.nbytes
+    rows = np.frombuffer(data, beton.metadata.dtype, len(beton), start).copy()
+    images = rows[beton._images]
+    if forged in ("pointer", "both"):
+        images["data_ptr"][7] = 2**60
+    if forged in ("side", "both"):
+        images["height"][9] = 65535
+        images["width"][9] = 65535
+    data[start : start + rows.nbytes] = rows.tobytes()
+    path = tmp_path / "forged.beton"
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"sample [79] has"):
+        Beton(path)
+    tolerant = Beton(path, tolerate=True)
+    bad = {"pointer": {7}, "side": {9}, "both": {7, 9}}[forged]
+    assert tolerant.unreadable == bad
+    with closing(
+        Loader(tolerant, AUGMENTATIONS["moco_v2"], size=SIZE, batch=200, backend=backend, on_bad="skip")
+    ) as one:
+        (batch,) = take(one, 1)
+    assert sorted(batch.ids.tolist()) == sorted(whole_after(bad, i, 200) for i in range(200))
