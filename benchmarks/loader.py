@@ -1,148 +1,179 @@
-"""Loader throughput: our two-view path beside FFCV's own loader decoding every image twice, in one run.
+"""Loader throughput: our backends, FFCV's own loader and the official MoCo pipeline, on the same images in one run.
 
-    python -m benchmarks.loader --data F.beton [--size 224] [--threads 1] [--runs 5] [--json OUT.json]
+    python -m benchmarks.loader --data F.beton [--backends ffcv,ffcv-gpu,dali,resident] [--threads 1,2,4] [--json OUT]
 
-Counted in pairs of crops a second of CPU time (all threads of the process) and of wall clock; crops only, before any
-colour operation. The two alternate, `--runs` times each after one warm-up, over the same images; medians and their
-spread are printed, and the ratio is of medians. The file is read once before, so that it stands in the page cache.
+Each way is a process of its own, that builds, warms up with one epoch, and then runs epochs in turn with the others;
+medians and their spread are printed. Counted are pairs (samples with all their views) a second of wall clock, and of
+CPU time of all the process's threads: what one core gives. Ours and FFCV's are crops, before any colour operation
+(ours makes these on the device); the official pipeline's views are whole. `decode-only` is what is left for the CPU
+where ffcv's crops are made on the GPU. The file stands in the page cache. Ratios are of CPU-time medians, to those of
+ffcv-twice.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import resource
+import subprocess
+import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from benchmarks import machine
-from pipeline.backends import Plan, build
+from benchmarks.paths import PATHS
 from pipeline.beton import Beton
-from pipeline.draws import draw_view
 from pipeline.errors import InputError, command
-from pipeline.order import epoch_order
-from pipeline.views import AUGMENTATIONS
 
-_AHEAD = 3
-Epoch = Callable[[], int]
+_BASELINE = "ffcv-twice"
 
 
-def ours(beton: Beton, size: int, batch: int, threads: int) -> tuple[Epoch, Callable[[], None]]:
-    """Return a function that crops one epoch and returns its number of pairs, and one that closes the backend."""
-    views = AUGMENTATIONS["moco_v2"]
-    device = torch.device("cpu")
-    backend = build("ffcv", beton, sizes=(size, size), batch=batch, workers=threads, depth=_AHEAD, device=device)
+class Worker:
+    """One way to crops, in a process of its own."""
 
-    def plan(ids: np.ndarray) -> Plan:
-        sides = {"heights": beton.heights[ids], "widths": beton.widths[ids]}
-        drawn = [draw_view(view, index, seed=0, epoch=0, ids=ids, **sides) for index, view in enumerate(views)]
-        return Plan(ids, np.stack([d.boxes for d in drawn]), np.stack([d.flips for d in drawn]))
+    def __init__(self, name: str, threads: int, args: argparse.Namespace) -> None:
+        self.name, self.threads = name, threads
+        options = {"--data": args.data, "--size": args.size, "--views": args.views, "--batch": args.batch}
+        arguments = [str(part) for pair in options.items() for part in pair]
+        command = [sys.executable, "-m", "benchmarks.loader", "--worker", name, "--threads", str(threads), *arguments]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def epoch() -> int:
-        order = epoch_order(0, 0, len(beton))
-        parts = [order[i : i + batch] for i in range(0, len(order) - batch + 1, batch)]
-        for part in parts[:_AHEAD]:
-            backend.submit(plan(part))
-        for number in range(len(parts)):
-            backend.receive(timeout=600)
-            if number + _AHEAD < len(parts):
-                backend.submit(plan(parts[number + _AHEAD]))
-        return len(parts) * batch
+    def ask(self, what: str) -> dict[str, float]:
+        """Have it run an epoch, or report; return its answer. Raises RuntimeError where it ended."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(what + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise RuntimeError(f"{self.name}: failed, see above") from None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise RuntimeError(f"{self.name}: failed, see above")
 
-    return epoch, backend.close
-
-
-def ffcv_twice(beton: Beton, size: int, batch: int, threads: int) -> tuple[Epoch, Callable[[], None]]:
-    """Return the same for FFCV's own loader: two pipelines on one image field, each decoding and cropping."""
-    from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
-    from ffcv.loader import Loader, OrderOption
-    from ffcv.pipeline import PipelineSpec
-
-    def decoder() -> Any:
-        return RandomResizedCropRGBImageDecoder((size, size), scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3))
-
-    loader = Loader(
-        str(beton.path),
-        batch_size=batch,
-        num_workers=threads,
-        order=OrderOption.RANDOM,
-        seed=0,
-        batches_ahead=_AHEAD,
-        pipelines={
-            "image": PipelineSpec("image", decoder=decoder(), transforms=[]),
-            "second": PipelineSpec("image", decoder=decoder(), transforms=[]),
-            "label": None,
-        },
-    )
-
-    def epoch() -> int:
-        return sum(len(views[0]) for views in loader)
-
-    return epoch, lambda: None
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
 
 
-def measure(beton: Beton, *, size: int, batch: int, threads: int, runs: int) -> dict[str, Any]:
-    """Return pairs a second, by CPU time and wall clock, of both paths and the ratio of the CPU-time medians."""
-    paths = {}
-    for name, make in (("ours", ours), ("ffcv_twice", ffcv_twice)):
-        paths[name] = make(beton, size, batch, threads)
-        # Compiles, and fills the page cache. Ours goes first: FFCV's Loader changes a type object that all of numba
-        # shares (OSCacheManager.state_type), after which nothing else can be compiled reliably in the process.
-        paths[name][0]()
-    rates: dict[str, dict[str, list[float]]] = {name: {"cpu": [], "wall": []} for name in paths}
-    for _ in range(runs):
-        for name, (epoch, _) in paths.items():
-            cpu, wall = time.process_time(), time.perf_counter()
-            pairs = epoch()
-            cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-            rates[name]["cpu"].append(pairs / cpu)
-            rates[name]["wall"].append(pairs / wall)
-    for _, close in paths.values():
-        close()
-    result: dict[str, Any] = {
-        name: {kind: machine.spread(values) for kind, values in kinds.items()} for name, kinds in rates.items()
-    }
-    return result | {"ratio": result["ours"]["cpu"]["median"] / result["ffcv_twice"]["cpu"]["median"]}
+def work(args: argparse.Namespace) -> None:
+    """Be a worker: build, then answer each line of standard input by one of JSON."""
+    beton = Beton(args.data)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    started = time.perf_counter()
+    path = PATHS[args.worker](beton, args.size, args.views, args.batch, int(args.threads), device)
+    for line in sys.stdin:
+        cpu, wall = time.process_time(), time.perf_counter()
+        if line.strip() == "about":
+            gpu = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            answer = {"to_device_bytes": path.to_device, "peak_bytes": peak, "peak_gpu_bytes": gpu}
+        else:
+            pairs = path.epoch()
+            cpu, now = time.process_time() - cpu, time.perf_counter()
+            answer = {"cpu": pairs / cpu, "wall": pairs / (now - wall), "first_epoch_seconds": now - started}
+        print(json.dumps(answer), flush=True)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Return rates and the rest of each way with each number of threads, by `NAME, N threads`."""
+    workers = [Worker(name, threads, args) for threads in args.threads for name in args.backends]
+    try:
+        first = [worker.ask("epoch")["first_epoch_seconds"] for worker in workers]
+        rates: list[list[dict[str, float]]] = [[] for _ in workers]
+        for _ in range(args.runs):
+            for worker, found in zip(workers, rates, strict=True):
+                found.append(worker.ask("epoch"))
+        about = [worker.ask("about") for worker in workers]
+    finally:
+        for worker in workers:
+            worker.close()
+    read = float(Beton(args.data).sizes.mean())
+    result: dict[str, dict[str, Any]] = {}
+    for worker, found, seconds, more in zip(workers, rates, first, about, strict=True):
+        spreads = {kind: machine.spread([rate[kind] for rate in found]) for kind in ("cpu", "wall")}
+        reads = 0.0 if worker.name == "resident" else read * (args.views if worker.name == _BASELINE else 1)
+        row = {"name": worker.name, "threads": worker.threads, **spreads, "first_epoch_seconds": seconds}
+        result[f"{worker.name}, {worker.threads}"] = {**row, "read_bytes": reads, **more}
+    for row in result.values():
+        base = result.get(f"{_BASELINE}, {row['threads']}")
+        row["ratio"] = row["cpu"]["median"] / base["cpu"]["median"] if base else None
+    return result
+
+
+def _table(rows: dict[str, Any]) -> Table:
+    table = Table(box=None)
+    for heading in ("", "threads", "pairs/s a core", "pairs/s", "ratio", "read", "to device", "first epoch", "memory"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for row in rows.values():
+        spread = "{median:.0f} ({min:.0f}-{max:.0f})"
+        table.add_row(
+            row["name"],
+            str(row["threads"]),
+            spread.format(**row["cpu"]),
+            spread.format(**row["wall"]),
+            f"{row['ratio']:.2f}" if row["ratio"] else "",
+            f"{row['read_bytes'] / 1024:.0f} KiB",
+            f"{row['to_device_bytes'] / 1024:.0f} KiB",
+            f"{row['first_epoch_seconds']:.1f} s",
+            f"{row['peak_bytes'] / 2**20:.0f} MiB",
+        )
+    return table
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description="Measure loader throughput.")
+    known = ",".join(PATHS)
     parser.add_argument("--data", required=True, help="beton")
+    parser.add_argument("--backends", default=known, help="ways to crops (default %(default)s)")
+    parser.add_argument("--threads", default="1", help="loader threads, such as 1,2,4 (default %(default)s)")
+    parser.add_argument("--views", type=int, default=2, help="crops of each image (default %(default)s)")
     parser.add_argument("--size", type=int, default=224, help="side of a crop, pixels (default %(default)s)")
     parser.add_argument("--batch", type=int, default=100, help="images a batch (default %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="loader threads (default %(default)s)")
     parser.add_argument("--runs", type=int, default=5, help="epochs measured of each (default %(default)s)")
     parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def _checked(args: argparse.Namespace) -> argparse.Namespace:
+    try:
+        args.threads = [int(number) for number in args.threads.split(",")]
+    except ValueError:
+        raise InputError(f"--threads {args.threads}: give numbers, such as 1,2,4") from None
+    args.backends = args.backends.split(",")
+    for name in args.backends:
+        if name not in PATHS:
+            raise InputError(f"--backends {name}: no such way to crops: choose of {', '.join(PATHS)}")
+    if min(args.size, args.batch, args.views, args.runs, *args.threads) < 1:
+        raise InputError("--size, --batch, --views, --threads and --runs must be positive: give 1 or more")
+    count = len(Beton(args.data))
+    if args.batch > count:
+        raise InputError(f"--batch {args.batch}: {args.data} holds {count} images: give at most as many")
+    return args
 
 
 @command
 def main() -> None:
     args = _arguments()
-    if min(args.size, args.batch, args.threads, args.runs) < 1:
-        raise InputError("--size, --batch, --threads and --runs must be positive: give 1 or more")
-    beton = Beton(args.data)
-    if args.batch > len(beton):
-        raise InputError(f"--batch {args.batch}: {args.data} holds {len(beton)} images: give at most as many")
-    settings = {"size": args.size, "batch": args.batch, "threads": args.threads, "runs": args.runs}
-    result = {
-        "machine": machine.describe(),
-        "data": Path(args.data).name,
-        "settings": settings,
-        **measure(beton, **settings),
-    }
-    about = result["machine"]
-    print(f"{about['processor']}, {about['cores']} cores, load {about['load']}, {about['date']}")
-    print(", ".join(f"{name} {number}" for name, number in about["versions"].items()))
-    print(f"{args.data}: {len(beton)} images, {settings}")
-    for name in ("ours", "ffcv_twice"):
-        for kind in ("cpu", "wall"):
-            rate = result[name][kind]
-            print(f"{name:11s} {rate['median']:7.0f} pairs/s {kind:4s} ({rate['min']:.0f} to {rate['max']:.0f})")
-    print(f"ratio       {result['ratio']:7.2f} by CPU time")
+    if args.worker:
+        work(args)
+        return
+    args = _checked(args)
+    settings = {key: getattr(args, key) for key in ("size", "views", "batch", "threads", "runs")}
+    about, rows = machine.describe(), measure(args)
+    result = {"machine": about, "data": Path(args.data).name, "settings": settings, "paths": rows}
+    print(f"{about['processor']}, {about['cores']} cores, load {about['load']}, {about['gpu'] or 'no GPU'}")
+    print(f"{about['date']}, {', '.join(f'{name} {number}' for name, number in about['versions'].items())}")
+    print(f"{args.data}: {len(Beton(args.data))} images, {settings}")
+    Console(width=160).print(_table(rows))
     machine.write(result, args.json)
 
 

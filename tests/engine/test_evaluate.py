@@ -44,6 +44,7 @@ def test_features_are_of_norm_one_in_order_and_leave_the_mode(drawn: Path) -> No
     found, read = features(backbone, Beton(drawn), indices=ids, size=32, batch=2, device=CPU)
     one, _ = features(backbone, Beton(drawn), indices=ids[3:4], size=32, batch=2, device=CPU)
     assert torch.allclose(found[3], one[0], atol=1e-5)
+    assert read.tolist() == ids.tolist()
     assert torch.allclose(found.norm(dim=1), torch.ones(5), atol=1e-5)
     assert backbone.training
     assert all(torch.equal(before[name], value) for name, value in backbone.state_dict().items())

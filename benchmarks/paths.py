@@ -1,0 +1,185 @@
+"""The ways from a beton to two-view crops that `benchmarks.loader` compares: ours, FFCV's own, the official MoCo's.
+
+Each is a function of (beton, size, views, batch, threads, device) that returns a function of no arguments, which runs
+one epoch and returns its number of samples; and the bytes that cross from host to device for each sample.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+from pipeline.backends import Plan, build
+from pipeline.beton import Beton
+from pipeline.draws import draw_view
+from pipeline.libffcv import JPEG
+from pipeline.order import epoch_order
+from pipeline.views import View
+
+_AHEAD = 3
+_VIEW = View()  # MoCo v2's
+
+
+class Path(NamedTuple):
+    """One way to crops."""
+
+    epoch: Callable[[], int]
+    """Runs over the data once; returns the number of samples."""
+    to_device: float
+    """Bytes a sample from host to device, where there is one."""
+
+
+def _plans(beton: Beton, views: int, batch: int) -> list[Plan]:
+    order, found = epoch_order(0, 0, len(beton)), []
+    for start in range(0, len(order) - batch + 1, batch):
+        ids = order[start : start + batch]
+        sides = {"heights": beton.heights[ids], "widths": beton.widths[ids]}
+        drawn = [draw_view(_VIEW, index, seed=0, epoch=0, ids=ids, **sides) for index in range(views)]
+        found.append(Plan(ids, np.stack([d.boxes for d in drawn]), np.stack([d.flips for d in drawn])))
+    return found
+
+
+def _run(backend: Any, plans: list[Plan], receive: Callable[[], Any]) -> Callable[[], int]:
+    def epoch() -> int:
+        for plan in plans[: backend.depth]:
+            backend.submit(plan)
+        for number in range(len(plans)):
+            receive()
+            for plan in plans[number + backend.depth : number + backend.depth + 1]:
+                backend.submit(plan)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return sum(len(plan.ids) for plan in plans)
+
+    return epoch
+
+
+def ours(name: str) -> Callable[..., Path]:
+    """Return the way of backend `name`; draws are made beforehand, as they cost the same everywhere."""
+
+    def make(beton: Beton, size: int, views: int, batch: int, threads: int, device: torch.device) -> Path:
+        backend = build(name, beton, sizes=(size,) * views, batch=batch, workers=threads, depth=_AHEAD, device=device)
+        decoded = float((3 * beton.heights.astype(np.int64) * beton.widths).mean())
+        crops = float(3 * size * size * views)
+        bytes_ = {"ffcv": crops, "ffcv_gpu": decoded, "dali": float(beton.sizes.mean()), "resident": 0.0}[name]
+        plans = _plans(beton, views, batch)
+        return Path(_run(backend, plans, lambda: backend.receive(600)), bytes_)
+
+    return make
+
+
+def decode_only(beton: Beton, size: int, views: int, batch: int, threads: int, device: torch.device) -> Path:
+    """What is left for the CPU where ffcv's crops are made on the GPU: each record decoded once."""
+    backend = build(
+        "ffcv_gpu", beton, sizes=(size,) * views, batch=batch, workers=threads, depth=_AHEAD, device=torch.device("cpu")
+    )
+    decoded = float((3 * beton.heights.astype(np.int64) * beton.widths).mean())
+    receive = lambda: backend._ahead.finish(600)  # type: ignore[attr-defined]  # noqa: E731
+    return Path(_run(backend, _plans(beton, views, batch), receive), decoded)
+
+
+def ffcv_twice(beton: Beton, size: int, views: int, batch: int, threads: int, device: torch.device) -> Path:
+    """FFCV's own Loader: a pipeline a view on one image field, each decoding and cropping."""
+    from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.pipeline import PipelineSpec
+
+    def spec() -> Any:
+        decoder = RandomResizedCropRGBImageDecoder((size, size), scale=_VIEW.scale, ratio=_VIEW.ratio)
+        return PipelineSpec("image", decoder=decoder, transforms=[])
+
+    names = ["image", *(f"view{number}" for number in range(1, views))]
+    loader = Loader(
+        str(beton.path),
+        batch_size=batch,
+        num_workers=threads,
+        order=OrderOption.RANDOM,
+        seed=0,
+        batches_ahead=_AHEAD,
+        pipelines={**{name: spec() for name in names}, "label": None},
+    )
+    return Path(lambda: sum(len(given[0]) for given in loader), float(3 * size * size * views))
+
+
+class _Official(torch.utils.data.Dataset):
+    """facebookresearch/moco's `TwoCropsTransform` of its v2 augmentation, on PIL images, colours and all."""
+
+    def __init__(self, beton: Beton, size: int, views: int) -> None:
+        self._beton, self._size, self._views = beton, size, views
+
+    def __len__(self) -> int:
+        return len(self._beton)
+
+    def __getitem__(self, index: int) -> list[torch.Tensor]:
+        beton, record = self._beton, self._beton.record(index).tobytes()
+        if beton.modes[index] == JPEG:
+            image = Image.open(io.BytesIO(record)).convert("RGB")
+        else:
+            image = Image.frombytes("RGB", (int(beton.widths[index]), int(beton.heights[index])), record)
+        return [self._view(image, index, number) for number in range(self._views)]
+
+    def _view(self, image: Image.Image, index: int, number: int) -> torch.Tensor:
+        height, width = np.array([image.height]), np.array([image.width])
+        seed = random.getrandbits(31)
+        drawn = draw_view(_VIEW, number, seed=seed, epoch=0, ids=np.array([index]), heights=height, widths=width)
+        top, left, height_, width_ = (int(value) for value in drawn.boxes[0])
+        box = (left, top, left + width_, top + height_)
+        x = image.resize((self._size, self._size), Image.Resampling.BILINEAR, box=box)
+        if random.random() < 0.8:
+            for operation in random.sample((_brightness, _contrast, _saturation, _hue), 4):
+                x = operation(x)
+        x = ImageOps.grayscale(x).convert("RGB") if random.random() < 0.2 else x
+        x = x.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0))) if random.random() < 0.5 else x
+        x = ImageOps.mirror(x) if random.random() < 0.5 else x
+        tensor = torch.from_numpy(np.array(x)).permute(2, 0, 1).float().div_(255)
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        return (tensor - mean) / std
+
+
+def _brightness(x: Image.Image) -> Image.Image:
+    return ImageEnhance.Brightness(x).enhance(random.uniform(0.6, 1.4))
+
+
+def _contrast(x: Image.Image) -> Image.Image:
+    return ImageEnhance.Contrast(x).enhance(random.uniform(0.6, 1.4))
+
+
+def _saturation(x: Image.Image) -> Image.Image:
+    return ImageEnhance.Color(x).enhance(random.uniform(0.6, 1.4))
+
+
+def _hue(x: Image.Image) -> Image.Image:
+    h, s, v = x.convert("HSV").split()
+    turned = np.array(h) + np.uint8(int(random.uniform(-0.1, 0.1) * 255) % 256)
+    return Image.merge("HSV", (Image.fromarray(turned, "L"), s, v)).convert("RGB")
+
+
+def official(beton: Beton, size: int, views: int, batch: int, threads: int, device: torch.device) -> Path:
+    """The official MoCo pipeline: PIL transforms, colours among them, in a DataLoader (one thread: in this process)."""
+    torch.set_num_threads(1)
+    loader: Any = torch.utils.data.DataLoader(
+        _Official(beton, size, views), batch, shuffle=True, num_workers=threads if threads > 1 else 0, drop_last=True
+    )
+
+    def some() -> Iterator[Any]:
+        return itertools.islice(iter(loader), max(1, 200 // batch))  # a share of the epoch: it is slow
+
+    return Path(lambda: sum(len(given[0]) for given in some()), float(4 * 3 * size * size * views))
+
+
+PATHS: dict[str, Callable[..., Path]] = {
+    "ffcv": ours("ffcv"),
+    "ffcv-gpu": ours("ffcv_gpu"),
+    "decode-only": decode_only,
+    "dali": ours("dali"),
+    "resident": ours("resident"),
+    "ffcv-twice": ffcv_twice,
+    "official": official,
+}
