@@ -100,7 +100,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for worker, found, seconds, more in zip(workers, rates, first, about, strict=True):
         spreads = {kind: machine.spread([rate[kind] for rate in found]) for kind in ("cpu", "wall")}
         reads = 0.0 if worker.name == "resident" else read * (args.views if worker.name == _BASELINE else 1)
-        row = {"name": worker.name, "threads": worker.threads, **spreads, "first_epoch_seconds": seconds}
+        row: dict[str, Any] = {
+            "name": worker.name,
+            "threads": worker.threads,
+            **spreads,
+            "first_epoch_seconds": seconds,
+        }
         result[f"{worker.name}, {worker.threads}"] = {**row, "read_bytes": reads, **more}
     for row in result.values():
         base = result.get(f"{_BASELINE}, {row['threads']}")
