@@ -32,6 +32,7 @@ from methods.registry import build_backbone, build_encoder, build_objective
 from pipeline.backends.choice import Choice, choose
 from pipeline.beton import Beton
 from pipeline.cores import available_cores
+from pipeline.direct import open_data
 from pipeline.errors import InputError
 from pipeline.loader import Loader, Shuffle
 from pipeline.views import AUGMENTATIONS
@@ -193,7 +194,7 @@ def _open(settings: Settings, name: str) -> Beton:
     path, key = getattr(settings.data, name), f"data.{name}"
     if not path:
         raise InputError(f"{key} is not set: give a beton, --{key} F.beton; write one with python -m pipeline.prepare")
-    return Beton(path, tolerate=settings.data.on_bad == "skip")
+    return open_data(path, tolerate=settings.data.on_bad == "skip")
 
 
 def build_accelerator(settings: Settings) -> Accelerator:
@@ -270,7 +271,8 @@ def _knn(settings: Settings, train_set: Beton, accelerator: Accelerator) -> Knn 
     return Knn(
         train_set,
         _open(settings, "eval"),
-        backend=choose("ffcv", data.crop_on, train_set, accelerator.device).name,  # once an image: not worth residence
+        # each image once: not worth residence
+        backend=choose("ffcv" if train_set.in_one_file else "auto", data.crop_on, train_set, accelerator.device).name,
         k=knn.k,
         temperature=knn.temperature,
         limit=knn.limit,

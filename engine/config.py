@@ -35,7 +35,8 @@ class Data:
     """Where images come from and what their views are."""
 
     train: str = ""
-    """Beton to train on; write one with python -m pipeline.prepare."""
+    """Beton to train on, which python -m pipeline.prepare writes; or a folder, a .tar, or a pattern of .tar files, of
+    JPEGs that are read as they are."""
     eval: str = ""
     """Labelled beton for kNN, neighbours from `train` (of one file: every tenth image by the others). None: no kNN."""
     backend: Literal["auto", "ffcv", "dali", "resident"] = "auto"

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from engine.build import Model, build_accelerator, build_model, check_batch, needed_views
 from engine.config import Settings
 from engine.optim import momentum_after, peak_rate
-from pipeline.beton import Beton
+from pipeline.direct import open_data
 from pipeline.errors import InputError
 from pipeline.loader import Batch
 from pipeline.order import steps_per_epoch
@@ -96,7 +96,7 @@ def _memory(settings: Settings, model: Model, slope: float, constant: float) -> 
 
 def _length(settings: Settings) -> dict[str, int]:
     """Return images and steps; none where neither the data nor data.samples is given."""
-    samples = len(Beton(settings.data.train)) if settings.data.train else settings.data.samples
+    samples = len(open_data(settings.data.train)) if settings.data.train else settings.data.samples
     if not samples:
         return {}
     epoch = steps_per_epoch(samples, settings.data.batch)

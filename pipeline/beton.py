@@ -133,13 +133,18 @@ class Beton:
             self._read_header()
             self._read_records()
             self.manifest = self._read_manifest()
-            self.data = np.memmap(self.path, dtype=np.uint8, mode="r")
+            self.data: np.ndarray = np.memmap(self.path, dtype=np.uint8, mode="r")
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror or error}): make it readable") from None
         self.crc32 = np.array(self.manifest.crc32, dtype=np.uint32) if self.manifest else None
 
     def __len__(self) -> int:
         return len(self.sizes)
+
+    @property
+    def in_one_file(self) -> bool:
+        """Whether all records stand in `data`, as a beton's do."""
+        return True
 
     @property
     def classes(self) -> list[str]:

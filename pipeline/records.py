@@ -82,17 +82,27 @@ def decode_record(records: Any, sample: int, pixels: Any) -> tuple[int, Any]:
 def check_record(beton: Beton, index: int) -> str | None:
     """Return what is wrong with sample `index` of `beton`, or None: its CRC32, its JPEG header, its decoding."""
     height, width = int(beton.heights[index]), int(beton.widths[index])
-    fault, _ = decode_record(records_of(beton), index, np.empty(3 * height * width, np.uint8))
+    fault, _ = decode_record(_one(beton, index), 0, np.empty(3 * height * width, np.uint8))
     return _FAULTS.get(fault)
 
 
 def decode(beton: Beton, index: int) -> np.ndarray:
     """Return the pixels of sample `index`: uint8 [H, W, 3]. Raises DamagedRecord."""
     height, width = int(beton.heights[index]), int(beton.widths[index])
-    fault, pixels = decode_record(records_of(beton), index, np.empty(3 * height * width, np.uint8))
+    fault, pixels = decode_record(_one(beton, index), 0, np.empty(3 * height * width, np.uint8))
     if fault != WHOLE:
         raise damaged(beton, index, fault)
     return np.array(pixels).reshape(height, width, 3)
+
+
+def _one(beton: Beton, index: int) -> Records:
+    """Return sample `index` alone, wherever it stands."""
+    data, one = beton.record(index), slice(index, index + 1)
+    crcs = beton.crc32[one] if beton.crc32 is not None else np.zeros(0, np.uint32)
+    sides = beton.heights[one], beton.widths[one]
+    return Records(
+        np.asarray(data), np.zeros(1, np.uint64), np.full(1, len(data), np.uint64), *sides, beton.modes[one], crcs
+    )
 
 
 def records_of(beton: Beton) -> Records:

@@ -67,6 +67,11 @@ def build(
     """
     if name not in BACKENDS:
         raise InputError(f"data.backend {name!r} is not one of {', '.join(BACKENDS)}: choose one of these")
+    if not beton.in_one_file and name != "dali":
+        raise InputError(
+            f"data.backend {name!r}: {beton.path} is not one file, which only dali reads directly: choose dali, or "
+            "write a beton with python -m pipeline.prepare"
+        )
     module = importlib.import_module(f"pipeline.backends.{name}")
     more = {"left_out": left_out} if name == "resident" else {}
     return module.build(beton, sizes=sizes, batch=batch, workers=workers, depth=depth, device=device, **more)

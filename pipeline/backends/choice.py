@@ -24,6 +24,8 @@ def choose(backend: str, crop_on: CropOn, beton: Beton, device: torch.device, pr
 
     processes: those that share the machine's memory.
     """
+    if backend == "auto" and not beton.in_one_file:
+        return Choice("dali", "the images are not in one file, which it alone reads")
     if backend == "auto":
         size = f"the decoded images take {resident.needed(beton) / 2**30:.2f} GiB"
         share = resident.SHARE if device.type == "cuda" else resident.SHARE / processes

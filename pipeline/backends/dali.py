@@ -84,8 +84,7 @@ class DaliBackend:
     def _encoded(self, index: int) -> np.ndarray:
         """Return the record's bytes; of a raw one as a PNM, which DALI reads too. Raises DamagedRecord."""
         beton = self._beton
-        start, size = int(beton.pointers[index]), int(beton.sizes[index])
-        data = np.asarray(beton.data[start : start + size])
+        data = np.asarray(beton.record(index))
         if beton.crc32 is not None and zlib.crc32(data.data) != beton.crc32[index]:
             raise damaged(beton, index, check_record(beton, index) or "its bytes changed while they were read")
         if beton.modes[index] != RAW:

@@ -1,0 +1,214 @@
+"""Images read where they are, without a beton: a folder, a tar, ILSVRC2012's tar of tars, WebDataset shards.
+
+An index takes the place of the beton's tables: where each JPEG's bytes stand and how large its image is, from the
+headers alone, read once and kept in the user's cache. A single tar is then read by every backend as a beton is, from
+its memory map; folders and several tars by the DALI backend. There is no manifest, so that a record is checked by its
+decoding alone. What is not an RGB or grey JPEG needs `pipeline.prepare`. As by torchvision's loader, EXIF orientation
+is ignored.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import tarfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from pipeline.beton import Beton
+from pipeline.cores import available_cores
+from pipeline.errors import BadRecords, InputError
+from pipeline.libffcv import JPEG
+from pipeline.progress import progress
+from pipeline.records import jpeg_side_lengths
+from pipeline.sources import Item, Source, open_source
+
+_HEADER = 1 << 16  # bytes of a file that hold its frame header, nearly always
+_FORMAT = 1
+_CHUNK = 1000
+
+
+class Direct(Beton):
+    """Images of a folder or of tars, with the attributes of a `Beton`.
+
+    source: a folder, a .tar, or several by a pattern such as `shards/train-*.tar`. subset: as `open_source`'s.
+    tolerate: as `Beton`'s. Raises InputError where there is no image, and BadRecords for images that are no RGB or grey
+    JPEGs.
+    """
+
+    def __init__(self, source: Path | str, *, subset: str | None = None, tolerate: bool = False) -> None:
+        self.path, self._tolerate = Path(source), tolerate
+        found = _listed(str(source), subset)
+        self._names, self._classes = [item.name for item in found.items], found.classes
+        self._files = sorted({item.path for item in found.items})
+        number = {path: i for i, path in enumerate(self._files)}
+        self._file = np.array([number[item.path] for item in found.items])
+        whole = np.array([item.offset < 0 for item in found.items])
+        self.labels = np.array([item.label for item in found.items], np.int64)
+        self.manifest = self.crc32 = None
+        self.unreadable: frozenset[int] = frozenset()
+        self._sizes_of(found.items)
+        self.modes = np.full(len(self), JPEG, np.uint8)
+        single = len(self._files) == 1 and not whole.any()
+        self.data: np.ndarray = np.memmap(self._files[0], np.uint8, "r") if single else np.zeros(0, np.uint8)
+        self.file_size = sum(os.path.getsize(path) for path in self._files) if not whole.any() else 0
+        self._maps: dict[int, np.ndarray] = {0: self.data} if single else {}
+        self._whole = bool(whole.any())
+
+    @property
+    def in_one_file(self) -> bool:
+        """Whether all records stand in one file, so that every backend can read them."""
+        return len(self.data) > 0
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names by label; empty where unknown."""
+        return self._classes
+
+    def record(self, index: int) -> np.ndarray:
+        """Return the stored bytes of sample `index`: uint8 [size]."""
+        if self._whole:
+            return np.fromfile(self._files[self._file[index]], np.uint8)
+        file = int(self._file[index])
+        if file not in self._maps:
+            self._maps[file] = np.memmap(self._files[file], np.uint8, "r")
+        start = int(self.pointers[index])
+        return self._maps[file][start : start + int(self.sizes[index])]
+
+    def name(self, index: int) -> str:
+        """Return where sample `index` stands in the source."""
+        return self._names[index]
+
+    @property
+    def fingerprint(self) -> str:  # type: ignore[override]
+        """A hash of names, places and image sizes: tells two sources apart."""
+        return self._hash
+
+    def _sizes_of(self, items: list[Item]) -> None:
+        """Set pointers, sizes, heights and widths, from the cache where it has them."""
+        self.pointers = np.array([max(item.offset, 0) for item in items], np.uint64)
+        stated = [item.size or os.path.getsize(item.path) for item in items]
+        self.sizes = np.array(stated, np.uint64)
+        places = "\n".join(self._names).encode() + self.pointers.tobytes() + self.sizes.tobytes()
+        files = self._files if len(self._files) < _CHUNK else [str(self.path)]
+        stamps = [f"{os.path.abspath(path)} {os.stat(path).st_mtime_ns}" for path in files]
+        key = hashlib.sha256(places + f"{_FORMAT} {stamps}".encode()).hexdigest()[:32]
+        cached = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "millrace" / f"direct-{key}.npy"
+        sides = _cached(cached, len(items))
+        if sides is None:
+            sides = _read_sides(items)
+            _cache(cached, sides)
+        bad = np.flatnonzero((sides <= 0).any(axis=1))
+        if len(bad) and not (self._tolerate and len(bad) < len(items)):
+            faults = [(int(index), "not an RGB or grey JPEG") for index in bad]
+            raise BadRecords(
+                f"{self.path}: {self._names[bad[0]]} is not an RGB or grey JPEG ({len(bad)} such images): write a "
+                "beton of them with python -m pipeline.prepare, or pass over them with --data.on_bad skip",
+                faults,
+            )
+        self.unreadable = frozenset(int(index) for index in bad)
+        sides[bad] = 1
+        self.heights, self.widths = sides[:, 0].copy(), sides[:, 1].copy()
+        self._hash = f"direct-{hashlib.sha256(places + sides.tobytes()).hexdigest()[:16]}-{len(items)}"
+
+
+def _cached(path: Path, count: int) -> np.ndarray | None:
+    try:
+        sides = np.load(path, allow_pickle=False)
+    except (OSError, ValueError):
+        return None
+    return sides if sides.shape == (count, 2) and sides.dtype == np.int32 else None
+
+
+def _cache(path: Path, sides: np.ndarray) -> None:
+    """Keep the sizes for the next time; where that cannot be, they are read again."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.{os.getpid()}.npy")
+        np.save(beside, sides)
+        os.replace(beside, path)
+    except OSError:
+        return
+
+
+def _read_sides(items: list[Item]) -> np.ndarray:
+    """Return height and width of each image from its JPEG header, 0 where it is none: int32 [N, 2]."""
+    with ThreadPoolExecutor(4 * available_cores()) as pool:
+        found: list[tuple[int, int]] = []
+        for start in progress(range(0, len(items), _CHUNK), f"headers, {_CHUNK} each", quiet=len(items) < 10 * _CHUNK):
+            found += pool.map(_side_lengths, items[start : start + _CHUNK])
+    return np.array(found, np.int32).reshape(-1, 2)
+
+
+def _side_lengths(item: Item) -> tuple[int, int]:
+    with open(item.path, "rb") as file:
+        whole = item.size or os.fstat(file.fileno()).st_size
+        for count in (min(_HEADER, whole), whole):
+            data = np.frombuffer(os.pread(file.fileno(), count, max(item.offset, 0)), np.uint8)
+            if len(data) < 4 or data[0] != 0xFF or data[1] != 0xD8:
+                return 0, 0
+            height, width = (int(side) for side in jpeg_side_lengths(data))
+            if height:
+                return (height, width) if _channels(data) in (1, 3) else (0, 0)
+    return 0, 0
+
+
+def _channels(data: np.ndarray) -> int:
+    """Return the number of components of a JPEG's frame header."""
+    at = 2
+    while at + 9 < len(data):
+        marker = int(data[at + 1])
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return int(data[at + 9])
+        at += 1 if marker == 0xFF else 2 + (int(data[at + 2]) << 8 | int(data[at + 3]))
+    return 0
+
+
+def _listed(source: str, subset: str | None) -> Source:
+    """Return the images of a folder or tar, or of all tars of a pattern; WebDataset's labels where it has some."""
+    paths = sorted(glob.glob(source)) if glob.has_magic(source) else [source]
+    if not paths:
+        raise InputError(f"{source}: no such files: give a folder, a .tar, or a pattern of tars")
+    if source.endswith(".zip") or source.startswith("synthetic:"):
+        raise InputError(f"{source}: not read directly: write a beton with python -m pipeline.prepare")
+    listed = [open_source(path, subset) for path in paths]
+    items = [item for found in listed for item in found.items]
+    labels = _class_files(paths, items)
+    if labels is not None:
+        return Source(
+            [Item(i.name, i.path, label, i.offset, i.size) for i, label in zip(items, labels, strict=True)],
+            [str(number) for number in range(max(labels) + 1)],
+        )
+    if len(listed) == 1:
+        return listed[0]
+    return Source([Item(i.name, i.path, -1, i.offset, i.size) for i in items], [])
+
+
+def _class_files(paths: Iterable[str], items: list[Item]) -> list[int] | None:
+    """Return each image's label from the NAME.cls beside it, as WebDataset has them; None where there are none."""
+    found: dict[tuple[str, str], int] = {}
+    for path in paths:
+        if not path.endswith(".tar") or any(item.label >= 0 for item in items):
+            return None
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                if member.name.endswith(".cls") and member.size < 32:
+                    file = archive.extractfile(member)
+                    text = file.read().strip() if file else b""
+                    if text.isdigit():
+                        found[path, member.name.removeprefix("./")[: -len(".cls")]] = int(text)
+    labels = [found.get((item.path, str(PurePosixPath(item.name).with_suffix(""))), -1) for item in items]
+    return labels if found else None
+
+
+def open_data(path: Path | str, *, tolerate: bool = False) -> Beton:
+    """Return the beton at `path`, or a folder or tar that is read directly."""
+    if str(path).endswith(".beton") or not (
+        Path(path).is_dir() or str(path).endswith(".tar") or glob.has_magic(str(path))
+    ):
+        return Beton(path, tolerate=tolerate)
+    return Direct(path, tolerate=tolerate)

@@ -1,0 +1,167 @@
+"""Folders and tars read directly, against the same images in a beton."""
+
+from __future__ import annotations
+
+import itertools
+import tarfile
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline import synthetic
+from pipeline.backends import BACKENDS
+from pipeline.backends.choice import choose
+from pipeline.beton import Beton
+from pipeline.direct import Direct, open_data
+from pipeline.errors import BadRecords, DamagedRecord, InputError
+from pipeline.loader import Loader
+from pipeline.prepare import prepare
+from pipeline.views import AUGMENTATIONS
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "millrace"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Sixty drawn JPEGs of ten classes and several sizes."""
+    for number in range(60):
+        pixels, label = synthetic.draw(0, number)
+        place = tmp_path / "images" / synthetic.CLASSES[label] / f"{number:04d}.jpg"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        side = 32 + number % 17
+        Image.fromarray(pixels).resize((side, 48)).save(place)
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def tar(folder: Path, tmp_path: Path) -> Path:
+    with tarfile.open(tmp_path / "images.tar", "w") as archive:
+        archive.add(folder, "images")
+    return tmp_path / "images.tar"
+
+
+@pytest.fixture
+def shards(folder: Path, tmp_path: Path) -> str:
+    """WebDataset: three tars of NAME.jpg and NAME.cls."""
+    files = sorted(folder.rglob("*.jpg"))
+    for number, part in enumerate(np.array_split(np.arange(len(files)), 3)):
+        with tarfile.open(tmp_path / f"shard-{number}.tar", "w") as archive:
+            for index in part:
+                (tmp_path / "x.cls").write_text(str(index % 7))
+                archive.add(files[index], f"{index:06d}.jpg")
+                archive.add(tmp_path / "x.cls", f"{index:06d}.cls")
+    return str(tmp_path / "shard-*.tar")
+
+
+def views(data: Beton, backend: str, count: int = 4) -> list[tuple[torch.Tensor, ...]]:
+    with closing(Loader(data, AUGMENTATIONS["moco_v2"], size=16, batch=20, workers=1, backend=backend)) as loader:
+        epochs = itertools.chain.from_iterable(iter(loader) for _ in itertools.count())
+        return [(*batch.views, torch.from_numpy(batch.ids)) for batch in itertools.islice(epochs, count)]
+
+
+def same(a: list[tuple[torch.Tensor, ...]], b: list[tuple[torch.Tensor, ...]]) -> bool:
+    return all(torch.equal(x, y) for one, other in zip(a, b, strict=True) for x, y in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tar_is_read_as_its_beton_by_every_backend(backend: str, tar: Path, tmp_path: Path) -> None:
+    prepare(str(tar), tmp_path / "x.beton", workers=1, quiet=True)
+    beton, direct = Beton(tmp_path / "x.beton"), Direct(tar)
+    for name in ("heights", "widths", "labels", "modes"):
+        assert np.array_equal(getattr(beton, name), getattr(direct, name)), name
+    assert beton.classes == direct.classes
+    assert direct.in_one_file
+    assert same(views(beton, backend), views(direct, backend))
+
+
+def test_a_folder_is_read_by_dali(folder: Path, tmp_path: Path) -> None:
+    prepare(str(folder), tmp_path / "x.beton", workers=1, quiet=True)
+    direct = Direct(folder)
+    assert direct.classes == Beton(tmp_path / "x.beton").classes
+    assert same(views(Beton(tmp_path / "x.beton"), "dali"), views(direct, "dali"))
+    assert choose("auto", "auto", direct, torch.device("cpu")).name == "dali"
+    with pytest.raises(InputError, match="choose dali"):
+        views(direct, "ffcv")
+
+
+def test_webdataset_shards_have_their_labels(shards: str, folder: Path) -> None:
+    direct = Direct(shards)
+    assert len(direct) == 60
+    assert direct.labels.tolist() == [i % 7 for i in range(60)]
+    assert direct.classes == [str(i) for i in range(7)]
+    files = sorted(folder.rglob("*.jpg"))
+    assert direct.record(41).tobytes() == files[41].read_bytes()
+    assert views(direct, "dali")
+
+
+def test_the_index_is_kept_and_read_again_only_when_the_files_change(
+    tar: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Direct(tar)
+    assert len(list(cache.glob("direct-*.npy"))) == 1
+    monkeypatch.setattr("pipeline.direct._read_sides", lambda items: pytest.fail("read again"))
+    again = Direct(tar)
+    assert np.array_equal(first.heights, again.heights)
+    assert first.fingerprint == again.fingerprint
+    tar.touch()
+    with pytest.raises(pytest.fail.Exception, match="read again"):
+        Direct(tar)
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent))
+    assert Direct(tar).fingerprint == first.fingerprint  # the same images still
+
+
+def test_a_cache_that_cannot_be_written_or_read_does_no_harm(
+    tar: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Direct(tar)
+    (kept,) = cache.glob("direct-*.npy")
+    kept.write_bytes(b"junk")
+    assert len(Direct(tar)) == 60
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    assert len(Direct(tar)) == 60
+
+
+def test_other_images_are_refused_with_the_remedy_or_passed_over(folder: Path) -> None:
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.jpg"))
+    Image.new("RGB", (9, 9)).save(folder / names[3].replace(".jpg", ".png"))
+    (folder / names[3]).unlink()
+    Image.new("CMYK", (9, 9)).save(folder / names[8], "jpeg")
+    (folder / names[20]).write_bytes(b"")
+    with pytest.raises(BadRecords, match=r"not an RGB or grey JPEG \(3 such images\): write a beton"):
+        Direct(folder)
+    tolerant = Direct(folder, tolerate=True)
+    assert tolerant.unreadable == {3, 8, 20}
+    with closing(
+        Loader(tolerant, AUGMENTATIONS["moco_v2"], size=16, batch=60, workers=1, backend="dali", on_bad="skip")
+    ) as loader:
+        batch = next(iter(loader))
+    assert sorted(batch.ids.tolist()) == sorted({3: 4, 8: 9, 20: 21}.get(i, i) for i in range(60))
+
+
+def test_a_damaged_jpeg_is_named(folder: Path) -> None:
+    direct = Direct(folder)
+    path = folder / direct.name(7)
+    path.write_bytes(path.read_bytes()[:400] + bytes(300))
+    with pytest.raises(DamagedRecord, match="sample 7 "):
+        views(Direct(folder), "dali")
+
+
+@pytest.mark.parametrize(("given", "kind"), [("x.beton", Beton), ("images", Direct), ("images.tar", Direct)])
+def test_data_are_opened_by_what_they_are(given: str, kind: type, folder: Path, tar: Path, tmp_path: Path) -> None:
+    prepare(str(folder), tmp_path / "x.beton", workers=1, quiet=True)
+    assert type(open_data(tmp_path / given)) is kind
+
+
+def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
+    for given in ("nowhere.tar", "shard-*.tar", "nowhere"):
+        with pytest.raises(InputError, match="no such"):
+            open_data(tmp_path / given)
