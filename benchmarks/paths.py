@@ -1,7 +1,7 @@
 """The ways from a beton to two-view crops that `benchmarks.loader` compares: ours, FFCV's own, the official MoCo's.
 
-Each is a function of (beton, size, views, batch, threads, device) that returns a function of no arguments, which runs
-one epoch and returns its number of samples; and the bytes that cross from host to device for each sample.
+Each is a function of (beton, size, views, batch, threads, device) that returns what runs one epoch, and the bytes that
+cross from host to device for each sample.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,8 +30,8 @@ _VIEW = View()  # MoCo v2's
 class Path(NamedTuple):
     """One way to crops."""
 
-    epoch: Callable[[], int]
-    """Runs over the data once; returns the number of samples."""
+    epoch: Callable[[Callable[[], None]], int]
+    """Runs over the data once, calls its argument after the first batch, and returns the number of samples."""
     to_device: float
     """Bytes a sample from host to device, where there is one."""
 
@@ -46,12 +46,14 @@ def _plans(beton: Beton, views: int, batch: int) -> list[Plan]:
     return found
 
 
-def _run(backend: Any, plans: list[Plan], receive: Callable[[], Any]) -> Callable[[], int]:
-    def epoch() -> int:
+def _run(backend: Any, plans: list[Plan], receive: Callable[[], Any]) -> Callable[[Callable[[], None]], int]:
+    def epoch(begun: Callable[[], None]) -> int:
         for plan in plans[: backend.depth]:
             backend.submit(plan)
         for number in range(len(plans)):
             receive()
+            if number == 0:
+                begun()
             for plan in plans[number + backend.depth : number + backend.depth + 1]:
                 backend.submit(plan)
         if torch.cuda.is_available():
@@ -105,7 +107,16 @@ def ffcv_twice(beton: Beton, size: int, views: int, batch: int, threads: int, de
         batches_ahead=_AHEAD,
         pipelines={**{name: spec() for name in names}, "label": None},
     )
-    return Path(lambda: sum(len(given[0]) for given in loader), float(3 * size * size * views))
+    return Path(lambda begun: _count(loader, begun), float(3 * size * size * views))
+
+
+def _count(batches: Iterable[Any], begun: Callable[[], None]) -> int:
+    count = 0
+    for given in batches:
+        if count == 0:
+            begun()
+        count += len(given[0])
+    return count
 
 
 class _Official(torch.utils.data.Dataset):
@@ -171,7 +182,7 @@ def official(beton: Beton, size: int, views: int, batch: int, threads: int, devi
     def some() -> Iterator[Any]:
         return itertools.islice(iter(loader), max(1, 200 // batch))  # a share of the epoch: it is slow
 
-    return Path(lambda: sum(len(given[0]) for given in some()), float(4 * 3 * size * size * views))
+    return Path(lambda begun: _count(some(), begun), float(4 * 3 * size * size * views))
 
 
 PATHS: dict[str, Callable[..., Path]] = {

@@ -1,0 +1,108 @@
+"""What crops and augmentation take on the device: views a second, and milliseconds a batch.
+
+    python -m benchmarks.crops --data F.beton [--batch 512] [--size 224] [--augmentation moco_v2] [--json OUT]
+
+One batch of decoded images lies on the device; crops (`pipeline.crop`) and augmentation (`pipeline.augment`) are timed
+apart, by events on a GPU, by CPU time of one thread elsewhere. On a GPU these are the Triton kernels, and the plain
+operations, their reference, are timed beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import machine
+from pipeline.augment import IMAGENET, augment, stepwise
+from pipeline.backends import Plan
+from pipeline.beton import Beton
+from pipeline.crop import Ragged, crop_views
+from pipeline.draws import draw_view
+from pipeline.errors import InputError, command
+from pipeline.order import epoch_order
+from pipeline.records import decode
+from pipeline.views import AUGMENTATIONS, view_sizes
+
+
+def timed(function: Callable[[], Any], device: torch.device, runs: int) -> dict[str, float]:
+    """Return median, minimum and maximum milliseconds of `function`, after two calls to warm up."""
+    found = []
+    for number in range(runs + 2):
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            function()
+            end.record()
+            end.synchronize()
+            taken = start.elapsed_time(end)
+        else:
+            begun = time.process_time()
+            function()
+            taken = 1000 * (time.process_time() - begun)
+        if number >= 2:
+            found.append(taken)
+    return machine.spread(found)
+
+
+def measure(beton: Beton, *, size: int, batch: int, augmentation: str, runs: int) -> dict[str, Any]:
+    """Return milliseconds a batch of crops, of the augmentation, and of its plain operations."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    views = AUGMENTATIONS[augmentation]
+    ids = np.resize(epoch_order(0, 0, len(beton)), batch)
+    sides = {"heights": beton.heights[ids], "widths": beton.widths[ids]}
+    drawn = [draw_view(view, index, seed=0, epoch=0, ids=ids, **sides) for index, view in enumerate(views)]
+    plan = Plan(ids, np.stack([d.boxes for d in drawn]), np.stack([d.flips for d in drawn]))
+    decoded = [decode(beton, int(index)) for index in ids]
+    starts = np.cumsum([0] + [image.size for image in decoded])[:-1]
+    pixels = torch.from_numpy(np.concatenate([image.ravel() for image in decoded])).to(device)
+    images = Ragged(pixels, starts.astype(np.int64), beton.widths[ids].astype(np.int64))
+    sizes = view_sizes(views, size)
+    crops = crop_views(images, plan, sizes)
+
+    def all_views(how: Callable[..., torch.Tensor]) -> Callable[[], Any]:
+        kind = torch.bfloat16 if device.type == "cuda" else torch.float32
+        return lambda: [how(crop, d.colour, IMAGENET, kind) for crop, d in zip(crops, drawn, strict=True)]
+
+    found: dict[str, Any] = {
+        "crops": timed(lambda: crop_views(images, plan, sizes), device, runs),
+        "augmentation": timed(all_views(augment), device, runs),
+        "plain augmentation": timed(all_views(stepwise), device, runs),
+    }
+    together = found["crops"]["median"] + found["augmentation"]["median"]
+    return {"milliseconds": found, "views_per_second": batch * len(views) / together * 1000, "device": device.type}
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.crops", description="Time crops and augmentation.")
+    parser.add_argument("--data", required=True, help="beton")
+    parser.add_argument("--size", type=int, default=224, help="side of a crop, pixels (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=512, help="images a batch (default %(default)s)")
+    parser.add_argument("--augmentation", default="moco_v2", choices=list(AUGMENTATIONS), help="default %(default)s")
+    parser.add_argument("--runs", type=int, default=10, help="batches timed (default %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the result here")
+    args = parser.parse_args()
+    if min(args.size, args.batch, args.runs) < 1:
+        raise InputError("--size, --batch and --runs must be positive: give 1 or more")
+    settings = {"size": args.size, "batch": args.batch, "augmentation": args.augmentation, "runs": args.runs}
+    about = machine.describe()
+    result = {"machine": about, "data": Path(args.data).name, "settings": settings}
+    result |= measure(Beton(args.data), **settings)
+    print(
+        f"{about['processor']}, {about['cores']} cores, load {about['load']}, {about['gpu'] or 'no GPU'}, {about['date']}"
+    )
+    print(f"{args.data}: {settings}")
+    for name, taken in result["milliseconds"].items():
+        print(f"{name:20s} {taken['median']:8.2f} ms a batch ({taken['min']:.2f} to {taken['max']:.2f})")
+    print(f"{'together':20s} {result['views_per_second']:8.0f} views/s")
+    machine.write(result, args.json)
+
+
+if __name__ == "__main__":
+    main()
