@@ -92,12 +92,10 @@ def main() -> None:
         raise InputError("--size, --batch and --runs must be positive: give 1 or more")
     settings = {"size": args.size, "batch": args.batch, "augmentation": args.augmentation, "runs": args.runs}
     about = machine.describe()
-    result = {"machine": about, "data": Path(args.data).name, "settings": settings}
+    result: dict[str, Any] = {"machine": about, "data": Path(args.data).name, "settings": settings}
     result |= measure(Beton(args.data), **settings)
-    print(
-        f"{about['processor']}, {about['cores']} cores, load {about['load']}, {about['gpu'] or 'no GPU'}, {about['date']}"
-    )
-    print(f"{args.data}: {settings}")
+    print(f"{about['processor']}, {about['cores']} cores, load {about['load']}, {about['gpu'] or 'no GPU'}")
+    print(f"{about['date']}, {args.data}: {settings}")
     for name, taken in result["milliseconds"].items():
         print(f"{name:20s} {taken['median']:8.2f} ms a batch ({taken['min']:.2f} to {taken['max']:.2f})")
     print(f"{'together':20s} {result['views_per_second']:8.0f} views/s")
