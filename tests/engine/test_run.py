@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import signal
 import subprocess
@@ -27,8 +28,8 @@ LAUNCHER = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"
 SMALL = [
     *("--data.augmentation", "moco_v2_32", "--data.size", "16", "--data.batch", "40", "--data.eval_share", "1"),
     *("--data.workers", "1", "--model.arch", "resnet18", "--model.stem", "small", "--model.width", "0.125"),
-    *("--model.dim", "16", "--method.queue", "70", "--method.momentum", "0.9", "--optim.lr", "0.05"),
-    *("--optim.by", "step", "--log_every", "1", "--tracker", "none", "--knn.k", "5", "--cpu", "true"),
+    *("--model.dim", "16", "--method.queue", "70", "--method.momentum", "0.9", "--optim.lr", "0.32"),
+    *("--optim.lr_rule", "linear", "--optim.by", "step", "--log_every", "1", "--tracker", "none", "--knn.k", "5", "--cpu", "true"),
 ]
 
 
@@ -63,6 +64,8 @@ def test_from_image_files_to_knn(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     lines = metrics(out)
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    rates = [0.32 * 40 / 256 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
+    assert [line["lr"] for line in lines if "loss" in line] == pytest.approx(rates)
     assert [line["epoch"] for line in lines if "knn_top1" in line] == [1, 2]
     summary = json.loads((out / "summary.json").read_text())
     assert 0 <= summary["knn_top1"] <= 1
