@@ -29,7 +29,20 @@ SMALL = [
     *("--data.augmentation", "moco_v2_32", "--data.size", "16", "--data.batch", "40", "--data.eval_share", "1"),
     *("--data.workers", "1", "--model.arch", "resnet18", "--model.stem", "small", "--model.width", "0.125"),
     *("--model.dim", "16", "--method.queue", "70", "--method.momentum", "0.9", "--optim.lr", "0.32"),
-    *("--optim.lr_rule", "linear", "--optim.by", "step", "--log_every", "1", "--tracker", "none", "--knn.k", "5", "--cpu", "true"),
+    *(
+        "--optim.lr_rule",
+        "linear",
+        "--optim.by",
+        "step",
+        "--log_every",
+        "1",
+        "--tracker",
+        "none",
+        "--knn.k",
+        "5",
+        "--cpu",
+        "true",
+    ),
 ]
 
 
