@@ -147,6 +147,16 @@ def test_other_images_are_refused_with_the_remedy_or_passed_over(folder: Path) -
     assert sorted(batch.ids.tolist()) == sorted({3: 4, 8: 9, 20: 21}.get(i, i) for i in range(60))
 
 
+def test_exif_orientation_is_ignored(folder: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    direct = Direct(folder)
+    Image.new("RGB", (30, 40)).save(folder / direct.name(5), exif=exif)
+    again = Direct(folder)
+    assert (again.heights[5], again.widths[5]) == (40, 30)
+    assert sorted(i for *_, ids in views(again, "dali", 3) for i in ids.tolist()) == list(range(60))
+
+
 def test_a_damaged_jpeg_is_named(folder: Path) -> None:
     direct = Direct(folder)
     path = folder / direct.name(7)
