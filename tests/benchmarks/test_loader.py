@@ -8,33 +8,45 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import loader
 from benchmarks.paths import PATHS
+from pipeline.beton import Beton
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_all_ways_are_measured_and_written_down(drawn: Path, tmp_path: Path) -> None:
-    out = tmp_path / "results" / "r.json"
-    arguments = ["--size", "32", "--batch", "50", "--runs", "2", "--json", str(out)]
+def test_ways_are_measured_in_turn_and_written_down(drawn: Path, tmp_path: Path) -> None:
+    out, names = tmp_path / "results" / "r.json", ["resident", "ffcv-twice"]
+    arguments = ["--backends", ",".join(names), "--size", "32", "--batch", "50", "--runs", "2", "--json", str(out)]
     command = [sys.executable, "-m", "benchmarks.loader", "--data", str(drawn), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
-    assert [row["name"] for row in result["paths"].values()] == list(PATHS)
+    assert [row["name"] for row in result["paths"].values()] == names
     for row in result["paths"].values():
         for kind in ("cpu", "wall"):
             assert 0 < row[kind]["min"] <= row[kind]["median"] <= row[kind]["max"]
         base = result["paths"]["ffcv-twice, 1"]
         assert row["ratio"] == pytest.approx(row["cpu"]["median"] / base["cpu"]["median"])
         assert row["peak_bytes"] > 2**20
+        assert row["first_batch_seconds"] > 0
         assert row["name"] in done.stdout
-    crops = 2 * 3 * 32 * 32
-    assert result["paths"]["ffcv, 1"]["to_device_bytes"] == crops
-    assert result["paths"]["decode-only, 1"]["to_device_bytes"] == 3 * 48 * 48
-    assert result["paths"]["resident, 1"]["to_device_bytes"] == result["paths"]["resident, 1"]["read_bytes"] == 0
+    assert result["paths"]["resident, 1"]["read_bytes"] == 0
     assert result["machine"]["versions"]["ffcv"]
+
+
+@pytest.mark.parametrize("name", [name for name in PATHS if name != "ffcv-twice"])
+def test_each_way_makes_an_epoch_of_crops(name: str, drawn: Path) -> None:
+    """FFCV's own is left to a process of its own: its Loader leaves numba unfit for compiling."""
+    begun: list[int] = []
+    path = PATHS[name](Beton(drawn), 16, 2, 50, 1, torch.device("cpu"))
+    assert path.epoch(lambda: begun.append(1)) == 200
+    assert begun == [1]
+    crops, decoded, stored = 2 * 3 * 16 * 16, 3 * 48 * 48, Beton(drawn).sizes.mean()
+    expected = {"ffcv": crops, "dali": stored, "resident": 0, "official": 4 * crops}
+    assert path.to_device == expected.get(name, decoded)
 
 
 @pytest.mark.parametrize(
