@@ -27,7 +27,7 @@ class Substitutes:
 
     def add(self, error: DamagedRecord) -> None:
         """Take note of damaged records. Raises the error, where the policy is `error`, and InputError for too many."""
-        if self._on_bad == "error":
+        if self._on_bad == "error" or set(error.samples) <= self.bad:  # known, and asked for all the same
             raise error
         self.bad |= set(error.samples)
         self._check()
