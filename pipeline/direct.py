@@ -149,8 +149,6 @@ def _side_lengths(item: Item) -> tuple[int, int]:
         whole = item.size or os.fstat(file.fileno()).st_size
         for count in (min(_HEADER, whole), whole):
             data = np.frombuffer(os.pread(file.fileno(), count, max(item.offset, 0)), np.uint8)
-            if len(data) < 4 or data[0] != 0xFF or data[1] != 0xD8:
-                return 0, 0
             height, width = (int(side) for side in jpeg_side_lengths(data))
             if height:
                 return (height, width) if _channels(data) in (1, 3) else (0, 0)
