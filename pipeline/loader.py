@@ -111,6 +111,7 @@ class Loader:
         self.stall_timeout = stall_timeout
         self.steps = steps_per_epoch(len(beton), batch)
         self._statistics, self._shuffle = statistics, shuffle
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._orders: dict[int, np.ndarray] = {}  # of this epoch and, near its end, the next
         self._pending: deque[tuple[int, int, np.ndarray, int, list[Colour]]] = deque()
         self._substitutes = Substitutes(beton, on_bad)
@@ -169,6 +170,19 @@ class Loader:
         self._backend.close()
 
     def _next(self) -> Batch:
+        """Return the next batch. On a GPU its views are made on a stream of their own, beside the step before."""
+        if self._stream is None:
+            return self._made()
+        with torch.cuda.stream(self._stream):
+            batch = self._made()
+        current = torch.cuda.current_stream()
+        current.wait_stream(self._stream)
+        for view in (*batch.views, *batch.shuffled.values()):
+            if view is not None:
+                view.record_stream(current)
+        return batch
+
+    def _made(self) -> Batch:
         while len(self._pending) < self._backend.depth:
             self._submit(*self._after(len(self._pending)))
         start = time.perf_counter()
