@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
+from pipeline.augment import IMAGENET
 from pipeline.backends import Plan, build
 from pipeline.beton import Beton
 from pipeline.draws import draw_view
@@ -120,10 +121,14 @@ def _count(batches: Iterable[Any], begun: Callable[[], None]) -> int:
 
 
 class _Official(torch.utils.data.Dataset):
-    """facebookresearch/moco's `TwoCropsTransform` of its v2 augmentation, on PIL images, colours and all."""
+    """facebookresearch/moco's `TwoCropsTransform` of its v2 augmentation, on PIL images, colours and all.
+
+    By torchvision's transforms, where it imports; else by what they do on PIL images.
+    """
 
     def __init__(self, beton: Beton, size: int, views: int) -> None:
         self._beton, self._size, self._views = beton, size, views
+        self._transform = _torchvision(size)
 
     def __len__(self) -> int:
         return len(self._beton)
@@ -134,6 +139,8 @@ class _Official(torch.utils.data.Dataset):
             image = Image.open(io.BytesIO(record)).convert("RGB")
         else:
             image = Image.frombytes("RGB", (int(beton.widths[index]), int(beton.heights[index])), record)
+        if self._transform is not None:
+            return [self._transform(image) for _ in range(self._views)]
         return [self._view(image, index, number) for number in range(self._views)]
 
     def _view(self, image: Image.Image, index: int, number: int) -> torch.Tensor:
@@ -147,11 +154,34 @@ class _Official(torch.utils.data.Dataset):
             for operation in random.sample((_brightness, _contrast, _saturation, _hue), 4):
                 x = operation(x)
         x = ImageOps.grayscale(x).convert("RGB") if random.random() < 0.2 else x
-        x = x.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0))) if random.random() < 0.5 else x
+        x = _blurred(x) if random.random() < 0.5 else x
         x = ImageOps.mirror(x) if random.random() < 0.5 else x
         tensor = torch.from_numpy(np.array(x)).permute(2, 0, 1).float().div_(255)
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
         return (tensor - mean) / std
+
+
+def _torchvision(size: int) -> Callable[[Image.Image], torch.Tensor] | None:
+    """Return main_moco.py's transforms, or None where torchvision is not installed or does not import."""
+    try:
+        from torchvision import transforms as t
+    except Exception:  # without torch's CUDA build its operators are missing: of several kinds
+        return None
+    return t.Compose(
+        [
+            t.RandomResizedCrop(size, scale=(0.2, 1.0)),
+            t.RandomApply([t.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            t.RandomGrayscale(p=0.2),
+            t.RandomApply([_blurred], p=0.5),
+            t.RandomHorizontalFlip(),
+            t.ToTensor(),
+            t.Normalize(mean=IMAGENET.mean, std=IMAGENET.std),
+        ]
+    )
+
+
+def _blurred(x: Image.Image) -> Image.Image:
+    return x.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
 
 
 def _brightness(x: Image.Image) -> Image.Image:
