@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from pipeline.augment import IMAGENET
-from pipeline.backends import Plan, build
+from pipeline.backends import Plan, Wanted, build
 from pipeline.beton import Beton
 from pipeline.draws import draw_view
 from pipeline.libffcv import JPEG
@@ -68,7 +68,7 @@ def ours(name: str) -> Callable[..., Path]:
     """Return the way of backend `name`; draws are made beforehand, as they cost the same everywhere."""
 
     def make(beton: Beton, size: int, views: int, batch: int, threads: int, device: torch.device) -> Path:
-        backend = build(name, beton, sizes=(size,) * views, batch=batch, workers=threads, depth=_AHEAD, device=device)
+        backend = build(name, beton, Wanted((size,) * views, batch, threads, _AHEAD, device))
         decoded = float((3 * beton.heights.astype(np.int64) * beton.widths).mean())
         crops = float(3 * size * size * views)
         bytes_ = {"ffcv": crops, "ffcv_gpu": decoded, "dali": float(beton.sizes.mean()), "resident": 0.0}[name]
@@ -80,9 +80,7 @@ def ours(name: str) -> Callable[..., Path]:
 
 def decode_only(beton: Beton, size: int, views: int, batch: int, threads: int, device: torch.device) -> Path:
     """What is left for the CPU where ffcv's crops are made on the GPU: each record decoded once."""
-    backend = build(
-        "ffcv_gpu", beton, sizes=(size,) * views, batch=batch, workers=threads, depth=_AHEAD, device=torch.device("cpu")
-    )
+    backend = build("ffcv_gpu", beton, Wanted((size,) * views, batch, threads, _AHEAD, torch.device("cpu")))
     decoded = float((3 * beton.heights.astype(np.int64) * beton.widths).mean())
     receive = lambda: backend._ahead.finish(600)  # type: ignore[attr-defined]  # noqa: E731
     return Path(_run(backend, _plans(beton, views, batch), receive), decoded)

@@ -198,6 +198,7 @@ def _open(settings: Settings, name: str) -> Beton:
 
 
 def build_accelerator(settings: Settings) -> Accelerator:
+    """Return Accelerate's handle on device, processes and precision. Raises InputError for what is not there."""
     on_gpu = torch.cuda.is_available() and not settings.cpu
     if settings.precision == "fp16" and not on_gpu:
         raise InputError("precision 'fp16': needs a GPU: choose bf16 or no")
@@ -267,12 +268,12 @@ def check_batch(settings: Settings, accelerator: Accelerator) -> None:
 def _knn(settings: Settings, train_set: Beton, accelerator: Accelerator) -> Knn | None:
     if not settings.data.eval or not settings.knn.every:
         return None
-    knn, data = settings.knn, settings.data
+    knn, test_set = settings.knn, _open(settings, "eval")
+    backend = "ffcv" if train_set.in_one_file and test_set.in_one_file else "dali"  # each image once: no residence
     return Knn(
         train_set,
-        _open(settings, "eval"),
-        # each image once: not worth residence
-        backend=choose("ffcv" if train_set.in_one_file else "auto", data.crop_on, train_set, accelerator.device).name,
+        test_set,
+        backend=choose(backend, settings.data.crop_on, train_set, accelerator.device).name,
         k=knn.k,
         temperature=knn.temperature,
         limit=knn.limit,

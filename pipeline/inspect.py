@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from pipeline.augment import IMAGENET, augment
-from pipeline.backends import Plan, build
+from pipeline.backends import Plan, Wanted, build
 from pipeline.beton import Beton, printable
 from pipeline.cores import available_cores
 from pipeline.draws import draw_view
@@ -81,15 +81,7 @@ def preview(
     count = len(ids)
     sides = {"heights": beton.heights[ids], "widths": beton.widths[ids]}
     drawn = [draw_view(view, index, seed=seed, epoch=epoch, ids=ids, **sides) for index, view in enumerate(views)]
-    backend = build(
-        "ffcv",
-        beton,
-        sizes=view_sizes(views, size),
-        batch=count,
-        workers=1,
-        depth=1,
-        device=torch.device("cpu"),
-    )
+    backend = build("ffcv", beton, Wanted(view_sizes(views, size), count, 1, 1, torch.device("cpu")))
     try:
         backend.submit(Plan(ids, np.stack([d.boxes for d in drawn]), np.stack([d.flips for d in drawn])))
         crops = backend.receive(timeout=60)

@@ -244,6 +244,23 @@ def _reflected(at, SIZE):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _blurred(line, step, position, inside, sigma, SIZE: tl.constexpr, RADIUS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the Gaussian mean of three channels along lines of pixels `step` apart, around `position`, reflected."""
+    r = tl.zeros((BLOCK,), tl.float32)
+    g = tl.zeros((BLOCK,), tl.float32)
+    b = tl.zeros((BLOCK,), tl.float32)
+    total = 0.0
+    for tap in range(-RADIUS, RADIUS + 1):
+        weight = tl.exp(-0.5 * (tap / sigma) * (tap / sigma))
+        at = line + _reflected(position + tap, SIZE) * step
+        r += weight * tl.load(at, mask=inside, other=0).to(tl.float32)
+        g += weight * tl.load(at + 1, mask=inside, other=0).to(tl.float32)
+        b += weight * tl.load(at + 2, mask=inside, other=0).to(tl.float32)
+        total += weight
+    return r / total, g / total, b / total
+
+
+@triton.jit
 def _blur_rows(
     coloured,
     parameters,
@@ -254,52 +271,31 @@ def _blur_rows(
     PIXELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # type: ignore[no-untyped-def]
-    """Blur along rows, edges reflected."""
+    """Blur the chosen samples along rows."""
     number = tl.program_id(1)
     sample = tl.load(blurs + number)
-    sigma = tl.load(parameters + sample * 20 + _SIGMA)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < PIXELS
-    y, x = index // SIZE, index % SIZE
-    r = tl.zeros((BLOCK,), tl.float32)
-    g = tl.zeros((BLOCK,), tl.float32)
-    b = tl.zeros((BLOCK,), tl.float32)
-    total = 0.0
-    for tap in range(-RADIUS, RADIUS + 1):
-        weight = tl.exp(-0.5 * (tap / sigma) * (tap / sigma))
-        at = coloured + (sample.to(tl.int64) * PIXELS + y * SIZE + _reflected(x + tap, SIZE)) * 3
-        r += weight * tl.load(at, mask=inside, other=0).to(tl.float32)
-        g += weight * tl.load(at + 1, mask=inside, other=0).to(tl.float32)
-        b += weight * tl.load(at + 2, mask=inside, other=0).to(tl.float32)
-        total += weight
+    line = coloured + (sample.to(tl.int64) * PIXELS + index // SIZE * SIZE) * 3
+    sigma = tl.load(parameters + sample * 20 + _SIGMA)
+    r, g, b = _blurred(line, 3, index % SIZE, inside, sigma, SIZE, RADIUS, BLOCK)
     to = rows + (number.to(tl.int64) * PIXELS + index) * 3
-    tl.store(to, r / total, mask=inside)
-    tl.store(to + 1, g / total, mask=inside)
-    tl.store(to + 2, b / total, mask=inside)
+    tl.store(to, r, mask=inside)
+    tl.store(to + 1, g, mask=inside)
+    tl.store(to + 2, b, mask=inside)
 
 
 @triton.jit
 def _blur_columns(
     rows, parameters, blurs, out, SIZE: tl.constexpr, RADIUS: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr
 ):  # type: ignore[no-untyped-def]
-    """Blur along columns, round, and write the view."""
+    """Blur what `_blur_rows` wrote along columns, round, and write the views."""
     number = tl.program_id(1)
     sample = tl.load(blurs + number)
     row = parameters + sample * 20
-    sigma = tl.load(row + _SIGMA)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < PIXELS
-    y, x = index // SIZE, index % SIZE
-    r = tl.zeros((BLOCK,), tl.float32)
-    g = tl.zeros((BLOCK,), tl.float32)
-    b = tl.zeros((BLOCK,), tl.float32)
-    total = 0.0
-    for tap in range(-RADIUS, RADIUS + 1):
-        weight = tl.exp(-0.5 * (tap / sigma) * (tap / sigma))
-        at = rows + (number.to(tl.int64) * PIXELS + _reflected(y + tap, SIZE) * SIZE + x) * 3
-        r += weight * tl.load(at, mask=inside, other=0)
-        g += weight * tl.load(at + 1, mask=inside, other=0)
-        b += weight * tl.load(at + 2, mask=inside, other=0)
-        total += weight
+    line = rows + (number.to(tl.int64) * PIXELS + index % SIZE) * 3
+    r, g, b = _blurred(line, 3 * SIZE, index // SIZE, inside, tl.load(row + _SIGMA), SIZE, RADIUS, BLOCK)
     to = (sample.to(tl.int64) * PIXELS + index) * 3
-    _store_view(tl.floor(r / total + 0.5), tl.floor(g / total + 0.5), tl.floor(b / total + 0.5), out, to, inside, row)
+    _store_view(tl.floor(r + 0.5), tl.floor(g + 0.5), tl.floor(b + 0.5), out, to, inside, row)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 
 from pipeline import backends
 from pipeline.augment import IMAGENET, Statistics, augment, normalise
-from pipeline.backends import Backend, Plan
+from pipeline.backends import Backend, Plan, Wanted
 from pipeline.beton import Beton
 from pipeline.draws import Colour, centre_boxes, draw_colour, draw_view
 from pipeline.errors import DamagedRecord, InputError
@@ -116,15 +116,9 @@ class Loader:
         self._pending: deque[tuple[int, int, np.ndarray, int, list[Colour]]] = deque()
         self._substitutes = Substitutes(beton, on_bad)
         self._epoch, self._step = 0, 0  # of the next batch to hand out
-        self._backend_arguments: dict[str, Any] = {
-            "sizes": view_sizes(views, size),
-            "batch": batch // world,
-            "workers": workers,
-            "depth": ahead,
-            "device": self.device,
-        }
+        self._wanted = Wanted(view_sizes(views, size), batch // world, workers, ahead, self.device)
         self._backend_name = backend
-        self._backend = _build(backend, beton, self._substitutes, self._backend_arguments)
+        self._backend = _build(backend, beton, self._substitutes, self._wanted)
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
@@ -162,7 +156,7 @@ class Loader:
     def _begin_anew(self) -> None:
         """Forget the batches under way."""
         self.close()
-        self._backend = _build(self._backend_name, self.beton, self._substitutes, self._backend_arguments)
+        self._backend = _build(self._backend_name, self.beton, self._substitutes, self._wanted)
 
     def close(self) -> None:
         """End the workers and forget the batches under way."""
@@ -248,11 +242,11 @@ class Loader:
         self._pending.append((epoch, step, records, int((records != ids).sum()), [d.colour for d in drawn]))
 
 
-def _build(name: str, beton: Beton, substitutes: Substitutes, arguments: dict[str, Any]) -> Backend:
+def _build(name: str, beton: Beton, substitutes: Substitutes, wanted: Wanted) -> Backend:
     """Return the backend; one that reads all records at once may meet damaged ones here."""
     while True:
         try:
-            return backends.build(name, beton, **arguments, left_out=frozenset(substitutes.bad))
+            return backends.build(name, beton, replace(wanted, left_out=frozenset(substitutes.bad)))
         except DamagedRecord as error:
             substitutes.add(error)
 
@@ -288,15 +282,9 @@ class CentreLoader:
         self._statistics = statistics
         self._pending: deque[np.ndarray] = deque()
         self._backend_name = backend
-        self._backend_arguments: dict[str, Any] = {
-            "sizes": (size,),
-            "batch": self.batch,
-            "workers": workers,
-            "depth": ahead,
-            "device": torch.device(device),
-        }
+        self._wanted = Wanted((size,), self.batch, workers, ahead, torch.device(device))
         self._substitutes = Substitutes(beton, on_bad)
-        self._backend = _build(backend, beton, self._substitutes, self._backend_arguments)
+        self._backend = _build(backend, beton, self._substitutes, self._wanted)
 
     def __len__(self) -> int:
         """Return the number of batches."""
@@ -327,7 +315,7 @@ class CentreLoader:
 
     def _begin_anew(self) -> None:
         self.close()
-        self._backend = _build(self._backend_name, self.beton, self._substitutes, self._backend_arguments)
+        self._backend = _build(self._backend_name, self.beton, self._substitutes, self._wanted)
 
     def _submit(self, ids: np.ndarray) -> None:
         records = self._substitutes.resolve(ids)

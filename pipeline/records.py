@@ -79,6 +79,22 @@ def decode_record(records: Any, sample: int, pixels: Any) -> tuple[int, Any]:
     return (WHOLE if status == 0 else _UNDECODABLE), pixels
 
 
+@numba.njit(nogil=True, boundscheck=False)
+def decode_chunk(records: Any, ids: Any, starts: Any, start: int, stop: int, pixels: Any) -> tuple[int, int]:
+    """Decode samples start..stop of `ids` to their places in `pixels`, sample i from starts[i] on.
+
+    Returns the first fault and its place in `ids`, or (WHOLE, 0).
+    """
+    for i in range(start, stop):
+        to = pixels[starts[i] : starts[i + 1]]
+        fault, image = decode_record(records, ids[i], to)
+        if fault != WHOLE:
+            return fault, i
+        if image.ctypes.data != to.ctypes.data:  # a raw record: not decoded, but read where it is
+            to[:] = image
+    return WHOLE, 0
+
+
 def check_record(beton: Beton, index: int) -> str | None:
     """Return what is wrong with sample `index` of `beton`, or None: its CRC32, its JPEG header, its decoding."""
     height, width = int(beton.heights[index]), int(beton.widths[index])

@@ -31,6 +31,23 @@ class Plan:
     """bool [V, B]."""
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of a backend."""
+
+    sizes: tuple[int, ...]
+    """Side of each view's crops, pixels."""
+    batch: int
+    """Samples at a time, at most."""
+    workers: int
+    """Threads; 0: as many as there are cores."""
+    depth: int
+    """Batches ahead."""
+    device: torch.device
+    left_out: frozenset[int] = frozenset()
+    """Samples that will not be asked for."""
+
+
 class Backend(Protocol):
     """Turns plans into crops, several batches ahead."""
 
@@ -50,21 +67,8 @@ class Backend(Protocol):
         """Give back threads and buffers."""
 
 
-def build(
-    name: str,
-    beton: Beton,
-    *,
-    sizes: tuple[int, ...],
-    batch: int,
-    workers: int,
-    depth: int,
-    device: torch.device,
-    left_out: frozenset[int] = frozenset(),
-) -> Backend:
-    """Return backend `name` for at most `batch` samples at a time, a crop of `sizes` pixels a side for each view.
-
-    left_out: samples that will not be asked for.
-    """
+def build(name: str, beton: Beton, wanted: Wanted) -> Backend:
+    """Return backend `name`. Raises InputError where there is none of that name, or it cannot read this data."""
     if name not in BACKENDS:
         raise InputError(f"data.backend {name!r} is not one of {', '.join(BACKENDS)}: choose one of these")
     if not beton.in_one_file and name != "dali":
@@ -72,6 +76,4 @@ def build(
             f"data.backend {name!r}: {beton.path} is not one file, which only dali reads directly: choose dali, or "
             "write a beton with python -m pipeline.prepare"
         )
-    module = importlib.import_module(f"pipeline.backends.{name}")
-    more = {"left_out": left_out} if name == "resident" else {}
-    return module.build(beton, sizes=sizes, batch=batch, workers=workers, depth=depth, device=device, **more)
+    return importlib.import_module(f"pipeline.backends.{name}").build(beton, wanted)

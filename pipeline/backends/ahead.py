@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from typing import Any, Generic, TypeVar
 
 import torch
 
-from pipeline.backends import Plan
+from pipeline.backends import Plan, Wanted
 from pipeline.beton import Beton
 from pipeline.cores import available_cores
 from pipeline.errors import LoaderStalled
@@ -30,27 +30,28 @@ def stalled(beton: Beton, plan: Plan, timeout: float) -> LoaderStalled:
 
 
 class Ahead(Generic[Buffer]):
-    """Up to `depth` batches, cut into chunks that `workers` threads fill; buffers are made once and come round.
+    """Up to `depth` batches, cut into chunks that worker threads fill; buffers are made once and come round.
 
-    Buffers that a GPU copies from are not filled anew before `copied` says so.
+    state: of each thread. buffer: makes one from whether it is to be pinned, as for a GPU, which copies on a stream of
+    its own; a buffer is not filled anew before its copy is done.
     """
 
     def __init__(
         self,
         beton: Beton,
+        wanted: Wanted,
         work: Work,
         *,
-        workers: int,
-        depth: int,
         state: Callable[[], Any],
-        buffer: Callable[[], Buffer],
+        buffer: Callable[[bool], Buffer],
     ) -> None:
-        self._beton, self._work = beton, work
-        self._buffers = [buffer() for _ in range(depth + 1)]
+        self._beton, self._work, self._device = beton, work, wanted.device
+        self._stream = torch.cuda.Stream(wanted.device) if wanted.device.type == "cuda" else None
+        self._buffers = [buffer(self._stream is not None) for _ in range(wanted.depth + 1)]
         self._copied: list[torch.cuda.Event | None] = [None] * len(self._buffers)
         self._pending: deque[tuple[Plan, int, list[Future]]] = deque()
         self._next = 0
-        self._count = workers or available_cores()
+        self._count = wanted.workers or available_cores()
         self._workers = Workers(self._count, state)
 
     def begin(self, plan: Plan) -> None:
@@ -77,9 +78,19 @@ class Ahead(Generic[Buffer]):
         self._pending.popleft()
         return plan, self._buffers[slot], slot
 
-    def copied(self, slot: int, event: torch.cuda.Event) -> None:
-        """Keep the buffer of that number from being filled before `event`."""
-        self._copied[slot] = event
+    def on_device(self, tensors: Sequence[torch.Tensor], slot: int) -> tuple[torch.Tensor, ...]:
+        """Return tensors of buffer `slot` on the device, without waiting for it; themselves, where that is the CPU."""
+        if self._stream is None:
+            return tuple(tensors)
+        current = torch.cuda.current_stream()
+        with torch.cuda.stream(self._stream):
+            copies = tuple(tensor.to(self._device, non_blocking=True) for tensor in tensors)
+            self._copied[slot] = event = torch.cuda.Event()
+            event.record()
+        current.wait_event(event)
+        for copy in copies:
+            copy.record_stream(current)
+        return copies
 
     def close(self) -> None:
         """Forget the batches under way and end the threads."""

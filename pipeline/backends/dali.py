@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from nvidia import dali
 
-from pipeline.backends import Plan
+from pipeline.backends import Plan, Wanted
 from pipeline.backends.ahead import stalled
 from pipeline.beton import Beton
 from pipeline.cores import available_cores
@@ -29,27 +29,17 @@ from pipeline.workers import Workers
 fn: Any = dali.fn
 types: Any = dali.types
 HARDWARE_LOAD = 0.9
-"""Share of the JPEGs for the GPU's hardware decoder, where it has one."""
+"""Share of the JPEGs for the GPU's hardware decoder, where it has one; not measured yet."""
 
 
 class DaliBackend:
     """See `pipeline.backends.Backend`."""
 
-    def __init__(
-        self,
-        beton: Beton,
-        *,
-        sizes: tuple[int, ...],
-        batch: int,
-        workers: int,
-        depth: int,
-        device: torch.device,
-        hardware_load: float = HARDWARE_LOAD,
-    ) -> None:
-        self.depth = depth
-        self._beton, self._sizes, self._device = beton, sizes, device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._decoder = _decoder(batch, workers or available_cores(), device, hardware_load)
+    def __init__(self, beton: Beton, wanted: Wanted) -> None:
+        self.depth = wanted.depth
+        self._beton, self._sizes, self._device = beton, wanted.sizes, wanted.device
+        self._stream = torch.cuda.Stream(wanted.device) if wanted.device.type == "cuda" else None
+        self._decoder = _decoder(wanted)
         self._pending: deque[tuple[Plan, Future]] = deque()
         self._workers = Workers(1, lambda: None)
 
@@ -120,7 +110,6 @@ class DaliBackend:
 
 def _memory(address: int, span: int, device: torch.device) -> torch.Tensor:
     """Return `span` bytes of memory from `address` on as a tensor, without owning them: uint8."""
-
     lent = _Lent({"data": (address, False), "shape": (span,), "typestr": "|u1", "version": 3})
     return torch.as_tensor(lent, device=device) if device.type == "cuda" else torch.from_numpy(np.asarray(lent))
 
@@ -132,21 +121,21 @@ class _Lent:
         self.__array_interface__ = self.__cuda_array_interface__ = interface
 
 
-def _decoder(batch: int, threads: int, device: torch.device, hardware_load: float) -> Any:
+def _decoder(wanted: Wanted) -> Any:
     """Return a DALI pipeline from `encoded` to images, which is run a batch at a time."""
-    on_gpu = device.type == "cuda"
+    on_gpu = wanted.device.type == "cuda"
 
     @dali.pipeline_def(
-        batch_size=batch,
-        num_threads=threads,
-        device_id=cast(int, (device.index or 0) if on_gpu else None),
+        batch_size=wanted.batch,
+        num_threads=wanted.workers or available_cores(),
+        device_id=cast(int, (wanted.device.index or 0) if on_gpu else None),
         prefetch_queue_depth=1,
         exec_async=False,
         exec_pipelined=False,
     )
     def decode() -> Any:
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=not on_gpu)
-        more = {"hw_decoder_load": hardware_load} if on_gpu else {}
+        more = {"hw_decoder_load": HARDWARE_LOAD} if on_gpu else {}
         kind = "mixed" if on_gpu else "cpu"
         return fn.decoders.image(encoded, device=kind, output_type=types.RGB, adjust_orientation=False, **more)
 

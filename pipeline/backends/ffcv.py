@@ -14,7 +14,7 @@ import numba
 import numpy as np
 import torch
 
-from pipeline.backends import Plan
+from pipeline.backends import Plan, Wanted
 from pipeline.backends.ahead import Ahead
 from pipeline.beton import Beton
 from pipeline.records import WHOLE, Records, damaged, decode_record, records_of
@@ -38,33 +38,21 @@ def _crop_chunk(
 
 
 class FfcvBackend:
-    """See `pipeline.backends.Backend`. On CUDA the views are copied from pinned memory on a stream of their own."""
+    """See `pipeline.backends.Backend`. records: others than the beton's own."""
 
-    def __init__(
-        self,
-        beton: Beton,
-        *,
-        sizes: tuple[int, ...],
-        batch: int,
-        workers: int,
-        depth: int,
-        device: torch.device,
-        records: Records | None = None,
-    ) -> None:
-        self.depth = depth
-        self._beton, self._records, self._device = beton, records or records_of(beton), device
-        pinned = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if pinned else None
+    def __init__(self, beton: Beton, wanted: Wanted, records: Records | None = None) -> None:
+        self.depth = wanted.depth
+        self._beton, self._records = beton, records or records_of(beton)
         most = int((beton.heights.astype(np.int64) * beton.widths).max())
-        side = beton.longest_side
 
-        def buffer() -> Views:
-            return tuple(torch.empty((batch, size, size, 3), dtype=torch.uint8, pin_memory=pinned) for size in sizes)
+        def buffer(pinned: bool) -> Views:
+            shapes = [(wanted.batch, size, size, 3) for size in wanted.sizes]
+            return tuple(torch.empty(shape, dtype=torch.uint8, pin_memory=pinned) for shape in shapes)
 
         def state() -> tuple[np.ndarray, Any]:
-            return np.empty(3 * most, np.uint8), scratch(sizes, side)
+            return np.empty(3 * most, np.uint8), scratch(wanted.sizes, beton.longest_side)
 
-        self._ahead = Ahead(beton, self._crop, workers=workers, depth=depth, state=state, buffer=buffer)
+        self._ahead = Ahead(beton, wanted, self._crop, state=state, buffer=buffer)
 
     def submit(self, plan: Plan) -> None:
         self._ahead.begin(plan)
@@ -77,20 +65,7 @@ class FfcvBackend:
 
     def receive(self, timeout: float) -> Views:
         plan, views, slot = self._ahead.finish(timeout)
-        views = tuple(view[: len(plan.ids)] for view in views)
-        return views if self._stream is None else self._copy(views, slot)
-
-    def _copy(self, views: Views, slot: int) -> Views:
-        assert self._stream is not None
-        with torch.cuda.stream(self._stream):
-            copies = tuple(view.to(self._device, non_blocking=True) for view in views)
-            event = torch.cuda.Event()
-            event.record()
-            self._ahead.copied(slot, event)
-        torch.cuda.current_stream().wait_event(event)
-        for copy in copies:
-            copy.record_stream(torch.cuda.current_stream())
-        return copies
+        return self._ahead.on_device([view[: len(plan.ids)] for view in views], slot)
 
     def close(self) -> None:
         self._ahead.close()

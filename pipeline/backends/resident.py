@@ -7,21 +7,19 @@ one it is the FFCV backend without the decoding.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import psutil
 import torch
 
-from pipeline.backends import Plan
+from pipeline.backends import Backend, Plan, Wanted
 from pipeline.backends.ffcv import FfcvBackend
-from pipeline.backends.ffcv_gpu import _decode_chunk
 from pipeline.beton import Beton
 from pipeline.cores import available_cores
 from pipeline.crop import Ragged, crop_views
 from pipeline.errors import InputError
 from pipeline.libffcv import RAW
-from pipeline.records import WHOLE, damaged, records_of
+from pipeline.records import WHOLE, damaged, decode_chunk, records_of
 
 SHARE = 0.5
 """Of the free memory that the images may take."""
@@ -58,7 +56,7 @@ def decode_all(beton: Beton, workers: int, left_out: frozenset[int]) -> tuple[np
         stop = min(start + _CHUNK, count)
         for end in [*sorted(index for index in left_out if start <= index < stop), stop]:
             while start < end:  # on to the next that is left out
-                fault, at = _decode_chunk(records, ids, starts, start, end, pixels)
+                fault, at = decode_chunk(records, ids, starts, start, end, pixels)
                 if fault == WHOLE:
                     break
                 faults[int(at)] = fault
@@ -76,18 +74,9 @@ def decode_all(beton: Beton, workers: int, left_out: frozenset[int]) -> tuple[np
 class ResidentBackend:
     """See `pipeline.backends.Backend`; on a GPU."""
 
-    def __init__(
-        self,
-        beton: Beton,
-        pixels: np.ndarray,
-        starts: np.ndarray,
-        *,
-        sizes: tuple[int, ...],
-        depth: int,
-        device: torch.device,
-    ) -> None:
-        self.depth, self._sizes, self._widths = depth, sizes, beton.widths.astype(np.int64)
-        self._starts, self._pixels = starts, torch.from_numpy(pixels).to(device)
+    def __init__(self, beton: Beton, wanted: Wanted, pixels: np.ndarray, starts: np.ndarray) -> None:
+        self.depth, self._sizes, self._widths = wanted.depth, wanted.sizes, beton.widths.astype(np.int64)
+        self._starts, self._pixels = starts, torch.from_numpy(pixels).to(wanted.device)
         self._pending: list[Plan] = []
 
     def submit(self, plan: Plan) -> None:
@@ -102,31 +91,23 @@ class ResidentBackend:
         self._pending.clear()
 
 
-def build(
-    beton: Beton,
-    *,
-    sizes: tuple[int, ...],
-    batch: int,
-    workers: int,
-    depth: int,
-    device: torch.device,
-    left_out: frozenset[int] = frozenset(),
-) -> Any:
+def build(beton: Beton, wanted: Wanted) -> Backend:
     """Return the backend. Raises InputError where the images take more than `SHARE` of the free memory."""
+    device = wanted.device
     if not fits(beton, device):
         raise InputError(
             f"data.backend 'resident': the images of {beton.path} take {needed(beton) / 2**30:.1f} GiB, more than "
             f"{SHARE:.0%} of the {free(device) / 2**30:.1f} GiB free on {device.type}: choose another backend"
         )
-    workers = workers or available_cores()
-    pixels, starts = decode_all(beton, workers, left_out)
+    pixels, starts = decode_all(beton, wanted.workers or available_cores(), wanted.left_out)
     if device.type == "cuda":
-        return ResidentBackend(beton, pixels, starts, sizes=sizes, depth=depth, device=device)
-    records = records_of(beton)._replace(
+        return ResidentBackend(beton, wanted, pixels, starts)
+    stored = records_of(beton)
+    raw = stored._replace(
         data=pixels,
-        pointers=starts.astype(records_of(beton).pointers.dtype),
-        sizes=(3 * beton.heights.astype(np.int64) * beton.widths).astype(records_of(beton).sizes.dtype),
-        modes=np.full_like(records_of(beton).modes, RAW),
+        pointers=starts.astype(stored.pointers.dtype),
+        sizes=(3 * beton.heights.astype(np.int64) * beton.widths).astype(stored.sizes.dtype),
+        modes=np.full_like(stored.modes, RAW),
         crc32=np.zeros(0, np.uint32),
     )
-    return FfcvBackend(beton, sizes=sizes, batch=batch, workers=workers, depth=depth, device=device, records=records)
+    return FfcvBackend(beton, wanted, raw)

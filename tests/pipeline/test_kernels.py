@@ -12,7 +12,9 @@ from pipeline.crop import Ragged, crop_views
 from pipeline.draws import draw_view
 from pipeline.views import AUGMENTATIONS
 
-kernels = pytest.importorskip("pipeline.kernels")
+pytest.importorskip("triton")
+from pipeline import kernels
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
