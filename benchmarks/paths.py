@@ -22,6 +22,7 @@ from pipeline.beton import Beton
 from pipeline.draws import draw_view
 from pipeline.libffcv import JPEG
 from pipeline.order import epoch_order
+from pipeline.records import records_of, rectangles
 from pipeline.views import View
 
 _AHEAD = 3
@@ -47,6 +48,12 @@ def _plans(beton: Beton, views: int, batch: int) -> list[Plan]:
     return found
 
 
+def _decoded(beton: Beton, plans: list[Plan]) -> float:
+    """Return the bytes of a sample's pixels that are decoded."""
+    parts = np.concatenate([rectangles(records_of(beton), plan.ids, plan.boxes) for plan in plans]).astype(np.int64)
+    return float((3 * parts[:, 2] * parts[:, 3]).mean())
+
+
 def _run(backend: Any, plans: list[Plan], receive: Callable[[], Any]) -> Callable[[Callable[[], None]], int]:
     def epoch(begun: Callable[[], None]) -> int:
         for plan in plans[: backend.depth]:
@@ -69,21 +76,20 @@ def ours(name: str) -> Callable[..., Path]:
 
     def make(beton: Beton, size: int, views: int, batch: int, threads: int, device: torch.device) -> Path:
         backend = build(name, beton, Wanted((size,) * views, batch, threads, _AHEAD, device))
-        decoded = float((3 * beton.heights.astype(np.int64) * beton.widths).mean())
-        crops = float(3 * size * size * views)
-        bytes_ = {"ffcv": crops, "ffcv_gpu": decoded, "dali": float(beton.sizes.mean()), "resident": 0.0}[name]
         plans = _plans(beton, views, batch)
-        return Path(_run(backend, plans, lambda: backend.receive(600)), bytes_)
+        crops = float(3 * size * size * views)
+        sent = {"ffcv": crops, "ffcv_gpu": _decoded(beton, plans), "dali": float(beton.sizes.mean()), "resident": 0.0}
+        return Path(_run(backend, plans, lambda: backend.receive(600)), sent[name])
 
     return make
 
 
 def decode_only(beton: Beton, size: int, views: int, batch: int, threads: int, device: torch.device) -> Path:
-    """What is left for the CPU where ffcv's crops are made on the GPU: each record decoded once."""
+    """What is left for the CPU where ffcv's crops are made on the GPU: each record decoded once, what is in a crop."""
     backend = build("ffcv_gpu", beton, Wanted((size,) * views, batch, threads, _AHEAD, torch.device("cpu")))
-    decoded = float((3 * beton.heights.astype(np.int64) * beton.widths).mean())
+    plans = _plans(beton, views, batch)
     receive = lambda: backend._ahead.finish(600)  # type: ignore[attr-defined]  # noqa: E731
-    return Path(_run(backend, _plans(beton, views, batch), receive), decoded)
+    return Path(_run(backend, plans, receive), _decoded(beton, plans))
 
 
 def ffcv_twice(beton: Beton, size: int, views: int, batch: int, threads: int, device: torch.device) -> Path:

@@ -30,7 +30,7 @@ MIN_SHM = 1 * GIB
 MIN_OPEN_FILES = 4096
 
 _SETUP = "run ./millrace setup (where that changes nothing, delete .venv first)"
-_HEADERS = "apt-get install libopencv-dev libturbojpeg0-dev pkg-config g++ python3-dev"
+_HEADERS = "apt-get install libopencv-dev libturbojpeg0-dev libjpeg-dev pkg-config g++ python3-dev"
 _CUDA_PATTERN = re.compile(r"CUDA (?:\w+ )?Version\s*:\s*(\d+)\.(\d+)")
 _OTHER_PACKAGES = {
     "accelerate": "accelerate",
@@ -109,8 +109,10 @@ def _reason(error: BaseException) -> str:
 
 
 def _missing_headers() -> list[str]:
-    """What a compilation of FFCV would not find."""
-    missing = [name for name in ("opencv4", "libturbojpeg") if _output("pkg-config", "--exists", name) is None]
+    """What a compilation of FFCV, and of jpeg.c, would not find."""
+    missing = [
+        name for name in ("opencv4", "libturbojpeg", "libjpeg") if _output("pkg-config", "--exists", name) is None
+    ]
     if shutil.which("pkg-config") is None:
         missing = ["pkg-config"]
     if shutil.which("g++") is None:
@@ -185,7 +187,7 @@ def check_headers() -> Finding:
     name = "compiler and headers"
     missing = _missing_headers()
     if not missing:
-        return Finding(name, True, "g++, Python, OpenCV and TurboJPEG found")
+        return Finding(name, True, "g++, Python, OpenCV and libjpeg-turbo found")
     needed = False if not _installed("ffcv") else None
     return Finding(name, needed, f"missing: {', '.join(missing)}; FFCV is built with them", _HEADERS)
 
@@ -211,6 +213,16 @@ def check_ffcv() -> Finding:
         remedy = f"build it anew on this machine: {_HEADERS}; rm -rf .venv; ./millrace setup"
         return Finding("ffcv", False, _reason(error), remedy)
     return Finding("ffcv", True, "imported, C library loaded")
+
+
+def check_jpeg() -> Finding:
+    """The function that decodes a part of a JPEG was built."""
+    try:
+        _load("pipeline._jpeg")
+    except Exception as error:
+        remedy = f"build it on this machine: {_HEADERS}; rm -rf .venv; ./millrace setup"
+        return Finding("JPEG decoder", None, f"{_reason(error)}; FFCV's is used: slower, and less exact", remedy)
+    return Finding("JPEG decoder", True, "decodes what the crops show, as Pillow does")
 
 
 def check_dali() -> Finding:
@@ -338,6 +350,7 @@ def examine(beton: Path | None = None) -> list[Finding]:
         check_headers(),
         check_torch(),
         check_ffcv(),
+        check_jpeg(),
         check_dali(),
         check_numba(),
         check_packages(),

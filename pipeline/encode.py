@@ -41,6 +41,9 @@ class Settings:
     ignore_exif: bool = False
     """Leave images as stored, whatever their EXIF orientation says (torchvision's loader does)."""
 
+    encode_all: bool = False
+    """Encode JPEG files anew too, also those that could be stored as they are."""
+
     def __post_init__(self) -> None:
         if self.max_side < 0 or self.max_side > _LONGEST_SIDE:
             raise InputError(f"--max-side {self.max_side}: give 0 (no limit) to {_LONGEST_SIDE} pixels")
@@ -73,7 +76,7 @@ def encode(data: bytes, index: int, settings: Settings) -> Record:
     as_jpeg = settings.mode == "jpg" or (
         settings.mode == "proportion" and float(mix(np.uint64(index))) < settings.jpeg_share * 2.0**64
     )
-    if as_jpeg and _storable(data, image, settings):
+    if as_jpeg and not settings.encode_all and _storable(data, image, settings):
         return _record(data, JPEG, image.height, image.width)
     image = _to_rgb(image, settings)
     image = _shrink(image, settings.max_side)

@@ -1,6 +1,7 @@
 """Images to a beton file with its manifest.
 
-    python -m pipeline.prepare SOURCE OUT.beton [--max-side 500] [--quality 90] [--mode jpg|raw|proportion]
+    python -m pipeline.prepare SOURCE OUT.beton [--max-side 500] [--quality 90] [--encode-all]
+                                [--mode jpg|raw|proportion]
 
 SOURCE is a folder (with class folders, or flat and unlabelled), a tar or zip of one, ILSVRC2012's tar of tars, or
 synthetic:N. A JPEG that is small enough and upright is stored byte for byte. The output is the same, byte for byte,
@@ -201,6 +202,11 @@ def _arguments() -> argparse.Namespace:
     add("--max-side", type=int, default=500, help="longest side, pixels; 0: as they are (default %(default)s)")
     add("--quality", type=int, default=90, help="JPEG quality of those encoded (default %(default)s)")
     add(
+        "--encode-all",
+        action="store_true",
+        help="encode anew what could be stored as it is, too: of ImageNet smaller and faster to decode, a little lossy",
+    )
+    add(
         "--mode",
         choices=("jpg", "raw", "proportion"),
         default="jpg",
@@ -236,7 +242,7 @@ def main() -> None:
     args = _arguments()
     if min(args.workers, args.limit, args.skip_bad) < 0:
         raise InputError("--workers, --limit and --skip-bad must not be negative: give 0 or more")
-    settings = Settings(args.max_side, args.quality, args.mode, args.jpeg_share, args.ignore_exif)
+    settings = Settings(args.max_side, args.quality, args.mode, args.jpeg_share, args.ignore_exif, args.encode_all)
     options = {"workers": args.workers, "limit": args.limit, "subset": args.subset, "skip_bad": args.skip_bad}
     manifest = prepare(args.source, args.out, settings, **options)
     for name, reason in manifest.skipped:

@@ -10,6 +10,7 @@ import numpy as np
 from pipeline.beton import Beton
 from pipeline.errors import DamagedRecord
 from pipeline.libffcv import JPEG, crc32, decode_jpeg
+from pipeline.libjpeg import decode_rectangle
 
 WHOLE, _CHANGED, _UNDECODABLE = range(3)
 _FAULTS = {
@@ -47,68 +48,108 @@ def jpeg_side_lengths(data: Any) -> tuple[Any, Any]:
     return 0, 0
 
 
+def _decode_whole(data: Any, height: Any, width: Any, box: Any, pixels: Any) -> bool:
+    """Decode a JPEG to `pixels`, and return whether that went well; `box` is the whole image."""
+    if jpeg_side_lengths(data) != (height, width):
+        return False
+    h, w = np.uint32(height), np.uint32(width)
+    return bool(decode_jpeg(data, pixels, h, w, h, w, 0, 0, 1, 1, False, False) == 0)
+
+
+def _decode_box(data: Any, height: Any, width: Any, box: Any, pixels: Any) -> bool:
+    """Decode the rectangle `box` of a JPEG to `pixels`, and return whether that went well."""
+    source, to = data.ctypes.data, pixels.ctypes.data
+    return bool(decode_rectangle(source, data.size, height, width, box[0], box[1], box[2], box[3], to) == 0)
+
+
+_BLOCK = 16  # columns, where colours have half the resolution; else 8
+_NARROWEST = 8
+_IN_PART = decode_rectangle is not None
+_decode = numba.njit(nogil=True, boundscheck=False)(_decode_box if _IN_PART else _decode_whole)
+
+
 @numba.njit(nogil=True, boundscheck=False)
-def decode_record(records: Any, sample: int, pixels: Any) -> tuple[int, Any]:
-    """Return whether the sample is whole, and its pixels: uint8, flat, RGB."""
+def decode_record(records: Any, sample: int, box: Any, pixels: Any) -> tuple[int, Any, Any, Any, Any]:
+    """Return whether the sample is whole, and pixels of it that hold `box`: their place, top, left and width.
+
+    box: as of `rectangles`. A JPEG is decoded to `pixels`: uint8, flat, RGB, the box and no more. A raw record is
+    returned where it stands, all of it.
+    """
     start, size = np.int64(records.pointers[sample]), np.int64(records.sizes[sample])
     data = records.data[start : start + size]
+    height, width = np.int64(records.heights[sample]), np.int64(records.widths[sample])
     if (
         records.crc32.size > 0
         and np.uint32(crc32(np.uint64(0), data.ctypes.data, np.uint32(size))) != records.crc32[sample]
     ):
-        return _CHANGED, pixels
+        return _CHANGED, pixels, 0, 0, width
     if records.modes[sample] != JPEG:
-        return WHOLE, data
-    height, width = records.heights[sample], records.widths[sample]
-    if jpeg_side_lengths(data) != (height, width):
-        return _UNDECODABLE, pixels
-    status = decode_jpeg(
-        data,
-        pixels,
-        np.uint32(height),
-        np.uint32(width),
-        np.uint32(height),
-        np.uint32(width),
-        0,
-        0,
-        1,
-        1,
-        False,
-        False,
-    )
-    return (WHOLE if status == 0 else _UNDECODABLE), pixels
+        return WHOLE, data, 0, 0, width
+    well = _decode(data, height, width, box, pixels)
+    return (WHOLE if well else _UNDECODABLE), pixels, np.int64(box[0]), np.int64(box[1]), np.int64(box[3])
 
 
 @numba.njit(nogil=True, boundscheck=False)
-def decode_chunk(records: Any, ids: Any, starts: Any, start: int, stop: int, pixels: Any) -> tuple[int, int]:
-    """Decode samples start..stop of `ids` to their places in `pixels`, sample i from starts[i] on.
+def decode_chunk(
+    records: Any, ids: Any, boxes: Any, starts: Any, start: int, stop: int, pixels: Any
+) -> tuple[int, int]:
+    """Decode rectangles `boxes` of samples start..stop of `ids` to their places in `pixels`, from starts[i] on.
 
     Returns the first fault and its place in `ids`, or (WHOLE, 0).
     """
     for i in range(start, stop):
-        to = pixels[starts[i] : starts[i + 1]]
-        fault, image = decode_record(records, ids[i], to)
+        box, to = boxes[i], pixels[starts[i] : starts[i + 1]]
+        fault, image, _, _, width = decode_record(records, ids[i], box, to)
         if fault != WHOLE:
             return fault, i
         if image.ctypes.data != to.ctypes.data:  # a raw record: not decoded, but read where it is
-            to[:] = image
+            n = 3 * np.int64(box[3])
+            for row in range(box[2]):
+                at = 3 * ((box[0] + row) * width + box[1])
+                to[row * n : (row + 1) * n] = image[at : at + n]
     return WHOLE, 0
+
+
+def rectangles(records: Records, ids: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Return the part of each sample to decode, which holds all its boxes: int32 [B, 4], top, left, height, width.
+
+    boxes: int32 [V, B, 4]. As `decode_rectangle` needs it, there is a column more on either side, at least `_NARROWEST`
+    in all, and the first is a multiple of `_BLOCK`. The whole image, where no CRC32 says that what lies outside the
+    part is in order.
+    """
+    first, last = boxes[:, :, :2].min(0), (boxes[:, :, :2] + boxes[:, :, 2:]).max(0)
+    widths = records.widths[ids].astype(np.int32)
+    first[:, 1] = np.maximum(np.minimum(first[:, 1] - 1, widths - _NARROWEST), 0) // _BLOCK * _BLOCK
+    last[:, 1] = np.minimum(np.maximum(last[:, 1] + 1, first[:, 1] + _NARROWEST), widths)
+    found = np.concatenate([first, last - first], 1)
+    if not (_IN_PART and records.crc32.size > 0):
+        jpegs = records.modes[ids] == JPEG
+        found[jpegs] = whole(records, ids)[jpegs]
+    return found
+
+
+def whole(records: Records, ids: np.ndarray) -> np.ndarray:
+    """Return the rectangle that is all of each sample: int32 [B, 4]."""
+    zero = np.zeros(len(ids), np.int32)
+    return np.stack([zero, zero, records.heights[ids].astype(np.int32), records.widths[ids].astype(np.int32)], 1)
 
 
 def check_record(beton: Beton, index: int) -> str | None:
     """Return what is wrong with sample `index` of `beton`, or None: its CRC32, its JPEG header, its decoding."""
-    height, width = int(beton.heights[index]), int(beton.widths[index])
-    fault, _ = decode_record(_one(beton, index), 0, np.empty(3 * height * width, np.uint8))
-    return _FAULTS.get(fault)
+    return _FAULTS.get(_decoded(beton, index)[0])
 
 
 def decode(beton: Beton, index: int) -> np.ndarray:
     """Return the pixels of sample `index`: uint8 [H, W, 3]. Raises DamagedRecord."""
-    height, width = int(beton.heights[index]), int(beton.widths[index])
-    fault, pixels = decode_record(_one(beton, index), 0, np.empty(3 * height * width, np.uint8))
+    fault, pixels = _decoded(beton, index)
     if fault != WHOLE:
         raise damaged(beton, index, fault)
-    return np.array(pixels).reshape(height, width, 3)
+    return np.array(pixels).reshape(int(beton.heights[index]), int(beton.widths[index]), 3)
+
+
+def _decoded(beton: Beton, index: int) -> tuple[int, np.ndarray]:
+    record, pixels = _one(beton, index), np.empty(3 * int(beton.heights[index]) * int(beton.widths[index]), np.uint8)
+    return decode_record(record, 0, whole(record, np.zeros(1, np.int64))[0], pixels)[:2]
 
 
 def _one(beton: Beton, index: int) -> Records:

@@ -17,7 +17,7 @@ from pipeline.workers import Workers
 
 _CHUNKS = 4  # chunks a worker and batch: small enough to share out evenly, large enough to cost nothing
 Buffer = TypeVar("Buffer")
-Work = Callable[[Any, Plan, int, int, Buffer], None]
+Work = Callable[[Any, Any, int, int, Buffer], None]
 """(a worker's own state, plan, first sample, end, buffer): fills the buffer for these samples, or raises."""
 
 

@@ -17,7 +17,7 @@ import torch
 from pipeline.backends import Plan, Wanted
 from pipeline.backends.ahead import Ahead
 from pipeline.beton import Beton
-from pipeline.records import WHOLE, Records, damaged, decode_record, records_of
+from pipeline.records import WHOLE, Records, damaged, decode_record, records_of, rectangles
 from pipeline.resize import crop_resize, scratch
 
 Views = tuple[torch.Tensor, ...]
@@ -25,15 +25,29 @@ Views = tuple[torch.Tensor, ...]
 
 @numba.njit(nogil=True, boundscheck=False)
 def _crop_chunk(
-    records: Any, ids: Any, boxes: Any, flips: Any, start: int, stop: int, outs: Any, pixels: Any, buffers: Any
+    records: Any,
+    ids: Any,
+    parts: Any,
+    boxes: Any,
+    flips: Any,
+    start: int,
+    stop: int,
+    outs: Any,
+    pixels: Any,
+    buffers: Any,
 ) -> tuple[int, int]:
-    """Fill outs, [B, S, S, 3] a view, for samples start..stop; return the first fault and its place, or (0, 0)."""
+    """Fill outs, [B, S, S, 3] a view, for samples start..stop; return the first fault and its place, or (0, 0).
+
+    parts: int32 [stop - start, 4], of `rectangles`.
+    """
     for i in range(start, stop):
-        fault, image = decode_record(records, ids[i], pixels)
+        fault, image, top, left, width = decode_record(records, ids[i], parts[i - start], pixels)
         if fault != WHOLE:
             return fault, i
         for view in range(len(boxes)):
-            crop_resize(image, records.widths[ids[i]], boxes[view, i], flips[view, i], outs[view][i], buffers)
+            box = boxes[view, i]
+            inside = (box[0] - top, box[1] - left, np.int64(box[2]), np.int64(box[3]))
+            crop_resize(image, width, inside, flips[view, i], outs[view][i], buffers)
     return WHOLE, 0
 
 
@@ -58,8 +72,10 @@ class FfcvBackend:
         self._ahead.begin(plan)
 
     def _crop(self, state: Any, plan: Plan, start: int, stop: int, views: Views) -> None:
-        outs = tuple(view.numpy() for view in views)
-        fault, at = _crop_chunk(self._records, plan.ids, plan.boxes, plan.flips, start, stop, outs, *state)
+        outs, chunk = tuple(view.numpy() for view in views), slice(start, stop)
+        parts = rectangles(self._records, plan.ids[chunk], plan.boxes[:, chunk])
+        drawn = plan.boxes, plan.flips
+        fault, at = _crop_chunk(self._records, plan.ids, parts, *drawn, start, stop, outs, *state)
         if fault != WHOLE:
             raise damaged(self._beton, int(plan.ids[at]), fault)
 

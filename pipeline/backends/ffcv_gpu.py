@@ -6,6 +6,8 @@ crops are made by compiled code on the thread that receives them.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
@@ -13,7 +15,29 @@ from pipeline.backends import Plan, Wanted
 from pipeline.backends.ahead import Ahead
 from pipeline.beton import Beton
 from pipeline.crop import Ragged, crop_views
-from pipeline.records import WHOLE, damaged, decode_chunk, records_of
+from pipeline.records import WHOLE, Records, damaged, decode_chunk, records_of, rectangles
+
+
+@dataclass(frozen=True)
+class _LaidOut(Plan):
+    """A plan, and what of each image lies where in the buffer."""
+
+    parts: np.ndarray
+    """int32 [B, 4]: of `rectangles`."""
+    starts: np.ndarray
+    """int64 [B + 1]: each part's first byte, and the end of the last."""
+
+    @staticmethod
+    def of(plan: Plan, records: Records) -> _LaidOut:
+        parts = rectangles(records, plan.ids, plan.boxes)
+        ends = np.cumsum(3 * parts[:, 2].astype(np.int64) * parts[:, 3])
+        return _LaidOut(plan.ids, plan.boxes, plan.flips, parts, np.concatenate([[0], ends]))
+
+    def inside(self) -> np.ndarray:
+        """Return the boxes as they lie in the parts."""
+        boxes = self.boxes.copy()
+        boxes[:, :, :2] -= self.parts[:, :2]
+        return boxes
 
 
 class FfcvGpuBackend:
@@ -22,32 +46,30 @@ class FfcvGpuBackend:
     def __init__(self, beton: Beton, wanted: Wanted) -> None:
         self.depth = wanted.depth
         self._beton, self._records, self._sizes = beton, records_of(beton), wanted.sizes
-        self._bytes = 3 * beton.heights.astype(np.int64) * beton.widths
-        most = wanted.batch * int(self._bytes.max())  # also where a substitute comes several times
+        most = wanted.batch * int(
+            (3 * beton.heights.astype(np.int64) * beton.widths).max()
+        )  # of one sample's repeats too
 
         def buffer(pinned: bool) -> torch.Tensor:
             return torch.empty(most, dtype=torch.uint8, pin_memory=pinned)
 
         self._ahead: Ahead[torch.Tensor] = Ahead(beton, wanted, self._decode, state=lambda: None, buffer=buffer)
 
-    def _starts(self, ids: np.ndarray) -> np.ndarray:
-        """Return each image's first byte in the buffer, and the end of the last: int64 [B + 1]."""
-        return np.concatenate([[0], np.cumsum(self._bytes[ids])])
-
     def submit(self, plan: Plan) -> None:
-        self._ahead.begin(plan)
+        self._ahead.begin(_LaidOut.of(plan, self._records))
 
-    def _decode(self, state: None, plan: Plan, start: int, stop: int, pixels: torch.Tensor) -> None:
-        fault, at = decode_chunk(self._records, plan.ids, self._starts(plan.ids), start, stop, pixels.numpy())
+    def _decode(self, state: None, plan: _LaidOut, start: int, stop: int, pixels: torch.Tensor) -> None:
+        place = plan.ids, plan.parts, plan.starts, start, stop, pixels.numpy()
+        fault, at = decode_chunk(self._records, *place)
         if fault != WHOLE:
             raise damaged(self._beton, int(plan.ids[at]), fault)
 
     def receive(self, timeout: float) -> tuple[torch.Tensor, ...]:
         plan, pixels, slot = self._ahead.finish(timeout)
-        starts = self._starts(plan.ids)
-        (pixels,) = self._ahead.on_device([pixels[: starts[-1]]], slot)
-        widths = self._beton.widths[plan.ids].astype(np.int64)
-        return crop_views(Ragged(pixels, starts[:-1], widths), plan, self._sizes)
+        assert isinstance(plan, _LaidOut)
+        (pixels,) = self._ahead.on_device([pixels[: plan.starts[-1]]], slot)
+        images = Ragged(pixels, plan.starts[:-1], plan.parts[:, 3].astype(np.int64))
+        return crop_views(images, Plan(plan.ids, plan.inside(), plan.flips), self._sizes)
 
     def close(self) -> None:
         self._ahead.close()

@@ -19,7 +19,7 @@ from pipeline.cores import available_cores
 from pipeline.crop import Ragged, crop_views
 from pipeline.errors import InputError
 from pipeline.libffcv import RAW
-from pipeline.records import WHOLE, damaged, decode_chunk, records_of
+from pipeline.records import WHOLE, damaged, decode_chunk, records_of, whole
 
 SHARE = 0.5
 """Of the free memory that the images may take."""
@@ -50,13 +50,14 @@ def decode_all(beton: Beton, workers: int, left_out: frozenset[int]) -> tuple[np
     ends = np.cumsum(3 * beton.heights.astype(np.int64) * beton.widths)
     starts = np.concatenate([[0], ends])
     pixels, ids = np.empty(ends[-1], np.uint8), np.arange(count)
+    boxes = whole(records, ids)
     faults: dict[int, int] = {}
 
     def decode(start: int) -> None:
         stop = min(start + _CHUNK, count)
         for end in [*sorted(index for index in left_out if start <= index < stop), stop]:
             while start < end:  # on to the next that is left out
-                fault, at = decode_chunk(records, ids, starts, start, end, pixels)
+                fault, at = decode_chunk(records, ids, boxes, starts, start, end, pixels)
                 if fault == WHOLE:
                     break
                 faults[int(at)] = fault

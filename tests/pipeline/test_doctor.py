@@ -63,7 +63,7 @@ def test_missing_headers_names_each(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(doctor.shutil, "which", found.get)
     monkeypatch.setattr(doctor, "_output", lambda *command: "" if command[-1] == "opencv4" else None)
     monkeypatch.setattr(doctor.sysconfig, "get_path", lambda _: str(tmp_path))
-    assert doctor._missing_headers() == ["libturbojpeg", "g++", "Python.h"]
+    assert doctor._missing_headers() == ["libturbojpeg", "libjpeg", "g++", "Python.h"]
     (tmp_path / "Python.h").touch()
     found["pkg-config"] = None
     assert doctor._missing_headers() == ["pkg-config", "g++"]
@@ -89,6 +89,15 @@ def test_ffcv_and_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
     assert finding.ok is False
     assert "imdecode" in finding.detail
     assert "libopencv-dev" in finding.remedy
+
+
+def test_without_the_jpeg_decoder_there_is_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    offer(monkeypatch, **{"pipeline._jpeg": ModuleType("_jpeg")})
+    assert doctor.check_jpeg().state == "ok"
+    offer(monkeypatch)
+    finding = doctor.check_jpeg()
+    assert finding.state == "warning"
+    assert "libjpeg-dev" in finding.remedy
 
 
 def test_ffcv_missing_is_told_from_ffcv_not_loading(monkeypatch: pytest.MonkeyPatch) -> None:

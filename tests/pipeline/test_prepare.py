@@ -99,6 +99,15 @@ def test_no_limit_on_the_longest_side_keeps_every_size() -> None:
     assert encode(data, 0, Settings(max_side=0)).data == data
 
 
+def test_jpegs_that_could_stay_are_encoded_anew_where_asked() -> None:
+    image = picture(90, 70)
+    data = saved(image, quality=100)
+    record = encode(data, 0, Settings(encode_all=True))
+    assert record.mode == JPEG
+    assert len(record.data) < len(data) / 2
+    assert np.abs(_pixels(record) - np.asarray(image, float)).mean() < 3
+
+
 def test_quality_is_that_of_the_encoded_image() -> None:
     sizes = [len(encode(saved(picture(90, 90), "png"), 0, Settings(quality=quality)).data) for quality in (30, 90, 100)]
     assert sizes == sorted(set(sizes))
@@ -497,7 +506,9 @@ def test_ffcvs_loader_gives_the_same_pixels_and_labels(cache: str, side: int, tm
     assert side < 1300 or beton.pointers.max() > 2 * PAGE
     subprocess.run([sys.executable, "-c", FFCV_READS, str(out), str(side), cache], check=True, timeout=120)
     theirs = np.load(f"{out}.npz")
-    np.testing.assert_array_equal(theirs["images"], [decode(beton, index) for index in range(6)])
+    for index, image in enumerate(theirs["images"].astype(int)):
+        gap = np.abs(image - decode(beton, index))  # of JPEGs FFCV takes libjpeg's fast, rough transform
+        assert gap.max() == 0 if beton.modes[index] == RAW else gap.mean() < 2
     assert theirs["labels"].ravel().tolist() == beton.labels.tolist() == [0, 0, 0, 1, 1, 1]
 
 
