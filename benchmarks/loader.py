@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import machine
-from benchmarks.paths import PATHS
+from benchmarks.paths import COMPARED, PATHS
 from pipeline.beton import Beton
 from pipeline.errors import InputError, command
 
@@ -138,7 +138,7 @@ def _table(rows: dict[str, Any]) -> Table:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description="Measure loader throughput.")
-    known = ",".join(PATHS)
+    known = ",".join(COMPARED)
     parser.add_argument("--data", required=True, help="beton")
     parser.add_argument("--backends", default=known, help="ways to crops (default %(default)s)")
     parser.add_argument("--threads", default="1", help="loader threads, such as 1,2,4 (default %(default)s)")

@@ -26,6 +26,7 @@ from pipeline.records import records_of, rectangles
 from pipeline.views import View
 
 _AHEAD = 3
+_BATCHES = 8  # at least, counted as one epoch
 _VIEW = View()  # MoCo v2's
 
 
@@ -39,9 +40,11 @@ class Path(NamedTuple):
 
 
 def _plans(beton: Beton, views: int, batch: int) -> list[Plan]:
-    order, found = epoch_order(0, 0, len(beton)), []
-    for start in range(0, len(order) - batch + 1, batch):
-        ids = order[start : start + batch]
+    found: list[Plan] = []
+    per_epoch = len(beton) // batch
+    for number in range(max(per_epoch, _BATCHES)):
+        epoch, place = divmod(number, per_epoch)
+        ids = epoch_order(0, epoch, len(beton))[place * batch : (place + 1) * batch]
         sides = {"heights": beton.heights[ids], "widths": beton.widths[ids]}
         drawn = [draw_view(_VIEW, index, seed=0, epoch=0, ids=ids, **sides) for index in range(views)]
         found.append(Plan(ids, np.stack([d.boxes for d in drawn]), np.stack([d.flips for d in drawn])))
@@ -71,11 +74,14 @@ def _run(backend: Any, plans: list[Plan], receive: Callable[[], Any]) -> Callabl
     return epoch
 
 
-def ours(name: str) -> Callable[..., Path]:
-    """Return the way of backend `name`; draws are made beforehand, as they cost the same everywhere."""
+def ours(name: str, **more: Any) -> Callable[..., Path]:
+    """Return the way of backend `name`; draws are made beforehand, as they cost the same everywhere.
+
+    more: of `Wanted`.
+    """
 
     def make(beton: Beton, size: int, views: int, batch: int, threads: int, device: torch.device) -> Path:
-        backend = build(name, beton, Wanted((size,) * views, batch, threads, _AHEAD, device))
+        backend = build(name, beton, Wanted((size,) * views, batch, threads, _AHEAD, device, **more))
         plans = _plans(beton, views, batch)
         crops = float(3 * size * size * views)
         sent = {"ffcv": crops, "ffcv_gpu": _decoded(beton, plans), "dali": float(beton.sizes.mean()), "resident": 0.0}
@@ -219,7 +225,9 @@ def official(beton: Beton, size: int, views: int, batch: int, threads: int, devi
     return Path(lambda begun: _count(some(), begun), float(4 * 3 * size * size * views))
 
 
-PATHS: dict[str, Callable[..., Path]] = {
+HARDWARE_LOADS = {f"dali-{load}": ours("dali", hardware_load=load / 100) for load in (0, 65, 100)}
+"""With other shares, in hundredths, for the GPU's JPEG decoder."""
+COMPARED: dict[str, Callable[..., Path]] = {
     "ffcv": ours("ffcv"),
     "ffcv-gpu": ours("ffcv_gpu"),
     "decode-only": decode_only,
@@ -228,3 +236,4 @@ PATHS: dict[str, Callable[..., Path]] = {
     "ffcv-twice": ffcv_twice,
     "official": official,
 }
+PATHS = COMPARED | HARDWARE_LOADS

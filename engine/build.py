@@ -84,7 +84,9 @@ def build(settings: Settings) -> Run:
     """Build a run from its settings, writing nothing. Raises InputError for what cannot work."""
     train_set = _open(settings, "train")
     accelerator, data = build_accelerator(settings), settings.data
-    backend = choose(data.backend, data.crop_on, train_set, accelerator.device, _processes(accelerator))
+    loading = _loading(settings, accelerator)
+    shares = {"processes": _processes(accelerator), "cores": loading["workers"]}
+    backend = choose(data.backend, data.crop_on, train_set, accelerator.device, **shares)
     loader = Loader(
         train_set,
         AUGMENTATIONS[settings.data.augmentation],
@@ -95,7 +97,7 @@ def build(settings: Settings) -> Run:
         ahead=settings.data.ahead,
         shuffle=_shuffle(settings, accelerator.num_processes),
         backend=backend.name,
-        **_loading(settings, accelerator),
+        **loading,
     )
     _check(settings, len(train_set), accelerator)
     model = build_model(settings, accelerator)
@@ -232,6 +234,7 @@ def _loading(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
         "device": accelerator.device,
         "workers": data.workers or max(1, available_cores() // processes),
         "stall_timeout": data.stall_timeout,
+        "hardware_load": data.hardware_load,
         "on_bad": data.on_bad,
     }
 

@@ -41,7 +41,11 @@ class Data:
     """Labelled beton for kNN, neighbours from `train` (of one file: every tenth image by the others). None: no kNN."""
     backend: Literal["auto", "ffcv", "dali", "resident"] = "auto"
     """What decodes: ffcv on the CPU's cores, dali on the GPU, where there is one, resident all images once, into memory
-    of the device; auto: resident where the images take at most half of what is free, else ffcv."""
+    of the device; auto: resident where the images take at most half of what is free, else ffcv, or dali where a GPU has
+    too few cores for that."""
+    hardware_load: float = 0.9
+    """Share of the JPEGs that dali gives to the GPU's hardware decoder, where it has one; the other cores of the GPU
+    take the rest."""
     crop_on: Literal["auto", "cpu", "gpu"] = "auto"
     """Where ffcv's crops are made: by the cores that decode, or by the GPU; auto: the GPU, where there is one."""
     on_bad: Literal["error", "skip"] = "error"

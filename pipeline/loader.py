@@ -90,6 +90,7 @@ class Loader:
         workers: int = 0,
         ahead: int = 3,
         stall_timeout: float = 60.0,
+        hardware_load: float = 0.9,
         statistics: Statistics = IMAGENET,
         shuffle: Shuffle | None = None,
         on_bad: OnBad = "error",
@@ -116,7 +117,7 @@ class Loader:
         self._pending: deque[tuple[int, int, np.ndarray, int, list[Colour]]] = deque()
         self._substitutes = Substitutes(beton, on_bad)
         self._epoch, self._step = 0, 0  # of the next batch to hand out
-        self._wanted = Wanted(view_sizes(views, size), batch // world, workers, ahead, self.device)
+        self._wanted = Wanted(view_sizes(views, size), batch // world, workers, ahead, self.device, hardware_load)
         self._backend_name = backend
         self._backend = _build(backend, beton, self._substitutes, self._wanted)
 
@@ -271,6 +272,7 @@ class CentreLoader:
         workers: int = 0,
         ahead: int = 3,
         stall_timeout: float = 60.0,
+        hardware_load: float = 0.9,
         statistics: Statistics = IMAGENET,
         indices: np.ndarray | None = None,
         on_bad: OnBad = "error",
@@ -282,7 +284,7 @@ class CentreLoader:
         self._statistics = statistics
         self._pending: deque[np.ndarray] = deque()
         self._backend_name = backend
-        self._wanted = Wanted((size,), self.batch, workers, ahead, torch.device(device))
+        self._wanted = Wanted((size,), self.batch, workers, ahead, torch.device(device), hardware_load)
         self._substitutes = Substitutes(beton, on_bad)
         self._backend = _build(backend, beton, self._substitutes, self._wanted)
 

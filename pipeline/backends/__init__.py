@@ -44,6 +44,8 @@ class Wanted:
     depth: int
     """Batches ahead."""
     device: torch.device
+    hardware_load: float = 0.9
+    """Share of the JPEGs for a GPU's hardware decoder, where DALI decodes and there is one."""
     left_out: frozenset[int] = frozenset()
     """Samples that will not be asked for."""
 

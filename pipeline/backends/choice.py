@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 
 from pipeline.backends import resident
 from pipeline.beton import Beton
+from pipeline.libffcv import JPEG
 
 CropOn = Literal["auto", "cpu", "gpu"]
+
+PACE = 4000
+"""Samples a second that a GPU may take: about what an H200 trains a ResNet-50 on, at 224 pixels."""
+_JPEG_BYTE, _JPEG_PIXEL, _RAW_PIXEL = 9e-9, 1.7e-9, 2.7e-9  # seconds of one core at 2.6 GHz, copies included
 
 
 class Choice(NamedTuple):
@@ -19,23 +26,46 @@ class Choice(NamedTuple):
     why: str
 
 
-def choose(backend: str, crop_on: CropOn, beton: Beton, device: torch.device, processes: int = 1) -> Choice:
+def decoding_rate(beton: Beton, cores: int) -> float:
+    """Return about how many samples a second so many cores decode, by the sizes of their records."""
+    pixels, jpegs = beton.heights.astype(np.float64) * beton.widths, beton.modes == JPEG
+    seconds = np.where(jpegs, _JPEG_BYTE * beton.sizes + _JPEG_PIXEL * pixels, _RAW_PIXEL * pixels)
+    return float(cores / seconds.mean())
+
+
+def choose(
+    backend: str, crop_on: CropOn, beton: Beton, device: torch.device, *, processes: int = 1, cores: int = 1
+) -> Choice:
     """Return the backend that settings `backend` and `crop_on` mean for this data on this device.
 
-    processes: those that share the machine's memory.
+    processes: those that share the machine's memory. cores: for this one.
     """
-    if backend == "auto" and not beton.in_one_file:
+    if backend != "auto":
+        return _ffcv(crop_on, device, "asked for") if backend == "ffcv" else Choice(backend, "asked for")
+    if not beton.in_one_file:
         return Choice("dali", "the images are not in one file, which it alone reads")
-    if backend == "auto":
-        size = f"the decoded images take {resident.needed(beton) / 2**30:.2f} GiB"
-        share = resident.SHARE if device.type == "cuda" else resident.SHARE / processes
-        room = f"{share:.0%} of the {resident.free(device) / 2**30:.1f} GiB free on {device.type}"
-        if resident.needed(beton) <= share * resident.free(device):
-            return Choice("resident", f"{size}, at most {room}")
-        backend, why = "ffcv", f"{size}, more than {room}"
-    else:
-        why = "asked for"
-    if backend != "ffcv":
-        return Choice(backend, why)
+    size = f"the decoded images take {resident.needed(beton) / 2**30:.2f} GiB"
+    share = resident.SHARE if device.type == "cuda" else resident.SHARE / processes
+    room = f"{share:.0%} of the {resident.free(device) / 2**30:.1f} GiB free on {device.type}"
+    if resident.needed(beton) <= share * resident.free(device):
+        return Choice("resident", f"{size}, at most {room}")
+    why = f"{size}, more than {room}"
+    if device.type != "cuda":
+        return _ffcv(crop_on, device, why)
+    rate = decoding_rate(beton, cores)
+    why += f"; {cores} cores decode about {rate:.0f} images/s"
+    if rate < PACE and crop_on != "cpu" and (beton.modes == JPEG).any() and _dali_installed():
+        return Choice("dali", f"{why}, less than the {PACE} a GPU may take")
+    return _ffcv(crop_on, device, why)
+
+
+def _dali_installed() -> bool:
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # of `nvidia`
+        return False
+
+
+def _ffcv(crop_on: CropOn, device: torch.device, why: str) -> Choice:
     on_gpu = crop_on == "gpu" or (crop_on == "auto" and device.type == "cuda")
     return Choice("ffcv_gpu" if on_gpu else "ffcv", f"{why}; crops on the {'GPU' if on_gpu else 'CPU'}")

@@ -28,8 +28,6 @@ from pipeline.workers import Workers
 
 fn: Any = dali.fn
 types: Any = dali.types
-HARDWARE_LOAD = 0.9
-"""Share of the JPEGs for the GPU's hardware decoder, where it has one; not measured yet."""
 
 
 class DaliBackend:
@@ -135,7 +133,7 @@ def _decoder(wanted: Wanted) -> Any:
     )
     def decode() -> Any:
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=not on_gpu)
-        more = {"hw_decoder_load": HARDWARE_LOAD} if on_gpu else {}
+        more = {"hw_decoder_load": wanted.hardware_load} if on_gpu else {}
         kind = "mixed" if on_gpu else "cpu"
         return fn.decoders.image(encoded, device=kind, output_type=types.RGB, adjust_orientation=False, **more)
 

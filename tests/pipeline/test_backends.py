@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import sys
 import threading
 from contextlib import closing
 from dataclasses import replace
@@ -20,13 +21,14 @@ import torch
 from PIL import Image
 
 from pipeline.augment import Statistics
-from pipeline.backends import BACKENDS, Plan, resident
-from pipeline.backends.choice import choose
+from pipeline.backends import BACKENDS, Plan, choice, resident
+from pipeline.backends.choice import choose, decoding_rate
 from pipeline.beton import Beton, manifest_path
 from pipeline.draws import draw_view
 from pipeline.encode import Settings
 from pipeline.errors import DamagedRecord, InputError
 from pipeline.libffcv import JPEG, RAW
+from pipeline.libjpeg import decode_rectangle
 from pipeline.loader import Batch, CentreLoader, Loader
 from pipeline.order import epoch_order
 from pipeline.prepare import prepare
@@ -36,7 +38,7 @@ SIZE, BATCH = 16, 32
 PLAIN = View(jitter=0.0, grey=0.0, blur=0.0)
 LEVELS = Statistics((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))  # leaves 0..255 as it is
 OTHERS = [name for name in BACKENDS if name != "ffcv"]
-SAME_DECODER = [name for name in OTHERS if name != "dali"]
+SAME_DECODER = [name for name in OTHERS if name != "dali" or decode_rectangle is not None]
 
 
 def loader(path: Path, backend: str, **settings: Any) -> Any:
@@ -227,9 +229,40 @@ def test_the_choice_depends_on_device_and_room_and_says_why(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(resident, "free", lambda device: int(room * resident.needed(Beton(drawn))))
-    choice = choose(backend, crop_on, Beton(drawn), torch.device(device), processes)
+    choice = choose(backend, crop_on, Beton(drawn), torch.device(device), processes=processes, cores=64)
     assert choice.name == name
     assert ("asked for" in choice.why) == (backend != "auto")
+
+
+@pytest.mark.parametrize(
+    ("cores", "crop_on", "device", "mode", "name"),
+    [
+        (4, "auto", "cuda", JPEG, "dali"),
+        (64, "auto", "cuda", JPEG, "ffcv_gpu"),
+        (4, "cpu", "cuda", JPEG, "ffcv"),
+        (4, "auto", "cpu", JPEG, "ffcv"),
+        (4, "auto", "cuda", RAW, "ffcv_gpu"),
+    ],
+)
+def test_few_cores_for_a_gpu_leave_the_decoding_to_it(
+    cores: int, crop_on: Any, device: str, mode: int, name: str, drawn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of records as ImageNet's at 500 pixels, of which one core decodes some 900 a second."""
+    monkeypatch.setattr(resident, "free", lambda device: 0)
+    beton = Beton(drawn)
+    count = len(beton)
+    beton.heights, beton.widths = np.full(count, 375, np.uint16), np.full(count, 500, np.uint16)
+    beton.sizes, beton.modes = np.full(count, 90_000, np.uint64), np.full(count, mode, np.uint8)
+    if mode == JPEG:
+        assert 700 < decoding_rate(beton, 1) < 1100
+    assert choose("auto", crop_on, beton, torch.device(device), cores=cores).name == name
+
+
+def test_without_dali_the_cores_decode(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resident, "free", lambda device: 0)
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    monkeypatch.setattr(choice, "PACE", 1e9)
+    assert choose("auto", "auto", Beton(drawn), torch.device("cuda")).name == "ffcv_gpu"
 
 
 def test_views_of_one_size_each(drawn: Path) -> None:

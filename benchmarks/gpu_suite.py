@@ -1,0 +1,188 @@
+"""Every GPU test and GPU benchmark in one command, within a time limit, the most important first.
+
+    python -m benchmarks.gpu_suite --out DIR [--data F.beton] [--cifar F.beton] [--seconds 540] [--dry-run]
+
+Results are written to DIR as they come; `suite.md` there says what ran, what it found, and what was left out and why.
+Without --data and --cifar, drawn images stand in. With --dry-run, or without a GPU, each part runs small, on what there
+is: a check of the suite itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import machine
+from benchmarks.paths import HARDWARE_LOADS
+from pipeline.beton import Beton
+from pipeline.encode import Settings
+from pipeline.errors import InputError, command
+from pipeline.prepare import prepare
+
+_ROOT = Path(__file__).parents[1]
+_PACE = 5000  # pairs a second: more than any of today's GPUs trains a ResNet-50 on
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the suite."""
+
+    name: str
+    module: str
+    arguments: list[str]
+    small: list[str]
+    """Arguments that make it a matter of seconds."""
+    found: Callable[[dict[str, Any]], list[str]] | None
+    """From the JSON it writes to lines of the report; None: its output's last line is the report."""
+    needs: tuple[str, ...] = ()
+
+
+def _crops(result: dict[str, Any]) -> list[str]:
+    lines = [f"{name}: {taken['median']:.2f} ms a batch" for name, taken in result["milliseconds"].items()]
+    return [*lines, f"crops and augmentation: {result['views_per_second']:.0f} views/s"]
+
+
+def _loader(result: dict[str, Any]) -> list[str]:
+    rows = list(result["paths"].values())
+    lines = [f"{row['name']}, {row['threads']} threads: {row['wall']['median']:.0f} pairs/s" for row in rows]
+    for name in dict.fromkeys(row["name"] for row in rows):
+        enough = [row["threads"] for row in rows if row["name"] == name and row["wall"]["median"] >= _PACE]
+        threads = f"with {min(enough)} threads" if enough else "with none of these numbers of threads"
+        lines.append(f"{name} reaches {_PACE} pairs/s {threads}")
+    return lines
+
+
+def parts(data: Path, cifar: Path, threads: list[int]) -> list[Part]:
+    """Return the parts, the most important first."""
+    counts, some = ",".join(map(str, threads)), "ffcv,ffcv-gpu,decode-only"
+    hardware = ",".join(HARDWARE_LOADS)
+    big, tiny = ["--data", str(data), "--batch", "512"], ["--batch", "32", "--size", "32", "--runs", "1"]
+    resident = ["--data", str(cifar), "--batch", "512", "--size", "32", "--backends", "resident", "--threads", "1"]
+    few = [*tiny, "--threads", "1"]
+    return [
+        Part("tests", "pytest", ["-m", "gpu", "-q", "--no-header", "-p", "no:cacheprovider"], [], None, ("pytest",)),
+        Part("crops", "benchmarks.crops", big, tiny, _crops),
+        Part("resident", "benchmarks.loader", resident, few, _loader),
+        Part(
+            "dali",
+            "benchmarks.loader",
+            [*big, "--backends", "dali", "--threads", counts],
+            few,
+            _loader,
+            ("nvidia.dali",),
+        ),
+        Part(
+            "hardware",
+            "benchmarks.loader",
+            [*big, "--backends", hardware, "--threads", str(max(threads))],
+            few,
+            _loader,
+            ("nvidia.dali",),
+        ),
+        Part("ffcv", "benchmarks.loader", [*big, "--backends", some, "--threads", counts], few, _loader),
+        Part(
+            "peers", "benchmarks.loader", [*big, "--backends", "ffcv-twice,official", "--threads", counts], few, _loader
+        ),
+    ]
+
+
+class Report:
+    """`suite.md`, written anew after each part."""
+
+    def __init__(self, path: Path) -> None:
+        about = machine.describe()
+        versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+        self._path, self._lines = path, [f"# GPU suite, {about['date']}", ""]
+        self._lines += [f"{about['gpu'] or 'no GPU'}; {about['processor']}, {about['cores']} cores; {versions}", ""]
+
+    def add(self, name: str, lines: list[str]) -> None:
+        """Add a part's section, and print it."""
+        section = [f"## {name}", "", *(f"- {line}" for line in lines), ""]
+        print("\n".join(section), flush=True)
+        self._lines += section
+        self._path.write_text("\n".join(self._lines))
+
+
+def run(part: Part, out: Path, small: bool, seconds: float) -> list[str]:
+    """Run a part, its output and JSON under `out`; return its lines of the report."""
+    if missing := [name for name in part.needs if not _importable(name)]:
+        return [f"left out: {', '.join(missing)} cannot be imported"]
+    if seconds <= 0:
+        return ["left out: no time was left"]
+    log, result = out / f"{part.name}.txt", out / f"{part.name}.json"
+    arguments = [*part.arguments, *(part.small if small else [])]
+    arguments += ["--json", str(result)] if part.found else []
+    begun = time.perf_counter()
+    try:
+        with log.open("w") as file:
+            call = [sys.executable, "-m", part.module, *arguments]
+            done = subprocess.run(call, stdout=file, stderr=subprocess.STDOUT, timeout=seconds, cwd=_ROOT)
+    except subprocess.TimeoutExpired:
+        return [f"cut off after {seconds:.0f} s: see {log.name}"]
+    took = f"took {time.perf_counter() - begun:.0f} s"
+    last = next((line for line in reversed(log.read_text().splitlines()) if line.strip()), "no output")
+    nothing = part.module == "pytest" and done.returncode == 5  # no test was chosen
+    if done.returncode and not nothing:
+        return [f"failed with status {done.returncode}: {last}: see {log.name}", took]
+    if part.found is None:
+        return [last, took]
+    log.unlink()  # the JSON says all of it
+    return [*part.found(json.loads(result.read_text())), took]
+
+
+def _importable(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _drawn(path: Path, count: int, side: int) -> Path:
+    """Write a beton of drawn images."""
+    if not path.exists():
+        prepare(f"synthetic:{count}", path, Settings(max_side=side), quiet=True)
+    return path
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description="Run all that needs a GPU.")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--data", type=Path, help="beton of large images (default: drawn ones)")
+    parser.add_argument("--cifar", type=Path, help="beton of images of 32 pixels (default: drawn ones)")
+    parser.add_argument("--threads", default="1,2,4,8,16", help="numbers of loader threads (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=540, help="time limit of it all (default %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="run each part small, on the CPU where need be")
+    args = parser.parse_args()
+    begun, small = time.perf_counter(), args.dry_run or not torch.cuda.is_available()
+    if not args.threads.replace(",", "").isdigit():
+        raise InputError(f"--threads {args.threads}: give numbers, such as 1,2,4")
+    args.out = args.out.resolve()  # as parts run in another folder
+    args.out.mkdir(parents=True, exist_ok=True)
+    data = args.data.resolve() if args.data else _drawn(args.out / "drawn.beton", 1024, 48)
+    cifar = args.cifar.resolve() if args.cifar else data
+    for path in (data, cifar):
+        Beton(path)  # says what is wrong before anything has run
+    report = Report(args.out / "suite.md")
+    if small:
+        report.add("small", ["parts ran small: " + ("--dry-run" if args.dry_run else "there is no GPU")])
+    for part in parts(data, cifar, [int(number) for number in args.threads.split(",")]):
+        left = args.seconds - (time.perf_counter() - begun)
+        report.add(part.name, run(part, args.out, small, left))
+    if args.data is None:
+        for path in (data, Path(f"{data}.json")):
+            path.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()
