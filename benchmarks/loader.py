@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +30,7 @@ from rich.table import Table
 from benchmarks import machine
 from benchmarks.paths import COMPARED, PATHS
 from pipeline.beton import Beton
+from pipeline.cores import available_cores
 from pipeline.errors import InputError, command
 
 _BASELINE = "ffcv-twice"
@@ -41,21 +44,26 @@ class Worker:
         options = {"--data": args.data, "--size": args.size, "--views": args.views, "--batch": args.batch}
         arguments = [str(part) for pair in options.items() for part in pair]
         command = [sys.executable, "-m", "benchmarks.loader", "--worker", name, "--threads", str(threads), *arguments]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        numba = {
+            "NUMBA_NUM_THREADS": str(max(threads, available_cores()))
+        }  # else FFCV is refused more than there are cores
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | numba
+        )
 
-    def ask(self, what: str) -> dict[str, float]:
-        """Have it run an epoch, or report; return its answer. Raises RuntimeError where it ended."""
+    def ask(self, what: str) -> dict[str, Any] | None:
+        """Have it run an epoch, or report; return its answer, None where it failed: standard error says how."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
             self._process.stdin.write(what + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            raise RuntimeError(f"{self.name}: failed, see above") from None
+            return None
         for line in self._process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        raise RuntimeError(f"{self.name}: failed, see above")
+        return None
 
     def close(self) -> None:
         """End the process."""
@@ -71,36 +79,51 @@ def work(args: argparse.Namespace) -> None:
     path = PATHS[args.worker](beton, args.size, args.views, args.batch, int(args.threads), device)
     built = time.perf_counter() - started
     for line in sys.stdin:
-        cpu, wall = time.process_time(), time.perf_counter()
+        cpu, wall = _cpu_seconds(), time.perf_counter()
         if line.strip() == "about":
             gpu = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            answer = {"to_device_bytes": path.to_device, "peak_bytes": peak, "peak_gpu_bytes": gpu}
+            peak += sum(child.memory_info().rss for child in psutil.Process().children())
+            answer = {"to_device_bytes": path.to_device, "peak_bytes": peak, "peak_gpu_bytes": gpu, "note": path.note}
         else:
             begun: list[float] = []
             pairs = path.epoch(lambda begun=begun: begun.append(time.perf_counter()))  # type: ignore[misc]
-            cpu, now = time.process_time() - cpu, time.perf_counter()
+            cpu, now = _cpu_seconds() - cpu, time.perf_counter()
             first = built + begun[0] - wall  # of the first epoch: with all compiling
             answer = {"cpu": pairs / cpu, "wall": pairs / (now - wall), "first_batch_seconds": first}
         print(json.dumps(answer), flush=True)
 
 
+def _cpu_seconds() -> float:
+    """Return CPU time of all threads of this process, and of the processes it has started."""
+    children = (child.cpu_times() for child in psutil.Process().children())
+    return time.process_time() + sum(times.user + times.system for times in children)
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Return rates and the rest of each way with each number of threads, by `NAME, N threads`."""
-    workers = [Worker(name, threads, args) for threads in args.threads for name in args.backends]
+    workers: list[Worker] = []
+    rates: list[list[dict[str, Any] | None]] = []
     try:
-        first = [worker.ask("epoch")["first_batch_seconds"] for worker in workers]
-        rates: list[list[dict[str, float]]] = [[] for _ in workers]
+        for threads in args.threads:
+            for name in args.backends:  # one after another, so that each has the machine for its first epoch
+                workers.append(Worker(name, threads, args))
+                rates.append([workers[-1].ask("epoch")])
         for _ in range(args.runs):
-            for worker, found in zip(workers, rates, strict=True):
-                found.append(worker.ask("epoch"))
+            for worker, answers in zip(workers, rates, strict=True):
+                answers.append(worker.ask("epoch"))
         about = [worker.ask("about") for worker in workers]
     finally:
         for worker in workers:
             worker.close()
     read = float(Beton(args.data).sizes.mean())
     result: dict[str, dict[str, Any]] = {}
-    for worker, found, seconds, more in zip(workers, rates, first, about, strict=True):
+    for worker, answers, more in zip(workers, rates, about, strict=True):
+        found: list[dict[str, Any]] = [answer for answer in answers if answer is not None]
+        if len(found) < len(answers) or more is None:
+            print(f"{worker.name}, {worker.threads} threads: failed, see above", file=sys.stderr)
+            continue
+        seconds = found.pop(0)["first_batch_seconds"]
         spreads = {kind: machine.spread([rate[kind] for rate in found]) for kind in ("cpu", "wall")}
         reads = 0.0 if worker.name == "resident" else read * (args.views if worker.name == _BASELINE else 1)
         row: dict[str, Any] = {
@@ -123,7 +146,7 @@ def _table(rows: dict[str, Any]) -> Table:
     for row in rows.values():
         spread = "{median:.0f} ({min:.0f}-{max:.0f})"
         table.add_row(
-            row["name"],
+            " ".join(filter(None, (row["name"], row["note"]))),
             str(row["threads"]),
             spread.format(**row["cpu"]),
             spread.format(**row["wall"]),
@@ -156,7 +179,7 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
         args.threads = [int(number) for number in args.threads.split(",")]
     except ValueError:
         raise InputError(f"--threads {args.threads}: give numbers, such as 1,2,4") from None
-    args.backends = args.backends.split(",")
+    args.backends = ["official" if name == "torchvision" else name for name in args.backends.split(",")]
     for name in args.backends:
         if name not in PATHS:
             raise InputError(f"--backends {name}: no such way to crops: choose of {', '.join(PATHS)}")

@@ -36,7 +36,9 @@ class Path(NamedTuple):
     epoch: Callable[[Callable[[], None]], int]
     """Runs over the data once, calls its argument after the first batch, and returns the number of samples."""
     to_device: float
-    """Bytes a sample from host to device, where there is one."""
+    """Bytes a sample from host to device, where there is one: by the sizes of what is copied."""
+    note: str = ""
+    """What else is to be known of it."""
 
 
 def _plans(beton: Beton, views: int, batch: int) -> list[Plan]:
@@ -140,6 +142,10 @@ class _Official(torch.utils.data.Dataset):
         self._beton, self._size, self._views = beton, size, views
         self._transform = _torchvision(size)
 
+    @property
+    def by_torchvision(self) -> bool:
+        return self._transform is not None
+
     def __len__(self) -> int:
         return len(self._beton)
 
@@ -215,14 +221,28 @@ def _hue(x: Image.Image) -> Image.Image:
 def official(beton: Beton, size: int, views: int, batch: int, threads: int, device: torch.device) -> Path:
     """The official MoCo pipeline: PIL transforms, colours among them, in a DataLoader (one thread: in this process)."""
     torch.set_num_threads(1)
-    loader: Any = torch.utils.data.DataLoader(
-        _Official(beton, size, views), batch, shuffle=True, num_workers=threads if threads > 1 else 0, drop_last=True
-    )
+    data = _Official(beton, size, views)
+    workers = threads if threads > 1 else 0
+    loader = torch.utils.data.DataLoader(data, batch, sampler=_Endless(data), num_workers=workers, drop_last=True)
+    batches: Iterator[Any] = iter(loader)
+    share = max(2, 200 // batch) * threads  # of an epoch: it is slow
 
-    def some() -> Iterator[Any]:
-        return itertools.islice(iter(loader), max(1, 200 // batch))  # a share of the epoch: it is slow
+    def some(begun: Callable[[], None]) -> int:
+        return _count(itertools.islice(batches, share), begun)
 
-    return Path(lambda begun: _count(some(), begun), float(4 * 3 * size * size * views))
+    made_by = "(torchvision)" if data.by_torchvision else "(PIL)"
+    return Path(some, float(4 * 3 * size * size * views), made_by)
+
+
+class _Endless(torch.utils.data.Sampler[int]):
+    """Shuffled samples for ever, so that worker processes are started once."""
+
+    def __init__(self, data: torch.utils.data.Dataset) -> None:
+        self._count = len(data)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[int]:
+        while True:
+            yield from torch.randperm(self._count).tolist()
 
 
 HARDWARE_LOADS = {f"dali-{load}": ours("dali", hardware_load=load / 100) for load in (0, 65, 100)}

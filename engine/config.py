@@ -44,8 +44,8 @@ class Data:
     of the device; auto: resident where the images take at most half of what is free, else ffcv, or dali where a GPU has
     too few cores for that."""
     hardware_load: float = 0.9
-    """Share of the JPEGs that dali gives to the GPU's hardware decoder, where it has one; the other cores of the GPU
-    take the rest."""
+    """Share of the JPEGs that dali gives to the GPU's hardware decoder, where it has one; its other cores take the
+    rest."""
     crop_on: Literal["auto", "cpu", "gpu"] = "auto"
     """Where ffcv's crops are made: by the cores that decode, or by the GPU; auto: the GPU, where there is one."""
     on_bad: Literal["error", "skip"] = "error"
@@ -90,6 +90,7 @@ class Data:
             self.stall_timeout,
             "choose a number of seconds above 0",
         )
+        _require(0 <= self.hardware_load <= 1, "data.hardware_load", self.hardware_load, "choose a share from 0 to 1")
         _require(self.samples >= 0, "data.samples", self.samples, "choose a number of images, or 0 for unknown")
         _require(0 < self.eval_share <= 1, "data.eval_share", self.eval_share, "choose a share above 0, up to 1")
 

@@ -96,7 +96,8 @@ def _memory(settings: Settings, model: Model, slope: float, constant: float) -> 
 
 def _length(settings: Settings) -> dict[str, int]:
     """Return images and steps; none where neither the data nor data.samples is given."""
-    samples = len(open_data(settings.data.train)) if settings.data.train else settings.data.samples
+    tolerant = settings.data.on_bad == "skip"
+    samples = len(open_data(settings.data.train, tolerate=tolerant)) if settings.data.train else settings.data.samples
     if not samples:
         return {}
     epoch = steps_per_epoch(samples, settings.data.batch)

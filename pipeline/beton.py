@@ -33,7 +33,7 @@ from pipeline.libffcv import (
 
 MANIFEST_FORMAT = 1
 _MAX_FIELDS = 64
-_PIXELS_A_BYTE = 512  # at most, in a JPEG: a block of 64 takes a bit or more
+PIXELS_A_BYTE = 512  # at most, in a JPEG: a block of 64 takes a bit or more
 _PREPARE_AGAIN = "write it again with python -m pipeline.prepare"
 
 
@@ -237,7 +237,7 @@ class Beton:
             | (self.pointers > end - size),
             "an empty record": size == 0,
             "an image of no pixels": pixels == 0,
-            "a JPEG too short for its image": (self.modes == JPEG) & (pixels // np.uint64(_PIXELS_A_BYTE) > size),
+            "a JPEG too short for its image": (self.modes == JPEG) & (pixels // np.uint64(PIXELS_A_BYTE) > size),
             "an unknown storage mode": (self.modes != JPEG) & (self.modes != RAW),
             "a raw record whose size is not that of its image": (self.modes == RAW) & (size != pixels * np.uint64(3)),
         }

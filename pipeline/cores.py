@@ -1,9 +1,11 @@
-"""How many cores this process may use."""
+"""How many cores and how much memory this process may use."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+import psutil
 
 
 def control_group(name: str) -> list[str]:
@@ -21,3 +23,13 @@ def available_cores() -> int:
     if len(limit) == 2 and limit[0].isdigit():
         cores = min(cores, max(1, int(limit[0]) // int(limit[1])))
     return cores
+
+
+def free_memory() -> int:
+    """Return the bytes of memory that are free, the container's limit counted in."""
+    free = psutil.virtual_memory().available
+    limit, used = control_group("memory.max"), control_group("memory.current")
+    if limit and used and limit[0].isdigit():
+        cached = dict(zip(*[iter(control_group("memory.stat"))] * 2, strict=False)).get("inactive_file", "0")
+        free = min(free, int(limit[0]) - int(used[0]) + int(cached))
+    return max(free, 0)

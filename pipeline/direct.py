@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from pipeline.beton import Beton
+from pipeline.beton import PIXELS_A_BYTE, Beton
 from pipeline.cores import available_cores
 from pipeline.errors import BadRecords, InputError
 from pipeline.libffcv import JPEG
@@ -30,6 +30,7 @@ from pipeline.sources import Item, Source, open_source
 _HEADER = 1 << 16  # bytes of a file that hold its frame header, nearly always
 _FORMAT = 1
 _CHUNK = 1000
+_CLASSES = 1_000_000  # labels below this are believed
 
 
 class Direct(Beton):
@@ -94,15 +95,15 @@ class Direct(Beton):
         stated = [item.size or os.path.getsize(item.path) for item in items]
         self.sizes = np.array(stated, np.uint64)
         places = "\n".join(self._names).encode() + self.pointers.tobytes() + self.sizes.tobytes()
-        files = self._files if len(self._files) < _CHUNK else [str(self.path)]
-        stamps = [f"{os.path.abspath(path)} {os.stat(path).st_mtime_ns}" for path in files]
+        stamps = [f"{os.path.abspath(path)} {os.stat(path).st_mtime_ns}" for path in self._files]
         key = hashlib.sha256(places + f"{_FORMAT} {stamps}".encode()).hexdigest()[:32]
         cached = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "millrace" / f"direct-{key}.npy"
         sides = _cached(cached, len(items))
         if sides is None:
             sides = _read_sides(items)
             _cache(cached, sides)
-        bad = np.flatnonzero((sides <= 0).any(axis=1))
+        forged = sides.prod(axis=1, dtype=np.int64) // PIXELS_A_BYTE > self.sizes.astype(np.int64)
+        bad = np.flatnonzero((sides <= 0).any(axis=1) | forged)
         if len(bad) and not (self._tolerate and len(bad) < len(items)):
             faults = [(int(index), "not an RGB or grey JPEG") for index in bad]
             raise BadRecords(
@@ -168,7 +169,7 @@ def _channels(data: np.ndarray) -> int:
 
 def _listed(source: str, subset: str | None) -> Source:
     """Return the images of a folder or tar, or of all tars of a pattern; WebDataset's labels where it has some."""
-    paths = sorted(glob.glob(source)) if glob.has_magic(source) else [source]
+    paths = sorted(glob.glob(source)) if _is_pattern(source) else [source]
     if not paths:
         raise InputError(f"{source}: no such files: give a folder, a .tar, or a pattern of tars")
     if source.endswith(".zip") or source.startswith("synthetic:"):
@@ -183,7 +184,14 @@ def _listed(source: str, subset: str | None) -> Source:
         )
     if len(listed) == 1:
         return listed[0]
-    return Source([Item(i.name, i.path, -1, i.offset, i.size) for i in items], [])
+    classes = sorted({name for found in listed for name in found.classes})
+    number = {name: label for label, name in enumerate(classes)}
+    labels = [number[found.classes[i.label]] if i.label >= 0 else -1 for found in listed for i in found.items]
+    return Source([Item(i.name, i.path, n, i.offset, i.size) for i, n in zip(items, labels, strict=True)], classes)
+
+
+def _is_pattern(source: str) -> bool:
+    return glob.has_magic(source) and not os.path.exists(source)
 
 
 def _class_files(paths: Iterable[str], items: list[Item]) -> list[int] | None:
@@ -198,6 +206,10 @@ def _class_files(paths: Iterable[str], items: list[Item]) -> list[int] | None:
                     file = archive.extractfile(member)
                     text = file.read().strip() if file else b""
                     if text.isdigit():
+                        if int(text) >= _CLASSES:
+                            raise InputError(
+                                f"{path}: {member.name} holds label {int(text)}: give less than {_CLASSES}"
+                            )
                         found[path, member.name.removeprefix("./")[: -len(".cls")]] = int(text)
     labels = [found.get((item.path, str(PurePosixPath(item.name).with_suffix(""))), -1) for item in items]
     return labels if found else None
@@ -206,7 +218,7 @@ def _class_files(paths: Iterable[str], items: list[Item]) -> list[int] | None:
 def open_data(path: Path | str, *, tolerate: bool = False) -> Beton:
     """Return the beton at `path`, or a folder or tar that is read directly."""
     if str(path).endswith(".beton") or not (
-        Path(path).is_dir() or str(path).endswith(".tar") or glob.has_magic(str(path))
+        Path(path).is_dir() or str(path).endswith(".tar") or _is_pattern(str(path))
     ):
         return Beton(path, tolerate=tolerate)
     return Direct(path, tolerate=tolerate)

@@ -222,7 +222,7 @@ def _colour(
             level = _luma(r, g, b)
             r, g, b = level, level, level
     if tl.load(row + _JITTER) != 0:
-        mean = tl.floor(tl.load(sums + sample).to(tl.float32) / PIXELS + 0.5)
+        mean = tl.floor(tl.load(sums + sample).to(tl.float64) / PIXELS + 0.5).to(tl.float32)
         for place in range(4):
             r, g, b = _jittered(r, g, b, row, tl.load(row + _ORDER + place), mean)
     if not GREY_FIRST:

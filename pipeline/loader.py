@@ -25,6 +25,7 @@ from pipeline.draws import Colour, centre_boxes, draw_colour, draw_view
 from pipeline.errors import DamagedRecord, InputError
 from pipeline.order import epoch_order, rank_slice, shuffled_rows, steps_per_epoch
 from pipeline.substitutes import OnBad, Substitutes
+from pipeline.transfer import current, numbered
 from pipeline.views import View, view_sizes
 
 
@@ -108,7 +109,7 @@ class Loader:
                 f"data.batch {batch} does not divide among {world} processes: choose a multiple of {world}"
             )
         self.beton, self.views, self.size, self.batch, self.seed = beton, views, size, batch, seed
-        self.rank, self.world, self.device, self.dtype = rank, world, torch.device(device), dtype
+        self.rank, self.world, self.device, self.dtype = rank, world, numbered(device), dtype
         self.stall_timeout = stall_timeout
         self.steps = steps_per_epoch(len(beton), batch)
         self._statistics, self._shuffle = statistics, shuffle
@@ -156,8 +157,10 @@ class Loader:
 
     def _begin_anew(self) -> None:
         """Forget the batches under way."""
-        self.close()
-        self._backend = _build(self._backend_name, self.beton, self._substitutes, self._wanted)
+        self._pending.clear()
+        if not self._backend.forget():
+            self.close()
+            self._backend = _build(self._backend_name, self.beton, self._substitutes, self._wanted)
 
     def close(self) -> None:
         """End the workers and forget the batches under way."""
@@ -170,11 +173,11 @@ class Loader:
             return self._made()
         with torch.cuda.stream(self._stream):
             batch = self._made()
-        current = torch.cuda.current_stream()
-        current.wait_stream(self._stream)
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_stream(self._stream)
         for view in (*batch.views, *batch.shuffled.values()):
             if view is not None:
-                view.record_stream(current)
+                view.record_stream(stream)
         return batch
 
     def _made(self) -> Batch:
@@ -284,7 +287,7 @@ class CentreLoader:
         self._statistics = statistics
         self._pending: deque[np.ndarray] = deque()
         self._backend_name = backend
-        self._wanted = Wanted((size,), self.batch, workers, ahead, torch.device(device), hardware_load)
+        self._wanted = Wanted((size,), self.batch, workers, ahead, numbered(device), hardware_load)
         self._substitutes = Substitutes(beton, on_bad)
         self._backend = _build(backend, beton, self._substitutes, self._wanted)
 
@@ -297,8 +300,9 @@ class CentreLoader:
             self._begin_anew()
         parts = [self.indices[i : i + self.batch] for i in range(0, len(self.indices), self.batch)]
         for number in range(len(parts)):
-            crops = self._receive(parts[number : number + self._backend.depth])
-            images = normalise(crops[0], self._statistics, self.dtype)
+            with current(self._wanted.device):
+                crops = self._receive(parts[number : number + self._backend.depth])
+                images = normalise(crops[0], self._statistics, self.dtype)
             ids = self._pending.popleft()
             for ahead in parts[number + 1 + len(self._pending) : number + 1 + self._backend.depth]:
                 self._submit(ahead)
@@ -316,8 +320,10 @@ class CentreLoader:
                 self._begin_anew()
 
     def _begin_anew(self) -> None:
-        self.close()
-        self._backend = _build(self._backend_name, self.beton, self._substitutes, self._wanted)
+        self._pending.clear()
+        if not self._backend.forget():
+            self.close()
+            self._backend = _build(self._backend_name, self.beton, self._substitutes, self._wanted)
 
     def _submit(self, ids: np.ndarray) -> None:
         records = self._substitutes.resolve(ids)

@@ -15,7 +15,7 @@ from pipeline.libjpeg import decode_rectangle
 WHOLE, _CHANGED, _UNDECODABLE = range(3)
 _FAULTS = {
     _CHANGED: "its bytes are not those that were written (CRC32 differs)",
-    _UNDECODABLE: "its JPEG does not decode to the stored height and width",
+    _UNDECODABLE: "its JPEG does not decode, or not to the stored height and width",
 }
 
 

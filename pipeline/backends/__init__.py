@@ -65,6 +65,9 @@ class Backend(Protocol):
         oldest.
         """
 
+    def forget(self) -> bool:
+        """Forget the batches under way; return whether others may be submitted, else build another in its place."""
+
     def close(self) -> None:
         """Give back threads and buffers."""
 

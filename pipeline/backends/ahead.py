@@ -16,6 +16,7 @@ from pipeline.errors import LoaderStalled
 from pipeline.workers import Workers
 
 _CHUNKS = 4  # chunks a worker and batch: small enough to share out evenly, large enough to cost nothing
+_PATIENCE = 5.0
 Buffer = TypeVar("Buffer")
 Work = Callable[[Any, Any, int, int, Buffer], None]
 """(a worker's own state, plan, first sample, end, buffer): fills the buffer for these samples, or raises."""
@@ -29,11 +30,17 @@ def stalled(beton: Beton, plan: Plan, timeout: float) -> LoaderStalled:
     )
 
 
+def abandon(futures: Sequence[Future]) -> bool:
+    """Cancel what has not begun, and return whether the rest ended within a few seconds."""
+    running = [future for future in futures if not future.cancel()]
+    return not wait(running, _PATIENCE).not_done
+
+
 class Ahead(Generic[Buffer]):
     """Up to `depth` batches, cut into chunks that worker threads fill; buffers are made once and come round.
 
     state: of each thread. buffer: makes one from whether it is to be pinned, as for a GPU, which copies on a stream of
-    its own; a buffer is not filled anew before its copy is done.
+    its own; a buffer is not filled anew before its copy is done. room: makes room in a buffer for a batch.
     """
 
     def __init__(
@@ -44,8 +51,9 @@ class Ahead(Generic[Buffer]):
         *,
         state: Callable[[], Any],
         buffer: Callable[[bool], Buffer],
+        room: Callable[[Buffer, Any], None] = lambda buffer, plan: None,
     ) -> None:
-        self._beton, self._work, self._device = beton, work, wanted.device
+        self._beton, self._work, self._room, self._device = beton, work, room, wanted.device
         self._stream = torch.cuda.Stream(wanted.device) if wanted.device.type == "cuda" else None
         self._buffers = [buffer(self._stream is not None) for _ in range(wanted.depth + 1)]
         self._copied: list[torch.cuda.Event | None] = [None] * len(self._buffers)
@@ -60,6 +68,7 @@ class Ahead(Generic[Buffer]):
         self._next = (slot + 1) % len(self._buffers)
         if (copied := self._copied[slot]) is not None:
             copied.synchronize()  # the copy of depth + 1 batches ago: over long since
+        self._room(self._buffers[slot], plan)
         n = len(plan.ids)
         chunk = max(1, -(-n // (self._count * _CHUNKS)))
         spans = [(start, min(start + chunk, n)) for start in range(0, n, chunk)]
@@ -82,7 +91,7 @@ class Ahead(Generic[Buffer]):
         """Return tensors of buffer `slot` on the device, without waiting for it; themselves, where that is the CPU."""
         if self._stream is None:
             return tuple(tensors)
-        current = torch.cuda.current_stream()
+        current = torch.cuda.current_stream(self._device)
         with torch.cuda.stream(self._stream):
             copies = tuple(tensor.to(self._device, non_blocking=True) for tensor in tensors)
             self._copied[slot] = event = torch.cuda.Event()
@@ -91,6 +100,12 @@ class Ahead(Generic[Buffer]):
         for copy in copies:
             copy.record_stream(current)
         return copies
+
+    def forget(self) -> bool:
+        """Forget the batches under way; return whether none of them is stuck, so that others may follow."""
+        futures = [future for _, _, futures in self._pending for future in futures]
+        self._pending.clear()
+        return abandon(futures)
 
     def close(self) -> None:
         """Forget the batches under way and end the threads."""

@@ -2,15 +2,16 @@
 
 JPEG bytes go straight from the beton's memory map into DALI's decoder (nvJPEG on a GPU, libjpeg-turbo, with PIL's very
 pixels, on the CPU), once a sample. Its output is not copied: `pipeline.crop` reads it in place, so that crops are the
-same as every other backend's. One thread of ours drives DALI, which has `workers` of its own. Ids and draws being
-ours, a restart is exact.
+same as every other backend's. One thread of ours drives DALI, which has `workers` of its own; as many read and check
+the records. DALI takes damaged JPEGs for whole, so that those that no CRC32 stands for are decoded once on the CPU, the
+first time they are met. Ids and draws being ours, a restart is exact.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections import deque
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, cast
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from nvidia import dali
 
 from pipeline.backends import Plan, Wanted
-from pipeline.backends.ahead import stalled
+from pipeline.backends.ahead import abandon, stalled
 from pipeline.beton import Beton
 from pipeline.cores import available_cores
 from pipeline.crop import Ragged, crop_views
@@ -39,7 +40,10 @@ class DaliBackend:
         self._stream = torch.cuda.Stream(wanted.device) if wanted.device.type == "cuda" else None
         self._decoder = _decoder(wanted)
         self._pending: deque[tuple[Plan, Future]] = deque()
+        self._failed = False
         self._workers = Workers(1, lambda: None)
+        self._readers = ThreadPoolExecutor(wanted.workers or available_cores(), "reader")
+        self._unchecked = np.full(len(beton), beton.crc32 is None) & (beton.modes != RAW)
 
     def submit(self, plan: Plan) -> None:
         self._pending.append((plan, self._workers.submit(self._views, plan)))
@@ -51,16 +55,16 @@ class DaliBackend:
         views = future.result()
         self._pending.popleft()
         if self._stream is not None:
-            torch.cuda.current_stream().wait_stream(self._stream)
-            for view in views:
-                view.record_stream(torch.cuda.current_stream())
+            for view in views:  # made on a stream of ours, and whole: `_views` waited
+                view.record_stream(torch.cuda.current_stream(self._device))
         return views
 
     def _views(self, state: None, plan: Plan) -> tuple[torch.Tensor, ...]:
-        encoded = [self._encoded(int(index)) for index in plan.ids]
+        encoded = list(self._readers.map(self._encoded, plan.ids.tolist()))
         try:
             (images,) = self._decoder.run(encoded=encoded)
         except RuntimeError as error:
+            self._failed = True  # after an error a DALI pipeline runs no more
             raise self._explained(plan, error) from None
         if self._stream is None:
             return crop_views(self._lying(images, plan), plan, self._sizes)
@@ -75,6 +79,10 @@ class DaliBackend:
         data = np.asarray(beton.record(index))
         if beton.crc32 is not None and zlib.crc32(data.data) != beton.crc32[index]:
             raise damaged(beton, index, check_record(beton, index) or "its bytes changed while they were read")
+        if self._unchecked[index]:
+            if fault := check_record(beton, index):
+                raise damaged(beton, index, fault)
+            self._unchecked[index] = False
         if beton.modes[index] != RAW:
             return data
         header = f"P6 {beton.widths[index]} {beton.heights[index]} 255\n".encode()
@@ -86,7 +94,9 @@ class DaliBackend:
         parts = [images[i] for i in range(len(plan.ids))]
         for index, part in zip(plan.ids, parts, strict=True):
             if tuple(part.shape()) != (beton.heights[index], beton.widths[index], 3):
-                raise damaged(self._beton, int(index), "its JPEG does not decode to the stored height and width")
+                raise damaged(
+                    self._beton, int(index), "its JPEG does not decode, or not to the stored height and width"
+                )
         places = np.array([part.data_ptr() for part in parts], np.int64)
         first = int(places.min())
         widths = beton.widths[plan.ids].astype(np.int64)
@@ -101,9 +111,15 @@ class DaliBackend:
                 return damaged(self._beton, int(index), fault)
         return error
 
+    def forget(self) -> bool:
+        futures = [future for _, future in self._pending]
+        self._pending.clear()
+        return abandon(futures) and not self._failed
+
     def close(self) -> None:
         self._pending.clear()
         self._workers.close()
+        self._readers.shutdown(wait=False, cancel_futures=True)
 
 
 def _memory(address: int, span: int, device: torch.device) -> torch.Tensor:
@@ -126,14 +142,15 @@ def _decoder(wanted: Wanted) -> Any:
     @dali.pipeline_def(
         batch_size=wanted.batch,
         num_threads=wanted.workers or available_cores(),
-        device_id=cast(int, (wanted.device.index or 0) if on_gpu else None),
+        device_id=cast(int, wanted.device.index if on_gpu else None),
         prefetch_queue_depth=1,
         exec_async=False,
         exec_pipelined=False,
     )
     def decode() -> Any:
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=not on_gpu)
-        more = {"hw_decoder_load": wanted.hardware_load} if on_gpu else {}
+        # as the CPU interpolates colours, and Pillow
+        more = {"hw_decoder_load": wanted.hardware_load, "jpeg_fancy_upsampling": True} if on_gpu else {}
         kind = "mixed" if on_gpu else "cpu"
         return fn.decoders.image(encoded, device=kind, output_type=types.RGB, adjust_orientation=False, **more)
 

@@ -83,6 +83,9 @@ class FfcvBackend:
         plan, views, slot = self._ahead.finish(timeout)
         return self._ahead.on_device([view[: len(plan.ids)] for view in views], slot)
 
+    def forget(self) -> bool:
+        return self._ahead.forget()
+
     def close(self) -> None:
         self._ahead.close()
 

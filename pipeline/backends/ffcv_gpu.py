@@ -40,36 +40,45 @@ class _LaidOut(Plan):
         return boxes
 
 
+class _Room:
+    """A buffer that grows to the largest batch met: images of many sizes differ less by batches than one by one."""
+
+    def __init__(self, pinned: bool) -> None:
+        self._pinned, self.bytes = pinned, torch.empty(0, dtype=torch.uint8)
+
+    def grow(self, plan: _LaidOut) -> None:
+        if len(self.bytes) < (needed := int(plan.starts[-1])):
+            self.bytes = torch.empty(needed + needed // 4, dtype=torch.uint8, pin_memory=self._pinned)
+
+
 class FfcvGpuBackend:
     """See `pipeline.backends.Backend`."""
 
     def __init__(self, beton: Beton, wanted: Wanted) -> None:
         self.depth = wanted.depth
         self._beton, self._records, self._sizes = beton, records_of(beton), wanted.sizes
-        most = wanted.batch * int(
-            (3 * beton.heights.astype(np.int64) * beton.widths).max()
-        )  # of one sample's repeats too
-
-        def buffer(pinned: bool) -> torch.Tensor:
-            return torch.empty(most, dtype=torch.uint8, pin_memory=pinned)
-
-        self._ahead: Ahead[torch.Tensor] = Ahead(beton, wanted, self._decode, state=lambda: None, buffer=buffer)
+        self._ahead: Ahead[_Room] = Ahead(
+            beton, wanted, self._decode, state=lambda: None, buffer=_Room, room=_Room.grow
+        )
 
     def submit(self, plan: Plan) -> None:
         self._ahead.begin(_LaidOut.of(plan, self._records))
 
-    def _decode(self, state: None, plan: _LaidOut, start: int, stop: int, pixels: torch.Tensor) -> None:
-        place = plan.ids, plan.parts, plan.starts, start, stop, pixels.numpy()
+    def _decode(self, state: None, plan: _LaidOut, start: int, stop: int, room: _Room) -> None:
+        place = plan.ids, plan.parts, plan.starts, start, stop, room.bytes.numpy()
         fault, at = decode_chunk(self._records, *place)
         if fault != WHOLE:
             raise damaged(self._beton, int(plan.ids[at]), fault)
 
     def receive(self, timeout: float) -> tuple[torch.Tensor, ...]:
-        plan, pixels, slot = self._ahead.finish(timeout)
+        plan, room, slot = self._ahead.finish(timeout)
         assert isinstance(plan, _LaidOut)
-        (pixels,) = self._ahead.on_device([pixels[: plan.starts[-1]]], slot)
+        (pixels,) = self._ahead.on_device([room.bytes[: plan.starts[-1]]], slot)
         images = Ragged(pixels, plan.starts[:-1], plan.parts[:, 3].astype(np.int64))
         return crop_views(images, Plan(plan.ids, plan.inside(), plan.flips), self._sizes)
+
+    def forget(self) -> bool:
+        return self._ahead.forget()
 
     def close(self) -> None:
         self._ahead.close()

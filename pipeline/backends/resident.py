@@ -7,15 +7,15 @@ one it is the FFCV backend without the decoding.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
 from pipeline.backends import Backend, Plan, Wanted
 from pipeline.backends.ffcv import FfcvBackend
 from pipeline.beton import Beton
-from pipeline.cores import available_cores
+from pipeline.cores import available_cores, free_memory
 from pipeline.crop import Ragged, crop_views
 from pipeline.errors import InputError
 from pipeline.libffcv import RAW
@@ -23,17 +23,18 @@ from pipeline.records import WHOLE, damaged, decode_chunk, records_of, whole
 
 SHARE = 0.5
 """Of the free memory that the images may take."""
-_CHUNK = 256
+_CHUNK = 64  # samples a task
+_BLOCK = 1 << 28  # bytes that are decoded, then copied to the device
 
 
 def needed(beton: Beton) -> int:
     """Return the bytes all images take."""
-    return int((3 * beton.heights.astype(np.int64) * beton.widths).sum())
+    return int(_bytes(beton).sum())
 
 
 def free(device: torch.device) -> int:
     """Return the bytes that are free on the device."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
 
 
 def fits(beton: Beton, device: torch.device) -> bool:
@@ -41,43 +42,75 @@ def fits(beton: Beton, device: torch.device) -> bool:
     return needed(beton) <= SHARE * free(device)
 
 
-def decode_all(beton: Beton, workers: int, left_out: frozenset[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return all images, uint8, flat, and each one's first byte, int64 [N].
+def decode_all(beton: Beton, wanted: Wanted) -> tuple[torch.Tensor, np.ndarray]:
+    """Return all images on the device, uint8, flat, and each one's first byte, int64 [N].
 
-    Those of `left_out` are not decoded. Raises DamagedRecord, of all damaged ones.
+    They pass through two buffers of the host, a block at a time. Those of `left_out` are not decoded. Raises
+    DamagedRecord, of all damaged ones.
     """
-    records, count = records_of(beton), len(beton)
-    ends = np.cumsum(3 * beton.heights.astype(np.int64) * beton.widths)
-    starts = np.concatenate([[0], ends])
-    pixels, ids = np.empty(ends[-1], np.uint8), np.arange(count)
-    boxes = whole(records, ids)
-    faults: dict[int, int] = {}
+    records, ids = records_of(beton), np.arange(len(beton))
+    boxes, starts = whole(records, ids), np.concatenate([[0], np.cumsum(_bytes(beton))])
+    out = torch.empty(int(starts[-1]), dtype=torch.uint8, device=wanted.device)
+    on_gpu, faults = wanted.device.type == "cuda", dict[int, int]()
 
-    def decode(start: int) -> None:
-        stop = min(start + _CHUNK, count)
-        for end in [*sorted(index for index in left_out if start <= index < stop), stop]:
-            while start < end:  # on to the next that is left out
-                fault, at = decode_chunk(records, ids, boxes, starts, start, end, pixels)
+    def decode(first: int, end: int, to: torch.Tensor, base: int) -> None:
+        """Decode samples first..end, sample i to starts[i] - base of `to`."""
+        for stop in [*sorted(index for index in wanted.left_out if first <= index < end), end]:
+            while first < stop:  # on to the next that is left out
+                places = ids[first:stop], boxes[first:stop], starts[first : stop + 1] - base
+                fault, at = decode_chunk(records, *places, 0, stop - first, to.numpy())
                 if fault == WHOLE:
                     break
-                faults[int(at)] = fault
-                start = int(at) + 1
-            start = end + 1
+                faults[first + int(at)] = fault
+                first += int(at) + 1
+            first = stop + 1
 
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(decode, range(0, count, _CHUNK)))
+    blocks = _blocks(starts)
+    most = max(int(starts[end] - starts[first]) for first, end in blocks)
+    staging = [torch.empty(most, dtype=torch.uint8, pin_memory=True) for _ in range(2)] if on_gpu else []
+    copied: list[Any] = [None, None]
+    with ThreadPoolExecutor(wanted.workers or available_cores()) as pool:
+        for number, (first, end) in enumerate(blocks):
+            base, size = int(starts[first]), int(starts[end] - starts[first])
+            to, slot = out[base : base + size], number % 2
+            if copied[slot] is not None:
+                copied[slot].synchronize()
+            into = staging[slot] if on_gpu else to
+            spans = [(at, min(at + _CHUNK, end)) for at in range(first, end, _CHUNK)]
+            for done in [pool.submit(decode, *span, into, base) for span in spans]:
+                done.result()
+            if on_gpu:
+                to.copy_(into[:size], non_blocking=True)
+                copied[slot] = torch.cuda.Event()
+                copied[slot].record(torch.cuda.current_stream(wanted.device))
+    if on_gpu:
+        torch.cuda.synchronize(wanted.device)
     if faults:
-        first, *others = sorted(faults)
-        raise damaged(beton, first, faults[first], tuple(others))
-    return pixels, starts[:-1]
+        at, *others = sorted(faults)
+        raise damaged(beton, at, faults[at], tuple(others))
+    return out, starts[:-1]
+
+
+def _blocks(starts: np.ndarray) -> list[tuple[int, int]]:
+    """Return first and end of runs of samples of at most `_BLOCK` bytes, or of one sample."""
+    blocks, first = [], 0
+    while first < len(starts) - 1:
+        end = max(int(np.searchsorted(starts, starts[first] + _BLOCK, "right")) - 1, first + 1)
+        blocks.append((first, end))
+        first = end
+    return blocks
+
+
+def _bytes(beton: Beton) -> np.ndarray:
+    return 3 * beton.heights.astype(np.int64) * beton.widths
 
 
 class ResidentBackend:
     """See `pipeline.backends.Backend`; on a GPU."""
 
-    def __init__(self, beton: Beton, wanted: Wanted, pixels: np.ndarray, starts: np.ndarray) -> None:
+    def __init__(self, beton: Beton, wanted: Wanted, pixels: torch.Tensor, starts: np.ndarray) -> None:
         self.depth, self._sizes, self._widths = wanted.depth, wanted.sizes, beton.widths.astype(np.int64)
-        self._starts, self._pixels = starts, torch.from_numpy(pixels).to(wanted.device)
+        self._starts, self._pixels = starts, pixels
         self._pending: list[Plan] = []
 
     def submit(self, plan: Plan) -> None:
@@ -88,8 +121,13 @@ class ResidentBackend:
         images = Ragged(self._pixels, self._starts[plan.ids], self._widths[plan.ids])
         return crop_views(images, plan, self._sizes)
 
+    def forget(self) -> bool:
+        self._pending.clear()
+        return True
+
     def close(self) -> None:
         self._pending.clear()
+        self._pixels = self._pixels[:0].clone()  # gives the memory back
 
 
 def build(beton: Beton, wanted: Wanted) -> Backend:
@@ -100,14 +138,14 @@ def build(beton: Beton, wanted: Wanted) -> Backend:
             f"data.backend 'resident': the images of {beton.path} take {needed(beton) / 2**30:.1f} GiB, more than "
             f"{SHARE:.0%} of the {free(device) / 2**30:.1f} GiB free on {device.type}: choose another backend"
         )
-    pixels, starts = decode_all(beton, wanted.workers or available_cores(), wanted.left_out)
+    pixels, starts = decode_all(beton, wanted)
     if device.type == "cuda":
         return ResidentBackend(beton, wanted, pixels, starts)
     stored = records_of(beton)
     raw = stored._replace(
-        data=pixels,
+        data=pixels.numpy(),
         pointers=starts.astype(stored.pointers.dtype),
-        sizes=(3 * beton.heights.astype(np.int64) * beton.widths).astype(stored.sizes.dtype),
+        sizes=_bytes(beton).astype(stored.sizes.dtype),
         modes=np.full_like(stored.modes, RAW),
         crc32=np.zeros(0, np.uint32),
     )
