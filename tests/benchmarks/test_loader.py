@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -58,3 +59,17 @@ def test_wrong_arguments_are_refused(arguments: list[str], drawn: Path, monkeypa
     with pytest.raises(SystemExit) as ended:
         loader.main()
     assert ended.value.code == 2
+
+
+def test_a_way_that_fails_is_left_out_and_the_others_are_measured(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = argparse.Namespace(
+        data=str(drawn), backends=["unheard-of", "official"], threads=[2], views=2, size=16, batch=50, runs=2
+    )
+    rows = loader.measure(arguments)
+    assert [row["name"] for row in rows.values()] == ["official"]
+    assert "unheard-of, 2 threads: failed" in capfd.readouterr().err
+    row = rows["official, 2"]
+    assert row["note"] in ("(PIL)", "(torchvision)")
+    assert row["cpu"]["median"] < 3 * row["wall"]["median"]  # its processes' time is counted too

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import subprocess
 import sys
 import threading
 from contextlib import closing
@@ -20,8 +21,9 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline import cores
 from pipeline.augment import Statistics
-from pipeline.backends import BACKENDS, Plan, choice, resident
+from pipeline.backends import BACKENDS, Plan, Wanted, choice, ffcv_gpu, resident
 from pipeline.backends.choice import choose, decoding_rate
 from pipeline.beton import Beton, manifest_path
 from pipeline.draws import draw_view
@@ -32,6 +34,7 @@ from pipeline.libjpeg import decode_rectangle
 from pipeline.loader import Batch, CentreLoader, Loader
 from pipeline.order import epoch_order
 from pipeline.prepare import prepare
+from pipeline.records import decode
 from pipeline.views import AUGMENTATIONS, View, view_sizes
 
 SIZE, BATCH = 16, 32
@@ -95,6 +98,83 @@ def test_any_backend_goes_on_from_any_batch(backend: str, position: int, drawn: 
     with loader(drawn, backend) as resumed:
         resumed.load_state_dict(state)
         assert same(take(resumed, 16 - position), expected[position:])
+
+
+RESUMED = """
+import json, sys, torch
+from pipeline.beton import Beton
+from pipeline.loader import Loader
+from pipeline.views import AUGMENTATIONS
+
+path, backend, state, out = sys.argv[1:]
+settings = {"size": 16, "batch": 32, "seed": 3, "workers": 1}
+loader = Loader(Beton(path), AUGMENTATIONS["moco_v2"], backend=backend, **settings)
+loader.load_state_dict(json.loads(state))
+torch.save([torch.stack(batch.views).clone() for _ in range(2) for batch in loader], out)
+"""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_another_process_goes_on_bit_for_bit(backend: str, drawn: Path, tmp_path: Path) -> None:
+    with loader(drawn, backend) as whole:
+        take(whole, 4)
+        state = json.dumps(whole.state_dict())
+        expected = [torch.stack(batch.views) for batch in take(whole, 8)]
+    call = [sys.executable, "-c", RESUMED, str(drawn), backend, state, str(tmp_path / "views.pt")]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run(call, check=True, timeout=120, env=environment)
+    found = torch.load(tmp_path / "views.pt")
+    assert len(found) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batches_under_way_are_forgotten_without_building_anew(backend: str, drawn: Path) -> None:
+    with loader(drawn, backend) as one:
+        first, built = take(one, 3), one._backend
+        one.load_state_dict({**one.state_dict(), "step": 0})
+        assert same(take(one, 3), first)
+        assert one._backend is built
+
+
+def test_gpu_crops_take_the_room_of_the_batches_met(drawn: Path) -> None:
+    """Not of as many images as a batch has of the largest one's size."""
+    beton = Beton(drawn)
+    with loader(drawn, "ffcv_gpu") as one:
+        take(one, 20)
+        rooms = [len(room.bytes) for room in one._backend._ahead._buffers]  # type: ignore[attr-defined]
+    image = 3 * int(beton.heights[0]) * int(beton.widths[0])
+    assert all(0 < room <= 1.25 * BATCH * image for room in rooms)
+    room = ffcv_gpu._Room(False)
+    for count, kept in ((100, 125), (110, 125), (200, 250), (1, 250)):
+        room.grow(ffcv_gpu._LaidOut(*[np.zeros(0)] * 4, np.array([0, count])))
+        assert len(room.bytes) == kept
+
+
+def test_resident_images_are_decoded_in_blocks(ragged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    beton, wanted = Beton(ragged), Wanted((SIZE,), 8, 2, 1, torch.device("cpu"), left_out=frozenset({3, 59}))
+    monkeypatch.setattr(resident, "_BLOCK", 20_000)
+    monkeypatch.setattr(resident, "_CHUNK", 3)
+    pixels, starts = resident.decode_all(beton, wanted)
+    ends = [*starts[1:], len(pixels)]
+    blocks = resident._blocks(np.array([*starts, ends[-1]]))
+    assert len(blocks) > 5
+    assert [first for first, _ in blocks] == [0, *[end for _, end in blocks[:-1]]]
+    for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        if index not in wanted.left_out:
+            assert np.array_equal(pixels[start:end].numpy(), decode(beton, index).ravel())
+
+
+def test_free_memory_is_at_most_the_container_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        "memory.max": ["5000000"],
+        "memory.current": ["3000000"],
+        "memory.stat": ["anon", "7", "inactive_file", "500000"],
+    }
+    monkeypatch.setattr(cores, "control_group", lambda name: files.get(name, []))
+    assert cores.free_memory() == 2_500_000
+    files["memory.max"] = ["max"]
+    assert cores.free_memory() > 2**26
 
 
 @pytest.mark.parametrize("views", ["moco_v2", "swav"])
@@ -164,6 +244,10 @@ def damage(path: Path, index: int, how: str, to: Path) -> Path:
     if how == "flipped":
         data[start + size // 2] ^= 255
         manifest_path(to).write_bytes(manifest_path(path).read_bytes())
+    elif how == "garbage":  # within the scan: libjpeg warns, and goes on
+        data[start + size - 60 : start + size - 20] = bytes(range(100, 140))
+    elif how == "extraneous":
+        data[start + size - 9 : start + size - 2] = b"\xff\xd9\x00\x00\x00\x00\x00"
     else:
         data[start : start + size] = bytes(size)
     to.write_bytes(data)
@@ -171,7 +255,7 @@ def damage(path: Path, index: int, how: str, to: Path) -> Path:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("how", ["flipped", "zeros"])
+@pytest.mark.parametrize("how", ["flipped", "zeros", "garbage", "extraneous"])
 def test_a_damaged_record_is_named_on_every_backend(backend: str, how: str, drawn: Path, tmp_path: Path) -> None:
     path = damage(drawn, 123, how, tmp_path / "bad.beton")
     with pytest.raises(DamagedRecord, match="sample 123 "), loader(path, backend) as one:
@@ -354,3 +438,18 @@ def test_forged_metadata_is_refused_or_passed_over(backend: str, forged: str, dr
     ) as one:
         (batch,) = take(one, 1)
     assert sorted(batch.ids.tolist()) == sorted(whole_after(bad, i, 200) for i in range(200))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_on_the_gpu_gives_the_cpu_s_views(backend: str, ragged: Path) -> None:
+    """Over several epochs, while the GPU is busy with other work; DALI's decoder there is another one."""
+    settings = {"views": (PLAIN, PLAIN), "batch": 20, "statistics": LEVELS}
+    busy = torch.randn(2048, 2048, device="cuda")
+    with loader(ragged, "ffcv", **settings) as host, loader(ragged, backend, device="cuda", **settings) as device:
+        for expected, found in ((take(host, 1)[0], take(device, 1)[0]) for _ in range(12)):
+            assert expected.ids.tolist() == found.ids.tolist()
+            for _ in range(20):
+                busy = (busy @ busy).clamp(-1, 1)
+            for a, b in zip(expected.views, found.views, strict=True):
+                assert (a - b.cpu()).abs().mean() <= (2 if backend == "dali" else 0.1)

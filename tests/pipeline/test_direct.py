@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import tarfile
 from contextlib import closing
 from pathlib import Path
@@ -175,3 +176,52 @@ def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
     for given in ("nowhere.tar", "shard-*.tar", "nowhere"):
         with pytest.raises(InputError, match="no such"):
             open_data(tmp_path / given)
+
+
+def test_an_image_changed_in_place_is_read_again(folder: Path, cache: Path) -> None:
+    victim = next(folder.rglob("0007.jpg"))
+    before = Direct(folder)
+    at = [before.name(index).endswith("0007.jpg") for index in range(60)].index(True)
+    data = victim.read_bytes()
+    os.utime(victim, ns=(1, 1))  # the same bytes, another time: folders above it do not tell
+    Direct(folder)
+    assert len(list(cache.iterdir())) == 2
+    assert (before.heights[at], before.widths[at]) == (48, 32 + 7)
+    assert data == victim.read_bytes()
+
+
+def test_an_image_too_large_for_its_file_is_not_believed(folder: Path) -> None:
+    victim = next(folder.rglob("0007.jpg"))
+    data = bytearray(victim.read_bytes())
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = b"\x4e\x20\x4e\x20"  # 20000 by 20000
+    victim.write_bytes(data)
+    with pytest.raises(BadRecords, match=r"0007\.jpg"):
+        Direct(folder)
+    assert len(Direct(folder, tolerate=True).unreadable) == 1
+
+
+def test_several_tars_of_class_folders_keep_their_labels(folder: Path, tmp_path: Path) -> None:
+    """Even where each holds other classes."""
+    parts = sorted(folder.iterdir())
+    for number, chosen in enumerate((parts[:3], parts[3:])):
+        with tarfile.open(tmp_path / f"part-{number}.tar", "w") as archive:
+            for part in chosen:
+                archive.add(part, part.name)
+    found, whole = Direct(tmp_path / "part-*.tar"), Direct(folder)
+    assert found.classes == whole.classes
+    names = {Path(whole.name(i)).name: int(label) for i, label in enumerate(whole.labels)}
+    assert [names[Path(found.name(i)).name] for i in range(60)] == found.labels.tolist()
+
+
+def test_a_tar_whose_name_looks_like_a_pattern_is_a_tar(tar: Path) -> None:
+    other = tar.rename(tar.with_name("data[1].tar"))
+    assert len(open_data(other)) == 60
+
+
+def test_a_label_beyond_belief_is_refused(shards: str, tmp_path: Path) -> None:
+    (tmp_path / "x.cls").write_text("9" * 20)
+    with tarfile.open(tmp_path / "shard-0.tar", "a") as archive:
+        archive.add(tmp_path / "x.cls", "000000.cls")
+    with pytest.raises(InputError, match=r"000000\.cls holds label 9+"):
+        Direct(shards)

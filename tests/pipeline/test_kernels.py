@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +20,7 @@ from pipeline.views import AUGMENTATIONS
 pytest.importorskip("triton")
 from pipeline import kernels
 
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -72,3 +78,30 @@ def test_views_come_in_the_type_asked_for(dtype: torch.dtype) -> None:
     assert found.dtype == dtype
     unit = torch.finfo(dtype).eps * exact.abs().clamp_min(2**-6)
     assert ((found.float() - exact).abs() <= unit).all()
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from pipeline import kernels
+
+types = {"starts": "*i64", "widths": "*i64", "boxes": "*i32", "flips": "*i1", "parameters": "*fp32", "sums": "*i32"}
+types |= {"blurs": "*i64", "rows": "*fp32", "pixels": "*u8", "crops": "*u8", "coloured": "*u8"}
+values = {"SIZE": 224, "PIXELS": 224 * 224, "BLOCK": 256, "RADIUS": 6, "GREY_FIRST": False}
+outs = {"crop_view": "*u8", "sum_luma": "", "colour": "*bf16", "blur_rows": "", "blur_columns": "*bf16"}
+for name, out in outs.items():
+    kernel = getattr(kernels, "_" + name)
+    known = types | {"out": out}
+    signature = {n: known.get(n, "constexpr") for n in kernel.arg_names}
+    constants = {(i,): values[n] for i, n in enumerate(kernel.arg_names) if n in values}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    assert "ptx" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm
+"""
+
+
+def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
+    """Without one; the interpreter takes what the compiler refuses."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[2]), "TRITON_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", COMPILE], check=True, timeout=300, env=environment)

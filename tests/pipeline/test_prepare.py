@@ -387,6 +387,7 @@ def test_the_manifest_says_what_the_file_holds(tmp_path: Path) -> None:
         "mode": "jpg",
         "jpeg_share": 0.5,
         "ignore_exif": False,
+        "encode_all": False,
     }
     assert {"python", "ffcv", "numpy", "pillow"} <= set(manifest["versions"])
     assert manifest["header_crc32"] == zlib.crc32(file.data[: file.end] + file.data[file.table :])
