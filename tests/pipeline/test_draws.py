@@ -17,7 +17,7 @@ import pytest
 from pipeline.draws import TRIES, Colour, ViewDraws, centre_boxes, crop_boxes, draw_view
 from pipeline.views import AUGMENTATIONS, View, view_sizes
 
-N = 20_000
+N = 100_000
 _SHAPES = [(1, 1), (1, 500), (500, 2), (32, 32), (375, 500), (500, 375), (3, 7)]
 _VIEW = View(flip=0.3, jitter=0.6, grey=0.1, blur=0.7, solarise=0.45, brightness=0.8, contrast=0.4, saturation=0.2)
 
