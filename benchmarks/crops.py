@@ -23,6 +23,7 @@ from pipeline.augment import IMAGENET, augment, stepwise
 from pipeline.backends import Plan
 from pipeline.beton import Beton
 from pipeline.crop import Ragged, crop_views
+from pipeline.direct import open_data
 from pipeline.draws import draw_view
 from pipeline.errors import InputError, command
 from pipeline.order import epoch_order
@@ -93,7 +94,7 @@ def main() -> None:
     settings = {"size": args.size, "batch": args.batch, "augmentation": args.augmentation, "runs": args.runs}
     about = machine.describe()
     result: dict[str, Any] = {"machine": about, "data": Path(args.data).name, "settings": settings}
-    result |= measure(Beton(args.data), **settings)
+    result |= measure(open_data(args.data), **settings)
     print(f"{about['processor']}, {about['cores']} cores, load {about['load']}, {about['gpu'] or 'no GPU'}")
     print(f"{about['date']}, {args.data}: {settings}")
     for name, taken in result["milliseconds"].items():

@@ -29,8 +29,8 @@ from rich.table import Table
 
 from benchmarks import machine
 from benchmarks.paths import COMPARED, PATHS
-from pipeline.beton import Beton
 from pipeline.cores import available_cores
+from pipeline.direct import open_data
 from pipeline.errors import InputError, command
 
 _BASELINE = "ffcv-twice"
@@ -73,7 +73,7 @@ class Worker:
 
 def work(args: argparse.Namespace) -> None:
     """Be a worker: build, then answer each line of standard input by one of JSON."""
-    beton = Beton(args.data)
+    beton = open_data(args.data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     started = time.perf_counter()
     path = PATHS[args.worker](beton, args.size, args.views, args.batch, int(args.threads), device)
@@ -116,7 +116,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     finally:
         for worker in workers:
             worker.close()
-    read = float(Beton(args.data).sizes.mean())
+    read = float(open_data(args.data).sizes.mean())
     result: dict[str, dict[str, Any]] = {}
     for worker, answers, more in zip(workers, rates, about, strict=True):
         found: list[dict[str, Any]] = [answer for answer in answers if answer is not None]
@@ -162,7 +162,7 @@ def _table(rows: dict[str, Any]) -> Table:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description="Measure loader throughput.")
     known = ",".join(COMPARED)
-    parser.add_argument("--data", required=True, help="beton")
+    parser.add_argument("--data", required=True, help="beton, or a tar that is read directly")
     parser.add_argument("--backends", default=known, help="ways to crops (default %(default)s)")
     parser.add_argument("--threads", default="1", help="loader threads, such as 1,2,4 (default %(default)s)")
     parser.add_argument("--views", type=int, default=2, help="crops of each image (default %(default)s)")
@@ -185,7 +185,7 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
             raise InputError(f"--backends {name}: no such way to crops: choose of {', '.join(PATHS)}")
     if min(args.size, args.batch, args.views, args.runs, *args.threads) < 1:
         raise InputError("--size, --batch, --views, --threads and --runs must be positive: give 1 or more")
-    count = len(Beton(args.data))
+    count = len(open_data(args.data))
     if args.batch > count:
         raise InputError(f"--batch {args.batch}: {args.data} holds {count} images: give at most as many")
     return args
@@ -203,7 +203,7 @@ def main() -> None:
     result = {"machine": about, "data": Path(args.data).name, "settings": settings, "paths": rows}
     print(f"{about['processor']}, {about['cores']} cores, load {about['load']}, {about['gpu'] or 'no GPU'}")
     print(f"{about['date']}, {', '.join(f'{name} {number}' for name, number in about['versions'].items())}")
-    print(f"{args.data}: {len(Beton(args.data))} images, {settings}")
+    print(f"{args.data}: {len(open_data(args.data))} images, {settings}")
     Console(width=160).print(_table(rows))
     machine.write(result, args.json)
 

@@ -250,8 +250,11 @@ class Beton:
         elif found:
             first = dict(reversed(found))
             index = min(first)
-            message = self._broken(f"sample {index} has {first[index]} ({len(first)} such samples)")
-            raise BadRecords(str(message), sorted(first.items()))
+            raise BadRecords(
+                f"{self.path}: sample {index} has {first[index]} ({len(first)} such samples): {_PREPARE_AGAIN}, or "
+                "pass over them with --data.on_bad skip (in Python: Beton(path, tolerate=True))",
+                sorted(first.items()),
+            )
 
     def _read_manifest(self) -> Manifest | None:
         path = manifest_path(self.path)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import re
 import tarfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,15 +31,16 @@ from pipeline.sources import Item, Source, open_source
 _HEADER = 1 << 16  # bytes of a file that hold its frame header, nearly always
 _FORMAT = 1
 _CHUNK = 1000
+_BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 _CLASSES = 1_000_000  # labels below this are believed
 
 
 class Direct(Beton):
     """Images of a folder or of tars, with the attributes of a `Beton`.
 
-    source: a folder, a .tar, or several by a pattern such as `shards/train-*.tar`. subset: as `open_source`'s.
-    tolerate: as `Beton`'s. Raises InputError where there is no image, and BadRecords for images that are no RGB or grey
-    JPEGs.
+    source: a folder, a .tar, or several by a pattern such as `shards/train-*.tar` or `train-{000..127}.tar`. subset: as
+    `open_source`'s. tolerate: as `Beton`'s. Raises InputError where there is no image, and BadRecords for images that
+    are no RGB or grey JPEGs.
     """
 
     def __init__(self, source: Path | str, *, subset: str | None = None, tolerate: bool = False) -> None:
@@ -169,11 +171,15 @@ def _channels(data: np.ndarray) -> int:
 
 def _listed(source: str, subset: str | None) -> Source:
     """Return the images of a folder or tar, or of all tars of a pattern; WebDataset's labels where it has some."""
-    paths = sorted(glob.glob(source)) if _is_pattern(source) else [source]
+    paths = [path for name in _expanded(source) for path in (sorted(glob.glob(name)) if _is_pattern(name) else [name])]
     if not paths:
         raise InputError(f"{source}: no such files: give a folder, a .tar, or a pattern of tars")
     if source.endswith(".zip") or source.startswith("synthetic:"):
         raise InputError(f"{source}: not read directly: write a beton with python -m pipeline.prepare")
+    if os.path.isdir(source) and (tars := glob.glob(os.path.join(glob.escape(source), "*.tar"))):
+        inside = next(Path(source).rglob("*.jp*g"), None)
+        if inside is None:
+            raise InputError(f"{source}: holds no image but {len(tars)} tars: name these, {source.rstrip('/')}/*.tar")
     listed = [open_source(path, subset) for path in paths]
     items = [item for found in listed for item in found.items]
     labels = _class_files(paths, items)
@@ -191,7 +197,17 @@ def _listed(source: str, subset: str | None) -> Source:
 
 
 def _is_pattern(source: str) -> bool:
-    return glob.has_magic(source) and not os.path.exists(source)
+    return bool(glob.has_magic(source) or _BRACES.search(source)) and not os.path.exists(source)
+
+
+def _expanded(source: str) -> list[str]:
+    """Return the names that braces such as {000..127} or {a,b} stand for, as WebDataset writes them."""
+    found = _BRACES.search(source)
+    if found is None or os.path.exists(source):
+        return [source]
+    first, last, listed = found.groups()
+    parts = listed.split(",") if listed else [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
+    return [name for part in parts for name in _expanded(source[: found.start()] + part + source[found.end() :])]
 
 
 def _class_files(paths: Iterable[str], items: list[Item]) -> list[int] | None:
@@ -217,8 +233,9 @@ def _class_files(paths: Iterable[str], items: list[Item]) -> list[int] | None:
 
 def open_data(path: Path | str, *, tolerate: bool = False) -> Beton:
     """Return the beton at `path`, or a folder or tar that is read directly."""
+    known = (".tar", ".zip")
     if str(path).endswith(".beton") or not (
-        Path(path).is_dir() or str(path).endswith(".tar") or _is_pattern(str(path))
+        Path(path).is_dir() or str(path).endswith(known) or str(path).startswith("synthetic:") or _is_pattern(str(path))
     ):
         return Beton(path, tolerate=tolerate)
     return Direct(path, tolerate=tolerate)

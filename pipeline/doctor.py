@@ -320,6 +320,17 @@ def check_memory(beton: Path | None) -> Finding:
     return Finding("memory", True, detail)
 
 
+def check_beton(beton: Path) -> Finding:
+    """The data set can be opened: its header, its tables, its manifest."""
+    try:
+        count = len(_load("pipeline.beton").Beton(beton))
+    except Exception as error:
+        return Finding(
+            "data set", False, str(error), f"python -m pipeline.inspect {beton} --verify lists what is wrong"
+        )
+    return Finding("data set", True, f"{beton.name}: {count} images; its records were not looked at")
+
+
 def check_shm() -> Finding:
     """Shared memory, through which worker processes hand over batches, is not tiny."""
     size = _shm_size()
@@ -357,6 +368,7 @@ def examine(beton: Path | None = None) -> list[Finding]:
         check_gpus(gpus),
         check_cuda(gpus),
         check_cores(gpus),
+        *([check_beton(beton)] if beton else []),
         check_memory(beton),
         check_shm(),
         check_open_files(),

@@ -64,8 +64,11 @@ def _labels(beton: Beton) -> str:
 
 
 def verify(beton: Beton, *, quiet: bool = False) -> list[tuple[int, str]]:
-    """Return sample id and fault of every record that is damaged: CRC32, JPEG header, decoding."""
-    ids = range(len(beton))
+    """Return sample id and fault of every record that is damaged: CRC32, JPEG header, decoding.
+
+    Those that the beton's tables say to be unreadable are left out.
+    """
+    ids = [index for index in range(len(beton)) if index not in beton.unreadable]
     chunks = [ids[start : start + _CHUNK] for start in ids[::_CHUNK]]
     with ThreadPoolExecutor(available_cores()) as pool:
         checked = pool.map(lambda chunk: [check_record(beton, index) for index in chunk], chunks)
@@ -144,15 +147,14 @@ def main() -> int:
     args = _arguments()
     if min(args.size - 8, args.count - 1, args.seed, args.epoch) < 0 or args.size > 1024 or args.count > 1000:
         raise InputError("--size is 8 to 1024, --count 1 to 1000, --seed and --epoch 0 or more: choose such values")
+    faults: list[tuple[int, str]] = []
     try:
         beton = Beton(args.file)
     except BadRecords as error:
         if not args.verify:
             raise
-        for index, fault in error.faults:
-            print(f"bad: sample {index}: {fault}")
-        print(f"verified: {len(error.faults)} records cannot be read: write the file again")
-        return 1
+        faults = error.faults
+        beton = Beton(args.file, tolerate=True)  # raises where no record can be read
     print(describe(beton))
     if args.preview:
         picture = preview(
@@ -167,12 +169,12 @@ def main() -> int:
             picture.save(args.preview)
         except (OSError, ValueError) as error:
             raise InputError(
-                f"{args.preview}: cannot be written ({error}): give a .png file in a folder that exists"
+                f"{args.preview}: cannot be written ({error}): give a .png or .jpg file in a folder that exists"
             ) from None
         print(f"preview: {args.preview} (each original beside its {len(AUGMENTATIONS[args.augmentation])} views)")
     if not args.verify:
         return 0
-    bad = verify(beton)
+    bad = sorted([*faults, *verify(beton)])
     for index, fault in bad:
         print(f"bad: sample {index} ({beton.name(index)}): {fault}")
     how = "are whole" if beton.manifest else "decode; without a manifest their bytes are not checked"

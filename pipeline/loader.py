@@ -100,6 +100,8 @@ class Loader:
             raise InputError(
                 f"{beton.path}: a batch of {batch} from {len(beton)} samples: choose data.batch from 1 to {len(beton)}"
             )
+        if not views or size < 1:
+            raise ValueError(f"{len(views)} views of {size} pixels: give one view or more, of 1 pixel or more")
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} of {world}: ranks are 0 to {world - 1}")
         if torch.device(device).type == "cuda" and not torch.cuda.is_available():

@@ -10,6 +10,7 @@ import torch
 
 from pipeline.backends import resident
 from pipeline.beton import Beton
+from pipeline.errors import InputError
 from pipeline.libffcv import JPEG
 
 CropOn = Literal["auto", "cpu", "gpu"]
@@ -38,8 +39,11 @@ def choose(
 ) -> Choice:
     """Return the backend that settings `backend` and `crop_on` mean for this data on this device.
 
-    processes: those that share the machine's memory. cores: for this one.
+    processes: those that share the machine's memory. cores: for this one. Raises InputError for crops on a GPU that is
+    not there.
     """
+    if crop_on == "gpu" and device.type != "cuda":
+        raise InputError("data.crop_on 'gpu': this machine has no GPU that torch can use: choose auto or cpu")
     if backend != "auto":
         return _ffcv(crop_on, device, "asked for") if backend == "ffcv" else Choice(backend, "asked for")
     if not beton.in_one_file:

@@ -40,7 +40,7 @@ class DaliBackend:
         self._stream = torch.cuda.Stream(wanted.device) if wanted.device.type == "cuda" else None
         self._decoder = _decoder(wanted)
         self._pending: deque[tuple[Plan, Future]] = deque()
-        self._failed = False
+        self._failed, self._kept = False, list[np.ndarray]()
         self._workers = Workers(1, lambda: None)
         self._readers = ThreadPoolExecutor(wanted.workers or available_cores(), "reader")
         self._unchecked = np.full(len(beton), beton.crc32 is None) & (beton.modes != RAW)
@@ -64,7 +64,7 @@ class DaliBackend:
         try:
             (images,) = self._decoder.run(encoded=encoded)
         except RuntimeError as error:
-            self._failed = True  # after an error a DALI pipeline runs no more
+            self._failed, self._kept = True, encoded  # it runs no more, and may still be reading
             raise self._explained(plan, error) from None
         if self._stream is None:
             return crop_views(self._lying(images, plan), plan, self._sizes)

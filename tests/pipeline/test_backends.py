@@ -298,7 +298,7 @@ def test_resident_refuses_what_does_not_fit(drawn: Path, monkeypatch: pytest.Mon
         ("auto", "cpu", "cuda", 1, 1, "ffcv"),
         ("auto", "auto", "cuda", 2, 8, "resident"),
         ("ffcv", "auto", "cpu", 9, 1, "ffcv"),
-        ("ffcv", "gpu", "cpu", 9, 1, "ffcv_gpu"),
+        ("ffcv", "gpu", "cuda", 9, 1, "ffcv_gpu"),
         ("resident", "auto", "cpu", 1, 1, "resident"),
     ],
 )
@@ -316,6 +316,11 @@ def test_the_choice_depends_on_device_and_room_and_says_why(
     choice = choose(backend, crop_on, Beton(drawn), torch.device(device), processes=processes, cores=64)
     assert choice.name == name
     assert ("asked for" in choice.why) == (backend != "auto")
+
+
+def test_crops_on_a_gpu_that_is_not_there_are_refused(drawn: Path) -> None:
+    with pytest.raises(InputError, match=r"data\.crop_on 'gpu': this machine has no GPU"):
+        choose("ffcv", "gpu", Beton(drawn), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

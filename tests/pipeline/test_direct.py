@@ -225,3 +225,27 @@ def test_a_label_beyond_belief_is_refused(shards: str, tmp_path: Path) -> None:
         archive.add(tmp_path / "x.cls", "000000.cls")
     with pytest.raises(InputError, match=r"000000\.cls holds label 9+"):
         Direct(shards)
+
+
+def test_braces_name_the_shards(shards: str) -> None:
+    """As WebDataset writes them."""
+    named = shards.replace("*", "{0..2}")
+    assert named != shards
+    assert [Direct(named).name(i) for i in range(60)] == [Direct(shards).name(i) for i in range(60)]
+    assert len(Direct(shards.replace("*", "{0,2}"))) == 40
+    with pytest.raises(InputError):
+        Direct(shards.replace("*", "{0..3}"))
+
+
+@pytest.mark.parametrize("given", ["x.zip", "synthetic:64"])
+def test_what_is_not_read_directly_is_to_be_prepared(given: str) -> None:
+    with pytest.raises(InputError, match=r"pipeline\.prepare"):
+        open_data(given)
+
+
+def test_a_folder_of_tars_is_told_from_one_of_images(shards: str, tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    for path in tmp_path.glob("shard-*.tar"):
+        path.rename(tmp_path / "shards" / path.name)
+    with pytest.raises(InputError, match=r"holds no image but 3 tars: name these, .*/shards/\*\.tar"):
+        open_data(tmp_path / "shards")

@@ -350,3 +350,12 @@ def test_a_long_word_is_not_cut(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     doctor._show([Finding("thing", False, "Q" * 120)])
     printed = capsys.readouterr().out
     assert printed.count("Q") == 120
+
+
+def test_a_beton_is_opened(drawn: Path, tmp_path: Path) -> None:
+    assert doctor.check_beton(drawn).ok is True
+    (tmp_path / "cut.beton").write_bytes(drawn.read_bytes()[:5000])
+    finding = doctor.check_beton(tmp_path / "cut.beton")
+    assert finding.ok is False
+    assert "not a whole beton" in finding.detail
+    assert "--verify" in finding.remedy

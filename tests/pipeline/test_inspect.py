@@ -185,7 +185,7 @@ def test_a_preview_shows_the_originals_as_they_are(tmp_path: Path) -> None:
     [
         (["{}/none.beton"], "no such file: write it with"),
         (["{}/small.beton", "--preview", "{}/none/x.png"], "cannot be written"),
-        (["{}/small.beton", "--preview", "{}/x.nothing", "--size", "16"], "give a .png file"),
+        (["{}/small.beton", "--preview", "{}/x.nothing", "--size", "16"], "give a .png or .jpg file"),
         (["{}/small.beton", "--size", "4"], "--size is 8 to 1024"),
         (["{}/small.beton", "--count", "0"], "--count 1 to 1000"),
         (["{}/small.beton", "--seed", "-1"], "--seed and --epoch 0 or more"),
