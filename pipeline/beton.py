@@ -251,8 +251,8 @@ class Beton:
             first = dict(reversed(found))
             index = min(first)
             raise BadRecords(
-                f"{self.path}: sample {index} has {first[index]} ({len(first)} such samples): {_PREPARE_AGAIN}, or "
-                "pass over them with --data.on_bad skip (in Python: Beton(path, tolerate=True))",
+                f"{self.path}: sample {index} has {first[index]} ({len(first)} such samples): not a whole beton, "
+                f"{_PREPARE_AGAIN}, or pass over them with --data.on_bad skip (in Python: Beton(path, tolerate=True))",
                 sorted(first.items()),
             )
 
