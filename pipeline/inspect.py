@@ -69,7 +69,7 @@ def verify(beton: Beton, *, quiet: bool = False) -> list[tuple[int, str]]:
     Those that the beton's tables say to be unreadable are left out.
     """
     ids = [index for index in range(len(beton)) if index not in beton.unreadable]
-    chunks = [ids[start : start + _CHUNK] for start in ids[::_CHUNK]]
+    chunks = [ids[start : start + _CHUNK] for start in range(0, len(ids), _CHUNK)]
     with ThreadPoolExecutor(available_cores()) as pool:
         checked = pool.map(lambda chunk: [check_record(beton, index) for index in chunk], chunks)
         faults = chain.from_iterable(checked)
