@@ -8,6 +8,7 @@ for epoch in range(200):
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -116,6 +117,9 @@ class Loader:
         self.steps = steps_per_epoch(len(beton), batch)
         self._statistics, self._shuffle = statistics, shuffle
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        # Not where processes exchange views: each would come to it at a time of its own.
+        self._stages = self._stream is not None and shuffle is None
+        self._staged: Batch | Exception | None = None
         self._orders: dict[int, np.ndarray] = {}  # of this epoch and, near its end, the next
         self._pending: deque[tuple[int, int, np.ndarray, int, list[Colour]]] = deque()
         self._substitutes = Substitutes(beton, on_bad)
@@ -153,6 +157,7 @@ class Loader:
                     f"{self.beton.path}: the loader's {key} is {own[key]!r}, the saved one {state.get(key)!r}: resume "
                     "with the settings and the data the run was started with"
                 )
+        self._staged = None
         if self._pending:
             self._begin_anew()
         self._epoch, self._step = int(state["epoch"]), int(state["step"])
@@ -170,19 +175,30 @@ class Loader:
         self._backend.close()
 
     def _next(self) -> Batch:
-        """Return the next batch. On a GPU its views are made on a stream of their own, beside the step before."""
-        if self._stream is None:
-            return self._made()
-        with torch.cuda.stream(self._stream):
-            batch = self._made()
-        stream = torch.cuda.current_stream(self.device)
-        stream.wait_stream(self._stream)
-        for view in (*batch.views, *batch.shuffled.values()):
-            if view is not None:
-                view.record_stream(stream)
+        """Return the next batch, and begin the views of the one after it, where its crops are there already."""
+        batch, self._staged = self._staged or self._made(), None
+        if isinstance(batch, Exception):
+            raise batch
+        if self._stream is not None:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_stream(self._stream)
+            for view in (*batch.views, *batch.shuffled.values()):
+                if view is not None:
+                    view.record_stream(stream)
+        self._epoch, self._step = self._after(1)
+        if self._stages and self._backend.ready():
+            try:
+                self._staged = self._made()
+            except Exception as error:  # for whoever asks for that batch
+                self._staged = error
         return batch
 
     def _made(self) -> Batch:
+        """Return the batch after those handed out. On a GPU its views are made on a stream of their own."""
+        with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
+            return self._from_crops()
+
+    def _from_crops(self) -> Batch:
         while len(self._pending) < self._backend.depth:
             self._submit(*self._after(len(self._pending)))
         start = time.perf_counter()
@@ -195,8 +211,7 @@ class Loader:
             None if index in left_out else augment(crop, colour, self._statistics, self.dtype)
             for index, (crop, colour) in enumerate(zip(crops, colours, strict=True))
         )
-        self._epoch, self._step = self._after(1)
-        self._submit(*self._after(len(self._pending)))
+        self._submit(*self._after(len(self._pending) + 1))
         return Batch(views, ids, epoch, step, waited, substituted, shuffled, order)
 
     def _receive(self) -> tuple[torch.Tensor, ...]:

@@ -65,6 +65,9 @@ class Backend(Protocol):
         oldest.
         """
 
+    def ready(self) -> bool:
+        """Return whether the oldest batch under way is there, or will be without the CPU."""
+
     def forget(self) -> bool:
         """Forget the batches under way; return whether others may be submitted, else build another in its place."""
 

@@ -87,6 +87,10 @@ class Ahead(Generic[Buffer]):
         self._pending.popleft()
         return plan, self._buffers[slot], slot
 
+    def ready(self) -> bool:
+        """Return whether the oldest batch is filled."""
+        return bool(self._pending) and all(future.done() for future in self._pending[0][2])
+
     def on_device(self, tensors: Sequence[torch.Tensor], slot: int) -> tuple[torch.Tensor, ...]:
         """Return tensors of buffer `slot` on the device, without waiting for it; themselves, where that is the CPU."""
         if self._stream is None:

@@ -111,6 +111,9 @@ class DaliBackend:
                 return damaged(self._beton, int(index), fault)
         return error
 
+    def ready(self) -> bool:
+        return bool(self._pending) and self._pending[0][1].done()
+
     def forget(self) -> bool:
         futures = [future for _, future in self._pending]
         self._pending.clear()

@@ -83,6 +83,9 @@ class FfcvBackend:
         plan, views, slot = self._ahead.finish(timeout)
         return self._ahead.on_device([view[: len(plan.ids)] for view in views], slot)
 
+    def ready(self) -> bool:
+        return self._ahead.ready()
+
     def forget(self) -> bool:
         return self._ahead.forget()
 

@@ -77,6 +77,9 @@ class FfcvGpuBackend:
         images = Ragged(pixels, plan.starts[:-1], plan.parts[:, 3].astype(np.int64))
         return crop_views(images, Plan(plan.ids, plan.inside(), plan.flips), self._sizes)
 
+    def ready(self) -> bool:
+        return self._ahead.ready()
+
     def forget(self) -> bool:
         return self._ahead.forget()
 

@@ -121,6 +121,9 @@ class ResidentBackend:
         images = Ragged(self._pixels, self._starts[plan.ids], self._widths[plan.ids])
         return crop_views(images, plan, self._sizes)
 
+    def ready(self) -> bool:
+        return bool(self._pending)
+
     def forget(self) -> bool:
         self._pending.clear()
         return True

@@ -177,6 +177,39 @@ def test_free_memory_is_at_most_the_container_s(monkeypatch: pytest.MonkeyPatch)
     assert cores.free_memory() > 2**26
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batches_staged_ahead_are_the_same(backend: str, drawn: Path) -> None:
+    """As on a GPU, where views are begun before they are asked for; the saved position is of what was handed out."""
+    with loader(drawn, backend) as plain, loader(drawn, backend) as staging:
+        expected, states = [], []
+        for _ in range(16):
+            expected += take(plain, 1)
+            states.append(plain.state_dict())
+        staging._stages = True
+        found, staged = [], 0
+        for state in states:
+            staging._backend.ready = lambda: True  # type: ignore[method-assign]
+            found += take(staging, 1)
+            staged += isinstance(staging._staged, Batch)
+            assert staging.state_dict() == state
+        assert same(found, expected)
+        assert staged == 16
+        staging.load_state_dict(states[4])
+        assert same(take(staging, 11), expected[5:])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_damaged_record_met_while_staging_is_named_in_its_turn(backend: str, drawn: Path, tmp_path: Path) -> None:
+    if backend == "resident":
+        pytest.skip("it meets all records at the start")
+    path = damage(drawn, int(epoch_order(3, 0, 200)[3 * BATCH]), "flipped", tmp_path / "bad.beton")
+    with loader(path, backend) as one:
+        one._stages, one._backend.ready = True, lambda: True  # type: ignore[method-assign]
+        take(one, 3)
+        with pytest.raises(DamagedRecord):
+            take(one, 1)
+
+
 @pytest.mark.parametrize("views", ["moco_v2", "swav"])
 def test_dalis_views_are_pillows(views: str, ragged: Path) -> None:
     """The same ids, boxes and flips as FFCV's; pixels that PIL decodes, crops and resizes, to one level."""
