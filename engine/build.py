@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import os
+import shutil
 import sys
 import warnings
 from dataclasses import dataclass, replace
@@ -130,6 +132,11 @@ def build_model(settings: Settings, accelerator: Accelerator) -> Model:
         synchronise(online, accelerator.device)
     target = place(momentum_copy(online), accelerator.device) if base.teacher else None
     place(online, accelerator.device)
+    if settings.compile:
+        _check_compiler(accelerator.device)
+        for encoder in (online, target):
+            if encoder is not None:
+                encoder.backbone.compile(dynamic=False)
     queue = None
     if base.queue:
         assert method.queue is not None
@@ -149,6 +156,14 @@ def build_model(settings: Settings, accelerator: Accelerator) -> Model:
         gradient_shares=settings.gradient_shares,
     )
     return Model(wrapped, target, queue, optimiser, step)
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Raise InputError where torch.compile has nothing to compile with."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise InputError("compile true: triton is not installed: pip install triton, or choose compile false")
+    if device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
+        raise InputError("compile true: there is no C++ compiler: install g++, or choose compile false")
 
 
 def needed_views(settings: Settings, kinds: str = "qQkK") -> set[int]:

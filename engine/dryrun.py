@@ -34,7 +34,7 @@ def dry_run(settings: Settings) -> dict[str, Any]:
     length = _length(settings)
     accelerator = build_accelerator(replace(settings, tracker="none"))
     check_batch(settings, accelerator)
-    model = build_model(replace(settings, accumulate=1), accelerator)  # one part
+    model = build_model(replace(settings, accumulate=1, compile=False), accelerator)  # one part
     small, _ = _step(settings, model, _STUB)
     large, flops = _step(settings, model, 2 * _STUB)
     slope = (large - small) / _STUB

@@ -37,7 +37,7 @@ def features(
     try:
         found, ids, done = None, indices.copy(), 0
         for batch, read in images:
-            with autocast():
+            with autocast(), torch.compiler.set_stance("force_eager"):  # for one pass over other shapes
                 part = F.normalize(backbone(batch).float().flatten(1), dim=1)
             found = part.new_empty(len(indices), part.shape[1]) if found is None else found
             found[done : done + len(part)] = part

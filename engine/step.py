@@ -59,7 +59,7 @@ class Step:
         self._accelerator, self._online, self._target = accelerator, online, target
         self.encoder: Encoder = accelerator.unwrap_model(online)
         """The online encoder, unwrapped."""
-        self._queue, self._objective, self._optimiser = queue, objective, optimiser
+        self._queue, self.objective, self._optimiser = queue, objective, optimiser
         self._accumulate, self._clip, self._shares = accumulate, clip, gradient_shares
         self._moving = momentum.parameter_pairs(target, self.encoder) if target else None
         needs = objective.needs if target else {name.replace("k", "q").replace("K", "Q") for name in objective.needs}
@@ -117,7 +117,7 @@ class Step:
         for name in self._everyone:
             named[name] = all_keys[name] if name in all_keys else self._gathered(named, name)
         e = Embeddings(named, None if self._queue is None else self._queue.keys, first)
-        parts = self._objective(e)
+        parts = self.objective(e)
         loss = total(parts)
         measures = self._measures(e, parts, views, batch.order is not None) if measured else {}
         self._accelerator.backward(loss / self._accumulate)
@@ -133,11 +133,11 @@ class Step:
         self, e: Embeddings, parts: dict[str, Part], views: dict[int, torch.Tensor], shuffled: bool
     ) -> Tensors:
         """Return the measures. The gap's key shares its query's batch statistics in every run: shuffled keys do not."""
-        a, _ = self._objective.base.pairs[0]
+        a, _ = self.objective.base.pairs[0]
         if self._target is not None and (shuffled or f"k{a}" not in e.named):
             with torch.no_grad(), self._accelerator.autocast(), _unchanged_buffers(self._target):
                 e = Embeddings({**e.named, f"k{a}": self._target(views[a])[0]}, e.queue, e.first)
-        found = watch.measure(e, self._objective.base)
+        found = watch.measure(e, self.objective.base)
         return {**found, **(self._gradient_shares(e, parts) if self._shares else {})}
 
     def _gradient_shares(self, e: Embeddings, parts: dict[str, Part]) -> Tensors:
@@ -158,7 +158,7 @@ class Step:
             momentum.update(*self._moving, ema)
         if self._queue is None:
             return
-        name = f"k{self._objective.base.pairs[0][1]}"
+        name = f"k{self.objective.base.pairs[0][1]}"
         count = ranks.world() * len(keys[name])
         rest, start = self._queue.slots(count)
         if name.upper() in all_keys:
