@@ -2,7 +2,8 @@
 
     python -m benchmarks.gpu_suite --out DIR [--data F.beton] [--cifar F.beton] [--seconds 540] [--dry-run]
 
-Results are written to DIR as they come; `suite.md` there says what ran, what it found, and what was left out and why.
+Results are written to DIR as they come; `suite.md` there says what ran, what it found, and what was
+left out and why; `suite.json` holds the figures.
 Without --data and --cifar, drawn images stand in. With --dry-run, or without a GPU, each part runs small, on what there
 is: a check of the suite itself.
 """
@@ -64,63 +65,77 @@ def _loader(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _step(result: dict[str, Any]) -> list[str]:
+    rates = result["pairs_per_second"].items()
+    lines = [f"{name}: {rate:.0f} pairs/s, {result['tflops'][name]:.1f} TFLOP/s" for name, rate in rates]
+    kind = result["clock"]
+    lines += [f"{name}: {1000 * taken[kind]['median']:.2f} ms" for name, taken in result["parts"].items()]
+    return [*lines, f"all but the encoders: {result['share_beside_the_encoders']:.1%}"]
+
+
+def _train(result: dict[str, Any]) -> list[str]:
+    rates = (f"{name}: {result[name]['median']:.0f} pairs/s" for name in ("training", "step"))
+    wait = f"data-wait: {result['data_wait_share']['median']:.1%}"
+    return [*rates, f"ratio: {result['ratio']['median']:.3f}", wait, f"backend: {result['backend']}"]
+
+
 def parts(data: Path, cifar: Path, threads: list[int]) -> list[Part]:
     """Return the parts, the most important first."""
-    counts, some = ",".join(map(str, threads)), "ffcv,ffcv-gpu,decode-only"
-    hardware = ",".join(HARDWARE_LOADS)
+    counts, hardware = ",".join(map(str, threads)), ",".join(HARDWARE_LOADS)
+    recipe = ["--config", str(_ROOT / "engine/recipes/moco_v2_in1k.yaml"), "--data.batch", "256", "--data.eval", ""]
+    tiny_run = ["--model.arch", "resnet18", "--model.width", "0.25", "--data.size", "32", "--data.batch", "8"]
+    tiny_run += ["--method.queue", "64", "--model.bn", "plain"]
+    step = [*recipe, "--ways", "eager,compiled,official-amp", "--model.bn", "plain"]
+    train = [*recipe, "--data.train", str(data), "--compile", "true"]
     big, tiny = ["--data", str(data), "--batch", "512"], ["--batch", "32", "--size", "32", "--runs", "1"]
     resident = ["--data", str(cifar), "--batch", "512", "--size", "32", "--backends", "resident", "--threads", "1"]
     few = [*tiny, "--threads", "1"]
+
+    def loader(name: str, backends: str, threads: str = counts, *needs: str) -> Part:
+        arguments = [*big, "--backends", backends, "--threads", threads]
+        return Part(name, "benchmarks.loader", arguments, few, _loader, needs)
+
+    small_train = [*tiny_run, "--steps", "2", "--rounds", "1", "--compile", "false"]
     return [
         Part("tests", "pytest", ["-m", "gpu", "-q", "--no-header", "-p", "no:cacheprovider"], [], None, ("pytest",)),
+        Part("step", "benchmarks.step", step, [*tiny_run, "--runs", "1", "--ways", "eager,official-amp"], _step),
         Part("crops", "benchmarks.crops", big, tiny, _crops),
+        Part("train", "benchmarks.train", train, small_train, _train),
         Part("resident", "benchmarks.loader", resident, few, _loader),
-        Part(
-            "dali",
-            "benchmarks.loader",
-            [*big, "--backends", "dali", "--threads", counts],
-            few,
-            _loader,
-            ("nvidia.dali",),
-        ),
-        Part(
-            "hardware",
-            "benchmarks.loader",
-            [*big, "--backends", hardware, "--threads", str(max(threads))],
-            few,
-            _loader,
-            ("nvidia.dali",),
-        ),
-        Part("ffcv", "benchmarks.loader", [*big, "--backends", some, "--threads", counts], few, _loader),
-        Part(
-            "peers", "benchmarks.loader", [*big, "--backends", "ffcv-twice,official", "--threads", counts], few, _loader
-        ),
+        loader("dali", "dali", counts, "nvidia.dali"),
+        loader("hardware", hardware, str(max(threads)), "nvidia.dali"),
+        loader("ffcv", "ffcv,ffcv-gpu,decode-only"),
+        loader("peers", "ffcv-twice,official"),
     ]
 
 
 class Report:
-    """`suite.md`, written anew after each part."""
+    """`suite.md`, and the parts' JSON in `suite.json`, both written anew after each part."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, out: Path) -> None:
         about = machine.describe()
         versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-        self._path, self._lines = path, [f"# GPU suite, {about['date']}", ""]
+        self._out, self._results = out, dict[str, Any]()
+        self._lines = [f"# GPU suite, {about['date']}", ""]
         self._lines += [f"{about['gpu'] or 'no GPU'}; {about['processor']}, {about['cores']} cores; {versions}", ""]
 
-    def add(self, name: str, lines: list[str]) -> None:
-        """Add a part's section, and print it."""
+    def add(self, name: str, lines: list[str], result: dict[str, Any] | None = None) -> None:
+        """Add a part's section and result, and print the section."""
         section = [f"## {name}", "", *(f"- {line}" for line in lines), ""]
         print("\n".join(section), flush=True)
         self._lines += section
-        self._path.write_text("\n".join(self._lines))
+        (self._out / "suite.md").write_text("\n".join(self._lines))
+        if result is not None:
+            self._results[name] = result
+            machine.write(self._results, self._out / "suite.json")
 
 
-def run(part: Part, out: Path, small: bool, seconds: float) -> list[str]:
-    """Run a part, its output and JSON under `out`; return its lines of the report."""
+def run(part: Part, out: Path, small: bool, seconds: float) -> tuple[list[str], dict[str, Any] | None]:
+    """Run a part; return its lines of the report, and its result. Its output stays under `out` where it fails."""
     if missing := [name for name in part.needs if not _importable(name)]:
-        return [f"left out: {', '.join(missing)} cannot be imported"]
+        return [f"left out: {', '.join(missing)} cannot be imported"], None
     if seconds <= 0:
-        return ["left out: no time was left"]
+        return ["left out: no time was left"], None
     log, result = out / f"{part.name}.txt", out / f"{part.name}.json"
     arguments = [*part.arguments, *(part.small if small else [])]
     arguments += ["--json", str(result)] if part.found else []
@@ -133,16 +148,18 @@ def run(part: Part, out: Path, small: bool, seconds: float) -> list[str]:
     except subprocess.TimeoutExpired:
         os.killpg(started.pid, signal.SIGKILL)  # with what it started itself
         started.wait()
-        return [f"cut off after {seconds:.0f} s: see {log.name}"]
+        return [f"cut off after {seconds:.0f} s: see {log.name}"], None
     took = f"took {time.perf_counter() - begun:.0f} s"
     last = next((line for line in reversed(log.read_text().splitlines()) if line.strip()), "no output")
     nothing = part.module == "pytest" and status == 5  # no test was chosen
     if status and not nothing:
-        return [f"failed with status {status}: {last}: see {log.name}", took]
+        return [f"failed with status {status}: {last}: see {log.name}", took], None
     if part.found is None:
-        return [last, took]
+        return [last, took], None
     log.unlink()  # the JSON says all of it
-    return [*part.found(json.loads(result.read_text())), took]
+    found = json.loads(result.read_text())
+    result.unlink()
+    return [*part.found(found), took], found
 
 
 def _importable(name: str) -> bool:
@@ -178,12 +195,12 @@ def main() -> None:
     cifar = args.cifar.resolve() if args.cifar else data
     for path in (data, cifar):
         Beton(path)  # says what is wrong before anything has run
-    report = Report(args.out / "suite.md")
+    report = Report(args.out)
     if small:
         report.add("small", ["parts ran small: " + ("--dry-run" if args.dry_run else "there is no GPU")])
     for part in parts(data, cifar, [int(number) for number in args.threads.split(",")]):
         left = args.seconds - (time.perf_counter() - begun)
-        report.add(part.name, run(part, args.out, small, left))
+        report.add(part.name, *run(part, args.out, small, left))
     if args.data is None:
         for path in (data, Path(f"{data}.json")):
             path.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ def main(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> tuple[i
 def test_what_fails_or_is_missing_is_said_and_the_rest_runs(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    crops = gpu_suite.parts(drawn, drawn, [1])[1]
+    crops = gpu_suite.parts(drawn, drawn, [1])[2]
     failing = Part("failing", "benchmarks.crops", ["--data", "/nowhere"], [], crops.found)
     lacking = Part("lacking", "benchmarks.crops", [], [], crops.found, ("no_such_package.inside",))
     monkeypatch.setattr(gpu_suite, "parts", lambda *_: [failing, lacking, crops])
@@ -33,14 +33,14 @@ def test_what_fails_or_is_missing_is_said_and_the_rest_runs(
     assert "/nowhere" in sections["failing"]
     assert "left out: no_such_package.inside cannot be imported" in sections["lacking"]
     assert "views/s" in sections["crops"]
-    result = json.loads((tmp_path / "out" / "crops.json").read_text())
+    result = json.loads((tmp_path / "out" / "suite.json").read_text())["crops"]
     assert f"{result['views_per_second']:.0f} views/s" in report
 
 
 def test_a_part_has_the_time_that_is_left(tmp_path: Path) -> None:
     slow = Part("slow", "timeit", ["-n", "1", "import time; time.sleep(600)"], [], None)
-    assert gpu_suite.run(slow, tmp_path, False, 1.0) == ["cut off after 1 s: see slow.txt"]
-    assert gpu_suite.run(slow, tmp_path, False, 0.0) == ["left out: no time was left"]
+    assert gpu_suite.run(slow, tmp_path, False, 1.0) == (["cut off after 1 s: see slow.txt"], None)
+    assert gpu_suite.run(slow, tmp_path, False, 0.0) == (["left out: no time was left"], None)
 
 
 def test_numbers_of_threads_that_keep_the_pace_are_named() -> None:

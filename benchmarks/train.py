@@ -1,0 +1,117 @@
+"""Training on real data end to end, against the same step on one batch that lies on the device.
+
+    python -m benchmarks.train [--steps 20] [--rounds 5] [--json OUT]
+        --config engine/recipes/moco_v2_in1k.yaml --data.train F.beton [any setting of a run]
+
+Rounds of both alternate, on the same model; their medians, the ratio of each pair of rounds, and the share of the
+time that training waited for data are printed. On a CPU the loader works on the cores that train: there the ratio says
+what decoding and augmentation cost, not what they hold up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import machine
+from engine.arguments import parse
+from engine.build import Run, build
+from engine.config import Settings
+from engine.optim import momentum_after
+from pipeline.errors import InputError, command
+from pipeline.loader import Batch
+
+
+def measure(settings: Settings, steps: int, rounds: int) -> dict[str, Any]:
+    """Return pairs a second of training and of the bare step, their ratio, and the share of data-wait."""
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = replace(settings, out=folder, tracker="none")
+        chosen.knn.every = 0
+        run = build(chosen)
+        try:
+            return _measure(run, steps, rounds)
+        finally:
+            run.loader.close()
+            run.accelerator.free_memory()
+
+
+def _measure(run: Run, steps: int, rounds: int) -> dict[str, Any]:
+    ema = momentum_after(run.settings.method, 0, 1)
+    endless: Iterator[Batch] = (batch for _ in itertools.count() for batch in run.loader)
+    kept = next(endless)
+    kept = replace(kept, views=tuple(view if view is None else view.clone() for view in kept.views))
+    for batch in (kept, kept, *itertools.islice(endless, 3)):  # compiles, and fills the loader
+        run.model.step(batch, ema)
+    trained, bare, waits, busy = [], [], [], []
+    for _ in range(rounds):
+        begun, waited = _now(run), 0.0
+        for batch in itertools.islice(endless, steps):
+            run.model.step(batch, ema)
+            waited += batch.waited
+        trained.append(_now(run) - begun)
+        waits.append(waited / trained[-1])
+        busy.append(_utilisation(run))
+        begun = _now(run)
+        for _ in range(steps):
+            run.model.step(kept, ema)
+        bare.append(_now(run) - begun)
+    pairs = steps * run.settings.data.batch
+    return {
+        "device": run.accelerator.device.type,
+        "backend": f"{run.backend.name} ({run.backend.why})",
+        "training": machine.spread([pairs / taken for taken in trained]),
+        "step": machine.spread([pairs / taken for taken in bare]),
+        "ratio": machine.spread([b / a for a, b in zip(trained, bare, strict=True)]),
+        "data_wait_share": machine.spread(waits),
+        "gpu_utilisation": [share for share in busy if share is not None],
+    }
+
+
+def _now(run: Run) -> float:
+    if run.accelerator.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _utilisation(run: Run) -> int | None:
+    """Return the percentage of time that the GPU was busy lately, where NVML says."""
+    if run.accelerator.device.type != "cuda":
+        return None
+    try:
+        return torch.cuda.utilization()
+    except (ModuleNotFoundError, RuntimeError):
+        return None
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description="Time training on real data.")
+    parser.add_argument("--steps", type=int, default=20, help="of a round (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="of training, and of bare steps (default %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the result here")
+    args, rest = parser.parse_known_args()
+    if min(args.steps, args.rounds) < 1:
+        raise InputError("--steps and --rounds must be positive: give 1 or more")
+    settings = parse(rest)
+    about = machine.describe()
+    result: dict[str, Any] = {"machine": about, "arguments": rest, "steps": args.steps}
+    result |= measure(settings, args.steps, args.rounds)
+    print(f"{about['processor']}, {about['cores']} cores, load {about['load']}, {about['gpu'] or 'no GPU'}")
+    print(f"{about['date']}, {' '.join(rest)}\ndata.backend: {result['backend']}")
+    for name, form in (("training", "{:.1f} pairs/s"), ("step", "{:.1f} pairs/s"), ("ratio", "{:.3f}")):
+        median, least, most = (form.format(result[name][kind]) for kind in ("median", "min", "max"))
+        print(f"{name:10s} {median} ({least} to {most})")
+    print(f"data-wait  {result['data_wait_share']['median']:.1%}")
+    machine.write(result, args.json)
+
+
+if __name__ == "__main__":
+    main()
