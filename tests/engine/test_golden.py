@@ -64,10 +64,6 @@ def test_the_losses_are_the_golden_ones(drawn: Path) -> None:
     assert found == pytest.approx(expected, rel=0.05)
 
 
-def test_the_losses_are_the_same_each_time(drawn: Path) -> None:
-    assert losses(drawn) == losses(drawn)
-
-
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         prepare("synthetic:200", Path(folder, "drawn.beton"), workers=1, quiet=True)
