@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from typing import Any, cast
 
 import numpy as np
@@ -42,7 +42,7 @@ class DaliBackend:
         self._pending: deque[tuple[Plan, Future]] = deque()
         self._failed, self._kept = False, list[np.ndarray]()
         self._workers = Workers(1, lambda: None)
-        self._readers = ThreadPoolExecutor(wanted.workers or available_cores(), "reader")
+        self._readers = Workers(wanted.workers or available_cores(), lambda: None)
         self._unchecked = np.full(len(beton), beton.crc32 is None) & (beton.modes != RAW)
 
     def submit(self, plan: Plan) -> None:
@@ -60,7 +60,8 @@ class DaliBackend:
         return views
 
     def _views(self, state: None, plan: Plan) -> tuple[torch.Tensor, ...]:
-        encoded = list(self._readers.map(self._encoded, plan.ids.tolist()))
+        reading = [self._readers.submit(self._encoded, index) for index in plan.ids.tolist()]
+        encoded = [future.result() for future in reading]
         try:
             (images,) = self._decoder.run(encoded=encoded)
         except RuntimeError as error:
@@ -73,7 +74,7 @@ class DaliBackend:
         self._stream.synchronize()  # DALI's buffers are free again
         return views
 
-    def _encoded(self, index: int) -> np.ndarray:
+    def _encoded(self, state: None, index: int) -> np.ndarray:
         """Return the record's bytes; of a raw one as a PNM, which DALI reads too. Raises DamagedRecord."""
         beton = self._beton
         data = np.asarray(beton.record(index))
@@ -122,7 +123,7 @@ class DaliBackend:
     def close(self) -> None:
         self._pending.clear()
         self._workers.close()
-        self._readers.shutdown(wait=False, cancel_futures=True)
+        self._readers.close()
 
 
 def _memory(address: int, span: int, device: torch.device) -> torch.Tensor:
