@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import psutil
-
 
 def control_group(name: str) -> list[str]:
     """Return the fields of a control group's file such as cpu.max or memory.max; none where there is no such limit."""
@@ -25,11 +23,15 @@ def available_cores() -> int:
     return cores
 
 
-def free_memory() -> int:
-    """Return the bytes of memory that are free, the container's limit counted in."""
-    free = psutil.virtual_memory().available
+def free_memory() -> int | None:
+    """Return the bytes of memory that are free, the container's limit counted in; None where that is not known."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     limit, used = control_group("memory.max"), control_group("memory.current")
     if limit and used and limit[0].isdigit():
         cached = dict(zip(*[iter(control_group("memory.stat"))] * 2, strict=False)).get("inactive_file", "0")
-        free = min(free, int(limit[0]) - int(used[0]) + int(cached))
-    return max(free, 0)
+        free.append(max(0, int(limit[0]) - int(used[0]) + int(cached)))
+    return min(free, default=None)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from pipeline.cores import available_cores, control_group
+from pipeline.cores import available_cores, free_memory
 
 GIB = 2**30
 MIN_CORES_PER_GPU = 6
@@ -152,17 +152,6 @@ def _driver_cuda() -> tuple[int, int] | None:
     """The newest CUDA version that the NVIDIA driver runs, or None if it does not say."""
     found = _CUDA_PATTERN.search(_output("nvidia-smi") or "")
     return (int(found[1]), int(found[2])) if found else None
-
-
-def _free_memory() -> int | None:
-    """Bytes of memory free for the page cache, the container's limit counted in; None if not known."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    limit = [int(field) for field in control_group("memory.max") if field.isdigit()]
-    return min(free + limit, default=None)
 
 
 def _shm_size() -> int | None:
@@ -307,7 +296,7 @@ def check_cores(gpus: Sequence[Gpu]) -> Finding:
 
 def check_memory(beton: Path | None) -> Finding:
     """The data set fits into the page cache."""
-    free = _free_memory()
+    free = free_memory()
     if free is None:
         return Finding("memory", None, "free memory is not known on this system")
     if beton is None:

@@ -1,7 +1,7 @@
 /* Decodes a rectangle of a JPEG image to RGB: tjDecompress2's pixels, but no more of them than are wanted.
  *
  * Rows below the rectangle are not read; those above it and columns beside it go through the Huffman decoder alone, as
- * what follows them depends on it. Of a pair of random crops of at least a fifth of the image that saves an eighth of
+ * what follows them depends on it. Of a pair of random crops of at least a fifth of the image that saves a tenth of
  * the time. Needs libjpeg-turbo; callable from many threads.
  */
 #include <Python.h>

@@ -34,7 +34,7 @@ def needed(beton: Beton) -> int:
 
 def free(device: torch.device) -> int:
     """Return the bytes that are free on the device."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory() or 0
 
 
 def fits(beton: Beton, device: torch.device) -> bool:
