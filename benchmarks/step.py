@@ -32,7 +32,6 @@ from benchmarks import machine
 from engine.arguments import parse
 from engine.build import Model, build_accelerator, build_model
 from engine.config import Settings
-from methods import momentum
 from methods.base import Embeddings, total
 from methods.heads import Encoder
 from pipeline.augment import IMAGENET, augment
@@ -113,10 +112,10 @@ def ways(settings: Settings, chosen: list[str], accelerator: Accelerator) -> tup
     found: dict[str, Call] = {}
     for name in chosen:
         if name == "eager":
-            found[name] = lambda: ours.step(batch, 0.999)
+            found[name] = lambda: ours.step(batch)
         elif name == "compiled":
             compiled = build_model(replace(settings, compile=True), accelerator)
-            found[name] = lambda compiled=compiled: compiled.step(batch, 0.999)  # type: ignore[misc]
+            found[name] = lambda compiled=compiled: compiled.step(batch)  # type: ignore[misc]
         else:
             plain = Official(ours.step.encoder, settings, device, None if name == "official" else torch.bfloat16)
             found[name] = lambda plain=plain: plain.step((a.contiguous(), b.contiguous()))  # type: ignore[misc]
@@ -126,8 +125,7 @@ def ways(settings: Settings, chosen: list[str], accelerator: Accelerator) -> tup
 def parts(settings: Settings, model: Model, accelerator: Accelerator) -> dict[str, Call]:
     """Return each part of our step alone, by name."""
     device, batch = accelerator.device, batch_of(settings, accelerator.device)
-    online = model.step.encoder
-    pairs = momentum.parameter_pairs(model.target, online) if model.target else None
+    moving = model.step.moving_average
     dim, count = settings.model.dim, settings.data.batch
     assert dim is not None
     needs = {name.lower() for name in model.step.objective.needs}
@@ -156,8 +154,8 @@ def parts(settings: Settings, model: Model, accelerator: Accelerator) -> dict[st
         for number, view in enumerate(AUGMENTATIONS[settings.data.augmentation])
     ]
     found: dict[str, Call] = {"encoder, queries": encode_queries}
-    if model.target is not None and pairs is not None:
-        found |= {"encoder, keys": encode_keys, "moving average": lambda: momentum.update(*pairs, 0.999)}
+    if model.target is not None and moving is not None:
+        found |= {"encoder, keys": encode_keys, "moving average": lambda: moving.update(0.001)}
     if model.queue is not None:
         fresh = named.get("k2", next(iter(named.values())))
         found["queue"] = lambda: model.queue.write(fresh)  # type: ignore[union-attr]
@@ -198,7 +196,7 @@ def measure(settings: Settings, chosen: list[str], runs: int) -> dict[str, Any]:
     device = accelerator.device
     steps, ours = ways(settings, chosen, accelerator)
     with FlopCounterMode(display=False) as counter:
-        ours.step(batch_of(settings, device), 0.999)
+        ours.step(batch_of(settings, device))
     flops = counter.get_total_flops()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

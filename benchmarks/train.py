@@ -25,7 +25,6 @@ from benchmarks import machine
 from engine.arguments import parse
 from engine.build import Run, build
 from engine.config import Settings
-from engine.optim import momentum_after
 from pipeline.errors import InputError, command
 from pipeline.loader import Batch
 
@@ -44,24 +43,23 @@ def measure(settings: Settings, steps: int, rounds: int) -> dict[str, Any]:
 
 
 def _measure(run: Run, steps: int, rounds: int) -> dict[str, Any]:
-    ema = momentum_after(run.settings.method, 0, 1)
     endless: Iterator[Batch] = (batch for _ in itertools.count() for batch in run.loader)
     kept = next(endless)
     kept = replace(kept, views=tuple(view if view is None else view.clone() for view in kept.views))
     for batch in (kept, kept, *itertools.islice(endless, 3)):  # compiles, and fills the loader
-        run.model.step(batch, ema)
+        run.model.step(batch)
     trained, bare, waits, busy = [], [], [], []
     for _ in range(rounds):
         begun, waited = _now(run), 0.0
         for batch in itertools.islice(endless, steps):
-            run.model.step(batch, ema)
+            run.model.step(batch)
             waited += batch.waited
         trained.append(_now(run) - begun)
         waits.append(waited / trained[-1])
         busy.append(_utilisation(run))
         begun = _now(run)
         for _ in range(steps):
-            run.model.step(kept, ema)
+            run.model.step(kept)
         bare.append(_now(run) - begun)
     pairs = steps * run.settings.data.batch
     return {

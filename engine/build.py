@@ -23,6 +23,7 @@ from engine.config import Settings
 from engine.evaluate import Knn
 from engine.monitor import Monitor
 from engine.optim import build_optimiser
+from engine.schedule import Schedule
 from engine.step import Step
 from engine.sync_norm import synchronise
 from methods.encoders import place
@@ -102,15 +103,15 @@ def build(settings: Settings) -> Run:
         **loading,
     )
     _check(settings, len(train_set), accelerator)
-    model = build_model(settings, accelerator)
+    model = build_model(settings, accelerator, loader.steps)
     knn = _knn(settings, train_set, accelerator)
     out = Path(settings.out)
     monitor = Monitor(accelerator, out, settings.optim.epochs * loader.steps, settings.optim.epochs)
     return Run(settings, accelerator, loader, backend, model, monitor, knn, out)
 
 
-def build_model(settings: Settings, accelerator: Accelerator) -> Model:
-    """Build encoders, queue, objective, optimiser and step, weights from the settings' seed."""
+def build_model(settings: Settings, accelerator: Accelerator, steps_per_epoch: int = 1) -> Model:
+    """Build encoders, queue, objective, optimiser, schedules and step, weights from the settings' seed."""
     set_seed(settings.seed)
     model, method, base = settings.model, settings.method, settings.base
     assert model.dim is not None
@@ -142,8 +143,10 @@ def build_model(settings: Settings, accelerator: Accelerator) -> Model:
         assert method.queue is not None
         dtype = getattr(torch, method.queue_dtype)
         queue = KeyQueue(method.queue, model.dim, settings.seed, dtype).to(accelerator.device)
-    optimiser = build_optimiser(online, settings.optim, fused=settings.precision != "fp16")
+    optimiser = build_optimiser(online, settings.optim)
     wrapped, optimiser = accelerator.prepare(online, optimiser)
+    if settings.gradient_dtype == "bfloat16" and isinstance(wrapped, nn.parallel.DistributedDataParallel):
+        wrapped.register_comm_hook(None, lambda _, bucket: ranks.mean_in_bfloat16(bucket))
     step = Step(
         accelerator,
         wrapped,
@@ -151,9 +154,11 @@ def build_model(settings: Settings, accelerator: Accelerator) -> Model:
         queue,
         build_objective(base, settings.terms),
         optimiser,
+        Schedule(settings, steps_per_epoch, accelerator.device),
         accumulate=settings.accumulate,
         clip=settings.optim.clip,
         gradient_shares=settings.gradient_shares,
+        graph=settings.cuda_graph,
     )
     return Model(wrapped, target, queue, optimiser, step)
 
@@ -231,10 +236,19 @@ def build_accelerator(settings: Settings) -> Accelerator:
             log_with=None if settings.tracker == "none" else settings.tracker,
             project_dir=settings.out,
             kwargs_handlers=[
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                _exchange(settings),
                 InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT),
             ],
         )
+
+
+def _exchange(settings: Settings) -> DistributedDataParallelKwargs:
+    """Return how processes exchange gradients: in place, without buffers, and nothing looked for that never changes."""
+    return DistributedDataParallelKwargs(
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        static_graph=settings.accumulate == 1,  # not where only the last of several backward passes exchanges
+    )
 
 
 def _processes(accelerator: Accelerator) -> int:

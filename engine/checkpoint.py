@@ -1,6 +1,6 @@
 """Checkpoints: safetensors and JSON, written beside and renamed, every file hashed. Nothing is ever unpickled.
 
-checkpoints/step_00001234/model.safetensors      online.*, target.*, queue.keys
+checkpoints/step_00001234/model.safetensors      online.*, target.*, queue.*, schedule.*
                          /optimiser.safetensors  PARAMETER|STATE
                          /state.json             positions, settings, and the SHA-256 of the files
 checkpoints/latest                               the newest one's name
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.errors import InputError
 
-FORMAT = 2
+FORMAT = 3
 Tensors = dict[str, torch.Tensor]
 
 
@@ -37,7 +37,7 @@ def save(folder: Path, step: int, tensors: dict[str, Tensors], state: dict[str, 
     files = {}
     for name, values in tensors.items():
         path = beside / f"{name}.safetensors"
-        save_file({key: value.detach().cpu().contiguous() for key, value in values.items()}, path)
+        save_file({key: _copy(value) for key, value in values.items()}, path)
         files[path.name] = _sha256(path)
     document = {"format": FORMAT, "step": step, **state, "files": files}
     document["sha256"] = _hash_of(document)
@@ -81,6 +81,11 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
 def step_of(path: Path) -> int:
     """Return the step of the checkpoint at `path`, by its name."""
     return int(path.name.removeprefix("step_"))
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy on the CPU that shares no memory, contiguous."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _all(folder: Path) -> list[Path]:

@@ -249,9 +249,14 @@ class Settings:
     """Mixed precision."""
     compile: bool = False
     """Compile the backbones with torch.compile: a minute or more at the start, for faster steps."""
+    cuda_graph: bool = False
+    """Replay each step as one CUDA graph, on one GPU, so that Python and launches cost nothing; steps that are logged
+    run as usual, and need as much memory again."""
     accumulate: int = 1
     """Parts in which a process computes its share of a batch, one after another, to save memory. Each part has its own
     batch statistics, and meets the keys of the whole batch."""
+    gradient_dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which processes exchange gradients; bfloat16 halves what is sent, and rounds to three digits."""
     log_every: int = 50
     """Steps between metrics lines."""
     gradient_shares: bool = False

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine.build import Model, build_accelerator, build_model, check_batch, needed_views
 from engine.config import Settings
-from engine.optim import momentum_after, peak_rate
+from engine.schedule import peak_rate
 from pipeline.direct import open_data
 from pipeline.errors import InputError
 from pipeline.loader import Batch
@@ -69,7 +69,7 @@ def _step(settings: Settings, model: Model, count: int) -> tuple[int, int]:
     )
     counter = FlopCounterMode(display=False)
     with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.step(Batch(views, np.arange(count), 0, 0, 0.0), momentum_after(settings.method, 0, 1))
+        model.step(Batch(views, np.arange(count), 0, 0, 0.0))
     return sum(kept.values()), counter.get_total_flops()
 
 

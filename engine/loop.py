@@ -15,7 +15,6 @@ from accelerate import Accelerator
 
 from engine.build import Run, begin, build
 from engine.config import Settings
-from engine.optim import learning_rate, momentum_after
 from engine.state import restore, save
 
 
@@ -48,19 +47,18 @@ def _epochs(run: Run) -> None:
     settings, steps = run.settings, run.loader.steps
     for epoch in range(run.done // steps, settings.optim.epochs):
         for batch in run.loader:
-            lr = learning_rate(settings.optim, run.done, steps, settings.data.batch)
-            ema = momentum_after(settings.method, run.done, run.total)
-            for group in run.model.optimiser.param_groups:
-                group["lr"] = lr
             ends = (run.done + 1) % steps == 0
             logs = ends or (run.done + 1) % settings.log_every == 0
-            result = run.model.step(batch, ema, measured=logs)
+            result = run.model.step(batch, measured=logs)
             run.done += 1
             substituted = batch.substituted if settings.data.on_bad == "skip" else None
             run.monitor.add(result, settings.data.batch, batch.waited, substituted)
             if logs:
-                rates = {"lr": lr, "momentum": ema} if run.model.target else {"lr": lr}
+                rates = run.model.step.schedule.numbers()
+                if run.model.target is None:
+                    del rates["momentum"]
                 run.monitor.log(run.done, run.done / steps, result.measures, **rates)
+                run.model.step.schedule.refuse_divergence(run.done)
             if settings.save_every and run.done % settings.save_every == 0 and not ends:
                 save(run)
         evaluate(run, epoch + 1)
@@ -89,7 +87,7 @@ def measure_rate(settings: Settings, steps: int = 20) -> float:
             for number, batch in enumerate(itertools.islice(batches, 2 * steps)):
                 if number == steps:
                     start = _now(run.accelerator)
-                run.model.step(batch, momentum_after(settings.method, number, run.total))
+                run.model.step(batch)
             return steps * settings.data.batch / (_now(run.accelerator) - start)
         finally:
             run.loader.close()

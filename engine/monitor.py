@@ -7,12 +7,10 @@ nothing else here touches the device.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
-import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ WALL_CLOCK = ("pairs_per_second", "data_wait_fraction")
 """Keys of a metrics line that tell of time, and so differ between two runs that compute the same."""
 
 
-_SUBSTITUTED = "substituted"
+_SUBSTITUTED, _TAKEN = "substituted", "taken"
 
 
 class Monitor:
@@ -69,9 +67,10 @@ class Monitor:
         if substituted is not None:
             before = self._sums.get(_SUBSTITUTED, torch.zeros((), dtype=torch.float64, device=result.q.device))
             self._sums[_SUBSTITUTED] = before + substituted
-        for name, value in result.parts.items():
-            value = value.double()
+        for name, value in {**result.parts, _TAKEN: torch.ones_like(result.taken)}.items():
+            value = torch.where(result.taken, value.double(), 0.0)
             self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._newest = result.taken
         self._count += 1
         self._pairs += pairs
         self._waited += waited
@@ -81,13 +80,14 @@ class Monitor:
     def log(self, step: int, epoch: float, measures: Mapping[str, torch.Tensor] | None = None, **values: float) -> None:
         """Write the means since the last line, the measures of the last step, both over all processes, and `values`.
 
-        Waits for the device. Raises FloatingPointError for a loss of nan.
+        Steps that were skipped are left out, and counted as `skipped` where there are any. Waits for the device.
         """
-        own = {name: value / self._count for name, value in self._sums.items()} | dict(measures or {})
+        taken = self._sums.pop(_TAKEN)
+        own = {name: value / taken for name, value in self._sums.items()} | dict(measures or {})
         if _SUBSTITUTED in own:
             own[_SUBSTITUTED] = self._sums[_SUBSTITUTED] * ranks.world()  # a sum, not a mean
-        names = list(own)
-        means = ranks.mean(torch.stack([value.double() for value in own.values()])).tolist()
+        fetched = ranks.mean(torch.stack([value.double() for value in (taken, self._newest, *own.values())])).tolist()
+        means = self._without_skipped(dict(zip(own, fetched[2:], strict=True)), measures or {}, *fetched[:2])
         seconds = time.perf_counter() - self._since
         rates = {
             "pairs_per_second": round(self._pairs / seconds, 1),
@@ -101,12 +101,21 @@ class Monitor:
         )
         self._sums, self._count = {}, 0
         self._begin()
-        self._write({"step": step, "epoch": round(epoch, 4), **dict(zip(names, means, strict=True)), **values, **rates})
+        self._write({"step": step, "epoch": round(epoch, 4), **means, **values, **rates})
         self._show(step)
         warning = self._collapse.warning()
         if warning and self._accelerator.is_main_process:
             print(f"warning: step {step}: {warning}", file=sys.stderr, flush=True)
-        _refuse_nan([means[names.index("loss")]], f"step {step}")
+
+    def _without_skipped(
+        self, means: dict[str, float], measures: Mapping[str, Any], taken: float, newest: float
+    ) -> dict[str, float]:
+        """Return the metrics without means, where no step was taken, and without measures, where the newest was not."""
+        left_out = set() if newest else set(measures)
+        if not taken:
+            left_out |= self._sums.keys() - {_SUBSTITUTED}
+        counted = {"skipped": self._count - int(taken)} if taken < self._count else {}
+        return {name: value for name, value in means.items() if name not in left_out} | counted
 
     def evaluation(self, step: int, epoch: float, **values: float) -> None:
         """Write the result of an evaluation; the time it took is no part of the training rates."""
@@ -128,14 +137,12 @@ class Monitor:
     def state_dict(self) -> dict[str, Any]:
         """Return every process's sums since the last line, and the newest metrics, as plain values.
 
-        Called by all processes; waits for the device. Raises FloatingPointError, on all alike, for a loss of nan:
-        such a state must not take the place of an earlier one.
+        Called by all processes; waits for the device.
         """
         sums: dict[str, list[float]] = {}
         if self._sums:
             everyone = ranks.gather(torch.stack(list(self._sums.values()))[None])  # [world, parts]
             sums = {name: column.tolist() for name, column in zip(self._sums, everyone.T, strict=True)}
-        _refuse_nan(itertools.chain(*sums.values()), f"after step {self.last.get('step', 0)}")
         collapse = self._collapse.state_dict()
         return {"sums": sums, "count": self._count, "collapse": collapse, "last": self.last}
 
@@ -180,13 +187,6 @@ class Monitor:
 
     def _left(self, step: int) -> str:
         return tqdm.format_interval((self._steps - step) * self._seconds_a_step)
-
-
-def _refuse_nan(losses: Iterable[float], where: str) -> None:
-    if not all(math.isfinite(loss) for loss in losses):
-        raise FloatingPointError(
-            f"{where}: the loss is not finite: resume from the last checkpoint with a lower optim.lr"
-        )
 
 
 def _truncate(path: Path, step: int) -> None:

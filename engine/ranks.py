@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -33,14 +34,19 @@ def gather(local: torch.Tensor) -> torch.Tensor:
     return everyone
 
 
-def gather_into(out: torch.Tensor, local: torch.Tensor) -> None:
-    """Write the rows of all processes, in order of rank, straight into `out` [world * B, ...]."""
+def gather_later(local: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Begin to gather as `gather` does, beside whatever comes next; the call that is returned gives the result."""
     if world() == 1:
-        out.copy_(local)
-    elif out.dtype == local.dtype:
-        _all_gather(out, local.detach().contiguous())
-    else:
-        out.copy_(gather(local))
+        return lambda: local.detach()
+    own = local.detach().contiguous()
+    everyone = own.new_empty((world() * len(own), *own.shape[1:]))
+    under_way = _all_gather(everyone, own, async_op=True)
+
+    def finish() -> torch.Tensor:
+        under_way.wait()
+        return everyone
+
+    return finish
 
 
 def gather_with_gradient(local: torch.Tensor) -> torch.Tensor:
@@ -51,6 +57,17 @@ def gather_with_gradient(local: torch.Tensor) -> torch.Tensor:
 def mean(local: torch.Tensor) -> torch.Tensor:
     """Return the mean of a tensor over all processes, the input where alone."""
     return local if world() == 1 else _summed(local) / world()
+
+
+def mean_in_bfloat16(bucket: distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """Exchange a bucket of gradients in bfloat16: a hook of DistributedDataParallel, which takes their mean.
+
+    As torch's own hook of that kind, which refuses processes without NCCL.
+    """
+    gradients = bucket.buffer()
+    half = gradients.to(torch.bfloat16).div_(world())
+    under_way = distributed.all_reduce(half, async_op=True).get_future()
+    return under_way.then(lambda done: gradients.copy_(done.value()[0]))
 
 
 def exchange(rows: torch.Tensor, order: np.ndarray) -> torch.Tensor:

@@ -15,15 +15,19 @@ from pipeline.errors import InputError
 
 _FREE = {"out", "resume", "log_every", "save_every", "keep", "tracker", "data.train", "data.eval", "data.workers"}
 _FREE |= {"data.backend", "data.crop_on", "data.on_bad"}
-_FREE |= {"data.ahead", "data.hardware_load", "data.stall_timeout", "data.samples", "cpu", "compile", "gradient_shares"}
+_FREE |= {"data.ahead", "data.hardware_load", "data.stall_timeout", "data.samples", "cpu", "compile", "cuda_graph"}
+_FREE |= {"gradient_shares"}
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint of the run as it stands. Called by all processes. Raises FloatingPointError, see below."""
+    """Write a checkpoint of the run as it stands. Called by all processes.
+
+    Raises FloatingPointError, on all alike, where training has diverged: such a state must not take an earlier's place.
+    """
+    run.model.step.schedule.refuse_divergence(run.done)
     _refuse_non_finite(run)
     state = {
         "loader": run.loader.state_dict(),
-        "queue_position": run.model.queue.position if run.model.queue else None,
         "monitor": run.monitor.state_dict(),
         "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
         "settings": run.settings.as_dict(),
@@ -36,7 +40,7 @@ def save(run: Run) -> None:
 
 
 def _refuse_non_finite(run: Run) -> None:
-    """Raise FloatingPointError, on all processes alike, where a parameter is not finite: never keep such a state."""
+    """Raise FloatingPointError, on all processes alike, where a parameter is not finite."""
     norms = torch._foreach_norm([p.detach() for p in run.model.online.parameters()])
     if not torch.stack(norms).isfinite().all():
         raise FloatingPointError(
@@ -62,8 +66,6 @@ def restore(run: Run) -> None:
     modules(run).load_state_dict(tensors["model"])
     _load_optimiser(run, tensors["optimiser"])
     run.loader.load_state_dict(state["loader"])
-    if run.model.queue:
-        run.model.queue.position = state["queue_position"]
     run.monitor.load_state_dict(state["monitor"])
     if run.accelerator.scaler and state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
@@ -109,11 +111,12 @@ def _to_resume(run: Run) -> Path | None:
 
 
 def modules(run: Run) -> nn.ModuleDict:
-    """Return online encoder and, where there are any, momentum encoder and queue, by their names in a checkpoint."""
+    """Return the modules of a checkpoint by name: online encoder, schedule and, if any, momentum encoder and queue."""
     found = {
         "online": run.accelerator.unwrap_model(run.model.online),
         "target": run.model.target,
         "queue": run.model.queue,
+        "schedule": run.model.step.schedule,
     }
     return nn.ModuleDict({name: module for name, module in found.items() if module is not None})
 
@@ -136,6 +139,5 @@ def _load_optimiser(run: Run, tensors: dict[str, torch.Tensor]) -> None:
     for name, value in tensors.items():
         parameter, key = name.split("|")
         like = parameters[parameter]
-        place = like.device if value.ndim or run.settings.precision != "fp16" else "cpu"  # an unfused step count
-        own = torch.empty_like(like) if value.shape == like.shape else torch.empty_like(value, device=place)
+        own = torch.empty_like(like) if value.shape == like.shape else torch.empty_like(value, device=like.device)
         run.model.optimiser.state[like][key] = own.copy_(value)

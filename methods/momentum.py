@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-import math
 
+import numpy as np
 import torch
 from torch import nn
 
+from methods.flat import flatten
 from methods.heads import Encoder
 
 
@@ -17,19 +18,26 @@ def momentum_copy(online: Encoder) -> Encoder:
     return target.requires_grad_(False)
 
 
-def parameter_pairs(target: nn.Module, online: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Return the parameters of `target`, and those of `online` that they follow; frozen ones are left out."""
-    followed = dict(online.named_parameters())
-    names = [name for name, _ in target.named_parameters() if followed[name].requires_grad]
-    return [target.get_parameter(name) for name in names], [followed[name] for name in names]
+class MovingAverage:
+    """Moves the parameters of `target` after those of `online`, all in one operation; frozen ones are left out.
+
+    Both modules' parameters become parts of one buffer each (`methods.flat`).
+    """
+
+    def __init__(self, target: nn.Module, online: nn.Module) -> None:
+        followed = dict(online.named_parameters())
+        names = [name for name, _ in target.named_parameters() if followed[name].requires_grad]
+        self._target = flatten(target.get_parameter(name) for name in names)
+        self._online = flatten(followed[name] for name in names)
+
+    @torch.no_grad()
+    def update(self, share: torch.Tensor | float) -> None:
+        """Set target <- target + share * (online - target): share 1 - m, one number, or tensor [] on the device."""
+        if isinstance(share, torch.Tensor):
+            share = share.to(self._target.dtype)
+        self._target.lerp_(self._online, share)
 
 
-@torch.no_grad()
-def update(target: list[torch.Tensor], online: list[torch.Tensor], momentum: float) -> None:
-    """Set target <- momentum * target + (1 - momentum) * online, lists of parameters, in one multi-tensor operation."""
-    torch._foreach_lerp_(target, online, 1 - momentum)
-
-
-def cosine_momentum(momentum: float, progress: float) -> float:
+def cosine_momentum(momentum: float, progress: np.ndarray | float) -> np.ndarray | float:
     """Return 1 - (1 - momentum) (1 + cos(pi progress)) / 2: from `momentum` to 1 (2006.07733, section 3.3)."""
-    return 1 - (1 - momentum) * 0.5 * (1 + math.cos(math.pi * progress))
+    return 1 - (1 - momentum) * 0.5 * (1 + np.cos(np.pi * progress))

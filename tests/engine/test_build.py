@@ -69,7 +69,7 @@ def run_shuffled(beton: str, out: str, bn: str) -> None:
     run = build(settings(Path(beton), bn))
     losses = []
     for _, batch in zip(range(3), run.loader, strict=False):
-        losses.append(ranks.mean(run.model.step(batch, 0.9).parts["loss"]).item())
+        losses.append(ranks.mean(run.model.step(batch).parts["loss"]).item())
     run.loader.close()
     torch.save(
         {"losses": losses, "order": torch.from_numpy(batch.order), "groups": sorted(groups(run))},

@@ -53,7 +53,7 @@ def state(run: Run) -> dict[str, torch.Tensor]:
 def train(run: Run, steps: int) -> list[dict[str, float]]:
     parts = []
     for _, batch in zip(range(steps), run.loader, strict=False):
-        parts.append({name: value.item() for name, value in run.model.step(batch, 0.9).parts.items()})
+        parts.append({name: value.item() for name, value in run.model.step(batch).parts.items()})
         run.done += 1
     return parts
 
@@ -84,7 +84,7 @@ def test_trains_and_comes_back_from_a_checkpoint(
         assert first.keys() == second.keys()
         assert all(torch.equal(first[key], second[key]) for key in first)
         if run.model.queue is not None:
-            assert run.model.queue.position == again.model.queue.position == 60 % 35
+            assert run.model.queue.position.item() == again.model.queue.position.item() == 60 % 35
         assert train(run, 1) == train(again, 1)
     finally:
         run.loader.close()
@@ -117,7 +117,7 @@ def test_a_step_on_the_gpu_waits_for_nothing(base: str, drawn: Path, tmp_path: P
         batch = next(iter(run.loader))
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
-        result = run.model.step(batch, 0.9)
+        result = run.model.step(batch)
         run.monitor.add(result, 20, 0.0)
         torch.cuda.set_sync_debug_mode("default")
         assert all(value.isfinite() for value in result.parts.values())

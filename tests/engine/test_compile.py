@@ -15,7 +15,7 @@ from tests.engine.small import batch_of, built, settings, views
 
 
 def train(model: Model, steps: int) -> list[float]:
-    return [float(model.step(batch_of(*views(seed)), 0.9).parts["loss"]) for seed in range(steps)]
+    return [float(model.step(batch_of(*views(seed))).parts["loss"]) for seed in range(steps)]
 
 
 @pytest.mark.slow

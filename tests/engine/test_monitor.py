@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def monitor(out: Path) -> Monitor:
 def add(target: Monitor, *losses: float, waited: float = 0.0) -> None:
     for loss in losses:
         parts = {"loss": torch.tensor(loss + 1), "a": torch.tensor(loss), "b": torch.tensor(1.0)}
-        target.add(Result(parts, spread_out), pairs=8, waited=waited)
+        target.add(Result(parts, spread_out, torch.tensor(math.isfinite(loss))), pairs=8, waited=waited)
 
 
 def lines(out: Path) -> list[dict[str, float]]:
@@ -77,14 +78,26 @@ def test_lines_after_the_resumed_step_and_a_cut_off_line_are_dropped(tmp_path: P
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path: Path) -> None:
-    one = monitor(tmp_path)
+def test_skipped_steps_are_counted_and_left_out_of_the_means(tmp_path: Path) -> None:
+    one, measures = monitor(tmp_path), {"measure": torch.tensor(0.25)}
     one.start(0)
-    add(one, 1.0, float("nan"))
-    with pytest.raises(FloatingPointError, match=r"optim\.lr"):
-        one.state_dict()
-    with pytest.raises(FloatingPointError, match="step 2"):
-        one.log(2, 0.1)
+    add(one, 1.0, math.nan, 2.0)
+    one.log(3, 0.1, measures)
+    add(one, 1.0, math.nan)
+    one.log(5, 0.2, measures, lr=0.1)
+    add(one, math.inf)
+    one.log(6, 0.3, measures, lr=0.1)
+    add(one, 4.0)
+    one.log(7, 0.4, measures)
+    first, second, third, last = lines(tmp_path)
+    assert (first["a"], first["b"], first["skipped"], first["measure"]) == (1.5, 1.0, 1, 0.25)
+    assert (second["a"], second["skipped"], second["lr"]) == (1.0, 1, 0.1)
+    assert "measure" not in second  # of a step that was skipped
+    assert third.keys() & {"loss", "a", "b", "measure"} == set()
+    assert third["skipped"] == 1
+    assert last["a"] == 4.0
+    assert "skipped" not in last
+    assert "taken" not in first
 
 
 def test_progress_lines_in_a_log_file_say_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,7 +120,7 @@ def test_a_collapse_is_a_loud_warning_once_and_its_count_survives_a_restart(
     def train(target: Monitor, q: torch.Tensor, steps: int) -> bool:
         """Train and log; return whether a collapse was warned of."""
         for _ in range(steps):
-            target.add(Result({"loss": torch.tensor(1.0)}, q), pairs=8, waited=0.0)
+            target.add(Result({"loss": torch.tensor(1.0)}, q, torch.tensor(True)), pairs=8, waited=0.0)
         target.log(1, 0.1)
         return "COLLAPSE" in capsys.readouterr().err
 

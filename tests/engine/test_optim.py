@@ -10,7 +10,8 @@ from torch import nn
 
 from engine.config import Method, Optim
 from engine.lars import LARS
-from engine.optim import build_optimiser, learning_rate, momentum_after, peak_rate
+from engine.optim import build_optimiser
+from engine.schedule import learning_rate, momentum_after, peak_rate
 
 
 def test_update_is_sgd_with_momentum_and_decay_on_all_parameters() -> None:

@@ -89,7 +89,7 @@ def trained(chosen: Settings, accelerator: Accelerator) -> dict[str, torch.Tenso
 
     model.optimiser.optimizer.register_step_pre_hook(record)
     for step in range(STEPS):
-        parts = model.step(rank_batch(chosen, step), 0.9).parts
+        parts = model.step(rank_batch(chosen, step)).parts
         found |= {f"part {step} {name}": ranks.mean(value) for name, value in parts.items()}
     found |= {f"parameter {name}": p.detach().clone() for name, p in encoder.named_parameters()}
     if model.target is not None:
@@ -97,7 +97,7 @@ def trained(chosen: Settings, accelerator: Accelerator) -> dict[str, torch.Tenso
     if chosen.model.bn == "sync":
         found |= {f"buffer {name}": b.double().clone() for name, b in encoder.named_buffers()}
     if model.queue is not None:
-        found |= {"queue": model.queue.keys.clone(), "position": torch.tensor(model.queue.position)}
+        found |= {"queue": model.queue.keys.clone(), "position": model.queue.position}
     return found
 
 
@@ -163,15 +163,44 @@ def run_collectives(out: str) -> None:
     within = shuffled_rows(0, 0, world * count, parts=world)
     assert torch.equal(ranks.exchange(own, within), everyone[within].chunk(world)[rank])
     assert torch.equal(found["gather"], everyone)
-    into = torch.empty(world * count, 2)
-    ranks.gather_into(into, own.float())
-    half = torch.empty(world * count, 2, dtype=torch.bfloat16)
-    ranks.gather_into(half, own.float())
-    assert torch.equal(into, everyone.float())
-    assert torch.equal(half, everyone.bfloat16())
+    later, sooner = ranks.gather_later(own), ranks.gather_later(2 * own)
+    assert torch.equal(sooner(), 2 * everyone)
+    assert torch.equal(later(), everyone)
     Path(out, str(rank)).touch()
 
 
 def test_rows_are_gathered_and_exchanged(tmp_path: Path) -> None:
     on_ranks(3, run_collectives, str(tmp_path))
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def run_poisoned(out: str) -> None:
+    """Train; one rank's batch is not finite in one step."""
+    accelerator = Accelerator(cpu=True)
+    for name in ("moco_v2", "moco_v3", "simclr", "byol"):
+        chosen = settings(name, bn="sync" if name == "moco_v3" else "plain")
+        ends = []
+        for poisoned in (True, False):
+            model = built(chosen, accelerator)
+            modules = [m for m in (model.step.encoder, model.target, model.queue, model.step.schedule) if m is not None]
+            for step in range(3):
+                if poisoned and step == 1:
+                    before = [value.clone() for module in modules for value in module.state_dict().values()]
+                    bad = rank_batch(chosen, 9)
+                    if ranks.rank() == 1:
+                        bad = replace(bad, views=(bad.views[0] * torch.inf, bad.views[1]))
+                    result = model.step(bad)
+                    assert result.parts["loss"].isfinite() == (ranks.rank() == 0 and name in ("moco_v2", "byol"))
+                    assert not result.taken
+                    model.step.schedule.skipped.zero_()
+                    after = [value for module in modules for value in module.state_dict().values()]
+                    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+                model.step(rank_batch(chosen, step))
+            ends.append([value.clone() for module in modules for value in module.state_dict().values()])
+        assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    Path(out, str(ranks.rank())).touch()
+
+
+def test_a_batch_that_is_not_finite_on_one_rank_skips_the_step_on_all(tmp_path: Path) -> None:
+    on_ranks(2, run_poisoned, str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 2

@@ -10,19 +10,16 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.nn import functional as F
 
 from engine import ranks
 from engine.build import Model
 from engine.config import Optim
-from engine.optim import build_optimiser
-from engine.step import Step
 from methods.co2 import CO2, consistency
 from methods.dcl import DCL
 from methods.moco import info_nce
-from methods.registry import Terms, build_objective
+from methods.registry import Terms
 from methods.residual import Residual, gap
 from methods.xmoco import XMoCo
 from pipeline.order import shuffled_rows
@@ -68,7 +65,7 @@ def moco_v2_transcribed(f_q: nn.Module, f_k: nn.Module, queue: torch.Tensor, ste
 def test_three_steps_of_moco_v2_equal_the_published_algorithm() -> None:
     model = built(settings())
     f_q, f_k, keys = copy.deepcopy((model.online, model.target, model.queue.keys))
-    losses = [model.step(batch_of(*views(i)), EMA).parts["loss"].item() for i in range(3)]
+    losses = [model.step(batch_of(*views(i))).parts["loss"].item() for i in range(3)]
     assert losses == pytest.approx(moco_v2_transcribed(f_q, f_k, keys, 3), abs=1e-12)
     assert equal(model.online.parameters(), f_q.parameters())
     assert equal(model.target.parameters(), f_k.parameters())
@@ -109,13 +106,13 @@ def moco_v3_transcribed(base: nn.Module, momentum: nn.Module, settings: Optim, s
 
 
 def test_three_steps_of_moco_v3_with_lars_equal_the_published_algorithm() -> None:
-    optim = Optim(name="lars", lr=3.0, weight_decay=1e-2)
-    chosen = replace(settings("moco_v3", temperature=TEMPERATURE), optim=optim)
+    optim = Optim(name="lars", lr=3.0, weight_decay=1e-2, epochs=3, schedule="constant")
+    chosen = replace(settings("moco_v3", temperature=TEMPERATURE, momentum_schedule="cosine"), optim=optim)
     model = built(chosen)
     base, momentum = copy.deepcopy((model.online, model.target))
     before = [p.detach().clone() for p in base.parameters()]
     shares = [1 - 0.1 * (1 + np.cos(np.pi * (i + 1) / 3)) / 2 for i in range(3)]
-    losses = [model.step(batch_of(*views(i)), shares[i]).parts["loss"].item() for i in range(3)]
+    losses = [model.step(batch_of(*views(i))).parts["loss"].item() for i in range(3)]
     assert losses == pytest.approx(moco_v3_transcribed(base, momentum, optim, 3, 0.9), abs=1e-12)
     assert equal(model.online.parameters(), base.parameters())
     assert not any(torch.equal(a, b) for a, b in zip(before, base.parameters(), strict=True) if a.ndim > 1)
@@ -154,7 +151,7 @@ def test_only_needed_embeddings_are_computed(
 ) -> None:
     model = built(settings(name, Terms(**{term: TERMS[term] for term in terms}), symmetric=symmetric))
     counts = count_views(model)
-    model.step(batch_of(*views(0)), EMA)
+    model.step(batch_of(*views(0)))
     assert counts == {"online": online, "target": target}
 
 
@@ -163,7 +160,7 @@ def test_measures_cost_one_momentum_view_where_the_gap_needs_it_and_change_nothi
     for measured in (False, True):
         model = built(settings())
         counts = count_views(model)
-        results = [model.step(batch_of(*views(i)), EMA, measured=measured) for i in range(2)]
+        results = [model.step(batch_of(*views(i)), measured=measured) for i in range(2)]
         assert counts == {"online": 2, "target": 4 if measured else 2}
         assert ("student_teacher_gap" in results[0].measures) == measured
         ends.append([*model.online.state_dict().values(), *model.target.state_dict().values(), model.queue.keys])
@@ -172,7 +169,7 @@ def test_measures_cost_one_momentum_view_where_the_gap_needs_it_and_change_nothi
 
 def test_momentum_parameters_and_queue_get_no_gradient() -> None:
     model = built(settings(terms=Terms(co2=CO2(), xmoco=XMoCo(), residual=Residual())))
-    model.step(batch_of(*views(0)), EMA)
+    model.step(batch_of(*views(0)))
     assert all(p.grad is None for p in model.target.parameters())
     assert model.queue.keys.grad is None
 
@@ -194,7 +191,7 @@ def test_accumulated_parts_are_the_whole_batch(name: str, terms: Terms) -> None:
         model = built(replace(settings(name, terms), accumulate=accumulate))
         model.online.eval()
         model.target.eval()
-        loss = model.step(batch_of(*views(0)), EMA).parts["loss"].item()
+        loss = model.step(batch_of(*views(0))).parts["loss"].item()
         ends.append((loss, model.queue.keys.clone() if model.queue else None, list(model.online.parameters())))
     (loss_a, keys_a, p_a), (loss_b, keys_b, p_b) = ends
     assert loss_a == pytest.approx(loss_b, abs=1e-12)
@@ -203,32 +200,69 @@ def test_accumulated_parts_are_the_whole_batch(name: str, terms: Terms) -> None:
         assert torch.allclose(keys_a, keys_b, atol=1e-12)
 
 
-def test_an_overflowed_step_leaves_parameters_optimiser_momentum_encoder_and_queue() -> None:
-    """With a real gradient scaler: a loss that is not finite, then a good one."""
-    chosen = settings()
-    model = built(chosen)
-    online, target, queue = model.online, model.target, model.queue
-    for module in (online, target):
-        module.float().eval()  # running statistics are no part of the promise
-    queue.float()
-    accelerator = Accelerator(cpu=True)
-    accelerator.scaler = torch.amp.GradScaler("cpu")
-    optimiser = AcceleratedOptimizer(build_optimiser(online, Optim(lr=0.1), fused=False), scaler=accelerator.scaler)
-    objective = build_objective(chosen.base, Terms())
-    step = Step(accelerator, online, target, queue, objective, optimiser)
-    before = copy.deepcopy((online.state_dict(), target.state_dict(), queue.keys, queue.position))
-    good = tuple(view.float() for view in views(0))
-    step(batch_of(good[0] * float("inf"), good[1]), EMA)
-    assert optimiser.step_was_skipped
-    assert not optimiser.state
-    assert torch.equal(queue.keys, before[2])
-    assert queue.position == before[3]
-    for module, old in ((online, before[0]), (target, before[1])):
-        assert all(torch.equal(value, old[name]) for name, value in module.state_dict().items())
-    step(batch_of(*good), EMA)
-    assert not optimiser.step_was_skipped
-    assert all(p.isfinite().all() for p in online.parameters())
-    assert not torch.equal(queue.keys, before[2])
+def everything(model: Model) -> dict[str, torch.Tensor]:
+    """All that a step may change."""
+    modules = {"online": model.step.encoder, "target": model.target, "queue": model.queue, "at": model.step.schedule}
+    found = {f"{n}.{k}": v for n, m in modules.items() if m is not None for k, v in m.state_dict().items()}
+    found |= {
+        f"{index}|{key}": value
+        for index, state in enumerate(model.optimiser.state.values())
+        for key, value in state.items()
+    }
+    return {key: value.clone() for key, value in found.items() if key != "at.skipped"}
+
+
+def overflowed(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.index_fill(0, torch.tensor([1]), torch.inf)
+
+
+@pytest.mark.parametrize("at", [0, 2])
+@pytest.mark.parametrize("cause", ["loss", "gradient", "scaled gradient"])
+@pytest.mark.parametrize(
+    ("name", "optimiser", "accumulate"),
+    [
+        ("moco_v2", "sgd", 1),
+        ("moco_v2", "sgd", 2),
+        ("moco_v3", "lars", 1),
+        ("simclr", "adamw", 1),
+        ("byol", "adamw", 2),
+    ],
+)
+def test_a_step_that_is_not_finite_leaves_everything(
+    name: str, optimiser: Any, accumulate: int, cause: str, at: int
+) -> None:
+    """By its loss or one gradient, with fp16's scaler or without: and training goes on as if it had not been."""
+    optim = Optim(name=optimiser, lr=0.1, epochs=6, warmup_epochs=2, clip=1.0)
+    momentum = {} if name == "simclr" else {"momentum_schedule": "cosine"}
+    chosen = replace(settings(name, **momentum), optim=optim, accumulate=accumulate)
+    ends = []
+    for disturbed in (True, False):
+        accelerator = Accelerator(cpu=True)
+        if cause == "scaled gradient":
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        model = built(chosen, accelerator)
+        losses = []
+        for step in range(4):
+            if disturbed and step == at:
+                before = everything(model)
+                x1, x2 = views(9)
+                hook = next(model.online.parameters()).register_hook(overflowed)
+                result = model.step(batch_of(x1 * float("inf") if cause == "loss" else x1, x2))
+                hook.remove()
+                assert result.parts["loss"].isfinite() == (cause != "loss")
+                assert not result.taken
+                assert model.step.schedule.skipped.item() == 1
+                after = everything(model)
+                assert before.keys() == after.keys()
+                assert all(torch.equal(after[key], value) for key, value in before.items())
+                assert accelerator.scaler is None or accelerator.scaler.get_scale() == 512
+            result = model.step(batch_of(*views(step)))
+            assert result.taken
+            losses.append(result.parts["loss"].item())
+        assert model.step.schedule.skipped.item() == 0
+        ends.append((losses, everything(model)))
+    assert ends[0][0] == ends[1][0]
+    assert all(torch.equal(ends[0][1][key], value) for key, value in ends[1][1].items())
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -242,7 +276,7 @@ def test_shuffled_keys_return_to_their_own_samples(symmetric: bool) -> None:
         model.target.backbone.register_forward_pre_hook(lambda _, x, seen=seen: seen.append(x[0].sum((1, 2, 3))))
         x1, x2 = views(0)
         more = {"shuffled": {0: ranks.exchange(x1, order), 1: ranks.exchange(x2, order)}, "order": order}
-        loss = model.step(batch_of(x1, x2, **(more if shuffle else {})), EMA).parts["loss"].item()
+        loss = model.step(batch_of(x1, x2, **(more if shuffle else {}))).parts["loss"].item()
         ends.append((loss, model.queue.keys.clone(), list(model.online.parameters()), seen[-1]))
     assert ends[0][0] == pytest.approx(ends[1][0], abs=1e-10)
     assert torch.allclose(ends[0][1], ends[1][1], atol=1e-10)
@@ -256,7 +290,7 @@ def test_gradient_is_scaled_down_to_the_norm_asked_for() -> None:
     before = [p.detach().clone() for p in plain.online.parameters()]
     moves = []
     for model in (plain, clipped):
-        model.step(batch_of(*views(0)), EMA)
+        model.step(batch_of(*views(0)))
         moves.append(torch.cat([(p - b).flatten() for p, b in zip(model.online.parameters(), before, strict=True)]))
     assert moves[1].norm().item() == pytest.approx(0.1 * 0.01, rel=1e-4)
     assert moves[0].norm() > 2 * moves[1].norm()
@@ -267,7 +301,7 @@ def test_gradient_shares_are_those_of_each_weighted_part_at_the_embeddings() -> 
     chosen = replace(settings(terms=Terms(co2=CO2(weight=2.0), residual=Residual())), gradient_shares=True)
     shares = {
         name.removeprefix("gradient_share_"): value.item()
-        for name, value in built(chosen).step(batch_of(*views(0)), EMA, measured=True).measures.items()
+        for name, value in built(chosen).step(batch_of(*views(0)), measured=True).measures.items()
         if name.startswith("gradient_share_")
     }
     assert sum(shares.values()) == pytest.approx(1, abs=1e-12)
@@ -291,7 +325,7 @@ def test_the_gaps_key_shares_its_querys_batch_statistics_with_the_term_and_witho
         x1, x2 = views(0, 16)
         order = shuffled_rows(0, 0, 16)
         shuffled = {0: ranks.exchange(x1, order), 1: ranks.exchange(x2, order)}
-        result = built(chosen).step(batch_of(x1, x2, shuffled=shuffled, order=order), EMA, measured=True)
+        result = built(chosen).step(batch_of(x1, x2, shuffled=shuffled, order=order), measured=True)
         assert result.measures["student_teacher_gap"].item() == pytest.approx(0, abs=1e-12)
 
 
@@ -299,20 +333,20 @@ def test_result_holds_the_online_embeddings_of_the_first_view() -> None:
     model = built(settings())
     x1, x2 = views(0)
     expected = copy.deepcopy(model.online)(x1)[0]
-    assert torch.allclose(model.step(batch_of(x1, x2), EMA).q, expected, atol=1e-12)
+    assert torch.allclose(model.step(batch_of(x1, x2)).q, expected, atol=1e-12)
 
 
 def test_symmetric_moco_enqueues_the_second_views_keys() -> None:
     model = built(settings(symmetric=True))
     x1, x2 = views(0)
     expected = copy.deepcopy(model.target)(x2)[0]
-    model.step(batch_of(x1, x2), EMA)
+    model.step(batch_of(x1, x2))
     assert torch.allclose(model.queue.keys[:BATCH], expected, atol=1e-12)
 
 
 def test_a_batch_that_is_not_finite_gives_measures_of_nan_and_no_error() -> None:
     x1, x2 = views(0)
-    result = built(settings()).step(batch_of(x1 * float("inf"), x2), EMA, measured=True)
+    result = built(settings()).step(batch_of(x1 * float("inf"), x2), measured=True)
     assert not result.parts["loss"].isfinite()
     assert result.measures["effective_rank"].isnan()
 
@@ -320,5 +354,5 @@ def test_a_batch_that_is_not_finite_gives_measures_of_nan_and_no_error() -> None
 def test_simclrs_queries_are_gathered_once(monkeypatch: pytest.MonkeyPatch) -> None:
     gathered = []
     monkeypatch.setattr(ranks, "gather_with_gradient", lambda q: gathered.append(q) or q)
-    built(settings("simclr", Terms(co2=CO2(), xmoco=XMoCo()))).step(batch_of(*views(0)), EMA)
+    built(settings("simclr", Terms(co2=CO2(), xmoco=XMoCo()))).step(batch_of(*views(0)))
     assert len(gathered) == 2

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from methods.heads import Encoder
-from methods.momentum import cosine_momentum, momentum_copy, parameter_pairs, update
+from methods.momentum import MovingAverage, cosine_momentum, momentum_copy
 
 
 def small() -> Encoder:
@@ -22,9 +22,9 @@ def test_copy_is_equal_apart_and_without_gradient_or_predictor() -> None:
         "predictor.weight",
         "predictor.bias",
     ]
-    for ours, theirs in zip(*parameter_pairs(target, online), strict=True):
-        assert torch.equal(ours, theirs)
-        assert ours is not theirs
+    for name, ours in target.named_parameters():
+        assert torch.equal(ours, online.get_parameter(name))
+        assert ours.data_ptr() != online.get_parameter(name).data_ptr()
     assert not any(p.requires_grad for p in target.parameters())
 
 
@@ -32,9 +32,13 @@ def test_frozen_parameters_are_not_followed() -> None:
     online = small()
     online.backbone[0].requires_grad_(False)
     target = momentum_copy(online)
-    assert [p.data_ptr() for p in parameter_pairs(target, online)[0]] == [
-        p.data_ptr() for p in (*target.backbone[1].parameters(), *target.projector.parameters())
-    ]
+    frozen, moving = target.backbone[0].weight.clone(), target.projector.weight.clone()
+    with torch.no_grad():
+        for p in online.parameters():
+            p.add_(1)
+    MovingAverage(target, online).update(0.5)
+    assert torch.equal(target.backbone[0].weight, frozen)
+    assert torch.equal(target.projector.weight, moving + 0.5)
 
 
 def test_cosine_momentum_rises_to_one() -> None:
@@ -42,7 +46,8 @@ def test_cosine_momentum_rises_to_one() -> None:
     assert cosine_momentum(0.9, 1 / 3) == pytest.approx(0.925, abs=1e-15)
 
 
-def test_update_is_the_moving_average_of_parameters_and_leaves_buffers() -> None:
+@pytest.mark.parametrize("share", [0.01, torch.tensor(0.01, dtype=torch.float64)])
+def test_update_is_the_moving_average_of_parameters_and_leaves_buffers(share: float | torch.Tensor) -> None:
     online = small()
     target = momentum_copy(online)
     online(torch.randn(8, 3, dtype=torch.float64))  # moves the online running statistics only
@@ -51,8 +56,8 @@ def test_update_is_the_moving_average_of_parameters_and_leaves_buffers() -> None
             p.normal_()
     before = [p.clone() for p in target.parameters()]
     buffers = [b.clone() for b in target.buffers()]
-    followed = parameter_pairs(target, online)
-    update(*followed, 0.99)
-    for old, k, q in zip(before, *followed, strict=True):
+    MovingAverage(target, online).update(share)
+    for old, (name, k) in zip(before, target.named_parameters(), strict=True):
+        q = online.get_parameter(name)
         assert torch.allclose(k, 0.99 * old + 0.01 * q, atol=1e-15)
     assert all(torch.equal(a, b) for a, b in zip(buffers, target.buffers(), strict=True))

@@ -29,7 +29,7 @@ def test_oldest_are_overwritten_in_place_from_the_write_position() -> None:
     queue.write(first)
     queue.write(second)
     assert queue.keys[:, 0].tolist() == [2.0, 1.0, 1.0, 2.0, 2.0]
-    assert (queue.position, queue.keys.data_ptr()) == (1, storage)
+    assert (queue.position.item(), queue.keys.data_ptr()) == (1, storage)
 
 
 def test_begins_as_directions_that_depend_on_the_seed_alone() -> None:
@@ -39,19 +39,23 @@ def test_begins_as_directions_that_depend_on_the_seed_alone() -> None:
     assert torch.allclose(a.keys.norm(dim=1), torch.ones(50), atol=1e-6)
 
 
-@pytest.mark.parametrize(("length", "batch"), [(8, 3), (12, 4), (5, 5)])
-def test_slots_are_where_the_next_keys_belong(length: int, batch: int) -> None:
-    written, filled = KeyQueue(length, 2), KeyQueue(length, 2)
-    for _ in range(5):
+@pytest.mark.parametrize("batch", [3, 8, 13])
+def test_nothing_is_written_where_the_condition_is_false(batch: int) -> None:
+    queue, other = KeyQueue(8, 2), KeyQueue(8, 2)
+    for step in range(5):
         keys = torch.randn(batch, 2)
-        written.write(keys)
-        end, start = filled.slots(batch)
-        assert len(end) + len(start) == batch
-        end.copy_(keys[: len(end)])
-        start.copy_(keys[len(end) :])
-        filled.advance(batch)
-        assert torch.equal(written.keys, filled.keys)
-        assert written.position == filled.position
+        queue.write(torch.full((batch, 2), torch.nan), torch.tensor(False))
+        queue.write(keys, torch.tensor(True))
+        other.write(keys)
+        assert torch.equal(queue.keys, other.keys)
+        assert queue.position.item() == other.position.item() == (step + 1) * batch % 8
+
+
+def test_write_position_is_in_the_state() -> None:
+    queue, other = KeyQueue(8, 2), KeyQueue(8, 2)
+    queue.write(torch.randn(3, 2))
+    other.load_state_dict(queue.state_dict())
+    assert other.position.item() == 3
 
 
 def test_bfloat16_storage_changes_a_similarity_by_at_most_its_stated_error() -> None:

@@ -1,0 +1,66 @@
+"""The schedules on the device are the functions on the host, and count the steps that were taken."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from engine.config import Method, Optim
+from engine.schedule import PATIENCE, Schedule, learning_rate, momentum_after
+from tests.engine.small import settings
+
+CPU, YES, NO = torch.device("cpu"), torch.tensor(True), torch.tensor(False)
+OPTIMS: dict[str, dict[str, Any]] = {
+    "cosine": {"warmup_epochs": 1.5, "lr_rule": "linear"},
+    "cosine by step": {"by": "step"},
+    "steps": {"schedule": "steps", "milestones": [2, 3.5], "factor": 0.5},
+    "constant": {"schedule": "constant", "warmup_epochs": 1},
+}
+
+
+@pytest.mark.parametrize("name", OPTIMS)
+@pytest.mark.parametrize("momentum_schedule", ["constant", "cosine"])
+def test_the_numbers_of_each_step(name: str, momentum_schedule: Any) -> None:
+    optim = Optim(lr=0.3, epochs=4, **OPTIMS[name])
+    method = Method(name="moco_v3", momentum=0.9, momentum_schedule=momentum_schedule)
+    schedule = Schedule(replace(settings("moco_v3"), optim=optim, method=method), 5, CPU)
+    lr, share = schedule.lr, schedule.share
+    for step in range(20):
+        schedule.begin()
+        assert lr.item() == learning_rate(optim, step, 5, 8)
+        assert share.item() == pytest.approx(1 - momentum_after(method, step, 20), abs=1e-15)
+        assert schedule.numbers() == pytest.approx({"lr": lr.item(), "momentum": 1 - share.item()}, abs=1e-14)
+        schedule.end(YES)
+    schedule.begin()  # and of steps after the last, which only benchmarks take
+    assert lr.item() == learning_rate(optim, 19, 5, 8)
+
+
+def test_skipped_steps_do_not_count_and_many_in_a_row_end_the_run() -> None:
+    optim = Optim(lr=0.3, epochs=40, by="step")
+    schedule = Schedule(replace(settings(), optim=optim), 1, CPU)
+    for condition in (YES, YES, NO, NO):
+        schedule.begin()
+        schedule.end(condition)
+    schedule.begin()
+    assert (schedule.taken.item(), schedule.skipped.item()) == (2, 2)
+    assert schedule.lr.item() == learning_rate(optim, 2, 1, 8)
+    for _ in range(PATIENCE - 3):
+        schedule.end(NO)
+    schedule.refuse_divergence(7)
+    schedule.end(NO)
+    with pytest.raises(FloatingPointError, match=rf"step 7: .* {PATIENCE} steps: resume .* lower optim\.lr"):
+        schedule.refuse_divergence(7)
+    schedule.end(YES)
+    schedule.refuse_divergence(8)
+
+
+def test_the_count_is_the_state() -> None:
+    one, two = (Schedule(settings(), 1, CPU) for _ in range(2))
+    one.end(YES)
+    one.end(NO)
+    assert sorted(one.state_dict()) == ["skipped", "taken"]
+    two.load_state_dict(one.state_dict())
+    assert (two.taken.item(), two.skipped.item()) == (1, 1)
