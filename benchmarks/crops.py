@@ -58,20 +58,19 @@ def measure(beton: Beton, *, size: int, batch: int, augmentation: str, runs: int
     ids = np.resize(epoch_order(0, 0, len(beton)), batch)
     sides = {"heights": beton.heights[ids], "widths": beton.widths[ids]}
     drawn = [draw_view(view, index, seed=0, epoch=0, ids=ids, **sides) for index, view in enumerate(views)]
-    plan = Plan(ids, np.stack([d.boxes for d in drawn]), np.stack([d.flips for d in drawn]))
+    plan = Plan(ids, np.stack([d.boxes for d in drawn]), np.stack([d.flips for d in drawn]), view_sizes(views, size))
     decoded = [decode(beton, int(index)) for index in ids]
     starts = np.cumsum([0] + [image.size for image in decoded])[:-1]
     pixels = torch.from_numpy(np.concatenate([image.ravel() for image in decoded])).to(device)
     images = Ragged(pixels, starts.astype(np.int64), beton.widths[ids].astype(np.int64))
-    sizes = view_sizes(views, size)
-    crops = crop_views(images, plan, sizes)
+    crops = crop_views(images, plan)
 
     def all_views(how: Callable[..., torch.Tensor]) -> Callable[[], Any]:
         kind = torch.bfloat16 if device.type == "cuda" else torch.float32
         return lambda: [how(crop, d.colour, IMAGENET, kind) for crop, d in zip(crops, drawn, strict=True)]
 
     found: dict[str, Any] = {
-        "crops": timed(lambda: crop_views(images, plan, sizes), device, runs),
+        "crops": timed(lambda: crop_views(images, plan), device, runs),
         "augmentation": timed(all_views(augment), device, runs),
         "plain augmentation": timed(all_views(stepwise), device, runs),
     }

@@ -41,7 +41,7 @@ class Path(NamedTuple):
     """What else is to be known of it."""
 
 
-def _plans(beton: Beton, views: int, batch: int) -> list[Plan]:
+def _plans(beton: Beton, size: int, views: int, batch: int) -> list[Plan]:
     found: list[Plan] = []
     per_epoch = len(beton) // batch
     for number in range(max(per_epoch, _BATCHES)):
@@ -49,7 +49,9 @@ def _plans(beton: Beton, views: int, batch: int) -> list[Plan]:
         ids = epoch_order(0, epoch, len(beton))[place * batch : (place + 1) * batch]
         sides = {"heights": beton.heights[ids], "widths": beton.widths[ids]}
         drawn = [draw_view(_VIEW, index, seed=0, epoch=0, ids=ids, **sides) for index in range(views)]
-        found.append(Plan(ids, np.stack([d.boxes for d in drawn]), np.stack([d.flips for d in drawn])))
+        found.append(
+            Plan(ids, np.stack([d.boxes for d in drawn]), np.stack([d.flips for d in drawn]), (size,) * len(drawn))
+        )
     return found
 
 
@@ -84,7 +86,7 @@ def ours(name: str, **more: Any) -> Callable[..., Path]:
 
     def make(beton: Beton, size: int, views: int, batch: int, threads: int, device: torch.device) -> Path:
         backend = build(name, beton, Wanted((size,) * views, batch, threads, _AHEAD, device, **more))
-        plans = _plans(beton, views, batch)
+        plans = _plans(beton, size, views, batch)
         crops = float(3 * size * size * views)
         sent = {"ffcv": crops, "ffcv_gpu": _decoded(beton, plans), "dali": float(beton.sizes.mean()), "resident": 0.0}
         return Path(_run(backend, plans, lambda: backend.receive(600)), sent[name])
@@ -95,7 +97,7 @@ def ours(name: str, **more: Any) -> Callable[..., Path]:
 def decode_only(beton: Beton, size: int, views: int, batch: int, threads: int, device: torch.device) -> Path:
     """What is left for the CPU where ffcv's crops are made on the GPU: each record decoded once, what is in a crop."""
     backend = build("ffcv_gpu", beton, Wanted((size,) * views, batch, threads, _AHEAD, torch.device("cpu")))
-    plans = _plans(beton, views, batch)
+    plans = _plans(beton, size, views, batch)
     receive = lambda: backend._ahead.finish(600)  # type: ignore[attr-defined]  # noqa: E731
     return Path(_run(backend, plans, receive), _decoded(beton, plans))
 

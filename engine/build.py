@@ -31,6 +31,7 @@ from methods.heads import Encoder
 from methods.momentum import momentum_copy
 from methods.norm import GROUPS, SHUFFLED
 from methods.queue import KeyQueue
+from methods.recompute import recompute
 from methods.registry import build_backbone, build_encoder, build_objective
 from pipeline.backends.choice import Choice, choose
 from pipeline.beton import Beton
@@ -40,6 +41,7 @@ from pipeline.errors import InputError
 from pipeline.loader import Loader, Shuffle
 from pipeline.views import AUGMENTATIONS
 
+_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of views: what the encoder rounds to
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # the first process evaluates and saves while the others wait
 
 
@@ -100,7 +102,8 @@ def build(settings: Settings) -> Run:
         ahead=settings.data.ahead,
         shuffle=_shuffle(settings, accelerator.num_processes),
         backend=backend.name,
-        **loading,
+        dtype=_DTYPES[settings.precision],
+        **{**loading, "size": settings.size_of_epochs},
     )
     _check(settings, len(train_set), accelerator)
     model = build_model(settings, accelerator, loader.steps)
@@ -128,6 +131,8 @@ def build_model(settings: Settings, accelerator: Accelerator, steps_per_epoch: i
         size=settings.data.size,
         frozen_patch=model.frozen_patch,
     )
+    if settings.recompute:
+        recompute(backbone)
     online = build_encoder(base, backbone, dim=model.dim, hidden=model.hidden, bn=model.bn, groups=groups)
     if model.bn == "sync" and accelerator.num_processes > 1:
         synchronise(online, accelerator.device)
@@ -135,6 +140,7 @@ def build_model(settings: Settings, accelerator: Accelerator, steps_per_epoch: i
     place(online, accelerator.device)
     if settings.compile:
         _check_compiler(accelerator.device)
+        torch._dynamo.config.recompile_limit = 64  # one for each encoder and size of the views
         for encoder in (online, target):
             if encoder is not None:
                 encoder.backbone.compile(dynamic=False)
@@ -144,7 +150,9 @@ def build_model(settings: Settings, accelerator: Accelerator, steps_per_epoch: i
         dtype = getattr(torch, method.queue_dtype)
         queue = KeyQueue(method.queue, model.dim, settings.seed, dtype).to(accelerator.device)
     optimiser = build_optimiser(online, settings.optim)
-    wrapped, optimiser = accelerator.prepare(online, optimiser)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # older torch needs it
+        wrapped, optimiser = accelerator.prepare(online, optimiser)
     if settings.gradient_dtype == "bfloat16" and isinstance(wrapped, nn.parallel.DistributedDataParallel):
         wrapped.register_comm_hook(None, lambda _, bucket: ranks.mean_in_bfloat16(bucket))
     step = Step(

@@ -55,6 +55,9 @@ class Data:
     """Two-view augmentation: moco_v1, moco_v2, moco_v3, simclr, byol; with _32 (no blur) for small images."""
     size: int = 224
     """Side of a view, pixels."""
+    sizes: list[int] = field(default_factory=list)
+    """Sides of the views as training goes on, each for an equal share of the epochs, such as [160, 192, 224]; []: `size`
+    throughout."""
     batch: int = 256
     """Images a step, over all processes and accumulated parts."""
     workers: int = 0
@@ -80,6 +83,8 @@ class Data:
         remedy = f"it has {count} views, and the methods here take two: choose another"
         _require(count == 2, "data.augmentation", self.augmentation, remedy)
         _require(8 <= self.size <= 1024, "data.size", self.size, "choose 8 to 1024 pixels")
+        sides = all(8 <= size <= 1024 for size in self.sizes) and self.sizes[-1:] in ([], [self.size])
+        _require(sides, "data.sizes", self.sizes, f"give sides of 8 to 1024 pixels that end with data.size {self.size}")
         _require(self.batch >= 2, "data.batch", self.batch, "choose 2 or more: contrast needs other samples")
         _require(0 <= self.workers <= 1024, "data.workers", self.workers, "choose 0 (automatic) to 1024")
         _require(1 <= self.ahead <= 64, "data.ahead", self.ahead, "choose 1 to 64 batches")
@@ -255,6 +260,9 @@ class Settings:
     accumulate: int = 1
     """Parts in which a process computes its share of a batch, one after another, to save memory. Each part has its own
     batch statistics, and meets the keys of the whole batch."""
+    recompute: bool = False
+    """Keep only the inputs of the backbone's blocks for the backward pass, and compute the rest again: a third of the
+    memory or less, for a third more time."""
     gradient_dtype: Literal["float32", "bfloat16"] = "float32"
     """In which processes exchange gradients; bfloat16 halves what is sent, and rounds to three digits."""
     log_every: int = 50
@@ -326,6 +334,14 @@ class Settings:
         if self.model.arch in VITS and self.data.size % PATCH:
             remedy = f"{self.model.arch} has patches of {PATCH} pixels: choose a multiple of {PATCH}"
             raise InputError(f"data.size {self.data.size}: {remedy}")
+        if self.model.arch in VITS and self.data.sizes:
+            raise InputError(
+                f"data.sizes {self.data.sizes}: {self.model.arch} has positions for one size: leave it out"
+            )
+        if len(self.data.sizes) > self.optim.epochs:
+            raise InputError(
+                f"data.sizes {self.data.sizes}: more than optim.epochs {self.optim.epochs}: give at most one an epoch"
+            )
         try:
             needs = build_objective(base, self.terms).needs
         except CannotCarry as error:
@@ -354,6 +370,12 @@ class Settings:
         """The base method, as these settings have it."""
         base, method = BASES[self.method.name], self.method
         return replace(base, symmetric=bool(method.symmetric), temperature=method.temperature or base.temperature)
+
+    @property
+    def size_of_epochs(self) -> list[int]:
+        """Side of the views in each epoch."""
+        sizes, epochs = self.data.sizes or [self.data.size], self.optim.epochs
+        return [sizes[epoch * len(sizes) // epochs] for epoch in range(epochs)]
 
     def as_dict(self) -> dict[str, Any]:
         """Return all settings as nested plain values."""

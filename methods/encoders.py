@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from methods.norm import Norm
+from methods.recompute import Recomputable
 
 Stem = Literal["imagenet", "small"]
 
@@ -19,7 +20,7 @@ def _conv(n_in: int, n_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(n_in, n_out, kernel, stride, padding=kernel // 2, bias=False)
 
 
-class _Block(nn.Module):
+class _Block(Recomputable):
     """What the two residual blocks share: relu(residual(x) + shortcut(x))."""
 
     downsample: nn.Module | None
@@ -28,7 +29,7 @@ class _Block(nn.Module):
     def residual(self, x: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
         return self.relu(self.residual(x) + shortcut)
 

@@ -26,22 +26,22 @@ class Ragged(NamedTuple):
     """int64 [B], pixels."""
 
 
-def crop_views(images: Ragged, plan: Plan, sizes: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+def crop_views(images: Ragged, plan: Plan) -> tuple[torch.Tensor, ...]:
     """Return the crops of `plan`, whose samples are the images in their order: uint8 [B, S, S, 3] for each view."""
     if images.pixels.device.type == "cpu":
-        return tuple(_compiled(images, boxes, flips, size) for boxes, flips, size in _views(plan, sizes))
+        return tuple(_compiled(images, boxes, flips, size) for boxes, flips, size in _views(plan))
     from pipeline.kernels import crop_view
 
     device = images.pixels.device
     starts, widths = to_device(images.starts, device), to_device(images.widths, device)
     return tuple(
         crop_view(images.pixels, starts, widths, to_device(boxes, device), to_device(flips, device), size)
-        for boxes, flips, size in _views(plan, sizes)
+        for boxes, flips, size in _views(plan)
     )
 
 
-def _views(plan: Plan, sizes: tuple[int, ...]) -> list[tuple[np.ndarray, np.ndarray, int]]:
-    return list(zip(plan.boxes, plan.flips, sizes, strict=True))
+def _views(plan: Plan) -> list[tuple[np.ndarray, np.ndarray, int]]:
+    return list(zip(plan.boxes, plan.flips, plan.sizes, strict=True))
 
 
 def _compiled(images: Ragged, boxes: np.ndarray, flips: np.ndarray, size: int) -> torch.Tensor:

@@ -86,7 +86,9 @@ def preview(
     drawn = [draw_view(view, index, seed=seed, epoch=epoch, ids=ids, **sides) for index, view in enumerate(views)]
     backend = build("ffcv", beton, Wanted(view_sizes(views, size), count, 1, 1, torch.device("cpu")))
     try:
-        backend.submit(Plan(ids, np.stack([d.boxes for d in drawn]), np.stack([d.flips for d in drawn])))
+        backend.submit(
+            Plan(ids, np.stack([d.boxes for d in drawn]), np.stack([d.flips for d in drawn]), view_sizes(views, size))
+        )
         crops = backend.receive(timeout=60)
         seen = [_pixels(augment(crop, d.colour)) for crop, d in zip(crops, drawn, strict=True)]
         seen = [view if view.shape[1] == size else np.stack([_fit(image, size) for image in view]) for view in seen]

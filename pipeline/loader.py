@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -71,7 +71,8 @@ class Batch:
 class Loader:
     """Augmented views of every sample of `beton` once an epoch, in an order that depends on `seed` and epoch alone.
 
-    `batch` is the global batch size, of which each of `world` ranks gets its part; the samples that are left when the
+    `size` is the views' side in pixels, or that of each epoch in turn, the last for all that follow. `batch` is the
+    global batch size, of which each of `world` ranks gets its part; the samples that are left when the
     last whole global batch is made are left out of that epoch. Iterating goes on where the last iteration or
     `load_state_dict` left off, to the end of that epoch.
     """
@@ -81,7 +82,7 @@ class Loader:
         beton: Beton,
         views: tuple[View, ...],
         *,
-        size: int,
+        size: int | Sequence[int],
         batch: int,
         seed: int = 0,
         rank: int = 0,
@@ -101,7 +102,8 @@ class Loader:
             raise InputError(
                 f"{beton.path}: a batch of {batch} from {len(beton)} samples: choose data.batch from 1 to {len(beton)}"
             )
-        if not views or size < 1:
+        self.sizes = (size,) if isinstance(size, int) else tuple(size)
+        if not views or not self.sizes or min(self.sizes) < 1:
             raise ValueError(f"{len(views)} views of {size} pixels: give one view or more, of 1 pixel or more")
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} of {world}: ranks are 0 to {world - 1}")
@@ -111,7 +113,7 @@ class Loader:
             raise InputError(
                 f"data.batch {batch} does not divide among {world} processes: choose a multiple of {world}"
             )
-        self.beton, self.views, self.size, self.batch, self.seed = beton, views, size, batch, seed
+        self.beton, self.views, self.batch, self.seed = beton, views, batch, seed
         self.rank, self.world, self.device, self.dtype = rank, world, numbered(device), dtype
         self.stall_timeout = stall_timeout
         self.steps = steps_per_epoch(len(beton), batch)
@@ -124,7 +126,7 @@ class Loader:
         self._pending: deque[tuple[int, int, np.ndarray, int, list[Colour]]] = deque()
         self._substitutes = Substitutes(beton, on_bad)
         self._epoch, self._step = 0, 0  # of the next batch to hand out
-        self._wanted = Wanted(view_sizes(views, size), batch // world, workers, ahead, self.device, hardware_load)
+        self._wanted = Wanted(self._sizes_of(None), batch // world, workers, ahead, self.device, hardware_load)
         self._backend_name = backend
         self._backend = _build(backend, beton, self._substitutes, self._wanted)
 
@@ -241,6 +243,11 @@ class Loader:
             views[index] = augment(exchanged, colour, self._statistics, self.dtype)
         return views, order
 
+    def _sizes_of(self, epoch: int | None) -> tuple[int, ...]:
+        """Return the views' sides in an epoch; their largest for None."""
+        size = max(self.sizes) if epoch is None else self.sizes[min(epoch, len(self.sizes) - 1)]
+        return view_sizes(self.views, size)
+
     def _order_of(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
             self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
@@ -259,7 +266,8 @@ class Loader:
             draw_view(view, index, seed=self.seed, epoch=epoch, ids=ids, heights=heights, widths=widths)
             for index, view in enumerate(self.views)
         ]
-        self._backend.submit(Plan(records, np.stack([d.boxes for d in drawn]), np.stack([d.flips for d in drawn])))
+        boxes, flips = np.stack([d.boxes for d in drawn]), np.stack([d.flips for d in drawn])
+        self._backend.submit(Plan(records, boxes, flips, self._sizes_of(epoch)))
         self._pending.append((epoch, step, records, int((records != ids).sum()), [d.colour for d in drawn]))
 
 
@@ -345,7 +353,7 @@ class CentreLoader:
     def _submit(self, ids: np.ndarray) -> None:
         records = self._substitutes.resolve(ids)
         boxes = centre_boxes(self.beton.heights[records], self.beton.widths[records], self.share)
-        self._backend.submit(Plan(records, boxes[None], np.zeros((1, len(records)), bool)))
+        self._backend.submit(Plan(records, boxes[None], np.zeros((1, len(records)), bool), (self.size,)))
         self._pending.append(records)
 
     def close(self) -> None:

@@ -29,6 +29,8 @@ class Plan:
     """int32 [V, B, 4]: top, left, height, width, inside the stored image."""
     flips: np.ndarray
     """bool [V, B]."""
+    sizes: tuple[int, ...]
+    """Side of each view's crops, pixels."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Wanted:
     """What is asked of a backend."""
 
     sizes: tuple[int, ...]
-    """Side of each view's crops, pixels."""
+    """Largest side of each view's crops, pixels."""
     batch: int
     """Samples at a time, at most."""
     workers: int

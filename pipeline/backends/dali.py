@@ -36,7 +36,7 @@ class DaliBackend:
 
     def __init__(self, beton: Beton, wanted: Wanted) -> None:
         self.depth = wanted.depth
-        self._beton, self._sizes, self._device = beton, wanted.sizes, wanted.device
+        self._beton, self._device = beton, wanted.device
         self._stream = torch.cuda.Stream(wanted.device) if wanted.device.type == "cuda" else None
         self._decoder = _decoder(wanted)
         self._pending: deque[tuple[Plan, Future]] = deque()
@@ -68,9 +68,9 @@ class DaliBackend:
             self._failed, self._kept = True, encoded  # it runs no more, and may still be reading
             raise self._explained(plan, error) from None
         if self._stream is None:
-            return crop_views(self._lying(images, plan), plan, self._sizes)
+            return crop_views(self._lying(images, plan), plan)
         with torch.cuda.stream(self._stream):
-            views = crop_views(self._lying(images, plan), plan, self._sizes)
+            views = crop_views(self._lying(images, plan), plan)
         self._stream.synchronize()  # DALI's buffers are free again
         return views
 

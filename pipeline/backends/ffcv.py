@@ -8,6 +8,8 @@ FFCV's file format, compiler and C functions directly. A batch is cut into chunk
 
 from __future__ import annotations
 
+import math
+from functools import cache, partial
 from typing import Any
 
 import numba
@@ -60,11 +62,11 @@ class FfcvBackend:
         most = int((beton.heights.astype(np.int64) * beton.widths).max())
 
         def buffer(pinned: bool) -> Views:
-            shapes = [(wanted.batch, size, size, 3) for size in wanted.sizes]
-            return tuple(torch.empty(shape, dtype=torch.uint8, pin_memory=pinned) for shape in shapes)
+            most_bytes = [3 * wanted.batch * size**2 for size in wanted.sizes]
+            return tuple(torch.empty(bytes_, dtype=torch.uint8, pin_memory=pinned) for bytes_ in most_bytes)
 
         def state() -> tuple[np.ndarray, Any]:
-            return np.empty(3 * most, np.uint8), scratch(wanted.sizes, beton.longest_side)
+            return np.empty(3 * most, np.uint8), cache(partial(scratch, longest=beton.longest_side))
 
         self._ahead = Ahead(beton, wanted, self._crop, state=state, buffer=buffer)
 
@@ -72,16 +74,19 @@ class FfcvBackend:
         self._ahead.begin(plan)
 
     def _crop(self, state: Any, plan: Plan, start: int, stop: int, views: Views) -> None:
-        outs, chunk = tuple(view.numpy() for view in views), slice(start, stop)
+        pixels, scratch_of = state
+        outs, chunk = tuple(view.numpy() for view in _shaped(views, plan)), slice(start, stop)
         parts = rectangles(self._records, plan.ids[chunk], plan.boxes[:, chunk])
         drawn = plan.boxes, plan.flips
-        fault, at = _crop_chunk(self._records, plan.ids, parts, *drawn, start, stop, outs, *state)
+        fault, at = _crop_chunk(
+            self._records, plan.ids, parts, *drawn, start, stop, outs, pixels, scratch_of(plan.sizes)
+        )
         if fault != WHOLE:
             raise damaged(self._beton, int(plan.ids[at]), fault)
 
     def receive(self, timeout: float) -> Views:
         plan, views, slot = self._ahead.finish(timeout)
-        return self._ahead.on_device([view[: len(plan.ids)] for view in views], slot)
+        return self._ahead.on_device(_shaped(views, plan), slot)
 
     def ready(self) -> bool:
         return self._ahead.ready()
@@ -91,6 +96,12 @@ class FfcvBackend:
 
     def close(self) -> None:
         self._ahead.close()
+
+
+def _shaped(buffers: Views, plan: Plan) -> Views:
+    """Return the buffers' beginnings as the plan's crops, [B, S, S, 3]."""
+    shapes = [(len(plan.ids), size, size, 3) for size in plan.sizes]
+    return tuple(flat[: math.prod(shape)].view(shape) for flat, shape in zip(buffers, shapes, strict=True))
 
 
 build = FfcvBackend

@@ -6,7 +6,7 @@ crops are made by compiled code on the thread that receives them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ class _LaidOut(Plan):
     def of(plan: Plan, records: Records) -> _LaidOut:
         parts = rectangles(records, plan.ids, plan.boxes)
         ends = np.cumsum(3 * parts[:, 2].astype(np.int64) * parts[:, 3])
-        return _LaidOut(plan.ids, plan.boxes, plan.flips, parts, np.concatenate([[0], ends]))
+        return _LaidOut(plan.ids, plan.boxes, plan.flips, plan.sizes, parts, np.concatenate([[0], ends]))
 
     def inside(self) -> np.ndarray:
         """Return the boxes as they lie in the parts."""
@@ -56,7 +56,7 @@ class FfcvGpuBackend:
 
     def __init__(self, beton: Beton, wanted: Wanted) -> None:
         self.depth = wanted.depth
-        self._beton, self._records, self._sizes = beton, records_of(beton), wanted.sizes
+        self._beton, self._records = beton, records_of(beton)
         self._ahead: Ahead[_Room] = Ahead(
             beton, wanted, self._decode, state=lambda: None, buffer=_Room, room=_Room.grow
         )
@@ -75,7 +75,7 @@ class FfcvGpuBackend:
         assert isinstance(plan, _LaidOut)
         (pixels,) = self._ahead.on_device([room.bytes[: plan.starts[-1]]], slot)
         images = Ragged(pixels, plan.starts[:-1], plan.parts[:, 3].astype(np.int64))
-        return crop_views(images, Plan(plan.ids, plan.inside(), plan.flips), self._sizes)
+        return crop_views(images, replace(plan, boxes=plan.inside()))
 
     def ready(self) -> bool:
         return self._ahead.ready()

@@ -109,7 +109,7 @@ class ResidentBackend:
     """See `pipeline.backends.Backend`; on a GPU."""
 
     def __init__(self, beton: Beton, wanted: Wanted, pixels: torch.Tensor, starts: np.ndarray) -> None:
-        self.depth, self._sizes, self._widths = wanted.depth, wanted.sizes, beton.widths.astype(np.int64)
+        self.depth, self._widths = wanted.depth, beton.widths.astype(np.int64)
         self._starts, self._pixels = starts, pixels
         self._pending: list[Plan] = []
 
@@ -119,7 +119,7 @@ class ResidentBackend:
     def receive(self, timeout: float) -> tuple[torch.Tensor, ...]:
         plan = self._pending.pop(0)
         images = Ragged(self._pixels, self._starts[plan.ids], self._widths[plan.ids])
-        return crop_views(images, plan, self._sizes)
+        return crop_views(images, plan)
 
     def ready(self) -> bool:
         return bool(self._pending)

@@ -95,6 +95,34 @@ def test_two_processes_shuffle_over_both_or_within_each(bn: str, drawn: Path, tm
         assert np.ptp(first["order"][:16].numpy()) < 16
 
 
+def test_views_grow_over_training_and_come_in_the_precision_of_the_encoder(drawn: Path) -> None:
+    chosen = settings(drawn, "plain")
+    grown = replace(chosen.data, size=24, sizes=[8, 16, 24])
+    run = build(replace(chosen, data=grown, optim=Optim(lr=0.05, epochs=5), precision="bf16"))
+    found = []
+    try:
+        for _ in range(5):
+            for batch in run.loader:
+                result = run.model.step(batch)
+                assert result.taken
+            found.append((batch.views[0].shape[-1], batch.views[1].dtype))
+    finally:
+        run.loader.close()
+    assert found == [(size, torch.bfloat16) for size in (8, 8, 16, 16, 24)]
+
+
+def test_views_in_the_encoders_precision_give_the_same_step(drawn: Path) -> None:
+    found = []
+    for cast in (True, False):
+        run = build(replace(settings(drawn, "plain"), precision="bf16"))
+        run.loader.dtype = torch.bfloat16 if cast else torch.float32
+        batch = next(iter(run.loader))
+        assert batch.views[0].dtype == run.loader.dtype
+        found.append(run.model.step(batch).parts["loss"])
+        run.loader.close()
+    assert torch.equal(*found)
+
+
 def test_settings_reach_the_networks(drawn: Path) -> None:
     chosen = settings(drawn, "plain")
     chosen = replace(

@@ -10,6 +10,10 @@ import torch
 
 from engine import build
 from engine.build import Model
+from methods.co2 import CO2
+from methods.registry import Terms
+from methods.residual import Residual
+from methods.xmoco import XMoCo
 from pipeline.errors import InputError
 from tests.engine.small import batch_of, built, settings, views
 
@@ -19,11 +23,19 @@ def train(model: Model, steps: int) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["moco_v2", "moco_v3"])
-def test_compiled_backbones_train_as_eager_ones(name: str) -> None:
-    """In float64, over 20 steps: losses, parameters, momentum parameters."""
-    chosen = settings(name)
-    eager, compiled = built(chosen), built(replace(chosen, compile=True))
+@pytest.mark.parametrize(
+    ("name", "terms", "recompute"),
+    [
+        ("moco_v2", Terms(), False),
+        ("moco_v2", Terms(co2=CO2(), xmoco=XMoCo(), residual=Residual()), False),
+        ("moco_v2", Terms(), True),
+        ("moco_v3", Terms(), False),
+    ],
+)
+def test_compiled_backbones_train_as_eager_ones(name: str, terms: Terms, recompute: bool) -> None:
+    """In float64, over 20 steps: losses, parameters, momentum parameters, running statistics."""
+    chosen = settings(name, terms)
+    eager, compiled = built(chosen), built(replace(chosen, compile=True, recompute=recompute))
     assert train(compiled, 20) == pytest.approx(train(eager, 20), rel=1e-9)
     for a, b in ((eager.step.encoder, compiled.step.encoder), (eager.target, compiled.target)):
         assert a is not None

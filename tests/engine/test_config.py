@@ -24,6 +24,12 @@ def test_defaults_are_moco_v2_on_imagenet() -> None:
     assert (settings.optim.lr, settings.data.batch, settings.optim.epochs) == (0.03, 256, 200)
 
 
+def test_sizes_have_equal_shares_of_the_epochs() -> None:
+    found = parse(["--data.sizes", "[160, 192, 224]", "--optim.epochs", "7"]).size_of_epochs
+    assert found == [160, 160, 160, 192, 192, 224, 224]
+    assert parse(["--optim.epochs", "2"]).size_of_epochs == [224, 224]
+
+
 def test_command_line_overrides_the_recipe_and_the_recipe_the_defaults(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("optim: {lr: 0.5, epochs: 7}\nmodel: {arch: resnet18}\n")
@@ -58,6 +64,11 @@ def test_recipes_are_valid(recipe: Path) -> None:
         (["--data.batch", "abc"], "data.batch 'abc'", "type int"),
         (["--data.batch", "1"], "data.batch 1", "2 or more"),
         (["--data.augmentation", "moco"], "data.augmentation 'moco'", "moco_v2"),
+        (["--data.sizes", "[160, 192]"], "data.sizes [160, 192]", "end with data.size 224"),
+        (["--data.sizes", "[4, 224]"], "data.sizes [4, 224]", "8 to 1024"),
+        (["--data.sizes", "[160, 224]", "--optim.epochs", "1"], "data.sizes [160, 224]", "at most one an epoch"),
+        (["--model.arch", "vit_small", "--data.sizes", "[160, 224]"], "data.sizes", "leave it out"),
+        (["--gradient_dtype", "float16"], "gradient_dtype 'float16'", "bfloat16"),
         (["--data.backend", "lmdb"], "data.backend 'lmdb'", "ffcv"),
         (["--method.queue", "0"], "method.queue 0", "above 0"),
         (["--method.temperature", "-1"], "method.temperature -1", "above 0"),

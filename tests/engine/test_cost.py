@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from engine import ranks
-from engine.build import Model, build_accelerator
+from engine.build import Model, build_accelerator, build_model
 from engine.config import Optim
 from methods.registry import Terms
 from methods.residual import Residual
@@ -58,15 +60,51 @@ def test_optimiser_and_moving_average_are_as_many_operators_at_any_depth(optimis
     assert sum(deep.values()) <= {"sgd": 12, "adamw": 14, "lars": 26}[optimiser]
 
 
+class Layouts(TorchDispatchMode):
+    """Notes the operators on images that take or give one that is not channels-last."""
+
+    IMAGES = ("convolution", "batch_norm", "relu", "threshold", "pool", "add", "cat", "clone", "copy", "lerp")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen, self.others = Counter[str](), Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        name = str(func).removeprefix("aten.")
+        images = [t for t in tree_leaves((args, found)) if isinstance(t, torch.Tensor) and t.ndim == 4]
+        images = [t for t in images if t.shape[1] > 1 and t.shape[2] * t.shape[3] > 1]  # else the layouts are one
+        images = [t for t in images if 0 not in t.stride()]  # of the mean's gradient, which has none
+        if images and any(kind in name for kind in self.IMAGES):
+            self.seen[name] += 1
+            if not all(t.is_contiguous(memory_format=torch.channels_last) for t in images):
+                self.others[name] += 1
+        return found
+
+
+@pytest.mark.parametrize("bn", ["plain", "split"])
+@pytest.mark.parametrize(("arch", "stem"), [("resnet18", "small"), ("resnet50", "imagenet")])
+def test_every_image_of_a_step_is_channels_last(arch: Any, stem: Any, bn: str) -> None:
+    """Forward and backward: no operator is given an image it would have to convert."""
+    chosen = settings("moco_v2", bn=bn, batch=16)
+    chosen = replace(chosen, model=replace(chosen.model, arch=arch, stem=stem, width=0.25))
+    model = build_model(chosen, Accelerator(cpu=True))
+    given = [view.float().repeat(1, 1, 4, 4).to(memory_format=torch.channels_last) for view in views(0, 16)]
+    with Layouts() as layouts:
+        model.step(batch_of(*given))
+    assert sum(count for name, count in layouts.seen.items() if "convolution_backward" in name) >= 20
+    assert not layouts.others
+
+
 def collectives(model: Model, chosen: Any) -> dict[str, list[int]]:
     """The collectives of a step, by name: elements of each."""
     given = [
-        batch_of(*(v.chunk(ranks.world())[ranks.rank()] for v in views(step, chosen.data.batch))) for step in range(3)
+        batch_of(*(v.chunk(ranks.world())[ranks.rank()] for v in views(step, chosen.data.batch))) for step in range(4)
     ]
-    for batch in given[:2]:  # the first two arrange the gradients' buckets
+    for batch in given[:-1]:  # the first ones arrange the gradients' buckets
         model.step(batch)
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
-        model.step(given[2])
+        model.step(given[-1])
     found: dict[str, list[int]] = {}
     for event in profiled.events():
         if event.name.startswith("gloo:"):

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from engine import ranks
-from engine.build import needed_views
+from engine.build import build_accelerator, needed_views
 from engine.config import Settings
 from methods.co2 import CO2
 from methods.dcl import DCL
@@ -203,4 +203,33 @@ def run_poisoned(out: str) -> None:
 
 def test_a_batch_that_is_not_finite_on_one_rank_skips_the_step_on_all(tmp_path: Path) -> None:
     on_ranks(2, run_poisoned, str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def run_compressed(out: str) -> None:
+    """Compare the gradients that two ways of exchanging them give, in buckets and in parts."""
+    for accumulate in (1, 2):
+        chosen, found = replace(settings(), accumulate=accumulate, cpu=True, tracker="none"), []
+        for dtype in ("float32", "bfloat16"):
+            exchanged = replace(chosen, gradient_dtype=dtype)  # type: ignore[arg-type]
+            model = built(exchanged, build_accelerator(exchanged))
+            assert model.online.static_graph == (accumulate == 1)
+            gradients: list[torch.Tensor] = []
+            model.optimiser.optimizer.register_step_pre_hook(
+                lambda *_, model=model, gradients=gradients: gradients.append(
+                    torch.cat([p.grad.flatten() for p in model.online.parameters()])
+                )
+            )
+            model.step(rank_batch(chosen, 0))
+            found.append(gradients[0])
+        full, half = found
+        assert torch.equal(half, half.bfloat16().double())
+        assert not torch.equal(full, half)
+        assert ((half - full).abs() <= 2**-7 * full.abs() + 2**-7 * full.abs().mean()).float().mean() > 0.97
+        assert torch.nn.functional.cosine_similarity(full, half, dim=0) > 0.9999
+    Path(out, str(ranks.rank())).touch()
+
+
+def test_gradients_exchanged_in_bfloat16_are_rounded_and_nothing_else(tmp_path: Path) -> None:
+    on_ranks(2, run_compressed, str(tmp_path))
     assert len(list(tmp_path.iterdir())) == 2

@@ -88,6 +88,22 @@ def test_views_are_the_same_bit_for_bit(backend: str, views: str, ragged: Path) 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_each_epochs_views_are_those_of_a_loader_of_their_size(backend: str, drawn: Path) -> None:
+    """Batches of the next epoch being under way before this one's end, and from any batch on."""
+    sizes, steps = (10, 24, 16), 200 // BATCH
+    expected: list[Batch] = []
+    for epoch, size in enumerate((*sizes, sizes[-1])):
+        with loader(drawn, "ffcv" if backend in SAME_DECODER else backend, size=size) as one:
+            one.load_state_dict({**one.state_dict(), "epoch": epoch})
+            expected += take(one, steps)
+    with loader(drawn, backend, size=sizes) as whole:
+        assert same(take(whole, 4 * steps), expected)
+    with loader(drawn, backend, size=list(sizes), workers=2) as resumed:
+        resumed.load_state_dict({**resumed.state_dict(), "epoch": 1, "step": 4})
+        assert same(take(resumed, steps), expected[steps + 4 : 2 * steps + 4])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("position", [0, 1, 5, 7, 13])
 def test_any_backend_goes_on_from_any_batch(backend: str, position: int, drawn: Path) -> None:
     with loader(drawn, backend) as whole:
@@ -147,7 +163,7 @@ def test_gpu_crops_take_the_room_of_the_batches_met(drawn: Path) -> None:
     assert all(0 < room <= 1.25 * BATCH * image for room in rooms)
     room = ffcv_gpu._Room(False)
     for count, kept in ((100, 125), (110, 125), (200, 250), (1, 250)):
-        room.grow(ffcv_gpu._LaidOut(*[np.zeros(0)] * 4, np.array([0, count])))
+        room.grow(ffcv_gpu._LaidOut(*[np.zeros(0)] * 3, (), np.zeros(0), np.array([0, count])))
         assert len(room.bytes) == kept
 
 
@@ -417,7 +433,9 @@ def test_damaged_records_are_passed_over_for_the_next_whole_one(backend: str, dr
         sides = {"heights": beton.heights[batch.ids], "widths": beton.widths[batch.ids]}
         drawn_ = draw_view(PLAIN, 1, seed=3, epoch=batch.epoch, ids=order, **sides)
         with loader(drawn, backend) as whole:
-            whole._backend.submit(Plan(batch.ids, np.stack([drawn_.boxes] * 2), np.stack([drawn_.flips] * 2)))
+            whole._backend.submit(
+                Plan(batch.ids, np.stack([drawn_.boxes] * 2), np.stack([drawn_.flips] * 2), (SIZE,) * 2)
+            )
             expected = whole._backend.receive(60)[0]
         assert torch.equal(batch.views[1].permute(0, 2, 3, 1), expected.float())
     assert sum(batch.substituted for batch in batches) >= 4

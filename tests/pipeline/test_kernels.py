@@ -38,8 +38,8 @@ def test_crops_are_the_compiled_ones_to_one_level(size: int) -> None:
     flips = rng.integers(0, 2, (1, len(images))).astype(bool)
     pixels = torch.from_numpy(np.concatenate([image.ravel() for image in images]))
     widths = np.array([w for _, w in shapes], np.int64)
-    plan = Plan(np.arange(len(images)), boxes, flips)
-    (expected,) = crop_views(Ragged(pixels, starts, widths), plan, (size,))
+    plan = Plan(np.arange(len(images)), boxes, flips, (size,))
+    (expected,) = crop_views(Ragged(pixels, starts, widths), plan)
     given = [torch.from_numpy(a).to(DEVICE) for a in (starts, widths, boxes[0], flips[0])]
     found = kernels.crop_view(pixels.to(DEVICE), *given, size).cpu()
     difference = (found.int() - expected.int()).abs()

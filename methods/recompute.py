@@ -1,0 +1,54 @@
+"""Blocks whose activations are computed again in the backward pass instead of being kept (1604.06174)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+
+class Recomputable(nn.Module):
+    """A block that keeps only its input for the backward pass where `recompute` is set; subclasses define `compute`.
+
+    Running statistics move once, in the forward pass.
+    """
+
+    recompute = False
+
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the block's output."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self.compute(x)
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here is random
+        if not torch.compiler.is_compiling():  # there the compiler sees to the statistics
+            options["context_fn"] = lambda: (contextlib.nullcontext(), _statistics_stay(self))
+        return checkpoint(self.compute, x, **options)
+
+
+def recompute(module: nn.Module) -> None:
+    """Set `recompute` in all blocks of the module."""
+    for block in module.modules():
+        if isinstance(block, Recomputable):
+            block.recompute = True
+
+
+@contextlib.contextmanager
+def _statistics_stay(module: nn.Module) -> Iterator[None]:
+    """A context in which running statistics move by nothing, and steps are counted elsewhere."""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm, _, count in before:
+        norm.momentum, norm.num_batches_tracked = 0.0, None if count is None else count.clone()
+    try:
+        yield
+    finally:
+        for norm, momentum, count in before:
+            norm.momentum, norm.num_batches_tracked = momentum, count
