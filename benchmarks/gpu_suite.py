@@ -68,6 +68,7 @@ def _loader(result: dict[str, Any]) -> list[str]:
 def _step(result: dict[str, Any]) -> list[str]:
     rates = result["pairs_per_second"].items()
     lines = [f"{name}: {rate:.0f} pairs/s, {result['tflops'][name]:.1f} TFLOP/s" for name, rate in rates]
+    lines.append(f"a matrix product: {result['matrix_tflops']:.1f} TFLOP/s")
     kind = result["clock"]
     lines += [f"{name}: {1000 * taken[kind]['median']:.2f} ms" for name, taken in result["parts"].items()]
     return [*lines, f"all but the encoders: {result['share_beside_the_encoders']:.1%}"]
@@ -85,7 +86,8 @@ def parts(data: Path, cifar: Path, threads: list[int]) -> list[Part]:
     recipe = ["--config", str(_ROOT / "engine/recipes/moco_v2_in1k.yaml"), "--data.batch", "256", "--data.eval", ""]
     tiny_run = ["--model.arch", "resnet18", "--model.width", "0.25", "--data.size", "32", "--data.batch", "8"]
     tiny_run += ["--method.queue", "64", "--model.bn", "plain"]
-    step = [*recipe, "--ways", "eager,compiled,official-amp", "--model.bn", "plain"]
+    lightly = ",lightly-amp" if _importable("lightly") else ""
+    step = [*recipe, "--ways", f"eager,compiled,graph,official-amp{lightly}", "--model.bn", "plain"]
     train = [*recipe, "--data.train", str(data), "--compile", "true"]
     big, tiny = ["--data", str(data), "--batch", "512"], ["--batch", "32", "--size", "32", "--runs", "1"]
     resident = ["--data", str(cifar), "--batch", "512", "--size", "32", "--backends", "resident", "--threads", "1"]
@@ -101,6 +103,7 @@ def parts(data: Path, cifar: Path, threads: list[int]) -> list[Part]:
         Part("step", "benchmarks.step", step, [*tiny_run, "--runs", "1", "--ways", "eager,official-amp"], _step),
         Part("crops", "benchmarks.crops", big, tiny, _crops),
         Part("train", "benchmarks.train", train, small_train, _train),
+        Part("train, graph", "benchmarks.train", [*train, "--cuda_graph", "true"], small_train, _train),
         Part("resident", "benchmarks.loader", resident, few, _loader),
         loader("dali", "dali", counts, "nvidia.dali"),
         loader("hardware", hardware, str(max(threads)), "nvidia.dali"),
@@ -136,7 +139,7 @@ def run(part: Part, out: Path, small: bool, seconds: float) -> tuple[list[str], 
         return [f"left out: {', '.join(missing)} cannot be imported"], None
     if seconds <= 0:
         return ["left out: no time was left"], None
-    log, result = out / f"{part.name}.txt", out / f"{part.name}.json"
+    log, result = out / f"{_slug(part.name)}.txt", out / f"{_slug(part.name)}.json"
     arguments = [*part.arguments, *(part.small if small else [])]
     arguments += ["--json", str(result)] if part.found else []
     begun = time.perf_counter()
@@ -160,6 +163,10 @@ def run(part: Part, out: Path, small: bool, seconds: float) -> tuple[list[str], 
     found = json.loads(result.read_text())
     result.unlink()
     return [*part.found(found), took], found
+
+
+def _slug(name: str) -> str:
+    return name.replace(", ", "-")
 
 
 def _importable(name: str) -> bool:

@@ -1,18 +1,19 @@
-"""Training steps a second: ours, eager and compiled, and the official MoCo algorithm written plainly.
+"""Training steps a second: ours, eager, compiled and as a CUDA graph, and other implementations of MoCo.
 
-    python -m benchmarks.step [--ways eager,compiled,official,official-amp] [--runs 10] [--json OUT]
+    python -m benchmarks.step [--ways eager,compiled,graph,official,...] [--runs 10] [--json OUT]
         --config engine/recipes/moco_v2_in1k.yaml [--data.batch 64] [any setting of a run]
 
 The ways take steps in turn on the same batch, which lies on the device; medians and spread of wall clock, and of CPU
 time where there is no GPU. Then each part of our step alone: encoders, loss with its terms, moving average, queue,
-optimiser, augmentation. `official` is facebookresearch/moco's training loop, in float32 and NCHW as published, without
-its shuffling; `official-amp` the same under autocast.
+optimiser, augmentation. `graph` is compiled, and replayed as one CUDA graph. `official` is facebookresearch/moco's
+training loop, in float32 and NCHW as published, without its shuffling; `lightly` lightly's MoCo, where it is installed;
+`official-amp` and `lightly-amp` the same under autocast.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import importlib.util
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,14 +27,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import get_total_norm
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import machine
+from benchmarks.peers import PEERS
 from engine.arguments import parse
-from engine.build import Model, build_accelerator, build_model
+from engine.build import DTYPES, Model, build_accelerator, build_model
 from engine.config import Settings
+from engine.graph import WARM
 from methods.base import Embeddings, total
-from methods.heads import Encoder
+from methods.flat import Buffers
 from pipeline.augment import IMAGENET, augment
 from pipeline.cores import available_cores
 from pipeline.draws import draw_colour
@@ -42,61 +46,17 @@ from pipeline.loader import Batch
 from pipeline.views import AUGMENTATIONS
 
 Call = Callable[[], Any]
-
-
-class Official:
-    """facebookresearch/moco's `main_moco.py` and `moco/builder.py`, on an encoder of ours."""
-
-    def __init__(self, encoder: Encoder, settings: Settings, device: torch.device, dtype: torch.dtype | None) -> None:
-        self._online = _plain(encoder).to(device)
-        self._target = copy.deepcopy(self._online).requires_grad_(False)
-        assert settings.model.dim is not None
-        self._length, self._temperature = settings.method.queue or 65536, settings.method.temperature or 0.2
-        self._queue = F.normalize(torch.randn(settings.model.dim, self._length, device=device), dim=0)
-        self._position = torch.zeros(1, dtype=torch.long)
-        optim = settings.optim
-        self._optimiser = torch.optim.SGD(
-            self._online.parameters(), optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
-        )
-        self._criterion, self._dtype, self._device = nn.CrossEntropyLoss(), dtype, device
-
-    def step(self, views: tuple[torch.Tensor, torch.Tensor]) -> float:
-        """Train on two views [B, 3, S, S], and return the loss."""
-        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None):
-            q = F.normalize(self._online(views[0])[0], dim=1)
-            with torch.no_grad():
-                for a, b in zip(self._online.parameters(), self._target.parameters(), strict=True):
-                    b.data = b.data * 0.999 + a.data * (1.0 - 0.999)
-                k = F.normalize(self._target(views[1])[0], dim=1)
-            positive = torch.einsum("nc,nc->n", [q, k]).unsqueeze(-1)
-            negative = torch.einsum("nc,ck->nk", [q, self._queue.clone().detach()])
-            logits = torch.cat([positive, negative], dim=1) / self._temperature
-            labels = torch.zeros(logits.shape[0], dtype=torch.long, device=self._device)
-            loss = self._criterion(logits, labels)
-        with torch.no_grad():
-            at, count = int(self._position), len(k)
-            self._queue[:, at : at + count] = k.T[:, : self._length - at].to(self._queue.dtype)
-            self._position[0] = (at + count) % self._length
-            _, best = logits.topk(5, 1)  # its accuracy meter
-            float((best == 0).float().sum())
-        self._optimiser.zero_grad()
-        loss.backward()
-        self._optimiser.step()
-        return float(loss.detach())
-
-
-def _plain(encoder: Encoder) -> Encoder:
-    """Return a copy without autocast or compiled calls, its weights NCHW."""
-    found = Encoder(copy.deepcopy(encoder.backbone), copy.deepcopy(encoder.projector))
-    return found.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+OURS = ("eager", "compiled", "graph")
+WAYS = (*OURS, *(f"{peer}{amp}" for peer in PEERS for amp in ("", "-amp")))
 
 
 def batch_of(settings: Settings, device: torch.device) -> Batch:
-    """Return random views as the loader hands them out."""
+    """Return random views as the loader hands them out, in the precision of the encoder."""
+    dtype = DTYPES[settings.precision]
     side, count = settings.data.size, settings.data.batch
     generator = torch.Generator().manual_seed(0)
     views = tuple(
-        torch.randn(count, 3, side, side, generator=generator).to(device).to(memory_format=torch.channels_last)
+        torch.randn(count, 3, side, side, generator=generator).to(device, dtype, memory_format=torch.channels_last)
         for _ in range(2)
     )
     return Batch(views, np.arange(count), 0, 0, 0.0)
@@ -113,12 +73,14 @@ def ways(settings: Settings, chosen: list[str], accelerator: Accelerator) -> tup
     for name in chosen:
         if name == "eager":
             found[name] = lambda: ours.step(batch)
-        elif name == "compiled":
-            compiled = build_model(replace(settings, compile=True), accelerator)
-            found[name] = lambda compiled=compiled: compiled.step(batch)  # type: ignore[misc]
+        elif name in OURS:
+            model = build_model(replace(settings, compile=True, cuda_graph=name == "graph"), accelerator)
+            found[name] = lambda model=model: model.step(batch)  # type: ignore[misc]
         else:
-            plain = Official(ours.step.encoder, settings, device, None if name == "official" else torch.bfloat16)
-            found[name] = lambda plain=plain: plain.step((a.contiguous(), b.contiguous()))  # type: ignore[misc]
+            peer, _, amp = name.partition("-")
+            theirs = PEERS[peer](ours.step.encoder, settings, device, torch.bfloat16 if amp else None)
+            pair = a.float().contiguous(), b.float().contiguous()
+            found[name] = lambda theirs=theirs, pair=pair: theirs.step(pair)  # type: ignore[misc]
     return found, ours
 
 
@@ -148,6 +110,13 @@ def parts(settings: Settings, model: Model, accelerator: Accelerator) -> dict[st
         queue = None if model.queue is None else model.queue.keys
         total(model.step.objective(Embeddings(leaves, queue, 0))).backward()
 
+    online, buffers = model.step.encoder, Buffers(nn.ModuleList([model.step.encoder, *filter(None, [model.target])]))
+
+    def guard() -> None:
+        kept = buffers.kept()
+        norm = get_total_norm([p.grad for p in online.parameters() if p.grad is not None])
+        buffers.restore_unless(norm.isfinite(), kept)
+
     crops = torch.randint(0, 256, (count, settings.data.size, settings.data.size, 3), dtype=torch.uint8, device=device)
     colours = [
         draw_colour(view, number, seed=0, epoch=0, ids=np.arange(count))
@@ -155,12 +124,13 @@ def parts(settings: Settings, model: Model, accelerator: Accelerator) -> dict[st
     ]
     found: dict[str, Call] = {"encoder, queries": encode_queries}
     if model.target is not None and moving is not None:
-        found |= {"encoder, keys": encode_keys, "moving average": lambda: moving.update(0.001)}
+        found |= {"encoder, keys": encode_keys, "moving average": lambda: moving.update(model.step.schedule.share)}
     if model.queue is not None:
         fresh = named.get("k2", next(iter(named.values())))
         found["queue"] = lambda: model.queue.write(fresh)  # type: ignore[union-attr]
     found |= {
         "loss and terms": loss,
+        "guard": guard,
         "optimiser": model.optimiser.step,
         "augmentation": lambda: [augment(crops, colour, IMAGENET, torch.float32) for colour in colours],
     }
@@ -168,15 +138,20 @@ def parts(settings: Settings, model: Model, accelerator: Accelerator) -> dict[st
 
 
 def clock(call: Call, device: torch.device) -> dict[str, float]:
-    """Return seconds of wall clock, and of CPU time, that a call takes."""
+    """Return seconds of wall clock, and of CPU time, that a call takes; on a GPU also the bytes it takes besides."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
     cpu, wall = time.process_time(), time.perf_counter()
     call()
-    if device.type == "cuda":
+    if on_gpu:
         torch.cuda.synchronize()
-    return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+    taken = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+    return taken | ({"bytes": torch.cuda.max_memory_allocated() - before} if on_gpu else {})
 
 
-def in_turn(calls: dict[str, Call], device: torch.device, runs: int, warm: int = 2) -> dict[str, Any]:
+def in_turn(calls: dict[str, Call], device: torch.device, runs: int, warm: int = WARM + 1) -> dict[str, Any]:
     """Return median, minimum and maximum seconds of each, called one after another, `runs` times after the warm-up."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in calls}
     for run in range(warm + runs):
@@ -185,9 +160,17 @@ def in_turn(calls: dict[str, Call], device: torch.device, runs: int, warm: int =
             if run >= warm:
                 found[name].append(taken)
     return {
-        name: {kind: machine.spread([taken[kind] for taken in all_]) for kind in ("wall", "cpu")}
+        name: {kind: machine.spread([taken[kind] for taken in all_]) for kind in all_[0]}
         for name, all_ in found.items()
     }
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, runs: int = 5) -> float:
+    """Return the TFLOP/s of a large matrix product."""
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    product = {"product": lambda: torch.mm(a, b)}
+    return 2 * side**3 / in_turn(product, device, runs)["product"]["wall"]["median"] / 1e12
 
 
 def measure(settings: Settings, chosen: list[str], runs: int) -> dict[str, Any]:
@@ -198,10 +181,8 @@ def measure(settings: Settings, chosen: list[str], runs: int) -> dict[str, Any]:
     with FlopCounterMode(display=False) as counter:
         ours.step(batch_of(settings, device))
     flops = counter.get_total_flops()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     whole = in_turn(steps, device, runs)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    rate = matrix_rate(device, DTYPES[settings.precision])
     alone = in_turn(parts(settings, ours, accelerator), device, runs)
     kind, batch = "wall" if device.type == "cuda" else "cpu", settings.data.batch
     median = {name: taken[kind]["median"] for name, taken in whole.items()}
@@ -217,20 +198,22 @@ def measure(settings: Settings, chosen: list[str], runs: int) -> dict[str, Any]:
         "share_beside_the_encoders": others / (encoders + others),
         "flops_a_step": flops,
         "tflops": {name: flops / taken["wall"]["median"] / 1e12 for name, taken in whole.items()},
-        "peak_gpu_bytes": peak,
+        "matrix_tflops": rate,
     }
 
 
 def _print(result: dict[str, Any]) -> None:
     table = Table(box=None)
-    for heading in ("", "ms a step", "CPU ms", "pairs/s", "TFLOP/s", "to official"):
+    for heading in ("", "ms a step", "CPU ms", "pairs/s", "TFLOP/s", "of a matrix's", "GiB", "to official"):
         table.add_column(heading, justify="left" if not heading else "right")
     spread = "{median:.1f} ({min:.1f}-{max:.1f})"
     for name, taken in result["ways"].items():
         shown = [spread.format(**{k: 1000 * v for k, v in taken[kind].items()}) for kind in ("wall", "cpu")]
         ratio = result["ratio_to_official"].get(name)
         rates = f"{result['pairs_per_second'][name]:.1f}", f"{result['tflops'][name]:.2f}"
-        table.add_row(name, *shown, *rates, f"{ratio:.2f}" if ratio else "")
+        share = f"{result['tflops'][name] / result['matrix_tflops']:.0%}"
+        memory = f"{taken['bytes']['median'] / 2**30:.2f}" if "bytes" in taken and name != "graph" else ""
+        table.add_row(name, *shown, *rates, share, memory, f"{ratio:.2f}" if ratio else "")
     for name, taken in result["parts"].items():
         shown = [spread.format(**{k: 1000 * v for k, v in taken[kind].items()}) for kind in ("wall", "cpu")]
         table.add_row(f"  {name}", *shown)
@@ -241,20 +224,26 @@ def _print(result: dict[str, Any]) -> None:
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description="Time training steps.")
-    parser.add_argument("--ways", default="eager,compiled,official,official-amp", help="default %(default)s")
+    parser.add_argument(
+        "--ways", default="eager,compiled,official,official-amp", help=f"of {', '.join(WAYS)} (default %(default)s)"
+    )
     parser.add_argument("--runs", type=int, default=10, help="steps timed of each (default %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="of torch on the CPU (default: all cores)")
     parser.add_argument("--json", type=Path, help="write the result here")
     args, rest = parser.parse_known_args()
     chosen = args.ways.split(",")
     for name in chosen:
-        if name not in ("eager", "compiled", "official", "official-amp"):
-            raise InputError(f"--ways {name}: choose of eager, compiled, official, official-amp")
+        if name not in WAYS:
+            raise InputError(f"--ways {name}: choose of {', '.join(WAYS)}")
+        if name.startswith("lightly") and importlib.util.find_spec("lightly") is None:
+            raise InputError(f"--ways {name}: lightly is not installed: pip install lightly, or leave it out")
     if args.runs < 1 or args.threads < 0:
         raise InputError("--runs must be positive and --threads not negative: give 1 or more")
     settings = parse(rest)
-    if settings.method.name != "moco_v2" and any(name.startswith("official") for name in chosen):
-        raise InputError(f"--ways {args.ways}: the official loop is MoCo's: leave it out for {settings.method.name}")
+    if settings.method.name != "moco_v2" and not set(chosen) <= set(OURS):
+        raise InputError(
+            f"--ways {args.ways}: the other loops are MoCo v2's: leave them out for {settings.method.name}"
+        )
     torch.set_num_threads(args.threads or available_cores())
     about = machine.describe()
     result: dict[str, Any] = {"machine": about, "arguments": rest} | measure(settings, chosen, args.runs)

@@ -41,7 +41,7 @@ from pipeline.errors import InputError
 from pipeline.loader import Loader, Shuffle
 from pipeline.views import AUGMENTATIONS
 
-_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of views: what the encoder rounds to
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of views: what the encoder rounds to
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # the first process evaluates and saves while the others wait
 
 
@@ -102,7 +102,7 @@ def build(settings: Settings) -> Run:
         ahead=settings.data.ahead,
         shuffle=_shuffle(settings, accelerator.num_processes),
         backend=backend.name,
-        dtype=_DTYPES[settings.precision],
+        dtype=DTYPES[settings.precision],
         **{**loading, "size": settings.size_of_epochs},
     )
     _check(settings, len(train_set), accelerator)

@@ -56,8 +56,8 @@ class Data:
     size: int = 224
     """Side of a view, pixels."""
     sizes: list[int] = field(default_factory=list)
-    """Sides of the views as training goes on, each for an equal share of the epochs, such as [160, 192, 224]; []: `size`
-    throughout."""
+    """Sides of the views as training goes on, each for an equal share of the epochs, such as [160, 192, 224]; []:
+    `size` throughout."""
     batch: int = 256
     """Images a step, over all processes and accumulated parts."""
     workers: int = 0

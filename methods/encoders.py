@@ -69,6 +69,13 @@ class Bottleneck(_Block):
         return self.bn3(self.conv3(x))
 
 
+class _Mean(nn.Module):
+    """The mean over an image's pixels, [B, C, H, W] to [B, C], whose gradient is channels-last too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.permute(0, 2, 3, 1).flatten(1, 2).mean(dim=1)
+
+
 class ResNet(nn.Module):
     """A ResNet without its classifier: images [B, 3, H, W] to features [B, `features`].
 
@@ -99,7 +106,7 @@ class ResNet(nn.Module):
         self.layer2 = self._stage(block, 2 * base, depths[1], 2, norm)
         self.layer3 = self._stage(block, 4 * base, depths[2], 2, norm)
         self.layer4 = self._stage(block, 8 * base, depths[3], 2, norm)
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.avgpool = _Mean()
         self.features = self._channels
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -123,7 +130,7 @@ class ResNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.avgpool(x).flatten(1)
+        return self.avgpool(x)
 
 
 RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {

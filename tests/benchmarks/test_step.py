@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks import step
+from benchmarks import peers, step
 from tests.engine.small import settings
 
 SMALL = ["--model.arch", "resnet18", "--model.stem", "small", "--model.width", "0.25", "--data.size", "16"]
@@ -37,30 +38,56 @@ def test_ways_and_parts_are_measured_and_written_down(tmp_path: Path, monkeypatc
     medians = {name: taken["cpu"]["median"] for name, taken in result["ways"].items()}
     assert result["ratio_to_official"]["eager"] == pytest.approx(medians["official"] / medians["eager"])
     assert 0 < result["share_beside_the_encoders"] < 1
+    assert result["matrix_tflops"] > 0
 
 
 def test_other_methods_have_no_official_loop_here(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(monkeypatch, "--ways", "warp") == 2
+    monkeypatch.setattr(step.importlib.util, "find_spec", lambda name: None)
+    assert main(monkeypatch, "--ways", "lightly") == 2
+    assert "pip install lightly" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["step", "--method.name", "simclr", "--ways", "eager,official"])
     with pytest.raises(SystemExit) as ended:
         step.main()
     assert ended.value.code == 2
-    assert "the official loop is MoCo's" in capsys.readouterr().err
+    assert "the other loops are MoCo v2's" in capsys.readouterr().err
 
 
 def test_the_official_loop_is_moco() -> None:
     """Its first loss by hand, the queue's next columns, and the moving average before the keys."""
     chosen = settings("moco_v2")
-    official = step.Official(
+    official = peers.Official(
         step.build_model(chosen, step.Accelerator(cpu=True)).step.encoder, chosen, torch.device("cpu"), None
     )
     views = (torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8))
-    queue, online = official._queue.clone(), step.copy.deepcopy(official._online)
+    queue, online = official._queue.clone(), copy.deepcopy(official._online)
     loss = official.step(views)
     q, k = (F.normalize(online(view)[0], dim=1) for view in views)
     logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue], 1) / 0.2
     assert loss == pytest.approx(F.cross_entropy(logits, torch.zeros(8, dtype=torch.long)).item(), rel=1e-4)
     assert torch.allclose(official._queue[:, :8], k.T, atol=1e-4)
     assert torch.equal(official._queue[:, 8:], queue[:, 8:])
+
+
+def test_lightlys_loop_is_moco() -> None:
+    """Its second loss by hand, from its own networks and memory bank."""
+    pytest.importorskip("lightly.loss")
+    chosen = settings("moco_v2")
+    encoder = step.build_model(chosen, step.Accelerator(cpu=True)).step.encoder
+    theirs = peers.Lightly(encoder, chosen, torch.device("cpu"), None)
+    views = (torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8))
+    theirs.step(views)  # its bank is made at the first step
+    bank = theirs._criterion.memory_bank.bank.clone()
+    online = copy.deepcopy((theirs._backbone, theirs._head))
+    momentum = copy.deepcopy((theirs._backbone_momentum, theirs._head_momentum))
+    loss = theirs.step(views)
+    with torch.no_grad():
+        for ours, follows in zip(online, momentum, strict=True):
+            for p, m in zip(ours.parameters(), follows.parameters(), strict=True):
+                m.copy_(0.999 * m + 0.001 * p)
+        networks = zip((online, momentum), views, strict=True)
+        q, k = (F.normalize(head(backbone(view).flatten(1)), dim=1) for (backbone, head), view in networks)
+    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ bank], 1) / 0.2
+    assert loss == pytest.approx(F.cross_entropy(logits, torch.zeros(8, dtype=torch.long)).item(), rel=1e-3)
