@@ -89,5 +89,5 @@ def test_lightlys_loop_is_moco() -> None:
                 m.copy_(0.999 * m + 0.001 * p)
         networks = zip((online, momentum), views, strict=True)
         q, k = (F.normalize(head(backbone(view).flatten(1)), dim=1) for (backbone, head), view in networks)
-    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ bank], 1) / 0.2
+    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ bank.T], 1) / 0.2
     assert loss == pytest.approx(F.cross_entropy(logits, torch.zeros(8, dtype=torch.long)).item(), rel=1e-3)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from engine import build
 from engine.build import Model
@@ -17,32 +18,76 @@ from methods.xmoco import XMoCo
 from pipeline.errors import InputError
 from tests.engine.small import batch_of, built, settings, views
 
+CASES = [
+    ("moco_v2", Terms(), False),
+    ("moco_v2", Terms(co2=CO2(), xmoco=XMoCo(), residual=Residual()), False),
+    ("moco_v2", Terms(), True),
+    ("moco_v3", Terms(), False),
+]
+
 
 def train(model: Model, steps: int) -> list[float]:
-    return [float(model.step(batch_of(*views(seed))).parts["loss"]) for seed in range(steps)]
+    found = []
+    for seed in range(steps):
+        given = [view.to(next(model.online.parameters())) for view in views(seed)]
+        found.append(float(model.step(batch_of(*given)).parts["loss"]))
+    return found
+
+
+def parts(model: Model) -> list[torch.nn.Module]:
+    assert model.target is not None
+    assert model.queue is not None
+    return [model.step.encoder, model.target, model.queue]
+
+
+def check_same(a: Model, b: Model, rtol: float, atol: float) -> None:
+    """Compare online and momentum encoder, running statistics included."""
+    for ours, theirs in ((a.step.encoder, b.step.encoder), (a.target, b.target)):
+        assert ours is not None
+        assert theirs is not None
+        assert list(ours.state_dict()) == list(theirs.state_dict())
+        for key, value in ours.state_dict().items():
+            torch.testing.assert_close(theirs.state_dict()[key], value, rtol=rtol, atol=atol, check_dtype=False)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "terms", "recompute"),
-    [
-        ("moco_v2", Terms(), False),
-        ("moco_v2", Terms(co2=CO2(), xmoco=XMoCo(), residual=Residual()), False),
-        ("moco_v2", Terms(), True),
-        ("moco_v3", Terms(), False),
-    ],
-)
+@pytest.mark.parametrize(("name", "terms", "recompute"), CASES)
 def test_compiled_backbones_train_as_eager_ones(name: str, terms: Terms, recompute: bool) -> None:
     """In float64, over 20 steps: losses, parameters, momentum parameters, running statistics."""
     chosen = settings(name, terms)
     eager, compiled = built(chosen), built(replace(chosen, compile=True, recompute=recompute))
     assert train(compiled, 20) == pytest.approx(train(eager, 20), rel=1e-9)
-    for a, b in ((eager.step.encoder, compiled.step.encoder), (eager.target, compiled.target)):
-        assert a is not None
-        assert b is not None
-        assert list(a.state_dict()) == list(b.state_dict())
-        for key, value in a.state_dict().items():
-            torch.testing.assert_close(b.state_dict()[key], value, rtol=1e-8, atol=1e-10)
+    check_same(eager, compiled, 1e-8, 1e-10)
+
+
+@pytest.mark.slow
+def test_float32_trains_as_float64_for_a_while() -> None:
+    """Eager and compiled, over 20 steps: rounding grows with them."""
+    chosen = settings("moco_v2", Terms(co2=CO2(), xmoco=XMoCo(), residual=Residual()))
+    exact, rounded = built(chosen), []
+    for compiled in (False, True):
+        model = build.build_model(replace(chosen, compile=compiled), Accelerator(cpu=True))
+        for ours, theirs in zip(parts(model), parts(exact), strict=True):
+            ours.load_state_dict(theirs.state_dict())
+        rounded.append(model)
+    expected = train(exact, 20)
+    for model in rounded:
+        assert train(model, 20) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", [{"compile": True}, {"cuda_graph": True}, {"compile": True, "cuda_graph": True}])
+@pytest.mark.parametrize(("name", "terms", "recompute"), CASES)
+def test_compiled_and_graph_train_as_eager_on_a_gpu(
+    name: str, terms: Terms, recompute: bool, way: dict[str, bool], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In float64, over 20 steps; and that it was a graph that ran."""
+    chosen = replace(settings(name, terms), recompute=recompute)
+    accelerator = Accelerator()
+    eager, other = built(chosen, accelerator), built(replace(chosen, **way), accelerator)  # type: ignore[arg-type]
+    assert train(other, 20) == pytest.approx(train(eager, 20), rel=1e-7)
+    check_same(eager, other, 1e-6, 1e-8)
+    assert "cuda_graph" not in capsys.readouterr().err  # which would say why there is none
 
 
 def test_without_a_compiler_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
