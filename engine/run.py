@@ -1,5 +1,6 @@
 """Pretrain an encoder:  accelerate launch engine/run.py --config engine/recipes/NAME.yaml --data.train F.beton ..."""
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ def main() -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     result = f", kNN top-1 {summary['knn_top1']:.2%}" if "knn_top1" in summary else ""
-    print(f"finished after step {summary['step']}: loss {summary['loss']:.4f}{result}")
+    print(f"finished after step {summary['step']}: loss {summary.get('loss', math.nan):.4f}{result}")
 
 
 if __name__ == "__main__":
