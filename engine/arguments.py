@@ -96,6 +96,22 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     return Settings(**chosen)
 
 
+_OWN = ("data.train", "data.eval", "data.workers", "data.ahead", "data.stall_timeout")
+
+
+def shared(settings: Settings) -> dict[str, Any]:
+    """Return the settings by their dotted names that have to be the same on all processes."""
+    return {key: value for key, value in flat(settings.as_dict()).items() if key not in _OWN}
+
+
+def flat(settings: dict[str, Any], within: str = "") -> dict[str, Any]:
+    """Return nested settings by their dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= flat(value, f"{within}{key}.") if isinstance(value, dict) else {within + key: value}
+    return found
+
+
 def wants_dry_run(arguments: Sequence[str] | None = None) -> bool:
     """Return whether a command line asks for a dry run."""
     return "--dry-run" in (sys.argv[1:] if arguments is None else arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import importlib.util
 import os
+import platform
 import shutil
 import sys
 import warnings
@@ -16,11 +17,12 @@ from typing import IO, Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import is_wandb_available, set_seed
-from torch import nn
+from torch import distributed, nn
 
 from engine import ranks
 from engine.config import Settings
 from engine.evaluate import Knn
+from engine.meeting import rank, store, together, world
 from engine.monitor import Monitor
 from engine.optim import build_optimiser
 from engine.schedule import Schedule
@@ -86,9 +88,21 @@ class Run:
 
 
 def build(settings: Settings) -> Run:
-    """Build a run from its settings, writing nothing. Raises InputError for what cannot work."""
-    train_set = _open(settings, "train")
-    accelerator, data = build_accelerator(settings), settings.data
+    """Build a run from its settings, writing nothing. Raises InputError, on all processes, for what cannot work."""
+    train_set = together(lambda: _open(settings, "train"), lambda beton: {"data.train": beton.fingerprint})
+    accelerator = build_accelerator(settings)
+    knn = together(lambda: _knn(settings, train_set, accelerator), lambda knn: {"data.eval": knn and knn.fingerprint})
+    loader, backend = together(lambda: _loader(settings, train_set, accelerator))
+    model = build_model(settings, accelerator, loader.steps)
+    out = Path(settings.out)
+    monitor = Monitor(accelerator, out, settings.optim.epochs * loader.steps, settings.optim.epochs)
+    return Run(settings, accelerator, loader, backend, model, monitor, knn, out)
+
+
+def _loader(settings: Settings, train_set: Beton, accelerator: Accelerator) -> tuple[Loader, Choice]:
+    """Return the loader of this process's views, and the choice of its backend."""
+    data = settings.data
+    _check(settings, len(train_set), accelerator)
     loading = _loading(settings, accelerator)
     shares = {"processes": _processes(accelerator), "cores": loading["workers"]}
     backend = choose(data.backend, data.crop_on, train_set, accelerator.device, **shares)
@@ -102,15 +116,11 @@ def build(settings: Settings) -> Run:
         ahead=settings.data.ahead,
         shuffle=_shuffle(settings, accelerator.num_processes),
         backend=backend.name,
+        order=data.order,
         dtype=DTYPES[settings.precision],
         **{**loading, "size": settings.size_of_epochs},
     )
-    _check(settings, len(train_set), accelerator)
-    model = build_model(settings, accelerator, loader.steps)
-    knn = _knn(settings, train_set, accelerator)
-    out = Path(settings.out)
-    monitor = Monitor(accelerator, out, settings.optim.epochs * loader.steps, settings.optim.epochs)
-    return Run(settings, accelerator, loader, backend, model, monitor, knn, out)
+    return loader, backend
 
 
 def build_model(settings: Settings, accelerator: Accelerator, steps_per_epoch: int = 1) -> Model:
@@ -119,7 +129,8 @@ def build_model(settings: Settings, accelerator: Accelerator, steps_per_epoch: i
     model, method, base = settings.model, settings.method, settings.base
     assert model.dim is not None
     assert model.bn is not None
-    parts = accelerator.num_processes * settings.accumulate if model.bn == "shuffle" else settings.accumulate
+    accumulate = settings.parts(accelerator.num_processes)
+    parts = accelerator.num_processes * accumulate if model.bn == "shuffle" else accumulate
     groups = max(1, GROUPS // parts)
     backbone = build_backbone(
         model.arch,
@@ -163,7 +174,7 @@ def build_model(settings: Settings, accelerator: Accelerator, steps_per_epoch: i
         build_objective(base, settings.terms),
         optimiser,
         Schedule(settings, steps_per_epoch, accelerator.device),
-        accumulate=settings.accumulate,
+        accumulate=accumulate,
         clip=settings.optim.clip,
         gradient_shares=settings.gradient_shares,
         graph=settings.cuda_graph,
@@ -229,13 +240,13 @@ def _open(settings: Settings, name: str) -> Beton:
 
 def build_accelerator(settings: Settings) -> Accelerator:
     """Return Accelerate's handle on device, processes and precision. Raises InputError for what is not there."""
-    on_gpu = torch.cuda.is_available() and not settings.cpu
-    if settings.precision == "fp16" and not on_gpu:
-        raise InputError("precision 'fp16': needs a GPU: choose bf16 or no")
-    if settings.precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported():
-        raise InputError("precision 'bf16': this GPU does not have it: choose fp16 or no")
-    if settings.tracker == "wandb" and not is_wandb_available():
-        raise InputError("tracker 'wandb': the package is not installed: pip install wandb, or choose tensorboard")
+    on_gpu = together(lambda: _checked_device(settings), lambda on_gpu: {"device": "GPU" if on_gpu else "CPU"})
+    if world() > 1 and not distributed.is_initialized():
+        backend = "nccl" if on_gpu else "gloo"
+        meeting_place = distributed.PrefixStore("group", store())
+        distributed.init_process_group(
+            backend, timeout=_COLLECTIVE_TIMEOUT, store=meeting_place, rank=rank(), world_size=world()
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return Accelerator(
@@ -250,12 +261,30 @@ def build_accelerator(settings: Settings) -> Accelerator:
         )
 
 
+def _checked_device(settings: Settings) -> bool:
+    """Return whether this process trains on a GPU. Raises InputError for what its machine has not."""
+    on_gpu = torch.cuda.is_available() and not settings.cpu
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if on_gpu and local >= torch.cuda.device_count():
+        raise InputError(
+            f"{torch.cuda.device_count()} GPUs on {platform.node()} for {local + 1} processes or more: start one "
+            "process a GPU"
+        )
+    if settings.precision == "fp16" and not on_gpu:
+        raise InputError("precision 'fp16': needs a GPU: choose bf16 or no")
+    if settings.precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported():
+        raise InputError("precision 'bf16': this GPU does not have it: choose fp16 or no")
+    if settings.tracker == "wandb" and not is_wandb_available():
+        raise InputError("tracker 'wandb': the package is not installed: pip install wandb, or choose tensorboard")
+    return on_gpu
+
+
 def _exchange(settings: Settings) -> DistributedDataParallelKwargs:
     """Return how processes exchange gradients: in place, without buffers, and nothing looked for that never changes."""
     return DistributedDataParallelKwargs(
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
-        static_graph=settings.accumulate == 1,  # not where only the last of several backward passes exchanges
+        static_graph=settings.parts(world()) == 1,  # not where only the last of several backward passes exchanges
     )
 
 
@@ -290,11 +319,14 @@ def _check(settings: Settings, samples: int, accelerator: Accelerator) -> None:
 def check_batch(settings: Settings, accelerator: Accelerator) -> None:
     """Refuse a batch that does not divide into its parts, and warn of BatchNorm's that are not what they should be."""
     batch, world = settings.data.batch, accelerator.num_processes
-    local = batch // world
-    if batch % world or local % settings.accumulate or local // settings.accumulate < 2:
+    if batch % world:
+        raise InputError(f"data.batch {batch}: does not divide among {world} processes: choose a multiple of {world}")
+    local, accumulate = batch // world, settings.parts(world)
+    if local % accumulate or local // accumulate < 2:
+        key, value = ("micro_batch", settings.micro_batch) if settings.micro_batch else ("accumulate", accumulate)
         raise InputError(
-            f"accumulate {settings.accumulate}: does not divide the {local} samples a process has of a batch "
-            "into equal parts of two or more: choose another number"
+            f"{key} {value}: does not divide the {local} samples a process has of a batch into equal parts of two or "
+            "more: choose another number"
         )
     parts = GROUPS * world if settings.model.bn == "split" else max(GROUPS, world)
     if settings.model.bn in SHUFFLED and batch % parts and accelerator.is_main_process:

@@ -53,6 +53,9 @@ class Data:
     in the metrics as `substituted`."""
     augmentation: str = "moco_v2"
     """Two-view augmentation: moco_v1, moco_v2, moco_v3, simclr, byol; with _32 (no blur) for small images."""
+    order: Literal["random", "chunked"] = "random"
+    """Of an epoch's samples: random, or, for sets larger than memory, chunked: those of two thousand places in the file
+    at a time, each place read once."""
     size: int = 224
     """Side of a view, pixels."""
     sizes: list[int] = field(default_factory=list)
@@ -260,6 +263,9 @@ class Settings:
     accumulate: int = 1
     """Parts in which a process computes its share of a batch, one after another, to save memory. Each part has its own
     batch statistics, and meets the keys of the whole batch."""
+    micro_batch: int = 0
+    """Samples a process computes at once, at most: `accumulate` then follows from the number of processes. 0: as
+    given."""
     recompute: bool = False
     """Keep only the inputs of the backbone's blocks for the backward pass, and compute the rest again: a third of the
     memory or less, for a third more time."""
@@ -282,6 +288,8 @@ class Settings:
         _require(0 <= self.seed < 2**32, "seed", self.seed, "choose 0 to 4294967295")
         _require(bool(self.out), "out", self.out, "name a folder")
         _require(self.accumulate >= 1, "accumulate", self.accumulate, "choose 1 or more")
+        micro = self.micro_batch == 0 or self.micro_batch >= 2
+        _require(micro, "micro_batch", self.micro_batch, "choose 2 or more, or 0")
         _require(self.log_every >= 1, "log_every", self.log_every, "choose 1 or more steps")
         _require(
             self.save_every >= 0,
@@ -346,10 +354,11 @@ class Settings:
             needs = build_objective(base, self.terms).needs
         except CannotCarry as error:
             raise InputError(f"terms.{error}") from None
-        if self.accumulate > 1 and any(name[0] == "Q" for name in needs):
-            own = any(name[0] == "Q" for name in base.loss().needs(base))
-            who = base.name if own else "terms.xmoco.cross"
-            raise InputError(f"accumulate {self.accumulate}: {who} compares all queries of a batch at once: choose 1")
+        for key, value, parts in (("accumulate", self.accumulate, 1), ("micro_batch", self.micro_batch, 0)):
+            if value > parts and any(name[0] == "Q" for name in needs):
+                own = any(name[0] == "Q" for name in base.loss().needs(base))
+                who = base.name if own else "terms.xmoco.cross"
+                raise InputError(f"{key} {value}: {who} compares all queries of a batch at once: choose {parts}")
 
     def _check_terms(self) -> None:
         """Raise InputError for a parameter out of range: weights are 0 or more, temperatures above 0."""
@@ -376,6 +385,13 @@ class Settings:
         """Side of the views in each epoch."""
         sizes, epochs = self.data.sizes or [self.data.size], self.optim.epochs
         return [sizes[epoch * len(sizes) // epochs] for epoch in range(epochs)]
+
+    def parts(self, world: int) -> int:
+        """Return the parts in which each of `world` processes computes its share of a batch."""
+        share = self.data.batch // world
+        if not self.micro_batch:
+            return self.accumulate
+        return next((n for n in range(1, share + 1) if share % n == 0 and share // n <= self.micro_batch), 1)
 
     def as_dict(self) -> dict[str, Any]:
         """Return all settings as nested plain values."""

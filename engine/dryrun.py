@@ -34,7 +34,7 @@ def dry_run(settings: Settings) -> dict[str, Any]:
     length = _length(settings)
     accelerator = build_accelerator(replace(settings, tracker="none"))
     check_batch(settings, accelerator)
-    model = build_model(replace(settings, accumulate=1, compile=False), accelerator)  # one part
+    model = build_model(replace(settings, accumulate=1, micro_batch=0, compile=False), accelerator)  # one part
     small, _ = _step(settings, model, _STUB)
     large, flops = _step(settings, model, 2 * _STUB)
     slope = (large - small) / _STUB
@@ -89,9 +89,10 @@ def _memory(settings: Settings, model: Model, slope: float, constant: float) -> 
     held = sum(t.nbytes for module in modules for t in module.state_dict().values())
     held += (1 + states) * sum(p.nbytes for p in online.parameters() if p.requires_grad)
     views = 4 * 3 * settings.data.size**2 * len(needed_views(settings))
-    batch, parts = settings.data.batch, settings.accumulate
-    fitting = [n for n in _PROCESSES if batch % (n * parts) == 0 and batch // (n * parts) >= 2]
-    return {n: held + constant + batch / n * views + batch / (n * parts) * slope for n in fitting}
+    batch = settings.data.batch
+    parts = {n: settings.parts(n) for n in _PROCESSES if batch % n == 0}
+    fitting = [n for n in parts if batch % (n * parts[n]) == 0 and batch // (n * parts[n]) >= 2]
+    return {n: held + constant + batch / n * views + batch / (n * parts[n]) * slope for n in fitting}
 
 
 def _length(settings: Settings) -> dict[str, int]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from engine import ranks
 from pipeline.beton import Beton
 from pipeline.errors import InputError
 from pipeline.loader import CentreLoader
@@ -46,7 +47,8 @@ def features(
     finally:
         images.close()
         backbone.train(was_training)
-    assert found is not None, "no indices"
+    if found is None:
+        raise InputError(f"{beton.path}: no images for this process: evaluate with fewer processes")
     return found, ids
 
 
@@ -59,20 +61,36 @@ def knn_predict(
     temperature: float,
     classes: int,
     chunk: int = 1024,
+    merged: bool = False,
 ) -> torch.Tensor:
     """Return the class of each of `features` [N, F] by weighted vote of its k nearest in `bank` [M, F]: int64 [N].
 
     All of norm 1; labels int64 [M]. A neighbour's vote is exp(cosine / temperature) (1805.01978, section 3.4); of equal
-    sums the smaller class wins. Computed `chunk` rows at a time.
+    sums the smaller class wins. Computed `chunk` rows at a time. merged: `bank` is this process's share of one, and
+    `features` the same on all: the nearest are those of all processes.
     """
-    k = min(k, len(bank))
     found = []
     for part in features.split(chunk):
-        similarity, index = (part @ bank.T).topk(k, dim=1)  # [chunk, k]
+        similarity, index = (part @ bank.T).topk(min(k, len(bank)), dim=1)  # [chunk, k]
+        near = labels[index]
+        if merged:
+            similarity, near = _nearest_of_all(similarity, near, k)
         votes = torch.zeros(len(part), classes, device=part.device, dtype=torch.float64)
-        votes.scatter_add_(1, labels[index], (similarity.double() / temperature).exp())
+        votes.scatter_add_(1, near, (similarity.double() / temperature).exp())
         found.append(votes.argmax(dim=1))
     return torch.cat(found)
+
+
+def _nearest_of_all(similarity: torch.Tensor, near: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the k most similar of all processes' candidates, [N, k], and their classes."""
+    missing = k - similarity.shape[1]
+    similarity, near = F.pad(similarity, (0, missing), value=-torch.inf), F.pad(near, (0, missing))
+    everyone = (
+        torch.cat(ranks.gather(part).chunk(ranks.world()), dim=1) for part in (similarity, near)
+    )  # [N, world k]
+    similarity, near = everyone
+    similarity, index = similarity.topk(k, dim=1)
+    return similarity, near.gather(1, index)
 
 
 class Knn:
@@ -112,21 +130,31 @@ class Knn:
         count = min(limit or len(bank), len(bank))
         self._bank_ids = bank[np.arange(count) * len(bank) // count]
         self._k, self._temperature = k, temperature
+        self.fingerprint = test.fingerprint
         self.classes = int(max(train.labels.max(), test.labels.max())) + 1
 
     def top1(self, backbone: nn.Module, autocast: Any = contextlib.nullcontext) -> float:
-        """Return the share of test images whose class the vote gets right."""
+        """Return the share of test images whose class the vote gets right. Called by all processes, which share it."""
         bank, known = self._features(backbone, self._train, self._bank_ids, autocast)
-        queries, labels = self._features(backbone, self._test, self._test_ids, autocast)
-        predicted = knn_predict(queries, bank, known, k=self._k, temperature=self._temperature, classes=self.classes)
+        own, classes = self._features(backbone, self._test, self._test_ids, autocast)
+        counts = [len(part) for part in _shares(self._test_ids)]
+        queries, labels = ranks.gather_uneven(own, counts), ranks.gather_uneven(classes, counts)
+        settings: dict[str, Any] = {"k": self._k, "temperature": self._temperature, "classes": self.classes}
+        predicted = knn_predict(queries, bank, known, merged=ranks.world() > 1, **settings)
         return (predicted == labels).double().mean().item()
 
     def _features(
         self, backbone: nn.Module, beton: Beton, indices: np.ndarray, autocast: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return features and labels."""
-        found, ids = features(backbone, beton, indices=indices, autocast=autocast, **self._loader)
+        """Return features and labels of this process's share."""
+        own = _shares(indices)[ranks.rank()]
+        found, ids = features(backbone, beton, indices=own, autocast=autocast, **self._loader)
         return found, torch.from_numpy(beton.labels[ids]).to(found.device)
+
+
+def _shares(indices: np.ndarray) -> list[np.ndarray]:
+    """Return each process's share: runs of neighbours, as even as can be."""
+    return np.array_split(indices, ranks.world())
 
 
 class RawPixels(nn.Module):

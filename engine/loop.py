@@ -15,6 +15,7 @@ from accelerate import Accelerator
 
 from engine.build import Run, begin, build
 from engine.config import Settings
+from engine.meeting import together
 from engine.state import restore, save
 
 
@@ -25,7 +26,7 @@ def train(settings: Settings) -> dict[str, Any]:
         restore(run)
         if run.done >= run.total:
             return _already_finished(run)
-        begin(run)
+        together(lambda: begin(run))
         run.monitor.start(run.done)
         _epochs(run)
         summary = _summarise(run)
@@ -72,10 +73,8 @@ def evaluate(run: Run, epoch: int) -> None:
     if run.knn is None or not every or (epoch % every and not last):
         return
     with run.monitor.pause():
-        if run.accelerator.is_main_process:
-            top1 = run.knn.top1(run.backbone, run.accelerator.autocast)
-            run.monitor.evaluation(run.done, epoch, knn_top1=top1)
-        run.accelerator.wait_for_everyone()
+        top1 = run.knn.top1(run.backbone, run.accelerator.autocast)
+        run.monitor.evaluation(run.done, epoch, knn_top1=top1)
 
 
 def measure_rate(settings: Settings, steps: int = 20) -> float:

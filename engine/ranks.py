@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,30 @@ def gather(local: torch.Tensor) -> torch.Tensor:
     everyone = local.new_empty((world() * len(local), *local.shape[1:]))
     _all_gather(everyone, local.detach().contiguous())
     return everyone
+
+
+def gather_uneven(local: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """Return the rows of all processes in order of rank, of which each has counts[rank]; the input where alone."""
+    if world() == 1:
+        return local
+    most = max(counts)
+    padded = local.new_zeros(most, *local.shape[1:])
+    padded[: len(local)] = local
+    everyone = gather(padded).split(most)
+    return torch.cat([rows[:count] for rows, count in zip(everyone, counts, strict=True)])
+
+
+def spread(tensors: dict[str, torch.Tensor], like: Mapping[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
+    """Return, on every process, the first one's tensors, on the device; like: dtype's name and shape of each."""
+    found = {}
+    for name, (dtype, shape) in like.items():
+        tensor = (
+            tensors[name].to(device) if rank() == 0 else torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+        )
+        found[name] = tensor.contiguous()
+        if world() > 1:
+            distributed.broadcast(found[name], 0)
+    return found
 
 
 def gather_later(local: torch.Tensor) -> Callable[[], torch.Tensor]:

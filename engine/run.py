@@ -8,15 +8,16 @@ from pathlib import Path
 if __name__ == "__main__":  # a script's own folder comes first on the module path: put the project's root there
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from engine.arguments import parse, wants_dry_run
+from engine.arguments import parse, shared, wants_dry_run
 from engine.dryrun import dry_run
 from engine.loop import train
+from engine.meeting import together
 from pipeline.errors import command
 
 
 @command
 def main() -> None:
-    settings = parse()
+    settings = together(parse, shared)
     if wants_dry_run():
         dry_run(settings)
         return

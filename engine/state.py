@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine import checkpoint
+from engine import checkpoint, ranks
+from engine.arguments import flat
 from engine.build import Run
+from engine.meeting import from_first
 from pipeline.errors import InputError
 
 _FREE = {"out", "resume", "log_every", "save_every", "keep", "tracker", "data.train", "data.eval", "data.workers"}
 _FREE |= {"data.backend", "data.crop_on", "data.on_bad"}
 _FREE |= {"data.ahead", "data.hardware_load", "data.stall_timeout", "data.samples", "cpu", "compile", "cuda_graph"}
-_FREE |= {"gradient_shares", "recompute", "gradient_dtype"}
+_FREE |= {"gradient_shares", "recompute", "gradient_dtype", "micro_batch"}
 
 
 def save(run: Run) -> None:
@@ -51,11 +53,32 @@ def _refuse_non_finite(run: Run) -> None:
 def restore(run: Run) -> None:
     """Take up the checkpoint that `resume` names, exactly. With `auto` and none there, begin anew.
 
-    Raises InputError where it does not fit the settings, or where the run folder already holds later ones.
+    The first process reads it, and tells the others. Raises InputError, on all of them, where it does not fit the
+    settings, or where the run folder already holds later ones.
     """
+    read: dict[str, Any] = {}
+    found = from_first(lambda: _read(run, read))
+    if found is None:
+        return
+    tensors, state = read.get("tensors", {}), found["state"]
+    device = run.accelerator.device
+    of = {name: ranks.spread(tensors.get(name, {}), like, device) for name, like in found["tensors"].items()}
+    modules(run).load_state_dict(of["model"])
+    _load_optimiser(run, of["optimiser"])
+    run.loader.load_state_dict(state["loader"])
+    run.monitor.load_state_dict(state["monitor"])
+    if run.accelerator.scaler and state["scaler"]:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
+    run.done = state["step"]
+    if run.accelerator.is_main_process:
+        print(f"resumed from {found['path']}", file=sys.stderr)
+
+
+def _read(run: Run, into: dict[str, Any]) -> dict[str, Any] | None:
+    """Return path and state of the checkpoint to resume, and dtype and shape of its tensors, which go `into`."""
     path = _to_resume(run)
     if path is None:
-        return
+        return None
     tensors, state = checkpoint.load(path)
     _compare(run, state["settings"])
     later, _ = checkpoint.newest(run.out / "checkpoints")
@@ -63,20 +86,17 @@ def restore(run: Run) -> None:
         raise InputError(
             f"{run.out}: holds {later.name}, later than {path}: choose another --out, or remove the later checkpoints"
         )
-    modules(run).load_state_dict(tensors["model"])
-    _load_optimiser(run, tensors["optimiser"])
-    run.loader.load_state_dict(state["loader"])
-    run.monitor.load_state_dict(state["monitor"])
-    if run.accelerator.scaler and state["scaler"]:
-        run.accelerator.scaler.load_state_dict(state["scaler"])
-    run.done = state["step"]
-    if run.accelerator.is_main_process:
-        print(f"resumed from {path}", file=sys.stderr)
+    into["tensors"] = tensors
+    like = {
+        file: {name: (str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in named.items()}
+        for file, named in tensors.items()
+    }
+    return {"path": str(path), "state": state, "tensors": like}
 
 
 def _compare(run: Run, saved: dict[str, Any]) -> None:
     """Refuse a checkpoint whose model or queue is of another shape; say which other settings differ."""
-    then, now = _flat(saved), _flat(run.settings.as_dict())
+    then, now = flat(saved), flat(run.settings.as_dict())
     differing = [key for key in {**now, **then} if key not in _FREE and then.get(key) != now.get(key)]
     for key in sorted(differing, key=lambda key: key != "method.name"):  # which decides over others
         fixed = ("method.name", "method.queue", "method.queue_dtype", "optim.name", "data.batch", "seed")
@@ -85,14 +105,6 @@ def _compare(run: Run, saved: dict[str, Any]) -> None:
     if differing and run.accelerator.is_main_process:
         listed = ", ".join(f"{key} {then.get(key)!r} -> {now.get(key)!r}" for key in differing)
         print(f"warning: resuming with other settings: {listed}", file=sys.stderr)
-
-
-def _flat(settings: dict[str, Any], within: str = "") -> dict[str, Any]:
-    """Return nested settings by their dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{within}{key}.") if isinstance(value, dict) else {within + key: value}
-    return flat
 
 
 def _to_resume(run: Run) -> Path | None:

@@ -56,6 +56,8 @@ def command(main: Callable[[], int | None]) -> Callable[[], None]:
 
 def _report(error: Exception, status: int) -> int:
     rank = os.environ.get("RANK", "0")
+    if rank != "0" and getattr(error, "told", False):
+        return status  # the first process says it
     who = "error" if rank == "0" else f"error in process {rank}"
     print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr)
     return status

@@ -24,7 +24,7 @@ from pipeline.backends import Backend, Plan, Wanted
 from pipeline.beton import Beton
 from pipeline.draws import Colour, centre_boxes, draw_colour, draw_view
 from pipeline.errors import DamagedRecord, InputError
-from pipeline.order import epoch_order, rank_slice, shuffled_rows, steps_per_epoch
+from pipeline.order import Order, ordered, rank_slice, shuffled_rows, steps_per_epoch
 from pipeline.substitutes import OnBad, Substitutes
 from pipeline.transfer import current, numbered
 from pipeline.views import View, view_sizes
@@ -97,6 +97,7 @@ class Loader:
         statistics: Statistics = IMAGENET,
         shuffle: Shuffle | None = None,
         on_bad: OnBad = "error",
+        order: Order = "random",
     ) -> None:
         if not 0 < batch <= len(beton):
             raise InputError(
@@ -117,7 +118,7 @@ class Loader:
         self.rank, self.world, self.device, self.dtype = rank, world, numbered(device), dtype
         self.stall_timeout = stall_timeout
         self.steps = steps_per_epoch(len(beton), batch)
-        self._statistics, self._shuffle = statistics, shuffle
+        self._statistics, self._shuffle, self.order = statistics, shuffle, order
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         # Not where processes exchange views: each would come to it at a time of its own.
         self._stages = self._stream is not None and shuffle is None
@@ -146,6 +147,7 @@ class Loader:
             "step": self._step,
             "seed": self.seed,
             "batch": self.batch,
+            "order": self.order,
             "samples": len(self.beton),
             "fingerprint": self.beton.fingerprint,
         }
@@ -153,7 +155,7 @@ class Loader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`, exactly. Raises InputError where seed, batch or data set are not the state's."""
         own = self.state_dict()
-        for key in ("seed", "batch", "samples", "fingerprint"):
+        for key in ("seed", "batch", "order", "samples", "fingerprint"):
             if state.get(key) != own[key]:
                 raise InputError(
                     f"{self.beton.path}: the loader's {key} is {own[key]!r}, the saved one {state.get(key)!r}: resume "
@@ -251,7 +253,7 @@ class Loader:
     def _order_of(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
             self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
-            self._orders[epoch] = epoch_order(self.seed, epoch, len(self.beton))
+            self._orders[epoch] = ordered(self.order, self.seed, epoch, len(self.beton))
         return self._orders[epoch]
 
     def _after(self, batches: int) -> tuple[int, int]:

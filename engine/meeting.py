@@ -1,0 +1,128 @@
+"""What processes tell each other before and beside the steps: what went wrong on one ends all, with one message.
+
+They meet at the store that their launcher names (torch.distributed's environment variables), so that a process without
+a GPU, or with another file, is heard of before any collective that it would not take part in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from torch import distributed
+
+from pipeline.errors import InputError
+
+T = TypeVar("T")
+_PATIENCE = timedelta(minutes=10)  # from the first process to the last
+_store: distributed.Store | None = None
+_meetings = 0
+
+
+class Told(InputError):
+    """A problem of one process that all were told of; the first one reports it."""
+
+    told = True
+
+
+def together(action: Callable[[], T], facts: Callable[[T], Mapping[str, Any]] = lambda result: {}) -> T:
+    """Return `action()` once it has succeeded on all processes, and `facts` of the results are the same on all.
+
+    Else raises Told on all of them: with the message of the first on which it failed. facts: plain JSON values. To be
+    called by all processes, in the same order.
+    """
+    error: Exception | None = None
+    own: dict[str, Any] = {"host": platform.node(), "problem": "", "facts": {}}
+    try:
+        result = action()
+        own["facts"] = json.loads(json.dumps(dict(facts(result))))
+    except Exception as raised:
+        own["problem"], error = str(raised) or type(raised).__name__, raised
+    if world() == 1:
+        if error is not None:
+            raise error
+        return result
+    verdict = _exchange(own)
+    if error is not None and not isinstance(error, InputError):
+        raise error
+    if verdict:
+        raise Told(verdict) from None
+    return result
+
+
+def from_first(action: Callable[[], T]) -> T:
+    """Return, on all processes, what `action()` returned on the first: plain JSON values. Raises Told on all of them.
+
+    To be called by all processes, in the same order.
+    """
+    found: list[T] = []
+    together(lambda: found.append(action()) if rank() == 0 else None)
+    if world() == 1:
+        return found[0]
+    key = f"millrace/{_meetings}/result"
+    if rank() == 0:
+        store().set(key, json.dumps(found[0]))
+    return json.loads(_wait(key, 0))
+
+
+def world() -> int:
+    """Return the number of processes that the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Return this process's number among them."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def store() -> distributed.Store:
+    """Return what the processes meet at."""
+    global _store
+    if _store is None:
+        _store, _, _ = next(distributed.rendezvous("env://", timeout=_PATIENCE))
+    return _store
+
+
+def _exchange(own: Mapping[str, Any]) -> str:
+    """Tell the first process, and return what it finds wrong, if anything."""
+    global _meetings
+    _meetings += 1
+    key = f"millrace/{_meetings}"
+    shared = store()
+    shared.set(f"{key}/{rank()}", json.dumps(own))
+    if rank() == 0:
+        shared.set(key, _verdict([json.loads(_wait(f"{key}/{number}", number)) for number in range(world())]))
+    return _wait(key, 0)
+
+
+def _wait(key: str, number: int) -> str:
+    try:
+        return store().get(key).decode()
+    except distributed.DistError:
+        raise InputError(
+            f"process {number} of {world()} was not heard of for {_PATIENCE.seconds} s: see its own output, and check "
+            "that each machine reaches the first"
+        ) from None
+
+
+def _verdict(everyone: list[dict[str, Any]]) -> str:
+    """Return what is wrong, in one line, or nothing."""
+    problems = [who["problem"] for who in everyone]
+    if any(problems):
+        number = next(number for number, problem in enumerate(problems) if problem)
+        alone = len(set(problems)) > 1
+        return f"process {number} on {everyone[number]['host']}: {problems[number]}" if alone else problems[number]
+    first = everyone[0]
+    for number, who in enumerate(everyone):
+        for key in sorted(first["facts"].keys() | who["facts"].keys()):
+            here, there = first["facts"].get(key), who["facts"].get(key)
+            if here != there:
+                return (
+                    f"{key}: process 0 on {first['host']} has {here!r}, process {number} on {who['host']} {there!r}: "
+                    "give all processes the same"
+                )
+    return ""
