@@ -16,7 +16,7 @@ from engine.build import build_accelerator, needed_views
 from engine.config import Settings
 from methods.co2 import CO2
 from methods.dcl import DCL
-from methods.registry import Terms
+from methods.registry import BASES, Terms
 from methods.residual import Residual
 from methods.xmoco import XMoCo
 from pipeline.loader import Batch
@@ -148,6 +148,35 @@ def check(name: str, expected: dict[str, torch.Tensor], together: list[dict[str,
             scale = max(1.0, value.abs().max().item()) if "shuffle" in name else 1.0
             assert torch.allclose(rank[name][key], value, atol=1e-9 * scale, rtol=0), key
     assert all(torch.equal(rank[name][key], together[0][name][key]) for rank in together for key in expected)
+
+
+def twenty() -> dict[str, Settings]:
+    """Settings whose steps are small enough that rounding does not grow."""
+    found = {name: case for name, case in cases().items() if name in (*BASES, *FOUR)}
+    return {name: replace(case, optim=replace(case.optim, lr=0.001)) for name, case in found.items()}
+
+
+def run_twenty(out: str) -> None:
+    accelerator, results = Accelerator(cpu=True), {}
+    for name, chosen in twenty().items():
+        model = built(chosen, accelerator)
+        losses = [ranks.mean(model.step(rank_batch(chosen, step)).parts["loss"]) for step in range(20)]
+        results[name] = {"losses": torch.stack(losses), "queue": model.queue.keys if model.queue else torch.empty(0)}
+    torch.save(results, Path(out) / f"{ranks.world()} {ranks.rank()}.pt")
+
+
+@pytest.mark.slow
+def test_twenty_steps_on_one_two_and_four_ranks(tmp_path: Path) -> None:
+    for world in (1, 2, 4):
+        on_ranks(world, run_twenty, str(tmp_path))
+    alone, *others = (
+        torch.load(tmp_path / f"{world} {rank}.pt", weights_only=True) for world in (1, 2, 4) for rank in range(world)
+    )
+    assert set(alone) == {*BASES, *FOUR}
+    for name, expected in alone.items():
+        for found in (other[name] for other in others):
+            assert torch.allclose(found["losses"], expected["losses"], atol=1e-9, rtol=0), name
+            assert torch.allclose(found["queue"], expected["queue"], atol=1e-9, rtol=0), name
 
 
 def run_collectives(out: str) -> None:

@@ -1,0 +1,116 @@
+"""A run that goes on with another number of processes goes on with the same batches, and nearly the same numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine import ranks
+from engine.arguments import parse
+from engine.build import begin, build
+from engine.evaluate import knn_predict
+from engine.loop import evaluate
+from engine.state import modules, restore, save
+from tests.engine.test_run import SMALL
+from tests.gloo import on_ranks
+
+EPOCHS, STEPS = 3, 5  # of five steps each
+
+
+def train(arguments: list[str], steps: int, notes: str) -> None:
+    """Go on with the run, or begin it, for some steps; save, and note the samples and losses."""
+    settings = parse([*SMALL, "--precision", "no", "--optim.epochs", str(EPOCHS), *arguments])
+    run = build(replace(settings, resume="auto"))
+    found: list[dict[str, Any]] = []
+    try:
+        restore(run)
+        begin(run)
+        run.monitor.start(run.done)
+        while steps:
+            for batch in run.loader:
+                result = run.model.step(batch)
+                run.done += 1
+                run.monitor.add(result, 40, 0.0)
+                ids = ranks.gather(torch.from_numpy(batch.ids).to(torch.int32))
+                loss = ranks.mean(result.parts["loss"])
+                found.append({"epoch": batch.epoch, "step": batch.step, "ids": ids.tolist(), "loss": loss.item()})
+                steps -= 1
+                if not steps:
+                    break
+        save(run)
+        if run.knn is not None:
+            evaluate(run, EPOCHS)
+        state = {name: value.clone() for name, value in modules(run).state_dict().items()}
+        if ranks.rank() == 0:
+            path = Path(notes)
+            before = torch.load(path, weights_only=True)["notes"] if path.exists() else []
+            top1 = run.monitor.last.get("knn_top1")
+            torch.save({"notes": before + found, "state": state, "top1": top1}, path)
+    finally:
+        run.monitor.close()
+        run.loader.close()
+
+
+def done(folder: Path, pieces: list[tuple[int, int]], *arguments: str) -> dict[str, Any]:
+    """Train in pieces of (processes, steps)."""
+    folder.mkdir()
+    for world, steps in pieces:
+        on_ranks(world, train, [*arguments, "--out", str(folder / "out")], steps, str(folder / "notes.pt"))
+    return torch.load(folder / "notes.pt", weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "method"),
+    [
+        ([(1, 3), (2, 6), (1, 6)], ["--model.bn", "shuffle"]),
+        ([(4, 7), (2, 8)], ["--model.bn", "shuffle", "--data.order", "chunked", "--micro_batch", "10"]),
+    ],
+)
+def test_other_numbers_of_processes_train_on_the_same_batches(
+    pieces: list[tuple[int, int]], method: list[str], drawn: Path, tmp_path: Path
+) -> None:
+    arguments = ["--data.train", str(drawn), "--data.eval", str(drawn), *method]
+    whole = done(tmp_path / "whole", [(1, EPOCHS * STEPS)], *arguments)
+    parts = done(tmp_path / "parts", pieces, *arguments)
+    places = [(note["epoch"], note["step"]) for note in parts["notes"]]
+    assert places == [(epoch, step) for epoch in range(EPOCHS) for step in range(STEPS)]
+    for one, other in zip(whole["notes"], parts["notes"], strict=True):
+        assert one["ids"] == other["ids"]
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
+    for epoch in range(EPOCHS):
+        seen = [i for note in parts["notes"] if note["epoch"] == epoch for i in note["ids"]]
+        assert sorted(seen) == list(range(200))
+    assert whole["top1"] == pytest.approx(parts["top1"], abs=0.11)  # of twenty images
+
+
+def nearest(out: str) -> None:
+    """Classify on several processes, whose shares of the bank are uneven and, one of them, smaller than k."""
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = (torch.nn.functional.normalize(torch.randn(n, 8, generator=generator)) for n in (35, 50))
+    labels = torch.randint(0, 4, (35,), generator=generator)
+    own = [part.tolist() for part in torch.arange(35).tensor_split([5, 20])][ranks.rank()]
+    for k in (1, 7, 20, 35, 200):
+        settings: dict[str, Any] = {"k": k, "temperature": 0.1, "classes": 4}
+        expected = knn_predict(queries, bank, labels, **settings)
+        found = knn_predict(queries, bank[own], labels[own], chunk=16, merged=True, **settings)
+        assert torch.equal(found, expected)
+    counts = [3, 0, 4]
+    rows = torch.arange(7)[:, None].repeat(1, 2)
+    assert torch.equal(ranks.gather_uneven(rows.split(counts)[ranks.rank()], counts), rows)
+    Path(out, str(ranks.rank())).touch()
+
+
+def classify(out: str) -> None:
+    from accelerate import Accelerator
+
+    Accelerator(cpu=True)
+    nearest(out)
+
+
+def test_neighbours_are_found_over_all_processes(tmp_path: Path) -> None:
+    on_ranks(3, classify, str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 3
