@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
 from pipeline.hashing import mix, stream, uniforms
-from pipeline.order import epoch_order, rank_slice, shuffled_rows, steps_per_epoch
+from pipeline.order import (
+    CHUNK,
+    WINDOW,
+    chunked_order,
+    epoch_order,
+    ordered,
+    rank_slice,
+    shuffled_rows,
+    steps_per_epoch,
+)
 
 _SEED_OF_REFERENCE = 1234567
 _REFERENCE = (  # SplitMix64's published outputs for that seed
@@ -183,3 +194,47 @@ def test_shuffled_rows_are_sorted_by_splitmix64_keys() -> None:
 def test_parts_that_do_not_divide_the_batch_are_refused() -> None:
     with pytest.raises(ValueError, match="do not divide"):
         shuffled_rows(0, 0, 10, 4)
+
+
+# ---- chunks ----
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 1000, 40_000])
+@pytest.mark.parametrize(("chunk", "window"), [(16, 4), (7, 30), (CHUNK, WINDOW)])
+def test_chunked_order_is_a_permutation_that_depends_on_seed_and_epoch_alone(n: int, chunk: int, window: int) -> None:
+    order = chunked_order(3, 5, n, chunk, window)
+    assert order.dtype == np.int64
+    assert sorted(order.tolist()) == list(range(n))
+    assert order.tolist() == chunked_order(3, 5, n, chunk, window).tolist()
+    if n >= 1000:
+        for seed, epoch in ((3, 6), (4, 5)):
+            assert order.tolist() != chunked_order(seed, epoch, n, chunk, window).tolist()
+
+
+def test_a_window_reads_few_places_of_the_file_and_each_place_is_read_once() -> None:
+    chunk, window, n = 16, 10, 20_000
+    order = chunked_order(0, 0, n, chunk, window)
+    parts = [order[i : i + chunk * window] // chunk for i in range(0, n, chunk * window)]
+    assert all(len(np.unique(part)) <= window + 1 for part in parts)
+    again = [set(a.tolist()) & set(b.tolist()) for a, b in itertools.combinations(parts, 2)]
+    assert sum(map(len, again)) <= 2  # where the file's last, shorter chunk lies
+    distances = np.abs(np.diff(np.concatenate([np.unique(part) for part in parts])))
+    assert np.median(distances) > 10  # the chunks themselves lie anywhere
+
+
+def test_chunked_order_mixes_imagenet_nearly_as_well_as_a_full_shuffle() -> None:
+    """Sorted by class: classes in a batch of 256, those in a queue of 65536, and batch-mates of one place in the file."""
+    n = 1_281_167
+    classes, found = np.arange(n) // 1282, {}
+    for kind in ("random", "chunked"):
+        order = ordered(kind, 0, 0, n)  # type: ignore[arg-type]
+        batches = [order[i : i + 256] for i in range(0, n - 256, 256 * 25)]
+        found[kind] = (
+            np.mean([len(np.unique(classes[batch])) for batch in batches]),
+            len(np.unique(classes[order[:65536]])),
+            np.mean([256 - len(np.unique(batch // CHUNK)) for batch in batches]),
+        )
+    assert found["random"] == pytest.approx((226, 1000, 0.4), rel=0.5)
+    assert found["chunked"][0] > 0.93 * found["random"][0]
+    assert found["chunked"][1] > 0.97 * found["random"][1]
+    assert found["chunked"][2] < 17
