@@ -44,7 +44,6 @@ from pipeline.loader import Loader, Shuffle
 from pipeline.views import AUGMENTATIONS
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of views: what the encoder rounds to
-_COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # the first process evaluates and saves while the others wait
 
 
 @dataclass
@@ -241,12 +240,11 @@ def _open(settings: Settings, name: str) -> Beton:
 def build_accelerator(settings: Settings) -> Accelerator:
     """Return Accelerate's handle on device, processes and precision. Raises InputError for what is not there."""
     on_gpu = together(lambda: _checked_device(settings), lambda on_gpu: {"device": "GPU" if on_gpu else "CPU"})
+    timeout = timedelta(seconds=settings.collective_timeout)
     if world() > 1 and not distributed.is_initialized():
         backend = "nccl" if on_gpu else "gloo"
         meeting_place = distributed.PrefixStore("group", store())
-        distributed.init_process_group(
-            backend, timeout=_COLLECTIVE_TIMEOUT, store=meeting_place, rank=rank(), world_size=world()
-        )
+        distributed.init_process_group(backend, timeout=timeout, store=meeting_place, rank=rank(), world_size=world())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return Accelerator(
@@ -256,7 +254,7 @@ def build_accelerator(settings: Settings) -> Accelerator:
             project_dir=settings.out,
             kwargs_handlers=[
                 _exchange(settings),
-                InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT),
+                InitProcessGroupKwargs(timeout=timeout),
             ],
         )
 

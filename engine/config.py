@@ -271,6 +271,8 @@ class Settings:
     memory or less, for a third more time."""
     gradient_dtype: Literal["float32", "bfloat16"] = "float32"
     """In which processes exchange gradients; bfloat16 halves what is sent, and rounds to three digits."""
+    collective_timeout: float = 600.0
+    """Seconds that processes wait for each other before the run ends with an error."""
     log_every: int = 50
     """Steps between metrics lines."""
     gradient_shares: bool = False
@@ -288,6 +290,8 @@ class Settings:
         _require(0 <= self.seed < 2**32, "seed", self.seed, "choose 0 to 4294967295")
         _require(bool(self.out), "out", self.out, "name a folder")
         _require(self.accumulate >= 1, "accumulate", self.accumulate, "choose 1 or more")
+        _finite(collective_timeout=self.collective_timeout)
+        _require(self.collective_timeout > 0, "collective_timeout", self.collective_timeout, "choose a number above 0")
         micro = self.micro_batch == 0 or self.micro_batch >= 2
         _require(micro, "micro_batch", self.micro_batch, "choose 2 or more, or 0")
         _require(self.log_every >= 1, "log_every", self.log_every, "choose 1 or more steps")

@@ -15,8 +15,9 @@ from accelerate import Accelerator
 
 from engine.build import Run, begin, build
 from engine.config import Settings
-from engine.meeting import together
+from engine.meeting import explained, together
 from engine.state import restore, save
+from pipeline.errors import LoaderStalled
 
 
 def train(settings: Settings) -> dict[str, Any]:
@@ -30,6 +31,10 @@ def train(settings: Settings) -> dict[str, Any]:
         run.monitor.start(run.done)
         _epochs(run)
         summary = _summarise(run)
+    except LoaderStalled:
+        raise
+    except RuntimeError as error:
+        raise explained(error, run.done, settings.collective_timeout) from error
     finally:
         run.monitor.close()
         run.loader.close()

@@ -9,16 +9,21 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
+import threading
+import time
+import uuid
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
 
 from torch import distributed
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, RunFailed
 
 T = TypeVar("T")
 _PATIENCE = timedelta(minutes=10)  # from the first process to the last
+_ANSWER = timedelta(seconds=5)  # to say that one is still there
 _store: distributed.Store | None = None
 _meetings = 0
 
@@ -69,6 +74,45 @@ def from_first(action: Callable[[], T]) -> T:
     return json.loads(_wait(key, 0))
 
 
+class LostProcess(RunFailed):
+    """A process did not take part in an exchange in time, or ended; the message says which, as far as can be known."""
+
+
+def explained(error: RuntimeError, step: int, seconds: float) -> RuntimeError:
+    """Return what a failed exchange of data means, or the error itself where it is none.
+
+    Every process that is left says so at the store; those who say nothing are the lost ones.
+    """
+    text = str(error)
+    if world() == 1 or not (isinstance(error, distributed.DistError) or re.search("gloo|nccl|timed out", text, re.I)):
+        return error
+    found = list[int]()
+    asked = threading.Thread(target=_ask_for_survivors, daemon=True, args=(found,))
+    asked.start()
+    asked.join(2 * _ANSWER.seconds)
+    silent = [str(number) for number in range(world()) if number not in found]
+    whose = f"process{'es' if len(silent) > 1 else ''} {', '.join(silent)}" if found else "the first process"
+    return LostProcess(
+        f"process {rank()} on {platform.node()}, step {step}: {whose} did not answer within {seconds:g} s, or ended "
+        f"({text.splitlines()[0][:200]}): see its own output, then give the same command again with --resume auto"
+    )
+
+
+def _ask_for_survivors(found: list[int]) -> None:
+    """Add the processes that are left, this one included, if the store can be reached."""
+    shared = store().clone()  # type: ignore[attr-defined]
+    try:
+        shared.set(f"millrace/left/{rank()}", "here")
+        deadline = time.monotonic() + _ANSWER.seconds
+        left = {rank()}
+        while time.monotonic() < deadline and len(left) < world():
+            left |= {number for number in range(world()) if shared.check([f"millrace/left/{number}"])}
+            time.sleep(0.2)
+        found += sorted(left)
+    except distributed.DistError:
+        pass
+
+
 def world() -> int:
     """Return the number of processes that the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -83,8 +127,34 @@ def store() -> distributed.Store:
     """Return what the processes meet at."""
     global _store
     if _store is None:
-        _store, _, _ = next(distributed.rendezvous("env://", timeout=_PATIENCE))
+        shared, _, _ = next(distributed.rendezvous("env://", timeout=_PATIENCE))
+        _store = distributed.PrefixStore(_agreed_name(shared), shared)
     return _store
+
+
+def _agreed_name(shared: distributed.Store) -> str:
+    """Return a name that these processes have agreed on, and no others before them.
+
+    After a restart torchrun's store still holds what the ended processes wrote. So the first process calls with a new
+    name, and believes answers to that name alone; the others believe what confirms their own new name.
+    """
+    own = uuid.uuid4().hex
+    if rank() == 0:
+        shared.set("millrace/call", own)
+        for number in range(1, world()):
+            other = _heard(shared, f"millrace/{own}/answer/{number}", number)
+            shared.set(f"millrace/{own}/confirmed/{other}", "")
+        return own
+    deadline = time.monotonic() + _PATIENCE.seconds
+    while time.monotonic() < deadline:
+        call = _heard(shared, "millrace/call", 0)
+        shared.set(f"millrace/{call}/answer/{rank()}", own)
+        try:
+            shared.wait([f"millrace/{call}/confirmed/{own}"], timedelta(seconds=1))
+        except distributed.DistError:
+            continue  # an old call, or others are still to come
+        return call
+    raise InputError(f"process 0 of {world()} did not answer for {_PATIENCE.seconds} s: see its own output")
 
 
 def _exchange(own: Mapping[str, Any]) -> str:
@@ -100,8 +170,13 @@ def _exchange(own: Mapping[str, Any]) -> str:
 
 
 def _wait(key: str, number: int) -> str:
+    return _heard(store(), key, number)
+
+
+def _heard(shared: distributed.Store, key: str, number: int) -> str:
+    """Return what process `number` writes at `key`."""
     try:
-        return store().get(key).decode()
+        return shared.get(key).decode()
     except distributed.DistError:
         raise InputError(
             f"process {number} of {world()} was not heard of for {_PATIENCE.seconds} s: see its own output, and check "

@@ -18,7 +18,7 @@ from pipeline.errors import InputError
 _FREE = {"out", "resume", "log_every", "save_every", "keep", "tracker", "data.train", "data.eval", "data.workers"}
 _FREE |= {"data.backend", "data.crop_on", "data.on_bad"}
 _FREE |= {"data.ahead", "data.hardware_load", "data.stall_timeout", "data.samples", "cpu", "compile", "cuda_graph"}
-_FREE |= {"gradient_shares", "recompute", "gradient_dtype", "micro_batch"}
+_FREE |= {"gradient_shares", "recompute", "gradient_dtype", "micro_batch", "collective_timeout"}
 
 
 def save(run: Run) -> None:

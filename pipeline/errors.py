@@ -28,7 +28,11 @@ class DamagedRecord(InputError):
         self.samples = samples
 
 
-class LoaderStalled(RuntimeError):
+class RunFailed(RuntimeError):
+    """A failure of the run itself, which nothing in its input explains. The message says what happened, in one line."""
+
+
+class LoaderStalled(RunFailed):
     """No batch arrived within the stall timeout."""
 
 
@@ -44,7 +48,7 @@ def command(main: Callable[[], int | None]) -> Callable[[], None]:
             status = main() or 0
         except InputError as error:
             status = _report(error, 2)
-        except (FloatingPointError, LoaderStalled) as error:
+        except (FloatingPointError, RunFailed) as error:
             status = _report(error, 1)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

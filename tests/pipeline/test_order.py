@@ -223,7 +223,7 @@ def test_a_window_reads_few_places_of_the_file_and_each_place_is_read_once() -> 
 
 
 def test_chunked_order_mixes_imagenet_nearly_as_well_as_a_full_shuffle() -> None:
-    """Sorted by class: classes in a batch of 256, those in a queue of 65536, and batch-mates of one place in the file."""
+    """Sorted by class: classes in a batch of 256 and in a queue of 65536, and batch-mates of one place in the file."""
     n = 1_281_167
     classes, found = np.arange(n) // 1282, {}
     for kind in ("random", "chunked"):
