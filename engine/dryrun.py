@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine.build import Model, build_accelerator, build_model, check_batch, needed_views
 from engine.config import Settings
+from engine.meeting import rank
 from engine.schedule import peak_rate
 from pipeline.direct import open_data
 from pipeline.errors import InputError
@@ -25,7 +26,15 @@ _PROCESSES = (1, 2, 4, 8, 16, 32)
 
 
 def dry_run(settings: Settings) -> dict[str, Any]:
-    """Build the model, train on two stub batches, print and return what the run would be. Writes nothing.
+    """Print, on the first process, and return what `estimate` says of a run."""
+    found = estimate(settings)
+    if rank() == 0:
+        _print(settings, found)
+    return found
+
+
+def estimate(settings: Settings) -> dict[str, Any]:
+    """Build the model, train on two stub batches, and return what the run would be. Writes nothing.
 
     flops_a_pair: of all matrix products and convolutions of a step. memory: bytes by number of processes, an estimate:
     parameters, gradients, optimiser, momentum encoder, queue, views, and the activations kept for the backward pass,
@@ -46,8 +55,6 @@ def dry_run(settings: Settings) -> dict[str, Any]:
         **length,
     }
     accelerator.free_memory()
-    if accelerator.is_main_process:
-        _print(settings, found)
     return found
 
 

@@ -67,7 +67,11 @@ def done(folder: Path, pieces: list[tuple[int, int]], *arguments: str) -> dict[s
     ("pieces", "method"),
     [
         ([(1, 3), (2, 6), (1, 6)], ["--model.bn", "shuffle"]),
-        ([(4, 7), (2, 8)], ["--model.bn", "shuffle", "--data.order", "chunked", "--micro_batch", "10"]),
+        pytest.param(
+            [(4, 7), (2, 8)],
+            ["--model.bn", "shuffle", "--data.order", "chunked", "--micro_batch", "10"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_other_numbers_of_processes_train_on_the_same_batches(

@@ -79,6 +79,7 @@ def reached(out: Path, step: int, started: list[Any]) -> None:
     raise AssertionError([process.communicate(timeout=5)[0][-3000:] if process.poll() else "" for process in started])
 
 
+@pytest.mark.slow
 def test_a_cut_cable_ends_both_and_the_run_goes_on_afterwards(hosts: list[str], drawn: Path, tmp_path: Path) -> None:
     arguments = ["--data.train", str(drawn), *SMALL, "--save_every", "5", "--collective_timeout", str(TIMEOUT)]
     whole = ["--optim.epochs", "3", "--out", str(tmp_path / "whole")]
@@ -114,6 +115,7 @@ def children(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return [child for child in found if str(RUN) in child.cmdline()]
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_from_the_last_checkpoint_by_itself(drawn: Path, tmp_path: Path) -> None:
     arguments = ["--data.train", str(drawn), *SMALL, "--optim.epochs", "12", "--save_every", "4", "--resume", "auto"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:4", "--nproc-per-node", "2"]

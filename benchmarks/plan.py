@@ -1,0 +1,276 @@
+"""What a recipe costs on a machine that is not at hand: which resource limits it, pairs a second, hours, and memory.
+
+    python -m benchmarks.plan h100x8 a100x8 [MACHINE.yaml ...] --config engine/recipes/moco_v2_in1k.yaml
+        [--loader LOADER.json] [--step STEP.json] [--images 1281167] [--json OUT] [any setting of a run]
+
+A machine is a file of `benchmarks/machines/`, by its name, or one like it. Rates are measured ones: decoding from a
+result of `benchmarks.loader` (default: the newest in `benchmarks/results/`), the step from a result of
+`benchmarks.step` on a GPU of that kind; without one it is `SHARE` of the GPU's published rate, which is an assumption
+and said to be one.
+
+Of each global batch of B pairs on n GPUs of N nodes, g a node, seconds:
+
+    compute    B / n * FLOPs a pair / (share * rate of a GPU), at least `LAUNCHES`
+    decode     B / N / (pairs/s of a core * cores of a node * SCALING), or 0 where the decoded images stay on the GPU
+    disk       B / N * bytes a record / disk, or 0 where the records stay in `CACHE` of a node's memory
+    copy       B / n * bytes a pair to the GPU / host link
+    gradients  2 (g - 1) / g * bytes / GPU link + 2 (N - 1) / N * bytes / network
+    keys       (n - 1) / n * B * dim * 4 / link, the network's share of a GPU where N > 1
+    crops      (n - 1) / n * B / n * bytes of a crop / link, where BatchNorm shuffles
+    exchange   max(0, gradients + keys - compute / 2) + crops: half of the computing hides the first two
+    step       max(compute + exchange, decode, disk, copy)
+
+Pairs a second are B / step; hours are images * epochs / that. Memory a GPU is `engine.dryrun`'s estimate. The fixed
+costs of start, evaluation and checkpoints are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import machine
+from engine.arguments import parse
+from engine.config import Settings
+from engine.dryrun import estimate
+from pipeline.errors import InputError, command
+
+SHARE = 0.195
+"""Of a GPU's published bfloat16 rate that a ResNet-50 reaches in training: MLPerf 4.0's 7945 images/s on an H200
+(0.197), NVIDIA's 2470 on an A100 (0.195), at 24.5 GFLOP an image. An assumption for other networks."""
+LAUNCHES = 0.02
+"""Seconds that the launches of a step's two thousand kernels take, at 10 microseconds each: an assumption."""
+SCALING = 0.9
+"""Of so many times one core's decoding that many cores reach."""
+CACHE = 0.75
+"""Of a node's memory that the page cache has."""
+RESIDENT = 0.5
+"""Of a GPU's memory that the resident backend takes."""
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine, as its file describes it; see `benchmarks/machines/h200x1.yaml` for the units."""
+
+    name: str
+    gpu: str
+    gpus: int
+    nodes: int
+    cores: int
+    memory_gib: float
+    gpu_memory_gib: float
+    gpu_tflops: float
+    host_link_gbytes: float
+    gpu_link_gbytes: float
+    network_gbits: float
+    disk_gbytes: float
+
+    @property
+    def world(self) -> int:
+        """GPUs of all nodes."""
+        return self.gpus * self.nodes
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What was measured, and where."""
+
+    decode: float
+    """Pairs a second and core, where a GPU crops."""
+    record_bytes: float
+    sent_bytes: float
+    """To the GPU a pair."""
+    flops: float
+    """A second and GPU, of the step."""
+    sources: tuple[str, str]
+    """Of the decoding, and of the step."""
+
+
+def load_machine(name: str) -> Node:
+    """Return the machine of that name or file. Raises InputError."""
+    path = _HERE / "machines" / f"{name}.yaml" if "/" not in name and not name.endswith(".yaml") else Path(name)
+    known = ", ".join(sorted(file.stem for file in (_HERE / "machines").glob("*.yaml")))
+    if not path.is_file():
+        raise InputError(f"{name}: no such machine: choose of {known}, or give a file like theirs")
+    try:
+        found = yaml.safe_load(path.read_text())
+        node = Node(name=path.stem, **found)
+    except (yaml.YAMLError, TypeError) as error:
+        wanted = ", ".join(field.name for field in fields(Node) if field.name != "name")
+        raise InputError(f"{path}: {' '.join(str(error).split())}: give {wanted}") from None
+    for key in ("gpus", "nodes", "cores", "memory_gib", "gpu_memory_gib", "gpu_tflops", "host_link_gbytes"):
+        if not isinstance(getattr(node, key), int | float) or getattr(node, key) <= 0:
+            raise InputError(f"{path}: {key} {getattr(node, key)!r}: give a number above 0")
+    if (node.gpus > 1 and node.gpu_link_gbytes <= 0) or (node.nodes > 1 and node.network_gbits <= 0):
+        raise InputError(f"{path}: gpu_link_gbytes or network_gbits is 0: give what joins its {node.world} GPUs")
+    return node
+
+
+def load_rates(node: Node, loader: Path | None, step: Path | None) -> Rates:
+    """Return measured rates for a machine. Raises InputError where a file is not a result of these benchmarks."""
+    loader = loader or max((_HERE / "results").glob("*-loader*.json"))
+    found = _read(loader)
+    first: dict[str, Any] = next((value for value in found.values() if isinstance(value, dict)), {})
+    paths = found.get("paths") or first.get("paths", {})
+    decoding = next((row for row in paths.values() if row["name"] == "decode-only" and row["threads"] == 1), None)
+    if decoding is None:
+        raise InputError(
+            f"{loader}: has no decode-only with 1 thread: python -m benchmarks.loader --threads 1 --json F"
+        )
+    sent = next((row["to_device_bytes"] for row in paths.values() if row["name"] == "ffcv-gpu"), 0.0)
+    flops, source = SHARE * node.gpu_tflops * 1e12, f"assumed, {SHARE:.1%} of {node.gpu_tflops:g} TFLOP/s"
+    if step is not None:
+        result = _read(step)
+        gpu = (result.get("machine") or {}).get("gpu") or "no GPU"
+        if node.gpu not in gpu:
+            raise InputError(f"{step}: was measured on {gpu}, not on {node.gpu}: leave it out, or measure there")
+        best = max(result["tflops"], key=lambda way: result["tflops"][way])
+        flops, source = 1e12 * result["tflops"][best], f"{step.name}, {best}, {gpu}"
+    return Rates(decoding["cpu"]["median"], decoding["read_bytes"], sent, flops, (loader.name, source))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}): give the JSON of a benchmark") from None
+
+
+def plan(node: Node, rates: Rates, settings: Settings, run: dict[str, Any], images: int) -> dict[str, Any]:
+    """Return what limits a run on a machine, and what it takes; `run` of `engine.dryrun.estimate`. See above."""
+    batch, n, nodes = settings.data.batch, node.world, node.nodes
+    if batch % n:
+        raise InputError(
+            f"{node.name}: data.batch {batch} does not divide among its {n} GPUs: choose a multiple of {n}"
+        )
+    assert settings.model.dim is not None
+    decoded = images * 3 * 256**2  # at 256 pixels a side
+    resident = decoded <= RESIDENT * node.gpu_memory_gib * 2**30
+    cached = images * rates.record_bytes <= CACHE * node.memory_gib * 2**30
+    link = node.gpu_link_gbytes * 1e9 if nodes == 1 else node.network_gbits / 8 * 1e9 / node.gpus
+    bytes_ = run["trained"] * (2 if settings.gradient_dtype == "bfloat16" else 4)
+    gradients = 0.0
+    if node.gpus > 1:
+        gradients += 2 * (node.gpus - 1) / node.gpus * bytes_ / (node.gpu_link_gbytes * 1e9)
+    if nodes > 1:
+        gradients += 2 * (nodes - 1) / nodes * bytes_ / (node.network_gbits / 8 * 1e9)
+    crops = 3 * settings.data.size**2 if settings.model.bn == "shuffle" else 0
+    seconds = {
+        "compute": max(LAUNCHES, batch / n * run["flops_a_pair"] / rates.flops),
+        "decode": 0.0 if resident else batch / nodes / (rates.decode * node.cores * SCALING),
+        "disk": 0.0 if cached or resident else batch / nodes * rates.record_bytes / (node.disk_gbytes * 1e9),
+        "copy": 0.0 if resident else batch / n * rates.sent_bytes / (node.host_link_gbytes * 1e9),
+        "gradients": gradients,
+        "keys": (n - 1) / n * batch * settings.model.dim * 4 / link if n > 1 else 0.0,
+        "crops": (n - 1) / n * batch / n * crops / link if n > 1 else 0.0,
+    }
+    seconds["exchange"] = max(0.0, seconds["gradients"] + seconds["keys"] - seconds["compute"] / 2) + seconds["crops"]
+    limits = {
+        "GPU": seconds["compute"] + seconds["exchange"],
+        **{name: seconds[name] for name in ("decode", "disk", "copy")},
+    }
+    limit = max(limits, key=lambda name: limits[name])
+    rate = batch / limits[limit]
+    epochs = settings.optim.epochs
+    hours = images * epochs / rate / 3600
+    memory = run["memory"].get(n, float("nan")) / 2**30
+    wanted = batch / limits["GPU"] / nodes / node.gpus  # pairs/s of a GPU that waits for nothing
+    return {
+        "machine": node.name,
+        "seconds": seconds,
+        "limit": limit,
+        "pairs_per_second": rate,
+        "hours": hours,
+        "gpu_hours": hours * n,
+        "backend": "resident" if resident else "ffcv, data.crop_on gpu",
+        "cores_a_gpu": 0.0 if resident else wanted / (rates.decode * SCALING),
+        "memory_gib": memory,
+        "memory_by_batch_gib": _by_batch(settings, run, n),
+        "page_cache_gib": images * rates.record_bytes / 2**30,
+        "cached": cached,
+        "exchanged_bytes_a_step": bytes_ + 4 * batch * settings.model.dim + crops * batch / n,
+        "first": _advice(limit, seconds, node, wanted / (rates.decode * SCALING), memory),
+    }
+
+
+def _by_batch(settings: Settings, run: dict[str, Any], n: int) -> dict[int, float]:
+    """Return GiB a GPU at batches of 32 to 1024 a GPU."""
+    batch = settings.data.batch
+    own = run["memory"].get(n)
+    if own is None:
+        return {}
+    a_pair = run["activation_bytes_a_pair"] + 2 * 4 * 3 * settings.data.size**2
+    return {size: (own + (size - batch / n) * a_pair) / 2**30 for size in (32, 64, 128, 256, 512, 1024)}
+
+
+def _advice(limit: str, seconds: dict[str, float], node: Node, cores: float, memory: float) -> str:
+    if memory > node.gpu_memory_gib:
+        return f"memory: {memory:.0f} GiB of {node.gpu_memory_gib:g} needed: micro_batch, recompute true, or more GPUs"
+    if limit == "GPU" and seconds["compute"] == LAUNCHES:
+        return "the batch, too small for so many GPUs: launches take longer than computing: a larger one, or cuda_graph"
+    if limit == "decode":
+        return (
+            f"decoding: {cores:.0f} cores a GPU would keep up; else data.backend dali, prepare --encode-all (half the "
+            "work a record), or smaller records"
+        )
+    if limit == "disk":
+        return "the disk: stage the beton on local NVMe (python -m pipeline.stage), or prepare --max-side 400"
+    if limit == "copy":
+        return "the link to the GPU: data.crop_on cpu, or data.backend dali"
+    if seconds["exchange"] > 0.1 * seconds["compute"]:
+        return "the exchange: gradient_dtype bfloat16, a larger batch, or model.bn plain in place of shuffle"
+    return "the GPU: compile true, cuda_graph true; data.sizes [160, 192, 224] takes about 0.8 of the time"
+
+
+def _table(settings: Settings, plans: list[dict[str, Any]]) -> Table:
+    method = " + ".join([settings.method.name, *(name for name, t in settings.as_dict()["terms"].items() if t)])
+    title = f"{method}, {settings.model.arch}, batch {settings.data.batch}, {settings.optim.epochs} epochs"
+    table = Table(title=title, box=None)
+    headings = ("", "limit", "pairs/s", "hours", "GPU-hours", "cores a GPU", "GiB a GPU", "page cache GiB", "MB a step")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in ("", "limit") else "right")
+    for found in plans:
+        cells = [f"{found[key]:,.0f}" for key in ("pairs_per_second",)]
+        cells += [f"{found['hours']:,.1f}", f"{found['gpu_hours']:,.0f}", f"{found['cores_a_gpu']:.1f}"]
+        cells += [f"{found['memory_gib']:.1f}", f"{found['page_cache_gib']:.0f}"]
+        cells += [f"{found['exchanged_bytes_a_step'] / 1e6:.0f}"]
+        table.add_row(found["machine"], found["limit"], *cells)
+    return table
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plan", description="Plan a run on another machine.")
+    parser.add_argument("machines", nargs="+", metavar="MACHINE", help="name or file of a machine")
+    parser.add_argument("--loader", type=Path, help="JSON of benchmarks.loader (default: the newest in results/)")
+    parser.add_argument("--step", type=Path, help="JSON of benchmarks.step on a GPU of that kind")
+    parser.add_argument("--images", type=int, default=1_281_167, help="default %(default)s, ImageNet")
+    parser.add_argument("--json", type=Path, help="write the result here")
+    args, rest = parser.parse_known_args()
+    if args.images < 1:
+        raise InputError(f"--images {args.images}: give 1 or more")
+    settings = parse(rest)
+    nodes = [load_machine(name) for name in args.machines]
+    run = estimate(replace(settings, cpu=True, precision="no", data=replace(settings.data, samples=args.images)))
+    plans = []
+    for node in nodes:
+        rates = load_rates(node, args.loader, args.step)
+        plans.append(plan(node, rates, settings, run, args.images))
+        plans[-1]["sources"] = rates.sources
+    Console(width=140).print(_table(settings, plans))
+    for found in plans:
+        print(f"{found['machine']}: first {found['first']}; step: {found['sources'][1]}")
+    print(f"decoding: {plans[0]['sources'][0]}")
+    machine.write({"machine": machine.describe(), "arguments": rest, "plans": plans}, args.json)
+
+
+if __name__ == "__main__":
+    main()

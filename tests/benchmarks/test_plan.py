@@ -1,0 +1,119 @@
+"""Plans of runs on other machines, against the same sums by hand."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import plan
+from benchmarks.plan import CACHE, SCALING, Node, Rates, load_machine, load_rates
+from engine.config import Data, Model, Settings
+from pipeline.errors import InputError
+
+NODE = Node("n", "G", 4, 2, 16, 100, 80, 100, 10, 100, 80, 2)
+RATES = Rates(500.0, 1e5, 2e5, 2e13, ("loader", "step"))
+RUN: dict[str, Any] = {
+    "flops_a_pair": 1e10,
+    "trained": 25_000_000,
+    "activation_bytes_a_pair": 50 * 2**20,
+    "memory": {8: 5 * 2**30},
+}
+IMAGES = 1_000_000
+
+
+def settings(bn: str = "plain", batch: int = 1024) -> Settings:
+    return Settings(data=Data(batch=batch), model=Model(bn=bn))  # type: ignore[arg-type]
+
+
+def planned(**changed: Any) -> dict[str, Any]:
+    chosen = settings(**{key: value for key, value in changed.items() if key in ("bn", "batch")})
+    node = replace(NODE, **{key: value for key, value in changed.items() if key not in ("bn", "batch")})
+    return plan.plan(node, RATES, chosen, RUN, IMAGES)
+
+
+def test_a_step_is_as_long_as_its_slowest_part() -> None:
+    found = planned()
+    seconds = found["seconds"]
+    assert seconds["compute"] == pytest.approx(1024 / 8 * 1e10 / 2e13)
+    assert seconds["decode"] == pytest.approx(512 / (500 * 16 * SCALING))
+    assert seconds["disk"] == pytest.approx(512 * 1e5 / 2e9)  # 100 GB, of which 75 GiB stay in memory
+    assert IMAGES * 1e5 > CACHE * 100 * 2**30
+    assert seconds["gradients"] == pytest.approx(2 * 3 / 4 * 1e8 / 100e9 + 2 * 1 / 2 * 1e8 / 10e9)
+    assert seconds["copy"] == pytest.approx(128 * 2e5 / 10e9)
+    assert seconds["exchange"] == 0  # hidden
+    assert found["limit"] == "decode"
+    assert found["pairs_per_second"] == pytest.approx(500 * 16 * SCALING * 2)
+    assert found["hours"] == pytest.approx(IMAGES * 200 / found["pairs_per_second"] / 3600)
+    assert found["gpu_hours"] == pytest.approx(8 * found["hours"])
+    assert found["cores_a_gpu"] == pytest.approx(128 / seconds["compute"] / (500 * SCALING))
+    assert found["memory_by_batch_gib"][128] == pytest.approx(5)
+    assert "data.backend dali" in found["first"]
+
+
+def test_more_of_the_limiting_resource_moves_the_limit() -> None:
+    assert planned(cores=1000)["limit"] == "GPU"
+    assert "compile" in planned(cores=1000)["first"]
+    assert planned(cores=1000, disk_gbytes=0.1)["limit"] == "disk"
+    assert planned(cores=1000, disk_gbytes=0.1, memory_gib=1000)["limit"] == "GPU"
+    assert planned(cores=1000, host_link_gbytes=0.01)["limit"] == "copy"
+    slow = planned(cores=1000, network_gbits=1)
+    assert slow["seconds"]["exchange"] > 0.1 * slow["seconds"]["compute"]
+    assert "gradient_dtype" in slow["first"]
+    assert planned(bn="shuffle")["seconds"]["crops"] == pytest.approx(7 / 8 * 128 * 3 * 224**2 / (10e9 / 4))
+    with pytest.raises(InputError, match="does not divide among its 8 GPUs"):
+        planned(batch=1020)
+
+
+def test_machines_are_read_and_checked(tmp_path: Path) -> None:
+    for name in ("h200x1", "h100x8", "h100x8x4", "a100x8"):
+        assert load_machine(name).name == name
+    assert load_machine("h100x8x4").world == 32
+    text = (Path(plan.__file__).parent / "machines" / "h100x8.yaml").read_text()
+    for changed, says in (
+        (text.replace("cores: 96", "cores: 0"), "cores 0: give a number above 0"),
+        (text.replace("gpu: H100\n", ""), "give gpu, gpus"),
+        (text.replace("gpu_link_gbytes: 450", "gpu_link_gbytes: 0"), "what joins its 8 GPUs"),
+        ("[", "give gpu, gpus"),
+    ):
+        (tmp_path / "m.yaml").write_text(changed)
+        with pytest.raises(InputError, match=says):
+            load_machine(str(tmp_path / "m.yaml"))
+    with pytest.raises(InputError, match="choose of a100x8"):
+        load_machine("cray")
+
+
+def test_rates_are_those_of_the_benchmarks(tmp_path: Path) -> None:
+    row = {"name": "decode-only", "threads": 1, "cpu": {"median": 700.0}, "read_bytes": 9e4, "to_device_bytes": 1.0}
+    paths = {"a": row, "b": {**row, "name": "ffcv-gpu", "to_device_bytes": 3e5}}
+    (tmp_path / "loader.json").write_text(json.dumps({"paths": paths}))
+    (tmp_path / "step.json").write_text(json.dumps({"machine": {"gpu": "NVIDIA G 80GB"}, "tflops": {"a": 5, "b": 7}}))
+    found = load_rates(NODE, tmp_path / "loader.json", tmp_path / "step.json")
+    assert (found.decode, found.record_bytes, found.sent_bytes, found.flops) == (700.0, 9e4, 3e5, 7e12)
+    assumed = load_rates(NODE, None, None)
+    assert assumed.flops == pytest.approx(plan.SHARE * 1e14)
+    assert assumed.sources[1].startswith("assumed")
+    with pytest.raises(InputError, match="was measured on NVIDIA G 80GB, not on H100"):
+        load_rates(replace(NODE, gpu="H100"), tmp_path / "loader.json", tmp_path / "step.json")
+    with pytest.raises(InputError, match="no decode-only with 1 thread"):
+        load_rates(NODE, tmp_path / "step.json", None)
+
+
+def test_the_command_prints_and_writes_plans(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--model.arch", "resnet18", "--model.width", "0.25", "--data.size", "32", "--data.batch", "1024"]
+    arguments = ["h100x8", "h100x8x4", *small, "--json", str(tmp_path / "p.json")]
+    monkeypatch.setattr(sys, "argv", ["plan", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        plan.main()
+    assert not ended.value.code
+    assert [found["machine"] for found in json.loads((tmp_path / "p.json").read_text())["plans"]] == [
+        "h100x8",
+        "h100x8x4",
+    ]
+    assert "assumed, 19.5% of 989 TFLOP/s" in capsys.readouterr().out
