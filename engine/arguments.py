@@ -25,6 +25,8 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 def _load_recipe(text: str) -> Any:
     """Return what YAML `text` says; terms may be a list of names, or of names with their parameters, or nothing."""
     found = yaml.safe_load(text)
+    if isinstance(found, dict) and found.get("precision") is False:
+        found["precision"] = "no"  # which YAML takes for false
     if not isinstance(found, dict) or "terms" not in found:
         return found
     terms = found["terms"] or {}
@@ -179,7 +181,7 @@ def _explain(parser: ArgumentParser, message: str) -> str:
         choices = re.search(r"Literal\[(.*)\]", kind)
         if choices:
             return f"{key} {value!r}: choose one of {choices.group(1)}"
-        return f"{key} {value!r}: wrong type: give a value of type {_type_name(kind)}"
+        return f"{key} {value!r}: wrong type: give {_wanted(kind)}"
     missing = re.search(r'Parser key "config": (.*)', flat)
     if missing:
         return f"--config: {missing.group(1)}: give the path of a recipe, such as engine/recipes/moco_v2_in1k.yaml"
@@ -197,6 +199,13 @@ def _suggestion(parser: ArgumentParser, name: str) -> str:
     if not close:  # the right field in the wrong section
         close = [key for key in known if key.split(".")[-1] == name.split(".")[-1]][:1]
     return f", did you mean {close[0]}" if close else ""
+
+
+def _wanted(kind: str) -> str:
+    """Return a type, as jsonargparse prints it, as what to give."""
+    words = {"bool": "true or false", "list": "a list such as [160, 224]"}
+    name = _type_name(kind).removeprefix("typing.").split("[")[0].lower()
+    return words.get(name, f"a value of type {_type_name(kind)}")
 
 
 def _kinds(text: str) -> str:

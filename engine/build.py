@@ -215,6 +215,8 @@ def begin(run: Run) -> None:
         except OSError as error:
             raise InputError(f"out {settings.out!r}: {error.strerror or error}: choose another folder") from None
         print(f"data.backend: {run.backend.name} ({run.backend.why})", file=sys.stderr)
+        if settings.compile:
+            print("compile: the first steps, and those of each new size, take a minute or more", file=sys.stderr)
     if settings.tracker != "none":
         run.accelerator.init_trackers("millrace")
 

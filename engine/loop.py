@@ -108,6 +108,7 @@ def _summarise(run: Run) -> dict[str, Any]:
     monitor = run.monitor
     summary = {
         **monitor.last,
+        **({"skipped": monitor.skipped} if monitor.skipped else {}),
         "pairs_per_second": round(monitor.pairs / monitor.seconds, 1) if monitor.seconds else None,
         "data_wait_fraction": round(monitor.waited / monitor.seconds, 4) if monitor.seconds else None,
         "training_seconds": round(monitor.seconds, 1),

@@ -26,6 +26,7 @@ WALL_CLOCK = ("pairs_per_second", "data_wait_fraction")
 """Keys of a metrics line that tell of time, and so differ between two runs that compute the same."""
 
 
+_LASTING = ("knn_top1",)  # of metrics, where no step was taken since
 _SUBSTITUTED, _TAKEN = "substituted", "taken"
 
 
@@ -45,6 +46,8 @@ class Monitor:
         self._begin()
         self.pairs, self.seconds, self.waited = 0, 0.0, 0.0
         """Pairs trained, time it took and time waited for data, seconds, of this process's whole life."""
+        self.skipped = 0
+        """Steps skipped in the whole run."""
 
     def start(self, step: int) -> None:
         """Begin or go on at `step`: lines of later steps, of a run that was killed, are taken out of the file."""
@@ -101,8 +104,15 @@ class Monitor:
         )
         self._sums, self._count = {}, 0
         self._begin()
+        if "loss" not in means:
+            self.last = {key: value for key, value in self.last.items() if key in _LASTING}
         self._write({"step": step, "epoch": round(epoch, 4), **means, **values, **rates})
         self._show(step)
+        if skipped := int(means.get("skipped", 0)):
+            self.skipped += skipped
+            if self._accelerator.is_main_process:
+                says = f"{skipped} steps were skipped, as loss or gradients were not finite"
+                print(f"warning: step {step}: {says}", file=sys.stderr, flush=True)
         warning = self._collapse.warning()
         if warning and self._accelerator.is_main_process:
             print(f"warning: step {step}: {warning}", file=sys.stderr, flush=True)
@@ -144,7 +154,13 @@ class Monitor:
             everyone = ranks.gather(torch.stack(list(self._sums.values()))[None])  # [world, parts]
             sums = {name: column.tolist() for name, column in zip(self._sums, everyone.T, strict=True)}
         collapse = self._collapse.state_dict()
-        return {"sums": sums, "count": self._count, "collapse": collapse, "last": self.last}
+        return {
+            "sums": sums,
+            "count": self._count,
+            "collapse": collapse,
+            "last": self.last,
+            "skipped": self.skipped,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`; on another number of processes with the mean of theirs, equal but for rounding."""
@@ -153,7 +169,7 @@ class Monitor:
         for name, sums in state["sums"].items():
             own = sums[rank] if len(sums) == world else sum(sums) / len(sums)
             self._sums[name] = torch.tensor(own, dtype=torch.float64, device=device)
-        self._count, self.last = state["count"], dict(state["last"])
+        self._count, self.last, self.skipped = state["count"], dict(state["last"]), state["skipped"]
         self._collapse.load_state_dict(state["collapse"])
 
     def _write(self, line: dict[str, Any]) -> None:

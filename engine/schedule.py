@@ -13,6 +13,8 @@ from methods.momentum import cosine_momentum
 
 PATIENCE = 20
 """Skipped steps in a row after which training counts as diverged; fp16 skips about ten as its scale is found."""
+DOUBTFUL = 3
+"""Skipped steps in a row after which nothing is saved: the parameters may be finite, and useless all the same."""
 Numbers = np.ndarray | float
 
 
@@ -63,12 +65,12 @@ class Schedule(nn.Module):
         digits = 15 if self.lr.dtype == torch.float64 else 7
         return {"lr": float(f"{lr:.{digits}g}"), "momentum": float(f"{1 - share:.{digits}g}")}
 
-    def refuse_divergence(self, step: int) -> None:
-        """Raise FloatingPointError where the last `PATIENCE` steps or more were skipped. Waits for the device."""
-        if (skipped := int(self.skipped)) >= PATIENCE:
+    def refuse_divergence(self, step: int, patience: int = PATIENCE) -> None:
+        """Raise FloatingPointError where the last `patience` steps or more were skipped. Waits for the device."""
+        if (skipped := int(self.skipped)) >= patience:
             raise FloatingPointError(
                 f"step {step}: loss or gradients have not been finite for {skipped} steps: resume from the last "
-                "checkpoint with a lower optim.lr"
+                "checkpoint with a lower optim.lr, or begin anew where there is none"
             )
 
     @torch.no_grad()

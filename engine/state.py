@@ -13,20 +13,27 @@ from engine import checkpoint, ranks
 from engine.arguments import flat
 from engine.build import Run
 from engine.meeting import from_first
+from engine.schedule import DOUBTFUL, PATIENCE
 from pipeline.errors import InputError
 
 _FREE = {"out", "resume", "log_every", "save_every", "keep", "tracker", "data.train", "data.eval", "data.workers"}
 _FREE |= {"data.backend", "data.crop_on", "data.on_bad"}
 _FREE |= {"data.ahead", "data.hardware_load", "data.stall_timeout", "data.samples", "cpu", "compile", "cuda_graph"}
-_FREE |= {"gradient_shares", "recompute", "gradient_dtype", "micro_batch", "collective_timeout"}
+_FREE |= {"gradient_shares", "recompute", "micro_batch", "collective_timeout"}
 
 
 def save(run: Run) -> None:
     """Write a checkpoint of the run as it stands. Called by all processes.
 
-    Raises FloatingPointError, on all alike, where training has diverged: such a state must not take an earlier's place.
+    Not where steps are just being skipped, nor where training has diverged: such a state must not take an earlier's
+    place. In that case raises FloatingPointError, on all alike; at the end of training it is divergence in any case.
     """
-    run.model.step.schedule.refuse_divergence(run.done)
+    schedule = run.model.step.schedule
+    schedule.refuse_divergence(run.done, DOUBTFUL if run.done == run.total else PATIENCE)
+    if int(schedule.skipped) >= DOUBTFUL:
+        if run.accelerator.is_main_process:
+            print(f"warning: step {run.done}: not saved: steps are being skipped", file=sys.stderr)
+        return
     _refuse_non_finite(run)
     state = {
         "loader": run.loader.state_dict(),
@@ -46,7 +53,8 @@ def _refuse_non_finite(run: Run) -> None:
     norms = torch._foreach_norm([p.detach() for p in run.model.online.parameters()])
     if not torch.stack(norms).isfinite().all():
         raise FloatingPointError(
-            f"after step {run.done}: parameters are not finite: resume from the last checkpoint with a lower optim.lr"
+            f"after step {run.done}: parameters are not finite: resume from the last checkpoint with a lower optim.lr, "
+            "or begin anew where there is none"
         )
 
 
@@ -64,6 +72,7 @@ def restore(run: Run) -> None:
     device = run.accelerator.device
     of = {name: ranks.spread(tensors.get(name, {}), like, device) for name, like in found["tensors"].items()}
     modules(run).load_state_dict(of["model"])
+    run.model.step.schedule.skipped.zero_()
     _load_optimiser(run, of["optimiser"])
     run.loader.load_state_dict(state["loader"])
     run.monitor.load_state_dict(state["monitor"])

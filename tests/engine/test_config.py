@@ -45,6 +45,11 @@ def test_the_command_line_wins_wherever_the_recipe_stands(tmp_path: Path) -> Non
         assert (parse(arguments).optim.lr, parse(arguments).optim.epochs) == (0.06, 7)
 
 
+def test_precision_no_is_what_yaml_takes_for_false(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("precision: no\n")
+    assert parse(["--config", str(tmp_path / "r.yaml")]).precision == "no"
+
+
 def test_written_settings_are_complete_and_read_back_equal(tmp_path: Path) -> None:
     settings = parse(["--data.batch", "64", "--out", "somewhere", "--optim.lr", "1e-3"])
     settings.write(tmp_path / "config.yaml")
@@ -61,6 +66,8 @@ def test_recipes_are_valid(recipe: Path) -> None:
     [
         (["--data.bach", "3"], "data.bach", "did you mean data.batch"),
         (["--lr", "3"], "lr", "did you mean optim.lr"),
+        (["--compile", "1"], "compile '1'", "true or false"),
+        (["--data.sizes", "32,32"], "data.sizes '32,32'", "a list such as [160, 224]"),
         (["--data.batch", "abc"], "data.batch 'abc'", "type int"),
         (["--data.batch", "1"], "data.batch 1", "2 or more"),
         (["--data.augmentation", "moco"], "data.augmentation 'moco'", "moco_v2"),

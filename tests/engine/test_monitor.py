@@ -78,7 +78,9 @@ def test_lines_after_the_resumed_step_and_a_cut_off_line_are_dropped(tmp_path: P
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
 
 
-def test_skipped_steps_are_counted_and_left_out_of_the_means(tmp_path: Path) -> None:
+def test_skipped_steps_are_counted_and_left_out_of_the_means(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     one, measures = monitor(tmp_path), {"measure": torch.tensor(0.25)}
     one.start(0)
     add(one, 1.0, math.nan, 2.0)
@@ -96,6 +98,11 @@ def test_skipped_steps_are_counted_and_left_out_of_the_means(tmp_path: Path) -> 
     assert third.keys() & {"loss", "a", "b", "measure"} == set()
     assert third["skipped"] == 1
     assert last["a"] == 4.0
+    assert one.skipped == 3
+    assert "step 6: 1 steps were skipped" in capsys.readouterr().err
+    two = monitor(tmp_path)
+    two.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    assert two.skipped == 3
     assert "skipped" not in last
     assert "taken" not in first
 

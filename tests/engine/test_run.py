@@ -118,6 +118,24 @@ def test_killed_in_mid_epoch_and_resumed_equals_undisturbed(drawn: Path, tmp_pat
         assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
 
 
+def test_a_diverged_run_fails_and_goes_on_from_a_good_checkpoint(drawn: Path, tmp_path: Path) -> None:
+    """With a rate that bursts after the fourth step: what is saved is from before, and a lower rate goes on from it."""
+    out = tmp_path / "out"
+    arguments = ["--data.train", str(drawn), *SMALL, "--save_every", "2", "--precision", "no", "--out", str(out)]
+    good = run(*arguments, "--optim.epochs", "1", "--optim.schedule", "constant", "--save_every", "4")
+    assert good.returncode == 0, good.stderr
+    wild = ["--optim.lr", "1e12", "--optim.epochs", "3", "--resume", "auto"]
+    burst = run(*arguments, *wild)
+    assert burst.returncode == 1, burst.stderr
+    assert "loss or gradients have not been finite for" in burst.stderr
+    assert "steps were skipped" in burst.stderr
+    kept = sorted(path.name for path in (out / "checkpoints").glob("step_*"))
+    assert kept[-1] <= "step_00000008"  # one more may be saved before three in a row were skipped
+    mended = run(*arguments, "--optim.epochs", "2", "--resume", str(out / "checkpoints" / kept[-1]))
+    assert "resumed from" in mended.stderr
+    assert "for 20 steps" not in mended.stderr
+
+
 @pytest.fixture(scope="module")
 def two_ranks(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of two CPU processes under Accelerate."""
