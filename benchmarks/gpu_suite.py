@@ -48,6 +48,8 @@ class Part:
     found: Callable[[dict[str, Any]], list[str]] | None
     """From the JSON it writes to lines of the report; None: its output's last line is the report."""
     needs: tuple[str, ...] = ()
+    seconds: float = 240
+    """It may take, at most, that others come to pass."""
 
 
 def _crops(result: dict[str, Any]) -> list[str]:
@@ -147,11 +149,11 @@ def run(part: Part, out: Path, small: bool, seconds: float) -> tuple[list[str], 
         with log.open("w") as file:
             call = [sys.executable, "-m", part.module, *arguments]
             started = subprocess.Popen(call, stdout=file, stderr=subprocess.STDOUT, cwd=_ROOT, start_new_session=True)
-            status = started.wait(seconds)
+            status = started.wait(min(seconds, part.seconds))
     except subprocess.TimeoutExpired:
         os.killpg(started.pid, signal.SIGKILL)  # with what it started itself
         started.wait()
-        return [f"cut off after {seconds:.0f} s: see {log.name}"], None
+        return [f"cut off after {min(seconds, part.seconds):.0f} s: see {log.name}"], None
     took = f"took {time.perf_counter() - begun:.0f} s"
     last = next((line for line in reversed(log.read_text().splitlines()) if line.strip()), "no output")
     nothing = part.module == "pytest" and status == 5  # no test was chosen

@@ -25,7 +25,6 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
 from torch.utils.flop_counter import FlopCounterMode
@@ -37,7 +36,6 @@ from engine.build import DTYPES, Model, build_accelerator, build_model
 from engine.config import Settings
 from engine.graph import WARM
 from methods.base import Embeddings, total
-from methods.flat import Buffers
 from pipeline.augment import IMAGENET, augment
 from pipeline.cores import available_cores
 from pipeline.draws import draw_colour
@@ -102,6 +100,7 @@ def parts(settings: Settings, model: Model, accelerator: Accelerator) -> dict[st
             model.target(*keys)  # type: ignore[misc]
 
     def encode_queries() -> None:
+        model.optimiser.zero_grad(set_to_none=True)
         with torch.enable_grad():
             torch.stack([q.float().sum() for q in model.online(*queries)]).sum().backward()
 
@@ -110,7 +109,7 @@ def parts(settings: Settings, model: Model, accelerator: Accelerator) -> dict[st
         queue = None if model.queue is None else model.queue.keys
         total(model.step.objective(Embeddings(leaves, queue, 0))).backward()
 
-    online, buffers = model.step.encoder, Buffers(nn.ModuleList([model.step.encoder, *filter(None, [model.target])]))
+    online, buffers = model.step.encoder, model.step.buffers
 
     def guard() -> None:
         kept = buffers.kept()
@@ -131,8 +130,8 @@ def parts(settings: Settings, model: Model, accelerator: Accelerator) -> dict[st
     found |= {
         "loss and terms": loss,
         "guard": guard,
-        "optimiser": model.optimiser.step,
-        "augmentation": lambda: [augment(crops, colour, IMAGENET, torch.float32) for colour in colours],
+        "optimiser": model.optimiser.optimizer.step,
+        "augmentation": lambda: [augment(crops, colour, IMAGENET, DTYPES[settings.precision]) for colour in colours],
     }
     return found
 

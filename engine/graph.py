@@ -45,22 +45,22 @@ class Graph(Generic[R]):
         self._inputs: Any = {}
         self._replay: Replay | None = None
         self._result: R | None = None
+        self._known: dict[str, Any] = {}
 
     def __call__(self, inputs: Any) -> R:
         """Return what the function returns for these inputs."""
         if self._impossible:
             return self._function(inputs)
-        if self._inputs and _shapes(self._inputs) != _shapes(inputs):
+        if self._known != (shapes := _shapes(inputs)):
             self._forget()
+            self._known = shapes
         if self._warm < WARM:
             self._warm += 1
             return self._beside(inputs)
         if self._replay is None:
             self._inputs = _copies(inputs)
-            try:
-                self._replay, self._result = self._record(lambda: self._function(self._inputs))
-            except RuntimeError as error:
-                self._impossible = f"it cannot be recorded ({str(error).splitlines()[0]})"
+            self._impossible = self._recorded()
+            if self._impossible:  # said outside of the handler, whose traceback holds on to memory
                 _say(self._impossible)
                 self._forget()
                 self._reset()
@@ -71,8 +71,23 @@ class Graph(Generic[R]):
         self._replay()
         return self._result  # type: ignore[return-value]
 
+    def _recorded(self) -> str:
+        """Record the function; return why that cannot be, or nothing."""
+        stream = torch.cuda.current_stream(self._device) if self._stream is not None else None
+        try:
+            self._replay, self._result = self._record(lambda: self._function(self._inputs))
+        except RuntimeError as error:
+            cause: BaseException = error
+            while cause.__context__ is not None:  # ending a recording that failed raises another error
+                cause = cause.__context__
+            return f"it cannot be recorded ({(str(cause).splitlines() or [type(cause).__name__])[0]})"
+        finally:
+            if stream is not None:
+                torch.cuda.set_stream(stream)  # which torch leaves changed where ending a recording fails
+        return ""
+
     def _forget(self) -> None:
-        self._warm, self._inputs, self._replay, self._result = 0, {}, None, None
+        self._warm, self._inputs, self._replay, self._result, self._known = 0, {}, None, None, {}
 
     def _hindrance(self) -> str:
         if self._device.type != "cuda":
@@ -93,7 +108,8 @@ class Graph(Generic[R]):
     def _as_cuda_graph(self, function: Callable[[], R]) -> tuple[Replay, R]:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self._device)
-        with torch.cuda.graph(graph, stream=self._stream):
+        # other threads, such as the loader's, may allocate meanwhile
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             result = function()
         return graph.replay, result
 

@@ -81,7 +81,7 @@ class Step:
         self._queue, self.objective, self._optimiser = queue, objective, optimiser
         self._accumulate, self._clip, self._shares = accumulate, clip, gradient_shares
         self.moving_average = MovingAverage(target, self.encoder) if target else None
-        self._buffers = Buffers(*(module for module in (self.encoder, target) if module is not None))
+        self.buffers = Buffers(*(module for module in (self.encoder, target) if module is not None))
         self._parameters = [p for p in self.encoder.parameters() if p.requires_grad]
         needs = objective.needs if target else {name.replace("k", "q").replace("K", "Q") for name in objective.needs}
         self._queries = sorted({int(name[1]) for name in needs if name[0] in "qQ"})
@@ -115,7 +115,7 @@ class Step:
     def _take(self, inputs: Inputs, measured: bool = False) -> Result:
         """Take the step."""
         self.schedule.begin()
-        kept = self._buffers.kept()
+        kept = self.buffers.kept()
         keys, all_keys = self._encode_keys(inputs)
         enqueued = self._to_enqueue(keys, all_keys)
         results = []
@@ -124,7 +124,7 @@ class Step:
             with contextlib.nullcontext() if last else self._accelerator.no_sync(self._online):
                 results.append(self._train_on(inputs, part, keys, all_keys, measured and last))
         taken = self._update()
-        self._buffers.restore_unless(taken, kept)
+        self.buffers.restore_unless(taken, kept)
         if self.moving_average is not None:
             self.moving_average.update(self.schedule.share * taken)
         if self._queue is not None:
@@ -216,10 +216,10 @@ class Step:
         """Return the measures. The gap's key shares its query's batch statistics in every run: shuffled keys do not."""
         a, _ = self.objective.base.pairs[0]
         if self._target is not None and (shuffled or f"k{a}" not in e.named):
-            kept = self._buffers.kept()
+            kept = self.buffers.kept()
             with torch.no_grad(), self._accelerator.autocast():
                 e = Embeddings({**e.named, f"k{a}": self._target(views[a])[0]}, e.queue, e.first)
-            self._buffers.restore(kept)
+            self.buffers.restore(kept)
         found = watch.measure(e, self.objective.base)
         return {**found, **(self._gradient_shares(e, parts) if self._shares else {})}
 

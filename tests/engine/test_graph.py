@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -52,6 +53,28 @@ def test_inputs_are_copied_and_other_shapes_recorded_anew() -> None:
         assert recorder.replayed - before == 3
         assert len(set(seen[-3:])) == 1  # one place for the inputs of all replays
     assert recorder.recorded == 3
+
+
+def test_a_shape_that_changes_while_warming_up_is_warmed_up_too() -> None:
+    recorder, seen = Recorder(), list[int]()
+    graph = Graph(lambda inputs: seen.append(len(inputs["x"])) or {}, CPU, record=recorder)
+    for size in (3, 3, 5, 5, 5):
+        graph({"x": torch.zeros(size)})
+    assert recorder.recorded == 0
+    graph({"x": torch.zeros(5)})
+    assert recorder.recorded == 1
+
+
+def test_the_first_error_is_the_one_that_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(function: Any) -> Any:
+        try:
+            raise RuntimeError("the cause")
+        finally:
+            raise RuntimeError("operation failed due to a previous error")
+
+    graph = Graph(lambda inputs: sys.exc_info()[0], CPU, record=fail)
+    assert [graph({"x": torch.zeros(1)}) for _ in range(WARM + 1)] == [None] * (WARM + 1)  # no traceback is kept
+    assert "cannot be recorded (the cause)" in capsys.readouterr().err
 
 
 def test_one_tensor_by_two_names_is_copied_once() -> None:
