@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from engine import ranks
-from engine.build import Model
+from engine.build import Model, build_model
 from engine.config import Optim
 from methods.co2 import CO2, consistency
 from methods.dcl import DCL
@@ -210,6 +210,21 @@ def everything(model: Model) -> dict[str, torch.Tensor]:
         for key, value in state.items()
     }
     return {key: value.clone() for key, value in found.items() if key != "at.skipped"}
+
+
+def test_accumulated_parts_are_the_whole_batch_in_float32() -> None:
+    """To 1e-6, as training has it; the queue moves once."""
+    ends = []
+    for accumulate in (1, 4):
+        chosen = replace(settings("moco_v2", Terms(co2=CO2())), accumulate=accumulate)
+        model = build_model(chosen, Accelerator(cpu=True))
+        model.online.eval()
+        model.target.eval()
+        loss = model.step(batch_of(*(view.float() for view in views(0)))).parts["loss"]
+        assert model.queue.position.item() == BATCH
+        ends.append([loss, model.queue.keys, *model.online.parameters()])
+    assert all(a.dtype == torch.float32 for a in ends[0])
+    assert equal(*ends, atol=1e-6)
 
 
 def overflowed(gradient: torch.Tensor) -> torch.Tensor:
