@@ -125,5 +125,5 @@ def _shapes(inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 
 def _copies(inputs: Mapping[str, torch.Tensor]) -> Any:
     """Return copies of the tensors, one for each, in a mapping of the same kind."""
-    made: dict[int, torch.Tensor] = {id(t): torch.empty_like(t) for t in inputs.values()}
+    made: dict[int, torch.Tensor] = {id(t): t.clone() for t in inputs.values()}
     return type(inputs)({name: made[id(tensor)] for name, tensor in inputs.items()})  # type: ignore[call-arg]

@@ -47,13 +47,25 @@ def built(chosen: Settings, accelerator: Accelerator | None = None) -> Model:
     return model
 
 
-def views(seed: int, batch: int = BATCH) -> tuple[torch.Tensor, torch.Tensor]:
+def views(seed: int, batch: int = BATCH, size: int = SIZE) -> tuple[torch.Tensor, torch.Tensor]:
     """Return two random views of a global batch."""
     generator = torch.Generator().manual_seed(seed)
-    a, b = (torch.randn(batch, 3, SIZE, SIZE, generator=generator, dtype=torch.float64) for _ in range(2))
+    a, b = (torch.randn(batch, 3, size, size, generator=generator, dtype=torch.float64) for _ in range(2))
     return a, b
 
 
 def batch_of(*given: torch.Tensor, **more: Any) -> Batch:
     """Return views as the loader hands them out."""
     return Batch(given, np.arange(len(given[0])), 0, 0, 0.0, **more)
+
+
+def everything(model: Model) -> dict[str, torch.Tensor]:
+    """All that a step may change."""
+    modules = {"online": model.step.encoder, "target": model.target, "queue": model.queue, "at": model.step.schedule}
+    found = {f"{n}.{k}": v for n, m in modules.items() if m is not None for k, v in m.state_dict().items()}
+    found |= {
+        f"{index}|{key}": value
+        for index, state in enumerate(model.optimiser.state.values())
+        for key, value in state.items()
+    }
+    return {key: value.clone() for key, value in found.items() if key != "at.skipped"}

@@ -1,68 +1,54 @@
-"""Recording and replaying a function, with a recorder that runs it again in place of a CUDA graph."""
+"""Recording and replaying a function; on the CPU with a tape of operators in place of a CUDA graph."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
+from engine.config import Optim
 from engine.graph import WARM, Graph
+from methods.co2 import CO2
 from methods.registry import Terms
 from methods.residual import Residual
 from methods.xmoco import XMoCo
 from pipeline.order import shuffled_rows
-from tests.engine.small import batch_of, built, settings, views
+from tests.engine.small import SIZE, batch_of, built, everything, settings, views
+from tests.engine.tape import Tape
 
 CPU = torch.device("cpu")
 
 
-class Recorder:
-    """What a CUDA graph does, on the CPU: nothing when it is recorded; each replay writes over the same result."""
-
-    def __init__(self) -> None:
-        self.recorded = self.replayed = 0
-
-    def __call__(self, function: Callable[[], dict[str, torch.Tensor]]) -> tuple[Callable[[], None], Any]:
-        self.recorded += 1
-        result: dict[str, torch.Tensor] = {}
-
-        def replay() -> None:
-            self.replayed += 1
-            result.update(function())
-
-        return replay, result
-
-
 def test_inputs_are_copied_and_other_shapes_recorded_anew() -> None:
-    seen, recorder = list[int](), Recorder()
+    called, tape = list[int](), Tape()
 
     def double(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        seen.append(inputs["x"].data_ptr())
+        called.append(len(inputs["x"]))
         return {"y": 2 * inputs["x"]}
 
-    graph = Graph(double, CPU, record=recorder)
+    graph = Graph(double, CPU, record=tape.record)
     for size in (3, 5, 3):
-        before = recorder.replayed
+        before = tape.replayed
         for value in range(WARM + 3):
             x = torch.full((size,), float(value))
             assert torch.equal(graph({"x": x})["y"], 2 * x)
-        assert recorder.replayed - before == 3
-        assert len(set(seen[-3:])) == 1  # one place for the inputs of all replays
-    assert recorder.recorded == 3
+        assert tape.replayed - before == 3
+    assert tape.recorded == 3
+    assert called == [3] * (WARM + 1) + [5] * (WARM + 1) + [3] * (WARM + 1)
 
 
 def test_a_shape_that_changes_while_warming_up_is_warmed_up_too() -> None:
-    recorder, seen = Recorder(), list[int]()
-    graph = Graph(lambda inputs: seen.append(len(inputs["x"])) or {}, CPU, record=recorder)
+    tape = Tape()
+    graph = Graph(lambda inputs: {}, CPU, record=tape.record)
     for size in (3, 3, 5, 5, 5):
         graph({"x": torch.zeros(size)})
-    assert recorder.recorded == 0
+    assert tape.recorded == 0
     graph({"x": torch.zeros(5)})
-    assert recorder.recorded == 1
+    assert tape.recorded == 1
 
 
 def test_the_first_error_is_the_one_that_is_told(capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,7 +65,7 @@ def test_the_first_error_is_the_one_that_is_told(capsys: pytest.CaptureFixture[s
 
 def test_one_tensor_by_two_names_is_copied_once() -> None:
     kept: dict[str, torch.Tensor] = {}
-    graph = Graph(lambda inputs: kept.update(inputs) or {}, CPU, record=Recorder())
+    graph = Graph(lambda inputs: kept.update(inputs) or {}, CPU, record=Tape().record)
     for _ in range(WARM + 1):
         x = torch.randn(2)
         graph({"a": x, "b": x, "c": torch.randn(2)})
@@ -113,34 +99,82 @@ def test_without_a_gpu_a_run_says_so_and_trains(capsys: pytest.CaptureFixture[st
         assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("shuffled", [False, True])
-def test_a_recorded_step_interleaved_with_measured_ones_trains_as_a_plain_one(shuffled: bool) -> None:
-    """All that a step depends on is on the device, at the same place in every step: nothing of it is recorded."""
-    terms = Terms(residual=Residual(), xmoco=XMoCo())
-    chosen = settings(terms=terms, bn="shuffle" if shuffled else "plain", momentum_schedule="cosine")
-    chosen = replace(chosen, optim=replace(chosen.optim, schedule="cosine", epochs=9, by="step"))
-    plain, recorded = built(chosen), built(chosen)
-    recorder = Recorder()
+SGD = Optim(lr=0.1, epochs=9, schedule="cosine", by="step", warmup_epochs=2)
+STEPS = [
+    ("moco_v2", Terms(residual=Residual(), xmoco=XMoCo()), SGD, {}),
+    ("moco_v2", Terms(co2=CO2()), SGD, {"bn": "shuffle"}),
+    ("moco_v2", Terms(), replace(SGD, clip=0.5), {"accumulate": 2, "bn": "split"}),
+    ("moco_v2", Terms(residual=Residual()), SGD, {"recompute": True}),
+    ("moco_v3", Terms(residual=Residual()), replace(SGD, name="lars", lr=3.0), {"scaler": True}),
+    ("simclr", Terms(xmoco=XMoCo()), replace(SGD, name="adamw", lr=0.01), {}),
+    ("byol", Terms(), replace(SGD, name="adamw", lr=0.01, clip=0.5), {"accumulate": 2, "scaler": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "terms", "optim", "more"), STEPS)
+def test_a_recorded_step_trains_as_a_plain_one(name: str, terms: Terms, optim: Optim, more: dict[str, Any]) -> None:
+    """Bit for bit: all that a step depends on is on the device, at the same place in every step.
+
+    Batches that are not finite come while it is warming up, as it is recorded, and as it is replayed; measured steps
+    and ones of another size come between.
+    """
+    batch, bn = 16 if more.get("bn") else 8, more.get("bn", "plain")
+    momentum = {} if name == "simclr" else {"momentum_schedule": "cosine"}
+    chosen = replace(settings(name, terms, bn, batch, **momentum), optim=optim, gradient_shares=True)
+    chosen = replace(chosen, accumulate=more.get("accumulate", 1), recompute=more.get("recompute", False))
+    models, tape = [], Tape()
+    for _ in range(2):
+        accelerator = Accelerator(cpu=True)
+        if more.get("scaler"):
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
+        models.append(built(chosen, accelerator))
+    plain, recorded = models
     step = recorded.step
-    step._graph = Graph(step._take, CPU, step._reset, lambda f: as_result(recorder, f))
-    for number in range(9):
-        x1, x2 = views(number)
-        order = shuffled_rows(0, number, len(x1))
-        more: Any = {"shuffled": {0: x1[order], 1: x2[order]}, "order": order} if shuffled else {}
-        results = [m.step(batch_of(x1, x2, **more), measured=number == 6) for m in (plain, recorded)]
-        assert torch.equal(results[0].parts["loss"], results[1].parts["loss"])
-    assert recorder.replayed == 9 - WARM - 1
-    for a, b in zip(plain.step.encoder.parameters(), step.encoder.parameters(), strict=True):
-        assert torch.equal(a, b)
-    assert torch.equal(plain.queue.keys, recorded.queue.keys)
+    step._graph = Graph(step._take, CPU, step._reset, tape.record)
+    for number in range(18):
+        x1, x2 = views(number, batch, 2 * SIZE if number >= 12 else SIZE)
+        if number in (1, WARM, 6):
+            x1 = x1 * float("inf")
+        order = shuffled_rows(0, number, batch)
+        shuffled = {"shuffled": {0: x1[order], 1: x2[order]}, "order": order} if bn == "shuffle" else {}
+        a, b = (m.step(batch_of(x1, x2, **shuffled), measured=number == 8) for m in models)
+        assert a.taken == b.taken == (number not in (1, WARM, 6))
+        for ours, theirs in ((a.parts, b.parts), (a.measures, b.measures), ({"q": a.q}, {"q": b.q})):
+            assert ours.keys() == theirs.keys()
+            for key, value in ours.items():
+                assert torch.equal(value.nan_to_num(7), theirs[key].nan_to_num(7)), (number, key)
+        ends = everything(recorded)
+        for key, value in everything(plain).items():
+            assert torch.equal(value, ends[key]), (number, key)
+    assert tape.recorded == 2
+    assert tape.replayed == 12 - WARM - 1 + 6 - WARM
 
 
-def as_result(recorder: Recorder, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """Record a function that returns a dataclass."""
-    replay, values = recorder(lambda: vars(function()))
+@pytest.mark.parametrize("fault", ["reads the loss", "counts in Python"])
+def test_the_tape_shows_what_a_graph_would_not_do(fault: str) -> None:
+    """A step that waits for the device, or keeps something in Python, does not get through."""
+    plain, recorded = built(settings()), built(settings())
+    take, numbers = recorded.step._take, iter(range(99))
 
-    class Found:
-        def __getattr__(self, name: str) -> Any:
-            return values[name]
+    def faulty(inputs: Any, measured: bool = False) -> Any:
+        result = take(inputs, measured)
+        if fault == "reads the loss" and result.parts["loss"].item() > 1e9:
+            raise AssertionError
+        if fault == "counts in Python":
+            result.parts["loss"].add_(next(numbers)).sub_(next(numbers) - 1)
+        return result
 
-    return replay, Found()
+    tape = Tape()
+    recorded.step._graph = Graph(faulty, CPU, recorded.step._reset, tape.record)
+    with pytest.MonkeyPatch.context() as patch:
+        said: list[str] = []
+        patch.setattr("engine.graph._say", said.append)
+        same = []
+        for number in range(WARM + 4):
+            a, b = (m.step(batch_of(*views(number))).parts["loss"].item() for m in (plain, recorded))
+            same.append(a == b)
+    if fault == "reads the loss":
+        assert "not permitted" in said[0]
+        assert all(same)
+    else:
+        assert not all(same)

@@ -23,7 +23,7 @@ from methods.registry import Terms
 from methods.residual import Residual, gap
 from methods.xmoco import XMoCo
 from pipeline.order import shuffled_rows
-from tests.engine.small import BATCH, LENGTH, batch_of, built, settings, views
+from tests.engine.small import BATCH, LENGTH, batch_of, built, everything, settings, views
 
 EMA, TEMPERATURE, RATE = 0.9, 0.2, 0.1
 TERMS: dict[str, Any] = {"co2": CO2(), "xmoco": XMoCo(), "residual": Residual(), "dcl": DCL()}
@@ -198,18 +198,6 @@ def test_accumulated_parts_are_the_whole_batch(name: str, terms: Terms) -> None:
     assert equal(p_a, p_b)
     if keys_a is not None:
         assert torch.allclose(keys_a, keys_b, atol=1e-12)
-
-
-def everything(model: Model) -> dict[str, torch.Tensor]:
-    """All that a step may change."""
-    modules = {"online": model.step.encoder, "target": model.target, "queue": model.queue, "at": model.step.schedule}
-    found = {f"{n}.{k}": v for n, m in modules.items() if m is not None for k, v in m.state_dict().items()}
-    found |= {
-        f"{index}|{key}": value
-        for index, state in enumerate(model.optimiser.state.values())
-        for key, value in state.items()
-    }
-    return {key: value.clone() for key, value in found.items() if key != "at.skipped"}
 
 
 def test_accumulated_parts_are_the_whole_batch_in_float32() -> None:
