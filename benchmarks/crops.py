@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=512, help="images a batch (default %(default)s)")
     parser.add_argument("--augmentation", default="moco_v2", choices=list(AUGMENTATIONS), help="default %(default)s")
     parser.add_argument("--runs", type=int, default=10, help="batches timed (default %(default)s)")
-    parser.add_argument("--json", type=Path, help="write the result here")
+    machine.add_outputs(parser)
     args = parser.parse_args()
     if min(args.size, args.batch, args.runs) < 1:
         raise InputError("--size, --batch and --runs must be positive: give 1 or more")
@@ -94,12 +94,20 @@ def main() -> None:
     about = machine.describe()
     result: dict[str, Any] = {"machine": about, "data": Path(args.data).name, "settings": settings}
     result |= measure(open_data(args.data), **settings)
-    print(f"{about['processor']}, {about['cores']} cores, load {about['load']}, {about['gpu'] or 'no GPU'}")
-    print(f"{about['date']}, {args.data}: {settings}")
-    for name, taken in result["milliseconds"].items():
-        print(f"{name:20s} {taken['median']:8.2f} ms a batch ({taken['min']:.2f} to {taken['max']:.2f})")
-    print(f"{'together':20s} {result['views_per_second']:8.0f} views/s")
-    machine.write(result, args.json)
+    machine.tell(report(result), result, args)
+
+
+def report(result: dict[str, Any]) -> machine.Report:
+    """Return the table of a result."""
+    rows = [
+        [name, *(f"{taken[kind]:.2f}" for kind in ("median", "min", "max"))]
+        for name, taken in result["milliseconds"].items()
+    ]
+    settings = ", ".join(f"{name} {value}" for name, value in result["settings"].items())
+    notes = [f"{result['data']}: {settings}", f"crops and augmentation: {result['views_per_second']:.0f} views/s"]
+    return machine.Report(
+        "Crops and augmentation on the device", ["ms a batch", "median", "least", "most"], rows, notes
+    )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu_suite --out DIR [--data F.beton] [--cifar F.beton] [--seconds 540] [--dry-run]
 
-Results are written to DIR as they come; `suite.md` there says what ran, what it found, and what was
-left out and why; `suite.json` holds the figures.
+Results are written to DIR as they come; `suite.md` there says what ran, what it found, and what was left out and why;
+`suite.json` holds the figures, `failures.txt` what failing parts printed.
 Without --data and --cifar, drawn images stand in. With --dry-run, or without a GPU, each part runs small, on what there
 is: a check of the suite itself.
 """
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine
+from benchmarks import crops, loader, machine, step, train
 from benchmarks.paths import HARDWARE_LOADS
 from pipeline.backends.choice import PACE
 from pipeline.beton import Beton
@@ -45,41 +45,21 @@ class Part:
     arguments: list[str]
     small: list[str]
     """Arguments that make it a matter of seconds."""
-    found: Callable[[dict[str, Any]], list[str]] | None
-    """From the JSON it writes to lines of the report; None: its output's last line is the report."""
+    report: Callable[[dict[str, Any]], machine.Report] | None
+    """From the JSON it writes to its report; None: its output's last line is the report."""
     needs: tuple[str, ...] = ()
     seconds: float = 240
     """It may take, at most, that others come to pass."""
 
 
-def _crops(result: dict[str, Any]) -> list[str]:
-    lines = [f"{name}: {taken['median']:.2f} ms a batch" for name, taken in result["milliseconds"].items()]
-    return [*lines, f"crops and augmentation: {result['views_per_second']:.0f} views/s"]
-
-
-def _loader(result: dict[str, Any]) -> list[str]:
-    rows = list(result["paths"].values())
-    lines = [f"{row['name']}, {row['threads']} threads: {row['wall']['median']:.0f} pairs/s" for row in rows]
+def _loader(result: dict[str, Any]) -> machine.Report:
+    """Return the loader's report, with the fewest threads that keep the pace."""
+    made, rows = loader.report(result), list(result["paths"].values())
     for name in dict.fromkeys(row["name"] for row in rows):
         enough = [row["threads"] for row in rows if row["name"] == name and row["wall"]["median"] >= PACE]
         threads = f"with {min(enough)} threads" if enough else "with none of these numbers of threads"
-        lines.append(f"{name} reaches {PACE} pairs/s {threads}")
-    return lines
-
-
-def _step(result: dict[str, Any]) -> list[str]:
-    rates = result["pairs_per_second"].items()
-    lines = [f"{name}: {rate:.0f} pairs/s, {result['tflops'][name]:.1f} TFLOP/s" for name, rate in rates]
-    lines.append(f"a matrix product: {result['matrix_tflops']:.1f} TFLOP/s")
-    kind = result["clock"]
-    lines += [f"{name}: {1000 * taken[kind]['median']:.2f} ms" for name, taken in result["parts"].items()]
-    return [*lines, f"all but the encoders: {result['share_beside_the_encoders']:.1%}"]
-
-
-def _train(result: dict[str, Any]) -> list[str]:
-    rates = (f"{name}: {result[name]['median']:.0f} pairs/s" for name in ("training", "step"))
-    wait = f"data-wait: {result['data_wait_share']['median']:.1%}"
-    return [*rates, f"ratio: {result['ratio']['median']:.3f}", wait, f"backend: {result['backend']}"]
+        made.notes.append(f"{name} reaches {PACE} pairs/s {threads}")
+    return made
 
 
 def parts(data: Path, cifar: Path, threads: list[int]) -> list[Part]:
@@ -89,28 +69,28 @@ def parts(data: Path, cifar: Path, threads: list[int]) -> list[Part]:
     tiny_run = ["--model.arch", "resnet18", "--model.width", "0.25", "--data.size", "32", "--data.batch", "8"]
     tiny_run += ["--method.queue", "64", "--model.bn", "plain"]
     lightly = ",lightly-amp" if _importable("lightly") else ""
-    step = [*recipe, "--ways", f"eager,compiled,graph,official-amp{lightly}", "--model.bn", "plain"]
-    train = [*recipe, "--data.train", str(data), "--compile", "true"]
+    steps = [*recipe, "--ways", f"eager,compiled,graph,official-amp{lightly}", "--model.bn", "plain"]
+    trains = [*recipe, "--data.train", str(data), "--compile", "true"]
     big, tiny = ["--data", str(data), "--batch", "512"], ["--batch", "32", "--size", "32", "--runs", "1"]
     resident = ["--data", str(cifar), "--batch", "512", "--size", "32", "--backends", "resident", "--threads", "1"]
     few = [*tiny, "--threads", "1"]
 
-    def loader(name: str, backends: str, threads: str = counts, *needs: str) -> Part:
+    def rates(name: str, backends: str, threads: str = counts, *needs: str) -> Part:
         arguments = [*big, "--backends", backends, "--threads", threads]
         return Part(name, "benchmarks.loader", arguments, few, _loader, needs)
 
     small_train = [*tiny_run, "--steps", "2", "--rounds", "1", "--compile", "false"]
     return [
         Part("tests", "pytest", ["-m", "gpu", "-q", "--no-header", "-p", "no:cacheprovider"], [], None, ("pytest",)),
-        Part("step", "benchmarks.step", step, [*tiny_run, "--runs", "1", "--ways", "eager,official-amp"], _step),
-        Part("crops", "benchmarks.crops", big, tiny, _crops),
-        Part("train", "benchmarks.train", train, small_train, _train),
-        Part("train, graph", "benchmarks.train", [*train, "--cuda_graph", "true"], small_train, _train),
+        Part("step", "benchmarks.step", steps, [*tiny_run, "--runs", "1", "--ways", "eager,official-amp"], step.report),
+        Part("crops", "benchmarks.crops", big, tiny, crops.report),
+        Part("train", "benchmarks.train", trains, small_train, train.report),
+        Part("train, graph", "benchmarks.train", [*trains, "--cuda_graph", "true"], small_train, train.report),
         Part("resident", "benchmarks.loader", resident, few, _loader),
-        loader("dali", "dali", counts, "nvidia.dali"),
-        loader("hardware", hardware, str(max(threads)), "nvidia.dali"),
-        loader("ffcv", "ffcv,ffcv-gpu,decode-only"),
-        loader("peers", "ffcv-twice,official"),
+        rates("dali", "dali", counts, "nvidia.dali"),
+        rates("hardware", hardware, str(max(threads)), "nvidia.dali"),
+        rates("ffcv", "ffcv,ffcv-gpu,decode-only"),
+        rates("peers", "ffcv-twice,official"),
     ]
 
 
@@ -124,51 +104,50 @@ class Report:
         self._lines = [f"# GPU suite, {about['date']}", ""]
         self._lines += [f"{about['gpu'] or 'no GPU'}; {about['processor']}, {about['cores']} cores; {versions}", ""]
 
-    def add(self, name: str, lines: list[str], result: dict[str, Any] | None = None) -> None:
+    def add(self, name: str, text: str, result: dict[str, Any] | None = None) -> None:
         """Add a part's section and result, and print the section."""
-        section = [f"## {name}", "", *(f"- {line}" for line in lines), ""]
-        print("\n".join(section), flush=True)
-        self._lines += section
+        section = f"## {name}\n\n{text}\n"
+        print(section, flush=True)
+        self._lines.append(section)
         (self._out / "suite.md").write_text("\n".join(self._lines))
         if result is not None:
             self._results[name] = result
             machine.write(self._results, self._out / "suite.json")
 
 
-def run(part: Part, out: Path, small: bool, seconds: float) -> tuple[list[str], dict[str, Any] | None]:
-    """Run a part; return its lines of the report, and its result. Its output stays under `out` where it fails."""
+def run(part: Part, out: Path, small: bool, seconds: float) -> tuple[str, dict[str, Any] | None]:
+    """Run a part; return its text in the report, and its result. Its output goes to `failures.txt` where it fails."""
     if missing := [name for name in part.needs if not _importable(name)]:
-        return [f"left out: {', '.join(missing)} cannot be imported"], None
+        return f"left out: {', '.join(missing)} cannot be imported", None
     if seconds <= 0:
-        return ["left out: no time was left"], None
-    log, result = out / f"{_slug(part.name)}.txt", out / f"{_slug(part.name)}.json"
+        return "left out: no time was left", None
+    log, written = out / "running.txt", out / "running.json"
     arguments = [*part.arguments, *(part.small if small else [])]
-    arguments += ["--json", str(result)] if part.found else []
-    begun = time.perf_counter()
-    try:
-        with log.open("w") as file:
-            call = [sys.executable, "-m", part.module, *arguments]
-            started = subprocess.Popen(call, stdout=file, stderr=subprocess.STDOUT, cwd=_ROOT, start_new_session=True)
+    arguments += ["--json", str(written)] if part.report else []
+    begun, status = time.perf_counter(), None
+    with log.open("w") as file:
+        call = [sys.executable, "-m", part.module, *arguments]
+        started = subprocess.Popen(call, stdout=file, stderr=subprocess.STDOUT, cwd=_ROOT, start_new_session=True)
+        try:
             status = started.wait(min(seconds, part.seconds))
-    except subprocess.TimeoutExpired:
-        os.killpg(started.pid, signal.SIGKILL)  # with what it started itself
-        started.wait()
-        return [f"cut off after {min(seconds, part.seconds):.0f} s: see {log.name}"], None
-    took = f"took {time.perf_counter() - begun:.0f} s"
-    last = next((line for line in reversed(log.read_text().splitlines()) if line.strip()), "no output")
+        except subprocess.TimeoutExpired:
+            os.killpg(started.pid, signal.SIGKILL)  # with what it started itself
+            started.wait()
+    took, output = f"took {time.perf_counter() - begun:.0f} s", log.read_text()
+    log.unlink()
+    last = next((line for line in reversed(output.splitlines()) if line.strip()), "no output")
     nothing = part.module == "pytest" and status == 5  # no test was chosen
-    if status and not nothing:
-        return [f"failed with status {status}: {last}: see {log.name}", took], None
-    if part.found is None:
-        return [last, took], None
-    log.unlink()  # the JSON says all of it
-    found = json.loads(result.read_text())
-    result.unlink()
-    return [*part.found(found), took], found
-
-
-def _slug(name: str) -> str:
-    return name.replace(", ", "-")
+    if (status and not nothing) or status is None:
+        with (out / "failures.txt").open("a") as file:
+            file.write(f"==== {part.name} ====\n{output}\n")
+        written.unlink(missing_ok=True)
+        how = f"failed with status {status}" if status else f"cut off after {min(seconds, part.seconds):.0f} s"
+        return f"{how}: {last}: see failures.txt; {took}", None
+    if part.report is None:
+        return f"{last}; {took}", None
+    result = json.loads(written.read_text())
+    written.unlink()
+    return f"{part.report(result).markdown()}\n- {took}", result
 
 
 def _importable(name: str) -> bool:
@@ -206,7 +185,7 @@ def main() -> None:
         Beton(path)  # says what is wrong before anything has run
     report = Report(args.out)
     if small:
-        report.add("small", ["parts ran small: " + ("--dry-run" if args.dry_run else "there is no GPU")])
+        report.add("small", f"parts ran small: {'--dry-run' if args.dry_run else 'there is no GPU'}")
     for part in parts(data, cifar, [int(number) for number in args.threads.split(",")]):
         left = args.seconds - (time.perf_counter() - begun)
         report.add(part.name, *run(part, args.out, small, left))

@@ -24,8 +24,6 @@ from typing import Any
 
 import psutil
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks import machine
 from benchmarks.paths import COMPARED, PATHS
@@ -139,13 +137,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _table(rows: dict[str, Any]) -> Table:
-    table = Table(box=None)
-    for heading in ("", "threads", "pairs/s a core", "pairs/s", "ratio", "read", "to device", "first batch", "memory"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for row in rows.values():
-        spread = "{median:.0f} ({min:.0f}-{max:.0f})"
-        table.add_row(
+def report(result: dict[str, Any]) -> machine.Report:
+    """Return the table of a result."""
+    spread = "{median:.0f} ({min:.0f}-{max:.0f})"
+    rows = [
+        [
             " ".join(filter(None, (row["name"], row["note"]))),
             str(row["threads"]),
             spread.format(**row["cpu"]),
@@ -155,8 +151,14 @@ def _table(rows: dict[str, Any]) -> Table:
             f"{row['to_device_bytes'] / 1024:.0f} KiB",
             f"{row['first_batch_seconds']:.1f} s",
             f"{row['peak_bytes'] / 2**20:.0f} MiB",
-        )
-    return table
+        ]
+        for row in result["paths"].values()
+    ]
+    headings = ["", "threads", "pairs/s a core", "pairs/s", "ratio", "read", "to device", "first batch", "memory"]
+    settings = ", ".join(f"{name} {value}" for name, value in result["settings"].items())
+    return machine.Report(
+        "Loader throughput", headings, rows, [f"{result['data']}: {result['images']} images, {settings}"]
+    )
 
 
 def _arguments() -> argparse.Namespace:
@@ -169,7 +171,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=224, help="side of a crop, pixels (default %(default)s)")
     parser.add_argument("--batch", type=int, default=100, help="images a batch (default %(default)s)")
     parser.add_argument("--runs", type=int, default=5, help="epochs measured of each (default %(default)s)")
-    parser.add_argument("--json", type=Path, help="write the result here")
+    machine.add_outputs(parser)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -200,12 +202,9 @@ def main() -> None:
     args = _checked(args)
     settings = {key: getattr(args, key) for key in ("size", "views", "batch", "threads", "runs")}
     about, rows = machine.describe(), measure(args)
-    result = {"machine": about, "data": Path(args.data).name, "settings": settings, "paths": rows}
-    print(f"{about['processor']}, {about['cores']} cores, load {about['load']}, {about['gpu'] or 'no GPU'}")
-    print(f"{about['date']}, {', '.join(f'{name} {number}' for name, number in about['versions'].items())}")
-    print(f"{args.data}: {len(open_data(args.data))} images, {settings}")
-    Console(width=160).print(_table(rows))
-    machine.write(result, args.json)
+    count = len(open_data(args.data))
+    result = {"machine": about, "data": Path(args.data).name, "images": count, "settings": settings, "paths": rows}
+    machine.tell(report(result), result, args)
 
 
 if __name__ == "__main__":

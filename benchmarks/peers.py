@@ -29,6 +29,7 @@ class Official:
             self._online.parameters(), optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
         )
         self._criterion, self._dtype, self._device = nn.CrossEntropyLoss(), dtype, device
+        self._scaler = _scaler(device, dtype)
 
     def step(self, views: Pair) -> float:
         """Train on two views [B, 3, S, S], and return the loss."""
@@ -50,9 +51,15 @@ class Official:
             _, best = logits.topk(5, 1)  # its accuracy meter
             float((best == 0).float().sum())
         self._optimiser.zero_grad()
-        loss.backward()
-        self._optimiser.step()
+        self._scaler.scale(loss).backward()
+        self._scaler.step(self._optimiser)
+        self._scaler.update()
         return float(loss.detach())
+
+
+def _scaler(device: torch.device, dtype: torch.dtype | None) -> torch.amp.GradScaler:
+    """Return what scales the loss of float16, and passes others on."""
+    return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
 def _plain(encoder: Encoder) -> Encoder:
@@ -83,6 +90,7 @@ class Lightly:
             parameters, optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
         )
         self._update, self._dtype, self._device = update_momentum, dtype, device
+        self._scaler = _scaler(device, dtype)
 
     def step(self, views: Pair) -> float:
         """Train on two views [B, 3, S, S], and return the loss."""
@@ -93,8 +101,9 @@ class Lightly:
             with torch.no_grad():
                 key = self._head_momentum(self._backbone_momentum(views[1]).flatten(start_dim=1))
             loss = self._criterion(query, key)
-        loss.backward()
-        self._optimiser.step()
+        self._scaler.scale(loss).backward()
+        self._scaler.step(self._optimiser)
+        self._scaler.update()
         self._optimiser.zero_grad()
         return float(loss.detach())
 

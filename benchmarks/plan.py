@@ -33,10 +33,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks import machine
+from benchmarks.step import OURS
 from engine.arguments import parse
 from engine.config import Settings
 from engine.dryrun import estimate
@@ -132,8 +131,9 @@ def load_rates(node: Node, loader: Path | None, step: Path | None) -> Rates:
         gpu = (result.get("machine") or {}).get("gpu") or "no GPU"
         if node.gpu not in gpu:
             raise InputError(f"{step}: was measured on {gpu}, not on {node.gpu}: leave it out, or measure there")
-        best = max(result["tflops"], key=lambda way: result["tflops"][way])
-        flops, source = 1e12 * result["tflops"][best], f"{step.name}, {best}, {gpu}"
+        rates = {way: result["tflops"][way]["median"] for way in OURS if way in result["tflops"]}
+        best = max(rates, key=lambda way: rates[way])
+        flops, source = 1e12 * rates[best], f"{step.name}, {best}, {gpu}"
     return Rates(decoding["cpu"]["median"], decoding["read_bytes"], sent, flops, (loader.name, source))
 
 
@@ -230,20 +230,27 @@ def _advice(limit: str, seconds: dict[str, float], node: Node, cores: float, mem
     return "the GPU: compile true, cuda_graph true; data.sizes [160, 192, 224] takes about 0.8 of the time"
 
 
-def _table(settings: Settings, plans: list[dict[str, Any]]) -> Table:
+def report(settings: Settings, plans: list[dict[str, Any]]) -> machine.Report:
+    """Return the table of plans."""
     method = " + ".join([settings.method.name, *(name for name, t in settings.as_dict()["terms"].items() if t)])
     title = f"{method}, {settings.model.arch}, batch {settings.data.batch}, {settings.optim.epochs} epochs"
-    table = Table(title=title, box=None)
-    headings = ("", "limit", "pairs/s", "hours", "GPU-hours", "cores a GPU", "GiB a GPU", "page cache GiB", "MB a step")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading in ("", "limit") else "right")
-    for found in plans:
-        cells = [f"{found[key]:,.0f}" for key in ("pairs_per_second",)]
-        cells += [f"{found['hours']:,.1f}", f"{found['gpu_hours']:,.0f}", f"{found['cores_a_gpu']:.1f}"]
-        cells += [f"{found['memory_gib']:.1f}", f"{found['page_cache_gib']:.0f}"]
-        cells += [f"{found['exchanged_bytes_a_step'] / 1e6:.0f}"]
-        table.add_row(found["machine"], found["limit"], *cells)
-    return table
+    headings = ["", "limit", "pairs/s", "hours", "GPU-hours", "cores a GPU", "GiB a GPU", "page cache GiB", "MB a step"]
+    rows = [
+        [
+            found["machine"],
+            found["limit"],
+            f"{found['pairs_per_second']:,.0f}",
+            f"{found['hours']:,.1f}",
+            f"{found['gpu_hours']:,.0f}",
+            f"{found['cores_a_gpu']:.1f}",
+            f"{found['memory_gib']:.1f}",
+            f"{found['page_cache_gib']:.0f}",
+            f"{found['exchanged_bytes_a_step'] / 1e6:.0f}",
+        ]
+        for found in plans
+    ]
+    notes = [f"{found['machine']}: first {found['first']}; step: {found['sources'][1]}" for found in plans]
+    return machine.Report(title, headings, rows, [title, *notes, f"decoding: {plans[0]['sources'][0]}"])
 
 
 @command
@@ -253,7 +260,7 @@ def main() -> None:
     parser.add_argument("--loader", type=Path, help="JSON of benchmarks.loader (default: the newest in results/)")
     parser.add_argument("--step", type=Path, help="JSON of benchmarks.step on a GPU of that kind")
     parser.add_argument("--images", type=int, default=1_281_167, help="default %(default)s, ImageNet")
-    parser.add_argument("--json", type=Path, help="write the result here")
+    machine.add_outputs(parser)
     args, rest = parser.parse_known_args()
     if args.images < 1:
         raise InputError(f"--images {args.images}: give 1 or more")
@@ -265,11 +272,8 @@ def main() -> None:
         rates = load_rates(node, args.loader, args.step)
         plans.append(plan(node, rates, settings, run, args.images))
         plans[-1]["sources"] = rates.sources
-    Console(width=140).print(_table(settings, plans))
-    for found in plans:
-        print(f"{found['machine']}: first {found['first']}; step: {found['sources'][1]}")
-    print(f"decoding: {plans[0]['sources'][0]}")
-    machine.write({"machine": machine.describe(), "arguments": rest, "plans": plans}, args.json)
+    result = {"machine": machine.describe(), "arguments": rest, "plans": plans}
+    machine.tell(report(settings, plans), result, args)
 
 
 if __name__ == "__main__":

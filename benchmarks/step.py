@@ -1,13 +1,14 @@
 """Training steps a second: ours, eager, compiled and as a CUDA graph, and other implementations of MoCo.
 
-    python -m benchmarks.step [--ways eager,compiled,graph,official,...] [--runs 10] [--json OUT]
+    python -m benchmarks.step [--ways eager,compiled,graph,official,...] [--runs 10] [--json OUT] [--markdown OUT]
         --config engine/recipes/moco_v2_in1k.yaml [--data.batch 64] [any setting of a run]
 
-The ways take steps in turn on the same batch, which lies on the device; medians and spread of wall clock, and of CPU
-time where there is no GPU. Then each part of our step alone: encoders, loss with its terms, moving average, queue,
-optimiser, augmentation. `graph` is compiled, and replayed as one CUDA graph. `official` is facebookresearch/moco's
-training loop, in float32 and NCHW as published, without its shuffling; `lightly` lightly's MoCo, where it is installed;
-`official-amp` and `lightly-amp` the same under autocast.
+The ways take steps in turn on the same batch, which lies on the device, and between them runs each part of our step
+alone: encoders, loss with its terms, guard, moving average, optimiser, queue, and the augmentation of both views. Told
+are medians and spread of wall clock, and of CPU time where there is no GPU; ratios and shares are taken run by run.
+`graph` is compiled, and replayed as one CUDA graph. `official` is facebookresearch/moco's training loop, in float32 and
+NCHW as published, without its shuffling; `lightly` lightly's MoCo, where it is installed; `official-amp` and
+`lightly-amp` the same under autocast, in the precision of the run, else bf16.
 """
 
 from __future__ import annotations
@@ -17,14 +18,11 @@ import importlib.util
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from rich.console import Console
-from rich.table import Table
 from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
 from torch.utils.flop_counter import FlopCounterMode
@@ -34,7 +32,7 @@ from benchmarks.peers import PEERS
 from engine.arguments import parse
 from engine.build import DTYPES, Model, build_accelerator, build_model
 from engine.config import Settings
-from engine.graph import WARM
+from engine.graph import WARM, Graph
 from methods.base import Embeddings, total
 from pipeline.augment import IMAGENET, augment
 from pipeline.cores import available_cores
@@ -45,6 +43,7 @@ from pipeline.views import AUGMENTATIONS
 
 Call = Callable[[], Any]
 OURS = ("eager", "compiled", "graph")
+ENCODERS = ("encoder, queries", "encoder, keys")
 WAYS = (*OURS, *(f"{peer}{amp}" for peer in PEERS for amp in ("", "-amp")))
 
 
@@ -66,7 +65,8 @@ def ways(settings: Settings, chosen: list[str], accelerator: Accelerator) -> tup
     a, b = batch.views
     assert a is not None
     assert b is not None
-    ours = build_model(replace(settings, compile=False), accelerator)
+    ours = build_model(replace(settings, compile=False, cuda_graph=False), accelerator)
+    half = torch.float16 if settings.precision == "fp16" else torch.bfloat16
     found: dict[str, Call] = {}
     for name in chosen:
         if name == "eager":
@@ -76,7 +76,7 @@ def ways(settings: Settings, chosen: list[str], accelerator: Accelerator) -> tup
             found[name] = lambda model=model: model.step(batch)  # type: ignore[misc]
         else:
             peer, _, amp = name.partition("-")
-            theirs = PEERS[peer](ours.step.encoder, settings, device, torch.bfloat16 if amp else None)
+            theirs = PEERS[peer](ours.step.encoder, settings, device, half if amp else None)
             pair = a.float().contiguous(), b.float().contiguous()
             found[name] = lambda theirs=theirs, pair=pair: theirs.step(pair)  # type: ignore[misc]
     return found, ours
@@ -121,9 +121,9 @@ def parts(settings: Settings, model: Model, accelerator: Accelerator) -> dict[st
         draw_colour(view, number, seed=0, epoch=0, ids=np.arange(count))
         for number, view in enumerate(AUGMENTATIONS[settings.data.augmentation])
     ]
-    found: dict[str, Call] = {"encoder, queries": encode_queries}
+    found: dict[str, Call] = {ENCODERS[0]: encode_queries}
     if model.target is not None and moving is not None:
-        found |= {"encoder, keys": encode_keys, "moving average": lambda: moving.update(model.step.schedule.share)}
+        found |= {ENCODERS[1]: encode_keys, "moving average": lambda: moving.update(model.step.schedule.share)}
     if model.queue is not None:
         fresh = named.get("k2", next(iter(named.values())))
         found["queue"] = lambda: model.queue.write(fresh)  # type: ignore[union-attr]
@@ -150,17 +150,21 @@ def clock(call: Call, device: torch.device) -> dict[str, float]:
     return taken | ({"bytes": torch.cuda.max_memory_allocated() - before} if on_gpu else {})
 
 
-def in_turn(calls: dict[str, Call], device: torch.device, runs: int, warm: int = WARM + 1) -> dict[str, Any]:
-    """Return median, minimum and maximum seconds of each, called one after another, `runs` times after the warm-up."""
+Taken = dict[str, dict[str, np.ndarray]]
+"""Seconds or bytes of each run, by kind of each call."""
+
+
+def in_turn(calls: dict[str, Call], device: torch.device, runs: int, warm: int = WARM + 2) -> Taken:
+    """Return what each took, called one after another, `runs` times after the warm-up; bytes are the most of any."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in calls}
-    for run in range(warm + runs):
+    for _ in range(warm + runs):
         for name, call in calls.items():
-            taken = clock(call, device)
-            if run >= warm:
-                found[name].append(taken)
+            found[name].append(clock(call, device))
+    taken = {name: {kind: np.array([run[kind] for run in all_]) for kind in all_[0]} for name, all_ in found.items()}
     return {
-        name: {kind: machine.spread([taken[kind] for taken in all_]) for kind in all_[0]}
-        for name, all_ in found.items()
+        # a graph takes its memory once, when it is recorded
+        name: {kind: np.full(runs, v.max()) if kind == "bytes" else v[warm:] for kind, v in kinds.items()}
+        for name, kinds in taken.items()
     }
 
 
@@ -168,8 +172,32 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, runs: int = 5) -> floa
     """Return the TFLOP/s of a large matrix product."""
     side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    product = {"product": lambda: torch.mm(a, b)}
-    return 2 * side**3 / in_turn(product, device, runs)["product"]["wall"]["median"] / 1e12
+    taken = in_turn({"product": lambda: torch.mm(a, b)}, device, runs)["product"]["wall"]
+    return float(2 * side**3 / np.median(taken) / 1e12)
+
+
+def as_graphs(calls: dict[str, Call], model: Model, device: torch.device) -> dict[str, Call]:
+    """Return calls that run as CUDA graphs, as they do within a step that is one."""
+    held: list[Any] = []
+
+    def graph(call: Call) -> Call:
+        def recorded(_: Any) -> Any:
+            held.append([p.grad for p in model.step.encoder.parameters()])  # which the graph goes on reading
+            return call()
+
+        made = Graph[Any](recorded, device)
+        return lambda: made({})
+
+    return {name: graph(call) for name, call in calls.items()}
+
+
+def flops_a_step(settings: Settings, ours: Model, accelerator: Accelerator) -> int:
+    """Return the operations of a step; what `recompute` does once more is not counted."""
+    plain = settings if not settings.recompute else replace(settings, recompute=False, compile=False, cuda_graph=False)
+    model = ours if plain is settings else build_model(plain, accelerator)
+    with FlopCounterMode(display=False) as counter:
+        model.step(batch_of(settings, accelerator.device))
+    return counter.get_total_flops()
 
 
 def measure(settings: Settings, chosen: list[str], runs: int) -> dict[str, Any]:
@@ -177,47 +205,85 @@ def measure(settings: Settings, chosen: list[str], runs: int) -> dict[str, Any]:
     accelerator = build_accelerator(replace(settings, tracker="none"))
     device = accelerator.device
     steps, ours = ways(settings, chosen, accelerator)
-    with FlopCounterMode(display=False) as counter:
-        ours.step(batch_of(settings, device))
-    flops = counter.get_total_flops()
-    whole = in_turn(steps, device, runs)
+    flops = flops_a_step(settings, ours, accelerator)
+    alone = parts(settings, ours, accelerator)
+    beside = [name for name in alone if name not in ENCODERS]
+    graphs: dict[str, Call] = {}
+    if "graph" in steps and device.type == "cuda":
+        graphs = {
+            f"{name}, graph": call for name, call in as_graphs({n: alone[n] for n in beside}, ours, device).items()
+        }
+    taken = in_turn({**steps, **alone, **graphs}, device, runs)
     rate = matrix_rate(device, DTYPES[settings.precision])
-    alone = in_turn(parts(settings, ours, accelerator), device, runs)
     kind, batch = "wall" if device.type == "cuda" else "cpu", settings.data.batch
-    median = {name: taken[kind]["median"] for name, taken in whole.items()}
-    encoders = sum(taken[kind]["median"] for name, taken in alone.items() if name.startswith("encoder"))
-    others = sum(taken[kind]["median"] for name, taken in alone.items() if not name.startswith("encoder"))
+    shares = {}
+    for name in (name for name in steps if name in OURS):
+        suffix = ", graph" if name == "graph" and graphs else ""
+        others = sum(taken[f"{part}{suffix}"][kind] for part in beside)
+        augmentation = taken[f"augmentation{suffix}"][kind]  # which the loader does, beside the step's own time
+        shares[name] = others / (taken[name][kind] + augmentation)
+    official = taken.get("official")
     return {
         "device": device.type,
         "clock": kind,
-        "ways": whole,
-        "parts": alone,
-        "pairs_per_second": {name: batch / taken["wall"]["median"] for name, taken in whole.items()},
-        "ratio_to_official": {n: median["official"] / taken for n, taken in median.items() if "official" in median},
-        "share_beside_the_encoders": others / (encoders + others),
+        "runs": runs,
+        "ways": {name: _spreads(taken[name]) for name in steps},
+        "parts": {name: _spreads(taken[name]) for name in (*alone, *graphs)},
+        "pairs_per_second": {name: machine.spread(batch / taken[name]["wall"]) for name in steps},
+        "ratio_to_official": {
+            name: machine.spread(official[kind] / taken[name][kind]) for name in steps if official is not None
+        },
+        "ratio_to_eager": {
+            name: machine.spread(taken["eager"][kind] / taken[name][kind])
+            for name in steps
+            if name in OURS and "eager" in steps
+        },
+        "share_beside_the_encoders": {name: machine.spread(share) for name, share in shares.items()},
         "flops_a_step": flops,
-        "tflops": {name: flops / taken["wall"]["median"] / 1e12 for name, taken in whole.items()},
+        "tflops": {name: machine.spread(flops / taken[name]["wall"] / 1e12) for name in steps},
         "matrix_tflops": rate,
     }
 
 
-def _print(result: dict[str, Any]) -> None:
-    table = Table(box=None)
-    for heading in ("", "ms a step", "CPU ms", "pairs/s", "TFLOP/s", "of a matrix's", "GiB", "to official"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    spread = "{median:.1f} ({min:.1f}-{max:.1f})"
-    for name, taken in result["ways"].items():
-        shown = [spread.format(**{k: 1000 * v for k, v in taken[kind].items()}) for kind in ("wall", "cpu")]
-        ratio = result["ratio_to_official"].get(name)
-        rates = f"{result['pairs_per_second'][name]:.1f}", f"{result['tflops'][name]:.2f}"
-        share = f"{result['tflops'][name] / result['matrix_tflops']:.0%}"
-        memory = f"{taken['bytes']['median'] / 2**30:.2f}" if "bytes" in taken and name != "graph" else ""
-        table.add_row(name, *shown, *rates, share, memory, f"{ratio:.2f}" if ratio else "")
-    for name, taken in result["parts"].items():
-        shown = [spread.format(**{k: 1000 * v for k, v in taken[kind].items()}) for kind in ("wall", "cpu")]
-        table.add_row(f"  {name}", *shown)
-    Console(width=140).print(table)
-    print(f"all but the encoders: {result['share_beside_the_encoders']:.1%} of the parts' {result['clock']} time")
+def _spreads(taken: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    return {kind: machine.spread(values) for kind, values in taken.items()}
+
+
+def report(result: dict[str, Any]) -> machine.Report:
+    """Return the table of a result."""
+    rows = []
+    for name, taken in (*result["ways"].items(), *result["parts"].items()):
+        row = [name if name in result["ways"] else f"part: {name}"]
+        row += [_told(taken[kind], "{:.1f}", 1000) for kind in ("wall", "cpu")]
+        if name in result["ways"]:
+            row += [_told(result["pairs_per_second"][name], "{:.1f}")]
+            tflops = result["tflops"][name]["median"]
+            row += [f"{tflops:.2f}", f"{tflops / result['matrix_tflops']:.0%}"]
+            row += [f"{taken['bytes']['median'] / 2**30:.2f}" if "bytes" in taken else ""]
+            ratio = result["ratio_to_official"].get(name)
+            row += [_told(ratio, "{:.2f}") if ratio else ""]
+        rows.append(row + [""] * (8 - len(row)))
+    clock = {"wall": "wall clock", "cpu": "CPU time"}[result["clock"]]
+    notes = [
+        f"{result['runs']} runs: median (least-most); ratios and shares by {clock}; a matrix product runs at "
+        f"{result['matrix_tflops']:.2f} TFLOP/s, a step has {result['flops_a_step'] / 1e9:.1f} GFLOP"
+    ]
+    notes += [
+        f"all but the encoders, {name}: {_told(share, '{:.1%}')}"
+        for name, share in result["share_beside_the_encoders"].items()
+    ]
+    notes += [
+        f"{name} to eager: {_told(ratio, '{:.2f}')}"
+        for name, ratio in result["ratio_to_eager"].items()
+        if name != "eager"
+    ]
+    headings = ["", "ms", "CPU ms", "pairs/s", "TFLOP/s", "of a matrix's", "GiB", "to official"]
+    return machine.Report("Training step", headings, rows, notes)
+
+
+def _told(spread: dict[str, float], form: str, times: float = 1.0) -> str:
+    median, least, most = (form.format(times * spread[kind]) for kind in ("median", "min", "max"))
+    return f"{median} ({least}-{most})"
 
 
 @command
@@ -228,7 +294,7 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=int, default=10, help="steps timed of each (default %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="of torch on the CPU (default: all cores)")
-    parser.add_argument("--json", type=Path, help="write the result here")
+    machine.add_outputs(parser)
     args, rest = parser.parse_known_args()
     chosen = args.ways.split(",")
     for name in chosen:
@@ -246,10 +312,7 @@ def main() -> None:
     torch.set_num_threads(args.threads or available_cores())
     about = machine.describe()
     result: dict[str, Any] = {"machine": about, "arguments": rest} | measure(settings, chosen, args.runs)
-    print(f"{about['processor']}, {about['cores']} cores, load {about['load']}, {about['gpu'] or 'no GPU'}")
-    print(f"{about['date']}, {' '.join(rest)}")
-    _print(result)
-    machine.write(result, args.json)
+    machine.tell(report(result), result, args)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Training on real data end to end, against the same step on one batch that lies on the device.
 
-    python -m benchmarks.train [--steps 20] [--rounds 5] [--json OUT]
+    python -m benchmarks.train [--steps 50] [--rounds 5] [--json OUT] [--markdown OUT]
         --config engine/recipes/moco_v2_in1k.yaml --data.train F.beton [any setting of a run]
 
+Training is what a run does: batches of the loader, and a measured step and a line of metrics every `log_every` steps.
 Rounds of both alternate, on the same model; their medians, the ratio of each pair of rounds, and the share of the
 time that training waited for data are printed. On a CPU the loader works on the cores that train: there the ratio says
 what decoding and augmentation cost, not what they hold up.
@@ -16,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from benchmarks import machine
 from engine.arguments import parse
 from engine.build import Run, build
 from engine.config import Settings
+from engine.graph import WARM
+from engine.loop import train_on
 from pipeline.errors import InputError, command
 from pipeline.loader import Batch
 
@@ -46,13 +48,15 @@ def _measure(run: Run, steps: int, rounds: int) -> dict[str, Any]:
     endless: Iterator[Batch] = (batch for _ in itertools.count() for batch in run.loader)
     kept = next(endless)
     kept = replace(kept, views=tuple(view if view is None else view.clone() for view in kept.views))
-    for batch in (kept, kept, *itertools.islice(endless, 3)):  # compiles, and fills the loader
-        run.model.step(batch)
+    for _ in range(WARM + 1):
+        run.model.step(kept)
+    for batch in itertools.islice(endless, WARM + 1):  # compiles, records, and fills the loader
+        train_on(run, batch, logs=True)
     trained, bare, waits, busy = [], [], [], []
     for _ in range(rounds):
         begun, waited = _now(run), 0.0
         for batch in itertools.islice(endless, steps):
-            run.model.step(batch)
+            train_on(run, batch, logs=(run.done + 1) % run.settings.log_every == 0)
             waited += batch.waited
         trained.append(_now(run) - begun)
         waits.append(waited / trained[-1])
@@ -65,6 +69,7 @@ def _measure(run: Run, steps: int, rounds: int) -> dict[str, Any]:
     return {
         "device": run.accelerator.device.type,
         "backend": f"{run.backend.name} ({run.backend.why})",
+        "log_every": run.settings.log_every,
         "training": machine.spread([pairs / taken for taken in trained]),
         "step": machine.spread([pairs / taken for taken in bare]),
         "ratio": machine.spread([b / a for a, b in zip(trained, bare, strict=True)]),
@@ -92,23 +97,38 @@ def _utilisation(run: Run) -> int | None:
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description="Time training on real data.")
-    parser.add_argument("--steps", type=int, default=20, help="of a round (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=50, help="of a round (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="of training, and of bare steps (default %(default)s)")
-    parser.add_argument("--json", type=Path, help="write the result here")
+    machine.add_outputs(parser)
     args, rest = parser.parse_known_args()
     if min(args.steps, args.rounds) < 1:
         raise InputError("--steps and --rounds must be positive: give 1 or more")
     settings = parse(rest)
     about = machine.describe()
-    result: dict[str, Any] = {"machine": about, "arguments": rest, "steps": args.steps}
+    result: dict[str, Any] = {"machine": about, "arguments": rest, "steps": args.steps, "rounds": args.rounds}
     result |= measure(settings, args.steps, args.rounds)
-    print(f"{about['processor']}, {about['cores']} cores, load {about['load']}, {about['gpu'] or 'no GPU'}")
-    print(f"{about['date']}, {' '.join(rest)}\ndata.backend: {result['backend']}")
-    for name, form in (("training", "{:.1f} pairs/s"), ("step", "{:.1f} pairs/s"), ("ratio", "{:.3f}")):
-        median, least, most = (form.format(result[name][kind]) for kind in ("median", "min", "max"))
-        print(f"{name:10s} {median} ({least} to {most})")
-    print(f"data-wait  {result['data_wait_share']['median']:.1%}")
-    machine.write(result, args.json)
+    machine.tell(report(result), result, args)
+
+
+def report(result: dict[str, Any]) -> machine.Report:
+    """Return the table of a result."""
+    rows = [
+        [name, *(form.format(result[key][kind]) for kind in ("median", "min", "max"))]
+        for key, name, form in (
+            ("training", "training, pairs/s", "{:.1f}"),
+            ("step", "bare step, pairs/s", "{:.1f}"),
+            ("ratio", "ratio", "{:.3f}"),
+            ("data_wait_share", "data-wait", "{:.1%}"),
+        )
+    ]
+    notes = [
+        f"{result['rounds']} rounds of {result['steps']} steps of each; a line of metrics every "
+        f"{result['log_every']} steps",
+        f"data.backend: {result['backend']}",
+    ]
+    if result["gpu_utilisation"]:
+        notes.append(f"GPU utilisation (NVML): {', '.join(f'{share} %' for share in result['gpu_utilisation'])}")
+    return machine.Report("Training on real data", ["", "median", "least", "most"], rows, notes)
 
 
 if __name__ == "__main__":

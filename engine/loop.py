@@ -18,6 +18,7 @@ from engine.config import Settings
 from engine.meeting import explained, together
 from engine.state import restore, save
 from pipeline.errors import LoaderStalled
+from pipeline.loader import Batch
 
 
 def train(settings: Settings) -> dict[str, Any]:
@@ -54,22 +55,26 @@ def _epochs(run: Run) -> None:
     for epoch in range(run.done // steps, settings.optim.epochs):
         for batch in run.loader:
             ends = (run.done + 1) % steps == 0
-            logs = ends or (run.done + 1) % settings.log_every == 0
-            result = run.model.step(batch, measured=logs)
-            run.done += 1
-            substituted = batch.substituted if settings.data.on_bad == "skip" else None
-            run.monitor.add(result, settings.data.batch, batch.waited, substituted)
-            if logs:
-                rates = run.model.step.schedule.numbers()
-                if run.model.target is None:
-                    del rates["momentum"]
-                run.monitor.log(run.done, run.done / steps, result.measures, **rates)
-                run.model.step.schedule.refuse_divergence(run.done)
+            train_on(run, batch, logs=ends or (run.done + 1) % settings.log_every == 0)
             if settings.save_every and run.done % settings.save_every == 0 and not ends:
                 save(run)
         evaluate(run, epoch + 1)
         if not settings.save_every or run.done % settings.save_every == 0 or run.done == run.total:
             save(run)
+
+
+def train_on(run: Run, batch: Batch, *, logs: bool) -> None:
+    """Take the next step, on `batch`; logs: measure it, and write a line. Raises FloatingPointError: diverged."""
+    result = run.model.step(batch, measured=logs)
+    run.done += 1
+    substituted = batch.substituted if run.settings.data.on_bad == "skip" else None
+    run.monitor.add(result, run.settings.data.batch, batch.waited, substituted)
+    if logs:
+        rates = run.model.step.schedule.numbers()
+        if run.model.target is None:
+            del rates["momentum"]
+        run.monitor.log(run.done, run.done / run.loader.steps, result.measures, **rates)
+        run.model.step.schedule.refuse_divergence(run.done)
 
 
 def evaluate(run: Run, epoch: int) -> None:

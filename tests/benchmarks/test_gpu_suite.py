@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,8 +24,8 @@ def test_what_fails_or_is_missing_is_said_and_the_rest_runs(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     crops = gpu_suite.parts(drawn, drawn, [1])[2]
-    failing = Part("failing", "benchmarks.crops", ["--data", "/nowhere"], [], crops.found)
-    lacking = Part("lacking", "benchmarks.crops", [], [], crops.found, ("no_such_package.inside",))
+    failing = Part("failing", "benchmarks.crops", ["--data", "/nowhere"], [], crops.report)
+    lacking = Part("lacking", "benchmarks.crops", [], [], crops.report, ("no_such_package.inside",))
     monkeypatch.setattr(gpu_suite, "parts", lambda *_: [failing, lacking, crops])
     status, report = main(monkeypatch, tmp_path / "out", "--data", str(drawn))
     assert status == 0
@@ -38,17 +39,28 @@ def test_what_fails_or_is_missing_is_said_and_the_rest_runs(
 
 
 def test_a_part_has_the_time_that_is_left(tmp_path: Path) -> None:
-    slow = Part("slow", "timeit", ["-n", "1", "import time; time.sleep(600)"], [], None)
-    assert gpu_suite.run(slow, tmp_path, False, 1.0) == (["cut off after 1 s: see slow.txt"], None)
-    assert gpu_suite.run(slow, tmp_path, False, 0.0) == (["left out: no time was left"], None)
+    slow = Part("slow", "timeit", ["-n", "1", "print('begun', flush=True); import time; time.sleep(600)"], [], None)
+    text, result = gpu_suite.run(slow, tmp_path, False, 1.0)
+    assert text.startswith("cut off after 1 s: begun: see failures.txt; took 1 s")
+    assert result is None
+    assert gpu_suite.run(slow, tmp_path, False, 0.0) == ("left out: no time was left", None)
+    gpu_suite.run(slow, tmp_path, False, 1.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["failures.txt"]
+    assert (tmp_path / "failures.txt").read_text() == "==== slow ====\nbegun\n\n" * 2
 
 
 def test_numbers_of_threads_that_keep_the_pace_are_named() -> None:
-    rows = [{"name": "ffcv", "threads": n, "wall": {"median": 1500.0 * n}} for n in (1, 2, 4, 8)]
-    rows += [{"name": "dali", "threads": 1, "wall": {"median": 4999.0}}]
-    lines = gpu_suite._loader({"paths": dict(enumerate(rows))})
-    assert "ffcv reaches 5000 pairs/s with 4 threads" in lines
-    assert "dali reaches 5000 pairs/s with none of these numbers of threads" in lines
+    def rate(value: float) -> dict[str, float]:
+        return {"median": value, "min": value, "max": value}
+
+    rows: list[dict[str, Any]] = [{"name": "ffcv", "threads": n, "wall": rate(1500.0 * n)} for n in (1, 2, 4, 8)]
+    rows += [{"name": "dali", "threads": 1, "wall": rate(4999.0)}]
+    rest = {"note": "", "ratio": None, "read_bytes": 0, "to_device_bytes": 0, "first_batch_seconds": 0, "peak_bytes": 0}
+    paths = [{**row, **rest, "cpu": row["wall"]} for row in rows]
+    made = gpu_suite._loader({"data": "x", "images": 1, "settings": {}, "paths": dict(enumerate(paths))})
+    assert "ffcv reaches 5000 pairs/s with 4 threads" in made.notes
+    assert "dali reaches 5000 pairs/s with none of these numbers of threads" in made.notes
+    assert len(made.rows) == 5
 
 
 @pytest.mark.slow

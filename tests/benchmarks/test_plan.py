@@ -91,7 +91,14 @@ def test_rates_are_those_of_the_benchmarks(tmp_path: Path) -> None:
     row = {"name": "decode-only", "threads": 1, "cpu": {"median": 700.0}, "read_bytes": 9e4, "to_device_bytes": 1.0}
     paths = {"a": row, "b": {**row, "name": "ffcv-gpu", "to_device_bytes": 3e5}}
     (tmp_path / "loader.json").write_text(json.dumps({"paths": paths}))
-    (tmp_path / "step.json").write_text(json.dumps({"machine": {"gpu": "NVIDIA G 80GB"}, "tflops": {"a": 5, "b": 7}}))
+    (tmp_path / "step.json").write_text(
+        json.dumps(
+            {
+                "machine": {"gpu": "NVIDIA G 80GB"},
+                "tflops": {"eager": {"median": 5}, "graph": {"median": 7}, "official": {"median": 9}},
+            }
+        )
+    )
     found = load_rates(NODE, tmp_path / "loader.json", tmp_path / "step.json")
     assert (found.decode, found.record_bytes, found.sent_bytes, found.flops) == (700.0, 9e4, 3e5, 7e12)
     assumed = load_rates(NODE, None, None)

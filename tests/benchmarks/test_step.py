@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ def main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 def test_ways_and_parts_are_measured_and_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     threads = torch.get_num_threads()
     out = ["--ways", "eager,official,official-amp", "--runs", "3", "--json", str(tmp_path / "r.json")]
+    out += ["--markdown", str(tmp_path / "r.md")]
     assert main(monkeypatch, *out, "--terms", "[co2]") == 0
     torch.set_num_threads(threads)
     result = json.loads((tmp_path / "r.json").read_text())
@@ -35,10 +38,48 @@ def test_ways_and_parts_are_measured_and_written_down(tmp_path: Path, monkeypatc
     for taken in (*result["ways"].values(), *result["parts"].values()):
         assert 0 <= taken["wall"]["min"] <= taken["wall"]["median"] <= taken["wall"]["max"]
     assert {"encoder, queries", "encoder, keys", "moving average", "queue", "optimiser"} < set(result["parts"])
-    medians = {name: taken["cpu"]["median"] for name, taken in result["ways"].items()}
-    assert result["ratio_to_official"]["eager"] == pytest.approx(medians["official"] / medians["eager"])
-    assert 0 < result["share_beside_the_encoders"] < 1
+    for name in ("pairs_per_second", "ratio_to_official", "tflops"):
+        assert set(result[name]) == set(result["ways"])
+    assert result["ratio_to_official"]["official"] == {"median": 1, "min": 1, "max": 1}
+    assert 0 < result["share_beside_the_encoders"]["eager"]["min"] < 1
     assert result["matrix_tflops"] > 0
+    table = (tmp_path / "r.md").read_text()
+    assert table.startswith("# Training step\n")
+    assert f"| eager | {1000 * result['ways']['eager']['wall']['median']:.1f} (" in table
+    assert "--terms '[co2]'" in table
+
+
+def test_ratios_and_shares_are_taken_run_by_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a slow moment that falls on one run of all."""
+    times = iter([1.0, 1.0, 5.0, 1.0] * 99)
+
+    def clock(call: Any, device: Any) -> dict[str, float]:
+        call()
+        return dict.fromkeys(("wall", "cpu"), moment[0] * lasts[call])
+
+    moment, lasts = [1.0], dict[Any, float]()
+    monkeypatch.setattr(step, "clock", clock)
+
+    def begin_run() -> None:
+        moment[0] = next(times)
+
+    def none() -> None:
+        pass
+
+    calls = {"first": begin_run, "second": none}
+    lasts.update({begin_run: 2.0, none: 3.0})
+    taken = step.in_turn(calls, torch.device("cpu"), 6, 0)
+    assert sorted(taken["first"]["cpu"]) == [2, 2, 2, 2, 2, 10]
+    assert set(taken["second"]["cpu"] / taken["first"]["cpu"]) == {1.5}
+
+
+def test_recomputing_is_not_counted_as_work() -> None:
+    chosen = replace(settings("moco_v2"), data=replace(settings().data, augmentation="moco_v2_32"))
+    accelerator, counts = step.Accelerator(cpu=True), []
+    for recompute in (False, True):
+        model = step.build_model(replace(chosen, recompute=recompute), accelerator)
+        counts.append(step.flops_a_step(replace(chosen, recompute=recompute), model, accelerator))
+    assert counts[0] == counts[1] > 0
 
 
 def test_other_methods_have_no_official_loop_here(

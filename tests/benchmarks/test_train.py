@@ -23,6 +23,10 @@ def test_both_are_measured_and_written_down(drawn: Path, tmp_path: Path, monkeyp
         "2",
         "--json",
         str(tmp_path / "r.json"),
+        "--markdown",
+        str(tmp_path / "r.md"),
+        "--log_every",
+        "2",
     ]
     monkeypatch.setattr(sys, "argv", ["train", *arguments])
     with pytest.raises(SystemExit) as ended:
@@ -34,6 +38,8 @@ def test_both_are_measured_and_written_down(drawn: Path, tmp_path: Path, monkeyp
     assert 0.05 < result["ratio"]["median"] < 2
     assert result["training"]["median"] == pytest.approx(result["step"]["median"] * result["ratio"]["median"], rel=0.5)
     assert result["backend"].startswith("resident")
+    assert "| ratio | " in (tmp_path / "r.md").read_text()
+    assert "a line of metrics every 2 steps" in (tmp_path / "r.md").read_text()
 
 
 def test_wrong_arguments_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

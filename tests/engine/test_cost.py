@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine import ranks
 from engine.build import Model, build_accelerator, build_model
 from engine.config import Optim
+from methods.co2 import CO2
 from methods.registry import Terms
 from methods.residual import Residual
+from methods.xmoco import XMoCo
 from tests.engine.small import BATCH, batch_of, built, settings, views
 from tests.gloo import on_ranks
 
@@ -96,29 +97,57 @@ def test_every_image_of_a_step_is_channels_last(arch: Any, stem: Any, bn: str) -
     assert not layouts.others
 
 
-def collectives(model: Model, chosen: Any) -> dict[str, list[int]]:
-    """The collectives of a step, by name: elements of each."""
-    given = [
-        batch_of(*(v.chunk(ranks.world())[ranks.rank()] for v in views(step, chosen.data.batch))) for step in range(4)
-    ]
-    for batch in given[:-1]:  # the first ones arrange the gradients' buckets
-        model.step(batch)
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
-        model.step(given[-1])
-    found: dict[str, list[int]] = {}
-    for event in profiled.events():
-        if event.name.startswith("gloo:"):
-            shapes = [torch.Size(shape).numel() for shape in event.input_shapes if shape]
-            found.setdefault(event.name.removeprefix("gloo:"), []).append(sum(shapes))
-    return found
+class Traffic(TorchDispatchMode):
+    """Notes the bytes that this process gives to each collective, by the collective's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: dict[str, list[int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            name = func._schema.name.removeprefix("c10d::").strip("_")
+            tensors = args[1] if name.startswith(("allgather", "alltoall")) else args[0]
+            given = [t for t in tree_leaves(tensors) if isinstance(t, torch.Tensor)]
+            self.given.setdefault(name, []).append(sum(t.nbytes for t in given))
+        return func(*args, **(kwargs or {}))
+
+
+METHODS: dict[str, tuple[str, Terms, dict[str, Any]]] = {
+    "moco_v1": ("moco_v1", Terms(), {}),
+    "moco_v2": ("moco_v2", Terms(), {}),
+    "moco_v2, co2, residual": ("moco_v2", Terms(co2=CO2(), residual=Residual()), {}),
+    "moco_v2, xmoco": ("moco_v2", Terms(xmoco=XMoCo()), {}),
+    "moco_v2, in bfloat16": ("moco_v2", Terms(), {"gradient_dtype": "bfloat16"}),
+    "moco_v2, accumulated": ("moco_v2", Terms(), {"accumulate": 2}),
+    "moco_v3": ("moco_v3", Terms(), {}),
+    "simclr": ("simclr", Terms(), {}),
+    "byol": ("byol", Terms(), {}),
+}
+KEYS = BATCH // 2 * 16 * 8
+"""Bytes of one process's keys of a view, in float64."""
+
+
+def sent(case: str, parameters: int) -> dict[str, list[int]]:
+    """What the mathematics needs: bytes that one process gives, in the order of the collectives."""
+    gathers = {"moco_v2, xmoco": 2, "moco_v3": 2, "simclr": 2, "byol": 0}.get(case, 1)
+    # a gather with gradient sums that of all rows on its way back
+    sums = {"moco_v2, xmoco": 1, "simclr": 2}.get(case, 0)
+    gradients = parameters * (2 if "bfloat16" in case else 8)
+    return {"allgather_base": [KEYS] * gathers, "allreduce": [2 * KEYS] * sums + [gradients]}
 
 
 def run(out: str) -> None:
-    accelerator, found = build_accelerator(replace(settings(), cpu=True, tracker="none")), {}
-    for name, terms in (("moco_v2", Terms()), ("moco_v2 + residual", Terms(residual=Residual())), ("byol", Terms())):
-        chosen = settings(name.split(" ")[0], terms)
-        model = built(chosen, accelerator)
-        found[name] = {"collectives": collectives(model, chosen), "parameters": _trained(model)}
+    world, found = ranks.world, {}
+    for case, (name, terms, more) in METHODS.items():
+        chosen = replace(settings(name, terms), cpu=True, tracker="none", **more)
+        model = built(chosen, build_accelerator(chosen))
+        halves = [[v.chunk(world())[ranks.rank()] for v in views(step)] for step in range(4)]
+        for half in halves[:-1]:  # the first ones arrange the gradients' buckets
+            model.step(batch_of(*half))
+        with Traffic() as traffic:
+            model.step(batch_of(*halves[-1]))
+        found[case] = {"given": traffic.given, "parameters": _trained(model)}
     Path(out, f"{ranks.rank()}.json").write_text(json.dumps(found))
 
 
@@ -130,8 +159,13 @@ def test_a_step_sends_gradients_and_keys_and_nothing_else(tmp_path: Path) -> Non
     """MoCo v2: buckets that together are the parameters, and one gather of the keys. BYOL: no keys either."""
     on_ranks(2, run, str(tmp_path))
     for rank in range(2):
-        for name, case in json.loads((tmp_path / f"{rank}.json").read_text()).items():
-            sent = case["collectives"]
-            assert sum(sent.pop("all_reduce")) == case["parameters"]
-            gathered = [] if name == "byol" else [BATCH // 2 * 16]
-            assert [n for sizes in sent.values() for n in sizes] == gathered
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found.keys() == METHODS.keys()
+        for case, told in found.items():
+            expected = sent(case, told["parameters"])
+            sums, gathers = told["given"]["allreduce"], told["given"].get("allgather_base", [])
+            assert told["given"].keys() <= expected.keys(), case
+            assert gathers == expected["allgather_base"], case
+            *others, gradients = expected["allreduce"]
+            assert sums[: len(others)] == others, case
+            assert sum(sums[len(others) :]) == gradients, case
