@@ -163,8 +163,11 @@ def build_model(settings: Settings, accelerator: Accelerator, steps_per_epoch: i
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # older torch needs it
         wrapped, optimiser = accelerator.prepare(online, optimiser)
-    if settings.gradient_dtype == "bfloat16" and isinstance(wrapped, nn.parallel.DistributedDataParallel):
-        wrapped.register_comm_hook(None, lambda _, bucket: ranks.mean_in_bfloat16(bucket))
+    if settings.gradient_dtype == "bfloat16":
+        if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+            wrapped.register_comm_hook(None, lambda _, bucket: ranks.mean_in_bfloat16(bucket))
+        else:
+            print("warning: gradient_dtype bfloat16: there is one process, and nothing to exchange", file=sys.stderr)
     step = Step(
         accelerator,
         wrapped,

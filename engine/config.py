@@ -295,6 +295,10 @@ class Settings:
         micro = self.micro_batch == 0 or self.micro_batch >= 2
         _require(micro, "micro_batch", self.micro_batch, "choose 2 or more, or 0")
         _require(self.log_every >= 1, "log_every", self.log_every, "choose 1 or more steps")
+        if self.cuda_graph and self.log_every == 1:
+            raise InputError(
+                "cuda_graph true: log_every 1 measures every step, and those run without: choose 2 or more"
+            )
         _require(
             self.save_every >= 0,
             "save_every",

@@ -13,7 +13,8 @@ class LARS(torch.optim.SGD):
 
     For ndim > 1: g <- g + decay * w, then g <- g * trust * |w| / |g| (not scaled where either norm is 0). For all:
     v <- momentum * v + g, w <- w - lr * v. So facebookresearch/moco-v3's `optimizer.py`; here in multi-tensor
-    operations and torch's fused SGD, waiting for nothing. The gradients are overwritten.
+    operations and torch's fused SGD, waiting for nothing; but for the scaling, which on a GPU torch does by one small
+    kernel a matrix. The gradients are overwritten.
     """
 
     def __init__(

@@ -160,5 +160,7 @@ def _load_optimiser(run: Run, tensors: dict[str, torch.Tensor]) -> None:
     for name, value in tensors.items():
         parameter, key = name.split("|")
         like = parameters[parameter]
-        own = torch.empty_like(like) if value.shape == like.shape else torch.empty_like(value, device=like.device)
-        run.model.optimiser.state[like][key] = own.copy_(value)
+        state = run.model.optimiser.state[like]
+        if key not in state:
+            state[key] = torch.empty_like(like) if value.shape == like.shape else value.to(like.device, copy=True)
+        state[key].copy_(value)

@@ -98,9 +98,17 @@ class Step:
         view's keys are not there or are shuffled, and change nothing.
         """
         inputs = self._inputs(batch)
+        if measured:
+            self.check()
         if self._graph is None or measured:
             return self._take(inputs, measured)
         return self._graph(inputs)
+
+    def check(self) -> None:
+        """Raise RuntimeError where parameters or buffers have been given other memory since the step was built."""
+        self.buffers.check()
+        if self.moving_average is not None:
+            self.moving_average.check()
 
     def _inputs(self, batch: Batch) -> Inputs:
         views = {f"q{n}": batch.views[n - 1] for n in self._queries}

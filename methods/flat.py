@@ -13,10 +13,14 @@ _ALIGNMENT = 64  # elements: whole cache lines, and more than any kernel's vecto
 def flatten(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     """Move tensors of one dtype and device into one new buffer, of which they become parts; return it.
 
-    Values, shapes and strides stay. The tensors must be dense, as parameters and buffers are; do not move them to
-    another device, dtype or memory format afterwards. What lies between them is 0.
+    Values, shapes and strides stay. The tensors must be dense, as parameters and buffers are, else ValueError. What
+    gives them other memory afterwards takes them out of the buffer: moving them to another device, dtype or memory
+    format, `load_state_dict(assign=True)`, or being flattened again; `refuse_strays` shows it. Between them is 0.
     """
     given = list(tensors)
+    for tensor in given:
+        if sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1 > tensor.numel() > 0:
+            raise ValueError(f"a tensor of shape {list(tensor.shape)} has gaps: strides {list(tensor.stride())}")
     starts = [0]
     for tensor in given:
         starts.append(starts[-1] + -(-tensor.numel() // _ALIGNMENT) * _ALIGNMENT)
@@ -31,6 +35,17 @@ def flatten(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     return flat
 
 
+def refuse_strays(tensors: Iterable[torch.Tensor], flat: torch.Tensor) -> None:
+    """Raise RuntimeError where tensors that `flatten` made parts of `flat` have come to lie elsewhere."""
+    home = flat.untyped_storage().data_ptr()
+    strays = sum(t.untyped_storage().data_ptr() != home for t in tensors if t.numel())
+    if strays:
+        raise RuntimeError(
+            f"{strays} tensors have left their common buffer, and would no longer be updated: build the step after "
+            "moving, casting or assigning parameters and buffers, and only once"
+        )
+
+
 class Buffers:
     """The buffers of modules, such as running statistics, that can be kept and put back on the device."""
 
@@ -39,7 +54,13 @@ class Buffers:
         for module in modules:
             for buffer in module.buffers():
                 by_dtype.setdefault(buffer.dtype, []).append(buffer)
-        self._flat = [flatten(buffers) for buffers in by_dtype.values()]
+        self._parts = list(by_dtype.values())
+        self._flat = [flatten(buffers) for buffers in self._parts]
+
+    def check(self) -> None:
+        """Raise RuntimeError where a buffer has been given other memory."""
+        for buffers, flat in zip(self._parts, self._flat, strict=True):
+            refuse_strays(buffers, flat)
 
     def kept(self) -> list[torch.Tensor]:
         """Return a copy of their values."""

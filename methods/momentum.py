@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from methods.flat import flatten
+from methods.flat import flatten, refuse_strays
 from methods.heads import Encoder
 
 
@@ -27,12 +27,20 @@ class MovingAverage:
     def __init__(self, target: nn.Module, online: nn.Module) -> None:
         followed = dict(online.named_parameters())
         names = [name for name, _ in target.named_parameters() if followed[name].requires_grad]
-        self._target = flatten(target.get_parameter(name) for name in names)
-        self._online = flatten(followed[name] for name in names)
+        self._parts = [target.get_parameter(name) for name in names], [followed[name] for name in names]
+        self._target, self._online = map(flatten, self._parts)
+
+    def check(self) -> None:
+        """Raise RuntimeError where a parameter has been given other memory."""
+        refuse_strays(self._parts[0], self._target)
+        refuse_strays(self._parts[1], self._online)
 
     @torch.no_grad()
     def update(self, share: torch.Tensor | float) -> None:
-        """Set target <- target + share * (online - target): share 1 - m, one number, or tensor [] on the device."""
+        """Set target <- target + share * (online - target): share 1 - m, one number, or tensor [] on the device.
+
+        A share of 0 leaves the target as it is, but for the sign of zeros.
+        """
         if isinstance(share, torch.Tensor):
             share = share.to(self._target.dtype)
         self._target.lerp_(self._online, share)

@@ -75,6 +75,7 @@ def test_recipes_are_valid(recipe: Path) -> None:
         (["--data.sizes", "[4, 224]"], "data.sizes [4, 224]", "8 to 1024"),
         (["--data.sizes", "[160, 224]", "--optim.epochs", "1"], "data.sizes [160, 224]", "at most one an epoch"),
         (["--model.arch", "vit_small", "--data.sizes", "[160, 224]"], "data.sizes", "leave it out"),
+        (["--cuda_graph", "true", "--log_every", "1"], "cuda_graph true: log_every 1", "choose 2"),
         (["--gradient_dtype", "float16"], "gradient_dtype 'float16'", "bfloat16"),
         (["--data.backend", "lmdb"], "data.backend 'lmdb'", "ffcv"),
         (["--method.queue", "0"], "method.queue 0", "above 0"),

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine import ranks
-from engine.build import Model, build_accelerator, build_model
+from engine.build import DTYPES, Model, build_accelerator, build_model
 from engine.config import Optim
 from methods.co2 import CO2
 from methods.registry import Terms
@@ -83,14 +83,16 @@ class Layouts(TorchDispatchMode):
         return found
 
 
-@pytest.mark.parametrize("bn", ["plain", "split"])
+@pytest.mark.parametrize(("bn", "precision"), [("plain", "no"), ("split", "no"), ("plain", "bf16")])
 @pytest.mark.parametrize(("arch", "stem"), [("resnet18", "small"), ("resnet50", "imagenet")])
-def test_every_image_of_a_step_is_channels_last(arch: Any, stem: Any, bn: str) -> None:
+def test_every_image_of_a_step_is_channels_last(arch: Any, stem: Any, bn: str, precision: str) -> None:
     """Forward and backward: no operator is given an image it would have to convert."""
     chosen = settings("moco_v2", bn=bn, batch=16)
     chosen = replace(chosen, model=replace(chosen.model, arch=arch, stem=stem, width=0.25))
-    model = build_model(chosen, Accelerator(cpu=True))
-    given = [view.float().repeat(1, 1, 4, 4).to(memory_format=torch.channels_last) for view in views(0, 16)]
+    model = build_model(chosen, Accelerator(cpu=True, mixed_precision=precision))
+    given = [
+        view.to(DTYPES[precision]).repeat(1, 1, 4, 4).to(memory_format=torch.channels_last) for view in views(0, 16)
+    ]
     with Layouts() as layouts:
         model.step(batch_of(*given))
     assert sum(count for name, count in layouts.seen.items() if "convolution_backward" in name) >= 20

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,6 +65,8 @@ def test_the_losses_are_the_golden_ones(drawn: Path) -> None:
         if golden["made_on"] == made_on():
             assert found == expected
         assert found == pytest.approx(expected, rel=1e-4)
+    if made_on() not in [golden["made_on"] for golden in json.loads(GOLDEN.read_text())]:
+        warnings.warn("compared to four digits only: golden.json has no losses of such a machine", stacklevel=1)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from engine.build import Model, build_model
 from engine.config import Optim
 from methods.co2 import CO2, consistency
 from methods.dcl import DCL
+from methods.flat import Buffers
 from methods.moco import info_nce
 from methods.registry import Terms
 from methods.residual import Residual, gap
@@ -359,3 +360,18 @@ def test_simclrs_queries_are_gathered_once(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(ranks, "gather_with_gradient", lambda q: gathered.append(q) or q)
     built(settings("simclr", Terms(co2=CO2(), xmoco=XMoCo()))).step(batch_of(*views(0)))
     assert len(gathered) == 2
+
+
+def test_parameters_that_were_moved_after_the_step_was_built_are_refused() -> None:
+    """The momentum encoder would no longer follow, or skipped steps would change statistics."""
+    for change in ("parameters", "buffers", "second step"):
+        model = built(settings())
+        model.step(batch_of(*views(0)), measured=True)
+        if change == "parameters":
+            model.online.projector.float().double()
+        elif change == "buffers":
+            model.target.backbone.bn1.running_mean.data = torch.zeros(8, dtype=torch.float64)
+        else:
+            Buffers(model.online)
+        with pytest.raises(RuntimeError, match="have left their common buffer"):
+            model.step(batch_of(*views(0)), measured=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from methods.flat import Buffers, flatten
+from methods.flat import Buffers, flatten, refuse_strays
 
 
 def test_values_shapes_and_strides_stay_and_the_buffer_reaches_all() -> None:
@@ -43,6 +43,32 @@ def test_nothing_and_several_dtypes() -> None:
     assert flatten([]).numel() == 0
     with pytest.raises(ValueError, match="several dtypes"):
         flatten([torch.zeros(2), torch.zeros(2, dtype=torch.int64)])
+
+
+def test_what_has_gaps_is_refused() -> None:
+    for tensor in (torch.zeros(4, 4)[:, :2], torch.zeros(8)[::2]):
+        with pytest.raises(ValueError, match="has gaps"):
+            flatten([tensor])
+    flatten([torch.zeros(2, 0), torch.zeros(()), torch.zeros(3, 2, 4, 4).to(memory_format=torch.channels_last)])
+
+
+@pytest.mark.parametrize("moved", ["cast", "assigned", "flattened again", None])
+def test_tensors_that_have_left_their_buffer_are_found(moved: str | None) -> None:
+    net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    flat = flatten(net.parameters())
+    if moved == "cast":
+        net[1].double()
+    elif moved == "assigned":
+        net.load_state_dict({name: value.clone() for name, value in net.state_dict().items()}, assign=True)
+    elif moved == "flattened again":
+        flatten(net[1].parameters())
+    else:
+        net.load_state_dict({name: value.clone() for name, value in net.state_dict().items()})
+    if moved is None:
+        refuse_strays(net.parameters(), flat)
+        return
+    with pytest.raises(RuntimeError, match=r"[24] tensors have left their common buffer"):
+        refuse_strays(net.parameters(), flat)
 
 
 def test_buffers_are_put_back_unless_the_condition_holds() -> None:
