@@ -20,6 +20,10 @@ Of each global batch of B pairs on n GPUs of N nodes, g a node, seconds:
     exchange   max(0, gradients + keys - compute / 2) + crops: half of the computing hides the first two
     step       max(compute + exchange, decode, disk, copy)
 
+Without a GPU, n processes of T loader threads each compute on the C cores that decode: with s and d CPU seconds a pair
+of the step with its augmentation, and of decoding and cropping, the step takes max(B / n * s, B / n * d / T,
+B * (s + d) / C) (`on_cores`, which `benchmarks.scaling` sets against runs).
+
 Pairs a second are B / step; hours are images * epochs / that. Memory a GPU is `engine.dryrun`'s estimate. The fixed
 costs of start, evaluation and checkpoints are left out.
 """
@@ -199,6 +203,20 @@ def plan(node: Node, rates: Rates, settings: Settings, run: dict[str, Any], imag
         "exchanged_bytes_a_step": bytes_ + 4 * batch * settings.model.dim + crops * batch / n,
         "first": _advice(limit, seconds, node, wanted / (rates.decode * SCALING), memory),
     }
+
+
+def on_cores(step: float, crops: float, processes: int, threads: int, cores: int) -> tuple[float, str]:
+    """Return the pairs a second of training without a GPU, and what limits them.
+
+    step, crops: CPU seconds a pair. Each process computes on one core, and crops in so many threads.
+    """
+    limits = {
+        "step": processes / step,
+        "loader threads": processes * threads / crops,
+        "cores": cores / (step + crops),
+    }
+    limit = min(limits, key=lambda name: limits[name])
+    return limits[limit], limit
 
 
 def _by_batch(settings: Settings, run: dict[str, Any], n: int) -> dict[int, float]:

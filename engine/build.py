@@ -22,7 +22,7 @@ from torch import distributed, nn
 from engine import ranks
 from engine.config import Settings
 from engine.evaluate import Knn
-from engine.meeting import rank, store, together, world
+from engine.meeting import from_all, rank, store, together, world
 from engine.monitor import Monitor
 from engine.optim import build_optimiser
 from engine.schedule import Schedule
@@ -35,7 +35,7 @@ from methods.norm import GROUPS, SHUFFLED
 from methods.queue import KeyQueue
 from methods.recompute import recompute
 from methods.registry import build_backbone, build_encoder, build_objective
-from pipeline.backends.choice import Choice, choose
+from pipeline.backends.choice import Choice, agreed, choose
 from pipeline.beton import Beton
 from pipeline.cores import available_cores
 from pipeline.direct import open_data
@@ -91,21 +91,27 @@ def build(settings: Settings) -> Run:
     train_set = together(lambda: _open(settings, "train"), lambda beton: {"data.train": beton.fingerprint})
     accelerator = build_accelerator(settings)
     knn = together(lambda: _knn(settings, train_set, accelerator), lambda knn: {"data.eval": knn and knn.fingerprint})
-    loader, backend = together(lambda: _loader(settings, train_set, accelerator))
+    together(lambda: _check(settings, len(train_set), accelerator))
+    backend = _backend(settings, train_set, accelerator)
+    loader = together(lambda: _loader(settings, train_set, accelerator, backend.name))
     model = build_model(settings, accelerator, loader.steps)
     out = Path(settings.out)
     monitor = Monitor(accelerator, out, settings.optim.epochs * loader.steps, settings.optim.epochs)
     return Run(settings, accelerator, loader, backend, model, monitor, knn, out)
 
 
-def _loader(settings: Settings, train_set: Beton, accelerator: Accelerator) -> tuple[Loader, Choice]:
-    """Return the loader of this process's views, and the choice of its backend."""
+def _backend(settings: Settings, train_set: Beton, accelerator: Accelerator) -> Choice:
+    """Return the backend that all processes take."""
     data = settings.data
-    _check(settings, len(train_set), accelerator)
-    loading = _loading(settings, accelerator)
-    shares = {"processes": _processes(accelerator), "cores": loading["workers"]}
-    backend = choose(data.backend, data.crop_on, train_set, accelerator.device, **shares)
-    loader = Loader(
+    shares = {"processes": _processes(accelerator), "cores": _loading(settings, accelerator)["workers"]}
+    wanted = from_all(lambda: choose(data.backend, data.crop_on, train_set, accelerator.device, **shares))
+    return agreed([Choice(*choice) for choice in wanted])
+
+
+def _loader(settings: Settings, train_set: Beton, accelerator: Accelerator, backend: str) -> Loader:
+    """Return the loader of this process's views."""
+    data = settings.data
+    return Loader(
         train_set,
         AUGMENTATIONS[settings.data.augmentation],
         batch=settings.data.batch,
@@ -114,12 +120,11 @@ def _loader(settings: Settings, train_set: Beton, accelerator: Accelerator) -> t
         world=accelerator.num_processes,
         ahead=settings.data.ahead,
         shuffle=_shuffle(settings, accelerator.num_processes),
-        backend=backend.name,
+        backend=backend,
         order=data.order,
         dtype=DTYPES[settings.precision],
-        **{**loading, "size": settings.size_of_epochs},
+        **{**_loading(settings, accelerator), "size": settings.size_of_epochs},
     )
-    return loader, backend
 
 
 def build_model(settings: Settings, accelerator: Accelerator, steps_per_epoch: int = 1) -> Model:

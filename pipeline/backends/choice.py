@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -18,6 +19,9 @@ CropOn = Literal["auto", "cpu", "gpu"]
 PACE = 5000
 """Samples a second that a GPU may take: an H200 trains a ResNet-50 on somewhat fewer, at 224 pixels."""
 _JPEG_BYTE, _JPEG_PIXEL, _RAW_PIXEL = 9e-9, 1.7e-9, 2.7e-9  # seconds of one core at 2.6 GHz, copies included
+
+
+_DEMANDS = ("ffcv", "ffcv_gpu", "dali", "resident")
 
 
 class Choice(NamedTuple):
@@ -61,6 +65,14 @@ def choose(
     if rate < PACE and crop_on != "cpu" and (beton.modes == JPEG).any() and _dali_installed():
         return Choice("dali", f"{why}, less than the {PACE} a GPU may take")
     return _ffcv(crop_on, device, why)
+
+
+def agreed(choices: Sequence[Choice]) -> Choice:
+    """Return what all processes are to take, of what each would: their pixels are the same only on one backend.
+
+    The one that asks for least, of memory first; with the reason of the first process that wants it.
+    """
+    return min(choices, key=lambda choice: _DEMANDS.index(choice.name))
 
 
 def _dali_installed() -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.engine.test_run import ENVIRONMENT, RUN, SMALL, metrics
+from tests.engine.test_run import ENVIRONMENT, ROOT, RUN, SMALL, metrics
 
 TIMEOUT = 8.0  # seconds, of an exchange between the processes
 
@@ -50,8 +50,9 @@ def launch(hosts: list[str], arguments: list[str]) -> list[subprocess.Popen[str]
     """Start `accelerate launch` on both."""
     started = []
     for number, (host, end) in enumerate(zip(hosts, ("mra", "mrb"), strict=True)):
-        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
-        command += ["--num_machines", "2", "--num_processes", "2", "--machine_rank", str(number)]
+        shipped = str(ROOT / "engine" / "launch" / "several_nodes.yaml")
+        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", shipped]
+        command += ["--num_processes", "2", "--machine_rank", str(number)]
         command += ["--main_process_ip", "10.77.0.1", "--main_process_port", "29511", str(RUN), *arguments]
         env = ENVIRONMENT | {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": end}
         log = subprocess.PIPE

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from engine import meeting
-from engine.meeting import Told, from_first, together
+from engine.meeting import Told, from_all, from_first, together
 from pipeline.errors import InputError
 from pipeline.prepare import prepare
 from tests.engine.test_run import ENVIRONMENT, RUN, SMALL
@@ -83,6 +83,7 @@ def meet(out: str) -> None:
     assert together(lambda: meeting.rank(), lambda number: {"same": 1}) == meeting.rank()
     assert from_first(lambda: {"rank": meeting.rank(), "list": [1, 2.5, None]}) == {"rank": 0, "list": [1, 2.5, None]}
     assert from_first(lambda: None) is None
+    assert from_all(lambda: [meeting.rank(), "x"]) == [[0, "x"], [1, "x"], [2, "x"]]
     with pytest.raises(Told, match=r"device: process 0 on .* has 'GPU', process 2 on .* 'CPU'"):
         together(lambda: None, lambda _: {"device": "CPU" if meeting.rank() == 2 else "GPU"})
 
@@ -94,6 +95,8 @@ def meet(out: str) -> None:
         together(lambda: fail(1, InputError("wrong")))
     with pytest.raises(Told, match=r"process 0 on .*: no file"):
         from_first(lambda: fail(0, InputError("no file")))
+    with pytest.raises(Told, match=r"process 2 on .*: full"):
+        from_all(lambda: fail(2, InputError("full")))
     with pytest.raises(ZeroDivisionError if meeting.rank() == 1 else Told):
         together(lambda: fail(1, ZeroDivisionError()))
     Path(out, str(meeting.rank())).touch()
@@ -107,6 +110,7 @@ def test_all_are_told_what_happened_on_one(tmp_path: Path) -> None:
 def test_one_process_needs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert together(lambda: 5) == from_first(lambda: 5) == 5
+    assert from_all(lambda: 5) == [5]
     with pytest.raises(InputError, match="wrong") as raised:
         together(lambda: (_ for _ in ()).throw(InputError("wrong")))
     assert not isinstance(raised.value, Told)

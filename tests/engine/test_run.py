@@ -145,7 +145,8 @@ def two_ranks(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "-m",
         "accelerate.commands.accelerate_cli",
         "launch",
-        "--multi_gpu",
+        "--config_file",
+        str(ROOT / "engine" / "launch" / "one_node.yaml"),
         "--num_processes",
         "2",
     )
@@ -162,7 +163,7 @@ def two_ranks(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     dump = {"MILLRACE_TEST_QUEUE": str(out.parent)}
     done = run(
-        *("--main_process_port", "0", str(ROOT / "tests" / "engine" / "two_ranks.py")),
+        str(ROOT / "tests" / "engine" / "two_ranks.py"),
         *(*arguments, "--precision", "no"),
         command=launcher,
         ACCELERATE_USE_CPU="true",

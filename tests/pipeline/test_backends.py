@@ -403,6 +403,16 @@ def test_without_dali_the_cores_decode(drawn: Path, monkeypatch: pytest.MonkeyPa
     assert choose("auto", "auto", Beton(drawn), torch.device("cuda")).name == "ffcv_gpu"
 
 
+def test_processes_agree_on_the_backend_that_asks_for_least() -> None:
+    def agreed(*names: str) -> choice.Choice:
+        return choice.agreed([choice.Choice(name, f"why {number}") for number, name in enumerate(names)])
+
+    assert agreed("resident", "resident") == ("resident", "why 0")
+    assert agreed("resident", "ffcv", "resident") == ("ffcv", "why 1")
+    assert agreed("resident", "dali", "ffcv_gpu") == ("ffcv_gpu", "why 2")
+    assert agreed("resident", "dali") == ("dali", "why 1")
+
+
 def test_views_of_one_size_each(drawn: Path) -> None:
     views = (View(size=8), View(), View(size=24))
     with loader(drawn, "ffcv", views=views) as one:
