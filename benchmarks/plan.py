@@ -21,8 +21,9 @@ Of each global batch of B pairs on n GPUs of N nodes, g a node, seconds:
     step       max(compute + exchange, decode, disk, copy)
 
 Without a GPU, n processes of T loader threads each compute on the C cores that decode: with s and d CPU seconds a pair
-of the step with its augmentation, and of decoding and cropping, the step takes max(B / n * s, B / n * d / T,
-B * (s + d) / C) (`on_cores`, which `benchmarks.scaling` sets against runs).
+of the step with its augmentation, and of decoding and cropping, and x = bytes / `GLOO` seconds a process and step of
+exchange where n > 1, the step takes max(B / n * s + x, B / n * d / T, (B * (s + d) + n * x) / C) (`on_cores`, which
+`benchmarks.scaling` sets against runs).
 
 Pairs a second are B / step; hours are images * epochs / that. Memory a GPU is `engine.dryrun`'s estimate. The fixed
 costs of start, evaluation and checkpoints are left out.
@@ -56,6 +57,8 @@ CACHE = 0.75
 """Of a node's memory that the page cache has."""
 RESIDENT = 0.5
 """Of a GPU's memory that the resident backend takes."""
+GLOO = 0.5e9
+"""Bytes of gradients a second that a process exchanges on a core with the other on its machine (2026-11-24, an EPYC)."""
 _HERE = Path(__file__).parent
 
 
@@ -205,18 +208,22 @@ def plan(node: Node, rates: Rates, settings: Settings, run: dict[str, Any], imag
     }
 
 
-def on_cores(step: float, crops: float, processes: int, threads: int, cores: int) -> tuple[float, str]:
+def on_cores(
+    step: float, crops: float, gradients: int, batch: int, processes: int, threads: int, cores: int
+) -> tuple[float, str]:
     """Return the pairs a second of training without a GPU, and what limits them.
 
-    step, crops: CPU seconds a pair. Each process computes on one core, and crops in so many threads.
+    step, crops: CPU seconds a pair. gradients: their bytes. Each process computes on one core, and crops in so many
+    threads.
     """
-    limits = {
-        "step": processes / step,
-        "loader threads": processes * threads / crops,
-        "cores": cores / (step + crops),
+    exchange = gradients / GLOO if processes > 1 else 0.0
+    seconds = {
+        "step": batch / processes * step + exchange,
+        "loader threads": batch / processes * crops / threads,
+        "cores": (batch * (step + crops) + processes * exchange) / cores,
     }
-    limit = min(limits, key=lambda name: limits[name])
-    return limits[limit], limit
+    limit = max(seconds, key=lambda name: seconds[name])
+    return batch / seconds[limit], limit
 
 
 def _by_batch(settings: Settings, run: dict[str, Any], n: int) -> dict[int, float]:

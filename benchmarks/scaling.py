@@ -65,7 +65,12 @@ class Group:
 
     def _start(self, rank: int, port: int, rest: list[str], folder: Path) -> subprocess.Popen[str]:
         way = self.way
-        world: dict[str, int | str] = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": way.processes, "LOCAL_WORLD_SIZE": way.processes}
+        world: dict[str, int | str] = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": way.processes,
+            "LOCAL_WORLD_SIZE": way.processes,
+        }
         world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         alone = way.apart or way.processes == 1
         environment = {key: value for key, value in os.environ.items() if key not in world}
@@ -202,7 +207,8 @@ def predict(way: Way, rest: list[str], folder: Path) -> dict[str, Any]:
     steps, loader = json.loads(step_file.read_text()), json.loads(loader_file.read_text())
     taken = steps["ways"]["eager"]["cpu"]["median"] + steps["parts"]["augmentation"]["cpu"]["median"]
     step, crops = taken / own, 1 / loader["paths"]["ffcv, 1"]["cpu"]["median"]
-    rate, limit = on_cores(step, crops, way.processes, way.threads, available_cores())
+    gradients = 4 * steps["trained_parameters"]
+    rate, limit = on_cores(step, crops, gradients, way.batch, way.processes, way.threads, available_cores())
     return {"predicted": rate, "limit": limit, "step_seconds": step, "crops_seconds": crops}
 
 

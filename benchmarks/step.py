@@ -240,6 +240,7 @@ def measure(settings: Settings, chosen: list[str], runs: int) -> dict[str, Any]:
         },
         "share_beside_the_encoders": {name: machine.spread(share) for name, share in shares.items()},
         "flops_a_step": flops,
+        "trained_parameters": sum(p.numel() for p in ours.step.encoder.parameters() if p.requires_grad),
         "tflops": {name: machine.spread(flops / taken[name]["wall"] / 1e12) for name in steps},
         "matrix_tflops": rate,
     }

@@ -160,8 +160,9 @@ def _trained(model: Model) -> int:
 def test_a_step_sends_gradients_and_keys_and_nothing_else(tmp_path: Path) -> None:
     """MoCo v2: buckets that together are the parameters, and one gather of the keys. BYOL: no keys either."""
     on_ranks(2, run, str(tmp_path))
-    for rank in range(2):
-        found = json.loads((tmp_path / f"{rank}.json").read_text())
+    everyone = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert everyone[0] == everyone[1]  # the same collectives, in the same order
+    for found in everyone:
         assert found.keys() == METHODS.keys()
         for case, told in found.items():
             expected = sent(case, told["parameters"])

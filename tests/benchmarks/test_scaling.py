@@ -1,0 +1,97 @@
+"""Several processes on this machine's cores: measured beside what is predicted for them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import scaling
+from benchmarks.plan import GLOO, on_cores
+from tests.benchmarks.test_step import SMALL
+
+
+def main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["scaling", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        scaling.main()
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("step", "crops", "processes", "threads", "cores", "expected"),
+    [
+        (0.010, 0.002, 1, 1, 8, (100, "step")),
+        (0.010, 0.002, 4, 1, 8, (50 / (50 / 4 * 0.010 + 0.1), "step")),
+        (0.002, 0.010, 1, 1, 8, (100, "loader threads")),
+        (0.002, 0.010, 1, 3, 8, (300, "loader threads")),
+        (0.010, 0.010, 1, 2, 1, (50, "cores")),
+        (0.010, 0.010, 2, 2, 2, (50 / ((50 * 0.020 + 2 * 0.1) / 2), "cores")),
+    ],
+)
+def test_what_limits_training_on_cores(
+    step: float, crops: float, processes: int, threads: int, cores: int, expected: tuple[float, str]
+) -> None:
+    """A batch of 50, and gradients that take a tenth of a second to exchange."""
+    rate, limit = on_cores(step, crops, int(GLOO / 10), 50, processes, threads, cores)
+    assert (rate, limit) == (pytest.approx(expected[0]), expected[1])
+
+
+@pytest.mark.slow
+def test_all_ways_are_measured_and_written_down(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = ["--json", str(tmp_path / "r.json"), "--markdown", str(tmp_path / "r.md")]
+    given = ["--data.train", str(drawn), "--data.backend", "ffcv", "--steps", "3", "--rounds", "2"]
+    assert main(monkeypatch, *SMALL, *given, *out) == 0
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert len(result["scaling"]) == len(result["prediction"]) == 4
+    for found in (*result["scaling"].values(), *result["prediction"].values()):
+        assert 0 < found["rate"]["min"] <= found["rate"]["median"] <= found["rate"]["max"]
+    for found in result["prediction"].values():
+        assert found["ratio"] == pytest.approx(found["predicted"] / found["rate"]["median"])
+    medians = {name: spread["median"] for name, spread in result["efficiency"].items()}
+    whole = medians.pop("in all")
+    product = 1.0
+    for part in medians.values():
+        product *= part
+    assert whole == pytest.approx(product, rel=0.5)  # medians of two rounds
+    assert "| 2 processes, 2 cores |" in (tmp_path / "r.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--processes", "0"], "--processes 0: give numbers from 1"),
+        (["--processes", "9999"], "give at most as many"),
+        (["--threads", "x"], "--threads x: give numbers from 1"),
+        (["--steps", "0"], "must be positive"),
+        ([], "data.train is not set"),
+        (["--data.train", "x", "--data.batch", "9"], "data.batch 9 does not divide among 2"),
+    ],
+)
+def test_wrong_arguments_are_refused(
+    arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(scaling, "available_cores", lambda: 2)
+    assert main(monkeypatch, *arguments) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_group_binds_and_names_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[list[str], dict[str, str]]] = []
+
+    def popen(call: list[str], **given: Any) -> None:
+        started.append((call, given["env"]))
+
+    monkeypatch.setattr(scaling.subprocess, "Popen", popen)
+    monkeypatch.setattr(scaling.os, "sched_getaffinity", lambda _: {3, 5})
+    scaling.Group(scaling.Way("joined", 2, 8, 1, bound=True), ["--seed", "1"], 3, tmp_path)
+    scaling.Group(scaling.Way("apart", 2, 4, 1, apart=True), [], 3, tmp_path)
+    assert [call[:3] for call, _ in started[:2]] == [["taskset", "--cpu-list", core] for core in ("3", "5")]
+    assert [environment["RANK"] for _, environment in started[:2]] == ["0", "1"]
+    assert started[0][1]["MASTER_PORT"] == started[1][1]["MASTER_PORT"]
+    assert all("RANK" not in environment for _, environment in started[2:])
+    outs = [call[call.index("--out") + 1] for call, _ in started]
+    assert len(set(outs)) == 4

@@ -1,0 +1,92 @@
+"""The files that start runs: Accelerate reads its own, and the Slurm script calls what it should, by stand-ins."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+LAUNCH = Path(__file__).parents[2] / "engine" / "launch"
+
+
+@pytest.mark.parametrize(
+    ("name", "processes", "machines"), [("one_gpu", 1, 1), ("one_node", 8, 1), ("several_nodes", 16, 2)]
+)
+def test_accelerate_reads_its_configurations(name: str, processes: int, machines: int) -> None:
+    config = load_config_from_file(str(LAUNCH / f"{name}.yaml"))
+    assert (config.num_processes, config.num_machines) == (processes, machines)
+    assert config.mixed_precision == "no"
+    known = vars(config) | {"compute_environment": None}
+    assert set(yaml.safe_load((LAUNCH / f"{name}.yaml").read_text())) <= set(known)
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> dict[str, str]:
+    """An environment as Slurm sets it up, in which each tool writes down how it was called."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    written = f'printf "%s " "${{0##*/}}" "$@" >>{tmp_path}/calls; echo >>{tmp_path}/calls'
+    for name, does in {
+        "srun": f'{written}\nwhile [[ $1 == --* ]]; do [[ $1 == *=* ]] && shift || shift 2; done\nexec "$@"',
+        "scontrol": f"{written}\n[[ $1 == requeue ]] || printf 'node7\\nnode8\\n'",
+        "torchrun": f"{written}\n[[ -z ${{LASTS:-}} ]] || exec sleep $LASTS",
+        "python": written,
+    }.items():
+        (tools / name).write_text(f"#!/bin/bash\n{does}\n")
+        (tools / name).chmod(0o755)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    job = {"SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4"}
+    return {**os.environ, **job, "PATH": f"{tools}:{os.environ['PATH']}"}
+
+
+def calls(tmp_path: Path, tool: str) -> list[str]:
+    return [line.strip() for line in (tmp_path / "calls").read_text().splitlines() if line.startswith(f"{tool} ")]
+
+
+def test_a_slurm_job_starts_all_nodes_and_goes_on_from_its_checkpoint(tmp_path: Path, slurm: dict[str, str]) -> None:
+    script = ["bash", str(LAUNCH / "slurm.sbatch"), "--config", "R.yaml", "--data.train", "/shared/a b.beton"]
+    subprocess.run(script, cwd=tmp_path, env=slurm, check=True)
+    assert calls(tmp_path, "torchrun") == [
+        "torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint node7:29500 --rdzv-id 42 "
+        "engine/run.py --resume auto --config R.yaml --data.train /shared/a b.beton"
+    ]
+    assert "--kill-on-bad-exit=1" in calls(tmp_path, "srun")[0]
+
+
+@pytest.mark.parametrize("form", [["--data.train", "/shared/t.beton"], ["--data.train=/shared/t.beton"], []])
+def test_a_slurm_job_stages_its_data_first(form: list[str], tmp_path: Path, slurm: dict[str, str]) -> None:
+    script = ["bash", str(LAUNCH / "slurm.sbatch"), "--seed", "1", *form]
+    done = subprocess.run(
+        script, cwd=tmp_path, env=slurm | {"MILLRACE_STAGE": "/local"}, capture_output=True, text=True
+    )
+    if not form:
+        assert done.returncode == 2
+        assert "no --data.train" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    assert calls(tmp_path, "python") == ["python -m pipeline.stage /shared/t.beton /local"]
+    assert calls(tmp_path, "torchrun")[0].endswith("--data.train /local/t.beton")
+
+
+def test_a_slurm_job_that_is_preempted_goes_back_into_the_queue(tmp_path: Path, slurm: dict[str, str]) -> None:
+    started = subprocess.Popen(
+        ["bash", str(LAUNCH / "slurm.sbatch")], cwd=tmp_path, env=slurm | {"LASTS": "60"}, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline and "torchrun" not in (
+            (tmp_path / "calls").read_text() if (tmp_path / "calls").exists() else ""
+        ):
+            time.sleep(0.05)
+        started.send_signal(signal.SIGUSR1)
+        started.wait(30)
+    finally:
+        os.killpg(started.pid, signal.SIGKILL)
+    assert calls(tmp_path, "scontrol")[-1] == "scontrol requeue 42"
