@@ -58,7 +58,7 @@ CACHE = 0.75
 RESIDENT = 0.5
 """Of a GPU's memory that the resident backend takes."""
 GLOO = 0.5e9
-"""Bytes of gradients a second that a process exchanges on a core with the other on its machine (2026-11-24, an EPYC)."""
+"""Bytes of gradients a second of a core that a process exchanges with another on its machine (2026-11-24, an EPYC)."""
 _HERE = Path(__file__).parent
 
 
@@ -122,7 +122,7 @@ def load_machine(name: str) -> Node:
 
 def load_rates(node: Node, loader: Path | None, step: Path | None) -> Rates:
     """Return measured rates for a machine. Raises InputError where a file is not a result of these benchmarks."""
-    loader = loader or max((_HERE / "results").glob("*-loader*.json"))
+    loader = loader or max((_HERE / "results").glob("????-??-??-loader*.json"))
     found = _read(loader)
     first: dict[str, Any] = next((value for value in found.values() if isinstance(value, dict)), {})
     paths = found.get("paths") or first.get("paths", {})
