@@ -214,7 +214,7 @@ def on_cores(
     """Return the pairs a second of training without a GPU, and what limits them.
 
     step, crops: CPU seconds a pair. gradients: their bytes. Each process computes on one core, and crops in so many
-    threads.
+    threads. What threads that wait for a core cost is left out: three to a core ran a fifth slower than this says.
     """
     exchange = gradients / GLOO if processes > 1 else 0.0
     seconds = {
