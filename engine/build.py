@@ -19,7 +19,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.utils import is_wandb_available, set_seed
 from torch import distributed, nn
 
-from engine import ranks
+from engine import checkpoint, ranks
 from engine.config import Settings
 from engine.evaluate import Knn
 from engine.meeting import from_all, rank, store, together, world
@@ -70,8 +70,11 @@ class Run:
     monitor: Monitor
     knn: Knn | None
     out: Path
+    writer: checkpoint.Writer
     done: int = 0
     """Steps trained."""
+    evaluated: int = 0
+    """Epochs after which was evaluated, or nothing was to be."""
     lock: IO[str] | None = None
     """Held on the run folder while this is there."""
 
@@ -97,7 +100,8 @@ def build(settings: Settings) -> Run:
     model = build_model(settings, accelerator, loader.steps)
     out = Path(settings.out)
     monitor = Monitor(accelerator, out, settings.optim.epochs * loader.steps, settings.optim.epochs)
-    return Run(settings, accelerator, loader, backend, model, monitor, knn, out)
+    writer = checkpoint.Writer(out / "checkpoints", settings.keep, settings.keep_every)
+    return Run(settings, accelerator, loader, backend, model, monitor, knn, out, writer)
 
 
 def _backend(settings: Settings, train_set: Beton, accelerator: Accelerator) -> Choice:
@@ -219,7 +223,8 @@ def begin(run: Run) -> None:
         try:
             run.out.mkdir(parents=True, exist_ok=True)
             run.lock = _lock(run.out)
-            replace(settings, resume="").write(run.out / "config.yaml")
+            checkpoint.clear_up(run.out / "checkpoints")
+            replace(settings, resume="", allow_change=[]).write(run.out / "config.yaml")
         except OSError as error:
             raise InputError(f"out {settings.out!r}: {error.strerror or error}: choose another folder") from None
         print(f"data.backend: {run.backend.name} ({run.backend.why})", file=sys.stderr)

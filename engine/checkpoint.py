@@ -4,54 +4,135 @@ checkpoints/step_00001234/model.safetensors      online.*, target.*, queue.*, sc
                          /optimiser.safetensors  PARAMETER|STATE
                          /state.json             positions, settings, and the SHA-256 of the files
 checkpoints/latest                               the newest one's name
+
+What stands under another name there (`.step_...`) is on its way in or out.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialised
 
 from pipeline.errors import InputError
 
-FORMAT = 3
+FORMAT = 4
 Tensors = dict[str, torch.Tensor]
+_LARGEST_STATE = 1 << 26  # bytes of a state.json: more is not one
+_ROOM = 1 << 20  # bytes wanted free besides the tensors'
+_KEYS = {"format": int, "step": int, "loader": dict, "monitor": dict, "settings": dict, "files": dict}
 
 
-def save(folder: Path, step: int, tensors: dict[str, Tensors], state: dict[str, Any], keep: int) -> Path:
-    """Write a checkpoint of `step` into `folder`; then remove all but the newest `keep` (0: none removed).
+class Writer:
+    """Writes a run's checkpoints into `folder`, in a thread of its own: training waits for copies on the device only.
 
-    tensors: by file name without suffix. A crash at any point leaves the earlier checkpoints whole.
+    What cannot be written is told on stderr; training goes on, and earlier checkpoints stay. Kept are the newest `keep`
+    (0: all), and those whose step is a multiple of `keep_every` (0: none besides).
+    """
+
+    def __init__(self, folder: Path, keep: int, keep_every: int = 0) -> None:
+        self._folder, self._keep, self._keep_every = folder, keep, keep_every
+        self._thread: threading.Thread | None = None
+        self.problem = ""
+        """Why the newest checkpoint was not written, if it was not."""
+
+    def save(self, step: int, tensors: dict[str, Tensors], state: dict[str, Any]) -> None:
+        """Begin to write a checkpoint of `step` as things stand now; waits for the one before."""
+        self.wait()
+        copies = {file: {name: _copy(t) for name, t in values.items()} for file, values in tensors.items()}
+        on_gpu = [t for values in copies.values() for t in values.values() if t.is_cuda]
+        copied = torch.cuda.current_stream(on_gpu[0].device).record_event() if on_gpu else None
+        self._thread = threading.Thread(target=self._write, args=(step, copies, state, copied), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that is being written is there, or has failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, step: int, tensors: dict[str, Tensors], state: dict[str, Any], copied: Any) -> None:
+        try:
+            if copied is not None:
+                copied.synchronize()
+            write(self._folder, step, tensors, state, self._keep, self._keep_every)
+            self.problem = ""
+        except Exception as error:  # whatever it is: the run is worth more than one checkpoint of it
+            detail = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            self.problem = f"{' '.join(detail.split()) or type(error).__name__}"
+            left = _all(self._folder)
+            kept = f"the newest is {left[0].name}" if left else "there is none yet"
+            print(
+                f"warning: step {step}: the checkpoint could not be written ({self.problem}): training goes on; {kept}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def write(
+    folder: Path, step: int, tensors: dict[str, Tensors], state: dict[str, Any], keep: int = 0, keep_every: int = 0
+) -> Path:
+    """Write a checkpoint of `step` into `folder`; then remove those that are not to be kept, as `Writer` says.
+
+    tensors: by file name without suffix. A crash at any point leaves a whole checkpoint, if there was one. Raises
+    OSError where it cannot be written; the others are then as they were.
     """
     final = folder / f"step_{step:08d}"
-    beside = folder / f".{final.name}.writing"
+    beside, aside = folder / f".{final.name}.writing", folder / f".{final.name}.old"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    files = {}
-    for name, values in tensors.items():
-        path = beside / f"{name}.safetensors"
-        save_file({key: _copy(value) for key, value in values.items()}, path)
-        files[path.name] = _sha256(path)
-    document = {"format": FORMAT, "step": step, **state, "files": files}
-    document["sha256"] = _hash_of(document)
-    (beside / "state.json").write_text(json.dumps(document, indent=1))
-    for path in beside.iterdir():
-        _sync(path)
-    _sync(beside)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(beside, final)
+    try:
+        _check_room(folder, sum(t.nbytes for values in tensors.values() for t in values.values()))
+        files = {}
+        for name, values in tensors.items():
+            path = beside / f"{name}.safetensors"
+            files[path.name] = _store(path, serialised({key: value.cpu() for key, value in values.items()}))
+        document = {"format": FORMAT, "step": step, **state, "files": files}
+        document["sha256"] = _hash_of(document)
+        _store(beside / "state.json", json.dumps(document, indent=1).encode())
+        _sync(beside)
+        shutil.rmtree(aside, ignore_errors=True)
+        if final.exists():
+            os.replace(final, aside)
+        os.replace(beside, final)
+    except BaseException:
+        if aside.exists() and not final.exists():
+            os.replace(aside, final)
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
     _point_to(folder, final.name)
-    if keep:
-        for old in _all(folder)[keep:]:
-            shutil.rmtree(old)
+    shutil.rmtree(aside, ignore_errors=True)
+    for old in _all(folder)[keep:] if keep else []:
+        if not keep_every or step_of(old) % keep_every:
+            leaving = folder / f".{old.name}.leaving"
+            os.replace(old, leaving)
+            shutil.rmtree(leaving)
     return final
+
+
+def clear_up(folder: Path) -> None:
+    """Remove what a run that was killed left half written or half removed; put back what it had put aside."""
+    for path in folder.glob(".step_*.old"):
+        final = folder / path.name.removeprefix(".").removesuffix(".old")
+        if not final.exists():
+            os.replace(path, final)
+    for path in (*folder.glob(".step_*.writing"), *folder.glob(".step_*.leaving"), *folder.glob(".step_*.old")):
+        shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        (folder / ".latest.writing").unlink()
 
 
 def load(path: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
@@ -61,7 +142,7 @@ def load(path: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
     for name in state["files"]:
         try:
             tensors[name.removesuffix(".safetensors")] = load_file(path / name)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise InputError(f"{path / name}: cannot be read ({error}): resume from another checkpoint") from None
     return tensors, state
 
@@ -84,8 +165,12 @@ def step_of(path: Path) -> int:
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy on the CPU that shares no memory, contiguous."""
-    return tensor.detach().to("cpu", copy=True).contiguous()
+    """Return a copy that shares no memory, contiguous: on its device, or on the CPU where there is no room."""
+    own = tensor.detach()
+    try:
+        return own.clone(memory_format=torch.contiguous_format)
+    except torch.OutOfMemoryError:
+        return own.to("cpu", copy=True).contiguous()
 
 
 def _all(folder: Path) -> list[Path]:
@@ -93,21 +178,37 @@ def _all(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("step_*") if p.name[5:].isdecimal()), key=step_of, reverse=True)
 
 
+def _check_room(folder: Path, wanted: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < wanted + _ROOM:
+        says = f"{wanted / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free in {folder}"
+        raise OSError(errno.ENOSPC, says)
+
+
 def _verified_state(path: Path) -> dict[str, Any]:
-    remedy = "resume from another checkpoint"
+    remedy, file = "resume from another checkpoint", path / "state.json"
     try:
-        state = json.loads((path / "state.json").read_text())
+        if file.stat().st_size > _LARGEST_STATE:
+            raise InputError(f"{file}: {file.stat().st_size} bytes are too many for one: {remedy}")
+        state = json.loads(file.read_bytes())
     except FileNotFoundError:
         raise InputError(
             f"{path}: not a checkpoint (it has no state.json): give the path of a step_... folder"
         ) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path / 'state.json'}: cannot be read ({error}): {remedy}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{file}: cannot be read ({error}): {remedy}") from None
     if not isinstance(state, dict) or state.pop("sha256", None) != _hash_of(state):
-        raise InputError(f"{path / 'state.json'}: damaged (its hash differs): {remedy}")
+        raise InputError(f"{file}: damaged (its hash differs): {remedy}")
     if state.get("format") != FORMAT:
         raise InputError(f"{path}: checkpoint format {state.get('format')!r}, this version reads {FORMAT}: {remedy}")
+    for key, kind in _KEYS.items():
+        if not isinstance(state.get(key), kind) or isinstance(state.get(key), bool):
+            raise InputError(f"{file}: {key} is {state.get(key)!r}: {remedy}")
     for name, sha256 in state["files"].items():
+        if not re.fullmatch(r"\w+\.safetensors", name):
+            raise InputError(f"{file}: names a file {name!r}: {remedy}")
         if not (path / name).is_file() or _sha256(path / name) != sha256:
             raise InputError(f"{path / name}: damaged or missing (its hash differs): {remedy}")
     return state
@@ -125,6 +226,15 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _store(path: Path, content: bytes) -> str:
+    """Write a file to the disk itself; return the SHA-256 of what was to be written."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return hashlib.sha256(content).hexdigest()
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -135,7 +245,6 @@ def _sync(path: Path) -> None:
 
 def _point_to(folder: Path, name: str) -> None:
     beside = folder / ".latest.writing"
-    beside.write_text(name)
-    _sync(beside)
+    _store(beside, name.encode())
     os.replace(beside, folder / "latest")
     _sync(folder)

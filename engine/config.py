@@ -251,6 +251,9 @@ class Settings:
     """Run folder: settings, metrics, checkpoints."""
     resume: str = ""
     """`auto`: go on from the newest whole checkpoint in the run folder, if any; or the path of a checkpoint."""
+    allow_change: list[str] = field(default_factory=list)
+    """Settings in which a resumed run may differ from its checkpoint, such as [optim.lr, optim.epochs]. Those that do
+    not bear on what is computed may always: paths, workers, backend, logging, evaluation, number of processes."""
     seed: int = 0
     """Of weights, sample order and augmentation."""
     precision: Literal["no", "fp16", "bf16"] = "bf16"
@@ -281,6 +284,8 @@ class Settings:
     """Steps between checkpoints; 0: one an epoch. There is always one at the end."""
     keep: int = 2
     """Checkpoints to keep, newest first; 0: all."""
+    keep_every: int = 0
+    """Keep also those of every so many steps; 0: none besides."""
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Where metrics go besides metrics.jsonl."""
     cpu: bool = False
@@ -294,6 +299,7 @@ class Settings:
         _require(self.collective_timeout > 0, "collective_timeout", self.collective_timeout, "choose a number above 0")
         micro = self.micro_batch == 0 or self.micro_batch >= 2
         _require(micro, "micro_batch", self.micro_batch, "choose 2 or more, or 0")
+        _require(self.keep_every >= 0, "keep_every", self.keep_every, "choose a number of steps, or 0 for none")
         _require(self.log_every >= 1, "log_every", self.log_every, "choose 1 or more steps")
         if self.cuda_graph and self.log_every == 1:
             raise InputError(

@@ -17,7 +17,7 @@ from engine.build import Run, begin, build
 from engine.config import Settings
 from engine.meeting import explained, together
 from engine.state import restore, save
-from pipeline.errors import LoaderStalled
+from pipeline.errors import RunFailed
 from pipeline.loader import Batch
 
 
@@ -31,12 +31,16 @@ def train(settings: Settings) -> dict[str, Any]:
         together(lambda: begin(run))
         run.monitor.start(run.done)
         _epochs(run)
+        run.writer.wait()
         summary = _summarise(run)
-    except LoaderStalled:
+        if run.writer.problem:
+            raise RunFailed(f"the last checkpoint could not be written ({run.writer.problem}): see {run.out}")
+    except RunFailed:
         raise
     except RuntimeError as error:
         raise explained(error, run.done, settings.collective_timeout) from error
     finally:
+        run.writer.wait()
         run.monitor.close()
         run.loader.close()
     run.accelerator.end_training()  # not after a failure: it waits for processes that may never come
@@ -52,6 +56,8 @@ def _already_finished(run: Run) -> dict[str, Any]:
 
 def _epochs(run: Run) -> None:
     settings, steps = run.settings, run.loader.steps
+    if run.evaluated < run.done // steps:  # stopped between the epoch's end and its evaluation
+        evaluate(run, run.done // steps)
     for epoch in range(run.done // steps, settings.optim.epochs):
         for batch in run.loader:
             ends = (run.done + 1) % steps == 0
@@ -80,6 +86,7 @@ def train_on(run: Run, batch: Batch, *, logs: bool) -> None:
 def evaluate(run: Run, epoch: int) -> None:
     """Evaluate after `epoch` epochs, where the settings ask for it."""
     every, last = run.settings.knn.every, epoch == run.settings.optim.epochs
+    run.evaluated = epoch
     if run.knn is None or not every or (epoch % every and not last):
         return
     with run.monitor.pause():

@@ -16,14 +16,28 @@ from engine.meeting import from_first
 from engine.schedule import DOUBTFUL, PATIENCE
 from pipeline.errors import InputError
 
-_FREE = {"out", "resume", "log_every", "save_every", "keep", "tracker", "data.train", "data.eval", "data.workers"}
-_FREE |= {"data.backend", "data.crop_on", "data.on_bad"}
-_FREE |= {"data.ahead", "data.hardware_load", "data.stall_timeout", "data.samples", "cpu", "compile", "cuda_graph"}
-_FREE |= {"gradient_shares", "recompute", "micro_batch", "collective_timeout"}
+FREE = {"out", "resume", "allow_change", "log_every", "save_every", "keep", "keep_every", "tracker", "gradient_shares"}
+FREE |= {"data.train", "data.eval", "data.eval_share", "data.workers", "data.backend", "data.crop_on", "data.on_bad"}
+FREE |= {"data.ahead", "data.hardware_load", "data.stall_timeout", "data.samples", "collective_timeout"}
+FREE |= {
+    "knn.every",
+    "knn.k",
+    "knn.temperature",
+    "knn.limit",
+    "cpu",
+    "compile",
+    "cuda_graph",
+    "recompute",
+    "micro_batch",
+}
+"""Settings in which a resumed run may differ from its checkpoint: they do not bear on what is computed."""
+FIXED = {"method.name", "method.queue", "method.queue_dtype", "optim.name", "data.batch", "data.order", "seed"}
+FIXED |= {f"model.{key}" for key in ("arch", "stem", "width", "dim", "hidden", "bn", "zero_init", "frozen_patch")}
+"""Those in which it cannot: what is saved would not fit."""
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint of the run as it stands. Called by all processes.
+    """Begin to write a checkpoint of the run as it stands. Called by all processes.
 
     Not where steps are just being skipped, nor where training has diverged: such a state must not take an earlier's
     place. In that case raises FloatingPointError, on all alike; at the end of training it is divergence in any case.
@@ -36,16 +50,15 @@ def save(run: Run) -> None:
         return
     _refuse_non_finite(run)
     state = {
+        "evaluated": run.evaluated,
         "loader": run.loader.state_dict(),
         "monitor": run.monitor.state_dict(),
         "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
         "settings": run.settings.as_dict(),
     }
     if run.accelerator.is_main_process:
-        with run.monitor.pause():
-            tensors = {"model": modules(run).state_dict(), "optimiser": _optimiser_tensors(run)}
-            checkpoint.save(run.out / "checkpoints", run.done, tensors, state, run.settings.keep)
-    run.accelerator.wait_for_everyone()
+        tensors = {"model": modules(run).state_dict(), "optimiser": _optimiser_tensors(run)}
+        run.writer.save(run.done, tensors, state)
 
 
 def _refuse_non_finite(run: Run) -> None:
@@ -73,11 +86,19 @@ def restore(run: Run) -> None:
     of = {name: ranks.spread(tensors.get(name, {}), like, device) for name, like in found["tensors"].items()}
     modules(run).load_state_dict(of["model"])
     run.model.step.schedule.skipped.zero_()
-    _load_optimiser(run, of["optimiser"])
-    run.loader.load_state_dict(state["loader"])
-    run.monitor.load_state_dict(state["monitor"])
-    if run.accelerator.scaler and state["scaler"]:
-        run.accelerator.scaler.load_state_dict(state["scaler"])
+    for name, value in _optimiser_tensors(run).items():
+        value.copy_(of["optimiser"][name])
+    try:
+        run.loader.load_state_dict(state["loader"])
+        run.monitor.load_state_dict(state["monitor"])
+        if run.accelerator.scaler and state.get("scaler"):
+            run.accelerator.scaler.load_state_dict(state["scaler"])
+        run.evaluated = int(state["evaluated"])
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise InputError(f"{found['path']}/state.json: not of such a run ({problem}): resume from another") from None
     run.done = state["step"]
     if run.accelerator.is_main_process:
         print(f"resumed from {found['path']}", file=sys.stderr)
@@ -95,6 +116,7 @@ def _read(run: Run, into: dict[str, Any]) -> dict[str, Any] | None:
         raise InputError(
             f"{run.out}: holds {later.name}, later than {path}: choose another --out, or remove the later checkpoints"
         )
+    _check_fit(path, {"model": modules(run).state_dict(), "optimiser": _optimiser_tensors(run)}, tensors)
     into["tensors"] = tensors
     like = {
         file: {name: (str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in named.items()}
@@ -103,17 +125,36 @@ def _read(run: Run, into: dict[str, Any]) -> dict[str, Any] | None:
     return {"path": str(path), "state": state, "tensors": like}
 
 
+def _check_fit(path: Path, own: dict[str, checkpoint.Tensors], saved: dict[str, checkpoint.Tensors]) -> None:
+    """Refuse tensors of other names, shapes or dtypes than the run's own."""
+    for file, expected in own.items():
+        found = saved.get(file, {})
+        for name in sorted(expected.keys() | found.keys()):
+            a, b = expected.get(name), found.get(name)
+            if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
+                told = ["is missing" if t is None else f"is {t.dtype} {list(t.shape)}" for t in (a, b)]
+                raise InputError(
+                    f"{path / file}.safetensors: {name} {told[1]} there, and {told[0]} in this run: resume from another"
+                )
+
+
 def _compare(run: Run, saved: dict[str, Any]) -> None:
-    """Refuse a checkpoint whose model or queue is of another shape; say which other settings differ."""
+    """Refuse a checkpoint of other settings, but for those that are free, or allowed to change."""
     then, now = flat(saved), flat(run.settings.as_dict())
-    differing = [key for key in {**now, **then} if key not in _FREE and then.get(key) != now.get(key)]
+    differing = [key for key in {**now, **then} if key not in FREE and then.get(key) != now.get(key)]
     for key in sorted(differing, key=lambda key: key != "method.name"):  # which decides over others
-        fixed = ("method.name", "method.queue", "method.queue_dtype", "optim.name", "data.batch", "seed")
-        if key.startswith("model.") or key in fixed:
+        if key in FIXED:
             raise InputError(f"{key} {now.get(key)!r}: the checkpoint has {then.get(key)!r}: resume with that value")
-    if differing and run.accelerator.is_main_process:
-        listed = ", ".join(f"{key} {then.get(key)!r} -> {now.get(key)!r}" for key in differing)
-        print(f"warning: resuming with other settings: {listed}", file=sys.stderr)
+    if not differing:
+        return
+    listed = ", ".join(f"{key} {then.get(key)!r} -> {now.get(key)!r}" for key in differing)
+    allowed = run.settings.allow_change
+    if refused := [key for key in differing if not any(key == a or key.startswith(f"{a}.") for a in allowed)]:
+        raise InputError(
+            f"the checkpoint has other settings: {listed}: resume with its own, or add --allow_change "
+            f"'[{', '.join([*allowed, *refused])}]'"
+        )
+    print(f"warning: resuming with other settings: {listed}", file=sys.stderr)
 
 
 def _to_resume(run: Run) -> Path | None:
@@ -153,14 +194,3 @@ def _optimiser_tensors(run: Run) -> dict[str, torch.Tensor]:
     return {
         f"{name}|{key}": value for name, state in states.items() for key, value in state.items() if value is not None
     }
-
-
-def _load_optimiser(run: Run, tensors: dict[str, torch.Tensor]) -> None:
-    parameters = dict(run.accelerator.unwrap_model(run.model.online).named_parameters())
-    for name, value in tensors.items():
-        parameter, key = name.split("|")
-        like = parameters[parameter]
-        state = run.model.optimiser.state[like]
-        if key not in state:
-            state[key] = torch.empty_like(like) if value.shape == like.shape else value.to(like.device, copy=True)
-        state[key].copy_(value)
