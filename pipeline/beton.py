@@ -167,8 +167,9 @@ class Beton:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of header, metadata and allocation table, sizes and pointers included: tells two betons apart."""
-        return f"{self._header_crc32():08x}-{self.file_size}-{len(self)}"
+        """A hash of header, tables and, where there is a manifest, the records' CRCs: tells two betons apart."""
+        records = "" if self.crc32 is None else f"-{zlib.crc32(self.crc32.tobytes()):08x}"
+        return f"{self._header_crc32():08x}-{self.file_size}-{len(self)}{records}"
 
     def _broken(self, what: str) -> InputError:
         return InputError(f"{self.path}: {what}: not a whole beton, {_PREPARE_AGAIN}")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import subprocess
 import sys
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -47,13 +50,52 @@ def test_a_crash_or_a_full_disk_leaves_what_was_there(
             stage(drawn, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
+    for last in (1, 2):  # of the beton, of its manifest
+        with monkeypatch.context() as patched:
+            patched.setattr(module.os, "fsync", _failing_at(last))
+            with pytest.raises(InputError, match=f"{tmp_path}: No space left"):
+                stage(drawn, tmp_path, quiet=True)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
-    monkeypatch.setattr(module.os, "fsync", full)
-    with pytest.raises(InputError, match="No space left"):
-        stage(drawn, tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+def _failing_at(call: int) -> Callable[[int], None]:
+    calls = itertools.count(1)
+
+    def fail(descriptor: int) -> None:
+        if next(calls) == call:
+            raise OSError(28, "No space left on device")
+
+    return fail
+
+
+def test_a_killed_copy_is_cleared_up_and_two_at_once_make_one(drawn: Path, tmp_path: Path) -> None:
+    (tmp_path / f".{drawn.name}.writing").write_bytes(b"half")
+    call = [sys.executable, "-m", "pipeline.stage", str(drawn), str(tmp_path)]
+    both = [subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate() for process in both]
+    assert [out.strip() for out, _ in said] == [str(tmp_path / drawn.name)] * 2
+    assert sum("100%" in err for _, err in said) == 1  # the other found the copy there
+    assert sorted(p.name for p in tmp_path.iterdir()) == [drawn.name, f"{drawn.name}.json"]
+
+
+def test_a_stale_manifest_does_not_outlive_its_beton(drawn: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare" / drawn.name
+    bare.parent.mkdir()
+    bare.write_bytes(drawn.read_bytes())
+    prepare("synthetic:30", tmp_path / drawn.name, workers=1, quiet=True)
+    assert Beton(stage(bare, tmp_path, quiet=True)).manifest is None
+
+
+def test_what_cannot_be_read_is_named(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def read(self, count: int) -> bytes:
+            raise OSError(5, "Input/output error")
+
+    read = module._read
+    monkeypatch.setattr(module, "_read", lambda file, source: read(Broken(), source))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=f"{drawn}: Input/output error"):
+        stage(drawn, tmp_path, quiet=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_prints_the_path(
