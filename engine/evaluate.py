@@ -37,18 +37,19 @@ def features(
     images = CentreLoader(beton, indices=indices, **loader)
     try:
         found, ids, done = None, indices.copy(), 0
-        for batch, read in images:
-            with autocast(), torch.compiler.set_stance("force_eager"):  # for one pass over other shapes
+        with autocast(), torch.compiler.set_stance("force_eager"):  # for one pass over other shapes
+            for batch, read in images:
                 part = F.normalize(backbone(batch).float().flatten(1), dim=1)
-            found = part.new_empty(len(indices), part.shape[1]) if found is None else found
-            found[done : done + len(part)] = part
-            ids[done : done + len(part)] = read
-            done += len(part)
+                found = part.new_empty(len(indices), part.shape[1]) if found is None else found
+                found[done : done + len(part)] = part
+                ids[done : done + len(part)] = read
+                done += len(part)
+            if found is None:  # a process more than there are images
+                one = torch.zeros(1, 3, images.size, images.size, device=loader["device"])
+                found = backbone(one).float().flatten(1)[:0]
     finally:
         images.close()
         backbone.train(was_training)
-    if found is None:
-        raise InputError(f"{beton.path}: no images for this process: evaluate with fewer processes")
     return found, ids
 
 

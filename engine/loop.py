@@ -17,6 +17,7 @@ from engine.build import Run, begin, build
 from engine.config import Settings
 from engine.meeting import explained, together
 from engine.state import restore, save
+from engine.statistics import RunningStatistics
 from pipeline.errors import RunFailed
 from pipeline.loader import Batch
 
@@ -89,7 +90,7 @@ def evaluate(run: Run, epoch: int) -> None:
     run.evaluated = epoch
     if run.knn is None or not every or (epoch % every and not last):
         return
-    with run.monitor.pause():
+    with run.monitor.pause(), RunningStatistics(run.backbone).averaged():
         top1 = run.knn.top1(run.backbone, run.accelerator.autocast)
         run.monitor.evaluation(run.done, epoch, knn_top1=top1)
 

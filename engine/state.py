@@ -14,6 +14,7 @@ from engine.arguments import flat
 from engine.build import Run
 from engine.meeting import from_first
 from engine.schedule import DOUBTFUL, PATIENCE
+from engine.statistics import RunningStatistics
 from pipeline.errors import InputError
 
 FREE = {"out", "resume", "allow_change", "log_every", "save_every", "keep", "keep_every", "tracker", "gradient_shares"}
@@ -34,6 +35,8 @@ FREE |= {
 FIXED = {"method.name", "method.queue", "method.queue_dtype", "optim.name", "data.batch", "data.order", "seed"}
 FIXED |= {f"model.{key}" for key in ("arch", "stem", "width", "dim", "hidden", "bn", "zero_init", "frozen_patch")}
 """Those in which it cannot: what is saved would not fit."""
+
+_ROWS = "running_statistics"  # of each process, [world, N], where they differ: the model has their mean
 
 
 def save(run: Run) -> None:
@@ -56,9 +59,12 @@ def save(run: Run) -> None:
         "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
         "settings": run.settings.as_dict(),
     }
-    if run.accelerator.is_main_process:
-        tensors = {"model": modules(run).state_dict(), "optimiser": _optimiser_tensors(run)}
-        run.writer.save(run.done, tensors, state)
+    with _statistics(run).averaged() as rows:
+        if run.accelerator.is_main_process:
+            tensors = {"model": modules(run).state_dict(), "optimiser": _optimiser_tensors(run)}
+            if rows is not None:
+                tensors["ranks"] = {_ROWS: rows}
+            run.writer.save(run.done, tensors, state)
 
 
 def _refuse_non_finite(run: Run) -> None:
@@ -88,6 +94,9 @@ def restore(run: Run) -> None:
     run.model.step.schedule.skipped.zero_()
     for name, value in _optimiser_tensors(run).items():
         value.copy_(of["optimiser"][name])
+    rows = of.get("ranks", {}).get(_ROWS)
+    if rows is not None and len(rows) == ranks.world():  # on another number of processes their mean, in the model
+        _statistics(run).put(rows[ranks.rank()])
     try:
         run.loader.load_state_dict(state["loader"])
         run.monitor.load_state_dict(state["monitor"])
@@ -118,6 +127,9 @@ def _read(run: Run, into: dict[str, Any]) -> dict[str, Any] | None:
         )
     _check_fit(path, {"model": modules(run).state_dict(), "optimiser": _optimiser_tensors(run)}, tensors)
     into["tensors"] = tensors
+    if "ranks" in tensors:
+        saved = tensors["ranks"].get(_ROWS, torch.zeros(1, 0))
+        _check_fit(path, {"ranks": {_ROWS: _statistics(run).own().expand(len(saved), -1)}}, tensors)
     like = {
         file: {name: (str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in named.items()}
         for file, named in tensors.items()
@@ -170,6 +182,10 @@ def _to_resume(run: Run) -> Path | None:
     if any(folder.glob("step_*")):
         raise InputError(f"{run.out}: already holds a run: add --resume auto to go on with it, or choose another --out")
     return None
+
+
+def _statistics(run: Run) -> RunningStatistics:
+    return RunningStatistics(run.accelerator.unwrap_model(run.model.online), run.model.target)
 
 
 def modules(run: Run) -> nn.ModuleDict:

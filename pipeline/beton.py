@@ -107,6 +107,12 @@ def manifest_path(beton: Path | str) -> Path:
     return Path(f"{beton}.json")
 
 
+def own_manifest(beton: Path) -> Path:
+    """Return where the manifest of a beton that is there stands: beside it, or beside the file that a link leads to."""
+    beside = manifest_path(beton)
+    return beside if beside.exists() or not beton.is_symlink() else manifest_path(beton.resolve())
+
+
 class Beton:
     """A beton opened for reading.
 
@@ -258,7 +264,7 @@ class Beton:
             )
 
     def _read_manifest(self) -> Manifest | None:
-        path = manifest_path(self.path)
+        path = own_manifest(self.path)
         if not path.is_file():
             return None
         manifest = Manifest.read(path)

@@ -18,7 +18,7 @@ from typing import IO
 
 from tqdm import tqdm
 
-from pipeline.beton import Beton, manifest_path
+from pipeline.beton import Beton, manifest_path, own_manifest
 from pipeline.errors import InputError, command
 
 _BLOCK = 1 << 24
@@ -58,8 +58,8 @@ def _same(wanted: Beton, path: Path) -> bool:
 def _replace(source: Path, target: Path, *, quiet: bool) -> None:
     """Put copies of a beton and its manifest in the place of what is there, once both are whole."""
     pairs = [(source, target)]
-    if manifest_path(source).exists():
-        pairs.append((manifest_path(source), manifest_path(target)))
+    if own_manifest(source).exists():
+        pairs.append((own_manifest(source), manifest_path(target)))
     besides = [_beside(copy) for _, copy in pairs]
     try:
         for path in {_beside(target), _beside(manifest_path(target))}:
@@ -95,7 +95,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _is_of(error: OSError, source: Path) -> bool:
-    return getattr(error, "filename", None) in (str(source), str(manifest_path(source)))
+    return getattr(error, "filename", None) in (str(source), str(own_manifest(source)))
 
 
 def _copy(source: Path, beside: Path, *, quiet: bool) -> None:

@@ -12,9 +12,12 @@ import torch
 from engine import ranks
 from engine.arguments import parse
 from engine.build import begin, build
-from engine.evaluate import knn_predict
+from engine.evaluate import Knn, knn_predict
 from engine.loop import evaluate
 from engine.state import modules, restore, save
+from engine.statistics import RunningStatistics
+from methods.encoders import resnet
+from pipeline.beton import Beton
 from tests.engine.test_run import SMALL
 from tests.gloo import on_ranks
 
@@ -118,3 +121,38 @@ def classify(out: str) -> None:
 def test_neighbours_are_found_over_all_processes(tmp_path: Path) -> None:
     on_ranks(3, classify, str(tmp_path))
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def evaluate_differing(drawn: str, out: str, world: int) -> None:
+    """Evaluate an encoder whose running statistics differ between processes, and note what comes of it."""
+    from accelerate import Accelerator
+
+    Accelerator(cpu=True)
+    torch.manual_seed(0)
+    backbone = resnet("resnet18", stem="small", width=0.125)
+    statistics = RunningStatistics(backbone)
+    rows = 0.5 + torch.rand(world, statistics.own().numel(), generator=torch.Generator().manual_seed(1))
+    if ranks.world() == 1:
+        statistics.put(rows.double().mean(dim=0).float())
+    else:
+        statistics.put(rows[ranks.rank()])
+    few = {"k": 3, "temperature": 0.1, "device": torch.device("cpu"), "size": 32, "batch": 64}
+    knn = Knn(Beton(drawn), Beton(drawn), limit=2, **few), Knn(Beton(drawn), Beton(drawn), **few)
+    with statistics.averaged():
+        found = {"top1": [k.top1(backbone) for k in knn], "own": statistics.own()}
+    if ranks.world() > 1:
+        assert torch.equal(statistics.own()[0], rows[ranks.rank()])
+    torch.save(found, Path(out, f"{ranks.world()}.{ranks.rank()}"))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_all_processes_evaluate_the_mean_of_their_statistics_also_of_fewer_images(
+    world: int, drawn: Path, tmp_path: Path
+) -> None:
+    on_ranks(world, evaluate_differing, str(drawn), str(tmp_path), world)
+    on_ranks(1, evaluate_differing, str(drawn), str(tmp_path), world)
+    alone = torch.load(tmp_path / "1.0", weights_only=True)
+    for rank in range(world):
+        found = torch.load(tmp_path / f"{world}.{rank}", weights_only=True)
+        assert torch.equal(found["own"], alone["own"])
+        assert found["top1"] == alone["top1"]
