@@ -132,10 +132,17 @@ def _recipe_first(arguments: Sequence[str] | None) -> list[str]:
 
 
 def _spelled(arguments: Sequence[str] | None) -> Iterator[list[str]]:
-    """Yield the arguments; `--terms [a, b]` as `--terms.a {} --terms.b {}`, and null for all other terms."""
+    """Yield the arguments; `--terms [a, b]` as `--terms.a {} --terms.b {}`, and null for all other terms.
+
+    And `--allow-change KEY` as one more key of that list.
+    """
     given = iter(sys.argv[1:] if arguments is None else arguments)
     for argument in given:
         name, assigned, value = argument.partition("=")
+        if name in ("--allow-change", "--allow_change"):
+            value = value if assigned else next(given, "")
+            yield ["--allow_change" if value.startswith("[") else "--allow_change+", value]
+            continue
         if name != "--terms":
             yield [argument]
             continue

@@ -88,6 +88,12 @@ class Run:
         """The online backbone."""
         return self.accelerator.unwrap_model(self.model.online).backbone
 
+    def close(self) -> None:
+        """Wait for the checkpoint under way, and end what runs beside the training."""
+        self.writer.wait()
+        self.monitor.close()
+        self.loader.close()
+
 
 def build(settings: Settings) -> Run:
     """Build a run from its settings, writing nothing. Raises InputError, on all processes, for what cannot work."""
@@ -158,7 +164,7 @@ def build_model(settings: Settings, accelerator: Accelerator, steps_per_epoch: i
     target = place(momentum_copy(online), accelerator.device) if base.teacher else None
     place(online, accelerator.device)
     if settings.compile:
-        _check_compiler(accelerator.device)
+        check_compiler(accelerator.device)
         torch._dynamo.config.recompile_limit = 64  # one for each encoder and size of the views
         for encoder in (online, target):
             if encoder is not None:
@@ -193,7 +199,7 @@ def build_model(settings: Settings, accelerator: Accelerator, steps_per_epoch: i
     return Model(wrapped, target, queue, optimiser, step)
 
 
-def _check_compiler(device: torch.device) -> None:
+def check_compiler(device: torch.device) -> None:
     """Raise InputError where torch.compile has nothing to compile with."""
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise InputError("compile true: triton is not installed: pip install triton, or choose compile false")
@@ -321,6 +327,8 @@ def _loading(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
 def _check(settings: Settings, samples: int, accelerator: Accelerator) -> None:
     """Refuse what cannot work, and warn of what hardly will."""
     check_batch(settings, accelerator)
+    if settings.compile:
+        check_compiler(accelerator.device)
     if (settings.method.queue or 0) > samples and accelerator.is_main_process:
         print(
             f"warning: method.queue {settings.method.queue} is larger than the data set's {samples} images, so that "

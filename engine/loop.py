@@ -24,27 +24,32 @@ from pipeline.loader import Batch
 
 def train(settings: Settings) -> dict[str, Any]:
     """Train as `settings` say; return what `OUT/summary.json` says."""
-    run = build(settings)
+    run: Run | None = None
     try:
-        restore(run)
-        if run.done >= run.total:
-            return _already_finished(run)
-        together(lambda: begin(run))
-        run.monitor.start(run.done)
-        _epochs(run)
-        run.writer.wait()
-        summary = _summarise(run)
-        if run.writer.problem:
-            raise RunFailed(f"the last checkpoint could not be written ({run.writer.problem}): see {run.out}")
+        run = build(settings)
+        summary = _trained(run)
     except RunFailed:
         raise
     except RuntimeError as error:
-        raise explained(error, run.done, settings.collective_timeout) from error
+        raise explained(error, run.done if run else 0, settings.collective_timeout) from error
     finally:
-        run.writer.wait()
-        run.monitor.close()
-        run.loader.close()
+        if run is not None:
+            run.close()
     run.accelerator.end_training()  # not after a failure: it waits for processes that may never come
+    return summary
+
+
+def _trained(run: Run) -> dict[str, Any]:
+    restore(run)
+    if run.done >= run.total:
+        return _already_finished(run)
+    together(lambda: begin(run))
+    run.monitor.start(run.done)
+    _epochs(run)
+    run.writer.wait()
+    summary = _summarise(run)
+    if run.writer.problem:
+        raise RunFailed(f"the last checkpoint could not be written ({run.writer.problem}): see {run.out}")
     return summary
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+import sys
 import threading
 import time
 import uuid
@@ -17,12 +18,14 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 from torch import distributed
 
 from pipeline.errors import InputError, RunFailed
 
 T = TypeVar("T")
 _PATIENCE = timedelta(minutes=10)  # from the first process to the last
+_SLICE = timedelta(seconds=10)  # of it, before one says whom one waits for
 _ANSWER = timedelta(seconds=5)  # to say that one is still there
 _store: distributed.Store | None = None
 _meetings = 0
@@ -44,7 +47,7 @@ def together(action: Callable[[], T], facts: Callable[[T], Mapping[str, Any]] = 
     own: dict[str, Any] = {"host": platform.node(), "problem": "", "facts": {}}
     try:
         result = action()
-        own["facts"] = json.loads(json.dumps(dict(facts(result))))
+        own["facts"] = json.loads(json.dumps({**facts(result), **_own_facts()}))
     except Exception as raised:
         own["problem"], error = str(raised) or type(raised).__name__, raised
     if world() == 1:
@@ -153,6 +156,7 @@ def _agreed_name(shared: distributed.Store) -> str:
     """
     own = uuid.uuid4().hex
     if rank() == 0:
+        shared.set(f"millrace/{own}/world", str(world()))
         shared.set("millrace/call", own)
         for number in range(1, world()):
             other = _heard(shared, f"millrace/{own}/answer/{number}", number)
@@ -161,6 +165,10 @@ def _agreed_name(shared: distributed.Store) -> str:
     deadline = time.monotonic() + _PATIENCE.seconds
     while time.monotonic() < deadline:
         call = _heard(shared, "millrace/call", 0)
+        if rank() >= (theirs := int(_heard(shared, f"millrace/{call}/world", 0))):
+            raise InputError(
+                f"WORLD_SIZE: process 0 has {theirs}, process {rank()} {world()}: give all processes the same"
+            )
         shared.set(f"millrace/{call}/answer/{rank()}", own)
         try:
             shared.wait([f"millrace/{call}/confirmed/{own}"], timedelta(seconds=1))
@@ -168,6 +176,11 @@ def _agreed_name(shared: distributed.Store) -> str:
             continue  # an old call, or others are still to come
         return call
     raise InputError(f"process 0 of {world()} did not answer for {_PATIENCE.seconds} s: see its own output")
+
+
+def _own_facts() -> dict[str, Any]:
+    """Return what of the processes themselves has to be the same."""
+    return {"WORLD_SIZE": world(), "torch": str(torch.__version__)}
 
 
 def _exchange(own: Mapping[str, Any]) -> str:
@@ -187,14 +200,24 @@ def _wait(key: str, number: int) -> str:
 
 
 def _heard(shared: distributed.Store, key: str, number: int) -> str:
-    """Return what process `number` writes at `key`."""
-    try:
-        return shared.get(key).decode()
-    except distributed.DistError:
-        raise InputError(
-            f"process {number} of {world()} was not heard of for {_PATIENCE.seconds} s: see its own output, and check "
-            "that each machine reaches the first"
-        ) from None
+    """Return what process `number` writes at `key`; after a while the first process says whom it waits for."""
+    begun, told = time.monotonic(), False
+    while True:
+        asked = time.monotonic()
+        try:
+            shared.wait([key], _SLICE)
+            return shared.get(key).decode()
+        except distributed.DistError:
+            now = time.monotonic()
+            if now - begun > _PATIENCE.seconds or now - asked < 0.9 * _SLICE.seconds:
+                break  # the store itself may be gone
+        if rank() == 0 and not told:
+            print(f"waiting for process {number} of {world()}", file=sys.stderr, flush=True)
+            told = True
+    raise InputError(
+        f"process {number} of {world()} was not heard of for {time.monotonic() - begun:.0f} s: see its own output, and "
+        "check that each machine reaches the first"
+    )
 
 
 def _verdict(everyone: list[dict[str, Any]]) -> str:

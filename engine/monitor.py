@@ -167,7 +167,8 @@ class Monitor:
         device, rank, world = (getattr(self._accelerator, k) for k in ("device", "process_index", "num_processes"))
         self._sums = {}
         for name, sums in state["sums"].items():
-            own = sums[rank] if len(sums) == world else sum(sums) / len(sums)
+            others = world if name == _SUBSTITUTED else len(sums)  # which is a sum over them, not a mean
+            own = sums[rank] if len(sums) == world else sum(sums) / others
             self._sums[name] = torch.tensor(own, dtype=torch.float64, device=device)
         self._count, self.last, self.skipped = state["count"], dict(state["last"]), state["skipped"]
         self._collapse.load_state_dict(state["collapse"])

@@ -70,7 +70,7 @@ class Schedule(nn.Module):
         if (skipped := int(self.skipped)) >= patience:
             raise FloatingPointError(
                 f"step {step}: loss or gradients have not been finite for {skipped} steps: resume from the last "
-                "checkpoint with a lower optim.lr, or begin anew where there is none"
+                "checkpoint with a lower rate (--optim.lr, --allow-change optim.lr), or begin anew where there is none"
             )
 
     @torch.no_grad()

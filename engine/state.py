@@ -58,6 +58,7 @@ def save(run: Run) -> None:
         "monitor": run.monitor.state_dict(),
         "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
         "settings": run.settings.as_dict(),
+        "backend": run.backend.name,
     }
     with _statistics(run).averaged() as rows:
         if run.accelerator.is_main_process:
@@ -72,8 +73,8 @@ def _refuse_non_finite(run: Run) -> None:
     norms = torch._foreach_norm([p.detach() for p in run.model.online.parameters()])
     if not torch.stack(norms).isfinite().all():
         raise FloatingPointError(
-            f"after step {run.done}: parameters are not finite: resume from the last checkpoint with a lower optim.lr, "
-            "or begin anew where there is none"
+            f"after step {run.done}: parameters are not finite: resume from the last checkpoint with a lower rate "
+            "(--optim.lr, --allow-change optim.lr), or begin anew where there is none"
         )
 
 
@@ -111,6 +112,12 @@ def restore(run: Run) -> None:
     run.done = state["step"]
     if run.accelerator.is_main_process:
         print(f"resumed from {found['path']}", file=sys.stderr)
+        if state["backend"] != run.backend.name:
+            print(
+                f"warning: data.backend {run.backend.name} decodes and resizes a little differently from the "
+                f"checkpoint's {state['backend']}: resume with --data.backend {state['backend']} for the same images",
+                file=sys.stderr,
+            )
 
 
 def _read(run: Run, into: dict[str, Any]) -> dict[str, Any] | None:
@@ -163,8 +170,8 @@ def _compare(run: Run, saved: dict[str, Any]) -> None:
     allowed = run.settings.allow_change
     if refused := [key for key in differing if not any(key == a or key.startswith(f"{a}.") for a in allowed)]:
         raise InputError(
-            f"the checkpoint has other settings: {listed}: resume with its own, or add --allow_change "
-            f"'[{', '.join([*allowed, *refused])}]'"
+            f"the checkpoint has other settings: {listed}: resume with its own, or add "
+            + " ".join(f"--allow-change {key}" for key in refused)
         )
     print(f"warning: resuming with other settings: {listed}", file=sys.stderr)
 

@@ -12,13 +12,19 @@ from engine import checkpoint
 from pipeline.errors import InputError
 
 
-def write(folder: Path, step: int, keep: int = 0) -> Path:
+STATE = {"loader": {"epoch": 1}, "monitor": {}, "settings": {}, "note": "ü"}
+
+
+def tensors_of(step: int) -> dict[str, dict[str, torch.Tensor]]:
     torch.manual_seed(step)
-    tensors = {
+    return {
         "model": {"w": torch.randn(3, 4), "n": torch.tensor(step), "half": torch.randn(5).bfloat16()},
         "optimiser": {"w|momentum_buffer": torch.randn(3, 4).to(memory_format=torch.contiguous_format)},
     }
-    return checkpoint.save(folder, step, tensors, {"loader": {"epoch": 1}, "note": "ü"}, keep)
+
+
+def write(folder: Path, step: int, keep: int = 0, keep_every: int = 0) -> Path:
+    return checkpoint.write(folder, step, tensors_of(step), STATE, keep, keep_every)
 
 
 def test_round_trip_is_exact(tmp_path: Path) -> None:
@@ -38,6 +44,12 @@ def test_newest_is_found_and_older_ones_are_removed(tmp_path: Path) -> None:
     assert (tmp_path / "latest").read_text() == "step_00001000"
     assert checkpoint.newest(tmp_path) == (tmp_path / "step_00001000", [])
     assert not list(tmp_path.glob(".*writing"))
+
+
+def test_every_so_manieth_is_kept_besides_the_newest(tmp_path: Path) -> None:
+    for step in range(1, 10):
+        write(tmp_path, step, keep=2, keep_every=3)
+    assert [checkpoint.step_of(p) for p in sorted(tmp_path.glob("step_*"))] == [3, 6, 8, 9]
 
 
 def test_none_where_there_is_none(tmp_path: Path) -> None:

@@ -124,14 +124,18 @@ def test_a_diverged_run_fails_and_goes_on_from_a_good_checkpoint(drawn: Path, tm
     arguments = ["--data.train", str(drawn), *SMALL, "--save_every", "2", "--precision", "no", "--out", str(out)]
     good = run(*arguments, "--optim.epochs", "1", "--optim.schedule", "constant", "--save_every", "4")
     assert good.returncode == 0, good.stderr
-    wild = ["--optim.lr", "1e12", "--optim.epochs", "3", "--resume", "auto"]
+    wild = ["--optim.lr", "1e12", "--optim.epochs", "3", "--resume", "auto", "--allow-change", "optim"]
     burst = run(*arguments, *wild)
     assert burst.returncode == 1, burst.stderr
     assert "loss or gradients have not been finite for" in burst.stderr
     assert "steps were skipped" in burst.stderr
     kept = sorted(path.name for path in (out / "checkpoints").glob("step_*"))
     assert kept[-1] <= "step_00000008"  # one more may be saved before three in a row were skipped
-    mended = run(*arguments, "--optim.epochs", "2", "--resume", str(out / "checkpoints" / kept[-1]))
+    lower = ["--optim.epochs", "2", "--resume", str(out / "checkpoints" / kept[-1])]
+    refused = run(*arguments, *lower)
+    assert refused.returncode == 2
+    assert refused.stderr.endswith("or add --allow-change optim.lr --allow-change optim.epochs\n")
+    mended = run(*arguments, *lower, "--allow-change", "optim")
     assert "resumed from" in mended.stderr
     assert "for 20 steps" not in mended.stderr
 
