@@ -25,9 +25,11 @@ from engine.evaluate import Knn
 from engine.meeting import from_all, rank, store, together, world
 from engine.monitor import Monitor
 from engine.optim import build_optimiser
+from engine.preempt import Requests
 from engine.schedule import Schedule
 from engine.step import Step
 from engine.sync_norm import synchronise
+from engine.watchdog import Watchdog
 from methods.encoders import place
 from methods.heads import Encoder
 from methods.momentum import momentum_copy
@@ -71,6 +73,8 @@ class Run:
     knn: Knn | None
     out: Path
     writer: checkpoint.Writer
+    requests: Requests
+    watchdog: Watchdog
     done: int = 0
     """Steps trained."""
     evaluated: int = 0
@@ -91,6 +95,7 @@ class Run:
     def close(self) -> None:
         """Wait for the checkpoint under way, and end what runs beside the training."""
         self.writer.wait()
+        self.watchdog.close()
         self.monitor.close()
         self.loader.close()
 
@@ -107,7 +112,8 @@ def build(settings: Settings) -> Run:
     out = Path(settings.out)
     monitor = Monitor(accelerator, out, settings.optim.epochs * loader.steps, settings.optim.epochs)
     writer = checkpoint.Writer(out / "checkpoints", settings.keep, settings.keep_every)
-    return Run(settings, accelerator, loader, backend, model, monitor, knn, out, writer)
+    requests, watchdog = Requests(accelerator.device), Watchdog(settings.step_timeout)
+    return Run(settings, accelerator, loader, backend, model, monitor, knn, out, writer, requests, watchdog)
 
 
 def _backend(settings: Settings, train_set: Beton, accelerator: Accelerator) -> Choice:

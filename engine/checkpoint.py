@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialised
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, RunFailed
 
 FORMAT = 4
 Tensors = dict[str, torch.Tensor]
@@ -63,6 +63,12 @@ class Writer:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def finish(self) -> None:
+        """Wait for it as the last one. Raises RunFailed where it could not be written."""
+        self.wait()
+        if self.problem:
+            raise RunFailed(f"{self._folder}: the last checkpoint could not be written ({self.problem})")
 
     def _write(self, step: int, tensors: dict[str, Tensors], state: dict[str, Any], copied: Any) -> None:
         try:

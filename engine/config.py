@@ -276,6 +276,8 @@ class Settings:
     """In which processes exchange gradients; bfloat16 halves what is sent, and rounds to three digits."""
     collective_timeout: float = 600.0
     """Seconds that processes wait for each other before the run ends with an error."""
+    step_timeout: float = 1200.0
+    """Seconds without a step after which a process prints every thread's stack and ends; 0 for never."""
     log_every: int = 50
     """Steps between metrics lines."""
     gradient_shares: bool = False
@@ -295,7 +297,8 @@ class Settings:
         _require(0 <= self.seed < 2**32, "seed", self.seed, "choose 0 to 4294967295")
         _require(bool(self.out), "out", self.out, "name a folder")
         _require(self.accumulate >= 1, "accumulate", self.accumulate, "choose 1 or more")
-        _finite(collective_timeout=self.collective_timeout)
+        _finite(collective_timeout=self.collective_timeout, step_timeout=self.step_timeout)
+        _require(self.step_timeout >= 0, "step_timeout", self.step_timeout, "choose a number of seconds, or 0")
         _require(self.collective_timeout > 0, "collective_timeout", self.collective_timeout, "choose a number above 0")
         micro = self.micro_batch == 0 or self.micro_batch >= 2
         _require(micro, "micro_batch", self.micro_batch, "choose 2 or more, or 0")

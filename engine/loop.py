@@ -15,7 +15,9 @@ from accelerate import Accelerator
 
 from engine.build import Run, begin, build
 from engine.config import Settings
-from engine.meeting import explained, together
+from engine.heartbeat import Heartbeat
+from engine.meeting import together
+from engine.preempt import Stopped
 from engine.state import restore, save
 from engine.statistics import RunningStatistics
 from pipeline.errors import RunFailed
@@ -23,33 +25,35 @@ from pipeline.loader import Batch
 
 
 def train(settings: Settings) -> dict[str, Any]:
-    """Train as `settings` say; return what `OUT/summary.json` says."""
+    """Train as `settings` say; return what `OUT/summary.json` says. Raises Stopped where it was asked to stop."""
     run: Run | None = None
+    heartbeat = Heartbeat()
     try:
         run = build(settings)
-        summary = _trained(run)
+        with run.requests.heeded():
+            return _trained(run, heartbeat)
     except RunFailed:
         raise
     except RuntimeError as error:
-        raise explained(error, run.done if run else 0, settings.collective_timeout) from error
+        raise heartbeat.explained(error, settings.collective_timeout) from error
     finally:
         if run is not None:
             run.close()
-    run.accelerator.end_training()  # not after a failure: it waits for processes that may never come
-    return summary
+        heartbeat.close()
 
 
-def _trained(run: Run) -> dict[str, Any]:
+def _trained(run: Run, heartbeat: Heartbeat) -> dict[str, Any]:
     restore(run)
     if run.done >= run.total:
         return _already_finished(run)
     together(lambda: begin(run))
     run.monitor.start(run.done)
-    _epochs(run)
-    run.writer.wait()
-    summary = _summarise(run)
-    if run.writer.problem:
-        raise RunFailed(f"the last checkpoint could not be written ({run.writer.problem}): see {run.out}")
+    stopped = _epochs(run, heartbeat)
+    together(run.writer.finish)
+    summary = {} if stopped else _summarise(run)
+    run.accelerator.end_training()  # not after a failure: it waits for processes that may never come
+    if stopped:
+        raise stopped
     return summary
 
 
@@ -60,19 +64,28 @@ def _already_finished(run: Run) -> dict[str, Any]:
     return {**run.monitor.last, "step": run.done}
 
 
-def _epochs(run: Run) -> None:
+def _epochs(run: Run, heartbeat: Heartbeat) -> Stopped | None:
+    """Train until the end, or until all processes were asked to stop, whereof all are saved."""
     settings, steps = run.settings, run.loader.steps
+    heartbeat.step = run.done
     if run.evaluated < run.done // steps:  # stopped between the epoch's end and its evaluation
         evaluate(run, run.done // steps)
     for epoch in range(run.done // steps, settings.optim.epochs):
         for batch in run.loader:
             ends = (run.done + 1) % steps == 0
             train_on(run, batch, logs=ends or (run.done + 1) % settings.log_every == 0)
-            if settings.save_every and run.done % settings.save_every == 0 and not ends:
+            heartbeat.step = run.done
+            run.watchdog.beat(run.done)
+            stopped = run.requests.agreed(run.done) if run.done < run.total else None
+            if stopped or (settings.save_every and run.done % settings.save_every == 0 and not ends):
                 save(run)
-        evaluate(run, epoch + 1)
+            if stopped:
+                return stopped
+        with run.watchdog.paused():
+            evaluate(run, epoch + 1)
         if not settings.save_every or run.done % settings.save_every == 0 or run.done == run.total:
             save(run)
+    return None
 
 
 def train_on(run: Run, batch: Batch, *, logs: bool) -> None:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -21,12 +19,11 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
-from pipeline.errors import InputError, RunFailed
+from pipeline.errors import InputError
 
 T = TypeVar("T")
 _PATIENCE = timedelta(minutes=10)  # from the first process to the last
 _SLICE = timedelta(seconds=10)  # of it, before one says whom one waits for
-_ANSWER = timedelta(seconds=5)  # to say that one is still there
 _store: distributed.Store | None = None
 _meetings = 0
 
@@ -88,45 +85,6 @@ def from_all(action: Callable[[], T]) -> list[T]:
     key = f"millrace/{_meetings}/result"
     store().set(f"{key}/{rank()}", json.dumps(own))
     return [json.loads(_wait(f"{key}/{number}", number)) for number in range(world())]
-
-
-class LostProcess(RunFailed):
-    """A process did not take part in an exchange in time, or ended; the message says which, as far as can be known."""
-
-
-def explained(error: RuntimeError, step: int, seconds: float) -> RuntimeError:
-    """Return what a failed exchange of data means, or the error itself where it is none.
-
-    Every process that is left says so at the store; those who say nothing are the lost ones.
-    """
-    text = str(error)
-    if world() == 1 or not (isinstance(error, distributed.DistError) or re.search("gloo|nccl|timed out", text, re.I)):
-        return error
-    found = list[int]()
-    asked = threading.Thread(target=_ask_for_survivors, daemon=True, args=(found,))
-    asked.start()
-    asked.join(2 * _ANSWER.seconds)
-    silent = [str(number) for number in range(world()) if number not in found]
-    whose = f"process{'es' if len(silent) > 1 else ''} {', '.join(silent)}" if found else "the first process"
-    return LostProcess(
-        f"process {rank()} on {platform.node()}, step {step}: {whose} did not answer within {seconds:g} s, or ended "
-        f"({text.splitlines()[0][:200]}): see its own output, then give the same command again with --resume auto"
-    )
-
-
-def _ask_for_survivors(found: list[int]) -> None:
-    """Add the processes that are left, this one included, if the store can be reached."""
-    shared = store().clone()  # type: ignore[attr-defined]
-    try:
-        shared.set(f"millrace/left/{rank()}", "here")
-        deadline = time.monotonic() + _ANSWER.seconds
-        left = {rank()}
-        while time.monotonic() < deadline and len(left) < world():
-            left |= {number for number in range(world()) if shared.check([f"millrace/left/{number}"])}
-            time.sleep(0.2)
-        found += sorted(left)
-    except distributed.DistError:
-        pass
 
 
 def world() -> int:

@@ -12,20 +12,28 @@ from engine.arguments import parse, shared, wants_dry_run
 from engine.dryrun import dry_run
 from engine.loop import train
 from engine.meeting import together
+from engine.preempt import Stopped
 from pipeline.errors import command
 
 
 @command
-def main() -> None:
+def main() -> int:
     settings = together(parse, shared)
     if wants_dry_run():
         dry_run(settings)
-        return
-    summary = train(settings)
-    if os.environ.get("RANK", "0") != "0":
-        return
+        return 0
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        summary = train(settings)
+    except Stopped as stopped:
+        if first:
+            print(stopped)
+        return stopped.status
+    if not first:
+        return 0
     result = f", kNN top-1 {summary['knn_top1']:.2%}" if "knn_top1" in summary else ""
     print(f"finished after step {summary['step']}: loss {summary.get('loss', math.nan):.4f}{result}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pipeline.errors import InputError
 
 FREE = {"out", "resume", "allow_change", "log_every", "save_every", "keep", "keep_every", "tracker", "gradient_shares"}
 FREE |= {"data.train", "data.eval", "data.eval_share", "data.workers", "data.backend", "data.crop_on", "data.on_bad"}
-FREE |= {"data.ahead", "data.hardware_load", "data.stall_timeout", "data.samples", "collective_timeout"}
+FREE |= {"data.ahead", "data.hardware_load", "data.stall_timeout", "data.samples", "collective_timeout", "step_timeout"}
 FREE |= {
     "knn.every",
     "knn.k",

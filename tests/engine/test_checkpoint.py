@@ -11,7 +11,6 @@ import torch
 from engine import checkpoint
 from pipeline.errors import InputError
 
-
 STATE = {"loader": {"epoch": 1}, "monitor": {}, "settings": {}, "note": "ü"}
 
 

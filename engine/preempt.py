@@ -1,0 +1,94 @@
+"""Stopping when asked to: all processes at the same step, with a checkpoint of it.
+
+SIGTERM and SIGINT ask for a stop, SIGUSR1 for one to be queued again (Slurm). One process may be asked, or all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+import torch
+
+from engine import ranks
+
+REQUEUE = 75
+"""Exit status where the job is to be queued again (EX_TEMPFAIL of sysexits.h)."""
+_NOTHING, _STOP, _QUEUE_AGAIN = range(3)
+_MEANING = {signal.SIGTERM: _STOP, signal.SIGINT: _STOP, signal.SIGUSR1: _QUEUE_AGAIN}
+_REPEATED = 1.0  # seconds in which a launcher passes on the Ctrl-C that the terminal had sent to all
+_EVERY = 1.0  # seconds, about, between two agreements ...
+_MOST = 100  # ... and steps at most
+_SET_PDEATHSIG = 1  # of linux/prctl.h
+
+
+class Stopped(Exception):
+    """Training ended before its last step, as asked, with a checkpoint."""
+
+    def __init__(self, step: int, requeue: bool) -> None:
+        super().__init__(f"stopped after step {step}, as asked: give the same command again with --resume auto")
+        self.status = REQUEUE if requeue else 0
+
+
+class Requests:
+    """What this process was asked to do, and what all of them agree on."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._asked, self._at = _NOTHING, 0.0
+        self._next = self._last = 0
+        self._since = time.perf_counter()
+
+    @contextlib.contextmanager
+    def heeded(self) -> Iterator[None]:
+        """A context in which signals are requests, and the end of the launcher is one. For the main thread."""
+        before = {number: signal.signal(number, self._hear) for number in _MEANING}
+        if "ACCELERATE_CPU_AFFINITY" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+            _follow_launcher()
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT and self._asked and now - self._at > _REPEATED:
+            raise KeyboardInterrupt
+        if not self._asked:
+            self._at = now
+            name = signal.Signals(number).name
+            says = "again to stop at once" if number == signal.SIGINT else "at the end of a step"
+            os.write(2, f"{name}: stopping with a checkpoint, {says}\n".encode())
+        self._asked = max(self._asked, _MEANING[signal.Signals(number)])
+
+    def agreed(self, step: int) -> Stopped | None:
+        """Return what all processes have agreed on after `step`, the same on all; called after each step.
+
+        With several processes they ask each other about every second, by their mean time for a step: one small
+        collective, for which the host waits.
+        """
+        if ranks.world() == 1:
+            return Stopped(step, self._asked == _QUEUE_AGAIN) if self._asked else None
+        if step < self._next:
+            return None
+        took = (time.perf_counter() - self._since) / max(step - self._last, 1)
+        own = torch.tensor([[float(self._asked), took]], dtype=torch.float32, device=self._device)
+        asked, took = ranks.gather(own).max(dim=0).values.tolist()
+        self._last, self._since = step, time.perf_counter()
+        self._next = step + max(1, min(_MOST, round(_EVERY / max(took, 1e-6))))
+        return Stopped(step, asked == _QUEUE_AGAIN) if asked else None
+
+
+def _follow_launcher() -> None:
+    """Have the system send SIGTERM when the process that started this one ends (Linux)."""
+    launcher = os.getppid()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != launcher:  # it ended meanwhile
+        os.kill(os.getpid(), signal.SIGTERM)
