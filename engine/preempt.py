@@ -24,6 +24,7 @@ _MEANING = {signal.SIGTERM: _STOP, signal.SIGINT: _STOP, signal.SIGUSR1: _QUEUE_
 _REPEATED = 1.0  # seconds in which a launcher passes on the Ctrl-C that the terminal had sent to all
 _EVERY = 1.0  # seconds, about, between two agreements ...
 _MOST = 100  # ... and steps at most
+_LAUNCHED = ("ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID")  # set by accelerate launch, torchrun
 _SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
@@ -48,7 +49,7 @@ class Requests:
     def heeded(self) -> Iterator[None]:
         """A context in which signals are requests, and the end of the launcher is one. For the main thread."""
         before = {number: signal.signal(number, self._hear) for number in _MEANING}
-        if "ACCELERATE_CPU_AFFINITY" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        if any(name in os.environ for name in _LAUNCHED):
             _follow_launcher()
         try:
             yield

@@ -10,10 +10,11 @@ if __name__ == "__main__":  # a script's own folder comes first on the module pa
 
 from engine.arguments import parse, shared, wants_dry_run
 from engine.dryrun import dry_run
+from engine.heartbeat import LostProcess
 from engine.loop import train
 from engine.meeting import together
 from engine.preempt import Stopped
-from pipeline.errors import command
+from pipeline.errors import command, report
 
 
 @command
@@ -29,6 +30,10 @@ def main() -> int:
         if first:
             print(stopped)
         return stopped.status
+    except LostProcess as lost:
+        report(lost, 1)
+        sys.stdout.flush()
+        os._exit(1)  # torch's own end would wait for the lost one
     if not first:
         return 0
     result = f", kNN top-1 {summary['knn_top1']:.2%}" if "knn_top1" in summary else ""

@@ -47,9 +47,9 @@ def command(main: Callable[[], int | None]) -> Callable[[], None]:
         try:
             status = main() or 0
         except InputError as error:
-            status = _report(error, 2)
+            status = report(error, 2)
         except (FloatingPointError, RunFailed) as error:
-            status = _report(error, 1)
+            status = report(error, 1)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             status = 130
@@ -58,7 +58,8 @@ def command(main: Callable[[], int | None]) -> Callable[[], None]:
     return run
 
 
-def _report(error: Exception, status: int) -> int:
+def report(error: Exception, status: int) -> int:
+    """Print one line that says what went wrong, where it did; return `status`."""
     rank = os.environ.get("RANK", "0")
     if rank != "0" and getattr(error, "told", False):
         return status  # the first process says it

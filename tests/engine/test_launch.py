@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -35,7 +36,8 @@ def slurm(tmp_path: Path) -> dict[str, str]:
     for name, does in {
         "srun": f'{written}\nwhile [[ $1 == --* ]]; do [[ $1 == *=* ]] && shift || shift 2; done\nexec "$@"',
         "scontrol": f"{written}\n[[ $1 == requeue ]] || printf 'node7\\nnode8\\n'",
-        "torchrun": f"{written}\n[[ -z ${{LASTS:-}} ]] || exec sleep $LASTS",
+        "torchrun": f"{written}\ntrap 'echo torchrun saves >>{tmp_path}/calls; exit 75' USR1\n"
+        "[[ -z ${LASTS:-} ]] || { sleep $LASTS & wait $!; }",
         "python": written,
     }.items():
         (tools / name).write_text(f"#!/bin/bash\n{does}\n")
@@ -54,15 +56,20 @@ def test_a_slurm_job_starts_all_nodes_and_goes_on_from_its_checkpoint(tmp_path: 
     script = ["bash", str(LAUNCH / "slurm.sbatch"), "--config", "R.yaml", "--data.train", "/shared/a b.beton"]
     subprocess.run(script, cwd=tmp_path, env=slurm, check=True)
     assert calls(tmp_path, "torchrun") == [
-        "torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint node7:29500 --rdzv-id 42 "
+        "torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint node7:20042 --rdzv-id 42 "
         "engine/run.py --resume auto --config R.yaml --data.train /shared/a b.beton"
     ]
     assert "--kill-on-bad-exit=1" in calls(tmp_path, "srun")[0]
+    cores = f'#!/bin/bash\necho "srun $SRUN_CPUS_PER_TASK cores, $PET_SIGNALS_TO_HANDLE" >>{tmp_path}/calls'
+    (tmp_path / "tools" / "srun").write_text(cores)
+    subprocess.run(script, cwd=tmp_path, env=slurm | {"SLURM_CPUS_PER_TASK": "12"}, check=True)
+    assert calls(tmp_path, "srun")[-1] == "srun 12 cores, SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 
 @pytest.mark.parametrize("form", [["--data.train", "/shared/t.beton"], ["--data.train=/shared/t.beton"], []])
 def test_a_slurm_job_stages_its_data_first(form: list[str], tmp_path: Path, slurm: dict[str, str]) -> None:
     script = ["bash", str(LAUNCH / "slurm.sbatch"), "--seed", "1", *form]
+    script += ["--data.eval", "/shared/e.beton"] if form else []
     done = subprocess.run(
         script, cwd=tmp_path, env=slurm | {"MILLRACE_STAGE": "/local"}, capture_output=True, text=True
     )
@@ -71,8 +78,9 @@ def test_a_slurm_job_stages_its_data_first(form: list[str], tmp_path: Path, slur
         assert "no --data.train" in done.stderr
         return
     assert done.returncode == 0, done.stderr
-    assert calls(tmp_path, "python") == ["python -m pipeline.stage /shared/t.beton /local"]
-    assert calls(tmp_path, "torchrun")[0].endswith("--data.train /local/t.beton")
+    staged = [f"python -m pipeline.stage /shared/{name}.beton /local" for name in "te"]
+    assert calls(tmp_path, "python") == staged
+    assert calls(tmp_path, "torchrun")[0].endswith("--data.train /local/t.beton --data.eval /local/e.beton")
 
 
 def test_a_slurm_job_that_is_preempted_goes_back_into_the_queue(tmp_path: Path, slurm: dict[str, str]) -> None:
@@ -88,5 +96,6 @@ def test_a_slurm_job_that_is_preempted_goes_back_into_the_queue(tmp_path: Path, 
         started.send_signal(signal.SIGUSR1)
         started.wait(30)
     finally:
-        os.killpg(started.pid, signal.SIGKILL)
-    assert calls(tmp_path, "scontrol")[-1] == "scontrol requeue 42"
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+    assert (tmp_path / "calls").read_text().splitlines()[-2:] == ["torchrun saves", "scontrol requeue 42"]

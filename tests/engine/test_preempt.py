@@ -1,0 +1,160 @@
+"""A run that is asked to stop does so at one step on all processes, with a checkpoint, and leaves nobody behind."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from engine import checkpoint, preempt
+from tests.engine.test_run import ENVIRONMENT, LAUNCHER, ROOT, RUN, SMALL, metrics
+
+ONE_NODE = ("--config_file", str(ROOT / "engine" / "launch" / "one_node.yaml"), "--num_processes", "2")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+LAUNCHES: dict[str, tuple[str, ...]] = {
+    "python": (sys.executable,),
+    "accelerate": (*LAUNCHER, "--cpu", "--num_processes", "1"),
+    "accelerate, 2": (*LAUNCHER, *ONE_NODE),
+    "torchrun, 2": TORCHRUN,
+}
+
+
+def begun(launch: str, out: Path, drawn: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Start a long run."""
+    command = [*LAUNCHES[launch], str(RUN), "--data.train", str(drawn), *SMALL, "--optim.epochs", "2000"]
+    command += ["--save_every", "100000", "--out", str(out), *arguments]
+    env = ENVIRONMENT | {"ACCELERATE_USE_CPU": "true", "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1"}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def trained(out: Path, steps: int, started: subprocess.Popen[str]) -> None:
+    """Wait for so many more lines of metrics than there are."""
+    path, before = out / "metrics.jsonl", None
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and started.poll() is None:
+        lines = path.read_text().count("\n") if path.exists() else 0
+        before = lines if before is None else before
+        if lines >= before + steps:
+            return
+        time.sleep(0.02)
+    raise AssertionError(started.communicate(timeout=5)[0] if started.poll() is not None else "no steps")
+
+
+def family(started: subprocess.Popen[str]) -> list[psutil.Process]:
+    return [psutil.Process(started.pid), *psutil.Process(started.pid).children(recursive=True)]
+
+
+def training(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Return those that train: they have the script as their first argument."""
+    return [
+        process for process in processes if process.cmdline()[1:2] == [str(RUN)] or process.cmdline()[2:3] == [str(RUN)]
+    ]
+
+
+def left(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Return those that have not ended within some seconds."""
+    return psutil.wait_procs(processes, timeout=10)[1]
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize(
+    ("launch", "number", "whom", "status"),
+    [
+        ("python", signal.SIGTERM, "child", {0}),
+        ("python", signal.SIGUSR1, "child", {75}),
+        ("python", signal.SIGINT, "child", {0}),
+        ("accelerate", signal.SIGTERM, "launcher", {-signal.SIGTERM}),
+        ("accelerate, 2", signal.SIGTERM, "launcher", {1, -signal.SIGTERM}),
+        ("accelerate, 2", signal.SIGTERM, "child", {0}),
+        pytest.param("torchrun, 2", signal.SIGUSR1, "launcher", {1}, marks=pytest.mark.slow),
+        pytest.param("torchrun, 2", signal.SIGINT, "group", {0, 1, 130}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_ends_all_at_one_step_with_a_checkpoint(
+    launch: str,
+    number: int,
+    whom: str,
+    status: set[int],
+    drawn: Path,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
+    started = begun(launch, tmp_path, drawn)
+    trained(tmp_path, 12, started)
+    everyone = family(started)
+    asked = time.monotonic()
+    if whom == "launcher":
+        started.send_signal(number)
+    elif whom == "child":
+        training(everyone)[-1].send_signal(number)
+    else:
+        for process in everyone:
+            process.send_signal(number)
+    text, _ = started.communicate(timeout=60)
+    assert not left(everyone)
+    took = time.monotonic() - asked
+    record_property("fault", "SIGTERM to the launcher, to the child; SIGUSR1 at different steps")
+    record_property("figure", f"{launch}, {signal.Signals(number).name} to the {whom}: {took:.1f} s")
+    assert started.returncode in status, text
+    (saved,) = (tmp_path / "checkpoints").glob("step_*")
+    assert checkpoint.newest(tmp_path / "checkpoints") == (saved, [])
+    step = checkpoint.step_of(saved)
+    assert metrics(tmp_path)[-1]["step"] == step
+    assert f"stopped after step {step}, as asked" in text
+    assert took < 10
+    assert "Traceback" not in text.partition("stopped after step")[0]
+
+
+def test_a_second_ctrl_c_stops_at_once_but_not_one_that_a_launcher_passes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preempt, "_REPEATED", 0.3)
+    requests = preempt.Requests(torch.device("cpu"))
+    before = signal.getsignal(signal.SIGINT)
+    with requests.heeded():
+        assert requests.agreed(1) is None
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        stopped = requests.agreed(2)
+        assert stopped is not None
+        assert stopped.status == 0
+        time.sleep(0.4)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGUSR1)
+        requeued = requests.agreed(3)
+        assert requeued is not None
+        assert requeued.status == 75
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize(
+    ("number", "limit"), [(signal.SIGKILL, 5.0), (signal.SIGSTOP, 6.0 + 2.0)], ids=["SIGKILL", "SIGSTOP"]
+)
+def test_a_lost_process_is_named_with_its_step(
+    number: int, limit: float, drawn: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    started = begun("accelerate, 2", tmp_path, drawn, "--collective_timeout", "6")
+    trained(tmp_path, 12, started)
+    everyone = family(started)
+    first, last = sorted(training(everyone), key=lambda process: int(process.environ()["RANK"]))
+    at = time.monotonic()
+    last.send_signal(number)
+    assert not psutil.wait_procs([first], timeout=30)[1]
+    took = time.monotonic() - at
+    if number == signal.SIGSTOP:
+        last.kill()
+    text, _ = started.communicate(timeout=60)
+    record_property("fault", "SIGKILL of one rank; SIGSTOP of one rank")
+    record_property("figure", f"{signal.Signals(number).name}: the other ended {took:.1f} s later")
+    assert not left(everyone)
+    if number == signal.SIGSTOP or "process 1" in text:  # killed by the launcher before it could say so
+        assert re.search(r"process 0 on \S+, step \d+: process 1 \(last at step \d+\) did not answer", text), text
+    assert took < limit, text
