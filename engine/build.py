@@ -98,6 +98,8 @@ class Run:
         self.watchdog.close()
         self.monitor.close()
         self.loader.close()
+        if self.lock is not None:
+            self.lock.close()
 
 
 def build(settings: Settings) -> Run:
@@ -233,9 +235,7 @@ def begin(run: Run) -> None:
     settings = run.settings
     if run.accelerator.is_main_process:
         try:
-            run.out.mkdir(parents=True, exist_ok=True)
-            run.lock = _lock(run.out)
-            checkpoint.clear_up(run.out / "checkpoints")
+            claim(run)
             replace(settings, resume="", allow_change=[]).write(run.out / "config.yaml")
         except OSError as error:
             raise InputError(f"out {settings.out!r}: {error.strerror or error}: choose another folder") from None
@@ -244,6 +244,14 @@ def begin(run: Run) -> None:
             print("compile: the first steps, and those of each new size, take a minute or more", file=sys.stderr)
     if settings.tracker != "none":
         run.accelerator.init_trackers("millrace")
+
+
+def claim(run: Run) -> None:
+    """Make the run folder, keep other runs out of it, and clear up what one that was killed left there."""
+    if run.lock is None:
+        run.out.mkdir(parents=True, exist_ok=True)
+        run.lock = _lock(run.out)
+        checkpoint.clear_up(run.out / "checkpoints")
 
 
 def _lock(out: Path) -> IO[str]:

@@ -1,7 +1,7 @@
 """Signs of life: which process was lost is known from who went on giving them.
 
-Each process counts at the store where they met, four times a second, and names its step. One that was killed, stopped or
-cut off does so no longer, while those that only wait for it go on.
+Each process counts at the store where they met, four times a second, and names its step. One that was killed, stopped
+or cut off does so no longer, while those that only wait for it go on.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def _trained(run: Run, heartbeat: Heartbeat) -> dict[str, Any]:
     if run.done >= run.total:
         return _already_finished(run)
     together(lambda: begin(run))
-    run.monitor.start(run.done)
+    run.monitor.start(run.done, run.evaluated)
     stopped = _epochs(run, heartbeat)
     together(run.writer.finish)
     summary = {} if stopped else _summarise(run)
@@ -81,9 +81,12 @@ def _epochs(run: Run, heartbeat: Heartbeat) -> Stopped | None:
                 save(run)
             if stopped:
                 return stopped
+        saves = not settings.save_every or run.done % settings.save_every == 0 or run.done == run.total
+        if saves and evaluates(run, epoch + 1):
+            save(run)  # an evaluation may take long, and be cut short
         with run.watchdog.paused():
             evaluate(run, epoch + 1)
-        if not settings.save_every or run.done % settings.save_every == 0 or run.done == run.total:
+        if saves:
             save(run)
     return None
 
@@ -102,11 +105,16 @@ def train_on(run: Run, batch: Batch, *, logs: bool) -> None:
         run.model.step.schedule.refuse_divergence(run.done)
 
 
+def evaluates(run: Run, epoch: int) -> bool:
+    """Return whether the settings ask for an evaluation after `epoch` epochs."""
+    every, last = run.settings.knn.every, epoch == run.settings.optim.epochs
+    return run.knn is not None and bool(every) and (epoch % every == 0 or last)
+
+
 def evaluate(run: Run, epoch: int) -> None:
     """Evaluate after `epoch` epochs, where the settings ask for it."""
-    every, last = run.settings.knn.every, epoch == run.settings.optim.epochs
     run.evaluated = epoch
-    if run.knn is None or not every or (epoch % every and not last):
+    if run.knn is None or not evaluates(run, epoch):
         return
     with run.monitor.pause(), RunningStatistics(run.backbone).averaged():
         top1 = run.knn.top1(run.backbone, run.accelerator.autocast)

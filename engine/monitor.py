@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -49,10 +50,13 @@ class Monitor:
         self.skipped = 0
         """Steps skipped in the whole run."""
 
-    def start(self, step: int) -> None:
-        """Begin or go on at `step`: lines of later steps, of a run that was killed, are taken out of the file."""
+    def start(self, step: int, evaluated: float = math.inf) -> None:
+        """Begin or go on at `step`, evaluated for the last time after `evaluated` epochs.
+
+        Later lines, of a run that was killed, are taken out of the file.
+        """
         if self._accelerator.is_main_process:
-            _truncate(self._path, step)
+            _truncate(self._path, step, evaluated)
             terminal = sys.stderr.isatty()
             self._bar = tqdm(total=self._steps, initial=step, unit="step", disable=not terminal, dynamic_ncols=True)
         self._begin()
@@ -206,14 +210,15 @@ class Monitor:
         return tqdm.format_interval((self._steps - step) * self._seconds_a_step)
 
 
-def _truncate(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step`, and a last line that was cut off."""
+def _truncate(path: Path, step: int, evaluated: float) -> None:
+    """Drop the lines of steps after `step`, of later evaluations, and a last line that was cut off."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            said = json.loads(line)
+            if said["step"] <= step and not (said["epoch"] > evaluated and said.keys() & set(_LASTING)):
                 kept.append(line + "\n")
         except ValueError:
             break

@@ -11,7 +11,7 @@ from torch import nn
 
 from engine import checkpoint, ranks
 from engine.arguments import flat
-from engine.build import Run
+from engine.build import Run, claim
 from engine.meeting import from_first
 from engine.schedule import DOUBTFUL, PATIENCE
 from engine.statistics import RunningStatistics
@@ -178,6 +178,13 @@ def _compare(run: Run, saved: dict[str, Any]) -> None:
 
 def _to_resume(run: Run) -> Path | None:
     folder = run.out / "checkpoints"
+    if folder.is_dir():
+        try:
+            claim(run)
+        except OSError as error:
+            raise InputError(
+                f"{run.out}: {error.strerror or error}: make it writable, or choose another --out"
+            ) from None
     if run.settings.resume == "auto":
         path, broken = checkpoint.newest(folder)
         if run.accelerator.is_main_process:
