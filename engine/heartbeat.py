@@ -33,6 +33,7 @@ class Heartbeat:
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         if world() > 1:
+            self._shared = store().clone()  # type: ignore[attr-defined]
             self._thread.start()
 
     def close(self) -> None:
@@ -43,10 +44,10 @@ class Heartbeat:
 
     def _beat(self) -> None:
         try:
-            shared, count = store().clone(), 0  # type: ignore[attr-defined]
+            count = 0
             while not self._end.wait(_PERIOD):
                 count += 1
-                shared.set(_key(rank()), f"{count} {self.step}")
+                self._shared.set(_key(rank()), f"{count} {self.step}")
         except (distributed.DistError, RuntimeError):
             pass  # the store has gone, and with it the run: the training itself will meet that
 

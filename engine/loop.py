@@ -17,9 +17,9 @@ from engine.build import Run, begin, build
 from engine.config import Settings
 from engine.heartbeat import Heartbeat
 from engine.meeting import together
+from engine.norm_statistics import RunningStatistics
 from engine.preempt import Stopped
 from engine.state import restore, save
-from engine.statistics import RunningStatistics
 from pipeline.errors import RunFailed
 from pipeline.loader import Batch
 

@@ -13,8 +13,8 @@ from engine import checkpoint, ranks
 from engine.arguments import flat
 from engine.build import Run, claim
 from engine.meeting import from_first
+from engine.norm_statistics import RunningStatistics
 from engine.schedule import DOUBTFUL, PATIENCE
-from engine.statistics import RunningStatistics
 from pipeline.errors import InputError
 
 FREE = {"out", "resume", "allow_change", "log_every", "save_every", "keep", "keep_every", "tracker", "gradient_shares"}

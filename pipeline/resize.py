@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
+from pipeline.compiled import compiled
+
 # Numba leaves LLVM's straight-line vectoriser off; the column pass is three times as fast with it.
 numba.config.SLP_VECTORIZE = 1  # type: ignore[attr-defined]
 _JIT: dict[str, Any] = {
@@ -56,7 +58,7 @@ def scratch(sizes: tuple[int, ...], longest: int) -> Scratch:
     return Scratch(row, np.zeros(3 * size + 16, np.float32), *axis(), *axis())
 
 
-@numba.njit(cache=True, **_JIT)
+@compiled(**_JIT)
 def _triangle(n_in: int, n_out: int, mirrored: bool, start: Any, count: Any, weights: Any) -> int:
     """Fill the filter's first source index, number of taps and weights for each output; return the most taps."""
     scale = n_in / n_out
@@ -81,7 +83,7 @@ def _triangle(n_in: int, n_out: int, mirrored: bool, start: Any, count: Any, wei
     return most
 
 
-@numba.njit(cache=True, **_JIT)
+@compiled(**_JIT)
 def _sum_rows(image: Any, base: int, stride: int, n: int, count: int, w: Any, row: Any) -> None:
     """Write the weighted sum of `count` source rows of `n` bytes, the first at `base`, to `row`."""
     r0 = image[base : base + n]
@@ -134,13 +136,13 @@ def _sum_columns(taps: int) -> Callable[..., None]:
             out[to + _TWO] = c
             out[to + _THREE] = d
 
-    return numba.njit(cache=True, **_JIT)(pass_)
+    return compiled(**_JIT)(pass_)
 
 
 _columns2, _columns3, _columns4, _columns5, _columns6, _columns8, _columns12 = (_sum_columns(taps) for taps in _TAPS)
 
 
-@numba.njit(cache=True, **_JIT)
+@compiled(**_JIT)
 def _columns_any(row: Any, left: Any, count: Any, weights: Any, out: Any, size: int) -> None:
     for pixel in range(size):
         for channel in range(3):
@@ -150,7 +152,7 @@ def _columns_any(row: Any, left: Any, count: Any, weights: Any, out: Any, size: 
             out[3 * pixel + channel] = total
 
 
-@numba.njit(cache=True, **_JIT)
+@compiled(**_JIT)
 def crop_resize(image: Any, width: int, box: Any, mirrored: bool, out: Any, buffers: Any) -> None:
     """Write the crop `box` of `image`, resized and mirrored where asked, to `out`.
 

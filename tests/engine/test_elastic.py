@@ -14,8 +14,8 @@ from engine.arguments import parse
 from engine.build import begin, build
 from engine.evaluate import Knn, knn_predict
 from engine.loop import evaluate
+from engine.norm_statistics import RunningStatistics
 from engine.state import modules, restore, save
-from engine.statistics import RunningStatistics
 from methods.encoders import resnet
 from pipeline.beton import Beton
 from tests.engine.test_run import SMALL

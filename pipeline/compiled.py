@@ -1,0 +1,66 @@
+"""Compiled functions kept on disk, safely: several processes may meet an empty cache at once, and one may be killed.
+
+Numba (0.68) names the files of a cache by counting those there are, without a lock, and takes what it finds under a
+name for what was to be there: of two processes that compile two variants of a function at once, both can write to one
+file, and one variant is then run for the other ever after. Here one process at a time reads or writes, and names hold
+a hash of the source, so that what an older one left is never met.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba.core.caching import FunctionCache, IndexDataCacheFile
+
+
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Return a decorator: `numba.njit(cache=True, **options)`, with a cache that processes share safely."""
+
+    def compile_(function: Callable[..., Any]) -> Any:
+        dispatcher = numba.njit(**options)(function)
+        with contextlib.suppress(RuntimeError):  # nowhere to write: compiled anew each time
+            dispatcher._cache = _Cache(function)
+        return dispatcher
+
+    return compile_
+
+
+class _Cache(FunctionCache):
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        code = Path(inspect.getfile(function)).read_bytes() + numba.__version__.encode()
+        name = f"{self._impl.filename_base}-{hashlib.sha256(code).hexdigest()[:12]}"
+        stamp = self._impl.locator.get_source_stamp()
+        self._cache_file = IndexDataCacheFile(cache_path=self._cache_path, filename_base=name, source_stamp=stamp)
+        self._lock = Path(self._cache_path) / f".{name}.lock"
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        with self._alone():
+            return super().load_overload(sig, target_context)
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with self._alone():
+            super().save_overload(sig, data)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other processes from these files meanwhile; where the lock cannot be written, nor can they."""
+        try:
+            self._lock.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError:
+            yield
+            return
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
