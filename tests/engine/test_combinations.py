@@ -78,6 +78,7 @@ def test_trains_and_comes_back_from_a_checkpoint(
         assert all(torch.tensor(list(step.values())).isfinite().all() for step in parts)
         assert not any(torch.equal(p, before[name]) for name, p in matrices.items())
         save(run)
+        run.writer.finish()
         again = build(replace(chosen, resume="auto"))
         restore(again)
         first, second = state(run), state(again)

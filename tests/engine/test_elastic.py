@@ -45,6 +45,7 @@ def train(arguments: list[str], steps: int, notes: str) -> None:
                 if not steps:
                     break
         save(run)
+        run.writer.finish()
         if run.knn is not None:
             evaluate(run, EPOCHS)
         state = {name: value.clone() for name, value in modules(run).state_dict().items()}

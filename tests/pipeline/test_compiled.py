@@ -12,11 +12,10 @@ SCRIPT = """
 import sys, time
 from numba.core.caching import IndexDataCacheFile
 {decorator}
-save = IndexDataCacheFile._save_index
-def slowly(self, overloads):
-    time.sleep(1.0)  # both have then read that the cache is empty
-    save(self, overloads)
-IndexDataCacheFile._save_index = slowly
+# Both read that the cache is empty; the second is the last to write the index, the first to write its code.
+index, code, first = IndexDataCacheFile._save_index, IndexDataCacheFile._save_data, sys.argv[1:] == ["1"]
+IndexDataCacheFile._save_index = lambda *arguments: (time.sleep(1.5 if first else 2.0), index(*arguments))
+IndexDataCacheFile._save_data = lambda *arguments: (time.sleep(1.5 if first else 0.0), code(*arguments))
 
 def adds(number):
     def add(x):
