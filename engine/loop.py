@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import sys
@@ -28,18 +29,19 @@ def train(settings: Settings) -> dict[str, Any]:
     """Train as `settings` say; return what `OUT/summary.json` says. Raises Stopped where it was asked to stop."""
     run: Run | None = None
     heartbeat = Heartbeat()
-    try:
-        run = build(settings)
-        with run.requests.heeded():
+    with contextlib.ExitStack() as held:
+        try:
+            run = build(settings)
+            held.enter_context(run.requests.heeded())  # until the failure of another process is explained, too
             return _trained(run, heartbeat)
-    except RunFailed:
-        raise
-    except RuntimeError as error:
-        raise heartbeat.explained(error, settings.collective_timeout) from error
-    finally:
-        if run is not None:
-            run.close()
-        heartbeat.close()
+        except RunFailed:
+            raise
+        except RuntimeError as error:
+            raise heartbeat.explained(error, settings.collective_timeout) from error
+        finally:
+            if run is not None:
+                run.close()
+            heartbeat.close()
 
 
 def _trained(run: Run, heartbeat: Heartbeat) -> dict[str, Any]:

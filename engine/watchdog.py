@@ -57,7 +57,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._end.wait(self._limit / _LOOKS):
-            faulthandler.dump_traceback_later(1.2 * self._limit + 5, exit=True)
+            faulthandler.dump_traceback_later(1.2 * self._limit + 5, exit=True, file=2)
             if self._paused or self._step is None:
                 self._since = time.monotonic()
             elif (stood := time.monotonic() - self._since) > self._limit:
@@ -67,5 +67,5 @@ class Watchdog:
                     file=sys.stderr,
                     flush=True,
                 )
-                faulthandler.dump_traceback(all_threads=True)
+                faulthandler.dump_traceback(file=2, all_threads=True)
                 os._exit(1)
