@@ -1,0 +1,96 @@
+"""What other libraries call the parameters of our backbones, as renamings that work both ways.
+
+Our ResNets have torchvision's names (timm's and mmdetection's ResNet has them too), our transformers timm's.
+Sources: facebookresearch/moco `detection/convert-pretrain-to-detectron2.py` (detectron2's ResNet); torchvision
+`models/vision_transformer.py`; open-mmlab/mmpretrain `backbones/vision_transformer.py` (whose transformer mmdetection
+takes). detectron2's transformer (ViTDet) has timm's names.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+import torch
+
+Library = Literal["torchvision", "timm", "detectron2", "mmdet"]
+_Rules = tuple[tuple[str, str], ...]
+_N = r"(\d+)"
+
+_DETECTRON2_RESNET: _Rules = (
+    (r"bn1\.(.+)", r"stem.conv1.norm.\1"),  # before those of the convolutions, which would take it on the way back
+    (r"conv1\.(.+)", r"stem.conv1.\1"),
+    *((rf"layer{n}\.{_N}\.downsample\.1\.(.+)", rf"res{n + 1}.\1.shortcut.norm.\2") for n in range(1, 5)),
+    *((rf"layer{n}\.{_N}\.downsample\.0\.(.+)", rf"res{n + 1}.\1.shortcut.\2") for n in range(1, 5)),
+    *((rf"layer{n}\.{_N}\.bn{_N}\.(.+)", rf"res{n + 1}.\1.conv\2.norm.\3") for n in range(1, 5)),
+    *((rf"layer{n}\.{_N}\.conv{_N}\.(.+)", rf"res{n + 1}.\1.conv\2.\3") for n in range(1, 5)),
+)
+_TORCHVISION_VIT: _Rules = (
+    ("cls_token", "class_token"),
+    ("pos_embed", "encoder.pos_embedding"),
+    (r"patch_embed\.proj\.(.+)", r"conv_proj.\1"),
+    (rf"blocks\.{_N}\.norm([12])\.(.+)", r"encoder.layers.encoder_layer_\1.ln_\2.\3"),
+    (rf"blocks\.{_N}\.attn\.qkv\.(weight|bias)", r"encoder.layers.encoder_layer_\1.self_attention.in_proj_\2"),
+    (rf"blocks\.{_N}\.attn\.proj\.(.+)", r"encoder.layers.encoder_layer_\1.self_attention.out_proj.\2"),
+    (rf"blocks\.{_N}\.mlp\.fc1\.(.+)", r"encoder.layers.encoder_layer_\1.mlp.0.\2"),
+    (rf"blocks\.{_N}\.mlp\.fc2\.(.+)", r"encoder.layers.encoder_layer_\1.mlp.3.\2"),
+    (r"norm\.(.+)", r"encoder.ln.\1"),
+)
+_MMDET_VIT: _Rules = (
+    ("cls_token", "cls_token"),
+    ("pos_embed", "pos_embed"),
+    (r"patch_embed\.proj\.(.+)", r"patch_embed.projection.\1"),
+    (rf"blocks\.{_N}\.norm([12])\.(.+)", r"layers.\1.ln\2.\3"),
+    (rf"blocks\.{_N}\.attn\.(.+)", r"layers.\1.attn.\2"),
+    (rf"blocks\.{_N}\.mlp\.fc1\.(.+)", r"layers.\1.ffn.layers.0.0.\2"),
+    (rf"blocks\.{_N}\.mlp\.fc2\.(.+)", r"layers.\1.ffn.layers.1.\2"),
+    (r"norm\.(.+)", r"ln1.\1"),
+)
+_RULES: dict[tuple[Library, bool], _Rules] = {
+    ("detectron2", False): _DETECTRON2_RESNET,
+    ("torchvision", True): _TORCHVISION_VIT,
+    ("mmdet", True): _MMDET_VIT,
+}
+
+
+def renamed(state: dict[str, torch.Tensor], library: Library, *, transformer: bool) -> dict[str, torch.Tensor]:
+    """Return our backbone's state under that library's names. Raises KeyError for a name there is no rule for."""
+    rules = _RULES.get((library, transformer))
+    return {_by(rules, name): value for name, value in state.items()} if rules else dict(state)
+
+
+def ours(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a state under our names, by whichever library's it has; what no rule knows keeps its own."""
+    for (library, transformer), marks in _MARKS.items():
+        if any(mark in state for mark in marks):
+            rules = tuple(_turned(rule) for rule in _RULES[library, transformer])
+            return {_by(rules, name, name): value for name, value in state.items()}
+    return state
+
+
+_MARKS: dict[tuple[Library, bool], tuple[str, ...]] = {
+    ("detectron2", False): ("stem.conv1.weight", "res2.0.conv1.weight"),
+    ("torchvision", True): ("conv_proj.weight", "class_token"),
+    ("mmdet", True): ("patch_embed.projection.weight", "layers.0.attn.qkv.weight"),
+}
+"""Names of which one is enough to tell a library's layout."""
+
+
+def _by(rules: _Rules, name: str, otherwise: str | None = None) -> str:
+    for pattern, replacement in rules:
+        if re.fullmatch(pattern, name):
+            return re.sub(pattern, replacement, name)
+    if otherwise is None:
+        raise KeyError(name)
+    return otherwise
+
+
+def _turned(rule: tuple[str, str]) -> tuple[str, str]:
+    """Return the rule that undoes `rule`: each group, in its order, changes places with the reference to it."""
+    pattern, replacement = rule
+    groups = re.findall(r"\([^)]*\)", pattern)
+    back = re.escape(replacement)
+    for number, group in enumerate(groups, start=1):
+        back = back.replace(rf"\\{number}", group)
+        pattern = pattern.replace(group, rf"\{number}", 1)
+    return back, pattern.replace(r"\.", ".")

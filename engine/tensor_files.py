@@ -1,0 +1,104 @@
+"""Tensors by name from the files that encoders come in. Nothing is unpickled but tensors and plain values."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from engine import checkpoint
+from pipeline.errors import InputError
+
+METADATA = "millrace"
+"""Key of a safetensors file's header under which `engine.export` describes the encoder, as JSON."""
+_WRAPPED = ("state_dict", "model", "model_state", "model_state_dict")
+
+
+class Contents(NamedTuple):
+    """What a file holds."""
+
+    state: dict[str, torch.Tensor]
+    settings: dict[str, Any]
+    described: dict[str, Any]
+    """The fields of an `engine.weights.Architecture`, as far as the file gives them."""
+
+
+def read(path: Path) -> Contents:
+    """Return the tensors of a file by name, and what it says of itself."""
+    if path.is_dir():
+        return _read_checkpoint(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file: give a run, a checkpoint folder, a .safetensors or a .pth")
+    if path.suffix == ".safetensors":
+        state, described = _read_safetensors(path)
+        return Contents(_plain(state), {}, described)
+    return Contents(_plain(_read_torch(path)), {}, {})
+
+
+def _read_checkpoint(path: Path) -> Contents:
+    """Return what a checkpoint folder holds; of a run, or of its folder of checkpoints, the newest whole one."""
+    for folder in (path / "checkpoints", path):
+        if not (path / "state.json").exists() and (found := checkpoint.newest(folder)[0]):
+            path = found
+            break
+    tensors, state = checkpoint.load(path)
+    settings = state["settings"]
+    try:
+        model, data = settings["model"], settings["data"]
+        described = {"arch": model["arch"], "stem": model["stem"], "width": model["width"], "size": data["size"]}
+    except (KeyError, TypeError):
+        raise InputError(f"{path}: its settings describe no encoder: give another checkpoint") from None
+    return Contents(tensors.get("model", {}), settings, described)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, "pt") as file:
+            described = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+        return load_file(path), described if isinstance(described, dict) else {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error}): fetch it again") from None
+
+
+def _read_torch(path: Path) -> dict[str, Any]:
+    """Return what torch.save wrote, as long as it is made of tensors and plain values: nothing else is unpickled."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a junk file's supposed protocol
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        what = re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported [\w ]+: (?:GLOBAL )?([\w.]+)", str(error))
+            r"GLOBAL ([\w.]+)|[Uu]nsupported (?:global|class|operand)[: ]*(?:GLOBAL )?([\w.]+)", str(error)
+        )
+        named = f" ({next(filter(None, what.groups()))})" if what else ""
+        raise InputError(
+            f"{path}: refused: it is no file of tensors alone{named}, and to load more would run whatever code its "
+            "maker put in: have its state dict saved as safetensors"
+        ) from None
+    except Exception as error:  # torch's readers raise whatever a damaged file makes them stumble over
+        detail = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise InputError(f"{path}: cannot be read ({detail}): fetch it again") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: holds {type(found).__name__}, not a state dict: have its state dict saved")
+    return found
+
+
+def _plain(found: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the tensors of a state dict, unwrapped, without what DistributedDataParallel and compilation prefix."""
+    for key in _WRAPPED:
+        inner = found.get(key)
+        if isinstance(inner, dict) and any(isinstance(value, torch.Tensor) for value in inner.values()):
+            found = inner
+            break
+    return {
+        re.sub(r"^((module|_orig_mod)\.)+", "", str(key)): value
+        for key, value in found.items()
+        if isinstance(value, torch.Tensor)
+    }
