@@ -183,9 +183,10 @@ def _architecture(
         side = math.isqrt(max(tokens - 1, 0))
         blocks = len({key.split(".")[1] for key in part if key.startswith("blocks.")})
         if not name or blocks != depth or side**2 != tokens - 1:
+            known = ", ".join(sorted(name for name, _, _ in _TRANSFORMERS.values()))
             raise InputError(
                 f"{path}: a transformer of {part['cls_token'].shape[-1]} dimensions, {blocks} blocks and {tokens} "
-                f"tokens: known are {', '.join(sorted(n for n, _, _ in _TRANSFORMERS.values()))}, of patches of {PATCH} pixels"
+                f"tokens: known are {known}, of patches of {PATCH} pixels"
             )
         count = heads or int(stated.get("heads", 0)) or layout.heads or usual
         if name in _OTHER_HEADS and not (heads or stated.get("heads") or layout.heads):
