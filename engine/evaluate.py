@@ -1,4 +1,4 @@
-"""k-nearest-neighbour evaluation of frozen features."""
+"""kNN evaluation of frozen features. As a command, `python -m engine.evaluate`: all that `engine.probes` has."""
 
 from __future__ import annotations
 
@@ -163,3 +163,9 @@ class RawPixels(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.flatten(1)
+
+
+if __name__ == "__main__":
+    from engine.probes.command import main
+
+    main()

@@ -24,6 +24,8 @@ _WRAPPED = ("state_dict", "model", "model_state", "model_state_dict")
 class Contents(NamedTuple):
     """What a file holds."""
 
+    path: Path
+    """The file or checkpoint that was read, of those the given path holds."""
     state: dict[str, torch.Tensor]
     settings: dict[str, Any]
     described: dict[str, Any]
@@ -38,8 +40,8 @@ def read(path: Path) -> Contents:
         raise InputError(f"{path}: no such file: give a run, a checkpoint folder, a .safetensors or a .pth")
     if path.suffix == ".safetensors":
         state, described = _read_safetensors(path)
-        return Contents(_plain(state), {}, described)
-    return Contents(_plain(_read_torch(path)), {}, {})
+        return Contents(path, _plain(state), {}, described)
+    return Contents(path, _plain(_read_torch(path)), {}, {})
 
 
 def _read_checkpoint(path: Path) -> Contents:
@@ -55,7 +57,7 @@ def _read_checkpoint(path: Path) -> Contents:
         described = {"arch": model["arch"], "stem": model["stem"], "width": model["width"], "size": data["size"]}
     except (KeyError, TypeError):
         raise InputError(f"{path}: its settings describe no encoder: give another checkpoint") from None
-    return Contents(tensors.get("model", {}), settings, described)
+    return Contents(path, tensors.get("model", {}), settings, described)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -125,6 +125,7 @@ def load_encoder(path: Path | str, which: Which = "online", *, heads: int = 0) -
     """
     path = Path(path)
     contents = read(path)
+    path = contents.path
     layout, part = _layout_of(contents.state, path)
     prefix = layout.online if which == "online" else layout.momentum
     if prefix is None:

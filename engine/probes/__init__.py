@@ -1,0 +1,1 @@
+"""What an encoder is worth: the commands of `python -m engine.evaluate`."""

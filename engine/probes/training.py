@@ -1,0 +1,103 @@
+"""Training of classifiers that is kept after each epoch, and taken up there when the command is given again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine import checkpoint, ranks
+from engine.meeting import from_first, together
+from engine.probes.bench import Bench
+from pipeline.errors import InputError
+
+
+class Kept:
+    """The state of a classifier in training, in a folder, whole after every epoch.
+
+    model: whose parameters and buffers are kept, and SGD's momentum of those that `optimiser` has. settings: those that
+    bear on what is computed. Only the first process reads and writes.
+    """
+
+    def __init__(
+        self, bench: Bench, name: str, model: nn.Module, optimiser: torch.optim.Optimizer, settings: dict[str, Any]
+    ) -> None:
+        self._folder, self._model, self._optimiser, self._settings = bench.out / name, model, optimiser, settings
+        self._bench = bench
+
+    def restore(self) -> int:
+        """Take up what is there; return the epochs done. Raises InputError where it is of other settings."""
+        tensors: dict[str, checkpoint.Tensors] = {}
+        like = from_first(lambda: self._read(tensors))
+        if like is None:
+            return 0
+        found = ranks.spread(tensors.get("state", {}), like["tensors"], self._bench.device)
+        for name, value in self._state().items():
+            value.copy_(found[name])
+        self._bench.say(f"going on after epoch {like['epoch']} of {self._folder}")
+        return int(like["epoch"])
+
+    def save(self, epoch: int) -> None:
+        """Keep the state after that many epochs, in place of the one before."""
+        if self._bench.first:
+            state = {"loader": {}, "monitor": {}, "settings": self._settings}
+            tensors = {name: value.detach().contiguous() for name, value in self._state().items()}
+            checkpoint.write(self._folder, epoch, {"state": tensors}, state, keep=1)
+
+    def _read(self, into: dict[str, checkpoint.Tensors]) -> dict[str, Any] | None:
+        path, _ = checkpoint.newest(self._folder) if self._folder.is_dir() else (None, [])
+        if path is None:
+            return None
+        tensors, state = checkpoint.load(path)
+        then, now = state["settings"], self._settings
+        differing = sorted(key for key in {**then, **now} if then.get(key) != now.get(key))
+        if differing:
+            listed = ", ".join(f"{key} {then.get(key)!r} there, {now.get(key)!r} here" for key in differing)
+            raise InputError(
+                f"{self._folder}: was begun with other settings ({listed}): choose another --out, or remove it"
+            )
+        into |= tensors
+        named = tensors["state"].items()
+        like = {name: (str(value.dtype).removeprefix("torch."), list(value.shape)) for name, value in named}
+        return {"epoch": state["step"], "tensors": like}
+
+    def _state(self) -> checkpoint.Tensors:
+        """Return all tensors by name, momentum among them, as they are."""
+        named = {f"model|{name}": value for name, value in self._model.state_dict().items()}
+        for name, parameter in self._model.named_parameters():
+            state = self._optimiser.state.get(parameter)
+            if state is not None:
+                named[f"momentum|{name}"] = state["momentum_buffer"]
+        return named
+
+
+def sgd(groups: list[dict[str, Any]], weight_decay: float = 0.0) -> torch.optim.SGD:
+    """Return SGD of momentum 0.9 whose momentum is there, all 0, from the beginning."""
+    optimiser = torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=weight_decay)
+    for group in optimiser.param_groups:
+        for parameter in group["params"]:
+            optimiser.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimiser
+
+
+def new_head(features: int, classes: int, seed: int) -> nn.Linear:
+    """Return a linear classifier of weights from N(0, 0.01) and biases 0 (facebookresearch/moco `main_lincls.py`)."""
+    head = nn.Linear(features, classes)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        head.weight.normal_(0.0, 0.01, generator=generator)
+        head.bias.zero_()
+    return head
+
+
+def check_batch(batch: int, images: int) -> int:
+    """Return the global batch, of at most all images. Raises InputError where it does not divide among processes."""
+    batch = min(batch, images // ranks.world() * ranks.world())
+
+    def check() -> None:
+        if batch < 1 or batch % ranks.world():
+            raise InputError(f"--batch {batch}: does not divide among {ranks.world()} processes: choose a multiple")
+
+    together(check)
+    return batch
