@@ -30,6 +30,8 @@ _COUNTER = "num_batches_tracked"  # which older files lack, and nothing is compu
 _DEPTHS = {name: depths for name, (_, depths) in RESNETS.items()} | {"resnet152": (3, 8, 36, 3)}
 _TRANSFORMERS = {192: ("vit_tiny", 12, 3), 1024: ("vit_large", 24, 16)}  # dim to name, depth, heads
 _TRANSFORMERS |= {dim: (name, depth, heads) for name, (dim, depth, heads) in VITS.items()}
+DIMENSIONS = {name: dim for dim, (name, _, _) in _TRANSFORMERS.items()}
+"""Of the transformers' features."""
 _OTHER_HEADS = {"vit_small": 6}  # timm's, DeiT's and DINO's, of the same shapes as MoCo v3's of 12
 
 

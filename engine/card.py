@@ -1,0 +1,134 @@
+"""The model card that goes with an exported encoder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from engine.weights import DIMENSIONS, Architecture, Loaded, digest
+from pipeline.augment import IMAGENET
+
+
+def card(loaded: Loaded, format: str, path: Path, distance: float) -> str:
+    """Return a model card, in Markdown: recipe, data, metrics, commit, and how the file is loaded.
+
+    distance: how far features moved when the file was read back.
+    """
+    architecture = loaded.architecture
+    front = {"library_name": format if format == "timm" else "pytorch", "pipeline_tag": "image-feature-extraction"}
+    front["tags"] = ["self-supervised", "millrace", architecture.arch]  # type: ignore[assignment]
+    mean, std = IMAGENET
+    lines = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        f"# {architecture}",
+        f"The backbone alone, without heads: the {loaded.which} encoder of {loaded.kind}, `{loaded.path.name}`. Images "
+        f"of {architecture.size} pixels, RGB from 0 to 1 less the mean {mean}, over the deviation {std}, give "
+        f"{loaded.backbone.features} features.",
+        f"SHA-256 of the weights: `{digest(loaded.backbone)}`. Exported by Millrace, commit {_commit()}, torch "
+        f"{torch.__version__}, as {format}; read back, its features differ by {distance:.1e} of the largest at most.",
+        f"## Loading\n\n```python\n{_loading(architecture, format, path)}\n```",
+    ]
+    if loaded.settings:
+        data = loaded.settings.get("data", {})
+        lines.append(f"## Data\n\nTrained on `{Path(str(data.get('train', ''))).name}`, without labels.")
+    if metrics := _metrics(loaded.path):
+        lines.append("## Metrics\n\n" + "\n".join(metrics))
+    if loaded.settings:
+        lines.append(f"## Recipe\n\n```yaml\n{yaml.safe_dump(loaded.settings, sort_keys=False)}```")
+    return "\n\n".join(lines) + "\n"
+
+
+def _commit() -> str:
+    """Return the commit of this tree, or that it is none."""
+    root = Path(__file__).resolve().parents[1]
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return found.stdout.strip()
+
+
+def _metrics(path: Path) -> list[str]:
+    """Return what the run that a checkpoint is of has measured: its last metrics, and its evaluations."""
+    run, lines = path.resolve().parents[1], []
+    if not (run / "checkpoints").is_dir():
+        return []
+    for kept in sorted((run / "evaluation").glob("*.json")):
+        found = _json(kept.read_text())
+        if Path(str(found.get("checkpoint", ""))).name != path.name:
+            continue
+        figure = next((key for key in ("top1", "map") if isinstance(found.get(key), float)), None)
+        if figure:
+            name = {"top1": "top-1", "map": "mAP"}[figure]
+            lines.append(f"- {found.get('evaluation')}: {name} {found[figure]:.2%} ({found.get('which')} encoder)")
+    metrics = run / "metrics.jsonl"
+    step = int(path.name.removeprefix("step_")) if path.name.startswith("step_") else None
+    for line in metrics.read_text().splitlines() if metrics.is_file() else []:
+        found = _json(line)
+        if found.get("step") == step and "knn_top1" in found:
+            lines.append(f"- kNN while training, after step {step}: top-1 {found['knn_top1']:.2%}")
+    return lines
+
+
+def _json(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _loading(architecture: Architecture, format: str, path: Path) -> str:
+    """Return Python that loads the file where it belongs, strictly where the library can."""
+    name, file = architecture.arch, path.name
+    if format == "onnx":
+        return f'session = onnxruntime.InferenceSession("{file}")\nsession.run(["features"], {{"images": images}})'
+    if format == "safetensors":
+        return f'from engine.weights import load_encoder\n\nbackbone = load_encoder("{file}").backbone'
+    if format == "detectron2":
+        return f'cfg.MODEL.WEIGHTS = "{file}"\n' + (
+            _pixels() if not architecture.transformer else "# a ViTDet whose backbone has use_cls_token's positions"
+        )
+    if format == "mmdet":
+        kind = "mmpretrain.VisionTransformer" if architecture.transformer else "ResNet"
+        return f'backbone = dict(type="{kind}", ..., init_cfg=dict(type="Pretrained", checkpoint="{file}"))'
+    load = f'model.load_state_dict(torch.load("{file}", weights_only=True))'
+    if format == "timm":
+        load = f'model.load_state_dict(safetensors.torch.load_file("{file}"))'
+    if architecture.transformer:
+        return f"{_transformer(architecture, format)}\n{load}"
+    library = "torchvision.models." if format == "torchvision" else "timm.create_model("
+    made = f"model = {library}{name}()" if format == "torchvision" else f'model = {library}"{name}", num_classes=0)'
+    stem = "model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)\nmodel.maxpool = torch.nn.Identity()\n"
+    head = "model.fc = torch.nn.Identity()\n" if format == "torchvision" else ""
+    return f"{made}\n{head}{stem if architecture.stem == 'small' else ''}{load}"
+
+
+def _transformer(architecture: Architecture, format: str) -> str:
+    dim = DIMENSIONS[architecture.arch]
+    if format == "timm":
+        return (
+            f'model = timm.create_model("{architecture.arch}_patch16_224", img_size={architecture.size}, '
+            f"num_heads={architecture.heads}, num_classes=0)"
+        )
+    depth = 24 if architecture.arch == "vit_large" else 12
+    return (
+        f"model = torchvision.models.VisionTransformer({architecture.size}, 16, {depth}, {architecture.heads}, {dim}, "
+        f"{4 * dim})\nmodel.heads = torch.nn.Identity()"
+    )
+
+
+def _pixels() -> str:
+    """Return detectron2's settings for torchvision's images (facebookresearch/moco `detection/configs`)."""
+    mean, std = ([round(255 * value, 3) for value in values] for values in IMAGENET)
+    return (
+        f"cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = {mean}, {std}\n"
+        'cfg.INPUT.FORMAT = "RGB"\ncfg.MODEL.RESNETS.STRIDE_IN_1X1 = False'
+    )
