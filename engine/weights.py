@@ -138,9 +138,11 @@ def load_encoder(path: Path | str, which: Which = "online", *, heads: int = 0) -
             raise InputError(f"{path}: has no momentum encoder ({prefix}...): leave out --which momentum")
     architecture = _architecture(part, layout, contents, heads, path)
     backbone = architecture.build()
-    _check(part, backbone.state_dict(), path, prefix)
-    missing = backbone.load_state_dict(part, strict=False).missing_keys  # counters alone
-    loaded = Loaded(backbone.eval(), architecture, path, layout.name, which, len(backbone.state_dict()) - len(missing))
+    wanted = backbone.state_dict()
+    _check(part, wanted, path, prefix)
+    backbone.load_state_dict(part, strict=False)
+    matched = len(wanted.keys() & part.keys())
+    loaded = Loaded(backbone.eval(), architecture, path, layout.name, which, matched)
     loaded.settings = contents.settings
     _tell_left(loaded, layout, part, [key for key in contents.state if not key.startswith(prefix)])
     return loaded

@@ -36,7 +36,7 @@ from pipeline.subset import Subset
 from pipeline.views import View
 
 HELD_OUT = 10
-"""Of one file, every tenth image is for testing."""
+"""Of one file, every tenth image of a class is for testing."""
 CROP_AND_FLIP = View(scale=(0.08, 1.0), jitter=0.0, grey=0.0, blur=0.0)
 """RandomResizedCrop and a flip: what classifiers are trained on, in every protocol here."""
 
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--which", choices=["online", "momentum"], default="online", help="encoder (default: online)")
     parser.add_argument("--heads", type=int, default=0, help="of a transformer whose file does not say")
     parser.add_argument("--train", required=True, metavar="DATA", help="beton, folder or tar, labelled")
-    parser.add_argument("--test", metavar="DATA", help="the same (default: every tenth image of --train)")
+    parser.add_argument("--test", metavar="DATA", help="the same (default: every tenth of each class of --train)")
     parser.add_argument("--size", type=int, help="side of the views, pixels (default: the encoder's)")
     parser.add_argument("--share", type=float, help="test crop over the shorter side (default: the run's, or 0.875)")
     parser.add_argument("--batch", type=int, help="images a step, over all processes")
@@ -264,7 +264,7 @@ def setup(args: argparse.Namespace, *, labelled: bool = True) -> Bench:
 
 
 def _open(args: argparse.Namespace, labelled: bool) -> tuple[Beton, Beton]:
-    """Return the two data sets; of one, every tenth image is the second."""
+    """Return the two data sets; of one, every tenth image of each class is the second."""
     tolerate = args.on_bad == "skip"
     train = open_data(args.train, tolerate=tolerate)
     test = open_data(args.test, tolerate=tolerate) if args.test else train
@@ -280,8 +280,16 @@ def _open(args: argparse.Namespace, labelled: bool) -> tuple[Beton, Beton]:
         return train, test
     if len(train) < 2 * HELD_OUT:
         raise InputError(f"{train.path}: {len(train)} images, of which every tenth is to be for testing: give --test")
-    queries = np.arange(len(train)) % HELD_OUT == 0
+    queries = held_out(train.labels)
     return Subset(train, np.flatnonzero(~queries)), Subset(train, np.flatnonzero(queries))
+
+
+def held_out(labels: np.ndarray) -> np.ndarray:
+    """Return which images are for testing, bool [N]: every tenth of each class, the first among them."""
+    chosen = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        chosen[np.flatnonzero(labels == label)[::HELD_OUT]] = True
+    return chosen
 
 
 def _check(bench: Bench) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from types import ModuleType
 
 from engine.probes import bench, features, knn, linear, semi, svm
@@ -18,19 +19,21 @@ _COMMANDS: dict[str, tuple[ModuleType, str]] = {
 _UNLABELLED = ("svm", "features")
 
 
-def _arguments() -> argparse.Namespace:
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Run the evaluation that a command line (`sys.argv` by default) names."""
+    args = _parser().parse_args(arguments)
+    module, _ = _COMMANDS[args.command]
+    module.run(bench.setup(args, labelled=args.command not in _UNLABELLED))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m engine.evaluate", description="What an encoder is worth.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (module, summary) in _COMMANDS.items():
         own = commands.add_parser(name, help=summary, description=(module.__doc__ or "").splitlines()[0])
         bench.add_arguments(own)
         module.add_arguments(own)
-    return parser.parse_args()
+    return parser
 
 
-@command
-def main() -> None:
-    """Run the evaluation that the command line names."""
-    args = _arguments()
-    module, _ = _COMMANDS[args.command]
-    module.run(bench.setup(args, labelled=args.command not in _UNLABELLED))
+main = command(run)

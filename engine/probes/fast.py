@@ -108,11 +108,11 @@ def sweep(
 ) -> dict[tuple[float, float], float]:
     """Return, for each pair of rate and decay, the share right of images it was not trained on.
 
-    Those are every tenth of at most `limit` evenly spread ones; each process trains its share of the pairs.
+    Those are a tenth of at most `limit` evenly spread ones, drawn by seed; each process trains its share of the pairs.
     """
     count = len(passes[0][0])
     chosen = torch.arange(min(limit, count)) * count // min(limit, count)
-    judging = torch.arange(len(chosen)) % _JUDGED == 0
+    judging = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed)) % _JUDGED == 0
     # Of several passes only the first is searched on: in the others the same images stand in other places.
     x, y = passes[0][0][chosen], passes[0][1][chosen]
     own = pairs[ranks.rank() :: ranks.world()]

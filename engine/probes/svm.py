@@ -22,7 +22,8 @@ from pipeline.beton import Beton
 from pipeline.errors import InputError
 
 COSTS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
-_RESAMPLES = 1000
+_RESAMPLES = 500
+_FOLDS = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +44,10 @@ def run(bench: Bench) -> None:
     test_names, test_labels, test_rows = multi_labels(args.test_sets or args.sets, args.test_set, bench.test)
     if names != test_names:
         raise InputError(f"{args.test_sets or args.sets}: its classes are not those of {args.sets}: give folders alike")
+    for path, labels, fewest in ((bench.train.path, train_labels, _FOLDS), (bench.test.path, test_labels, 1)):
+        few = [name for name, column in zip(names, labels.T, strict=True) if (column == 1).sum() < fewest]
+        if few:
+            raise InputError(f"{path}: fewer than {fewest} images of {', '.join(few[:4])}: give other sets")
     rows = {"train": train_rows, "test": test_rows}
     found = {}
     for name, beton in (("train", bench.train), ("test", bench.test)):
@@ -108,9 +113,7 @@ def classify(
     for column in bench.shown(range(labels.shape[1]), "classes"):
         known = labels[:, column] != 0
         machine = LinearSVC(class_weight={1: 2, -1: 1}, max_iter=2000, random_state=bench.args.seed)
-        search: Any = GridSearchCV(machine, {"C": list(costs)}, scoring="average_precision", cv=3)
-        if min((labels[known, column] == side).sum() for side in (1, -1)) < 3:
-            raise InputError(f"{bench.train.path}: class {column + 1} has fewer than three images of one side")
+        search: Any = GridSearchCV(machine, {"C": list(costs)}, scoring="average_precision", cv=_FOLDS)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # of costs too large to be chosen
             search.fit(train[known], labels[known, column])

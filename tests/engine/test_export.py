@@ -1,0 +1,131 @@
+"""Exported encoders: the same features from every format, and strictly in the libraries' own models, if installed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine.export import FORMATS, export
+from engine.tensor_files import METADATA
+from engine.weights import Architecture, Loaded, load_encoder
+from methods.encoders import ResNet
+from pipeline.errors import InputError, RunFailed
+
+_SIZE = 64  # pixels: small, so that these are quick
+
+
+def _loaded(folder: Path, arch: str, **more: object) -> Loaded:
+    architecture = Architecture(arch, size=_SIZE, heads=12 if arch.startswith("vit") else 0, **more)  # type: ignore[arg-type]
+    torch.manual_seed(1)
+    state = architecture.build().state_dict()
+    for name, value in state.items():
+        if "running_var" in name:
+            value.uniform_(0.5, 2)
+    save_file(state, folder / "source.safetensors", metadata={METADATA: json.dumps(asdict(architecture))})
+    return load_encoder(folder / "source.safetensors")
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "vit_small"])
+@pytest.mark.parametrize("format", list(FORMATS))
+def test_features_are_the_same_after_a_round_trip(format: str, arch: str, tmp_path: Path) -> None:
+    if format == "onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnx")
+    loaded, file = _loaded(tmp_path, arch), tmp_path / f"x{FORMATS[format].suffix}"
+    assert export(loaded, format, file) <= 1e-5
+    images = torch.randn(5, 3, _SIZE, _SIZE)  # other images, and more, than the export itself has tried
+    if format == "onnx":
+        found = FORMATS["onnx"].read(file)(images)
+    else:
+        found = load_encoder(file, heads=12 if arch == "vit_small" else 0).backbone(images)
+    own = loaded.backbone(images)
+    assert own.std() > 1e-3
+    assert torch.allclose(found, own, atol=1e-5 * float(own.abs().max()), rtol=0)
+    card = file.with_name(f"{file.name}.md").read_text()
+    assert f"{loaded.backbone.features} features" in card
+    assert not list(tmp_path.glob(".writing*"))
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "vit_small"])
+def test_torchvisions_own_model_loads_it_strictly(arch: str, tmp_path: Path) -> None:
+    models = pytest.importorskip("torchvision.models", exc_type=ImportError)
+    loaded, file = _loaded(tmp_path, arch), tmp_path / "x.pth"
+    export(loaded, "torchvision", file)
+    if arch == "vit_small":
+        model = models.VisionTransformer(_SIZE, 16, 12, 12, 384, 1536)
+        model.heads = torch.nn.Identity()
+    else:
+        model = getattr(models, arch)()
+        model.fc = torch.nn.Identity()
+    model.load_state_dict(torch.load(file, weights_only=True), strict=True)
+    _equal(model, loaded)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "vit_small"])
+def test_timms_own_model_loads_it_strictly(arch: str, tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm", exc_type=ImportError)
+    loaded, file = _loaded(tmp_path, arch), tmp_path / "x.safetensors"
+    export(loaded, "timm", file)
+    more = {"img_size": _SIZE, "num_heads": 12} if arch == "vit_small" else {}
+    name = "vit_small_patch16_224" if arch == "vit_small" else arch
+    model = timm.create_model(name, num_classes=0, **more)
+    model.load_state_dict(load_file(file), strict=True)
+    _equal(model, loaded)
+
+
+def _equal(model: torch.nn.Module, loaded: Loaded) -> None:
+    images = torch.randn(2, 3, _SIZE, _SIZE)
+    with torch.no_grad():
+        own, other = loaded.backbone(images), model.eval()(images)
+    assert torch.allclose(other, own, atol=1e-5 * float(own.abs().max()), rtol=0)
+
+
+def test_files_have_the_frames_that_their_libraries_expect(tmp_path: Path) -> None:
+    loaded = _loaded(tmp_path, "resnet18")
+    export(loaded, "detectron2", tmp_path / "d.pth")
+    detectron2 = torch.load(tmp_path / "d.pth", weights_only=True)
+    assert detectron2["matching_heuristics"] is True  # detectron2/checkpoint/detection_checkpoint.py
+    assert "stem.conv1.norm.running_var" in detectron2["model"]
+    export(loaded, "mmdet", tmp_path / "m.pth")
+    assert "layer1.0.bn1.weight" in torch.load(tmp_path / "m.pth", weights_only=True)["state_dict"]
+
+
+def test_what_a_library_has_no_model_for_is_refused(tmp_path: Path) -> None:
+    narrow = _loaded(tmp_path, "resnet18", width=0.25, stem="small")
+    for format in ("torchvision", "timm", "detectron2", "mmdet"):
+        with pytest.raises(InputError, match="choose safetensors or onnx"):
+            export(narrow, format, tmp_path / "x")
+    assert export(narrow, "safetensors", tmp_path / "x.safetensors") == 0
+    again = load_encoder(tmp_path / "x.safetensors")
+    assert again.architecture == narrow.architecture
+    small = _loaded(tmp_path, "resnet18", stem="small")
+    with pytest.raises(InputError, match="detectron2"):
+        export(small, "detectron2", tmp_path / "x.pth")
+    assert export(small, "timm", tmp_path / "y.safetensors") == 0
+
+
+def test_a_file_that_reads_back_otherwise_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = _loaded(tmp_path, "resnet18")
+    other = _loaded(tmp_path, "resnet18")
+    assert isinstance(other.backbone, ResNet)
+    other.backbone.conv1.weight.data *= 1.01
+    monkeypatch.setitem(FORMATS, "timm", FORMATS["timm"]._replace(read=lambda path: other.backbone))
+    with pytest.raises(RunFailed, match="other features"):
+        export(loaded, "timm", tmp_path / "x.safetensors")
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_onnx_takes_any_batch(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    loaded = _loaded(tmp_path, "vit_small")
+    export(loaded, "onnx", tmp_path / "x.onnx")
+    session = runtime.InferenceSession(str(tmp_path / "x.onnx"), providers=["CPUExecutionProvider"])
+    for batch in (1, 7):
+        images = torch.randn(batch, 3, _SIZE, _SIZE).numpy()
+        assert session.run(["features"], {"images": images})[0].shape == (batch, 384)
