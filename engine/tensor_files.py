@@ -76,7 +76,9 @@ def _read_torch(path: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")  # of a junk file's supposed protocol
             found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        what = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:global|class|operand)[: ]*(?:GLOBAL )?([\w.]+)", str(error))
+        what = re.search(
+            r"GLOBAL ([\w.]+)|Unsupported (?:global|class|operand)[: ]*(?:GLOBAL )?([A-Za-z_][\w.]+)", str(error)
+        )
         named = f" ({next(filter(None, what.groups()))})" if what else ""
         raise InputError(
             f"{path}: refused: it is no file of tensors alone{named}, and to load more would run whatever code its "

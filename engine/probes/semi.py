@@ -11,6 +11,7 @@ import argparse
 import math
 import re
 import time
+import warnings
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -96,7 +97,9 @@ def tune(
     bare = sgd(groups)
     kept = Kept(bench, name, model, bare, settings)
     done = kept.restore()
-    wrapped, optimiser = bench.accelerator.prepare(model, bare)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # older torch needs it
+        wrapped, optimiser = bench.accelerator.prepare(model, bare)
     labels, loader = bench.labels(part), bench.train_loader(part, batch)
     loader.load_state_dict({**loader.state_dict(), "epoch": done})
     began = time.perf_counter()
