@@ -257,7 +257,8 @@ def _open(args: argparse.Namespace, labelled: bool) -> tuple[Beton, Beton]:
             f"{test.path}: its {len(test.classes)} classes are not the {len(train.classes)} of {train.path}: prepare "
             "both from the same class folders"
         )
-    if train.fingerprint != test.fingerprint or not labelled:
+    same = train.fingerprint == test.fingerprint or (test.path.exists() and test.path.samefile(train.path))
+    if not same or not labelled:
         return train, test
     if len(train) < 2 * HELD_OUT:
         raise InputError(f"{train.path}: {len(train)} images, of which every tenth is to be for testing: give --test")
