@@ -108,7 +108,7 @@ def test_two_processes_find_what_one_finds(encoder: Path, drawn: Path) -> None:
 
 
 def test_scores_count_what_they_say() -> None:
-    ranked = np.array([[0, 1, 2, 3, 4], [1, 0, 2, 3, 4], [5, 4, 3, 2, 1], [2, 0, 1, 3, 4]])
+    ranked = np.array([[0, 1, 2, 3, 4], [1, 4, 2, 3, 0], [5, 4, 3, 2, 1], [2, 0, 1, 3, 4]])
     found = score(ranked, np.array([0, 0, 0, 2]), ["a", "b", "c"])
     assert (found.top1, found.top5) == (0.5, 0.75)
     assert found.per_class == {"a": 1 / 3, "c": 1.0}
