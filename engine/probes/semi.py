@@ -31,6 +31,7 @@ from pipeline.transfer import to_device
 
 _RATES = {0.01: (0.02, 5.0), 0.1: (0.01, 0.2)}
 _STEPS, _FACTOR = (0.6, 0.8), 0.2
+_FEW = 200  # ImageNet has 1000 with 1 % of its labels
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +69,9 @@ def run(bench: Bench) -> None:
     settings = bench.settings(images=len(part), part=part.fingerprint, epochs=args.epochs, batch=batch, lr=lr)
     settings |= {"lr_head": lr_head}
     bench.say(f"{len(part)} of {len(bench.train)} labels ({share:.2%}), batches of {batch}")
+    steps = args.epochs * (len(part) // batch)
+    if steps < _FEW:
+        bench.say(f"warning: {steps} steps in all, too few to learn from: choose a smaller --batch or more --epochs")
     name = f"semi_{args.names.stem}" if args.names else f"semi_{args.labels:g}"
     model, seconds = tune(bench, part, batch, (lr, lr_head), name, settings)
     model.eval()
