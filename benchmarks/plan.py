@@ -15,9 +15,11 @@ Of each global batch of B pairs on n GPUs of N nodes, g a node, seconds:
     disk       B / N * bytes a record / disk, or 0 where the records stay in `CACHE` of a node's memory
     copy       B / n * bytes a pair to the GPU / host link
     gradients  2 (g - 1) / g * bytes / GPU link + 2 (N - 1) / N * bytes / network
-    keys       (n - 1) / n * B * dim * 4 / link, the network's share of a GPU where N > 1
-    crops      (n - 1) / n * B / n * bytes of a crop / link, where BatchNorm shuffles
-    exchange   max(0, gradients + keys - compute / 2) + crops: half of the computing hides the first two
+    keys       (g - 1) / g * bytes / GPU link + (N - 1) / N * bytes / network, bytes B * dim * 4 for each view with keys
+    crops      (g - 1) / g * B / n * bytes / GPU link + (N - 1) / N * B / N * bytes / network, bytes those of a pair's
+               crops with keys, where BatchNorm shuffles
+    norms      `LATENCY` for each collective of synchronised BatchNorm: one forward a layer and pass, one backward
+    exchange   max(0, gradients + keys - compute / 2) + crops + norms: half of the computing hides the first two
     step       max(compute + exchange, decode, disk, copy)
 
 Without a GPU, n processes of T loader threads each compute on the C cores that decode: with s and d CPU seconds a pair
@@ -25,7 +27,8 @@ of the step with its augmentation, and of decoding and cropping, and x = bytes /
 exchange where n > 1, the step takes max(B / n * s + x, B / n * d / T, (B * (s + d) + n * x) / C) (`on_cores`, which
 `benchmarks.scaling` sets against runs).
 
-Pairs a second are B / step; hours are images * epochs / that. Memory a GPU is `engine.dryrun`'s estimate. The fixed
+Pairs a second are B / step; hours are images * epochs / that. Memory a GPU is `engine.dryrun`'s estimate, in the
+recipe's precision; where it is over `ROOM` of the GPU's, the batch is planned in the fewest parts that fit. The fixed
 costs of start, evaluation and checkpoints are left out.
 """
 
@@ -42,8 +45,9 @@ import yaml
 from benchmarks import machine
 from benchmarks.step import OURS
 from engine.arguments import parse
+from engine.build import needed_views
 from engine.config import Settings
-from engine.dryrun import estimate
+from engine.dryrun import estimate, memory_of
 from pipeline.errors import InputError, command
 
 SHARE = 0.195
@@ -57,6 +61,10 @@ CACHE = 0.75
 """Of a node's memory that the page cache has."""
 RESIDENT = 0.5
 """Of a GPU's memory that the resident backend takes."""
+LATENCY = 20e-6, 60e-6
+"""Seconds of a small collective that the GPUs wait for, in a node and between nodes: assumptions."""
+ROOM = 0.92
+"""Of a GPU's memory that a run may take."""
 GLOO = 0.5e9
 """Bytes of gradients a second of a core that a process exchanges with another on its machine (2026-11-24, an EPYC)."""
 _HERE = Path(__file__).parent
@@ -162,24 +170,25 @@ def plan(node: Node, rates: Rates, settings: Settings, run: dict[str, Any], imag
     decoded = images * 3 * 256**2  # at 256 pixels a side
     resident = decoded <= RESIDENT * node.gpu_memory_gib * 2**30
     cached = images * rates.record_bytes <= CACHE * node.memory_gib * 2**30
-    link = node.gpu_link_gbytes * 1e9 if nodes == 1 else node.network_gbits / 8 * 1e9 / node.gpus
-    bytes_ = run["trained"] * (2 if settings.gradient_dtype == "bfloat16" else 4)
-    gradients = 0.0
-    if node.gpus > 1:
-        gradients += 2 * (node.gpus - 1) / node.gpus * bytes_ / (node.gpu_link_gbytes * 1e9)
-    if nodes > 1:
-        gradients += 2 * (nodes - 1) / nodes * bytes_ / (node.network_gbits / 8 * 1e9)
-    crops = 3 * settings.data.size**2 if settings.model.bn == "shuffle" else 0
+    parts = _parts(settings, run, node)
+    trained = run["trained"] * (2 if settings.gradient_dtype == "bfloat16" else 4)
+    queries, keys = len(needed_views(settings, "qQ")), len(needed_views(settings, "kK"))
+    key_bytes = 4 * batch * settings.model.dim * (keys or queries) if n > 1 else 0
+    crop_bytes = 3 * settings.data.size**2 * keys * batch if settings.model.bn == "shuffle" and n > 1 else 0
+    without, with_gradient = run["norm_passes"] if settings.model.bn == "sync" and n > 1 else (0, 0)
+    compute = batch / n * run["flops_a_pair"] / rates.flops
     seconds = {
-        "compute": max(LAUNCHES, batch / n * run["flops_a_pair"] / rates.flops),
+        "compute": max(LAUNCHES * (parts or 1), compute),
         "decode": 0.0 if resident else batch / nodes / (rates.decode * node.cores * SCALING),
         "disk": 0.0 if cached or resident else batch / nodes * rates.record_bytes / (node.disk_gbytes * 1e9),
         "copy": 0.0 if resident else batch / n * rates.sent_bytes / (node.host_link_gbytes * 1e9),
-        "gradients": gradients,
-        "keys": (n - 1) / n * batch * settings.model.dim * 4 / link if n > 1 else 0.0,
-        "crops": (n - 1) / n * batch / n * crops / link if n > 1 else 0.0,
+        "gradients": 2 * _sent(node, trained, trained),
+        "keys": _sent(node, key_bytes, key_bytes),
+        "crops": _sent(node, crop_bytes / n, crop_bytes / nodes),
+        "norms": (without + 2 * with_gradient) * LATENCY[nodes > 1] * (parts or 1),
     }
-    seconds["exchange"] = max(0.0, seconds["gradients"] + seconds["keys"] - seconds["compute"] / 2) + seconds["crops"]
+    hidden = max(0.0, seconds["gradients"] + seconds["keys"] - seconds["compute"] / 2)
+    seconds["exchange"] = hidden + seconds["crops"] + seconds["norms"]
     limits = {
         "GPU": seconds["compute"] + seconds["exchange"],
         **{name: seconds[name] for name in ("decode", "disk", "copy")},
@@ -188,23 +197,25 @@ def plan(node: Node, rates: Rates, settings: Settings, run: dict[str, Any], imag
     rate = batch / limits[limit]
     epochs = settings.optim.epochs
     hours = images * epochs / rate / 3600
-    memory = run["memory"].get(n, float("nan")) / 2**30
+    memory = memory_of(run, batch / n, parts or batch // n // 2 or 1) / 2**30
     wanted = batch / limits["GPU"] / nodes / node.gpus  # pairs/s of a GPU that waits for nothing
     return {
         "machine": node.name,
+        "gpus": n,
         "seconds": seconds,
         "limit": limit,
-        "pairs_per_second": rate,
-        "hours": hours,
-        "gpu_hours": hours * n,
+        "parts": parts,
+        "pairs_per_second": rate if parts else float("nan"),
+        "hours": hours if parts else float("nan"),
+        "gpu_hours": hours * n if parts else float("nan"),
         "backend": "resident" if resident else "ffcv, data.crop_on gpu",
         "cores_a_gpu": 0.0 if resident else wanted / (rates.decode * SCALING),
         "memory_gib": memory,
-        "memory_by_batch_gib": _by_batch(settings, run, n),
+        "memory_by_batch_gib": {size: memory_of(run, size) / 2**30 for size in (32, 64, 128, 256, 512, 1024)},
         "page_cache_gib": images * rates.record_bytes / 2**30,
         "cached": cached,
-        "exchanged_bytes_a_step": bytes_ + 4 * batch * settings.model.dim + crops * batch / n,
-        "first": _advice(limit, seconds, node, wanted / (rates.decode * SCALING), memory),
+        "exchanged_bytes_a_step": {"gradients": trained, "keys": key_bytes, "crops": crop_bytes / n},
+        "first": _advice(limit, seconds, node, wanted / (rates.decode * SCALING), memory, parts),
     }
 
 
@@ -226,19 +237,25 @@ def on_cores(
     return batch / seconds[limit], limit
 
 
-def _by_batch(settings: Settings, run: dict[str, Any], n: int) -> dict[int, float]:
-    """Return GiB a GPU at batches of 32 to 1024 a GPU."""
-    batch = settings.data.batch
-    own = run["memory"].get(n)
-    if own is None:
-        return {}
-    a_pair = run["activation_bytes_a_pair"] + 2 * 4 * 3 * settings.data.size**2
-    return {size: (own + (size - batch / n) * a_pair) / 2**30 for size in (32, 64, 128, 256, 512, 1024)}
+def _sent(node: Node, bytes_of_gpu: float, bytes_of_node: float) -> float:
+    """Return the seconds to gather those bytes on each GPU of a node, and on each node."""
+    within = (node.gpus - 1) / node.gpus * bytes_of_gpu / (node.gpu_link_gbytes * 1e9) if node.gpus > 1 else 0.0
+    across = (node.nodes - 1) / node.nodes * bytes_of_node / (node.network_gbits / 8 * 1e9) if node.nodes > 1 else 0.0
+    return within + across
 
 
-def _advice(limit: str, seconds: dict[str, float], node: Node, cores: float, memory: float) -> str:
-    if memory > node.gpu_memory_gib:
-        return f"memory: {memory:.0f} GiB of {node.gpu_memory_gib:g} needed: micro_batch, recompute true, or more GPUs"
+def _parts(settings: Settings, run: dict[str, Any], node: Node) -> int:
+    """Return the fewest equal parts, of those asked for or more, in which a GPU's share of a batch fits; 0: none."""
+    own, room = settings.data.batch // node.world, ROOM * node.gpu_memory_gib * 2**30
+    wanted = [parts for parts in range(settings.parts(node.world), own // 2 + 1) if own % parts == 0]
+    return next((parts for parts in wanted if memory_of(run, own, parts) <= room), 0)
+
+
+def _advice(limit: str, seconds: dict[str, float], node: Node, cores: float, memory: float, parts: int) -> str:
+    if not parts:
+        return f"memory: {memory:.0f} GiB of {node.gpu_memory_gib:g} needed: recompute true, or more GPUs"
+    if seconds["norms"] > 0.1 * seconds["compute"]:
+        return "BatchNorm's collectives, one for each layer and pass: a larger batch a GPU, or another model.bn"
     if limit == "GPU" and seconds["compute"] == LAUNCHES:
         return "the batch, too small for so many GPUs: launches take longer than computing: a larger one, or cuda_graph"
     if limit == "decode":
@@ -259,7 +276,8 @@ def report(settings: Settings, plans: list[dict[str, Any]]) -> machine.Report:
     """Return the table of plans."""
     method = " + ".join([settings.method.name, *(name for name, t in settings.as_dict()["terms"].items() if t)])
     title = f"{method}, {settings.model.arch}, batch {settings.data.batch}, {settings.optim.epochs} epochs"
-    headings = ["", "limit", "pairs/s", "hours", "GPU-hours", "cores a GPU", "GiB a GPU", "page cache GiB", "MB a step"]
+    headings = ["", "limit", "pairs/s", "hours", "GPU-hours", "cores a GPU", "GiB a GPU", "page cache GiB"]
+    headings += ["MB a step: gradients, keys, crops"]
     rows = [
         [
             found["machine"],
@@ -270,12 +288,28 @@ def report(settings: Settings, plans: list[dict[str, Any]]) -> machine.Report:
             f"{found['cores_a_gpu']:.1f}",
             f"{found['memory_gib']:.1f}",
             f"{found['page_cache_gib']:.0f}",
-            f"{found['exchanged_bytes_a_step'] / 1e6:.0f}",
+            ", ".join(f"{size / 1e6:.1f}" for size in found["exchanged_bytes_a_step"].values()),
         ]
         for found in plans
     ]
-    notes = [f"{found['machine']}: first {found['first']}; step: {found['sources'][1]}" for found in plans]
+    notes = [line for found in plans for line in _notes(settings, found)]
     return machine.Report(title, headings, rows, [title, *notes, f"decoding: {plans[0]['sources'][0]}"])
+
+
+def _notes(settings: Settings, found: dict[str, Any]) -> list[str]:
+    """Return what the table has no room for."""
+    name, own = found["machine"], settings.data.batch // found["gpus"]
+    sizes = ", ".join(f"{size}: {gib:.0f}" for size, gib in found["memory_by_batch_gib"].items())
+    lines = [
+        f"{name}: first {found['first']}",
+        f"{name}: data.backend {found['backend']}; step: {found['sources'][1]}",
+        f"{name}: GiB a GPU by pairs computed at once: {sizes}",
+    ]
+    if found["parts"] > settings.parts(found["gpus"]):
+        lines.insert(
+            0, f"{name}: {own} pairs a GPU do not fit at once: planned with micro_batch {own // found['parts']}"
+        )
+    return lines
 
 
 @command
@@ -291,7 +325,8 @@ def main() -> None:
         raise InputError(f"--images {args.images}: give 1 or more")
     settings = parse(rest)
     nodes = [load_machine(name) for name in args.machines]
-    run = estimate(replace(settings, cpu=True, precision="no", data=replace(settings.data, samples=args.images)))
+    precision = "bf16" if settings.precision == "fp16" else settings.precision  # which the CPU has not: as large
+    run = estimate(replace(settings, cpu=True, precision=precision, data=replace(settings.data, samples=args.images)))
     plans = []
     for node in nodes:
         rates = load_rates(node, args.loader, args.step)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.build import Model, build_accelerator, build_model, check_batch, needed_views
@@ -38,28 +39,41 @@ def estimate(settings: Settings) -> dict[str, Any]:
 
     flops_a_pair: of all matrix products and convolutions of a step. memory: bytes by number of processes, an estimate:
     parameters, gradients, optimiser, momentum encoder, queue, views, and the activations kept for the backward pass,
-    which are extrapolated from the two stub batches. Raises InputError for settings that cannot work.
+    which are extrapolated from the two stub batches; `memory_of` says it for any number. norm_passes: BatchNorm layers
+    passed a step, without and with a gradient. Raises InputError for settings that cannot work.
     """
     length = _length(settings)
     accelerator = build_accelerator(replace(settings, tracker="none"))
     check_batch(settings, accelerator)
     model = build_model(replace(settings, accumulate=1, micro_batch=0, compile=False), accelerator)  # one part
-    small, _ = _step(settings, model, _STUB)
-    large, flops = _step(settings, model, 2 * _STUB)
+    small, _, passes = _step(settings, model, _STUB)
+    large, flops, _ = _step(settings, model, 2 * _STUB)
     slope = (large - small) / _STUB
-    found = {
+    found: dict[str, Any] = {
         **_parameters(model),
         "flops_a_pair": flops / (2 * _STUB),
         "activation_bytes_a_pair": slope,
-        "memory": _memory(settings, model, slope, max(0.0, small - _STUB * slope)),
+        "view_bytes_a_pair": 4 * 3 * settings.data.size**2 * len(needed_views(settings)),
+        "held_bytes": _held(settings, model) + max(0.0, small - _STUB * slope),
+        "norm_passes": passes,
         **length,
     }
+    batch = settings.data.batch
+    parts = {n: settings.parts(n) for n in _PROCESSES if batch % n == 0}
+    fitting = [n for n in parts if batch % (n * parts[n]) == 0 and batch // (n * parts[n]) >= 2]
+    found["memory"] = {n: memory_of(found, batch // n, parts[n]) for n in fitting}
     accelerator.free_memory()
     return found
 
 
-def _step(settings: Settings, model: Model, count: int) -> tuple[int, int]:
-    """Train on `count` samples; return the bytes they keep for the backward pass, and FLOPs."""
+def memory_of(found: dict[str, Any], pairs: float, parts: int = 1) -> float:
+    """Return the bytes that a process needs whose share of the batch is so many pairs, computed in so many parts."""
+    kept = found["activation_bytes_a_pair"] / parts + found["view_bytes_a_pair"]
+    return found["held_bytes"] + pairs * kept
+
+
+def _step(settings: Settings, model: Model, count: int) -> tuple[int, int, tuple[int, int]]:
+    """Train on `count` samples; return the bytes they keep for the backward pass, FLOPs, and BatchNorm's passes."""
     device = next(model.online.parameters()).device
     kept: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in model.online.parameters()}
@@ -74,10 +88,20 @@ def _step(settings: Settings, model: Model, count: int) -> tuple[int, int]:
     views = tuple(
         torch.randn(count, 3, side, side, device=device).to(memory_format=torch.channels_last) for _ in range(2)
     )
+    passes = [0, 0]
+
+    def count_pass(*_: Any) -> None:
+        passes[torch.is_grad_enabled()] += 1
+
+    encoders = [encoder for encoder in (model.step.encoder, model.target) if encoder is not None]
+    norms = [module for encoder in encoders for module in encoder.modules() if isinstance(module, _BatchNorm)]
+    hooks = [norm.register_forward_hook(count_pass) for norm in norms]
     counter = FlopCounterMode(display=False)
     with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.step(Batch(views, np.arange(count), 0, 0, 0.0))
-    return sum(kept.values()), counter.get_total_flops()
+    for hook in hooks:
+        hook.remove()
+    return sum(kept.values()), counter.get_total_flops(), (passes[0], passes[1])
 
 
 def _parameters(model: Model) -> dict[str, int]:
@@ -88,18 +112,13 @@ def _parameters(model: Model) -> dict[str, int]:
     return {**counts, "trained": trained}
 
 
-def _memory(settings: Settings, model: Model, slope: float, constant: float) -> dict[int, float]:
-    """Return the bytes a process needs, by the number of processes that divides the batch."""
+def _held(settings: Settings, model: Model) -> int:
+    """Return the bytes of weights, gradients, optimiser, momentum encoder and queue."""
     online = model.step.encoder
     states = {"sgd": 1, "lars": 1, "adamw": 2}[settings.optim.name]
     modules = [module for module in (online, model.target, model.queue) if module is not None]
     held = sum(t.nbytes for module in modules for t in module.state_dict().values())
-    held += (1 + states) * sum(p.nbytes for p in online.parameters() if p.requires_grad)
-    views = 4 * 3 * settings.data.size**2 * len(needed_views(settings))
-    batch = settings.data.batch
-    parts = {n: settings.parts(n) for n in _PROCESSES if batch % n == 0}
-    fitting = [n for n in parts if batch % (n * parts[n]) == 0 and batch // (n * parts[n]) >= 2]
-    return {n: held + constant + batch / n * views + batch / (n * parts[n]) * slope for n in fitting}
+    return held + (1 + states) * sum(p.nbytes for p in online.parameters() if p.requires_grad)
 
 
 def _length(settings: Settings) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,9 @@ RUN: dict[str, Any] = {
     "flops_a_pair": 1e10,
     "trained": 25_000_000,
     "activation_bytes_a_pair": 50 * 2**20,
-    "memory": {8: 5 * 2**30},
+    "view_bytes_a_pair": 0,
+    "held_bytes": 5 * 2**30 - 128 * 50 * 2**20,
+    "norm_passes": (40, 20),
 }
 IMAGES = 1_000_000
 
@@ -64,9 +67,31 @@ def test_more_of_the_limiting_resource_moves_the_limit() -> None:
     slow = planned(cores=1000, network_gbits=1)
     assert slow["seconds"]["exchange"] > 0.1 * slow["seconds"]["compute"]
     assert "gradient_dtype" in slow["first"]
-    assert planned(bn="shuffle")["seconds"]["crops"] == pytest.approx(7 / 8 * 128 * 3 * 224**2 / (10e9 / 4))
+    image = 3 * 224**2
+    crops = 3 / 4 * 128 * image / 100e9 + 1 / 2 * 512 * image / 10e9
+    assert planned(bn="shuffle")["seconds"]["crops"] == pytest.approx(crops)
+    keys = 1024 * 128 * 4
+    assert planned()["seconds"]["keys"] == pytest.approx(3 / 4 * keys / 100e9 + 1 / 2 * keys / 10e9)
+    assert planned()["seconds"]["norms"] == 0
+    assert planned(bn="sync")["seconds"]["norms"] == pytest.approx(60e-6 * (40 + 20 + 20))
+    assert planned(bn="sync", nodes=1)["seconds"]["norms"] == pytest.approx(20e-6 * (40 + 20 + 20))
     with pytest.raises(InputError, match="does not divide among its 8 GPUs"):
         planned(batch=1020)
+
+
+def test_what_does_not_fit_is_planned_in_parts_or_not_at_all() -> None:
+    run = RUN | {"held_bytes": 2 * 2**30}  # 128 pairs take 6.25 GiB more
+    node = replace(NODE, cores=1000)
+    for gib, parts in ((9.0, 1), (8.9, 2), (6.0, 2), (5.0, 4), (2.2, 0)):
+        found = plan.plan(replace(node, gpu_memory_gib=gib), RATES, settings(), run, IMAGES)
+        assert found["parts"] == parts
+        if parts:
+            assert found["memory_gib"] == pytest.approx(2 + 6.25 / parts)
+            assert found["hours"] > 0
+        else:
+            assert math.isnan(found["hours"])
+            assert "recompute" in found["first"]
+    assert found["memory_by_batch_gib"][64] == pytest.approx(2 + 6.25 / 2)
 
 
 def test_machines_are_read_and_checked(tmp_path: Path) -> None:
