@@ -173,7 +173,7 @@ def plan(node: Node, rates: Rates, settings: Settings, run: dict[str, Any], imag
     parts = _parts(settings, run, node)
     trained = run["trained"] * (2 if settings.gradient_dtype == "bfloat16" else 4)
     queries, keys = len(needed_views(settings, "qQ")), len(needed_views(settings, "kK"))
-    key_bytes = 4 * batch * settings.model.dim * (keys or queries) if n > 1 else 0
+    key_bytes = 4 * batch * settings.model.dim * (keys or queries) if n > 1 and settings.method.name != "byol" else 0
     crop_bytes = 3 * settings.data.size**2 * keys * batch if settings.model.bn == "shuffle" and n > 1 else 0
     without, with_gradient = run["norm_passes"] if settings.model.bn == "sync" and n > 1 else (0, 0)
     compute = batch / n * run["flops_a_pair"] / rates.flops
