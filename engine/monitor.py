@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from engine import ranks
+from engine.spikes import SpikeWatch
 from engine.step import Result
 from engine.watch import CollapseWatch
 
@@ -40,6 +41,7 @@ class Monitor:
         self._sums: dict[str, torch.Tensor] = {}
         self._count = 0
         self._collapse = CollapseWatch(accelerator.device)
+        self._spikes, self._losses = SpikeWatch(), list[torch.Tensor]()
         self.last: dict[str, Any] = {}
         """Newest value of every metric."""
         self._bar: tqdm | None = None
@@ -77,6 +79,7 @@ class Monitor:
         for name, value in {**result.parts, _TAKEN: torch.ones_like(result.taken)}.items():
             value = torch.where(result.taken, value.double(), 0.0)
             self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._losses.append(torch.where(result.taken, result.parts["loss"].double(), torch.nan))
         self._newest = result.taken
         self._count += 1
         self._pairs += pairs
@@ -93,8 +96,11 @@ class Monitor:
         own = {name: value / taken for name, value in self._sums.items()} | dict(measures or {})
         if _SUBSTITUTED in own:
             own[_SUBSTITUTED] = self._sums[_SUBSTITUTED] * ranks.world()  # a sum, not a mean
-        fetched = ranks.mean(torch.stack([value.double() for value in (taken, self._newest, *own.values())])).tolist()
-        means = self._without_skipped(dict(zip(own, fetched[2:], strict=True)), measures or {}, *fetched[:2])
+        every = (taken, self._newest, *own.values(), *self._losses)
+        fetched = ranks.mean(torch.stack([value.double() for value in every])).tolist()
+        spike, self._losses = self._spikes.add(fetched[2 + len(own) :]), []
+        means = dict(zip(own, fetched[2 : 2 + len(own)], strict=True))
+        means = self._without_skipped(means, measures or {}, *fetched[:2])
         seconds = time.perf_counter() - self._since
         rates = {
             "pairs_per_second": round(self._pairs / seconds, 1),
@@ -117,9 +123,9 @@ class Monitor:
             if self._accelerator.is_main_process:
                 says = f"{skipped} steps were skipped, as loss or gradients were not finite"
                 print(f"warning: step {step}: {says}", file=sys.stderr, flush=True)
-        warning = self._collapse.warning()
-        if warning and self._accelerator.is_main_process:
-            print(f"warning: step {step}: {warning}", file=sys.stderr, flush=True)
+        for warning in (self._collapse.warning(), spike):
+            if warning and self._accelerator.is_main_process:
+                print(f"warning: step {step}: {warning}", file=sys.stderr, flush=True)
 
     def _without_skipped(
         self, means: dict[str, float], measures: Mapping[str, Any], taken: float, newest: float
@@ -164,6 +170,8 @@ class Monitor:
             "collapse": collapse,
             "last": self.last,
             "skipped": self.skipped,
+            "spikes": self._spikes.state_dict(),
+            "losses": ranks.mean(torch.stack(self._losses)).tolist() if self._losses else [],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -176,6 +184,9 @@ class Monitor:
             self._sums[name] = torch.tensor(own, dtype=torch.float64, device=device)
         self._count, self.last, self.skipped = state["count"], dict(state["last"]), state["skipped"]
         self._collapse.load_state_dict(state["collapse"])
+        self._spikes.load_state_dict(state["spikes"])
+        losses = torch.tensor(state["losses"], dtype=torch.float64, device=device)
+        self._losses = list(losses.unbind()) if len(losses) else []
 
     def _write(self, line: dict[str, Any]) -> None:
         self.last.update(line)

@@ -1,0 +1,76 @@
+"""No alarm over clean losses, whatever their course, and one for every loss that leaps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from engine.spikes import CALM, WINDOW, SpikeWatch
+
+STEPS = 10_000
+
+
+def noise(kind: str, seed: int) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    white = generator.standard_normal(STEPS)
+    if kind == "drifting":  # each step's noise is mostly that of the step before
+        out = np.empty(STEPS)
+        out[0] = white[0]
+        for i in range(1, STEPS):
+            out[i] = 0.95 * out[i - 1] + math.sqrt(1 - 0.95**2) * white[i]
+        return out
+    return np.exp(0.25 * white) if kind == "skewed" else white
+
+
+def course(kind: str) -> np.ndarray:
+    steps = np.arange(STEPS)
+    return {
+        "level": np.full(STEPS, 6.0),
+        "falling": 3.0 + 5.0 * np.exp(-steps / 1500),
+        "rising": 3.0 + 5.0 * (1 - np.exp(-steps / 300)),
+    }[kind]
+
+
+@pytest.mark.reliability
+def test_clean_losses_raise_no_alarm_and_every_spike_does(record_property: Callable[[str, object], None]) -> None:
+    alarms = caught = spikes = 0
+    for seed, shape in enumerate(("level", "falling", "rising")):
+        for scale, kind in ((0.05, "white"), (0.3, "white"), (0.05, "drifting"), (0.04, "skewed")):
+            losses = course(shape) + scale * noise(kind, seed)
+            watch = SpikeWatch()
+            alarms += sum(watch.add(part) is not None for part in losses.reshape(-1, 50))
+            if kind != "white" or shape != "level":
+                continue
+            for at in range(500, STEPS, 500):
+                watch = SpikeWatch()
+                before = losses[at - WINDOW : at]
+                assert watch.add(before) is None
+                spikes += 1
+                caught += watch.add([float(course(shape)[at]) + 10 * scale + scale * noise(kind, at)[0]]) is not None
+    record_property("fault", "10,000 clean losses; a 10σ spike")
+    record_property("figure", f"{alarms} alarms in 12 times {STEPS}; {caught}/{spikes} caught")
+    assert alarms == 0
+    assert caught == spikes
+
+
+def test_one_spike_is_told_once_and_the_next_again() -> None:
+    watch, losses = SpikeWatch(), 5 + 0.1 * np.random.default_rng(0).standard_normal(WINDOW)
+    assert watch.add(losses) is None
+    said = watch.add([50.0])
+    assert said is not None
+    assert "leapt to 50 from 5" in said
+    assert watch.add([50.0, math.nan, 50.0]) is None
+    assert watch.add(losses[:CALM]) is None
+    assert watch.add([50.0]) is not None
+
+
+def test_a_state_goes_on_as_the_watch_itself() -> None:
+    losses = 5 + 0.1 * np.random.default_rng(0).standard_normal(150)
+    watch, again = SpikeWatch(), SpikeWatch()
+    watch.add(losses)
+    again.load_state_dict(watch.state_dict())
+    assert again.add([50.0]) == watch.add([50.0]) is not None
+    assert SpikeWatch().add([*losses[:50], 50.0]) is None  # too few to know
