@@ -1,9 +1,10 @@
 """Compiled functions kept on disk, safely: several processes may meet an empty cache at once, and one may be killed.
 
-Numba (0.68) names the files of a cache by counting those there are, without a lock, and takes what it finds under a
-name for what was to be there: of two processes that compile two variants of a function at once, both can write to one
-file, and one variant is then run for the other ever after. Here one process at a time reads or writes, and names hold
-a hash of the source, so that what an older one left is never met.
+Numba (0.68) gives a function's compiled code a symbol by its qualified name and its number in the process that compiled
+it. Two variants made by one closure, each compiled in another process, then have one symbol, and whoever loads both
+runs one for the other ever after. So each function here has a name of its own. Numba also names the files of a cache by
+counting those there are, without a lock, and takes what it finds under a name for what was to be there. So one process
+at a time reads or writes, and names hold a hash of the source: what an older one left is never met.
 """
 
 from __future__ import annotations
@@ -22,9 +23,14 @@ from numba.core.caching import FunctionCache, IndexDataCacheFile
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Return a decorator: `numba.njit(cache=True, **options)`, with a cache that processes share safely."""
+    """Return a decorator: `numba.njit(cache=True, **options)`, with a cache that processes share safely.
+
+    It raises ValueError for a function within a function whose qualified name was not set to one of its own.
+    """
 
     def compile_(function: Callable[..., Any]) -> Any:
+        if "<locals>" in function.__qualname__:
+            raise ValueError(f"{function.__qualname__}: set its __qualname__ to one that no other variant has")
         dispatcher = numba.njit(**options)(function)
         with contextlib.suppress(RuntimeError):  # nowhere to write: compiled anew each time
             dispatcher._cache = _Cache(function)

@@ -136,6 +136,7 @@ def _sum_columns(taps: int) -> Callable[..., None]:
             out[to + _TWO] = c
             out[to + _THREE] = d
 
+    pass_.__qualname__ = f"columns{taps}"
     return compiled(**_JIT)(pass_)
 
 

@@ -70,6 +70,12 @@ def ended(started: list[subprocess.Popen[str]], seconds: float) -> list[str]:
             process.kill()
 
 
+def stop(started: list[subprocess.Popen[str]]) -> None:
+    for process in started:
+        process.terminate()
+    ended(started, 60)
+
+
 def reached(out: Path, step: int, started: list[Any]) -> None:
     """Wait until the run has logged that step."""
     deadline = time.monotonic() + 120
@@ -103,11 +109,14 @@ def test_a_cut_cable_ends_both_and_the_run_goes_on_afterwards(hosts: list[str], 
     steps = max(int(p.name[5:]) for p in (tmp_path / "long" / "checkpoints").glob("step_*"))
     started = launch(hosts, [*arguments, *long, "--resume", "auto"])
     reached(tmp_path / "long", steps + 20, started)
-    for process in started:
-        process.terminate()
-    ended(started, 60)
-    seen = [line["step"] for line in metrics(tmp_path / "long")]
-    assert seen[: steps + 20] == list(range(1, steps + 21))
+    stop(started)
+    uncut = ["--optim.epochs", "2000", "--out", str(tmp_path / "uncut")]
+    started = launch(hosts, [*arguments, *uncut])
+    reached(tmp_path / "uncut", steps + 20, started)
+    stop(started)
+    seen, expected = (metrics(tmp_path / name)[: steps + 20] for name in ("long", "uncut"))
+    assert [line["step"] for line in seen] == list(range(1, steps + 21))
+    assert seen == expected
 
 
 def children(process: subprocess.Popen[str]) -> list[psutil.Process]:

@@ -7,45 +7,81 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from pipeline.compiled import compiled
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
+import sys
+from pipeline.compiled import compiled
+
+def adds(number):
+    def add(x):
+        return x + number
+    add.__qualname__ = f"add{number}"
+    return compiled(nogil=True)(add)
+
+one, two = adds(1), adds(2)
+
+@compiled(nogil=True)
+def both(x):
+    return one(x) * 100 + two(x)
+
+print({"one": one, "two": two, "both": both}[sys.argv[1]](0))
+"""
+RACE = """
 import sys, time
 from numba.core.caching import IndexDataCacheFile
-{decorator}
+from pipeline.compiled import compiled
+
 # Both read that the cache is empty; the second is the last to write the index, the first to write its code.
 index, code, first = IndexDataCacheFile._save_index, IndexDataCacheFile._save_data, sys.argv[1:] == ["1"]
 IndexDataCacheFile._save_index = lambda *arguments: (time.sleep(1.5 if first else 2.0), index(*arguments))
 IndexDataCacheFile._save_data = lambda *arguments: (time.sleep(1.5 if first else 0.0), code(*arguments))
 
-def adds(number):
-    def add(x):
-        return x + number
-    return decorated(add)
+@compiled(nogil=True)
+def half(x):
+    return x / 2
 
-one, two = adds(1), adds(2)
-print(*[{{"1": one, "2": two}}[which](0) for which in sys.argv[1:]])
+print(*[half({"1": 3, "2": 5.0}[which]) for which in sys.argv[1:]])
 """
-OURS = "from pipeline.compiled import compiled\ndecorated = compiled(nogil=True)"
 
 
-def results(script: Path, cache: Path) -> str:
-    """Have two processes compile a variant each at once; return what a third then gets from the cache for both."""
-    env = os.environ | {"NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
-    both = [subprocess.Popen([sys.executable, str(script), which], env=env) for which in "12"]
-    assert [process.wait(60) for process in both] == [0, 0]
-    return subprocess.run([sys.executable, str(script), "1", "2"], env=env, capture_output=True, text=True).stdout
+def said(script: Path, cache: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments], env=environment(cache), capture_output=True, text=True, timeout=60
+    )
+    assert not done.returncode, done.stderr
+    return done.stdout
 
 
-def test_variants_compiled_at_once_are_not_mixed_up(tmp_path: Path) -> None:
+def environment(cache: Path) -> dict[str, str]:
+    return os.environ | {"NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+
+
+def test_variants_compiled_by_different_processes_are_not_taken_for_each_other(tmp_path: Path) -> None:
     script = tmp_path / "variants.py"
-    script.write_text(SCRIPT.format(decorator=OURS))
-    assert results(script, tmp_path / "cache") == "1 2\n"
+    script.write_text(SCRIPT)
+    assert [said(script, tmp_path, which) for which in ("one", "two", "both", "both")] == ["1\n", "2\n", *["102\n"] * 2]
+
+
+def test_variants_without_a_name_of_their_own_are_refused() -> None:
+    with pytest.raises(ValueError, match="set its __qualname__"):
+        compiled(nogil=True)(lambda x: x)
+
+
+def test_types_compiled_at_once_are_not_mixed_up(tmp_path: Path) -> None:
+    script = tmp_path / "halves.py"
+    script.write_text(RACE)
+    both = [subprocess.Popen([sys.executable, str(script), which], env=environment(tmp_path)) for which in "12"]
+    assert [process.wait(60) for process in both] == [0, 0]
+    assert said(script, tmp_path, "1", "2") == "1.5 2.5\n"
 
 
 def test_another_source_is_compiled_anew(tmp_path: Path) -> None:
-    script, env = tmp_path / "variants.py", os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    script = tmp_path / "variants.py"
     for number in (3, 4):
-        script.write_text(SCRIPT.format(decorator=OURS).replace("adds(1)", f"adds({number})"))
+        script.write_text(SCRIPT.replace("x + number", f"x + number * {number}"))
         os.utime(script, (1e9, 1e9))  # of the same time and size
-        found = subprocess.run([sys.executable, str(script), "1"], env=env, capture_output=True, text=True)
-        assert found.stdout == f"{number}\n", found.stderr
+        assert said(script, tmp_path, "one") == f"{number}\n"
