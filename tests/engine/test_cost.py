@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine import ranks
 from engine.build import DTYPES, Model, build_accelerator, build_model
 from engine.config import Optim
+from engine.dryrun import estimate
 from methods.co2 import CO2
 from methods.registry import Terms
 from methods.residual import Residual
@@ -172,3 +174,31 @@ def test_a_step_sends_gradients_and_keys_and_nothing_else(tmp_path: Path) -> Non
             *others, gradients = expected["allreduce"]
             assert sums[: len(others)] == others, case
             assert sum(sums[len(others) :]) == gradients, case
+
+
+def run_synchronised(out: str) -> None:
+    chosen = replace(settings("moco_v2", bn="sync"), cpu=True, tracker="none")
+    model = built(chosen, build_accelerator(chosen))
+    half = [v.chunk(ranks.world())[ranks.rank()] for v in views(0)]
+    for _ in range(3):
+        model.step(batch_of(*half))
+    with Traffic() as traffic:
+        model.step(batch_of(*half))
+    norms = [module for module in model.step.encoder.modules() if isinstance(module, _BatchNorm)]
+    told = {"layers": len(norms), "channels": sum(norm.num_features for norm in norms), "parameters": _trained(model)}
+    Path(out, f"{ranks.rank()}.json").write_text(json.dumps({"given": traffic.given, **told}))
+
+
+def test_synchronised_batchnorm_sends_its_statistics_once_a_layer_and_pass(tmp_path: Path) -> None:
+    """A gather forward, of query and key encoder, and a sum backward of the query encoder: as the plan counts them."""
+    on_ranks(2, run_synchronised, str(tmp_path))
+    everyone = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert everyone[0] == everyone[1]
+    given, layers, channels = (everyone[0][key] for key in ("given", "layers", "channels"))
+    statistics = 2 * 8 * channels  # mean and variance, in float64
+    assert len(given["allgather_base"]) == 2 * layers + 1
+    assert sum(given["allgather_base"]) == 2 * statistics + KEYS
+    assert len(given["allreduce"]) > layers
+    assert sum(given["allreduce"]) == 2 * statistics + 8 * everyone[0]["parameters"]
+    plain = estimate(replace(settings("moco_v2", bn="sync"), cpu=True, tracker="none"))
+    assert plain["norm_passes"] == (layers, layers)

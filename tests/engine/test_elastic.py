@@ -146,7 +146,7 @@ def evaluate_differing(drawn: str, out: str, world: int) -> None:
     torch.save(found, Path(out, f"{ranks.world()}.{ranks.rank()}"))
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_all_processes_evaluate_the_mean_of_their_statistics_also_of_fewer_images(
     world: int, drawn: Path, tmp_path: Path
 ) -> None:

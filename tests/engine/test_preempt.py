@@ -68,9 +68,9 @@ def left(processes: list[psutil.Process]) -> list[psutil.Process]:
 @pytest.mark.parametrize(
     ("launch", "number", "whom", "status"),
     [
-        ("python", signal.SIGTERM, "child", {0}),
+        pytest.param("python", signal.SIGTERM, "child", {0}, marks=pytest.mark.slow),
         ("python", signal.SIGUSR1, "child", {75}),
-        ("python", signal.SIGINT, "child", {0}),
+        pytest.param("python", signal.SIGINT, "child", {0}, marks=pytest.mark.slow),
         ("accelerate", signal.SIGTERM, "launcher", {-signal.SIGTERM}),
         ("accelerate, 2", signal.SIGTERM, "launcher", {1, -signal.SIGTERM}),
         ("accelerate, 2", signal.SIGTERM, "child", {0}),
