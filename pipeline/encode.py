@@ -118,8 +118,7 @@ def _storable(data: bytes, image: Image.Image, settings: Settings) -> bool:
     if jpeg_side_lengths(source) != (height, width):
         return False
     pixels = np.empty(3 * height * width, np.uint8)
-    h, w = np.uint32(height), np.uint32(width)
-    return bool(decode_jpeg(source, pixels, h, w, h, w, 0, 0, 1, 1, False, False) == 0)
+    return bool(decode_jpeg(source, pixels, height, width) == 0)
 
 
 def _to_rgb(image: Image.Image, settings: Settings) -> Image.Image:

@@ -7,18 +7,20 @@ what it needs of FFCV from this one.
 
 from __future__ import annotations
 
-import ctypes
+from typing import Any
 
 import numba
 import numba.typed
 import torch
+from numba import types
+
+from pipeline.compiled import compiled, external
 
 _torch_threads, _numba_threads, _typed_dict = torch.get_num_threads(), numba.get_num_threads(), numba.typed.Dict
 numba.typed.Dict = dict
 
 from ffcv.fields import IntField, RGBImageField  # noqa: E402
-from ffcv.libffcv import imdecode, lib  # noqa: E402
-from ffcv.pipeline.compiler import Compiler  # noqa: E402
+from ffcv.libffcv import lib  # noqa: E402
 from ffcv.types import (  # noqa: E402
     ALLOC_TABLE_TYPE,
     CURRENT_VERSION,
@@ -49,9 +51,18 @@ __all__ = [
 
 JPEG, RAW = 0, 1  # a record's `mode`
 
-decode_jpeg = Compiler.compile(imdecode)
-"""Compiled `imdecode(source, destination, height, width, ...)`: libjpeg-turbo to RGB; 0 unless it errs or warns."""
+crc32 = external("millrace_crc32", lib.crc32, types.uint64(types.uint64, types.uintp, types.uint32))
+"""zlib's `crc32(begin, address, size)`, which FFCV's library is linked with, for compiled code."""
 
-crc32 = lib.crc32  # zlib's, which FFCV's library is linked with: callable from compiled code without the GIL
-crc32.argtypes = [ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint32]
-crc32.restype = ctypes.c_uint64
+_imdecode = external(
+    "millrace_imdecode",
+    lib.imdecode,
+    types.int32(types.uintp, types.uint64, *[types.uint32] * 2, types.uintp, *[types.uint32] * 8),
+)
+
+
+@compiled(nogil=True, boundscheck=False)
+def decode_jpeg(source: Any, pixels: Any, height: int, width: int) -> int:
+    """Decode a JPEG of that height and width, uint8 [size], to `pixels`, uint8, RGB; 0 unless it errs or warns."""
+    at, to = source.ctypes.data, pixels.ctypes.data
+    return _imdecode(at, source.size, height, width, to, height, width, 0, 0, 1, 1, 0, 0)

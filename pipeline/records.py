@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 
 from pipeline.beton import Beton
+from pipeline.compiled import compiled
 from pipeline.errors import DamagedRecord
 from pipeline.libffcv import JPEG, crc32, decode_jpeg
-from pipeline.libjpeg import decode_rectangle
+from pipeline.libjpeg import decode_rectangle_symbol
 
 WHOLE, _CHANGED, _UNDECODABLE = range(3)
 _FAULTS = {
@@ -32,7 +32,7 @@ class Records(NamedTuple):
     """uint32 [n], or [0] where there is no manifest."""
 
 
-@numba.njit(nogil=True, boundscheck=False)
+@compiled(nogil=True, boundscheck=False)
 def jpeg_side_lengths(data: Any) -> tuple[Any, Any]:
     """Return height and width from a JPEG's frame header, (0, 0) where it has none."""
     at = np.int64(2)
@@ -52,23 +52,24 @@ def _decode_whole(data: Any, height: Any, width: Any, box: Any, pixels: Any) -> 
     """Decode a JPEG to `pixels`, and return whether that went well; `box` is the whole image."""
     if jpeg_side_lengths(data) != (height, width):
         return False
-    h, w = np.uint32(height), np.uint32(width)
-    return bool(decode_jpeg(data, pixels, h, w, h, w, 0, 0, 1, 1, False, False) == 0)
+    return bool(decode_jpeg(data, pixels, height, width) == 0)
 
 
 def _decode_box(data: Any, height: Any, width: Any, box: Any, pixels: Any) -> bool:
     """Decode the rectangle `box` of a JPEG to `pixels`, and return whether that went well."""
     source, to = data.ctypes.data, pixels.ctypes.data
-    return bool(decode_rectangle(source, data.size, height, width, box[0], box[1], box[2], box[3], to) == 0)
+    return bool(decode_rectangle_symbol(source, data.size, height, width, box[0], box[1], box[2], box[3], to) == 0)
 
 
 _BLOCK = 16  # columns, where colours have half the resolution; else 8
 _NARROWEST = 8
-_IN_PART = decode_rectangle is not None
-_decode = numba.njit(nogil=True, boundscheck=False)(_decode_box if _IN_PART else _decode_whole)
+_IN_PART = decode_rectangle_symbol is not None
+JIT: dict[str, Any] = {"variant": "in part" if _IN_PART else "whole", "nogil": True, "boundscheck": False}
+"""How functions are compiled that decode."""
+_decode = compiled(**JIT)(_decode_box if _IN_PART else _decode_whole)
 
 
-@numba.njit(nogil=True, boundscheck=False)
+@compiled(**JIT)
 def decode_record(records: Any, sample: int, box: Any, pixels: Any) -> tuple[int, Any, Any, Any, Any]:
     """Return whether the sample is whole, and pixels of it that hold `box`: their place, top, left and width.
 
@@ -89,7 +90,7 @@ def decode_record(records: Any, sample: int, box: Any, pixels: Any) -> tuple[int
     return (WHOLE if well else _UNDECODABLE), pixels, np.int64(box[0]), np.int64(box[1]), np.int64(box[3])
 
 
-@numba.njit(nogil=True, boundscheck=False)
+@compiled(**JIT)
 def decode_chunk(
     records: Any, ids: Any, boxes: Any, starts: Any, start: int, stop: int, pixels: Any
 ) -> tuple[int, int]:
@@ -106,7 +107,8 @@ def decode_chunk(
             n = 3 * np.int64(box[3])
             for row in range(box[2]):
                 at = 3 * ((box[0] + row) * width + box[1])
-                to[row * n : (row + 1) * n] = image[at : at + n]
+                for byte in range(n):  # as slices it would take seconds more to compile
+                    to[row * n + byte] = image[at + byte]
     return WHOLE, 0
 
 

@@ -12,20 +12,20 @@ import math
 from functools import cache, partial
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 
 from pipeline.backends import Plan, Wanted
 from pipeline.backends.ahead import Ahead
 from pipeline.beton import Beton
-from pipeline.records import WHOLE, Records, damaged, decode_record, records_of, rectangles
+from pipeline.compiled import compiled
+from pipeline.records import JIT, WHOLE, Records, damaged, decode_record, records_of, rectangles
 from pipeline.resize import crop_resize, scratch
 
 Views = tuple[torch.Tensor, ...]
 
 
-@numba.njit(nogil=True, boundscheck=False)
+@compiled(**JIT)
 def _crop_chunk(
     records: Any,
     ids: Any,

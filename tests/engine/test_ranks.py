@@ -151,17 +151,28 @@ def check(name: str, expected: dict[str, torch.Tensor], together: list[dict[str,
 
 
 def twenty() -> dict[str, Settings]:
-    """Settings whose steps are small enough that rounding does not grow."""
-    found = {name: case for name, case in cases().items() if name in (*BASES, *FOUR) and case.model.bn == "sync"}
+    """Each base, alone and with all terms it can carry, with steps small enough that rounding does not grow."""
+    carried = dict.fromkeys(BASES, TERMS["all"])
+    carried |= {"simclr": Terms(co2=CO2(), xmoco=XMoCo(), dcl=DCL())}
+    carried |= {"byol": Terms(co2=CO2(), xmoco=XMoCo(), residual=Residual())}
+    found = {name: settings(name, bn="sync") for name in BASES}
+    found |= {f"{name} + terms": settings(name, carried[name], bn="sync") for name in BASES}
     return {name: replace(case, optim=replace(case.optim, lr=0.001)) for name, case in found.items()}
 
 
 def run_twenty(out: str) -> None:
+    """Train with BatchNorm synchronised, and with none: in evaluation mode it is an affine layer."""
     accelerator, results = Accelerator(cpu=True), {}
     for name, chosen in twenty().items():
-        model = built(chosen, accelerator)
-        losses = [ranks.mean(model.step(rank_batch(chosen, step)).parts["loss"]) for step in range(20)]
-        results[name] = {"losses": torch.stack(losses), "queue": model.queue.keys if model.queue else torch.empty(0)}
+        for normalised in (True, False):
+            model = built(chosen, accelerator)
+            for module in (model.step.encoder, model.target):
+                if module is not None:
+                    module.train(normalised)
+            losses = [ranks.mean(model.step(rank_batch(chosen, step)).parts["loss"]) for step in range(20)]
+            queue = model.queue.keys if model.queue else torch.empty(0)
+            case = name if normalised else f"{name}, no BatchNorm"
+            results[case] = {"losses": torch.stack(losses), "queue": queue}
     torch.save(results, Path(out) / f"{ranks.world()} {ranks.rank()}.pt")
 
 
@@ -172,11 +183,17 @@ def test_twenty_steps_on_one_two_and_four_ranks(tmp_path: Path) -> None:
     alone, *others = (
         torch.load(tmp_path / f"{world} {rank}.pt", weights_only=True) for world in (1, 2, 4) for rank in range(world)
     )
-    assert set(alone) == set(twenty())
+    assert len(alone) == 2 * len(twenty())
+    largest = 0.0
     for name, expected in alone.items():
+        assert expected["losses"].std() > 0, name
         for found in (other[name] for other in others):
+            largest = max(largest, (found["losses"] - expected["losses"]).abs().max().item())
             assert torch.allclose(found["losses"], expected["losses"], atol=1e-9, rtol=0), name
             assert torch.allclose(found["queue"], expected["queue"], atol=1e-9, rtol=0), name
+        assert all(torch.equal(found[name]["queue"], others[0][name]["queue"]) for found in others[:2])
+        assert all(torch.equal(found[name]["queue"], others[2][name]["queue"]) for found in others[2:])
+    print(f"{len(alone)} cases: losses differ by {largest:.1e} at most")
 
 
 def run_collectives(out: str) -> None:

@@ -85,3 +85,30 @@ def test_another_source_is_compiled_anew(tmp_path: Path) -> None:
         script.write_text(SCRIPT.replace("x + number", f"x + number * {number}"))
         os.utime(script, (1e9, 1e9))  # of the same time and size
         assert said(script, tmp_path, "one") == f"{number}\n"
+
+
+FIRST_BATCHES = """
+import sys
+from numba.core import event
+from pipeline.beton import Beton
+from pipeline.loader import Loader
+from pipeline.views import AUGMENTATIONS
+
+with event.install_recorder("numba:compile") as compiled:
+    for backend in ("ffcv", "resident"):
+        loader = Loader(Beton(sys.argv[1]), AUGMENTATIONS["moco_v2"], size=16, batch=8, workers=1, backend=backend)
+        next(iter(loader))
+        loader.close()
+print(len(compiled.buffer))
+"""
+
+
+def test_a_second_process_compiles_nothing(drawn: Path, tmp_path: Path) -> None:
+    script = tmp_path / "batches.py"
+    script.write_text(FIRST_BATCHES)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for _ in range(2):
+        command = [sys.executable, str(script), str(drawn)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert not done.returncode, done.stderr
+    assert done.stdout == "0\n"

@@ -49,7 +49,7 @@ def _raw(data: bytes) -> np.ndarray:
 def _warns(data: bytes) -> bool:
     """Whether libjpeg-turbo errs or warns on a JPEG of the usual size."""
     pixels = np.empty(3 * 40 * 24, np.uint8)
-    return bool(decode_jpeg(np.frombuffer(data, np.uint8), pixels, 24, 40, 24, 40, 0, 0, 1, 1, False, False))
+    return bool(decode_jpeg(np.frombuffer(data, np.uint8), pixels, 24, 40))
 
 
 def _turned(orientation: int) -> Image.Exif:
