@@ -22,6 +22,7 @@ from torch import distributed, nn
 from engine import checkpoint, ranks
 from engine.config import Settings
 from engine.evaluate import Knn
+from engine.inputs import build_knn, loading, open_sets, processes_here
 from engine.meeting import from_all, rank, store, together, world
 from engine.monitor import Monitor
 from engine.optim import build_optimiser
@@ -39,8 +40,6 @@ from methods.recompute import recompute
 from methods.registry import build_backbone, build_encoder, build_objective
 from pipeline.backends.choice import Choice, agreed, choose
 from pipeline.beton import Beton
-from pipeline.cores import available_cores
-from pipeline.direct import open_data
 from pipeline.errors import InputError
 from pipeline.loader import Loader, Shuffle
 from pipeline.views import AUGMENTATIONS
@@ -104,9 +103,9 @@ class Run:
 
 def build(settings: Settings) -> Run:
     """Build a run from its settings, writing nothing. Raises InputError, on all processes, for what cannot work."""
-    train_set = together(lambda: _open(settings, "train"), lambda beton: {"data.train": beton.fingerprint})
+    train_set, eval_set = open_sets(settings)
     accelerator = build_accelerator(settings)
-    knn = together(lambda: _knn(settings, train_set, accelerator), lambda knn: {"data.eval": knn and knn.fingerprint})
+    knn = together(lambda: build_knn(settings, train_set, eval_set, accelerator) if eval_set else None)
     together(lambda: _check(settings, len(train_set), accelerator))
     backend = _backend(settings, train_set, accelerator)
     loader = together(lambda: _loader(settings, train_set, accelerator, backend.name))
@@ -121,7 +120,7 @@ def build(settings: Settings) -> Run:
 def _backend(settings: Settings, train_set: Beton, accelerator: Accelerator) -> Choice:
     """Return the backend that all processes take."""
     data = settings.data
-    shares = {"processes": _processes(accelerator), "cores": _loading(settings, accelerator)["workers"]}
+    shares = {"processes": processes_here(accelerator), "cores": loading(settings, accelerator)["workers"]}
     wanted = from_all(lambda: choose(data.backend, data.crop_on, train_set, accelerator.device, **shares))
     return agreed([Choice(*choice) for choice in wanted])
 
@@ -141,7 +140,7 @@ def _loader(settings: Settings, train_set: Beton, accelerator: Accelerator, back
         backend=backend,
         order=data.order,
         dtype=DTYPES[settings.precision],
-        **{**_loading(settings, accelerator), "size": settings.size_of_epochs},
+        **{**loading(settings, accelerator), "size": settings.size_of_epochs},
     )
 
 
@@ -265,13 +264,6 @@ def _lock(out: Path) -> IO[str]:
     return file
 
 
-def _open(settings: Settings, name: str) -> Beton:
-    path, key = getattr(settings.data, name), f"data.{name}"
-    if not path:
-        raise InputError(f"{key} is not set: give a beton, --{key} F.beton; write one with python -m pipeline.prepare")
-    return open_data(path, tolerate=settings.data.on_bad == "skip")
-
-
 def build_accelerator(settings: Settings) -> Accelerator:
     """Return Accelerate's handle on device, processes and precision. Raises InputError for what is not there."""
     on_gpu = together(lambda: _checked_device(settings), lambda on_gpu: {"device": "GPU" if on_gpu else "CPU"})
@@ -321,23 +313,6 @@ def _exchange(settings: Settings) -> DistributedDataParallelKwargs:
     )
 
 
-def _processes(accelerator: Accelerator) -> int:
-    """Return the number of processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-
-
-def _loading(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
-    data, processes = settings.data, _processes(accelerator)
-    return {
-        "size": data.size,
-        "device": accelerator.device,
-        "workers": data.workers or max(1, available_cores() // processes),
-        "stall_timeout": data.stall_timeout,
-        "hardware_load": data.hardware_load,
-        "on_bad": data.on_bad,
-    }
-
-
 def _check(settings: Settings, samples: int, accelerator: Accelerator) -> None:
     """Refuse what cannot work, and warn of what hardly will."""
     check_batch(settings, accelerator)
@@ -370,21 +345,3 @@ def check_batch(settings: Settings, accelerator: Accelerator) -> None:
             f"that BatchNorm sees fewer and larger ones: choose a multiple of {2 * parts}",
             file=sys.stderr,
         )
-
-
-def _knn(settings: Settings, train_set: Beton, accelerator: Accelerator) -> Knn | None:
-    if not settings.data.eval or not settings.knn.every:
-        return None
-    knn, test_set = settings.knn, _open(settings, "eval")
-    backend = "ffcv" if train_set.in_one_file and test_set.in_one_file else "dali"  # each image once: no residence
-    return Knn(
-        train_set,
-        test_set,
-        backend=choose(backend, settings.data.crop_on, train_set, accelerator.device).name,
-        k=knn.k,
-        temperature=knn.temperature,
-        limit=knn.limit,
-        batch=max(256, settings.data.batch),
-        share=settings.data.eval_share,
-        **_loading(settings, accelerator),
-    )

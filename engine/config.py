@@ -51,6 +51,9 @@ class Data:
     on_bad: Literal["error", "skip"] = "error"
     """What a damaged record is: an error that names it; or passed over, for the next whole one in the file, and counted
     in the metrics as `substituted`."""
+    verify: Literal["quick", "full"] = "quick"
+    """What is checked before training: quick, sizes, tables and the header's CRC32, and each record's as it is read;
+    full: every record first, on all cores, so that damage in the last of them does not show after days."""
     augmentation: str = "moco_v2"
     """Two-view augmentation: moco_v1, moco_v2, moco_v3, simclr, byol; with _32 (no blur) for small images."""
     order: Literal["random", "chunked"] = "random"

@@ -20,7 +20,7 @@ from engine.heartbeat import Heartbeat
 from engine.meeting import together
 from engine.norm_statistics import RunningStatistics
 from engine.preempt import Stopped
-from engine.state import restore, save
+from engine.state import refuse_divergence, restore, save
 from pipeline.errors import RunFailed
 from pipeline.loader import Batch
 
@@ -104,7 +104,7 @@ def train_on(run: Run, batch: Batch, *, logs: bool) -> None:
         if run.model.target is None:
             del rates["momentum"]
         run.monitor.log(run.done, run.done / run.loader.steps, result.measures, **rates)
-        run.model.step.schedule.refuse_divergence(run.done)
+        refuse_divergence(run)
 
 
 def evaluates(run: Run, epoch: int) -> bool:

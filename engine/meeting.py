@@ -34,11 +34,15 @@ class Told(InputError):
     told = True
 
 
-def together(action: Callable[[], T], facts: Callable[[T], Mapping[str, Any]] = lambda result: {}) -> T:
+def together(
+    action: Callable[[], T],
+    facts: Callable[[T], Mapping[str, Any]] = lambda result: {},
+    patience: timedelta = _PATIENCE,
+) -> T:
     """Return `action()` once it has succeeded on all processes, and `facts` of the results are the same on all.
 
-    Else raises Told on all of them: with the message of the first on which it failed. facts: plain JSON values. To be
-    called by all processes, in the same order.
+    Else raises Told on all of them: with the message of the first on which it failed. facts: plain JSON values.
+    patience: from the first process to the last. To be called by all processes, in the same order.
     """
     error: Exception | None = None
     own: dict[str, Any] = {"host": platform.node(), "problem": "", "facts": {}}
@@ -51,7 +55,7 @@ def together(action: Callable[[], T], facts: Callable[[T], Mapping[str, Any]] = 
         if error is not None:
             raise error
         return result
-    verdict = _exchange(own)
+    verdict = _exchange(own, patience)
     if error is not None and not isinstance(error, InputError):
         raise error
     if verdict:
@@ -74,12 +78,12 @@ def from_first(action: Callable[[], T]) -> T:
     return json.loads(_wait(key, 0))
 
 
-def from_all(action: Callable[[], T]) -> list[T]:
+def from_all(action: Callable[[], T], patience: timedelta = _PATIENCE) -> list[T]:
     """Return, on all processes, what `action()` returned on each: plain JSON values. Raises Told on all of them.
 
-    To be called by all processes, in the same order.
+    patience: from the first process to the last. To be called by all processes, in the same order.
     """
-    own = together(action)
+    own = together(action, patience=patience)
     if world() == 1:
         return [own]
     key = f"millrace/{_meetings}/result"
@@ -141,7 +145,7 @@ def _own_facts() -> dict[str, Any]:
     return {"WORLD_SIZE": world(), "torch": str(torch.__version__)}
 
 
-def _exchange(own: Mapping[str, Any]) -> str:
+def _exchange(own: Mapping[str, Any], patience: timedelta) -> str:
     """Tell the first process, and return what it finds wrong, if anything."""
     global _meetings
     _meetings += 1
@@ -149,15 +153,16 @@ def _exchange(own: Mapping[str, Any]) -> str:
     shared = store()
     shared.set(f"{key}/{rank()}", json.dumps(own))
     if rank() == 0:
-        shared.set(key, _verdict([json.loads(_wait(f"{key}/{number}", number)) for number in range(world())]))
-    return _wait(key, 0)
+        everyone = [json.loads(_wait(f"{key}/{number}", number, patience)) for number in range(world())]
+        shared.set(key, _verdict(everyone))
+    return _wait(key, 0, patience)
 
 
-def _wait(key: str, number: int) -> str:
-    return _heard(store(), key, number)
+def _wait(key: str, number: int, patience: timedelta = _PATIENCE) -> str:
+    return _heard(store(), key, number, patience)
 
 
-def _heard(shared: distributed.Store, key: str, number: int) -> str:
+def _heard(shared: distributed.Store, key: str, number: int, patience: timedelta = _PATIENCE) -> str:
     """Return what process `number` writes at `key`; after a while the first process says whom it waits for."""
     begun, told = time.monotonic(), False
     while True:
@@ -167,7 +172,7 @@ def _heard(shared: distributed.Store, key: str, number: int) -> str:
             return shared.get(key).decode()
         except distributed.DistError:
             now = time.monotonic()
-            if now - begun > _PATIENCE.seconds or now - asked < 0.9 * _SLICE.seconds:
+            if now - begun > patience.total_seconds() or now - asked < 0.9 * _SLICE.seconds:
                 break  # the store itself may be gone
         if rank() == 0 and not told:
             print(f"waiting for process {number} of {world()}", file=sys.stderr, flush=True)

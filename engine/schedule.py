@@ -65,13 +65,9 @@ class Schedule(nn.Module):
         digits = 15 if self.lr.dtype == torch.float64 else 7
         return {"lr": float(f"{lr:.{digits}g}"), "momentum": float(f"{1 - share:.{digits}g}")}
 
-    def refuse_divergence(self, step: int, patience: int = PATIENCE) -> None:
-        """Raise FloatingPointError where the last `patience` steps or more were skipped. Waits for the device."""
-        if (skipped := int(self.skipped)) >= patience:
-            raise FloatingPointError(
-                f"step {step}: loss or gradients have not been finite for {skipped} steps: resume from the last "
-                "checkpoint with a lower rate (--optim.lr, --allow-change optim.lr), or begin anew where there is none"
-            )
+    def diverged(self, patience: int = PATIENCE) -> int:
+        """Return how many steps were skipped in a row, 0 where fewer than `patience`. Waits for the device."""
+        return skipped if (skipped := int(self.skipped)) >= patience else 0
 
     @torch.no_grad()
     def end(self, condition: torch.Tensor) -> None:

@@ -18,19 +18,10 @@ from engine.schedule import DOUBTFUL, PATIENCE
 from pipeline.errors import InputError
 
 FREE = {"out", "resume", "allow_change", "log_every", "save_every", "keep", "keep_every", "tracker", "gradient_shares"}
-FREE |= {"data.train", "data.eval", "data.eval_share", "data.workers", "data.backend", "data.crop_on", "data.on_bad"}
-FREE |= {"data.ahead", "data.hardware_load", "data.stall_timeout", "data.samples", "collective_timeout", "step_timeout"}
-FREE |= {
-    "knn.every",
-    "knn.k",
-    "knn.temperature",
-    "knn.limit",
-    "cpu",
-    "compile",
-    "cuda_graph",
-    "recompute",
-    "micro_batch",
-}
+FREE |= {"cpu", "compile", "cuda_graph", "recompute", "micro_batch", "collective_timeout", "step_timeout"}
+FREE |= {f"data.{key}" for key in ("train", "eval", "eval_share", "verify", "on_bad", "samples", "stall_timeout")}
+FREE |= {f"data.{key}" for key in ("workers", "ahead", "backend", "crop_on", "hardware_load")}
+FREE |= {f"knn.{key}" for key in ("every", "k", "temperature", "limit")}
 """Settings in which a resumed run may differ from its checkpoint: they do not bear on what is computed."""
 FIXED = {"method.name", "method.queue", "method.queue_dtype", "optim.name", "data.batch", "data.order", "seed"}
 FIXED |= {f"model.{key}" for key in ("arch", "stem", "width", "dim", "hidden", "bn", "zero_init", "frozen_patch")}
@@ -45,9 +36,8 @@ def save(run: Run) -> None:
     Not where steps are just being skipped, nor where training has diverged: such a state must not take an earlier's
     place. In that case raises FloatingPointError, on all alike; at the end of training it is divergence in any case.
     """
-    schedule = run.model.step.schedule
-    schedule.refuse_divergence(run.done, DOUBTFUL if run.done == run.total else PATIENCE)
-    if int(schedule.skipped) >= DOUBTFUL:
+    refuse_divergence(run, DOUBTFUL if run.done == run.total else PATIENCE)
+    if run.model.step.schedule.diverged(DOUBTFUL):
         if run.accelerator.is_main_process:
             print(f"warning: step {run.done}: not saved: steps are being skipped", file=sys.stderr)
         return
@@ -68,14 +58,28 @@ def save(run: Run) -> None:
             run.writer.save(run.done, tensors, state)
 
 
+def refuse_divergence(run: Run, patience: int = PATIENCE) -> None:
+    """Raise FloatingPointError, on all processes alike, where the last `patience` steps or more were skipped."""
+    if skipped := run.model.step.schedule.diverged(patience):
+        raise FloatingPointError(
+            f"step {run.done}: loss or gradients have not been finite for {skipped} steps: {_remedy(run)}"
+        )
+
+
 def _refuse_non_finite(run: Run) -> None:
     """Raise FloatingPointError, on all processes alike, where a parameter is not finite."""
     norms = torch._foreach_norm([p.detach() for p in run.model.online.parameters()])
     if not torch.stack(norms).isfinite().all():
-        raise FloatingPointError(
-            f"after step {run.done}: parameters are not finite: resume from the last checkpoint with a lower rate "
-            "(--optim.lr, --allow-change optim.lr), or begin anew where there is none"
-        )
+        raise FloatingPointError(f"after step {run.done}: parameters are not finite: {_remedy(run)}")
+
+
+def _remedy(run: Run) -> str:
+    """Return what to do about a run that diverged, with the last good checkpoint's name."""
+    run.writer.wait()
+    last, _ = checkpoint.newest(run.out / "checkpoints")
+    if last is None:
+        return "there is no checkpoint of it: begin anew with a lower optim.lr, a longer warm-up or optim.clip 1"
+    return f"go on from {last}, the last good one, at a lower rate: --resume auto --allow-change optim.lr --optim.lr N"
 
 
 def restore(run: Run) -> None:

@@ -6,7 +6,7 @@ python -m pipeline.inspect FILE [--verify] [--preview out.png] [--augmentation m
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -63,12 +63,12 @@ def _labels(beton: Beton) -> str:
     return f"{len(names)} classes of {fewest} to {counts.max()} images: {shown}"
 
 
-def verify(beton: Beton, *, quiet: bool = False) -> list[tuple[int, str]]:
-    """Return sample id and fault of every record that is damaged: CRC32, JPEG header, decoding.
+def verify(beton: Beton, samples: Iterable[int] | None = None, *, quiet: bool = False) -> list[tuple[int, str]]:
+    """Return sample id and fault of every damaged record of `samples`, or of all: CRC32, JPEG header, decoding.
 
     Those that the beton's tables say to be unreadable are left out.
     """
-    ids = [index for index in range(len(beton)) if index not in beton.unreadable]
+    ids = [index for index in (range(len(beton)) if samples is None else samples) if index not in beton.unreadable]
     chunks = [ids[start : start + _CHUNK] for start in range(0, len(ids), _CHUNK)]
     with ThreadPoolExecutor(available_cores()) as pool:
         checked = pool.map(lambda chunk: [check_record(beton, index) for index in chunk], chunks)

@@ -10,13 +10,16 @@ from typing import Any
 import torch
 from torch import multiprocessing
 
+# Processes are forked from one that has imported all this, and done nothing yet.
+multiprocessing.set_forkserver_preload(["accelerate", "torch.distributed", "engine.build", "engine.loop"])
+
 
 def on_ranks(world: int, function: Callable[..., None], *arguments: Any) -> None:
     """Call `function(*arguments)`, of module level, in `world` processes set up as a launcher would set them up."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(_rank, (world, port, function, arguments), nprocs=world)
+    multiprocessing.start_processes(_rank, (world, port, function, arguments), world, start_method="forkserver")
 
 
 def _rank(rank: int, world: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:

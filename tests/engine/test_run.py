@@ -131,6 +131,7 @@ def test_a_diverged_run_fails_and_goes_on_from_a_good_checkpoint(drawn: Path, tm
     assert "steps were skipped" in burst.stderr
     kept = sorted(path.name for path in (out / "checkpoints").glob("step_*"))
     assert kept[-1] <= "step_00000008"  # one more may be saved before three in a row were skipped
+    assert f"go on from {out / 'checkpoints' / kept[-1]}, the last good one" in burst.stderr
     lower = ["--optim.epochs", "2", "--resume", str(out / "checkpoints" / kept[-1])]
     refused = run(*arguments, *lower)
     assert refused.returncode == 2

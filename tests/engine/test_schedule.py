@@ -49,12 +49,11 @@ def test_skipped_steps_do_not_count_and_many_in_a_row_end_the_run() -> None:
     assert schedule.lr.item() == learning_rate(optim, 2, 1, 8)
     for _ in range(PATIENCE - 3):
         schedule.end(NO)
-    schedule.refuse_divergence(7)
+    assert (schedule.diverged(), schedule.diverged(3)) == (0, PATIENCE - 1)
     schedule.end(NO)
-    with pytest.raises(FloatingPointError, match=rf"step 7: .* {PATIENCE} steps: resume .* lower rate \(--optim\.lr"):
-        schedule.refuse_divergence(7)
+    assert schedule.diverged() == PATIENCE
     schedule.end(YES)
-    schedule.refuse_divergence(8)
+    assert schedule.diverged(1) == 0
 
 
 def test_the_count_is_the_state() -> None:
