@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
 from collections.abc import Mapping
 from datetime import timedelta
@@ -59,15 +60,15 @@ def _verify(settings: Settings, name: str, beton: Beton) -> None:
     """
     local, processes = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     own = np.array_split(np.arange(len(beton)), processes)[local].tolist()
-    everyone = from_all(lambda: verify(beton, own, quiet=local > 0), _VERIFICATION)
-    faults = {int(sample): fault for found in everyone for sample, fault in found}
+    everyone = from_all(lambda: [platform.node(), verify(beton, own, quiet=local > 0)], _VERIFICATION)
+    faults = {int(sample): f"{fault}, on {host}" for host, found in everyone for sample, fault in found}
     if not faults:
         return
     numbers = ", ".join(map(str, sorted(faults)[:_NAMED])) + (", ..." if len(faults) > _NAMED else "")
     says = f"{beton.path}: {len(faults)} of {len(beton)} records are damaged, samples {numbers}"
     if settings.data.on_bad == "error":
         first = min(faults)
-        raise_on_all(
+        _refuse(
             f"{says} (the first, {beton.name(first)}: {faults[first]}): write the file again with python -m "
             "pipeline.prepare, or pass over them with --data.on_bad skip"
         )
@@ -77,7 +78,7 @@ def _verify(settings: Settings, name: str, beton: Beton) -> None:
         print(f"warning: data.{name}: {says}: passed over", file=sys.stderr)
 
 
-def raise_on_all(message: str) -> None:
+def _refuse(message: str) -> None:
     """Raise InputError with a message that all processes have come to, for the first of them to report."""
 
     def refuse() -> None:

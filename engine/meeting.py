@@ -6,6 +6,7 @@ a GPU, or with another file, is heard of before any collective that it would not
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -155,7 +156,19 @@ def _exchange(own: Mapping[str, Any], patience: timedelta) -> str:
     if rank() == 0:
         everyone = [json.loads(_wait(f"{key}/{number}", number, patience)) for number in range(world())]
         shared.set(key, _verdict(everyone))
-    return _wait(key, 0, patience)
+    if verdict := _wait(key, 0, patience):
+        leave()
+    return verdict
+
+
+def leave() -> None:
+    """Have the first process, with which the store may end, wait until the others have come here, for some seconds."""
+    shared = store()
+    if rank():
+        shared.set(f"millrace/{_meetings}/leave/{rank()}", "")
+        return
+    with contextlib.suppress(distributed.DistError):
+        shared.wait([f"millrace/{_meetings}/leave/{number}" for number in range(1, world())], _SLICE)
 
 
 def _wait(key: str, number: int, patience: timedelta = _PATIENCE) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture
+def figure(record_property: Callable[[str, object], None]) -> Callable[[str, str], None]:
+    """Returns what records a fault of the reliability table and the figure that a test of it came to."""
+
+    def record(fault: str, found: str) -> None:
+        record_property("fault", fault)
+        record_property("figure", found)
+
+    return record
 
 
 @pytest.fixture(scope="session")

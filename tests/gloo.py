@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import multiprocessing
 
+from engine import meeting
+
 # Processes are forked from one that has imported all this, and done nothing yet.
 multiprocessing.set_forkserver_preload(["accelerate", "torch.distributed", "engine.build", "engine.loop"])
 
@@ -34,5 +36,7 @@ def _rank(rank: int, world: int, port: int, function: Callable[..., None], argum
     )
     torch.set_num_threads(1)
     function(*arguments)
+    if meeting._store is not None:
+        meeting.leave()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
