@@ -38,7 +38,8 @@ class Data:
     """Beton to train on, which python -m pipeline.prepare writes; or a folder, a .tar, or a pattern of .tar files, of
     JPEGs that are read as they are."""
     eval: str = ""
-    """Labelled beton for kNN, neighbours from `train` (of one file: every tenth image by the others). None: no kNN."""
+    """Labelled beton for kNN, with neighbours from `train` (of one file: every tenth image of a class by the others).
+    None: no kNN."""
     backend: Literal["auto", "ffcv", "dali", "resident"] = "auto"
     """What decodes: ffcv on the CPU's cores, dali on the GPU, where there is one, resident all images once, into memory
     of the device; auto: resident where the images take at most half of what is free, else ffcv, or dali where a GPU has

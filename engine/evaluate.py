@@ -15,7 +15,8 @@ from pipeline.beton import Beton
 from pipeline.errors import InputError
 from pipeline.loader import CentreLoader
 
-_HELD_OUT = 10  # of one file, every tenth image is a query
+HELD_OUT = 10
+"""Of one file, every tenth image is for testing."""
 
 
 @torch.no_grad()
@@ -97,7 +98,8 @@ def _nearest_of_all(similarity: torch.Tensor, near: torch.Tensor, k: int) -> tup
 class Knn:
     """Top-1 of a backbone on a labelled beton, by neighbours from the training set.
 
-    Where both are the same file, every tenth image is classified by the others. limit: neighbours at most, 0 for all.
+    Where both are the same file, every tenth image of a class is classified by the others. limit: neighbours, and in
+    that case queries, at most; 0 for all.
     Raises InputError where one of the two has no labels.
     """
 
@@ -125,11 +127,9 @@ class Knn:
         self._train, self._test, self._loader = train, test, {"device": device, **loader}
         bank, self._test_ids = np.arange(len(train)), np.arange(len(test))
         if train.fingerprint == test.fingerprint:
-            queries = bank % _HELD_OUT == 0
-            bank, self._test_ids = bank[~queries], bank[queries]
-            self._test_ids = self._test_ids[: limit or None]
-        count = min(limit or len(bank), len(bank))
-        self._bank_ids = bank[np.arange(count) * len(bank) // count]
+            queries = held_out(train.labels)
+            bank, self._test_ids = bank[~queries], _spread(bank[queries], limit)
+        self._bank_ids = _spread(bank, limit)
         self._k, self._temperature = k, temperature
         self.fingerprint = test.fingerprint
         self.classes = int(max(train.labels.max(), test.labels.max())) + 1
@@ -151,6 +151,19 @@ class Knn:
         own = _shares(indices)[ranks.rank()]
         found, ids = features(backbone, beton, indices=own, autocast=autocast, **self._loader)
         return found, torch.from_numpy(beton.labels[ids]).to(found.device)
+
+
+def held_out(labels: np.ndarray) -> np.ndarray:
+    """Return which images are for testing, bool [N]: every tenth, counted class by class."""
+    chosen = np.zeros(len(labels), bool)
+    chosen[np.argsort(labels, kind="stable")[::HELD_OUT]] = True
+    return chosen
+
+
+def _spread(indices: np.ndarray, limit: int) -> np.ndarray:
+    """Return at most `limit` of them, evenly spread, all for 0."""
+    count = min(limit or len(indices), len(indices))
+    return indices[np.arange(count) * len(indices) // max(count, 1)]
 
 
 def _shares(indices: np.ndarray) -> list[np.ndarray]:

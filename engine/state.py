@@ -18,7 +18,7 @@ from engine.schedule import DOUBTFUL, PATIENCE
 from pipeline.errors import InputError
 
 FREE = {"out", "resume", "allow_change", "log_every", "save_every", "keep", "keep_every", "tracker", "gradient_shares"}
-FREE |= {"cpu", "compile", "cuda_graph", "recompute", "micro_batch", "collective_timeout", "step_timeout"}
+FREE |= {"cpu", "compile", "cuda_graph", "recompute", "collective_timeout", "step_timeout"}
 FREE |= {f"data.{key}" for key in ("train", "eval", "eval_share", "verify", "on_bad", "samples", "stall_timeout")}
 FREE |= {f"data.{key}" for key in ("workers", "ahead", "backend", "crop_on", "hardware_load")}
 FREE |= {f"knn.{key}" for key in ("every", "k", "temperature", "limit")}

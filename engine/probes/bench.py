@@ -20,6 +20,7 @@ from torch import nn
 from engine import ranks
 from engine.build import build_accelerator
 from engine.config import Settings
+from engine.evaluate import HELD_OUT, held_out
 from engine.meeting import from_all, together
 from engine.probes.scores import Scores
 from engine.weights import Loaded, digest, load_encoder
@@ -35,8 +36,6 @@ from pipeline.progress import progress
 from pipeline.subset import Subset
 from pipeline.views import View
 
-HELD_OUT = 10
-"""Of one file, every tenth image of a class is for testing."""
 CROP_AND_FLIP = View(scale=(0.08, 1.0), jitter=0.0, grey=0.0, blur=0.0)
 """RandomResizedCrop and a flip: what classifiers are trained on, in every protocol here."""
 
@@ -245,7 +244,7 @@ def setup(args: argparse.Namespace, *, labelled: bool = True) -> Bench:
 
 
 def _open(args: argparse.Namespace, labelled: bool) -> tuple[Beton, Beton]:
-    """Return the two data sets; of one, every tenth image of each class is the second."""
+    """Return the two data sets; of one, every tenth image, counted class by class, is the second."""
     tolerate = args.on_bad == "skip"
     train = open_data(args.train, tolerate=tolerate)
     test = open_data(args.test, tolerate=tolerate) if args.test else train
@@ -264,14 +263,6 @@ def _open(args: argparse.Namespace, labelled: bool) -> tuple[Beton, Beton]:
         raise InputError(f"{train.path}: {len(train)} images, of which every tenth is to be for testing: give --test")
     queries = held_out(train.labels)
     return Subset(train, np.flatnonzero(~queries)), Subset(train, np.flatnonzero(queries))
-
-
-def held_out(labels: np.ndarray) -> np.ndarray:
-    """Return which images are for testing, bool [N]: every tenth of each class, the first among them."""
-    chosen = np.zeros(len(labels), bool)
-    for label in np.unique(labels):
-        chosen[np.flatnonzero(labels == label)[::HELD_OUT]] = True
-    return chosen
 
 
 def _check(bench: Bench) -> None:

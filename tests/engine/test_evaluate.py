@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from engine.evaluate import Knn, RawPixels, features, knn_predict
+from engine.evaluate import Knn, RawPixels, features, held_out, knn_predict
 from methods.encoders import resnet
 from pipeline.beton import Beton
 from pipeline.encode import Settings
@@ -56,11 +56,22 @@ def test_one_file_is_known_under_two_names(drawn: Path, tmp_path: Path) -> None:
     assert not set(knn._bank_ids.tolist()) & set(knn._test_ids.tolist())
 
 
-def test_of_one_file_every_tenth_image_is_classified_by_the_others(drawn: Path) -> None:
-    knn = Knn(Beton(drawn), Beton(drawn), k=1, temperature=0.1, device=CPU, size=32, batch=64)
-    assert set(knn._test_ids.tolist()) == set(range(0, 200, 10))
-    assert not set(knn._bank_ids.tolist()) & set(knn._test_ids.tolist())
-    assert 0.0 <= knn.top1(RawPixels()) <= 1.0
+def test_of_one_file_every_tenth_image_of_a_class_is_classified_by_the_others(drawn: Path) -> None:
+    beton = Beton(drawn)
+    knn = Knn(beton, beton, k=1, temperature=0.1, device=CPU, size=32, batch=64)
+    assert np.bincount(beton.labels[knn._test_ids]).tolist() == [2] * 10
+    assert sorted([*knn._bank_ids.tolist(), *knn._test_ids.tolist()]) == list(range(200))
+    few = Knn(beton, beton, k=1, temperature=0.1, limit=10, device=CPU, size=32, batch=64)
+    for chosen, whole in ((few._test_ids, knn._test_ids), (few._bank_ids, knn._bank_ids)):
+        assert set(chosen.tolist()) <= set(whole.tolist())
+        assert (len(chosen), chosen.max() - chosen.min() > 100) == (10, True)
+
+
+@pytest.mark.parametrize("labels", [np.arange(50), np.repeat(np.arange(10), 5), np.tile(np.arange(7), 9)])
+def test_classes_of_few_images_keep_neighbours(labels: np.ndarray) -> None:
+    chosen = held_out(labels)
+    assert chosen.sum() == -(-len(labels) // 10)
+    assert max(np.bincount(labels[chosen])) <= -(-max(np.bincount(labels)) // 10)
 
 
 def test_raw_pixels_find_the_image_itself(drawn: Path, tmp_path: Path) -> None:

@@ -1,0 +1,164 @@
+"""A run that was stopped or killed, anywhere, ends as the one that was not: state and losses, bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import engine.run
+from engine import checkpoint, loop, preempt
+from tests.engine.test_run import SMALL, metrics
+from tests.gloo import on_ranks
+
+STEPS, EPOCHS = 5, 3  # of an epoch, in all
+FORKED = multiprocessing.get_context("forkserver")
+Figure = Callable[[str, str], None]
+
+
+def train(arguments: list[str], stop_after: int = 0) -> None:
+    """Train as engine/run.py does; the last process is asked to stop after that step."""
+    sys.argv = ["run.py", *arguments]
+    preempt._EVERY = 0.0  # they ask each other after every step
+    step, last = loop.train_on, int(os.environ.get("WORLD_SIZE", "1")) - 1
+
+    def counted(run: Any, *rest: Any, **options: Any) -> None:
+        step(run, *rest, **options)
+        if run.done == stop_after and run.accelerator.process_index == last:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    loop.train_on = counted
+    with pytest.raises(SystemExit) as ended:
+        engine.run.main()
+    assert not ended.value.code
+
+
+def arguments_of(drawn: Path, out: Path) -> list[str]:
+    data = ["--data.train", str(drawn), "--data.eval", str(drawn), *SMALL, "--optim.epochs", str(EPOCHS)]
+    return [*data, "--out", str(out), "--resume", "auto"]
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    """Return how far the last checkpoints and metrics of two runs are apart."""
+    assert [line.keys() for line in metrics(one)] == [line.keys() for line in metrics(other)]
+    pairs = [
+        (torch.tensor(a[key], dtype=torch.float64), torch.tensor(b[key], dtype=torch.float64))
+        for a, b in zip(metrics(one), metrics(other), strict=True)
+        for key in a
+    ]
+    for file in sorted(path.name for path in last(one).glob("*.safetensors")):
+        a, b = load_file(last(one) / file), load_file(last(other) / file)
+        assert a.keys() == b.keys()
+        pairs += [(a[name].double(), b[name].double()) for name in a]
+    return max((a - b).abs().max().item() for a, b in pairs)
+
+
+def last(out: Path) -> Path:
+    found, broken = checkpoint.newest(out / "checkpoints")
+    assert found is not None
+    assert not broken
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """Returns the folder of an undisturbed run of so many processes."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+
+    def trained(world: int) -> Path:
+        if not (out := folder / str(world)).exists():
+            on_ranks(world, train, arguments_of(drawn, out))
+        return out
+
+    return trained
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize(
+    ("world", "step"),
+    [(1, 3), (2, 5), pytest.param(1, 5, marks=pytest.mark.slow), pytest.param(2, 8, marks=pytest.mark.slow)],
+    ids=["1 process, mid-epoch", "2 processes, end of epoch", "1 process, end of epoch", "2 processes, mid-epoch"],
+)
+def test_a_run_that_is_stopped_and_resumed_equals_the_undisturbed(
+    world: int, step: int, undisturbed: Callable[[int], Path], drawn: Path, tmp_path: Path, figure: Figure
+) -> None:
+    out = tmp_path / "out"
+    on_ranks(world, train, arguments_of(drawn, out), step)
+    assert checkpoint.step_of(last(out)) == step
+    on_ranks(world, train, arguments_of(drawn, out))
+    assert checkpoint.step_of(last(out)) == STEPS * EPOCHS
+    difference = largest_difference(undisturbed(world), out)
+    where = "at its end" if step % STEPS == 0 else "mid-epoch"
+    figure(
+        "stop and resume in a new process, mid-epoch and at its end, 1 and 2 ranks",
+        f"{world} rank{'s' * (world > 1)}, {where}: max difference {difference}",
+    )
+    assert difference == 0
+
+
+def state_hash(out: Path) -> str:
+    """Return a hash of the last checkpoint's tensors and of all metrics."""
+    digest = hashlib.sha256(repr(metrics(out)).encode())
+    for file in sorted(last(out).glob("*.safetensors")):
+        for name, value in sorted(load_file(file).items()):
+            digest.update(name.encode() + value.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def silently(arguments: list[str]) -> None:
+    os.setsid()
+    torch.set_num_threads(1)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    train(arguments)
+
+
+def seconds_of(arguments: list[str], kill_after: float = float("inf")) -> float:
+    """Train in a process of its own, killed with all it started after so many seconds; return how long it lived."""
+    process = FORKED.Process(target=silently, args=(arguments,))
+    begun = time.monotonic()
+    process.start()
+    process.join(min(kill_after, 300))
+    if process.exitcode is None:
+        assert process.pid
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+    else:
+        assert process.exitcode == 0
+    return time.monotonic() - begun
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_at_any_time_ends_as_the_undisturbed(
+    kills: int, drawn: Path, tmp_path: Path, figure: Figure
+) -> None:
+    saving = ["--save_every", "1", "--keep", "3"]  # hardly a moment in which nothing is written
+    seconds_of([*arguments_of(drawn, tmp_path / "first"), *saving])
+    whole = seconds_of([*arguments_of(drawn, tmp_path / "whole"), *saving])
+    expected, equal, cut = state_hash(tmp_path / "whole"), 0, 0
+    draw = random.Random(kills)
+    for number in range(kills):
+        out = tmp_path / str(number)
+        seconds_of([*arguments_of(drawn, out), *saving], kill_after=draw.uniform(0.1, 0.95) * whole)
+        cut += not (out / "summary.json").exists()
+        seconds_of([*arguments_of(drawn, out), *saving])
+        equal += state_hash(out) == expected
+        assert not list((out / "checkpoints").glob(".*"))
+    figure(
+        "SIGKILL of the whole tree at 20 random times",
+        f"{equal}/{kills} end with the undisturbed hash, {cut} of them cut short",
+    )
+    assert equal == kills
+    assert cut >= kills // 2
