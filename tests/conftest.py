@@ -25,9 +25,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+Figure = Callable[[str, str], None]
+
+
 @pytest.fixture
-def figure(record_property: Callable[[str, object], None]) -> Callable[[str, str], None]:
-    """Returns what records a fault of the reliability table and the figure that a test of it came to."""
+def figure(record_property: Callable[[str, object], None]) -> Figure:
+    """Returns what records a fault of the reliability table, and the figure that a test of it came to."""
 
     def record(fault: str, found: str) -> None:
         record_property("fault", fault)

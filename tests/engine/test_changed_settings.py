@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +17,7 @@ from methods.registry import Terms
 from methods.residual import Residual
 from methods.xmoco import XMoCo
 from pipeline.errors import InputError
+from tests.conftest import Figure
 
 SAVED = flat(Settings(terms=Terms(co2=CO2(), xmoco=XMoCo(), residual=Residual(), dcl=DCL())).as_dict())
 FREE = set(  # how and where the same is computed, told and kept
@@ -73,7 +73,7 @@ def outcome(key: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.reliability
 def test_every_setting_is_free_fixed_or_allowed_where_asked_for(
-    figure: Callable[[str, str], None], capsys: pytest.CaptureFixture[str]
+    figure: Figure, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = {key: outcome(key, capsys) for key in SAVED if key not in ("allow_change", "resume")}
     expected = {key: "free" if key in FREE else "fixed" if key in FIXED else "allowed where asked for" for key in found}

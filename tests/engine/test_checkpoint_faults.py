@@ -20,9 +20,9 @@ import torch
 
 from engine import checkpoint
 from pipeline.errors import InputError
+from tests.conftest import Figure
 from tests.engine.test_checkpoint import STATE, tensors_of, write
 
-Record = Callable[[str, object], None]
 OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
 
 
@@ -63,9 +63,7 @@ def killed_before(count: int, folder: Path, action: Callable[[], Any]) -> int:
 
 @pytest.mark.reliability
 @pytest.mark.parametrize("again", [False, True], ids=["a new step", "the same step"])
-def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(
-    again: bool, tmp_path: Path, record_property: Record
-) -> None:
+def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(again: bool, tmp_path: Path, figure: Figure) -> None:
     cuts, status = 0, -9
     while status == -9:
         cuts += 1
@@ -85,15 +83,15 @@ def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(
         assert not list(folder.glob(".*"))
         assert (status == 0) <= (found.name == "step_00000003")
         shutil.rmtree(folder)
-    record_property("fault", "kill after every file operation of a save")
-    record_property("figure", f"{cuts - 1} cut points: a whole checkpoint at each")
+    kind = "a step saved again" if again else "a new step"
+    figure("kill after every file operation of a save", f"{kind}: a whole checkpoint at {cuts - 1} of {cuts - 1} cuts")
     assert cuts > 10
 
 
 @pytest.mark.reliability
 @pytest.mark.parametrize("limit", [0, 1, 300, 2000])
 def test_a_file_that_cannot_be_written_loses_nothing(
-    limit: int, tmp_path: Path, capfd: pytest.CaptureFixture[str], record_property: Record
+    limit: int, tmp_path: Path, capfd: pytest.CaptureFixture[str], figure: Figure
 ) -> None:
     """The system refuses to let any file grow over a limit, as it does where there is no space."""
     write(tmp_path, 1)
@@ -120,8 +118,7 @@ def test_a_file_that_cannot_be_written_loses_nothing(
     if limit >= 300:  # else stderr, a file here, cannot be written either
         warned = "step 2: the checkpoint could not be written (File too large): training goes on"
         assert warned in capfd.readouterr().err
-    record_property("fault", "no space, I/O error in a save")
-    record_property("figure", f"at {limit} bytes a file: 0 lost")
+    figure("no space, I/O error in a save", f"no file over {limit} bytes: 0 lost")
 
 
 def test_no_room_is_found_before_anything_is_written(
@@ -140,7 +137,7 @@ def test_no_room_is_found_before_anything_is_written(
 
 
 @pytest.mark.reliability
-def test_every_flip_and_truncation_is_found(tmp_path: Path, record_property: Record) -> None:
+def test_every_flip_and_truncation_is_found(tmp_path: Path, figure: Figure) -> None:
     good, bad = write(tmp_path, 1), write(tmp_path, 2)
     draw, count, found = random.Random(0), 200, 0
     for _ in range(count):
@@ -157,9 +154,29 @@ def test_every_flip_and_truncation_is_found(tmp_path: Path, record_property: Rec
         with pytest.raises(InputError, match="step_00000002"):
             checkpoint.load(bad)
         path.write_bytes(whole)
-    record_property("fault", "200 random flips and truncations of checkpoint files")
-    record_property("figure", f"{found}/{count}")
+    figure("200 random flips and truncations of checkpoint files", f"{found}/{count} named, the one before used")
     assert found == count
+
+
+@pytest.mark.reliability
+def test_no_file_that_is_missing_or_junk_is_loaded_in_silence(tmp_path: Path, figure: Figure) -> None:
+    good, other, bad = (write(tmp_path / name, step) for name, step in (("run", 1), ("other", 7), ("run", 2)))
+    refused, cases = 0, 0
+    for path in sorted(bad.iterdir()):
+        whole = path.read_bytes()
+        for junk in (None, b"", b"junk", b"{}", b"null", b"[]", whole[::-1], (other / path.name).read_bytes()):
+            path.unlink()
+            if junk is not None:
+                path.write_bytes(junk)
+            cases += 1
+            with pytest.raises(InputError, match="step_00000002"):
+                checkpoint.load(bad)
+            newest, broken = checkpoint.newest(tmp_path / "run")
+            refused += newest == good and len(broken) == 1
+            path.write_bytes(whole)
+    checkpoint.load(bad)
+    figure("each state file deleted or junk", f"{refused}/{cases} refused by name, the one before used")
+    assert refused == cases
 
 
 def test_a_checkpoint_is_written_beside_the_training_from_a_copy(tmp_path: Path) -> None:
@@ -176,7 +193,7 @@ def test_a_checkpoint_is_written_beside_the_training_from_a_copy(tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.reliability
-def test_training_waits_little_for_a_checkpoint(tmp_path: Path, record_property: Record) -> None:
+def test_training_waits_little_for_a_checkpoint(tmp_path: Path, figure: Figure) -> None:
     """A ResNet-50's 800 MB: the copy is what is waited for."""
     tensors = {"model": {str(i): torch.randn(1 << 20) for i in range(200)}}
     writer = checkpoint.Writer(tmp_path, keep=1)
@@ -185,6 +202,5 @@ def test_training_waits_little_for_a_checkpoint(tmp_path: Path, record_property:
     waited = time.perf_counter() - begun
     writer.finish()
     took = time.perf_counter() - begun
-    record_property("fault", "overhead of checkpointing")
-    record_property("figure", f"800 MB: {waited:.2f} s of {took:.2f} s are waited for")
+    figure("overhead of checkpointing", f"800 MB: {waited:.2f} s of {took:.2f} s are waited for")
     assert waited < 0.25 * took

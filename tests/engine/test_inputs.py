@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import zlib
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from pipeline.inspect import verify
 from pipeline.loader import Loader
 from pipeline.views import AUGMENTATIONS
 from pipeline.writer import BetonWriter
+from tests.conftest import Figure
 from tests.gloo import on_ranks
 
 COPIES = 25
@@ -69,7 +69,7 @@ def seen(beton: Beton, rank: int, world: int) -> np.ndarray:
 @pytest.mark.reliability
 @pytest.mark.parametrize("count", [1, 5, 50])
 def test_exactly_the_damaged_records_are_found_and_passed_over_alike(
-    count: int, many: Path, tmp_path: Path, figure: Callable[[str, str], None], capsys: pytest.CaptureFixture[str]
+    count: int, many: Path, tmp_path: Path, figure: Figure, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = sorted(np.random.default_rng(count).permutation(len(Beton(many)))[:count].tolist())
     path = damaged(many, tmp_path / "bad.beton", bad)

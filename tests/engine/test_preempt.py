@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -15,6 +14,7 @@ import pytest
 import torch
 
 from engine import checkpoint, preempt
+from tests.conftest import Figure
 from tests.engine.test_run import ENVIRONMENT, LAUNCHER, ROOT, RUN, SMALL, metrics
 
 ONE_NODE = ("--config_file", str(ROOT / "engine" / "launch" / "one_node.yaml"), "--num_processes", "2")
@@ -76,6 +76,7 @@ def left(processes: list[psutil.Process]) -> list[psutil.Process]:
         ("accelerate, 2", signal.SIGTERM, "child", {0}),
         pytest.param("torchrun, 2", signal.SIGUSR1, "launcher", {1}, marks=pytest.mark.slow),
         pytest.param("torchrun, 2", signal.SIGINT, "group", {0, 1, 130}, marks=pytest.mark.slow),
+        pytest.param("torchrun, 2", signal.SIGUSR1, "processes in turn", {1}, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_ends_all_at_one_step_with_a_checkpoint(
@@ -85,7 +86,7 @@ def test_a_signal_ends_all_at_one_step_with_a_checkpoint(
     status: set[int],
     drawn: Path,
     tmp_path: Path,
-    record_property: Callable[[str, object], None],
+    figure: Figure,
 ) -> None:
     started = begun(launch, tmp_path, drawn)
     trained(tmp_path, 12, started)
@@ -95,14 +96,20 @@ def test_a_signal_ends_all_at_one_step_with_a_checkpoint(
         started.send_signal(number)
     elif whom == "child":
         training(everyone)[-1].send_signal(number)
+    elif whom == "processes in turn":
+        for process in training(everyone):
+            process.send_signal(number)
+            time.sleep(0.3)  # some steps
     else:
         for process in everyone:
             process.send_signal(number)
     text, _ = started.communicate(timeout=60)
     assert not left(everyone)
     took = time.monotonic() - asked
-    record_property("fault", "SIGTERM to the launcher, to the child; SIGUSR1 at different steps")
-    record_property("figure", f"{launch}, {signal.Signals(number).name} to the {whom}: {took:.1f} s")
+    figure(
+        "SIGTERM to the launcher, to the child; SIGUSR1 at different steps",
+        f"{launch}, {signal.Signals(number).name} to the {whom}: {took:.1f} s",
+    )
     assert started.returncode in status, text
     (saved,) = (tmp_path / "checkpoints").glob("step_*")
     assert checkpoint.newest(tmp_path / "checkpoints") == (saved, [])
@@ -139,7 +146,7 @@ def test_a_second_ctrl_c_stops_at_once_but_not_one_that_a_launcher_passes_on(mon
     ("number", "limit"), [(signal.SIGKILL, 5.0), (signal.SIGSTOP, 6.0 + 2.0)], ids=["SIGKILL", "SIGSTOP"]
 )
 def test_a_lost_process_is_named_with_its_step(
-    number: int, limit: float, drawn: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+    number: int, limit: float, drawn: Path, tmp_path: Path, figure: Figure
 ) -> None:
     started = begun("accelerate, 2", tmp_path, drawn, "--collective_timeout", "6")
     trained(tmp_path, 12, started)
@@ -152,8 +159,8 @@ def test_a_lost_process_is_named_with_its_step(
     if number == signal.SIGSTOP:
         last.kill()
     text, _ = started.communicate(timeout=60)
-    record_property("fault", "SIGKILL of one rank; SIGSTOP of one rank")
-    record_property("figure", f"{signal.Signals(number).name}: the other ended {took:.1f} s later")
+    said = f"{signal.Signals(number).name}: the other ended {took:.1f} s later, both named with their steps"
+    figure("SIGKILL of one rank; SIGSTOP of one rank", said)
     assert not left(everyone)
     assert re.search(r"process 0 on \S+, step \d+: process 1 \(last at step \d+\) did not answer", text), text
     assert took < limit, text

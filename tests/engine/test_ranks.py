@@ -21,6 +21,7 @@ from methods.residual import Residual
 from methods.xmoco import XMoCo
 from pipeline.loader import Batch
 from pipeline.order import shuffled_rows
+from tests.conftest import Figure
 from tests.engine.small import batch_of, built, settings, views
 from tests.gloo import on_ranks
 
@@ -247,9 +248,12 @@ def run_poisoned(out: str) -> None:
     Path(out, str(ranks.rank())).touch()
 
 
-def test_a_batch_that_is_not_finite_on_one_rank_skips_the_step_on_all(tmp_path: Path) -> None:
+@pytest.mark.reliability
+def test_a_batch_that_is_not_finite_on_one_rank_skips_the_step_on_all(tmp_path: Path, figure: Figure) -> None:
     on_ranks(2, run_poisoned, str(tmp_path))
     assert len(list(tmp_path.iterdir())) == 2
+    says = "4 base methods: parameters, momentum, queue, position, schedules bit-equal, and the run's end"
+    figure("NaN on one rank in one step", says)
 
 
 def run_compressed(out: str) -> None:

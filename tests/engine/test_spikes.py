@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from engine.spikes import CALM, WINDOW, SpikeWatch
+from tests.conftest import Figure
 
 STEPS = 10_000
 
@@ -35,7 +35,7 @@ def course(kind: str) -> np.ndarray:
 
 
 @pytest.mark.reliability
-def test_clean_losses_raise_no_alarm_and_every_spike_does(record_property: Callable[[str, object], None]) -> None:
+def test_clean_losses_raise_no_alarm_and_every_spike_does(figure: Figure) -> None:
     alarms = caught = spikes = 0
     for seed, shape in enumerate(("level", "falling", "rising")):
         for scale, kind in ((0.05, "white"), (0.3, "white"), (0.05, "drifting"), (0.04, "skewed")):
@@ -50,8 +50,7 @@ def test_clean_losses_raise_no_alarm_and_every_spike_does(record_property: Calla
                 assert watch.add(before) is None
                 spikes += 1
                 caught += watch.add([float(course(shape)[at]) + 10 * scale + scale * noise(kind, at)[0]]) is not None
-    record_property("fault", "10,000 clean losses; a 10σ spike")
-    record_property("figure", f"{alarms} alarms in 12 times {STEPS}; {caught}/{spikes} caught")
+    figure("10,000 clean losses; a 10σ spike", f"{alarms} alarms in 12 times {STEPS}; {caught}/{spikes} caught")
     assert alarms == 0
     assert caught == spikes
 

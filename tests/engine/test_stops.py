@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import multiprocessing
 import os
@@ -19,12 +20,12 @@ from safetensors.torch import load_file
 
 import engine.run
 from engine import checkpoint, loop, preempt
+from tests.conftest import Figure
 from tests.engine.test_run import SMALL, metrics
 from tests.gloo import on_ranks
 
 STEPS, EPOCHS = 5, 3  # of an epoch, in all
 FORKED = multiprocessing.get_context("forkserver")
-Figure = Callable[[str, str], None]
 
 
 def train(arguments: list[str], stop_after: int = 0) -> None:
@@ -132,7 +133,9 @@ def seconds_of(arguments: list[str], kill_after: float = float("inf")) -> float:
     process.join(min(kill_after, 300))
     if process.exitcode is None:
         assert process.pid
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has no group of its own yet
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         process.join()
     else:
         assert process.exitcode == 0
@@ -140,7 +143,7 @@ def seconds_of(arguments: list[str], kill_after: float = float("inf")) -> float:
 
 
 @pytest.mark.reliability
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_at_any_time_ends_as_the_undisturbed(
     kills: int, drawn: Path, tmp_path: Path, figure: Figure
 ) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 
 import pytest
 
+from tests.conftest import Figure
 from tests.engine.test_run import ENVIRONMENT, ROOT
 
 BEGIN = """
@@ -41,12 +41,9 @@ def stuck(limit: float, how: str) -> tuple[int | None, float, str]:
 
 
 @pytest.mark.reliability
-def test_a_stall_ends_the_process_with_all_stacks_at_the_limit(
-    record_property: Callable[[str, object], None],
-) -> None:
+def test_a_stall_ends_the_process_with_all_stacks_at_the_limit(figure: Figure) -> None:
     status, took, err = stuck(4.0, "def waits_for_ever():\n    time.sleep(1000)\nwaits_for_ever()")
-    record_property("fault", "loader worker raises; loader stalls")
-    record_property("figure", f"watchdog of 4 s: ended after {took:.2f} s")
+    figure("loader worker raises; loader stalls", f"watchdog of 4 s: ended after {took:.2f} s, with all stacks")
     assert status == 1
     assert "step 4: no step for 4." in err
     assert "waits_for_ever" in err
