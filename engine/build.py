@@ -5,25 +5,24 @@ from __future__ import annotations
 import fcntl
 import importlib.util
 import os
-import platform
 import shutil
 import sys
 import warnings
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import is_wandb_available, set_seed
-from torch import distributed, nn
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
 
 from engine import checkpoint, ranks
 from engine.config import Settings
+from engine.devices import DTYPES, build_accelerator
 from engine.evaluate import Knn
 from engine.inputs import build_knn, loading, open_sets, processes_here
-from engine.meeting import from_all, rank, store, together, world
+from engine.meeting import from_all, together
 from engine.monitor import Monitor
 from engine.optim import build_optimiser
 from engine.preempt import Requests
@@ -43,8 +42,6 @@ from pipeline.beton import Beton
 from pipeline.errors import InputError
 from pipeline.loader import Loader, Shuffle
 from pipeline.views import AUGMENTATIONS
-
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of views: what the encoder rounds to
 
 
 @dataclass
@@ -139,7 +136,7 @@ def _loader(settings: Settings, train_set: Beton, accelerator: Accelerator, back
         shuffle=_shuffle(settings, accelerator.num_processes),
         backend=backend,
         order=data.order,
-        dtype=DTYPES[settings.precision],
+        dtype=DTYPES[accelerator.mixed_precision],
         **{**loading(settings, accelerator), "size": settings.size_of_epochs},
     )
 
@@ -262,55 +259,6 @@ def _lock(out: Path) -> IO[str]:
         file.close()
         raise InputError(f"{out}: another run is writing into it: choose another --out, or end that run") from None
     return file
-
-
-def build_accelerator(settings: Settings) -> Accelerator:
-    """Return Accelerate's handle on device, processes and precision. Raises InputError for what is not there."""
-    on_gpu = together(lambda: _checked_device(settings), lambda on_gpu: {"device": "GPU" if on_gpu else "CPU"})
-    timeout = timedelta(seconds=settings.collective_timeout)
-    if world() > 1 and not distributed.is_initialized():
-        backend = "nccl" if on_gpu else "gloo"
-        meeting_place = distributed.PrefixStore("group", store())
-        distributed.init_process_group(backend, timeout=timeout, store=meeting_place, rank=rank(), world_size=world())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return Accelerator(
-            cpu=settings.cpu or not on_gpu,
-            mixed_precision=settings.precision,
-            log_with=None if settings.tracker == "none" else settings.tracker,
-            project_dir=settings.out,
-            kwargs_handlers=[
-                _exchange(settings),
-                InitProcessGroupKwargs(timeout=timeout),
-            ],
-        )
-
-
-def _checked_device(settings: Settings) -> bool:
-    """Return whether this process trains on a GPU. Raises InputError for what its machine has not."""
-    on_gpu = torch.cuda.is_available() and not settings.cpu
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    if on_gpu and local >= torch.cuda.device_count():
-        raise InputError(
-            f"{torch.cuda.device_count()} GPUs on {platform.node()} for {local + 1} processes or more: start one "
-            "process a GPU"
-        )
-    if settings.precision == "fp16" and not on_gpu:
-        raise InputError("precision 'fp16': needs a GPU: choose bf16 or no")
-    if settings.precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported():
-        raise InputError("precision 'bf16': this GPU does not have it: choose fp16 or no")
-    if settings.tracker == "wandb" and not is_wandb_available():
-        raise InputError("tracker 'wandb': the package is not installed: pip install wandb, or choose tensorboard")
-    return on_gpu
-
-
-def _exchange(settings: Settings) -> DistributedDataParallelKwargs:
-    """Return how processes exchange gradients: in place, without buffers, and nothing looked for that never changes."""
-    return DistributedDataParallelKwargs(
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-        static_graph=settings.parts(world()) == 1,  # not where only the last of several backward passes exchanges
-    )
 
 
 def _check(settings: Settings, samples: int, accelerator: Accelerator) -> None:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import set_seed
@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.config import Data, Knn, Method, Model, Optim, Settings
+from engine.devices import bfloat16_on_cpu
 from engine.evaluate import Knn as KnnEvaluation
 from engine.evaluate import RawPixels
 from engine.loop import measure_rate
@@ -112,8 +113,15 @@ def _settings(train: Path, evaluation: Path, out: Path) -> Settings:
         knn=Knn(every=1, k=20, limit=_KNN_LIMIT),
         out=str(out / "run"),
         log_every=max(1, len(beton) // batch // 2),
-        precision="bf16" if not gpu or torch.cuda.is_bf16_supported() else "fp16",
+        precision=_precision(gpu),
     )
+
+
+def _precision(gpu: bool) -> Literal["no", "fp16", "bf16"]:
+    """Return the quickest that there is."""
+    if gpu:
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if bfloat16_on_cpu() else "no"
 
 
 def _with_epochs(settings: Settings, minutes: float) -> Settings:

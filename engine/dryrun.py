@@ -12,8 +12,9 @@ from rich.table import Table
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.build import Model, build_accelerator, build_model, check_batch, needed_views
+from engine.build import Model, build_model, check_batch, needed_views
 from engine.config import Settings
+from engine.devices import build_accelerator
 from engine.meeting import rank
 from engine.schedule import peak_rate
 from pipeline.direct import open_data
@@ -43,7 +44,7 @@ def estimate(settings: Settings) -> dict[str, Any]:
     passed a step, without and with a gradient. Raises InputError for settings that cannot work.
     """
     length = _length(settings)
-    accelerator = build_accelerator(replace(settings, tracker="none"))
+    accelerator = build_accelerator(replace(settings, tracker="none"), emulate=True)
     check_batch(settings, accelerator)
     model = build_model(replace(settings, accumulate=1, micro_batch=0, compile=False), accelerator)  # one part
     small, _, passes = _step(settings, model, _STUB)

@@ -154,6 +154,7 @@ def _summarise(run: Run) -> dict[str, Any]:
         "data_wait_fraction": round(monitor.waited / monitor.seconds, 4) if monitor.seconds else None,
         "training_seconds": round(monitor.seconds, 1),
         "processes": run.accelerator.num_processes,
+        "precision": run.accelerator.mixed_precision,
         "device": torch.cuda.get_device_name() if run.accelerator.device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -18,8 +18,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from engine import ranks
-from engine.build import build_accelerator
 from engine.config import Settings
+from engine.devices import build_accelerator
 from engine.evaluate import HELD_OUT, held_out
 from engine.meeting import from_all, together
 from engine.probes.scores import Scores
@@ -185,7 +185,7 @@ class Bench:
             "test": self.test.fingerprint,
             "size": self.size,
             "share": self.share,
-            "precision": self.args.precision,
+            "precision": self.accelerator.mixed_precision,
             "seed": self.args.seed,
             **own,
         }

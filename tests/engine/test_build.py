@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from engine import ranks
+from engine import devices, ranks
 from engine.build import Run, build, check_batch
 from engine.config import Data, Method, Model, Optim, Settings
 from methods.norm import SplitBatchNorm
@@ -95,7 +95,10 @@ def test_two_processes_shuffle_over_both_or_within_each(bn: str, drawn: Path, tm
         assert np.ptp(first["order"][:16].numpy()) < 16
 
 
-def test_views_grow_over_training_and_come_in_the_precision_of_the_encoder(drawn: Path) -> None:
+def test_views_grow_over_training_and_come_in_the_precision_of_the_encoder(
+    drawn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "bfloat16_on_cpu", lambda: True)
     chosen = settings(drawn, "plain")
     grown = replace(chosen.data, size=24, sizes=[8, 16, 24])
     run = build(replace(chosen, data=grown, optim=Optim(lr=0.05, epochs=5), precision="bf16"))
@@ -111,7 +114,8 @@ def test_views_grow_over_training_and_come_in_the_precision_of_the_encoder(drawn
     assert found == [(size, torch.bfloat16) for size in (8, 8, 16, 16, 24)]
 
 
-def test_views_in_the_encoders_precision_give_the_same_step(drawn: Path) -> None:
+def test_views_in_the_encoders_precision_give_the_same_step(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "bfloat16_on_cpu", lambda: True)
     found = []
     for cast in (True, False):
         run = build(replace(settings(drawn, "plain"), precision="bf16"))
@@ -121,6 +125,20 @@ def test_views_in_the_encoders_precision_give_the_same_step(drawn: Path) -> None
         found.append(run.model.step(batch).parts["loss"])
         run.loader.close()
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_bfloat16_that_a_processor_would_emulate_is_float32(
+    there: bool, drawn: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(devices, "bfloat16_on_cpu", lambda: there)
+    run = build(replace(settings(drawn, "plain"), precision="bf16"))
+    run.close()
+    assert run.accelerator.mixed_precision == ("bf16" if there else "no")
+    assert run.loader.dtype == (torch.bfloat16 if there else torch.float32)
+    assert run.settings.precision == "bf16"
+    says = "warning: precision bf16: this processor has no instructions for it: computing in float32, as precision no\n"
+    assert (says in capsys.readouterr().err) != there
 
 
 def test_settings_reach_the_networks(drawn: Path) -> None:

@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine import ranks
-from engine.build import DTYPES, Model, build_accelerator, build_model
+from engine.build import Model, build_model
 from engine.config import Optim
+from engine.devices import DTYPES, build_accelerator
 from engine.dryrun import estimate
 from methods.co2 import CO2
 from methods.registry import Terms

@@ -12,8 +12,9 @@ import torch
 from accelerate import Accelerator
 
 from engine import ranks
-from engine.build import build_accelerator, needed_views
+from engine.build import needed_views
 from engine.config import Settings
+from engine.devices import build_accelerator
 from methods.co2 import CO2
 from methods.dcl import DCL
 from methods.registry import BASES, Terms
