@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import psutil
 import pytest
 
 from tests.conftest import Figure
+from tests.engine.test_run import SMALL, main
 from tests.engine.test_stops import arguments_of, seconds_of
 
 CYCLES, WARM = 100, 5
@@ -56,3 +59,24 @@ def test_a_hundred_runs_that_are_killed_leave_nothing_that_grows(
         f"growth a cycle over {CYCLES}: " + ", ".join(f"{name} {value:g}" for name, value in found.items()),
     )
     assert found == dict.fromkeys(found, 0.0), (counted[WARM], counted[-1])
+
+
+def test_starts_that_fail_leave_nothing_behind(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused before anything is built, by what is built, and by what is to be resumed."""
+    whole = ["--data.train", str(drawn), *SMALL, "--out", str(tmp_path / "whole"), "--knn.every", "0"]
+    assert main(monkeypatch, *whole, "--optim.epochs", "1") == 0
+    bad = [
+        [*whole, "--data.batch", "1"],
+        [*whole, "--data.batch", "201"],
+        [*whole, "--data.backend", "dali", "--data.batch", "300"],
+        [*whole, "--resume", "auto", "--optim.epochs", "2"],
+    ]
+    counted = []
+    for _ in range(6):
+        assert {main(monkeypatch, *arguments) for arguments in bad} == {2}
+        gc.collect()
+        counted.append((threading.active_count(), len(os.listdir("/proc/self/fd")), len(os.listdir("/dev/shm"))))
+    assert "resume with its own" in capsys.readouterr().err
+    assert counted[-1] == counted[1]
