@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -28,6 +29,7 @@ from pipeline.writer import BetonWriter
 from tests.hostile import Outcome, record, reliability, survived
 from tests.pipeline.conftest import pack, picture, run_command, saved
 from tests.pipeline.fuzz import Forger, damaged_jpeg, decode_all_ways, decode_part, fenced, use
+from tests.pipeline.jpeg_memory import check
 from tests.pipeline.test_libjpeg import KINDS, noisy
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +52,7 @@ def forger(tmp_path: Path) -> Forger:
 def _forged(forger: Forger, folder: Path, count: int, first: int = 0) -> Outcome:
     def one(number: int) -> None:
         forger.write(first + number, folder / "forged.beton")
-        use(folder / "forged.beton")
+        use(folder / "forged.beton", number)
 
     return survived(one, count, seconds=30)
 
@@ -89,7 +91,7 @@ forger, forged, harmless = Forger(Path(sys.argv[1])), Path(sys.argv[1] + ".forge
 for number in range(int(sys.argv[2])):
     forger.write(number, forged)
     try:
-        use(forged)
+        use(forged, number)
         harmless += 1
     except InputError:
         pass
@@ -141,6 +143,15 @@ def test_ten_thousand_damaged_jpegs_do_no_harm(record_property: Callable[[str, o
     record(record_property, f"JPEGs: {outcome}")
     assert outcome.bad == 0, outcome
     assert outcome.mebibytes < 1000
+
+
+@pytest.mark.slow
+@reliability
+@pytest.mark.skipif(shutil.which("valgrind") is None, reason="needs valgrind")
+def test_damaged_jpegs_are_decoded_within_their_buffers(record_property: Callable[[str, object], None]) -> None:
+    done = check(0, 2000)
+    record(record_property, f"under valgrind: {done.stdout.strip()}")
+    assert done.returncode == 0, done.stderr
 
 
 def _many_scans(side: int, count: int) -> bytes:
