@@ -216,7 +216,7 @@ def _members(part: _Part) -> Iterator[tarfile.TarInfo]:
     """Yield the files of a tar. A damaged or missing header, which tarfile takes for the end of it, is an error."""
     archive, before = tarfile.TarFile(fileobj=part), -1  # type: ignore[arg-type]
     while (member := archive.next()) is not None:
-        archive.members = []  # type: ignore[attr-defined] - it would keep all of them
+        archive.members = []  # type: ignore[attr-defined]  # it would keep all of them
         if member.islnk() or member.issym():
             raise tarfile.ReadError(f"{member.name} is a link: pack the files themselves, with tar --dereference")
         if member.issparse():

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import random
 import struct
 import tarfile
+import time
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +22,7 @@ from PIL import Image
 from pipeline import sources
 from pipeline import stage as stage_module
 from pipeline.direct import Direct, open_data
-from pipeline.encode import Settings, Unreadable, encode
+from pipeline.encode import Record, Settings, Unreadable, encode
 from pipeline.errors import InputError
 from pipeline.limits import LARGEST_FILE
 from pipeline.prepare import prepare
@@ -364,6 +367,37 @@ def test_decompression_bombs_are_refused_before_memory_is_taken(record_property:
 def test_an_image_as_large_as_they_may_be_is_read() -> None:
     data = saved(Image.new("1", (1 << 14, 1 << 13)), "png")
     assert encode(data, 0, Settings()).width == 500
+
+
+@pytest.mark.parametrize(("side", "held"), [(4096, 0), (4097, 1)])
+def test_a_large_image_is_decoded_alone(side: int, held: int) -> None:
+    """Over all workers of `prepare`, by a lock that they share."""
+    taken = []
+
+    @contextlib.contextmanager
+    def lock() -> Iterator[None]:
+        taken.append(1)
+        yield
+
+    encode(saved(Image.new("1", (side, 4096)), "png"), 0, Settings(), lock())
+    assert len(taken) == held
+
+
+def test_workers_share_one_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are forked with the function that is seen here."""
+
+    def tell(data: bytes, index: int, settings: Settings, large: Any) -> Record:
+        with large, open(tmp_path / "told", "a") as file:
+            file.write("in ")
+            file.flush()
+            time.sleep(0.02)
+            file.write("out ")
+        return encode(data, index, settings)
+
+    monkeypatch.setattr("pipeline.prepare.encode", tell)
+    folder = pack("folder", {f"a/{i}.jpg": JPEG for i in range(20)}, tmp_path)
+    prepare(str(folder), tmp_path / "x.beton", workers=2, quiet=True)
+    assert (tmp_path / "told").read_text().split()[2:] == ["in", "out"] * 20  # after the parent's own, to compile
 
 
 def test_other_formats_are_not_opened() -> None:
