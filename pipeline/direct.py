@@ -97,7 +97,7 @@ class Direct(Beton):
         self.pointers = np.array([max(item.offset, 0) for item in items], np.uint64)
         stated = [item.size or os.path.getsize(item.path) for item in items]
         self.sizes = np.array(stated, np.uint64)
-        places = "\n".join(self._names).encode() + self.pointers.tobytes() + self.sizes.tobytes()
+        places = os.fsencode("\n".join(self._names)) + self.pointers.tobytes() + self.sizes.tobytes()
         stamps = [f"{os.path.abspath(path)} {os.stat(path).st_mtime_ns}" for path in self._files]
         key = hashlib.sha256(places + f"{_FORMAT} {stamps}".encode()).hexdigest()[:32]
         cached = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "millrace" / f"direct-{key}.sides"

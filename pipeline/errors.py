@@ -71,6 +71,8 @@ def report(error: Exception, status: int) -> int:
 
 def printable(text: str) -> str:
     """Return `text` in one line, with all that is not text escaped: control characters, bytes that are not UTF-8."""
+    if text.isprintable():
+        return text
     return "".join(
         letter if letter.isprintable() or unicodedata.category(letter) == "Zs" else ascii(letter)[1:-1]
         for letter in text

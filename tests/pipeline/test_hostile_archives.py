@@ -30,6 +30,7 @@ from pipeline.sources import open_source
 from pipeline.stage import stage
 from tests.hostile import record, reliability, survived
 from tests.pipeline.conftest import pack, picture, saved, tar_bytes
+from tests.pipeline.fuzz import damaged_jpeg
 
 JPEG = saved(picture())
 
@@ -364,6 +365,31 @@ def test_decompression_bombs_are_refused_before_memory_is_taken(record_property:
     assert outcome.mebibytes < 60
 
 
+@reliability
+def test_damaged_images_of_all_formats_do_no_harm(record_property: Callable[[str, object], None]) -> None:
+    small = picture(64, 48)
+    files = [saved(small, kind) for kind in ("png", "gif", "bmp", "ppm", "webp", "tiff")]
+    files += [saved(small, "tiff", compression=method) for method in ("tiff_lzw", "tiff_deflate", "jpeg", "packbits")]
+    files += [
+        saved(small, "png", optimize=True),
+        saved(small.convert("P"), "gif", save_all=True, append_images=[small]),
+    ]
+    files += [saved(Image.fromarray(np.arange(3072, dtype="u2").reshape(48, 64)), "png"), _tiff(64, 48, (32, 32))]
+
+    def one(number: int) -> None:
+        draw = random.Random(number)
+        try:
+            encode(damaged_jpeg(draw, draw.choice(files)), 0, Settings(max_side=32))
+        except Unreadable as reason:
+            raise InputError(str(reason)) from None
+
+    outcome = survived(one, 700, seconds=20)
+    record(record_property, f"images of other formats: {outcome}")
+    assert outcome.bad == 0, outcome
+    assert outcome.mebibytes < 600
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_an_image_as_large_as_they_may_be_is_read() -> None:
     data = saved(Image.new("1", (1 << 14, 1 << 13)), "png")
     assert encode(data, 0, Settings()).width == 500
@@ -530,6 +556,13 @@ def test_braces_do_not_expand_without_bound(pattern: str, tmp_path: Path, monkey
     outcome = survived(lambda _: open_data(pattern), seconds=20)
     assert outcome.kinds == {"refused": 1}, outcome
     assert outcome.mebibytes < 60
+
+
+@pytest.mark.usefixtures("cache")
+def test_names_that_are_no_text_are_read(tmp_path: Path) -> None:
+    name = b"caf\xe9\x1b.jpg".decode("utf-8", "surrogateescape")
+    pack("tar", {f"a/{name}": JPEG}, tmp_path)
+    assert Direct(tmp_path / "source.tar").fingerprint
 
 
 def test_an_image_that_claims_too_much_is_unreadable(tmp_path: Path, cache: Path) -> None:
