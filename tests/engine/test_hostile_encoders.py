@@ -107,9 +107,11 @@ def test_shapes_larger_than_the_file_are_refused(make: Callable[[], State], lega
 
 
 def test_a_wide_first_layer_alone_builds_nothing(tmp_path: Path) -> None:
-    """5 MB of a first layer that would be 200 times as wide as published."""
+    """400 KB of a first layer that would be 64 times as wide as published."""
+    save_file(_resnet() | {"conv1.weight": torch.zeros(4096, 3, 3, 3)}, tmp_path / "x.safetensors")
+    _refused(tmp_path / "x.safetensors", "have shapes of other layers")
     save_file(_resnet() | {"conv1.weight": torch.zeros(12_800, 3, 3, 3)}, tmp_path / "x.safetensors")
-    _refused(tmp_path / "x.safetensors", "x.safetensors: ")
+    _refused(tmp_path / "x.safetensors", "shapes that no encoder here has (width 200)")
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")

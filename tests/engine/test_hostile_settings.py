@@ -60,7 +60,7 @@ RECIPES = [
     f"optim: {{lr: {'9' * 60_000}}}",
     "data: {batch: 1000000000000}",
     "optim: {epochs: 1000000000000}",
-    "model: {dim: 65536, hidden: 65536}",
+    "model: {dim: 65536, hidden: 65536}\nmethod: {name: moco_v3}",
     "model: {dim: 65536}\nmethod: {queue: 16777216}",
     "collective_timeout: 1e300",
     "step_timeout: .inf",

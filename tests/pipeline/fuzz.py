@@ -147,7 +147,7 @@ def use(beton: Path, number: int = 0) -> None:
     assert describe(found).isascii()
     found.data = fenced(found.file_size, found.data)
     verify(found, quiet=True)
-    options: dict[str, Any] = {"backend": backend, "on_bad": "skip" if skips else "error"}
+    options: dict[str, Any] = {"stall_timeout": 600, "backend": backend, "on_bad": "skip" if skips else "error"}
     loader = Loader(found, AUGMENTATIONS["moco_v2"], size=16, batch=len(found), workers=1, ahead=1, **options)
     try:
         for batch in loader:
