@@ -35,12 +35,11 @@ costs of start, evaluation and checkpoints are left out.
 from __future__ import annotations
 
 import argparse
-import json
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Any, TypeVar
 
 from benchmarks import machine
 from benchmarks.step import OURS
@@ -49,6 +48,7 @@ from engine.build import needed_views
 from engine.config import Settings
 from engine.dryrun import estimate, memory_of
 from pipeline.errors import InputError, command
+from pipeline.limits import RESULT_BYTES, read_json, read_yaml
 
 SHARE = 0.195
 """Of a GPU's published bfloat16 rate that a ResNet-50 reaches in training: MLPerf 4.0's 7945 images/s on an H200
@@ -67,6 +67,9 @@ ROOM = 0.92
 """Of a GPU's memory that a run may take."""
 GLOO = 0.5e9
 """Bytes of gradients a second of a core that a process exchanges with another on its machine (2026-11-24, an EPYC)."""
+_REMEDY = "give the JSON of a benchmark"
+Found = TypeVar("Found")
+_MOST = 1e9  # of anything a machine has
 _HERE = Path(__file__).parent
 
 
@@ -114,15 +117,19 @@ def load_machine(name: str) -> Node:
     known = ", ".join(sorted(file.stem for file in (_HERE / "machines").glob("*.yaml")))
     if not path.is_file():
         raise InputError(f"{name}: no such machine: choose of {known}, or give a file like theirs")
+    remedy = "give " + ", ".join(field.name for field in fields(Node) if field.name != "name")
     try:
-        found = yaml.safe_load(path.read_text())
-        node = Node(name=path.stem, **found)
-    except (yaml.YAMLError, TypeError) as error:
-        wanted = ", ".join(field.name for field in fields(Node) if field.name != "name")
-        raise InputError(f"{path}: {' '.join(str(error).split())}: give {wanted}") from None
-    for key in ("gpus", "nodes", "cores", "memory_gib", "gpu_memory_gib", "gpu_tflops", "host_link_gbytes"):
-        if not isinstance(getattr(node, key), int | float) or getattr(node, key) <= 0:
-            raise InputError(f"{path}: {key} {getattr(node, key)!r}: give a number above 0")
+        node = Node(name=path.stem, **read_yaml(path, remedy))
+    except TypeError as error:
+        raise InputError(f"{path}: {error}: {remedy}") from None
+    if not isinstance(node.gpu, str):
+        raise InputError(f"{path}: gpu {node.gpu!r}: give its name")
+    for field in fields(Node)[2:]:
+        value, kinds = getattr(node, field.name), (int,) if field.type == "int" else (int, float)
+        joins = field.name in ("gpu_link_gbytes", "network_gbits")  # 0 where there is nothing to join
+        if type(value) not in kinds or not 0 <= value <= _MOST or not (value or joins):
+            whole = ", a whole one" * (len(kinds) == 1)
+            raise InputError(f"{path}: {field.name} {value!r}: give a number above 0{whole}")
     if (node.gpus > 1 and node.gpu_link_gbytes <= 0) or (node.nodes > 1 and node.network_gbits <= 0):
         raise InputError(f"{path}: gpu_link_gbytes or network_gbits is 0: give what joins its {node.world} GPUs")
     return node
@@ -131,32 +138,49 @@ def load_machine(name: str) -> Node:
 def load_rates(node: Node, loader: Path | None, step: Path | None) -> Rates:
     """Return measured rates for a machine. Raises InputError where a file is not a result of these benchmarks."""
     loader = loader or max((_HERE / "results").glob("????-??-??-loader*.json"))
-    found = _read(loader)
-    first: dict[str, Any] = next((value for value in found.values() if isinstance(value, dict)), {})
-    paths = found.get("paths") or first.get("paths", {})
-    decoding = next((row for row in paths.values() if row["name"] == "decode-only" and row["threads"] == 1), None)
-    if decoding is None:
-        raise InputError(
-            f"{loader}: has no decode-only with 1 thread: python -m benchmarks.loader --threads 1 --json F"
-        )
-    sent = next((row["to_device_bytes"] for row in paths.values() if row["name"] == "ffcv-gpu"), 0.0)
+    decode, record, sent = _read(loader, _decoding)
     flops, source = SHARE * node.gpu_tflops * 1e12, f"assumed, {SHARE:.1%} of {node.gpu_tflops:g} TFLOP/s"
     if step is not None:
-        result = _read(step)
-        gpu = (result.get("machine") or {}).get("gpu") or "no GPU"
+        gpu, best, rate = _read(step, _best_step)
         if node.gpu not in gpu:
             raise InputError(f"{step}: was measured on {gpu}, not on {node.gpu}: leave it out, or measure there")
-        rates = {way: result["tflops"][way]["median"] for way in OURS if way in result["tflops"]}
-        best = max(rates, key=lambda way: rates[way])
-        flops, source = 1e12 * rates[best], f"{step.name}, {best}, {gpu}"
-    return Rates(decoding["cpu"]["median"], decoding["read_bytes"], sent, flops, (loader.name, source))
+        flops, source = 1e12 * rate, f"{step.name}, {best}, {gpu}"
+    return Rates(decode, record, sent, flops, (loader.name, source))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _decoding(found: dict[str, Any]) -> tuple[float, float, float]:
+    """Return pairs a second and core, bytes a record, and bytes a pair to the GPU, of a result of the loader's."""
+    first: dict[str, Any] = next((value for value in found.values() if isinstance(value, dict)), {})
+    rows = (found.get("paths") or first.get("paths", {})).values()
+    row = next((row for row in rows if row["name"] == "decode-only" and row["threads"] == 1), None)
+    if row is None:
+        raise InputError("has no decode-only with 1 thread: python -m benchmarks.loader --threads 1 --json F")
+    sent = next((row["to_device_bytes"] for row in rows if row["name"] == "ffcv-gpu"), 0.0)
+    return _positive(row["cpu"]["median"]), _positive(row["read_bytes"]), float(sent)
+
+
+def _best_step(found: dict[str, Any]) -> tuple[str, str, float]:
+    """Return the GPU, the fastest way and its TFLOP/s, of a result of the step's."""
+    rates = {way: _positive(found["tflops"][way]["median"]) for way in OURS if way in found["tflops"]}
+    best = max(rates, key=lambda way: rates[way])
+    return str((found.get("machine") or {}).get("gpu") or "no GPU"), best, rates[best]
+
+
+def _positive(value: Any) -> float:
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ValueError(f"{value!r} is no rate")
+    return float(value)
+
+
+def _read(path: Path, of: Callable[[dict[str, Any]], Found]) -> Found:
+    """Return what `of` finds in a benchmark's JSON. Raises InputError where it is not there."""
+    found = read_json(path, RESULT_BYTES, _REMEDY)
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}): give the JSON of a benchmark") from None
+        return of(found)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: not such a result ({error!r}): {_REMEDY}") from None
 
 
 def plan(node: Node, rates: Rates, settings: Settings, run: dict[str, Any], images: int) -> dict[str, Any]:

@@ -7,64 +7,93 @@ import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
-from pathlib import Path
-from typing import Any
+from dataclasses import fields, is_dataclass
+from typing import Any, get_args, get_type_hints
 
 import jsonargparse
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from engine.config import Settings
+from engine.config import LONGEST, Settings
 from methods.registry import Terms
 from pipeline.errors import InputError
+from pipeline.limits import parse_yaml, read_yaml
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
-def _load_recipe(text: str) -> Any:
-    """Return what YAML `text` says; terms may be a list of names, or of names with their parameters, or nothing."""
-    found = yaml.safe_load(text)
-    if isinstance(found, dict) and found.get("precision") is False:
-        found["precision"] = "no"  # which YAML takes for false
-    if not isinstance(found, dict) or "terms" not in found:
-        return found
-    terms = found["terms"] or {}
-    terms = [terms] if isinstance(terms, str) else terms
-    if isinstance(terms, list):
-        terms = {name: value for item in terms for name, value in _pairs(item)}
-    return found | {"terms": terms}
+def _names(kind: Any) -> list[str]:
+    return [part.name for part in fields(kind)]
 
 
-_NAMES = ", ".join(term.name for term in fields(Terms))
+_EXAMPLE, _HELP = "engine/recipes/moco_v2_in1k.yaml", "see --help for all of them"
+_NAMES = ", ".join(_names(Terms))
+_SECTIONS = {part.name: _names(part.default_factory) for part in fields(Settings) if is_dataclass(part.default_factory)}
+_PARAMETERS = {term: _names(next(filter(is_dataclass, get_args(kind)))) for term, kind in get_type_hints(Terms).items()}
 
 
-def _pairs(item: Any) -> list[tuple[Any, Any]]:
-    return list(item.items()) if isinstance(item, dict) else [(item, {})]
+def _read_recipe(path: str) -> dict[str, Any]:
+    """Return the settings of a recipe. Terms may be a list of names, or of names with their parameters, or nothing.
 
-
-def _check_recipe(path: str) -> None:
-    """Raise InputError for a section or a term that there is not: the parser passes over an empty one."""
-    try:
-        found = _load_recipe(Path(path).read_text())
-    except OSError:
-        return  # the parser says what is wrong
-    except (ValueError, TypeError, yaml.YAMLError) as error:
-        detail = " ".join(str(error).replace("<unicode string>", path).split())
-        raise InputError(f"--config {path}: not valid YAML: {detail}: correct it there") from None
+    Raises InputError for what there is not. The parser must see no mapping but those of settings: it would import
+    whatever class another one names.
+    """
+    found = read_yaml(path, f"give a recipe, such as {_EXAMPLE}, or correct it")
     if not isinstance(found, dict):
         raise InputError(f"--config {path}: not a mapping of settings: write lines such as optim: {{lr: 0.03}}")
-    for within, given, known in (("", found, Settings), ("terms.", found.get("terms"), Terms)):
-        names = [part.name for part in fields(known)]
-        for name in given if isinstance(given, dict) else ():
-            if name not in names:
-                close = difflib.get_close_matches(str(name), names, n=1)
-                hint = f", did you mean {within}{close[0]}" if close else ""
-                choice = f"choose of {_NAMES}" if within else "see --help for all of them"
-                raise InputError(f"{within}{name}: no such setting{hint}: {choice}")
+    if found.get("precision") is False:
+        found["precision"] = "no"  # which YAML takes for false
+    if "terms" in found:
+        found["terms"] = _terms(found["terms"])
+    _check_names(found, "", _names(Settings))
+    for section, known in _SECTIONS.items():
+        given = found.get(section) or {}
+        if not isinstance(given, dict):
+            raise InputError(f"{section} {given!r}: a section: write lines such as optim: {{lr: 0.03}}")
+        _check_names(given, f"{section}.", known, f"choose of {_NAMES}" if section == "terms" else _HELP)
+    for term, given in (found.get("terms") or {}).items():
+        _check_term(term, given)
+    _check_sizes(found)
+    return {name: given for name, given in found.items() if given is not None or name not in _SECTIONS}
 
 
-jsonargparse.set_loader("recipe", _load_recipe, exceptions=(yaml.YAMLError,))
+def _terms(given: Any) -> Any:
+    """Return terms as a mapping, however a recipe lists them."""
+    given = [given] if isinstance(given, str) else given or {}
+    if not isinstance(given, list):
+        return given
+    pairs = [pair for item in given for pair in (item.items() if isinstance(item, dict) else [(str(item), {})])]
+    return dict(pairs)
+
+
+def _check_names(given: dict[Any, Any], within: str, known: list[str], choice: str = _HELP) -> None:
+    """Raise InputError for a name that is none of the known ones."""
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f", did you mean {within}{close[0]}" if close else ""
+            raise InputError(f"{within}{name}: no such setting{hint}: {choice}")
+
+
+def _check_sizes(given: Any) -> None:
+    """Raise InputError for a text or number too long: the parser takes texts for YAML, with a reader without bounds."""
+    if isinstance(given, dict | list):
+        for value in given.values() if isinstance(given, dict) else given:
+            _check_sizes(value)
+    elif isinstance(given, int) and abs(given) > 2**53:
+        raise InputError("a number of more than 15 digits: give a smaller one")
+    elif isinstance(given, str) and len(given) > LONGEST:
+        raise InputError(f"{given[:40]!r} ...: {len(given)} characters: give at most {LONGEST}")
+
+
+def _check_term(term: str, given: Any) -> None:
+    """Raise InputError for what are no parameters of a term."""
+    if given is not None and not isinstance(given, dict):
+        raise InputError(f"terms.{term} {given!r}: wrong type or value: give parameters such as {{weight: 1}}, or null")
+    _check_names(given or {}, f"terms.{term}.", _PARAMETERS[term], f"see --terms.{term}.help for all of them")
+
+
+jsonargparse.set_loader("recipe", parse_yaml, exceptions=(yaml.YAMLError, ValueError))
 
 
 def _parser() -> ArgumentParser:
@@ -86,13 +115,16 @@ def _parser() -> ArgumentParser:
 def parse(arguments: Sequence[str] | None = None) -> Settings:
     """Return the settings of a command line (`sys.argv` by default). Raises InputError, naming key and remedy."""
     parser = _parser()
-    ordered = _recipe_first(arguments)
-    if ordered and ordered[0].startswith("--config"):
-        _check_recipe(ordered[0].partition("=")[2] or "".join(ordered[1:2]))
+    recipes, rest = _without_recipes(arguments)
+    read = [f"--config={yaml.safe_dump(_read_recipe(path))}" for path in recipes]
     try:
-        chosen = parser.instantiate(parser.parse_args(ordered)).as_dict()
+        chosen = parser.instantiate(parser.parse_args(read + rest)).as_dict()
     except ArgumentError as error:
         raise InputError(_explain(parser, str(error))) from None
+    except (OverflowError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"a number beyond all measure ({error}): give a smaller one") from None
     chosen.pop("config", None)
     chosen.pop("dry_run", None)
     return Settings(**chosen)
@@ -119,16 +151,41 @@ def wants_dry_run(arguments: Sequence[str] | None = None) -> bool:
     return "--dry-run" in (sys.argv[1:] if arguments is None else arguments)
 
 
-def _recipe_first(arguments: Sequence[str] | None) -> list[str]:
-    """Return the arguments with --config before all others, so that these win over the recipe wherever they stand."""
-    rest = [part for argument in _spelled(arguments) for part in argument]
-    first: list[str] = []
-    for number, argument in enumerate(rest):
-        if argument == "--config" or argument.startswith("--config="):
-            length = 2 if argument == "--config" else 1
-            first, rest = rest[number : number + length], rest[:number] + rest[number + length :]
-            break
-    return first + rest
+def _without_recipes(arguments: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Return the paths that --config names, and the other arguments, which win over them wherever they stand."""
+    recipes, rest = [], []
+    given = (part for argument in _spelled(arguments) for part in argument)
+    for argument in given:
+        name, assigned, value = argument.partition("=")
+        if name == "--config":
+            recipes.append(value if assigned else next(given, ""))
+        else:
+            rest.append(argument)
+    _check_arguments(rest)
+    return recipes, rest
+
+
+def _check_arguments(given: list[str]) -> None:
+    """Raise InputError for what the parser would take for a file to read or a class to import."""
+    _check_sizes(given)
+    for argument, following in zip(given, [*given[1:], ""], strict=False):
+        name, assigned, value = argument.partition("=")
+        section, _, field = name.removeprefix("--").rstrip("+").partition(".")
+        term, _, parameter = field.partition(".")
+        if not name.startswith("--") or section not in _SECTIONS:
+            continue
+        if not field:
+            raise InputError(f"{section}: a section: give its settings by themselves, see --help for all of them")
+        if section == "terms" and term in _PARAMETERS and parameter != "help":
+            _check_term(term, {parameter: None} if parameter else _plain(value if assigned else following))
+
+
+def _plain(value: str) -> Any:
+    """Return what a value says, or the value where it is no YAML."""
+    try:
+        return parse_yaml(value)
+    except (yaml.YAMLError, ValueError):
+        return value
 
 
 def _spelled(arguments: Sequence[str] | None) -> Iterator[list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ import yaml
 
 from engine.weights import DIMENSIONS, Architecture, Loaded, digest
 from pipeline.augment import IMAGENET
+from pipeline.errors import InputError
+from pipeline.limits import RESULT_BYTES, json_lines, read_json
 
 
 def card(loaded: Loaded, format: str, path: Path, distance: float) -> str:
@@ -61,7 +62,7 @@ def _metrics(path: Path) -> list[str]:
     if not (run / "checkpoints").is_dir():
         return []
     for kept in sorted((run / "evaluation").glob("*.json")):
-        found = _json(kept.read_text())
+        found = _json(kept)
         if Path(str(found.get("checkpoint", ""))).name != path.name:
             continue
         figure = next((key for key in ("top1", "map") if isinstance(found.get(key), float)), None)
@@ -70,17 +71,16 @@ def _metrics(path: Path) -> list[str]:
             lines.append(f"- {found.get('evaluation')}: {name} {found[figure]:.2%} ({found.get('which')} encoder)")
     metrics = run / "metrics.jsonl"
     step = int(path.name.removeprefix("step_")) if path.name.startswith("step_") else None
-    for line in metrics.read_text().splitlines() if metrics.is_file() else []:
-        found = _json(line)
-        if found.get("step") == step and "knn_top1" in found:
+    for _, found in json_lines(metrics) if metrics.is_file() else ():
+        if found.get("step") == step and isinstance(found.get("knn_top1"), float):
             lines.append(f"- kNN while training, after step {step}: top-1 {found['knn_top1']:.2%}")
     return lines
 
 
-def _json(text: str) -> dict[str, Any]:
+def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(text)
-    except ValueError:
+        found = read_json(path, RESULT_BYTES, "remove it")
+    except InputError:
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -28,10 +28,12 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialised
 
 from pipeline.errors import InputError, RunFailed
+from pipeline.limits import check_levels, read_bytes
 
 FORMAT = 4
 Tensors = dict[str, torch.Tensor]
 _LARGEST_STATE = 1 << 26  # bytes of a state.json: more is not one
+_LAST_STEP = 1 << 53
 _ROOM = 1 << 20  # bytes wanted free besides the tensors'
 _KEYS = {"format": int, "step": int, "loader": dict, "monitor": dict, "settings": dict, "files": dict}
 
@@ -193,17 +195,13 @@ def _check_room(folder: Path, wanted: int) -> None:
 
 def _verified_state(path: Path) -> dict[str, Any]:
     remedy, file = "resume from another checkpoint", path / "state.json"
+    if not file.exists():
+        raise InputError(f"{path}: not a checkpoint (it has no state.json): give the path of a step_... folder")
+    content = read_bytes(file, _LARGEST_STATE, remedy)
     try:
-        if file.stat().st_size > _LARGEST_STATE:
-            raise InputError(f"{file}: {file.stat().st_size} bytes are too many for one: {remedy}")
-        state = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise InputError(
-            f"{path}: not a checkpoint (it has no state.json): give the path of a step_... folder"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
+        state = json.loads(content)
+        check_levels(state)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: cannot be read ({error}): {remedy}") from None
     if not isinstance(state, dict) or state.pop("sha256", None) != _hash_of(state):
         raise InputError(f"{file}: damaged (its hash differs): {remedy}")
@@ -212,6 +210,8 @@ def _verified_state(path: Path) -> dict[str, Any]:
     for key, kind in _KEYS.items():
         if not isinstance(state.get(key), kind) or isinstance(state.get(key), bool):
             raise InputError(f"{file}: {key} is {state.get(key)!r}: {remedy}")
+    if not 0 <= state["step"] <= _LAST_STEP:
+        raise InputError(f"{file}: step is beyond all measure: {remedy}")
     for name, sha256 in state["files"].items():
         if not re.fullmatch(r"\w+\.safetensors", name):
             raise InputError(f"{file}: names a file {name!r}: {remedy}")

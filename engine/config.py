@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,27 @@ from pipeline.views import AUGMENTATIONS
 def _require(holds: bool, key: str, value: Any, remedy: str) -> None:
     if not holds:
         raise InputError(f"{key} {value!r}: {remedy}")
+
+
+_LONGEST_WAIT = 10**7  # seconds: four months
+LONGEST = 4096
+"""Characters of a setting: those of a path."""
+
+
+def _check_bounds(key: str, value: Any) -> None:
+    """Refuse numbers, texts and lists beyond what any setting can mean."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _check_bounds(f"{key}.{name}".removeprefix("."), inner)
+    elif isinstance(value, list):
+        _require(len(value) <= 1000, key, f"of {len(value)} values", "give at most 1000")
+        for inner in value:
+            _check_bounds(key, inner)
+    elif isinstance(value, str):
+        plain = len(value) <= LONGEST and not any(unicodedata.category(letter) == "Cc" for letter in value)
+        _require(plain, key, value[:40], f"give at most {LONGEST} characters, and no control characters")
+    elif isinstance(value, int):
+        _require(abs(value) <= 2**53, key, float(min(abs(value), 2**1000)), "give a smaller number")
 
 
 def _finite(**values: float) -> None:
@@ -92,16 +114,12 @@ class Data:
         _require(8 <= self.size <= 1024, "data.size", self.size, "choose 8 to 1024 pixels")
         sides = all(8 <= size <= 1024 for size in self.sizes) and self.sizes[-1:] in ([], [self.size])
         _require(sides, "data.sizes", self.sizes, f"give sides of 8 to 1024 pixels that end with data.size {self.size}")
-        _require(self.batch >= 2, "data.batch", self.batch, "choose 2 or more: contrast needs other samples")
+        sensible = 2 <= self.batch <= 2**20
+        _require(sensible, "data.batch", self.batch, "choose 2 or more, contrast needs other samples, to 1048576")
         _require(0 <= self.workers <= 1024, "data.workers", self.workers, "choose 0 (automatic) to 1024")
         _require(1 <= self.ahead <= 64, "data.ahead", self.ahead, "choose 1 to 64 batches")
-        _finite(data__stall_timeout=self.stall_timeout)
-        _require(
-            self.stall_timeout > 0,
-            "data.stall_timeout",
-            self.stall_timeout,
-            "choose a number of seconds above 0",
-        )
+        remedy = f"choose a number of seconds above 0, up to {_LONGEST_WAIT}"
+        _require(0 < self.stall_timeout <= _LONGEST_WAIT, "data.stall_timeout", self.stall_timeout, remedy)
         _require(0 <= self.hardware_load <= 1, "data.hardware_load", self.hardware_load, "choose a share from 0 to 1")
         _require(self.samples >= 0, "data.samples", self.samples, "choose a number of images, or 0 for unknown")
         _require(0 < self.eval_share <= 1, "data.eval_share", self.eval_share, "choose a share above 0, up to 1")
@@ -134,6 +152,9 @@ class Model:
         for key in ("dim", "hidden"):
             value = getattr(self, key)
             _require(value is None or 2 <= value <= 65536, f"model.{key}", value, "choose 2 to 65536")
+        largest = (self.dim or 0) * (self.hidden or 0)
+        remedy = f"{self.hidden} by {self.dim} parameters a layer are more than 2^28: choose fewer"
+        _require(largest <= 2**28, "model.hidden", self.hidden, remedy)
         if self.arch in VITS:
             plain = self.stem == "imagenet" and self.width == 1
             _require(plain, "model.arch", self.arch, "model.stem and model.width are of ResNets: leave them out")
@@ -210,7 +231,7 @@ class Optim:
         _require(self.trust > 0, "optim.trust", self.trust, "choose a number above 0, such as 0.001")
         _require(self.clip >= 0, "optim.clip", self.clip, "choose a norm above 0, or 0 for none")
         _require(self.factor > 0, "optim.factor", self.factor, "choose a number above 0, such as 0.1")
-        _require(self.epochs >= 1, "optim.epochs", self.epochs, "choose 1 or more")
+        _require(1 <= self.epochs <= 100_000, "optim.epochs", self.epochs, "choose 1 to 100000")
         fits = 0 <= self.warmup_epochs < self.epochs
         remedy = f"choose 0 or more, below optim.epochs {self.epochs}"
         _require(fits, "optim.warmup_epochs", self.warmup_epochs, remedy)
@@ -236,7 +257,7 @@ class Knn:
 
     def __post_init__(self) -> None:
         _require(self.every >= 0, "knn.every", self.every, "choose a number of epochs, or 0 for never")
-        _require(self.k >= 1, "knn.k", self.k, "choose 1 or more, such as 200")
+        _require(1 <= self.k <= 2**16, "knn.k", self.k, "choose 1 to 65536, such as 200")
         _require(self.temperature > 0, "knn.temperature", self.temperature, "choose a number above 0, such as 0.1")
         _require(self.limit >= 0, "knn.limit", self.limit, "choose a number of images, or 0 for all")
 
@@ -298,12 +319,13 @@ class Settings:
     """Train on the CPU even where there is a GPU."""
 
     def __post_init__(self) -> None:
+        _check_bounds("", self.as_dict())
         _require(0 <= self.seed < 2**32, "seed", self.seed, "choose 0 to 4294967295")
         _require(bool(self.out), "out", self.out, "name a folder")
         _require(self.accumulate >= 1, "accumulate", self.accumulate, "choose 1 or more")
-        _finite(collective_timeout=self.collective_timeout, step_timeout=self.step_timeout)
-        _require(self.step_timeout >= 0, "step_timeout", self.step_timeout, "choose a number of seconds, or 0")
-        _require(self.collective_timeout > 0, "collective_timeout", self.collective_timeout, "choose a number above 0")
+        waits, remedy = (self.step_timeout, self.collective_timeout), f"up to {_LONGEST_WAIT}"
+        _require(0 <= waits[0] <= _LONGEST_WAIT, "step_timeout", waits[0], f"choose a number of seconds {remedy}, or 0")
+        _require(0 < waits[1] <= _LONGEST_WAIT, "collective_timeout", waits[1], f"choose a number above 0, {remedy}")
         micro = self.micro_batch == 0 or self.micro_batch >= 2
         _require(micro, "micro_batch", self.micro_batch, "choose 2 or more, or 0")
         _require(self.keep_every >= 0, "keep_every", self.keep_every, "choose a number of steps, or 0 for none")
@@ -356,6 +378,9 @@ class Settings:
     def _refuse_impossible(self) -> None:
         """Raise InputError for combinations that cannot work."""
         base = self.base
+        keys = (self.method.queue or 0) * (self.model.dim or 0)
+        remedy = f"{self.model.dim} numbers a key are more than 2^30 in all: choose fewer keys"
+        _require(keys <= 2**30, "method.queue", self.method.queue, remedy)
         if not base.symmetric and not base.queue:
             raise InputError(f"method.symmetric False: {base.name} is symmetric: leave it out, or null")
         if self.model.bn in SHUFFLED and not base.teacher:

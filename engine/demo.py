@@ -30,7 +30,7 @@ from engine.plot import curves
 from methods.encoders import place
 from methods.registry import build_backbone
 from pipeline.beton import Beton
-from pipeline.errors import InputError, command
+from pipeline.errors import InputError, command, printable
 from pipeline.inspect import preview
 from pipeline.prepare import prepare
 from pipeline.sources import open_source
@@ -68,7 +68,7 @@ def _prepared(sources: list[tuple[str, str | None]], out: Path) -> tuple[Path, P
         print(f"preparing {source}{f', {subset}' if subset else ''} ...", flush=True)
         manifest = prepare(source, out / name, subset=subset, skip_bad=100, limit=_MOST_IMAGES)
         for image, reason in manifest.skipped:
-            print(f"left out: {image}: {reason}")
+            print(printable(f"left out: {image}: {reason}"))
         written.append(out / name)
     return written[0], written[-1]
 

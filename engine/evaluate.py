@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from engine import ranks
-from pipeline.beton import Beton
+from pipeline.beton import Beton, count_classes
 from pipeline.errors import InputError
 from pipeline.loader import CentreLoader
 
@@ -132,7 +132,7 @@ class Knn:
         self._bank_ids = _spread(bank, limit)
         self._k, self._temperature = k, temperature
         self.fingerprint = test.fingerprint
-        self.classes = int(max(train.labels.max(), test.labels.max())) + 1
+        self.classes = count_classes(train, test)
 
     def top1(self, backbone: nn.Module, autocast: Any = contextlib.nullcontext) -> float:
         """Return the share of test images whose class the vote gets right. Called by all processes, which share it."""

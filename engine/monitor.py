@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,8 @@ from engine import ranks
 from engine.spikes import SpikeWatch
 from engine.step import Result
 from engine.watch import CollapseWatch
+from pipeline.errors import InputError
+from pipeline.limits import json_lines
 
 WALL_CLOCK = ("pairs_per_second", "data_wait_fraction")
 """Keys of a metrics line that tell of time, and so differ between two runs that compute the same."""
@@ -225,12 +228,13 @@ def _truncate(path: Path, step: int, evaluated: float) -> None:
     """Drop the lines of steps after `step`, of later evaluations, and a last line that was cut off."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            said = json.loads(line)
-            if said["step"] <= step and not (said["epoch"] > evaluated and said.keys() & set(_LASTING)):
-                kept.append(line + "\n")
-        except ValueError:
-            break
-    path.write_text("".join(kept))
+    beside = path.with_name(f".{path.name}.writing")
+    try:
+        with open(beside, "wb") as file:
+            for line, said in json_lines(path):
+                later = said["epoch"] > evaluated and said.keys() & set(_LASTING)
+                if said["step"] <= step and not later:
+                    file.write(line)
+        os.replace(beside, path)
+    except (OSError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a run's metrics ({error!r}): put it elsewhere") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,10 +10,12 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from pipeline.limits import json_lines
+
 
 def curves(metrics: Path, out: Path, levels: Mapping[str, float] | None = None) -> None:
     """Draw loss and kNN top-1 over epochs from a metrics.jsonl to `out`, a PNG; `levels`: kNN values to compare."""
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines = [said for _, said in json_lines(metrics)]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     losses = [(line["epoch"], line["loss"]) for line in lines if "loss" in line]
     left.plot(*zip(*losses, strict=True))

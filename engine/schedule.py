@@ -10,11 +10,13 @@ from torch import nn
 
 from engine.config import Method, Optim, Settings
 from methods.momentum import cosine_momentum
+from pipeline.errors import InputError
 
 PATIENCE = 20
 """Skipped steps in a row after which training counts as diverged; fp16 skips about ten as its scale is found."""
 DOUBTFUL = 3
 """Skipped steps in a row after which nothing is saved: the parameters may be finite, and useless all the same."""
+_MOST_STEPS = 2**26  # the numbers of each are kept
 Numbers = np.ndarray | float
 
 
@@ -33,7 +35,12 @@ class Schedule(nn.Module):
 
     def __init__(self, settings: Settings, steps_per_epoch: int, device: torch.device) -> None:
         super().__init__()
-        steps = np.arange(settings.optim.epochs * steps_per_epoch)
+        total = settings.optim.epochs * steps_per_epoch
+        if total > _MOST_STEPS:
+            raise InputError(
+                f"optim.epochs {settings.optim.epochs}: {total} steps in all, at most {_MOST_STEPS}: choose fewer"
+            )
+        steps = np.arange(total)
         rates = learning_rate(settings.optim, steps, steps_per_epoch, settings.data.batch)
         shares = 1 - momentum_after(settings.method, steps, len(steps))
         dtype = torch.float64 if device.type == "cpu" else torch.float32  # what fused optimisers read

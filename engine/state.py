@@ -107,7 +107,7 @@ def restore(run: Run) -> None:
         run.monitor.load_state_dict(state["monitor"])
         if run.accelerator.scaler and state.get("scaler"):
             run.accelerator.scaler.load_state_dict(state["scaler"])
-        run.evaluated = int(state["evaluated"])
+        run.evaluated, backend = int(state["evaluated"]), str(state["backend"])
     except InputError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
@@ -116,10 +116,10 @@ def restore(run: Run) -> None:
     run.done = state["step"]
     if run.accelerator.is_main_process:
         print(f"resumed from {found['path']}", file=sys.stderr)
-        if state["backend"] != run.backend.name:
+        if backend != run.backend.name:
             print(
                 f"warning: data.backend {run.backend.name} decodes and resizes a little differently from the "
-                f"checkpoint's {state['backend']}: resume with --data.backend {state['backend']} for the same images",
+                f"checkpoint's {backend}: resume with --data.backend {backend} for the same images",
                 file=sys.stderr,
             )
 
@@ -140,7 +140,8 @@ def _read(run: Run, into: dict[str, Any]) -> dict[str, Any] | None:
     into["tensors"] = tensors
     if "ranks" in tensors:
         saved = tensors["ranks"].get(_ROWS, torch.zeros(1, 0))
-        _check_fit(path, {"ranks": {_ROWS: _statistics(run).own().expand(len(saved), -1)}}, tensors)
+        rows = len(saved) if saved.dim() else 0
+        _check_fit(path, {"ranks": {_ROWS: _statistics(run).own().expand(rows, -1)}}, tensors)
     like = {
         file: {name: (str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in named.items()}
         for file, named in tensors.items()

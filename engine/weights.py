@@ -21,9 +21,9 @@ from torch import nn
 
 from engine.names import ours
 from engine.tensor_files import Contents, read
-from methods.encoders import RESNETS, BasicBlock, Bottleneck, ResNet, Stem
+from methods.encoders import RESNETS, BasicBlock, Bottleneck, ResNet, Stem, base_channels
 from methods.vit import PATCH, VITS, VisionTransformer
-from pipeline.errors import InputError
+from pipeline.errors import InputError, printable
 
 Which = Literal["online", "momentum"]
 _COUNTER = "num_batches_tracked"  # which older files lack, and nothing is computed from
@@ -54,6 +54,8 @@ _LAYOUTS = (
     _Layout("a state dict", "backbone.", None, pretraining=False),
     _Layout("a state dict", "", None, pretraining=False),
 )
+_WIDEST = 64
+_SHOWN, _PARTS = 200, 20  # characters of a key, and parts, that are told of
 _ROOTS = r"conv1\.|bn1\.|layer\d\.|cls_token$|pos_embed$|patch_embed\.|blocks\.|norm\."
 
 
@@ -111,8 +113,8 @@ class Loaded:
     def summary(self) -> str:
         """Return in a line what was matched and what is left over."""
         total = len(self.backbone.state_dict())
-        left = ", ".join(f"{part} ({count})" for part, count in self.left.items())
-        return (
+        left = ", ".join(f"{part[:_SHOWN]} ({count})" for part, count in list(self.left.items())[:_PARTS])
+        return printable(
             f"{self.path}: {self.architecture}, {self.which} encoder of {self.kind}: {self.matched} of {total} "
             f"backbone keys matched{f'; not used: {left}' if left else ''}"
         )
@@ -136,10 +138,13 @@ def load_encoder(path: Path | str, which: Which = "online", *, heads: int = 0) -
         part = ours(_within(contents.state, prefix))
         if not part:
             raise InputError(f"{path}: has no momentum encoder ({prefix}...): leave out --which momentum")
+    if path.is_file() and sum(value.nbytes for value in part.values()) > path.stat().st_size:
+        raise InputError(f"{path}: its tensors are larger than the file by their shapes: have them saved whole")
     architecture = _architecture(part, layout, contents, heads, path)
-    backbone = architecture.build()
-    wanted = backbone.state_dict()
+    with torch.device("meta"):  # shapes alone: what is built has to be in the file first
+        wanted = architecture.build().state_dict()
     _check(part, wanted, path, prefix)
+    backbone = architecture.build()
     backbone.load_state_dict(part, strict=False)
     matched = len(wanted.keys() & part.keys())
     loaded = Loaded(backbone.eval(), architecture, path, layout.name, which, matched)
@@ -167,7 +172,7 @@ def _layout_of(state: dict[str, torch.Tensor], path: Path) -> tuple[_Layout, dic
         part = ours(_within(state, layout.online))
         if any(re.match(_ROOTS, key) for key in part):
             return layout, part
-    have = f"its keys are {', '.join(list(state)[:3])} ..." if state else "there are no tensors in it"
+    have = f"its keys are {_some(list(state)[:3], '')} ..." if state else "there are no tensors in it"
     raise InputError(f"{path}: no backbone of a ResNet or a vision transformer ({have}): give one with such keys")
 
 
@@ -180,9 +185,10 @@ def _architecture(
         if any(key.startswith("layer") for key in part):
             stem: Stem = "small" if _of("conv1.weight", part, path).shape[-1] == 3 else "imagenet"
             shown = Architecture(_resnet_of(part, path), stem, part["conv1.weight"].shape[0] / 64)
-            if shown.width != stated.get("width", shown.width):  # of 8 channels at least, whatever the share
-                shown = Architecture(shown.arch, stem, float(stated["width"]))
-            return Architecture(shown.arch, shown.stem, shown.width, int(stated.get("size", 224)))
+            width = float(stated.get("width", shown.width))  # of 8 channels at least, whatever the share
+            if not 0 < width <= _WIDEST or base_channels(width) != part["conv1.weight"].shape[0]:
+                raise ValueError(f"width {width:g}")
+            return Architecture(shown.arch, stem, width, _size(int(stated.get("size", 224))))
         name, depth, usual = _TRANSFORMERS.get(_of("cls_token", part, path).shape[-1], ("", 0, 0))
         tokens = _of("pos_embed", part, path).shape[1]
         side = math.isqrt(max(tokens - 1, 0))
@@ -199,11 +205,19 @@ def _architecture(
                 f"{path}: {name} has {usual} heads in MoCo v3 and {_OTHER_HEADS[name]} in timm, DeiT and DINO, and the "
                 "file does not say: give --heads"
             )
-        return Architecture(name, size=side * PATCH, heads=count)
-    except (IndexError, TypeError, ValueError) as error:
+        if count < 1 or DIMENSIONS[name] % count:
+            raise InputError(f"{path}: {count} heads do not divide {DIMENSIONS[name]} dimensions: give other --heads")
+        return Architecture(name, size=_size(side * PATCH), heads=count)
+    except (IndexError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: shapes that no encoder here has ({error}): give another file") from None
+
+
+def _size(pixels: int) -> int:
+    if not 8 <= pixels <= 1024:
+        raise ValueError(f"images of {pixels} pixels")
+    return pixels
 
 
 def _resnet_of(part: dict[str, torch.Tensor], path: Path) -> str:
@@ -253,7 +267,7 @@ def _check(part: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], path:
 
 
 def _some(keys: list[str], prefix: str) -> str:
-    return ", ".join(prefix + key for key in keys[:4]) + (" ..." if len(keys) > 4 else "")
+    return ", ".join((prefix + key)[:_SHOWN] for key in keys[:4]) + (" ..." if len(keys) > 4 else "")
 
 
 def _tell_left(loaded: Loaded, layout: _Layout, part: dict[str, torch.Tensor], others: Iterable[str]) -> None:
@@ -264,13 +278,14 @@ def _tell_left(loaded: Loaded, layout: _Layout, part: dict[str, torch.Tensor], o
     heads = {name: count for name, count in own.items() if name in ("fc", "head", "heads", "classifier", "linear")}
     strange = [key for key in beside if key.split(".")[0] not in heads]
     if heads and not layout.pretraining:
-        names = [f"{key} {list(part[key].shape)}" for key in beside if key.split(".")[0] in heads]
+        names = [f"{key[:_SHOWN]} {list(part[key].shape)}" for key in beside if key.split(".")[0] in heads]
         loaded.warnings.append(
             f"{loaded.path}: {', '.join(names[:4])}: the head of a classifier, left out: this encoder may have been "
             "trained with labels"
         )
     if strange:
         loaded.warnings.append(f"{loaded.path}: keys that no {loaded.architecture.arch} has: {_some(strange, '')}")
+    loaded.warnings = [printable(warning) for warning in loaded.warnings]
     label = "projection head" if layout.pretraining else "head"
     parts = {f"{label} {name}.*": count for name, count in heads.items()}
     parts |= Counter(f"{key.split('.')[0]}.*" if "." in key else key for key in others)

@@ -76,6 +76,11 @@ class _Mean(nn.Module):
         return x.permute(0, 2, 3, 1).flatten(1, 2).mean(dim=1)
 
 
+def base_channels(width: float) -> int:
+    """Return the channels of a ResNet's first layer, of which the others have multiples."""
+    return max(8, int(64 * width))
+
+
 class ResNet(nn.Module):
     """A ResNet without its classifier: images [B, 3, H, W] to features [B, `features`].
 
@@ -95,7 +100,7 @@ class ResNet(nn.Module):
         zero_init: bool = False,
     ) -> None:
         super().__init__()
-        base = max(8, int(64 * width))
+        base = base_channels(width)
         small = stem == "small"
         self.conv1 = _conv(3, base, 3) if small else _conv(3, base, 7, 2)
         self.bn1 = norm(base)

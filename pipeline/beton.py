@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import BadRecords, InputError
+from pipeline.errors import BadRecords, InputError, printable
 from pipeline.libffcv import (
     ALLOC_TABLE_TYPE,
     CURRENT_VERSION,
@@ -30,9 +30,11 @@ from pipeline.libffcv import (
     RGBImageField,
     get_metadata_type,
 )
+from pipeline.limits import LARGEST_IMAGE, MOST_CLASSES, read_json
 
 MANIFEST_FORMAT = 1
 _MAX_FIELDS = 64
+_MANIFEST_BYTES, _SAMPLE_BYTES = 1 << 24, 2048  # of a manifest: at most, and what each sample adds to that
 PIXELS_A_BYTE = 512  # at most, in a JPEG: a block of 64 takes a bit or more
 _PREPARE_AGAIN = "write it again with python -m pipeline.prepare"
 
@@ -63,17 +65,17 @@ class Manifest:
         path.write_text(json.dumps(asdict(self), ensure_ascii=False), "utf-8", "surrogateescape")
 
     @staticmethod
-    def read(path: Path) -> Manifest:
-        """Read the manifest at `path`. Raises InputError where it is not one."""
+    def read(path: Path, samples: int) -> Manifest:
+        """Read the manifest at `path`, of a beton of so many samples. Raises InputError where it is not one."""
+        remedy = f"{_PREPARE_AGAIN}, or delete it to go on without CRCs"
+        said = read_json(path, _MANIFEST_BYTES + _SAMPLE_BYTES * samples, remedy, "surrogateescape")
         try:
-            manifest = Manifest(**json.loads(path.read_text("utf-8", "surrogateescape")))
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise InputError(
-                f"{path}: not a manifest ({error}): {_PREPARE_AGAIN}, or delete it to go on without CRCs"
-            ) from None
+            manifest = Manifest(**said)
+        except TypeError as error:
+            raise InputError(f"{path}: not a manifest ({error}): {remedy}") from None
         problem = manifest._problem()
         if problem:
-            raise InputError(f"{path}: {problem}: {_PREPARE_AGAIN}, or delete it to go on without CRCs")
+            raise InputError(f"{path}: {problem}: {remedy}")
         return manifest
 
     def _problem(self) -> str | None:
@@ -90,16 +92,13 @@ class Manifest:
             return "crc32 holds a value outside 32 bits"
         if not isinstance(self.classes, list) or not all(isinstance(name, str) for name in self.classes):
             return "classes must be a list of names"
-        if not isinstance(self.settings, dict) or not isinstance(self.versions, dict):
-            return "settings and versions must be objects"
-        if not isinstance(self.skipped, list) or not all(isinstance(s, list) and len(s) == 2 for s in self.skipped):
+        for said in (self.settings, self.versions):
+            if not isinstance(said, dict) or any(isinstance(value, dict | list) for value in said.values()):
+                return "settings and versions must be objects of plain values"
+        pairs = self.skipped if isinstance(self.skipped, list) else [None]
+        if not all(isinstance(pair, list) and [type(text) for text in pair] == [str, str] for pair in pairs):
             return "skipped must list pairs of name and reason"
         return None
-
-
-def printable(text: str) -> str:
-    """Return `text` with what is not text, such as bytes of a file name that is not UTF-8, escaped."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def manifest_path(beton: Path | str) -> Path:
@@ -111,6 +110,14 @@ def own_manifest(beton: Path) -> Path:
     """Return where the manifest of a beton that is there stands: beside it, or beside the file that a link leads to."""
     beside = manifest_path(beton)
     return beside if beside.exists() or not beton.is_symlink() else manifest_path(beton.resolve())
+
+
+def count_classes(*betons: Beton) -> int:
+    """Return the number of classes, from 0 to the largest label. Raises InputError for one beyond belief."""
+    largest = max(betons, key=lambda beton: beton.labels.max())
+    if (label := int(largest.labels.max())) >= MOST_CLASSES:
+        raise InputError(f"{largest.path}: holds label {label}: give less than {MOST_CLASSES}")
+    return label + 1
 
 
 class Beton:
@@ -128,11 +135,11 @@ class Beton:
     def __init__(self, path: Path | str, *, tolerate: bool = False) -> None:
         self.path, self._tolerate = Path(path), tolerate
         self.unreadable: frozenset[int] = frozenset()
-        if self.path.is_dir():
+        if os.path.isdir(self.path):
             raise InputError(
                 f"{path}: is a folder: write a beton from it with python -m pipeline.prepare {path} OUT.beton"
             )
-        if not self.path.is_file():
+        if not os.path.isfile(self.path):
             raise InputError(f"{path}: no such file: write it with python -m pipeline.prepare SOURCE {path}")
         try:
             self.file_size = self.path.stat().st_size
@@ -247,6 +254,7 @@ class Beton:
             "a JPEG too short for its image": (self.modes == JPEG) & (pixels // np.uint64(PIXELS_A_BYTE) > size),
             "an unknown storage mode": (self.modes != JPEG) & (self.modes != RAW),
             "a raw record whose size is not that of its image": (self.modes == RAW) & (size != pixels * np.uint64(3)),
+            f"an image of more than {LARGEST_IMAGE} pixels": pixels > LARGEST_IMAGE,
         }
         found = [(int(index), what) for what, wrong in faults.items() for index in np.flatnonzero(wrong)]
         if found and self._tolerate and len(dict(found)) < len(self):
@@ -265,9 +273,9 @@ class Beton:
 
     def _read_manifest(self) -> Manifest | None:
         path = own_manifest(self.path)
-        if not path.is_file():
+        if not path.exists():
             return None
-        manifest = Manifest.read(path)
+        manifest = Manifest.read(path, len(self))
         if (manifest.count, manifest.file_size) != (len(self), self.file_size):
             raise InputError(
                 f"{self.path}: holds {len(self)} samples in {self.file_size} bytes, its manifest {path.name} says "
@@ -276,6 +284,11 @@ class Beton:
         if manifest.header_crc32 != self._header_crc32():
             raise InputError(
                 f"{self.path}: its header or metadata are not those its manifest was made for: {_PREPARE_AGAIN}"
+            )
+        if manifest.classes and self.labels.max() >= len(manifest.classes):
+            raise InputError(
+                f"{self.path}: has label {self.labels.max()}, and {path.name} {len(manifest.classes)} classes: "
+                f"{_PREPARE_AGAIN}"
             )
         return manifest
 

@@ -13,9 +13,9 @@ import glob
 import hashlib
 import os
 import re
-import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -24,15 +24,16 @@ from pipeline.beton import PIXELS_A_BYTE, Beton
 from pipeline.cores import available_cores
 from pipeline.errors import BadRecords, InputError
 from pipeline.libffcv import JPEG
+from pipeline.limits import LARGEST_FILE, LARGEST_IMAGE, MOST_CLASSES, open_regular, read_bytes
 from pipeline.progress import progress
-from pipeline.records import jpeg_side_lengths
-from pipeline.sources import Item, Source, open_source
+from pipeline.records import jpeg_frame
+from pipeline.sources import Item, Source, open_source, tar_files
 
 _HEADER = 1 << 16  # bytes of a file that hold its frame header, nearly always
 _FORMAT = 1
 _CHUNK = 1000
-_BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
-_CLASSES = 1_000_000  # labels below this are believed
+_BRACES = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}")
+_MOST_TARS, _MOST_BRACES = 100_000, 8
 
 
 class Direct(Beton):
@@ -96,15 +97,16 @@ class Direct(Beton):
         self.pointers = np.array([max(item.offset, 0) for item in items], np.uint64)
         stated = [item.size or os.path.getsize(item.path) for item in items]
         self.sizes = np.array(stated, np.uint64)
-        places = "\n".join(self._names).encode() + self.pointers.tobytes() + self.sizes.tobytes()
+        places = os.fsencode("\n".join(self._names)) + self.pointers.tobytes() + self.sizes.tobytes()
         stamps = [f"{os.path.abspath(path)} {os.stat(path).st_mtime_ns}" for path in self._files]
         key = hashlib.sha256(places + f"{_FORMAT} {stamps}".encode()).hexdigest()[:32]
-        cached = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "millrace" / f"direct-{key}.npy"
+        cached = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "millrace" / f"direct-{key}.sides"
         sides = _cached(cached, len(items))
         if sides is None:
             sides = _read_sides(items)
             _cache(cached, sides)
-        forged = sides.prod(axis=1, dtype=np.int64) // PIXELS_A_BYTE > self.sizes.astype(np.int64)
+        pixels = sides.prod(axis=1, dtype=np.int64)
+        forged = (pixels // PIXELS_A_BYTE > self.sizes.astype(np.int64)) | (pixels > LARGEST_IMAGE)
         bad = np.flatnonzero((sides <= 0).any(axis=1) | forged)
         if len(bad) and not (self._tolerate and len(bad) < len(items)):
             faults = [(int(index), "not an RGB or grey JPEG") for index in bad]
@@ -120,19 +122,20 @@ class Direct(Beton):
 
 
 def _cached(path: Path, count: int) -> np.ndarray | None:
+    """Return the sizes that were kept, int32 [N, 2]; None where there are none, or not of so many images."""
     try:
-        sides = np.load(path, allow_pickle=False)
-    except (OSError, ValueError):
+        data = read_bytes(path, 8 * count, "remove it")
+    except InputError:
         return None
-    return sides if sides.shape == (count, 2) and sides.dtype == np.int32 else None
+    return np.frombuffer(data, np.int32).reshape(-1, 2).copy() if len(data) == 8 * count else None
 
 
 def _cache(path: Path, sides: np.ndarray) -> None:
     """Keep the sizes for the next time; where that cannot be, they are read again."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}.npy")
-        np.save(beside, sides)
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        beside.write_bytes(sides.tobytes())
         os.replace(beside, path)
     except OSError:
         return
@@ -148,30 +151,27 @@ def _read_sides(items: list[Item]) -> np.ndarray:
 
 
 def _side_lengths(item: Item) -> tuple[int, int]:
-    with open(item.path, "rb") as file:
-        whole = item.size or os.fstat(file.fileno()).st_size
-        for count in (min(_HEADER, whole), whole):
-            data = np.frombuffer(os.pread(file.fileno(), count, max(item.offset, 0)), np.uint8)
-            height, width = (int(side) for side in jpeg_side_lengths(data))
-            if height:
-                return (height, width) if _channels(data) in (1, 3) else (0, 0)
+    try:
+        with open_regular(item.path) as file:
+            whole = item.size or os.fstat(file.fileno()).st_size
+            for count in (min(_HEADER, whole), whole) if whole <= LARGEST_FILE else ():
+                data = np.frombuffer(os.pread(file.fileno(), count, max(item.offset, 0)), np.uint8)
+                height, width, components = (int(number) for number in jpeg_frame(data))
+                if height:
+                    return (height, width) if components in (1, 3) else (0, 0)
+    except OSError:
+        pass
     return 0, 0
-
-
-def _channels(data: np.ndarray) -> int:
-    """Return the number of components of a JPEG's frame header."""
-    at = 2
-    while at + 9 < len(data):
-        marker = int(data[at + 1])
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return int(data[at + 9])
-        at += 1 if marker == 0xFF else 2 + (int(data[at + 2]) << 8 | int(data[at + 3]))
-    return 0
 
 
 def _listed(source: str, subset: str | None) -> Source:
     """Return the images of a folder or tar, or of all tars of a pattern; WebDataset's labels where it has some."""
-    paths = [path for name in _expanded(source) for path in (sorted(glob.glob(name)) if _is_pattern(name) else [name])]
+    matching = (
+        path for name in _expanded(source) for path in (sorted(glob.glob(name)) if _is_pattern(name) else [name])
+    )
+    paths = list(islice(matching, _MOST_TARS + 1))
+    if len(paths) > _MOST_TARS:
+        raise InputError(f"{source[:200]}: stands for more than {_MOST_TARS} files: give fewer at once")
     if not paths:
         raise InputError(f"{source}: no such files: give a folder, a .tar, or a pattern of tars")
     if source.endswith(".zip") or source.startswith("synthetic:"):
@@ -200,14 +200,18 @@ def _is_pattern(source: str) -> bool:
     return bool(glob.has_magic(source) or _BRACES.search(source)) and not os.path.exists(source)
 
 
-def _expanded(source: str) -> list[str]:
-    """Return the names that braces such as {000..127} or {a,b} stand for, as WebDataset writes them."""
+def _expanded(source: str) -> Iterator[str]:
+    """Yield the names that braces such as {000..127} or {a,b} stand for, as WebDataset writes them."""
     found = _BRACES.search(source)
     if found is None or os.path.exists(source):
-        return [source]
+        yield source
+        return
+    if source.count("{") > _MOST_BRACES:
+        raise InputError(f"{source[:200]}: has more than {_MOST_BRACES} braces: give fewer")
     first, last, listed = found.groups()
-    parts = listed.split(",") if listed else [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
-    return [name for part in parts for name in _expanded(source[: found.start()] + part + source[found.end() :])]
+    parts = listed.split(",") if listed else (f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1))
+    for part in parts:
+        yield from _expanded(source[: found.start()] + part + source[found.end() :])
 
 
 def _class_files(paths: Iterable[str], items: list[Item]) -> list[int] | None:
@@ -216,17 +220,13 @@ def _class_files(paths: Iterable[str], items: list[Item]) -> list[int] | None:
     for path in paths:
         if not path.endswith(".tar") or any(item.label >= 0 for item in items):
             return None
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                if member.name.endswith(".cls") and member.size < 32:
-                    file = archive.extractfile(member)
-                    text = file.read().strip() if file else b""
-                    if text.isdigit():
-                        if int(text) >= _CLASSES:
-                            raise InputError(
-                                f"{path}: {member.name} holds label {int(text)}: give less than {_CLASSES}"
-                            )
-                        found[path, member.name.removeprefix("./")[: -len(".cls")]] = int(text)
+        for item in tar_files(path):
+            if item.name.endswith(".cls") and item.size < 32:
+                text = item.read().strip()
+                if text.isdigit():
+                    if int(text) >= MOST_CLASSES:
+                        raise InputError(f"{path}: {item.name} holds label {int(text)}: give less than {MOST_CLASSES}")
+                    found[path, item.name[: -len(".cls")]] = int(text)
     labels = [found.get((item.path, str(PurePosixPath(item.name).with_suffix(""))), -1) for item in items]
     return labels if found else None
 
@@ -235,7 +235,7 @@ def open_data(path: Path | str, *, tolerate: bool = False) -> Beton:
     """Return the beton at `path`, or a folder or tar that is read directly."""
     known = (".tar", ".zip")
     if str(path).endswith(".beton") or not (
-        Path(path).is_dir() or str(path).endswith(known) or str(path).startswith("synthetic:") or _is_pattern(str(path))
+        os.path.isdir(path) or str(path).endswith(known) or str(path).startswith("synthetic:") or _is_pattern(str(path))
     ):
         return Beton(path, tolerate=tolerate)
     return Direct(path, tolerate=tolerate)

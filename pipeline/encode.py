@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import zlib
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from pipeline.errors import InputError
 from pipeline.hashing import mix
 from pipeline.libffcv import JPEG, RAW, decode_jpeg
-from pipeline.records import jpeg_side_lengths
+from pipeline.limits import LARGEST_IMAGE, MOST_SCANNED, MOST_SCANS
+from pipeline.records import jpeg_frame
 
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "PPM", "TIFF")  # Pillow has others, one of which runs a program
+_TILE = (322, 323)  # TIFF's tags of a tile's width and height: it is decoded whole, however small the image
+_SCAN = b"\xff\xda"
+_LARGE = 1 << 24  # pixels
+_BAND = 64  # rows
+_BESIDES = 1 << 20  # bytes of a JPEG that are no pixels
+_NOTHING: AbstractContextManager[Any] = contextlib.nullcontext()
 _LONGEST_SIDE = 65500  # the JPEG encoder's; the format itself holds 65535
 _TURNS = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -70,9 +82,17 @@ class Unreadable(Exception):
     """An image that cannot be stored; the message is the reason."""
 
 
-def encode(data: bytes, index: int, settings: Settings) -> Record:
-    """Return the record for image file `data`, sample `index`. Raises Unreadable."""
+def encode(data: bytes, index: int, settings: Settings, large: AbstractContextManager[Any] = _NOTHING) -> Record:
+    """Return the record for image file `data`, sample `index`. Raises Unreadable.
+
+    large: held while an image of more than 16 million pixels is decoded.
+    """
     image = _open(data)
+    with large if image.width * image.height > _LARGE else _NOTHING:
+        return _encoded(data, image, index, settings)
+
+
+def _encoded(data: bytes, image: Image.Image, index: int, settings: Settings) -> Record:
     as_jpeg = settings.mode == "jpg" or (
         settings.mode == "proportion" and float(mix(np.uint64(index))) < settings.jpeg_share * 2.0**64
     )
@@ -92,14 +112,24 @@ def _record(data: bytes, mode: int, height: int, width: int) -> Record:
 
 
 def _open(data: bytes) -> Image.Image:
+    """Return the image, not decoded yet, and never to be where that would take too much memory or time."""
     if not data:
         raise Unreadable("the file is empty")
     try:
-        return Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+        tile = [int(tags.get(side, 0)) for side in _TILE]
     except UnidentifiedImageError:
         raise Unreadable("not an image") from None
     except Exception as error:  # of any kind: Pillow's decoders meet bytes they were not written for
         raise Unreadable(_reason(error)) from None
+    for width, height in (image.size, tile):
+        if width * height > LARGEST_IMAGE:
+            raise Unreadable(f"{width} by {height} pixels, more than {LARGEST_IMAGE}: shrink it first")
+    scans = data.count(_SCAN) if image.format == "JPEG" else 0
+    if scans > MOST_SCANS or scans * image.width * image.height > MOST_SCANNED:
+        raise Unreadable(f"a JPEG of {scans} scans: encode it again")
+    return image
 
 
 def _reason(error: Exception) -> str:
@@ -110,12 +140,14 @@ def _storable(data: bytes, image: Image.Image, settings: Settings) -> bool:
     """Whether a file can stand in the beton as it is: an upright RGB or grey JPEG that the loader's decoder reads."""
     if image.format != "JPEG" or image.mode not in ("RGB", "L"):
         return False
+    if len(data) > _BESIDES + 6 * image.width * image.height:
+        return False
     if settings.max_side and max(image.size) > settings.max_side:
         return False
     if not settings.ignore_exif and _turn(image) is not None:
         return False
     source, (width, height) = np.frombuffer(data, np.uint8), image.size
-    if jpeg_side_lengths(source) != (height, width):
+    if jpeg_frame(source)[:2] != (height, width):
         return False
     pixels = np.empty(3 * height * width, np.uint8)
     return bool(decode_jpeg(source, pixels, height, width) == 0)
@@ -144,10 +176,15 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 def _sixteen_to_eight(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.float64)
-    if image.mode != "F" or values.max() > 255:
-        values = values / 257  # 65535 is white
-    return Image.fromarray(np.rint(values.clip(0, 255)).astype(np.uint8))
+    bands = [(0, top, image.width, min(top + _BAND, image.height)) for top in range(0, image.height, _BAND)]
+    wide = image.mode != "F" or max(np.asarray(image.crop(band)).max() for band in bands) > 255
+    eight = Image.new("L", image.size)
+    for band in bands:
+        values = np.asarray(image.crop(band)).astype(np.float64)
+        if wide:
+            values = values / 257  # 65535 is white
+        eight.paste(Image.fromarray(np.rint(values.clip(0, 255)).astype(np.uint8)), band)
+    return eight
 
 
 def _shrink(image: Image.Image, max_side: int) -> Image.Image:

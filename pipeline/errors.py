@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import unicodedata
 from collections.abc import Callable
 
 
@@ -64,5 +65,15 @@ def report(error: Exception, status: int) -> int:
     if rank != "0" and getattr(error, "told", False):
         return status  # the first process says it
     who = "error" if rank == "0" else f"error in process {rank}"
-    print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr)
+    print(printable(f"{who}: {' '.join(str(error).split())}"), file=sys.stderr)
     return status
+
+
+def printable(text: str) -> str:
+    """Return `text` in one line, with all that is not text escaped: control characters, bytes that are not UTF-8."""
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() or unicodedata.category(letter) == "Zs" else ascii(letter)[1:-1]
+        for letter in text
+    )

@@ -17,10 +17,10 @@ from PIL import Image
 
 from pipeline.augment import IMAGENET, augment
 from pipeline.backends import Plan, Wanted, build
-from pipeline.beton import Beton, printable
+from pipeline.beton import Beton
 from pipeline.cores import available_cores
 from pipeline.draws import draw_view
-from pipeline.errors import BadRecords, InputError, command
+from pipeline.errors import BadRecords, InputError, command, printable
 from pipeline.libffcv import RAW
 from pipeline.order import epoch_order
 from pipeline.progress import progress
@@ -42,11 +42,11 @@ def describe(beton: Beton) -> str:
         f"  labels     {_labels(beton)}",
     ]
     if beton.manifest is None:
-        return "\n".join([*lines, "  manifest   none: bytes cannot be checked against CRCs"])
+        return "\n".join(map(printable, [*lines, "  manifest   none: bytes cannot be checked against CRCs"]))
     settings = ", ".join(f"{key} {value}" for key, value in beton.manifest.settings.items())
     versions = ", ".join(f"{key} {value}" for key, value in beton.manifest.versions.items())
     left_out = [f"  left out   {name}: {reason}" for name, reason in beton.manifest.skipped]
-    return printable("\n".join([*lines, f"  written    {settings}", f"  with       {versions}", *left_out]))
+    return "\n".join(map(printable, [*lines, f"  written    {settings}", f"  with       {versions}", *left_out]))
 
 
 def _range(values: np.ndarray) -> str:

@@ -26,11 +26,12 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from pipeline.beton import Manifest, manifest_path
 from pipeline.cores import available_cores
 from pipeline.encode import Record, Settings, Unreadable, encode
-from pipeline.errors import InputError, command
+from pipeline.errors import InputError, command, printable
 from pipeline.progress import progress
 from pipeline.sources import Item, Source, open_source
 from pipeline.writer import BetonWriter
@@ -38,19 +39,24 @@ from pipeline.writer import BetonWriter
 _AHEAD = 32  # images a worker may be ahead of the writer
 
 
+_large: Any = contextlib.nullcontext()  # in workers a lock: over all of them, one large image is decoded at a time
+
+
 def _work(item: Item, index: int, settings: Settings) -> Record | str:
     """What a worker process does for one image: its record, or the reason it has none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's on odd EXIF, palettes and large images, which are no errors
-            return encode(item.read(), index, settings)
+            return encode(item.read(), index, settings, _large)
     except Unreadable as error:
         return str(error)
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
 
 
-def _start_worker() -> None:
+def _start_worker(large: Any) -> None:
+    global _large
+    _large = large
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers,
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_follow_parent, daemon=True).start()  # or, killed, takes them with it
@@ -71,7 +77,7 @@ def _records(items: list[Item], settings: Settings, workers: int) -> Generator[R
     # Forked workers are ready at once, where no thread of ours could hold a lock; spawned ones take seconds to import.
     context = multiprocessing.get_context("fork" if threading.active_count() == 1 else "spawn")
     _work(items[0], 0, settings)  # compiled here, once, for all that are forked
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(context.Lock(),))
     try:
         under_way: deque[Future] = deque()
         for index, item in enumerate(items):
@@ -112,6 +118,7 @@ def prepare(
         images = Source(_spread(images.items, limit), images.classes)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.writing")
     try:
+        temporary.unlink(missing_ok=True)  # of a process of that number that was killed
         manifest = _write(source, images, temporary, settings, workers or available_cores(), skip_bad, quiet)
         manifest.write(temporary.with_suffix(".json"))
         manifest_path(out).unlink(missing_ok=True)  # never an old manifest beside a new file
@@ -246,7 +253,7 @@ def main() -> None:
     options = {"workers": args.workers, "limit": args.limit, "subset": args.subset, "skip_bad": args.skip_bad}
     manifest = prepare(args.source, args.out, settings, **options)
     for name, reason in manifest.skipped:
-        print(f"left out: {name}: {reason}", file=sys.stderr)
+        print(printable(f"left out: {name}: {reason}"), file=sys.stderr)
     alone = sum("/" not in name for name in manifest.names) if manifest.classes else 0
     if alone:
         print(f"warning: {alone} images stand in no class folder and have no label", file=sys.stderr)

@@ -11,6 +11,7 @@ from pipeline.compiled import compiled
 from pipeline.errors import DamagedRecord
 from pipeline.libffcv import JPEG, crc32, decode_jpeg
 from pipeline.libjpeg import decode_rectangle_symbol
+from pipeline.limits import MOST_SCANNED, MOST_SCANS
 
 WHOLE, _CHANGED, _UNDECODABLE = range(3)
 _FAULTS = {
@@ -33,24 +34,34 @@ class Records(NamedTuple):
 
 
 @compiled(nogil=True, boundscheck=False)
-def jpeg_side_lengths(data: Any) -> tuple[Any, Any]:
-    """Return height and width from a JPEG's frame header, (0, 0) where it has none."""
+def jpeg_frame(data: Any) -> tuple[Any, Any, Any]:
+    """Return height, width and number of components from a JPEG's frame header, zeros where it has none."""
     at = np.int64(2)
     while at + 9 < data.size and data[at] == 0xFF:
         marker = data[at + 1]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             height = (np.int64(data[at + 5]) << 8) | np.int64(data[at + 6])
-            return height, (np.int64(data[at + 7]) << 8) | np.int64(data[at + 8])
+            return height, (np.int64(data[at + 7]) << 8) | np.int64(data[at + 8]), np.int64(data[at + 9])
         if marker == 0xFF:  # fill byte
             at += 1
         else:
             at += 2 + ((np.int64(data[at + 2]) << 8) | np.int64(data[at + 3]))
-    return 0, 0
+    return 0, 0, 0
+
+
+@compiled(nogil=True, boundscheck=False)
+def jpeg_scans(data: Any) -> int:
+    """Return the number of scans of a JPEG, or more: those of a thumbnail are counted too."""
+    count = 0
+    for at in range(data.size - 1):
+        count += data[at] == 0xFF and data[at + 1] == 0xDA
+    return count
 
 
 def _decode_whole(data: Any, height: Any, width: Any, box: Any, pixels: Any) -> bool:
     """Decode a JPEG to `pixels`, and return whether that went well; `box` is the whole image."""
-    if jpeg_side_lengths(data) != (height, width):
+    scans = jpeg_scans(data)
+    if jpeg_frame(data)[:2] != (height, width) or scans > MOST_SCANS or scans * height * width > MOST_SCANNED:
         return False
     return bool(decode_jpeg(data, pixels, height, width) == 0)
 

@@ -8,6 +8,7 @@ that stand in no folder are unlabelled.
 from __future__ import annotations
 
 import os
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -17,11 +18,15 @@ from pathlib import Path, PurePosixPath
 
 from pipeline import synthetic
 from pipeline.errors import InputError
+from pipeline.limits import LARGEST_FILE, MOST_FILES, open_regular
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
 SUBSETS = frozenset({"train", "val", "valid", "validation", "test", "extra", "unlabeled", "unlabelled"})
 _SYNTHETIC_SEED = 0
 _ZIP_HEADER = 30  # bytes before the name in a zip member's header
+_RATIO = 200  # of a zip's images, uncompressed, to what the zip takes
+_LONGEST_HEADER = 1 << 20  # bytes of a tar's
+_LONGEST_NAME = 512  # bytes
 
 
 @dataclass(frozen=True)
@@ -42,16 +47,19 @@ class Item:
     """A zip member's compression; -1 outside a zip."""
     crc32: int = 0
     """A zip member's, uncompressed."""
+    expanded: int = 0
+    """A zip member's bytes, uncompressed."""
 
     def read(self) -> bytes:
-        """Return the image file's bytes. Raises OSError."""
+        """Return the image file's bytes. Raises OSError, for more than `LARGEST_FILE` too."""
         if not self.path:
             return synthetic.jpeg(_SYNTHETIC_SEED, self.offset)[0]
-        if self.offset < 0:
-            return Path(self.path).read_bytes()
-        with open(self.path, "rb") as file:
+        with open_regular(self.path) as file:
+            size = self.size if self.offset >= 0 else os.fstat(file.fileno()).st_size
+            if max(size, self.expanded) > LARGEST_FILE:
+                raise OSError(f"{max(size, self.expanded)} bytes, more than {LARGEST_FILE}")
             if self.method < 0:
-                return os.pread(file.fileno(), self.size, self.offset)
+                return os.pread(file.fileno(), size, max(self.offset, 0))
             return self._unzip(file.fileno())
 
     def _unzip(self, file: int) -> bytes:
@@ -59,12 +67,13 @@ class Item:
         header = os.pread(file, _ZIP_HEADER, self.offset)  # ends in the lengths of name and extra field
         skip = len(header) + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
         data = os.pread(file, self.size, self.offset + skip)
-        try:
-            data = zlib.decompress(data, -zlib.MAX_WBITS) if self.method == zipfile.ZIP_DEFLATED else data
-        except zlib.error as error:
-            raise OSError(f"damaged in the zip ({error})") from None
-        if zlib.crc32(data) != self.crc32:
-            raise OSError("damaged in the zip (CRC32 differs)")
+        if self.method == zipfile.ZIP_DEFLATED:
+            try:
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, self.expanded + 1)
+            except zlib.error as error:
+                raise OSError(f"damaged in the zip ({error})") from None
+        if len(data) != self.expanded or zlib.crc32(data) != self.crc32:
+            raise OSError("damaged in the zip (its size or CRC32 differs)")
         return data
 
 
@@ -85,9 +94,9 @@ def open_source(source: str, subset: str | None = None) -> Source:
     if source.startswith("synthetic:"):
         return _drawn(source)
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):
         found = _walk(path)
-    elif not path.is_file():
+    elif not os.path.isfile(path):
         raise InputError(f"{source}: no such file or folder: give an image folder, a .tar, a .zip or synthetic:N")
     elif path.suffix == ".zip":
         found = _zip_members(path)
@@ -111,8 +120,12 @@ def _drawn(source: str) -> Source:
 def _walk(root: Path) -> Iterator[Item]:
     for folder, folders, files in os.walk(root, onerror=_refuse, followlinks=True):
         folders.sort()
+        for inner in folders:
+            path = Path(folder, inner)
+            if path.is_symlink() and Path(folder).resolve().is_relative_to(path.resolve()):
+                raise InputError(f"{path}: is a link to a folder that it is in: remove it")
         for file in files:
-            path = Path(folder) / file
+            path = Path(folder, file)
             yield Item(path.relative_to(root).as_posix(), str(path))
 
 
@@ -123,61 +136,111 @@ def _refuse(error: OSError) -> None:
 def _zip_members(path: Path) -> Iterator[Item]:
     try:
         with zipfile.ZipFile(path) as archive:
-            members = [member for member in archive.infolist() if not member.is_dir()]
-    except (zipfile.BadZipFile, OSError) as error:
+            members, end = [m for m in archive.infolist() if not m.filename.endswith("/")], archive.start_dir
+    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, MemoryError, struct.error) as error:
         raise InputError(f"{path}: not a whole zip file ({error}): fetch it again") from None
+    _refuse_bomb(path, members, end)
     for member in members:
         method = member.compress_type
         if member.flag_bits & 1 or method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise InputError(f"{path}: {member.filename} is encrypted or not deflated: unpack it and give the folder")
         yield Item(
-            _plain(member.filename),
+            _plain(member.filename, path),
             str(path),
             offset=member.header_offset,
             size=member.compress_size,
             method=method,
             crc32=member.CRC,
+            expanded=member.file_size,
         )
+
+
+def _refuse_bomb(path: Path, members: list[zipfile.ZipInfo], end: int) -> None:
+    """Raise InputError where images share their bytes, or all of them are far larger than the zip before byte `end`."""
+    total = sum(member.file_size for member in members if _is_image(member.filename))
+    if total > _RATIO * end + LARGEST_FILE:
+        raise InputError(f"{path}: {total} bytes of images in {end}, more than {_RATIO} times as many: a bomb")
+    members = sorted(members, key=lambda member: member.header_offset)
+    for member, start in zip(members, [*(after.header_offset for after in members[1:]), end], strict=False):
+        if member.header_offset + _ZIP_HEADER + member.compress_size > start:
+            raise InputError(f"{path}: {member.filename} goes on into what follows it: fetch the zip again")
 
 
 def _tar_members(path: Path) -> Iterator[Item]:
     """Yield the files of a tar; a tar inside it is a class folder, read in place (ILSVRC2012_img_train.tar)."""
+    for item in tar_files(path):
+        if not item.name.endswith(".tar"):
+            yield item
+            continue
+        folder = item.name.removesuffix(".tar")
+        for image in tar_files(path, item.offset, item.size):
+            yield replace(image, name=f"{folder}/{image.name}")
+
+
+def tar_files(path: Path | str, start: int = 0, size: int | None = None) -> Iterator[Item]:
+    """Yield the files of a tar, or of one inside it that has those bytes. Raises InputError where it is not whole."""
     try:
-        with tarfile.open(path, "r:") as archive:
-            for member in _members(archive):
-                if not member.name.endswith(".tar"):
-                    yield Item(_plain(member.name), str(path), offset=member.offset_data, size=member.size)
-                    continue
-                with tarfile.open(fileobj=archive.extractfile(member), mode="r:") as inner:
-                    folder = _plain(member.name).removesuffix(".tar")
-                    for image in _members(inner):
-                        offset = member.offset_data + image.offset_data
-                        yield Item(f"{folder}/{_plain(image.name)}", str(path), offset=offset, size=image.size)
-    except (tarfile.TarError, OSError) as error:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size if size is None else size
+            for member in _members(_Part(file.fileno(), start, size)):
+                yield Item(_plain(member.name, path), str(path), offset=start + member.offset_data, size=member.size)
+    except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(
             f"{path}: not a whole, uncompressed tar file ({error}): fetch it again or decompress it"
         ) from None
 
 
-def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+class _Part:
+    """Part of a file that tarfile reads headers from. Their lengths are theirs to say, so that they are bounded."""
+
+    def __init__(self, file: int, start: int, size: int) -> None:
+        self._file, self._start, self.size, self._at = file, start, size, 0
+
+    def read(self, count: int = -1) -> bytes:
+        if not 0 <= count <= _LONGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {count} bytes")
+        data = os.pread(self._file, min(count, max(self.size - self._at, 0)), self._start + self._at)
+        self._at += len(data)
+        return data
+
+    def seek(self, at: int) -> None:
+        self._at = at
+
+    def tell(self) -> int:
+        return self._at
+
+
+def _members(part: _Part) -> Iterator[tarfile.TarInfo]:
     """Yield the files of a tar. A damaged or missing header, which tarfile takes for the end of it, is an error."""
-    for member in archive:
+    archive, before = tarfile.TarFile(fileobj=part), -1  # type: ignore[arg-type]
+    while (member := archive.next()) is not None:
+        archive.members = []  # type: ignore[attr-defined]  # it would keep all of them
         if member.islnk() or member.issym():
             raise tarfile.ReadError(f"{member.name} is a link: pack the files themselves, with tar --dereference")
+        if member.issparse():
+            raise tarfile.ReadError(f"{member.name} is sparse: pack it without tar's --sparse")
+        if archive.offset <= before or (member.isfile() and not 0 <= member.size <= part.size - member.offset_data):
+            raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
+        before = archive.offset
         if member.isfile():
             yield member
-    assert archive.fileobj is not None
-    archive.fileobj.seek(archive.offset)
-    if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+    part.seek(archive.offset)
+    if part.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError(f"no member and no end at byte {archive.offset}")
 
 
-def _plain(name: str) -> str:
-    return name.removeprefix("./")
+def _plain(name: str, path: Path | str) -> str:
+    """Return the name of an archive's member. Raises InputError for one that leads out of a folder."""
+    name = name.removeprefix("./")
+    if name.startswith("/") or ".." in name.split("/") or "\\" in name or "\0" in name:
+        raise InputError(f"{path}: has a member {name[:_LONGEST_NAME]!r}: pack it again, with names inside one folder")
+    return name
 
 
 def _label(source: str, found: Iterable[Item], subset: str | None) -> Source:
-    images = [item for item in found if PurePosixPath(item.name).suffix.lower() in SUFFIXES and not _hidden(item.name)]
+    images = [item for item in _counted(source, found) if _is_image(item.name)]
     parents = {PurePosixPath(item.name).parent.parts for item in images}
     root = _root(source, parents, subset)
     images = [item for item in images if PurePosixPath(item.name).parts[: len(root)] == root]
@@ -194,6 +257,20 @@ def _label(source: str, found: Iterable[Item], subset: str | None) -> Source:
         replace(item, label=number[folder[0]] if folder else -1) for item, folder in zip(images, folders, strict=True)
     ]
     return Source(items, classes)
+
+
+def _counted(source: str, found: Iterable[Item]) -> Iterator[Item]:
+    """Yield the files. Raises InputError where there are too many, or one has too long a name."""
+    for number, item in enumerate(found):
+        if number == MOST_FILES:
+            raise InputError(f"{source}: more than {MOST_FILES} files: split it")
+        if len(os.fsencode(item.name)) > _LONGEST_NAME:
+            raise InputError(f"{source}: the name {item.name[:40]}... has more than {_LONGEST_NAME} bytes: shorten it")
+        yield item
+
+
+def _is_image(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in SUFFIXES and not _hidden(name)
 
 
 def _hidden(name: str) -> bool:

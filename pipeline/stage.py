@@ -99,7 +99,7 @@ def _is_of(error: OSError, source: Path) -> bool:
 
 
 def _copy(source: Path, beside: Path, *, quiet: bool) -> None:
-    with source.open("rb") as read, beside.open("wb") as write:
+    with source.open("rb") as read, beside.open("xb") as write:  # never through a link that was planted
         every = 0.1 if sys.stderr.isatty() else 30.0  # seconds between two states of progress
         size = source.stat().st_size
         with tqdm(total=size, unit="B", unit_scale=True, desc=source.name, disable=quiet, mininterval=every) as bar:

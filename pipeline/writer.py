@@ -42,7 +42,7 @@ class BetonWriter:
         self._metadata = np.zeros(capacity, self._row)
         self._table = np.zeros(capacity, ALLOC_TABLE_TYPE)
         self._count, self._page = 0, PAGE
-        self._file = open(path, "wb")  # noqa: SIM115 - closed by `close`
+        self._file = open(path, "xb")  # noqa: SIM115 - closed by `close`
         self._end = HeaderType.itemsize + self._descriptors.nbytes + self._metadata.nbytes
 
     def append(self, record: Record, label: int) -> None:

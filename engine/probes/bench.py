@@ -27,7 +27,7 @@ from engine.weights import Loaded, digest, load_encoder
 from methods.encoders import place
 from methods.vit import PATCH
 from pipeline.backends.choice import Choice, agreed, choose
-from pipeline.beton import Beton
+from pipeline.beton import Beton, count_classes
 from pipeline.cores import available_cores
 from pipeline.direct import open_data
 from pipeline.errors import InputError, RunFailed
@@ -88,7 +88,7 @@ class Bench:
     @property
     def classes(self) -> int:
         """Number of classes."""
-        return int(max(self.train.labels.max(), self.test.labels.max())) + 1
+        return count_classes(self.train, self.test)
 
     def loading(self, beton: Beton) -> dict[str, Any]:
         """Return the loaders' options."""

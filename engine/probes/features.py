@@ -18,6 +18,7 @@ from engine import ranks
 from engine.meeting import together
 from engine.probes.bench import Bench
 from pipeline.errors import InputError
+from pipeline.limits import LIST_BYTES, read_json
 from pipeline.loader import CentreLoader
 
 
@@ -52,7 +53,7 @@ def _written(bench: Bench, partial: Path) -> np.ndarray:
     shape, settings = (len(bench.train), int(bench.backbone.features)), bench.settings()  # type: ignore[arg-type]
     together(lambda: _make(partial, position, shape, settings))
     rows = np.lib.format.open_memmap(partial, "r+")
-    read = json.loads(position.read_text())["read"]
+    read = _read(position, settings, len(bench.train), len(own)) or []
     batch = bench.args.batch or 256
     if len(read) < len(own):
         options = {"share": bench.share, **bench.loading(bench.train)}
@@ -76,15 +77,37 @@ def _written(bench: Bench, partial: Path) -> np.ndarray:
 
 def _make(partial: Path, position: Path, shape: tuple[int, int], settings: dict[str, object]) -> None:
     """Make the file and this process's position in it, where there are none of these settings."""
-    try:
-        kept = json.loads(position.read_text())["settings"] == settings and partial.exists()
-    except (OSError, ValueError, KeyError, TypeError):
-        kept = False
-    if kept:
+    if _holds(partial, shape) and _read(position, settings, shape[0], shape[0]) is not None:
         return
-    _note(position, settings, [])
-    if ranks.rank() == 0:
-        np.lib.format.open_memmap(partial, "w+", np.float32, shape).flush()
+    beside = partial.with_name(f"{partial.name}.writing")
+    try:
+        _note(position, settings, [])
+        if ranks.rank() == 0:
+            np.lib.format.open_memmap(beside, "w+", np.float32, shape).flush()
+            os.replace(beside, partial)
+    except OSError as error:
+        raise InputError(f"{error.filename}: {error.strerror}: choose another --to") from None
+
+
+def _holds(partial: Path, shape: tuple[int, int]) -> bool:
+    """Return whether the file is there with rows of that shape; it is mapped, not read."""
+    try:
+        rows = np.lib.format.open_memmap(partial, "r") if partial.is_file() else np.zeros(0)
+    except (OSError, ValueError):
+        return False
+    return rows.shape == shape and rows.dtype == np.float32
+
+
+def _read(position: Path, settings: dict[str, object], images: int, most: int) -> list[int] | None:
+    """Return the ids that were read, at most so many of so many images; None where they are of other settings."""
+    try:
+        noted = read_json(position, LIST_BYTES, "remove it")
+        read = noted["read"] if noted["settings"] == settings else None
+    except (InputError, KeyError, TypeError):
+        return None
+    if not isinstance(read, list) or len(read) > most:
+        return None
+    return read if all(type(index) is int and 0 <= index < images for index in read) else None
 
 
 def _note(position: Path, settings: dict[str, object], read: list[int]) -> None:

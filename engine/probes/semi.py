@@ -25,7 +25,8 @@ from engine.probes.training import Kept, check_batch, new_head, sgd
 from engine.sync_norm import synchronise
 from methods.encoders import place
 from pipeline.beton import Beton
-from pipeline.errors import InputError
+from pipeline.errors import InputError, printable
+from pipeline.limits import LIST_BYTES, read_text
 from pipeline.subset import Subset
 from pipeline.transfer import to_device
 
@@ -146,10 +147,8 @@ def named(beton: Beton, file: Path) -> np.ndarray:
 
     Raises InputError where the file cannot be read, or names what is not there.
     """
-    try:
-        wanted = [line.strip() for line in file.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--names {file}: cannot be read ({error}): give a text file of one name a line") from None
+    lines = read_text(file, LIST_BYTES, "give --names a text file of one name a line", "surrogateescape").splitlines()
+    wanted = [printable(line.strip()) for line in lines if line.strip()]
     where: dict[str, int] = {}
     for index in range(len(beton)):
         name = beton.name(index)

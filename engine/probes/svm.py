@@ -19,9 +19,11 @@ from engine import ranks
 from engine.probes.bench import Bench
 from engine.probes.scores import bounds
 from pipeline.beton import Beton
-from pipeline.errors import InputError
+from pipeline.errors import InputError, printable
+from pipeline.limits import LIST_BYTES, read_text
 
 COSTS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
+_LABELS = {"1": 1, "0": 0, "-1": -1}
 _RESAMPLES = 500
 _FOLDS = 3
 
@@ -87,10 +89,10 @@ def multi_labels(folder: Path, which: str, beton: Beton) -> tuple[list[str], np.
         raise InputError(f"{folder}: no files CLASS_{which}.txt: give VOC's ImageSets/Main")
     columns: list[dict[str, int]] = []
     for file in files:
+        lines = [line.split() for line in read_text(file, LIST_BYTES, "fetch it again").splitlines() if line.strip()]
         try:
-            lines = [line.split() for line in file.read_text().splitlines() if line.strip()]
-            columns.append({name: int(label) for name, label in lines})
-        except (OSError, ValueError) as error:
+            columns.append({printable(name): _LABELS[label] for name, label in lines})
+        except (KeyError, ValueError) as error:
             raise InputError(f"{file}: not lines of an image and 1, 0 or -1 ({error}): fetch it again") from None
         if columns[-1].keys() != columns[0].keys():
             raise InputError(f"{file}: not of the same images as {files[0].name}: fetch both again")

@@ -57,10 +57,11 @@ class Kept:
             raise InputError(
                 f"{self._folder}: was begun with other settings ({listed}): choose another --out, or remove it"
             )
+        found, own = _like(tensors.get("state", {})), _like(self._state())
+        if found != own or state["step"] < 0:
+            raise InputError(f"{path}: holds other tensors than this classifier's: remove it")
         into |= tensors
-        named = tensors["state"].items()
-        like = {name: (str(value.dtype).removeprefix("torch."), list(value.shape)) for name, value in named}
-        return {"epoch": state["step"], "tensors": like}
+        return {"epoch": state["step"], "tensors": found}
 
     def _state(self) -> checkpoint.Tensors:
         """Return all tensors by name, momentum among them, as they are."""
@@ -70,6 +71,11 @@ class Kept:
             if state is not None:
                 named[f"momentum|{name}"] = state["momentum_buffer"]
         return named
+
+
+def _like(tensors: checkpoint.Tensors) -> dict[str, tuple[str, list[int]]]:
+    """Return dtype and shape of each tensor."""
+    return {name: (str(value.dtype).removeprefix("torch."), list(value.shape)) for name, value in tensors.items()}
 
 
 def sgd(groups: list[dict[str, Any]], weight_decay: float = 0.0) -> torch.optim.SGD:

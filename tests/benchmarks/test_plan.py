@@ -104,6 +104,18 @@ def test_machines_are_read_and_checked(tmp_path: Path) -> None:
         (text.replace("gpu: H100\n", ""), "give gpu, gpus"),
         (text.replace("gpu_link_gbytes: 450", "gpu_link_gbytes: 0"), "what joins its 8 GPUs"),
         ("[", "give gpu, gpus"),
+        ("", "give gpu, gpus"),
+        (text + "cores: 5\n", "given twice"),
+        (text + "name: x\n", "give gpu, gpus"),
+        (text.replace("gpu: H100", "gpu: !!python/name:os.system ''"), "is not read"),
+        (text.replace("gpu: H100", "gpu: [1]"), "give its name"),
+        (text.replace("cores: 96", "cores: 9.5"), "a whole one"),
+        (text.replace("cores: 96", "cores: true"), "cores True"),
+        (text.replace("nodes: 1", "nodes: 1000000000000"), "nodes 1000000000000"),
+        (text.replace("gpu_tflops: 989", "gpu_tflops: .nan"), "gpu_tflops nan"),
+        (text.replace("disk_gbytes: 6", "disk_gbytes: .inf"), "disk_gbytes inf"),
+        (text.replace("disk_gbytes: 6", "disk_gbytes: x"), "disk_gbytes 'x'"),
+        (text.replace("network_gbits: 200", "network_gbits: -1"), "network_gbits -1"),
     ):
         (tmp_path / "m.yaml").write_text(changed)
         with pytest.raises(InputError, match=says):
@@ -133,6 +145,29 @@ def test_rates_are_those_of_the_benchmarks(tmp_path: Path) -> None:
         load_rates(replace(NODE, gpu="H100"), tmp_path / "loader.json", tmp_path / "step.json")
     with pytest.raises(InputError, match="no decode-only with 1 thread"):
         load_rates(NODE, tmp_path / "step.json", None)
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        [],
+        5,
+        {"paths": [1]},
+        {"paths": {"a": 5}},
+        {"paths": {"a": {"name": "decode-only", "threads": 1}}},
+        {"paths": {"a": {"name": "decode-only", "threads": 1, "cpu": {"median": "9"}, "read_bytes": 1}}},
+        {"paths": {"a": {"name": "decode-only", "threads": 1, "cpu": {"median": -9}, "read_bytes": 1}}},
+        {"paths": {"a": {"name": "decode-only", "threads": 1, "cpu": {"median": float("nan")}, "read_bytes": 1}}},
+        {"paths": {"a": {"name": "decode-only", "threads": 1, "cpu": [1], "read_bytes": 1}}},
+    ],
+)
+def test_what_is_no_result_is_refused(found: object, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps(found))
+    with pytest.raises(InputError, match=r"x\.json: .*give the JSON of a benchmark"):
+        load_rates(NODE, tmp_path / "x.json", None)
+    (tmp_path / "x.json").write_text(json.dumps({"tflops": found}))
+    with pytest.raises(InputError, match=r"x\.json: .*give the JSON of a benchmark"):
+        load_rates(NODE, None, tmp_path / "x.json")
 
 
 def test_the_command_prints_and_writes_plans(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import random
 import resource
@@ -22,6 +23,7 @@ from engine import checkpoint
 from pipeline.errors import InputError
 from tests.conftest import Figure
 from tests.engine.test_checkpoint import STATE, tensors_of, write
+from tests.hostile import survived
 
 OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
 
@@ -204,3 +206,45 @@ def test_training_waits_little_for_a_checkpoint(tmp_path: Path, figure: Figure) 
     took = time.perf_counter() - begun
     figure("overhead of checkpointing", f"800 MB: {waited:.2f} s of {took:.2f} s are waited for")
     assert waited < 0.25 * took
+
+
+def forged(folder: Path, **changes: Any) -> Path:
+    """A checkpoint whose state says so, and whose hashes hold."""
+    path = write(folder, 1) / "state.json"
+    state = json.loads(path.read_text()) | changes
+    del state["sha256"]
+    path.write_text(json.dumps(state | {"sha256": checkpoint._hash_of(state)}))
+    return path.parent
+
+
+def nested(levels: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for _ in range(levels):
+        found = {"a": found}
+    return found
+
+
+@pytest.mark.parametrize(
+    "changes", [{"step": -1}, {"step": 2**70}, {"settings": nested(900)}, {"monitor": nested(900)}]
+)
+def test_a_state_beyond_all_measure_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    """The hashes tell of damage, not of who wrote them; what follows a nesting so deep by recursion would end in it."""
+    with pytest.raises(InputError, match=r"state\.json: (step is beyond|cannot be read \(more than 20 levels\))"):
+        checkpoint.load(forged(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "/dev/zero"])
+def test_a_state_that_is_no_file_is_refused_and_an_older_checkpoint_taken(kind: str, tmp_path: Path) -> None:
+    """One waited for ever, the other took all memory: each says that it has no bytes at all."""
+    good, bad = write(tmp_path, 1), write(tmp_path, 2) / "state.json"
+    bad.unlink()
+    os.mkfifo(bad) if kind == "pipe" else bad.symlink_to(kind)
+
+    def newest(_: int) -> None:
+        assert checkpoint.newest(tmp_path)[0] == good
+        checkpoint.load(bad.parent)
+
+    outcome = survived(newest, seconds=10)
+    assert outcome.kinds == {"refused": 1}, outcome
+    assert "not a regular file" in outcome.said[0]
+    assert outcome.mebibytes < 50

@@ -352,7 +352,7 @@ def test_a_manifest_that_does_not_fit_is_refused(changes: dict[str, object], say
 )
 def test_what_is_no_manifest_is_refused_with_the_remedy(data: bytes, small: Path) -> None:
     manifest_path(small).write_bytes(data)
-    with pytest.raises(InputError, match=r"small\.beton\.json: not a manifest .*: write it again .*, or delete it"):
+    with pytest.raises(InputError, match=r"json: not (a manifest|valid JSON|text) .*: write it again .*, or delete"):
         Beton(small)
 
 
@@ -371,11 +371,11 @@ def test_changed_metadata_is_found_by_the_manifest(change: Callable[[Path], None
 
 
 def test_a_manifest_is_read_as_it_was_written(small: Path, tmp_path: Path) -> None:
-    manifest = Manifest.read(manifest_path(small))
+    manifest = Manifest.read(manifest_path(small), 8)
     manifest.skipped = [["größe.jpg", "the file is empty"]]
     manifest.names[0] = b"caf\xe9".decode("utf-8", "surrogateescape")
     manifest.write(tmp_path / "copy.json")
-    assert Manifest.read(tmp_path / "copy.json") == manifest
+    assert Manifest.read(tmp_path / "copy.json", 8) == manifest
 
 
 # Betons that FFCV wrote

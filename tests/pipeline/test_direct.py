@@ -107,7 +107,7 @@ def test_the_index_is_kept_and_read_again_only_when_the_files_change(
     tar: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = Direct(tar)
-    assert len(list(cache.glob("direct-*.npy"))) == 1
+    assert len(list(cache.glob("direct-*.sides"))) == 1
     monkeypatch.setattr("pipeline.direct._read_sides", lambda items: pytest.fail("read again"))
     again = Direct(tar)
     assert np.array_equal(first.heights, again.heights)
@@ -124,7 +124,7 @@ def test_a_cache_that_cannot_be_written_or_read_does_no_harm(
     tar: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Direct(tar)
-    (kept,) = cache.glob("direct-*.npy")
+    (kept,) = cache.glob("direct-*.sides")
     kept.write_bytes(b"junk")
     assert len(Direct(tar)) == 60
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
