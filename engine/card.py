@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
 
+from engine.run_files import mapping, read_metrics
 from engine.weights import DIMENSIONS, Architecture, Loaded, digest
 from pipeline.augment import IMAGENET
 
@@ -61,28 +60,18 @@ def _metrics(path: Path) -> list[str]:
     if not (run / "checkpoints").is_dir():
         return []
     for kept in sorted((run / "evaluation").glob("*.json")):
-        found = _json(kept.read_text())
+        found = mapping(kept.read_text())
         if Path(str(found.get("checkpoint", ""))).name != path.name:
             continue
         figure = next((key for key in ("top1", "map") if isinstance(found.get(key), float)), None)
         if figure:
             name = {"top1": "top-1", "map": "mAP"}[figure]
             lines.append(f"- {found.get('evaluation')}: {name} {found[figure]:.2%} ({found.get('which')} encoder)")
-    metrics = run / "metrics.jsonl"
     step = int(path.name.removeprefix("step_")) if path.name.startswith("step_") else None
-    for line in metrics.read_text().splitlines() if metrics.is_file() else []:
-        found = _json(line)
-        if found.get("step") == step and "knn_top1" in found:
-            lines.append(f"- kNN while training, after step {step}: top-1 {found['knn_top1']:.2%}")
+    for line in read_metrics(run / "metrics.jsonl")[0]:
+        if line["step"] == step and "knn_top1" in line:
+            lines.append(f"- kNN while training, after step {step}: top-1 {line['knn_top1']:.2%}")
     return lines
-
-
-def _json(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _loading(architecture: Architecture, format: str, path: Path) -> str:

@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 
 from engine.run_files import Curve, curve, read_metrics
 
-DPI = 200
+DPI = 160
 LONGEST = 60
 """Characters of a name in a picture."""
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))

@@ -98,7 +98,6 @@ def _gallery(gallery: Gallery, groups: Sequence[Group]) -> dict[str, Any]:
         "size": gallery.size,
         "classes": of.classes if of.labelled else 0,
         "seed": of.seed,
-        "small": max(of.beton.widths[of.ids].max(), of.beton.heights[of.ids].max()) <= 64,
         "seen": gallery.seen,
         "queries": [_query(gallery, number) for number in range(len(of.queries))],
         "maps": [(seen, _map(gallery, seen)) for seen in gallery.seen if seen.places is not None],

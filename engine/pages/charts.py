@@ -15,7 +15,7 @@ from engine.run_files import Curve, RunFiles, curve
 
 POINTS = 250
 """Where runs have more than twice as many lines, each point drawn is the mean over one of so many equal spans."""
-_TRAJECTORY = 30  # points of a path, at most: measures of single steps jump about
+_TRAJECTORY = 16  # points of a path, at most: measures of single steps jump about
 _MOST = 40  # charts
 
 

@@ -53,7 +53,9 @@ def grouped(runs: Sequence[RunFiles]) -> list[Group]:
 def differences(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
     """Return each setting in which the runs differ, and its value in each of them as text."""
     known = [run for run in runs if run.settings]
-    keys = [key for key in dict.fromkeys(key for run in known for key in run.settings) if key not in _OWN]
+    every = dict.fromkeys(key for run in known for key in run.settings)
+    above = {key.rpartition(".")[0] for key in every}  # a term that is null in one run, and has parameters in another
+    keys = [key for key in every if key not in _OWN | above]
     rows = [(key, [_written(run, key) for run in runs]) for key in keys]
     return [(key, row) for key, row in rows if len({_written(run, key) for run in known}) > 1]
 
@@ -159,7 +161,7 @@ def _columns(runs: Sequence[RunFiles]) -> list[Column]:
         Column("terms", _terms),
         Column("arch", _arch),
         Column("epochs", _epochs),
-        Column("batch", lambda run: run.settings.get("data.batch")),
+        Column("batch", lambda run: _text(run, "data.batch")),
         Column("loss", lambda run: run.last("loss"), "{:.3f}", min if same_loss else None),
         Column("kNN top-1, %", lambda run: _percent(run.last("knn_top1")), "{:.1f}", max, _knn_epoch),
         *_evaluated(runs),

@@ -50,7 +50,7 @@ def draw(places: np.ndarray, of: Sample, at: np.ndarray, theme: Theme, axes: Any
         look = style(theme, number)
         name = of.name(int(at[members][0])) if members.any() and of.labelled else ""
         axes.scatter(
-            *places[members].T, s=9, color=look.colour, marker=look.marker, alpha=0.75, linewidths=0, label=name
+            *places[members].T, s=16, color=look.colour, marker=look.marker, alpha=0.75, linewidths=0, label=name
         )
     axes.set(xticks=[], yticks=[], aspect="equal")
     axes.spines[:].set_visible(False)
@@ -58,10 +58,10 @@ def draw(places: np.ndarray, of: Sample, at: np.ndarray, theme: Theme, axes: Any
 
 def alone(places: np.ndarray, of: Sample, at: np.ndarray, theme: Theme) -> bytes:
     """Return one encoder's map as a PNG, without title and legend."""
-    return picture(partial(draw, places, of, at, theme), theme, (4.4, 4.4))
+    return picture(partial(draw, places, of, at, theme), theme, (4.4, 3.8))
 
 
 def together(maps: Sequence[tuple[str, np.ndarray]], of: Sample, at: np.ndarray, theme: Theme) -> bytes:
     """Return all encoders' maps as one PNG, with titles and a legend."""
     parts = [(name, partial(draw, places, of, at, theme)) for name, places in maps]
-    return sheet(parts, theme, (3.9, 4.1))
+    return sheet(parts, theme, (3.9, 3.6))
