@@ -20,7 +20,8 @@ DPI = 160
 LONGEST = 60
 """Characters of a name in a picture."""
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))
-MARKERS = "o^sDvP"
+MARKERS, MARKS = "o^sDvp", "●▲■◆▼⬟"
+"""Shapes of marks, and the same as text."""
 
 
 class Theme(NamedTuple):
@@ -47,7 +48,7 @@ class Style(NamedTuple):
     marker: str
 
 
-def style(theme: Theme, number: int) -> Style:
+def style_of(theme: Theme, number: int) -> Style:
     """Return the style of line or class `number`, from 0 on."""
     again, index = divmod(number, len(theme.colours))
     return Style(theme.colours[index], DASHES[again % len(DASHES)], MARKERS[again % len(MARKERS)])
@@ -146,18 +147,18 @@ def curves(metrics: Path, out: Path, levels: Mapping[str, float] | None = None) 
 
     def draw(axes: Any) -> None:
         left, right = axes
-        draw_lines(left, [losses], style(LIGHT, 0))
+        draw_lines(left, [losses], style_of(LIGHT, 0))
         left.set(xlabel="epoch", ylabel="loss")
         if len(found.epochs):
             draw_lines(
                 right,
                 [found._replace(values=100 * found.values)],
-                style(LIGHT, 0),
+                style_of(LIGHT, 0),
                 label="trained encoder",
                 marked=True,
             )
         for number, (name, level) in enumerate((levels or {}).items(), start=1):
-            right.axhline(100 * level, linestyle="--", color=style(LIGHT, number).colour, label=name)
+            right.axhline(100 * level, linestyle="--", color=style_of(LIGHT, number).colour, label=name)
         right.set(xlabel="epoch", ylabel="kNN top-1, %", ylim=(0, 100))
         if len(found.epochs) or levels:
             right.legend()

@@ -18,9 +18,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from engine.pages import charts, maps
 from engine.pages.compare import Group, differences, grouped, table
-from engine.pages.nearest import uri
+from engine.pages.nearest import by_chance, uri
 from engine.pages.seen import Gallery, Seen, Wanted, look
-from engine.plot import DARK, LIGHT
+from engine.plot import DARK, LIGHT, MARKS
 from engine.run_files import RunFiles, read_runs
 from pipeline.errors import InputError, command
 
@@ -68,7 +68,7 @@ def report(runs: list[RunFiles], wanted: Wanted | None) -> Report:
         group_of={run.name: group.number for group in groups for run in group.runs},
         colours=range(len(LIGHT.colours)),
         themes={"light": LIGHT, "dark": DARK},
-        marks=_MARKS,
+        marks=MARKS,
         titles=titles,
         rows=rows,
         charts=[(chart, _chart(chart, groups)) for chart in shown],
@@ -78,10 +78,6 @@ def report(runs: list[RunFiles], wanted: Wanted | None) -> Report:
         written=time.strftime("%Y-%m-%d %H:%M"),
     )
     return Report(html, pictures)
-
-
-_MARKS = "●▲■◆▼⬟"
-"""The shapes of `plot.MARKERS` as text."""
 
 
 def _chart(chart: charts.Chart, groups: Sequence[Group]) -> Picture:
@@ -97,6 +93,7 @@ def _gallery(gallery: Gallery, groups: Sequence[Group]) -> dict[str, Any]:
         "count": len(of.ids),
         "size": gallery.size,
         "classes": of.classes if of.labelled else 0,
+        "chance": by_chance(of.labels),
         "seed": of.seed,
         "seen": gallery.seen,
         "queries": [_query(gallery, number) for number in range(len(of.queries))],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,7 +103,8 @@ def _read(path: Path) -> RunFiles:
         if "evaluation" in (found := _read_object(run, file)):
             run.evaluations.append(found)
     if run.lines and run.epochs and not run.finished:
-        run.missing.append(f"training has not ended: it is at epoch {run.done:.2f} of {run.epochs:g}.")
+        written = time.strftime("%Y-%m-%d %H:%M", time.localtime((path / "metrics.jsonl").stat().st_mtime))
+        run.missing.append(f"Training has not ended: it was at epoch {run.done:.2f} of {run.epochs:g} at {written}.")
     return run
 
 
@@ -113,7 +115,7 @@ def _read_settings(run: RunFiles) -> None:
         run.recipe = _text(file)
         run.settings = flat(yaml.load(run.recipe, _Plain))
     except FileNotFoundError:
-        run.missing.append("there is no config.yaml, and so no settings to compare.")
+        run.missing.append("There is no config.yaml, and so no settings to compare.")
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
         run.missing.append(f"config.yaml cannot be read ({short(error)}).")
 
@@ -144,7 +146,7 @@ def read_metrics(path: Path) -> tuple[list[Line], str]:
     try:
         text = _text(path)
     except FileNotFoundError:
-        return [], "there is no metrics.jsonl: nothing has been logged yet."
+        return [], "There is no metrics.jsonl: nothing has been logged yet."
     except (OSError, ValueError) as error:
         return [], f"metrics.jsonl cannot be read ({short(error)})."
     rows = text.split("\n")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from engine.pages.compare import Group
-from engine.plot import Theme, draw_lines, mean_of, picture, sheet, style
+from engine.plot import Theme, draw_lines, mean_of, picture, sheet, style_of
 from engine.run_files import Curve, RunFiles, curve
 
 POINTS = 250
@@ -100,7 +100,7 @@ def draw(chart: Chart, groups: Sequence[Group], theme: Theme, axes: Any) -> None
         found = [one for run in group.runs if len((one := _curve(run, chart)).epochs)]
         if not found:
             continue
-        label, look = group.label, style(theme, group.number)
+        label, look = group.label, style_of(theme, group.number)
         if chart.against:
             _draw_path(axes, thinned(found, _TRAJECTORY), look.colour, label)
         else:

@@ -102,7 +102,12 @@ class Column:
         value = self.value(run)
         if value is None:
             return Cell("–")
-        return Cell(self.form.format(value), self.detail(run), best is not None and value == best)
+        text = self.form.format(value)
+        return Cell(text, self.detail(run), self.is_best(text, best))
+
+    def is_best(self, text: str, best: float | None) -> bool:
+        """Return whether a number, as the table shows it, is the best of the column."""
+        return best is not None and text == self.form.format(best)
 
 
 def table(groups: Sequence[Group]) -> tuple[list[str], list[Row]]:
@@ -147,15 +152,15 @@ def _over_seeds(column: Column, group: Group, best: float | None) -> Cell:
         return Cell("")
     mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
     count = f"n = {len(values)}" if len(values) < len(_ended(group)) else ""
-    return Cell(
-        f"{column.form.format(mean)} ± {column.form.format(deviation)}", count, best is not None and mean == best
-    )
+    text = column.form.format(mean)
+    return Cell(f"{text} ± {column.form.format(deviation)}", count, column.is_best(text, best))
 
 
 def _columns(runs: Sequence[RunFiles]) -> list[Column]:
     hours = max((value for run in runs if (value := rates(run).hours)), default=0.0) >= 1
     unit, per_hour = ("hours", 1) if hours else ("minutes", 60)
-    same_loss = len({_objective(run) for run in runs}) == 1
+    same_loss = _alike(runs, "method.", "terms.", "data.batch")
+    same_knn = _alike(runs, "data.train", "data.eval", "knn.k", "knn.temperature", "knn.limit")
     return [
         Column("method", lambda run: _text(run, "method.name")),
         Column("terms", _terms),
@@ -163,12 +168,14 @@ def _columns(runs: Sequence[RunFiles]) -> list[Column]:
         Column("epochs", _epochs),
         Column("batch", lambda run: _text(run, "data.batch")),
         Column("loss", lambda run: run.last("loss"), "{:.3f}", min if same_loss else None),
-        Column("kNN top-1, %", lambda run: _percent(run.last("knn_top1")), "{:.1f}", max, _knn_epoch),
+        Column(
+            "kNN top-1, %", lambda run: _percent(run.last("knn_top1")), "{:.1f}", max if same_knn else None, _knn_epoch
+        ),
         *_evaluated(runs),
         Column("gap", lambda run: run.last("student_teacher_gap"), "{:.4f}"),
         Column("pairs/s", lambda run: rates(run).pairs_per_second, "{:.0f}", max),
         Column("data-wait, %", lambda run: _percent(rates(run).data_wait_fraction), "{:.1f}", min),
-        Column(unit, lambda run: _times(rates(run).hours, per_hour), "{:.1f}", min),
+        Column(unit, lambda run: _times(rates(run).hours, per_hour), "{:.1f}"),
         Column("device", _device),
     ]
 
@@ -202,10 +209,10 @@ def _device(run: RunFiles) -> str | None:
     return f"{count} × {device}" if count not in (1, None) else device
 
 
-def _objective(run: RunFiles) -> str:
-    """Return what makes losses comparable, as text."""
-    own = {k: v for k, v in run.settings.items() if k.startswith(("method.", "terms.")) or k == "data.batch"}
-    return json.dumps(own, sort_keys=True, default=str)
+def _alike(runs: Sequence[RunFiles], *beginnings: str) -> bool:
+    """Return whether runs have the same values of all settings whose names begin so."""
+    own = ({key: value for key, value in run.settings.items() if key.startswith(beginnings)} for run in runs)
+    return len({json.dumps(values, sort_keys=True, default=str) for values in own}) == 1
 
 
 def _knn_epoch(run: RunFiles) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from engine.pages.nearest import Sample
-from engine.plot import Theme, picture, sheet, style
+from engine.plot import Theme, picture, sheet, style_of
 
 POINTS, CLASSES = 1000, 15
 """Drawn at most."""
@@ -47,7 +47,7 @@ def draw(places: np.ndarray, of: Sample, at: np.ndarray, theme: Theme, axes: Any
     """Draw the images `at` (places in the sample, int64 [m]) at `places`, [m, 2]."""
     for number, label in enumerate(frequent(of) or [-1]):
         members = of.labels[at] == label
-        look = style(theme, number)
+        look = style_of(theme, number)
         name = of.name(int(at[members][0])) if members.any() and of.labelled else ""
         axes.scatter(
             *places[members].T, s=16, color=look.colour, marker=look.marker, alpha=0.75, linewidths=0, label=name

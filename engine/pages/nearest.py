@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -47,9 +48,12 @@ class Sample:
     def queries(self) -> np.ndarray:
         """Places in `ids` of the images whose neighbours are shown, of as many classes as can be: int64 [q]."""
         order = np.random.default_rng(self.seed).permutation(len(self.ids))
-        labels = self.labels[order]
-        nth = np.array([(labels[:i] == label).sum() for i, label in enumerate(labels)])  # of its class
-        return order[np.argsort(nth, kind="stable")][:SHOWN]
+        met: Counter[int] = Counter()
+        rounds = []
+        for label in self.labels[order].tolist():
+            rounds.append(met[label])
+            met[label] += 1
+        return order[np.argsort(rounds, kind="stable")][:SHOWN]
 
     def only(self, kept: np.ndarray) -> Sample:
         """Return the images of which `kept`, bool [n], is true."""
@@ -137,6 +141,12 @@ def agreement(found: torch.Tensor, labels: np.ndarray, k: int) -> float:
     """Return the share of all images' k nearest neighbours that are of the image's own class."""
     near = nearest(found, np.arange(len(found)), k).places
     return float((labels[near] == labels[:, None]).mean())
+
+
+def by_chance(labels: np.ndarray) -> float:
+    """Return the share of all pairs of images that are of one class."""
+    counts = np.unique(labels, return_counts=True)[1]
+    return float((counts * (counts - 1)).sum() / (len(labels) * (len(labels) - 1)))
 
 
 def _crop(image: Image.Image, share: float) -> Image.Image:

@@ -87,7 +87,10 @@ def _encoder(run: RunFiles, which: Which) -> Loaded:
     run.missing += [f"A checkpoint was passed over: {problem}." for problem in broken]
     if path is None:
         raise InputError("there is no whole checkpoint yet")
-    return load_encoder(path, which)
+    loaded = load_encoder(path, which)
+    if not 8 <= (size := loaded.architecture.size) <= 1024:
+        raise InputError(f"it is for images of {size} pixels")
+    return loaded
 
 
 def _own_data(run: RunFiles) -> Beton:
@@ -97,7 +100,7 @@ def _own_data(run: RunFiles) -> Beton:
     for name in named:
         try:
             return open_data(name if Path(name).exists() else _from_start(run, name), tolerate=True)
-        except InputError as error:
+        except (OSError, ValueError) as error:  # such as a name that is too long
             problems.append(str(error))
     raise InputError(f"{'; '.join(problems) or 'its settings name no images'}: give --data")
 

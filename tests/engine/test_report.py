@@ -20,11 +20,12 @@ from torch.nn import functional as F
 from engine import report as page
 from engine.pages import charts, maps
 from engine.pages.compare import differences, grouped, rates, table
-from engine.pages.nearest import SHOWN, agreement, nearest, sample
+from engine.pages.nearest import SHOWN, agreement, by_chance, nearest, sample
 from engine.pages.seen import Wanted
-from engine.plot import DARK, LIGHT, MARKERS, Theme, mean_of
+from engine.plot import DARK, LIGHT, MARKERS, MARKS, Theme, mean_of
 from engine.run_files import Curve, RunFiles, read_runs
 from methods.registry import Terms
+from methods.residual import Residual
 from pipeline.beton import Beton
 from pipeline.errors import InputError
 from tests.engine.run_folders import EPOCHS, lines, settings, write_checkpoint, write_evaluation, write_lines, write_run
@@ -105,13 +106,17 @@ def test_seeds_are_summarised_and_the_best_is_sought_among_means(tmp_path: Path)
     seeds = [write_run(tmp_path / f"s{i}", settings(seed=i), shift=shift) for i, shift in enumerate(shifts)]
     other = write_run(tmp_path / "other", settings(method="simclr"), shift=0.04)
     unfinished = write_run(tmp_path / "more", settings(seed=7), epochs=2, shift=0.3)
-    runs = read_runs([*seeds, unfinished, other])
+    long = settings(method="byol")
+    long.optim.epochs = 2 * EPOCHS
+    runs = read_runs([*seeds, unfinished, other, write_run(tmp_path / "half", long, shift=0.04)])
     knn = 100 * (0.4 + np.array(shifts))
     mean = f"{knn.mean():.1f} ± {knn.std(ddof=1):.1f}"
     assert column(runs, "kNN top-1, %") == {
-        "s0": "40.0", "s1": "45.0", "s2": "42.0", "more": "50.0", "mean ± deviation, n = 3": mean, "other": "44.0 *",
+        "s0": "40.0", "s1": "45.0", "s2": "42.0", "more": "50.0",
+        "mean ± deviation, n = 3": mean, "other": "44.0 *", "half": "44.0",
     }  # fmt: skip
     assert not any(cell.endswith("*") for cell in column(runs, "loss").values())  # of two methods
+    assert not any(cell.endswith("*") for cell in column(runs, "minutes").values())
     assert column(runs[:3], "loss") == {
         "s0": "1.000", "s1": "1.050", "s2": "1.020", "mean ± deviation, n = 3": "1.023 ± 0.025"
     }  # fmt: skip
@@ -121,8 +126,9 @@ def test_scores_of_other_data_or_protocols_stand_in_columns_of_their_own(tmp_pat
     runs = [write_run(tmp_path / name, settings(method=name)) for name in ("moco_v2", "byol")]
     write_evaluation(runs[0], "knn", "kNN", 0.5)
     write_evaluation(runs[1], "knn", "kNN", 0.6, settings={"encoder": "z", "train": "f1", "test": "f9", "seed": 3})
-    write_evaluation(runs[1], "fast", "linear", 0.7, sweep=[], settings={"lr": 3.0, "test": "f2"})
-    write_evaluation(runs[0], "fast", "linear", 0.6, sweep=[], settings={"lr": 0.3, "test": "f2"}, which="momentum")
+    for run, lr in zip(runs, (0.3, 3.0), strict=True):  # a rate that was found by a search
+        write_evaluation(run, "fast", "linear", 0.7, sweep=[], settings={"lr": lr, "test": "f2"})
+    write_evaluation(runs[0], "momentum", "linear", 0.6, settings={"test": "f2"}, which="momentum")
     titles, _ = table(grouped(read_runs(runs)))
     assert [title for title in titles if title.startswith(("kNN:", "linear"))] == [
         "kNN: top-1, %, test test.beton (f2)",
@@ -133,12 +139,13 @@ def test_scores_of_other_data_or_protocols_stand_in_columns_of_their_own(tmp_pat
 
 
 def test_groups_differ_by_seed_alone_and_differences_are_listed(tmp_path: Path) -> None:
-    made = [settings(seed=0), settings(seed=1, log_every=7), settings(seed=2, terms=Terms())]
+    made = [settings(seed=0), settings(seed=1, log_every=7), settings(seed=2, terms=Terms(residual=Residual()))]
     made[2].optim.lr = 0.5
     runs = read_runs([write_run(tmp_path / str(i), chosen) for i, chosen in enumerate(made)])
     assert [[run.name for run in group.runs] for group in grouped(runs)] == [["0", "1"], ["2"]]
     assert dict(differences(runs)) == {
         "seed": ["0", "1", "2"],
+        "terms.residual.weight": ["–", "–", "1.0"],
         "log_every": ["50", "7", "50"],
         "optim.lr": ["0.1", "0.1", "0.5"],
     }
@@ -196,7 +203,7 @@ def test_colours_stand_out_from_their_background() -> None:
         (LIGHT, DARK), re.findall(r"--muted: (\S+); --tint: (\S+); --right: (\S+);", style), strict=True
     ):
         assert all(_contrast(colour, theme.background) >= 4.5 for colour in (colours[0], colours[2]))
-    assert len(page._MARKS) == len(MARKERS)
+    assert len(MARKS) == len(MARKERS)
 
 
 # Images
@@ -215,6 +222,9 @@ def test_neighbours_are_those_of_a_loop(k: int) -> None:
         assert [cosine for cosine, _ in expected] == pytest.approx(cosines.tolist(), abs=1e-6)
     right = [labels[other] == labels[q] for q in range(40) for other in nearest(found, np.array([q]), k).places[0]]
     assert agreement(found, labels, k) == pytest.approx(np.mean(right))
+    assert by_chance(labels) == pytest.approx(
+        np.mean([labels[a] == labels[b] for a in range(40) for b in range(40) if a != b])
+    )
 
 
 def test_copies_of_an_image_do_not_hide_that_it_is_left_out() -> None:
@@ -354,10 +364,10 @@ def test_nothing_from_a_run_becomes_markup(drawn: Path, tmp_path: Path) -> None:
     [
         ('{"step": 1, "epoch": 0.5, "loss": 3}\n{"step": 2, "ep', "is cut off"),
         ('junk\n[1]\n{"epoch": "x", "step": 1}\n{"step": 1, "epoch": 0.5, "loss": 3}\n', "3 lines of metrics.jsonl"),
-        ('{"step": 1, "epoch": 0.5, "loss": NaN, "lr": 1' + "0" * 400 + "}\n", "training has not ended"),
+        ('{"step": 1, "epoch": 0.5, "loss": NaN}\n', "Training has not ended"),
         ("", "is empty"),
         ("[" * 100_000, "is cut off"),
-        (None, "there is no metrics.jsonl"),
+        (None, "There is no metrics.jsonl"),
     ],
 )
 def test_metrics_in_part_give_a_page_in_part(content: str | None, says: str, tmp_path: Path) -> None:
@@ -369,6 +379,13 @@ def test_metrics_in_part_give_a_page_in_part(content: str | None, says: str, tmp
     made = page.report(read_runs([run, write_run(tmp_path / "b", settings(seed=1))]), None)
     assert says in text_of(made.html)
     assert "curves" in made.pictures
+
+
+def test_only_finite_numbers_are_taken_from_metrics(tmp_path: Path) -> None:
+    line = '{"step": 1, "epoch": 0.5, "a": NaN, "b": -Infinity, "c": true, "d": "1", "e": [1], "f": 1%s, "loss": 3}'
+    run = write_run(tmp_path / "a")
+    (run / "metrics.jsonl").write_text(line % ("0" * 400) + "\n")
+    assert read_runs([run])[0].lines == [{"step": 1.0, "epoch": 0.5, "loss": 3.0}]
 
 
 @pytest.mark.parametrize(
@@ -389,7 +406,7 @@ def test_settings_that_cannot_be_read_are_told(recipe: str | None, tmp_path: Pat
     if recipe is not None:
         (run / "config.yaml").write_text(recipe)
     text = text_of(page.report(read_runs([run]), wanted()).html)
-    assert "config.yaml" in text
+    assert "config.yaml cannot be read" in text or "There is no config.yaml" in text
     assert "1.000" in text  # its loss
 
 
@@ -397,7 +414,7 @@ def test_without_a_whole_checkpoint_there_are_no_images_but_all_else(drawn: Path
     run = write_run(tmp_path / "a", settings(drawn), epochs=2.5)
     text = text_of(page.report(read_runs([run]), wanted()).html)
     assert "there is no whole checkpoint yet" in text
-    assert "it is at epoch 2.50 of 4" in text
+    assert "it was at epoch 2.50 of 4" in text
     broken = write_checkpoint(run, settings(drawn)) / "model.safetensors"
     broken.write_bytes(broken.read_bytes()[:-1])
     text = text_of(page.report(read_runs([run]), wanted()).html)
@@ -406,6 +423,22 @@ def test_without_a_whole_checkpoint_there_are_no_images_but_all_else(drawn: Path
     made = page.report(read_runs([run]), wanted())
     assert "passed over" in text_of(made.html)
     assert "step_00000010" in text_of(made.html)
+
+
+@pytest.mark.parametrize("name", ["\0", "x" * 5000, "/dev/zero", "[]", "**", "gone/{1..2}.tar"])
+def test_data_of_impossible_names_are_told(name: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", settings(name))
+    write_checkpoint(run, settings())
+    assert "Its encoder is not looked at" in text_of(page.report(read_runs([run]), wanted()).html)
+
+
+@pytest.mark.usefixtures("rendered")
+def test_numbers_beyond_reason_are_drawn_all_the_same(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a")
+    kept = ("step", "epoch", "loss", "alignment", "uniformity", "skipped")
+    wild = [{key: value * 1e308 for key, value in zip(kept, (1, 1, -1, 1, -1, 1), strict=True)}]
+    write_lines(run, [{key: line[key] for key in kept if key in line} for line in lines()] + wild)
+    assert "curves" in page.report(read_runs([run]), None).pictures
 
 
 def test_missing_data_and_collapse_are_told(drawn: Path, tmp_path: Path) -> None:
