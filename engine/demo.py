@@ -26,7 +26,10 @@ from engine.devices import bfloat16_on_cpu
 from engine.evaluate import Knn as KnnEvaluation
 from engine.evaluate import RawPixels
 from engine.loop import measure_rate
+from engine.pages.seen import Wanted
 from engine.plot import curves
+from engine.report import report, write
+from engine.run_files import read_runs
 from methods.encoders import place
 from methods.registry import build_backbone
 from pipeline.beton import Beton
@@ -140,7 +143,7 @@ def _with_epochs(settings: Settings, minutes: float) -> Settings:
 def _baselines(settings: Settings) -> dict[str, float]:
     """Return kNN top-1 of raw pixels and of the untrained encoder."""
     data, knn = settings.data, settings.knn
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device()
     loading: dict[str, Any] = {"size": data.size, "batch": 256, "share": data.eval_share, "device": device}
     options: dict[str, Any] = {"k": knn.k, "temperature": knn.temperature, "limit": knn.limit}
     evaluation = KnnEvaluation(Beton(data.train), Beton(data.eval), **options, **loading)
@@ -148,6 +151,10 @@ def _baselines(settings: Settings) -> dict[str, float]:
     model = settings.model
     untrained = place(build_backbone(model.arch, stem=model.stem, width=model.width), device)
     return {"raw pixels": evaluation.top1(RawPixels()), "untrained encoder": evaluation.top1(untrained)}
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _launch(config: Path) -> None:
@@ -229,8 +236,10 @@ def main() -> None:
     curves(run / "metrics.jsonl", out / "curve.png", levels=rows)
     if "knn_top1" in summary:
         rows |= {"trained encoder": summary["knn_top1"]}
-    files = {"run folder": run, "preview": picture, "curve": out / "curve.png"}
     Console().print(_table(rows, summary, _evaluated(train, evaluation)))
+    wanted = Wanted("", 8, _TEST, settings.seed, "online", _device())
+    write(report(read_runs([run]), wanted), out / "report.html")
+    files = {"run folder": run, "preview": picture, "curve": out / "curve.png", "report": out / "report.html"}
     for name, path in files.items():
         print(f"{name:11s} {path}")
 

@@ -35,6 +35,7 @@ _CUDA_PATTERN = re.compile(r"CUDA (?:\w+ )?Version\s*:\s*(\d+)\.(\d+)")
 _OTHER_PACKAGES = {
     "accelerate": "accelerate",
     "docstring-parser": "docstring_parser",
+    "jinja2": "jinja2",
     "jsonargparse": "jsonargparse",
     "matplotlib": "matplotlib",
     "numpy": "numpy",
