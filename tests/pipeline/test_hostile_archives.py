@@ -171,9 +171,7 @@ TARS: dict[str, bytes] = {
     "negative": _header("1.jpg", _binary(-512)) + END,
     "negative, back to itself": tar_bytes({"0.jpg": b"x"})[:1024] + _header("1.jpg", _binary(-1024)) + END,
     "negative by one": _header("1.jpg", _binary(-1)) + END,
-    "negative, of a kind that is none": tar_bytes({"0.jpg": b"x"})[:1024]
-    + _header("1.jpg", _binary(-512), b"Z")
-    + END,
+    "negative, of a kind that is none": tar_bytes({"0.jpg": b"x"})[:1024] + _header("1.jpg", _binary(-512), b"Z") + END,
     "huge": _header("1.jpg", _binary(2**80)) + END,
     "beyond the end": _header("1.jpg", b"77777777777") + END,
     "cut off": tar_bytes({"1.jpg": bytes(5000)})[:2000],
