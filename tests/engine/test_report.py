@@ -22,7 +22,7 @@ from engine.pages import charts, maps
 from engine.pages.compare import differences, grouped, rates, table
 from engine.pages.nearest import SHOWN, agreement, by_chance, nearest, sample
 from engine.pages.seen import Wanted
-from engine.plot import DARK, LIGHT, MARKERS, MARKS, Theme, mean_of
+from engine.plot import DARK, LIGHT, MARKERS, MARKS, Theme, mean_of, sheet
 from engine.run_files import Curve, RunFiles, read_runs
 from methods.registry import Terms
 from methods.residual import Residual
@@ -206,6 +206,12 @@ def test_colours_stand_out_from_their_background() -> None:
     assert len(MARKS) == len(MARKERS)
 
 
+@pytest.mark.usefixtures("rendered")
+def test_a_name_is_drawn_as_it_stands() -> None:
+    content = sheet([("$\\frac{$", lambda axes: axes.plot([1, 2], label="$_{$"))], LIGHT, (3, 2))
+    assert Image.open(BytesIO(content)).size[0] > 300
+
+
 # Images
 
 
@@ -306,6 +312,7 @@ def test_data_may_be_given_and_need_no_labels(tmp_path: Path) -> None:
     made = page.report(read_runs([run]), wanted(tmp_path / "flat.beton"))
     assert made.html.count('<div class="query') == SHOWN
     assert "own class" not in made.html
+    assert "<figure class=" not in made.html
     with pytest.raises(InputError, match=r"nowhere\.beton"):
         page.report(read_runs([run]), wanted(tmp_path / "nowhere.beton"))
 
@@ -365,6 +372,7 @@ def test_nothing_from_a_run_becomes_markup(drawn: Path, tmp_path: Path) -> None:
         ('{"step": 1, "epoch": 0.5, "loss": 3}\n{"step": 2, "ep', "is cut off"),
         ('junk\n[1]\n{"epoch": "x", "step": 1}\n{"step": 1, "epoch": 0.5, "loss": 3}\n', "3 lines of metrics.jsonl"),
         ('{"step": 1, "epoch": 0.5, "loss": NaN}\n', "Training has not ended"),
+        ('{"step": 1, "epoch": 0.5, "loss": 3}\njunk\n', "1 lines of metrics.jsonl"),
         ("", "is empty"),
         ("[" * 100_000, "is cut off"),
         (None, "There is no metrics.jsonl"),
