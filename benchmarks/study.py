@@ -1,7 +1,7 @@
 """Methods, terms and seeds on one data set and one budget, one run after another, and what each came to.
 
-    python -m benchmarks.study STUDY --train TRAIN --test TEST --out DIR [--at-once N] [--launch "accelerate launch ..."]
-        [--only NAME ...] [--seeds 0,1] [--json F] [--markdown F] [--png F] [any setting of all runs]
+    python -m benchmarks.study STUDY --train TRAIN --test TEST --out DIR [--at-once N] [--only NAME ...] [--seeds 0,1]
+        [--launch "accelerate launch ..."] [--json F] [--markdown F] [--png F] [any setting of all runs]
 
 STUDY is a file of `benchmarks/studies/`, by its name, or one like it: recipes, what they share, seeds, and how their
 encoders are evaluated besides kNN. Runs lie in DIR, each in a folder of its own; given again, the command goes on where
@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import machine
+from engine.pages.compare import rates
 from engine.plot import LIGHT, draw_lines, sheet, style_of
 from engine.run_files import RunFiles, curve, number, read_runs
 from pipeline.cores import available_cores
@@ -176,14 +177,15 @@ def figures(run: RunFiles) -> dict[str, float | None]:
     """Return the `COLUMNS` of a run, None for what there is not."""
     gap = curve(run.lines, "student_teacher_gap")
     half = gap.values[gap.epochs <= run.done / 2]
+    taken = rates(run)
     linear = [found.get("top1") for found in run.evaluations if str(found.get("evaluation", "")).startswith("linear")]
     return {
         "knn": run.last("knn_top1"),
         "linear": number(linear[-1]) if linear else None,
         "gap_midway": float(half[-1]) if len(half) else None,
         "gap": float(gap.values[-1]) if len(gap.values) else None,
-        "seconds": number(run.summary.get("training_seconds")),
-        "rate": number(run.summary.get("pairs_per_second")),
+        "seconds": None if taken.hours is None else 3600 * taken.hours,
+        "rate": taken.pairs_per_second,
     }
 
 
