@@ -1,0 +1,183 @@
+"""All that was measured, on one page: goals, headlines, and every result with its machine, versions and command.
+
+    python -m benchmarks.report [--results benchmarks/results] [--readme README.md]
+
+Reads the dated files of the results folder and writes `report.md` and `report.html` into it; of each series of results
+(`DATE-SERIES.json`, `DATE-SERIES.md`) the newest is shown, and older ones are linked. With --readme, the table between
+the marks in the README is written anew; a test fails where it is not what this would write.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.figures import GOALS, HEADLINES, Goal, Results
+from engine.plot import LIGHT, picture, style_of
+from pipeline.errors import InputError, command
+
+BEGIN, END = "<!-- begin: python -m benchmarks.report -->", "<!-- end -->"
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1f2328 }
+table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto }
+td, th { border-bottom: 1px solid #d9dde2; padding: .3rem .7rem; text-align: left; vertical-align: top }
+td[style*="right"], th[style*="right"] { white-space: nowrap }
+code, pre { font-size: .9em; background: #f4f5f7 } pre { padding: .6rem; overflow-x: auto }
+img { max-width: 100% } h2 { border-top: 1px solid #d9dde2; padding-top: 1rem; margin-top: 2.5rem }
+@media (prefers-color-scheme: dark) {
+  body { background: #16191d; color: #e8eaed } td, th, h2 { border-color: #3a4048 } code, pre { background: #22262c }
+  a { color: #8ab4f8 } img { background: #fff }
+}
+"""
+
+
+@dataclass(frozen=True)
+class Bars:
+    """A picture of a result: bars by name, with least and most."""
+
+    title: str
+    series: str
+    unit: str
+    of: Callable[[dict[str, Any]], dict[str, dict[str, float]]]
+
+
+def _loader(result: dict[str, Any]) -> dict[str, dict[str, float]]:
+    return {row["name"]: row["cpu"] for row in result["in500"]["paths"].values() if row["threads"] == 1}
+
+
+def _step(result: dict[str, Any]) -> dict[str, dict[str, float]]:
+    return result["ratio_to_official"]
+
+
+PICTURES = (
+    Bars("Pairs of 224-pixel crops a second of one core, ImageNet originals", "loader", "pairs/s", _loader),
+    Bars(
+        "ResNet-18, 32 px, CPU: steps against the official loop",
+        "step-resnet18-cpu",
+        "×",
+        lambda r: r["ratio_to_official"],
+    ),
+    Bars(
+        "ResNet-50, 224 px, CPU: steps against the official loop",
+        "step-resnet50-cpu",
+        "×",
+        lambda r: r["ratio_to_official"],
+    ),
+)
+
+
+def headline_table(results: Results) -> str:
+    """Return the README's table of results, as Markdown."""
+    rows = [headline(results) for headline in HEADLINES]
+    lines = ["| measured | |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {row[0]} | {row[1]} |" for row in rows if row)])
+
+
+def goal_table(results: Results, goals: Sequence[Goal] = GOALS) -> str:
+    """Return the goals, what was measured, and whether each was reached, as Markdown."""
+    lines = ["| goal | bound | measured, newest first | |", "|---|--:|---|---|"]
+    for goal in goals:
+        measured, verdict = goal.judge(results)
+        lines.append(f"| {goal.what} | {goal.bound_text} | {measured} | {verdict} |")
+    return "\n".join(lines)
+
+
+def page(results: Results, image: Callable[[str, bytes], str]) -> str:
+    """Return the page as Markdown. image: gives the reference to a picture of that name and content."""
+    parts = ["# Results", "Written by `python -m benchmarks.report` from the files beside it.", "## Goals"]
+    parts += [goal_table(results), "## Headlines", headline_table(results)]
+    for number, bars in enumerate(PICTURES):
+        if found := results.newest(bars.series):
+            parts.append(f"![{bars.title}]({image(f'picture-{number}.png', _draw(bars, found))})")
+    for series in results.series():
+        parts.append(_section(results, series, image))
+    return "\n\n".join(parts) + "\n"
+
+
+def _section(results: Results, series: str, image: Callable[[str, bytes], str]) -> str:
+    """Return the newest result of a series, and links to the others."""
+    newest, *older = results.files(series)
+    text = newest.get(".md")
+    lines = []
+    if text is not None:
+        found = text.read_text()
+        lines.append(re.sub(r"^(#+) ", r"#\1 ", found, flags=re.MULTILINE).strip())
+    else:
+        lines.append(f"## {series}")
+    if ".png" in newest:
+        lines.append(f"![{series}]({image(newest['.png'].name, newest['.png'].read_bytes())})")
+    others = [path for files in older for path in files.values()]
+    own = [path for suffix, path in newest.items() if suffix != ".png"]
+    linked = ", ".join(f"[{path.name}]({path.name})" for path in own)
+    before = ", ".join(f"[{path.name}]({path.name})" for path in others)
+    lines.append(f"Files: {linked}." + (f" Earlier: {before}." if before else ""))
+    return "\n\n".join(lines)
+
+
+def _draw(bars: Bars, result: dict[str, Any]) -> bytes:
+    """Return a PNG of bars with their spread."""
+    found = dict(sorted(bars.of(result).items(), key=lambda item: item[1]["median"]))
+
+    def draw(axes: Any) -> None:
+        for index, spread in enumerate(found.values()):
+            least, most = spread["median"] - spread["min"], spread["max"] - spread["median"]
+            axes.barh(index, spread["median"], color=style_of(LIGHT, 0).colour, xerr=[[least], [most]])
+        axes.set_yticks(range(len(found)), list(found))
+        axes.set(title=bars.title, xlabel=bars.unit)
+
+    return picture(draw, size=(7.0, 0.45 * len(found) + 1.2))
+
+
+def as_html(markdown_text: str) -> str:
+    """Return a page that needs nothing else."""
+    from markdown import markdown
+
+    body = markdown(markdown_text, extensions=["tables", "fenced_code"])
+    head = "<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>Millrace: results</title>"
+    return f"<!doctype html><html lang='en'><head>{head}<style>{_STYLE}</style></head><body>{body}</body></html>\n"
+
+
+def embedded(name: str, content: bytes) -> str:
+    """Return a picture as a data URI."""
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+def with_table(readme: str, table: str) -> str:
+    """Return the README with the table between the marks. Raises InputError where they are not there."""
+    begin, end = readme.find(BEGIN), readme.find(END)
+    if not 0 <= begin < end:
+        raise InputError(f"the README has no {BEGIN} ... {END}: put these lines where the table is to stand")
+    return f"{readme[: begin + len(BEGIN)]}\n{table}\n{readme[end:]}"
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="All results on one page.")
+    default = Path(__file__).parent / "results"
+    parser.add_argument("--results", type=Path, default=default, metavar="DIR", help="folder of dated results")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="write its table anew")
+    args = parser.parse_args()
+    results = Results(args.results)
+    pictures = args.results / "pictures"
+
+    def beside(name: str, content: bytes) -> str:
+        if (args.results / name).exists():
+            return name
+        pictures.mkdir(exist_ok=True)
+        (pictures / name).write_bytes(content)
+        return f"pictures/{name}"
+
+    (args.results / "report.md").write_text(page(results, beside))
+    (args.results / "report.html").write_text(as_html(page(results, embedded)))
+    if args.readme is not None:
+        args.readme.write_text(with_table(args.readme.read_text(), headline_table(results)))
+    print(f"written: {args.results / 'report.md'}, {args.results / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The page of results says what the files say; the README's table is the one that it makes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.figures import GOALS, Goal, Results
+from benchmarks.report import BEGIN, END, as_html, embedded, goal_table, headline_table, page, with_table
+from pipeline.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def write(folder: Path, name: str, found: dict[str, Any]) -> None:
+    (folder / name).write_text(json.dumps(found))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for date, processor, rate in (("2026-01-01", "Old", 3.0), ("2026-02-01", "New", 2.0)):
+        about = {"machine": {"processor": processor, "gpu": None}, "rate": rate}
+        write(tmp_path, f"{date}-speed.json", about)
+    (tmp_path / "2026-02-01-speed.md").write_text(
+        "# Speed\n\nNew.\n\n    python -m speed\n\n| | x |\n|---|--:|\n| a | 2 |\n"
+    )
+    (tmp_path / "notes.txt").write_text("not a result")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("goal", "measured", "verdict"),
+    [
+        (Goal("g", 2.0, "speed", lambda f: f["rate"]), "2.00× (New, 2026-02-01), 3.00× (Old, 2026-01-01)", "reached"),
+        (Goal("g", 2.5, "speed", lambda f: f["rate"]), None, "not reached on the newest machine"),
+        (Goal("g", 3.5, "speed", lambda f: f["rate"]), None, "not reached"),
+        (Goal("g", 2.5, "speed", lambda f: f["rate"], most=True), None, "reached"),
+        (Goal("g", 2.5, "other", lambda f: f["rate"]), "–", "not measured"),
+        (Goal("g", 2.5, "speed", lambda f: None), "–", "not measured"),
+    ],
+)
+def test_goals_are_judged_by_the_newest_result(goal: Goal, measured: str | None, verdict: str, folder: Path) -> None:
+    found = goal.judge(Results(folder))
+    assert found[1] == verdict
+    assert measured is None or found[0] == measured
+    assert f"| g | {goal.bound_text} | {found[0]} | {verdict} |" in goal_table(Results(folder), [goal])
+
+
+def test_the_page_shows_the_newest_of_each_series_and_links_the_others(folder: Path) -> None:
+    results = Results(folder)
+    assert results.series() == ["speed"]
+    made = page(results, embedded)
+    assert "## Speed\n\nNew.\n\n    python -m speed\n\n| | x |" in made
+    assert "Earlier: [2026-01-01-speed.json](2026-01-01-speed.json)." in made
+    html = as_html(made)
+    assert "<td" in html
+    assert "<h2>Speed</h2>" in html
+    assert "http" not in html.replace("https://", "")
+
+
+def test_every_goal_is_looked_for_in_what_there_is() -> None:
+    told = [goal.judge(Results(RESULTS)) for goal in GOALS]
+    assert sum(verdict != "not measured" for _, verdict in told) >= 10
+
+
+def test_the_readme_has_the_table_that_the_results_give() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert with_table(readme, headline_table(Results(RESULTS))) == readme, (
+        "run python -m benchmarks.report --readme README.md"
+    )
+
+
+def test_the_page_in_the_results_is_up_to_date() -> None:
+    def named(name: str, content: bytes) -> str:
+        return name if (RESULTS / name).exists() else f"pictures/{name}"
+
+    says = "run python -m benchmarks.report --readme README.md"
+    assert (RESULTS / "report.md").read_text() == page(Results(RESULTS), named), says
+
+
+def test_a_readme_without_its_marks_is_refused() -> None:
+    assert with_table(f"a\n{BEGIN}\nold\n{END}\nb", "new") == f"a\n{BEGIN}\nnew\n{END}\nb"
+    with pytest.raises(InputError, match="the README has no"):
+        with_table("nothing", "new")

@@ -1,0 +1,132 @@
+"""A study trains what it names, goes on where it was, and says of each row the mean and deviation of its seeds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from benchmarks import study
+from benchmarks.study import COLUMNS, Job, figures, gather, load_study, report
+from engine.arguments import parse
+from engine.run_files import read_runs
+from pipeline.errors import InputError
+from tests.engine.test_run import SMALL
+
+ROOT = Path(__file__).parents[2]
+TINY = dict(zip((key.removeprefix("--") for key in SMALL[::2]), SMALL[1::2], strict=True))
+
+
+def written(folder: Path, seed: int, knn: list[float], linear: float | None) -> Job:
+    """Write a finished run's files by hand."""
+    folder.mkdir()
+    settings = {"data": {"batch": 10}, "optim": {"epochs": len(knn)}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    lines = [
+        {
+            "step": 5 * (e + 1),
+            "epoch": e + 1,
+            "student_teacher_gap": 0.1 / (e + 1),
+            "pairs_per_second": 25.0,
+            "knn_top1": v,
+        }
+        for e, v in enumerate(knn)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "summary.json").write_text("{}")
+    if linear is not None:
+        (folder / "evaluation").mkdir()
+        found = {"evaluation": "linear, fast", "top1": linear}
+        (folder / "evaluation" / "linear_fast.json").write_text(json.dumps(found))
+    return Job("a", seed, folder, [], [])
+
+
+def test_rows_have_mean_and_deviation_over_seeds(tmp_path: Path) -> None:
+    ends = [(0.3, 0.52), (0.4, 0.5), (0.45, None)]
+    jobs = [written(tmp_path / str(i), i, [0.2, 0.25, 0.28, end], linear) for i, (end, linear) in enumerate(ends)]
+    (row,) = gather([*jobs, Job("a", 3, tmp_path / "none", [], [])])
+    assert row["seeds"] == [0, 1, 2]
+    assert row["knn"] == {
+        "mean": pytest.approx(np.mean([0.3, 0.4, 0.45])),
+        "deviation": pytest.approx(np.std([0.3, 0.4, 0.45], ddof=1)),
+    }
+    assert row["linear"] == {"mean": pytest.approx(0.51), "deviation": pytest.approx(np.std([0.52, 0.5], ddof=1))}
+    assert row["gap_midway"]["mean"] == pytest.approx(0.05)
+    assert row["gap"]["mean"] == pytest.approx(0.025)
+    assert row["seconds"] == {"mean": pytest.approx(20 * 10 / 25), "deviation": 0.0}
+    assert row["rate"]["mean"] == pytest.approx(25.0)
+    result = {"study": "s", "rows": [row], "at_once": 1, "device": "2 cores", "problems": {}, "left_out": ["peer"]}
+    made = report(result)
+    assert made.rows == [
+        ["a", "3", "38.3 ± 7.6", "51.0 ± 1.4", "0.0500 ± 0.0000", "0.0250 ± 0.0000", "8 ± 0", "25 ± 0"]
+    ]
+    assert "not installed, and left out: peer" in made.notes
+
+
+def test_a_run_of_nothing_has_no_figures(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("{}")
+    (run,) = read_runs([tmp_path])
+    assert figures(run) == dict.fromkeys(COLUMNS)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_studies_name_recipes_and_settings_that_there_are(path: Path) -> None:
+    found = load_study(path.stem)
+    for run in found.runs.values():
+        settings = {**found.settings, **run.get("settings", {})}
+        given = [part for key, value in settings.items() for part in (f"--{key}", study._written(value))]
+        parse(["--config", str(ROOT / "engine" / "recipes" / f"{run['recipe']}.yaml"), *given])
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("seeds: [0]", "not a study"),
+        ("runs: {a: {recipe: nothing}}", "run 'a': give a recipe"),
+        ("runs: {a: {recipe: moco_v2_cifar10, more: 1}}", "run 'a': give a recipe"),
+        ("runs: {a: {recipe: moco_v2_cifar10}}\nother: 1", "not a study"),
+    ],
+)
+def test_a_wrong_study_is_refused(text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(InputError, match=says):
+        load_study(str(tmp_path / "s.yaml"))
+    with pytest.raises(InputError, match="no such study: choose of .*cifar10-cpu"):
+        load_study("nothing")
+
+
+def test_a_study_trains_evaluates_and_goes_on(drawn: Path, tmp_path: Path) -> None:
+    shared: dict[str, Any] = {**TINY, "optim.epochs": 1, "knn.every": 1, "precision": "no"}
+    runs = {
+        "moco": {"recipe": "moco_v2_cifar10"},
+        "wrong": {"recipe": "moco_v2_cifar10", "settings": {"data.batch": 3000}},
+    }
+    peers = {"a peer": {"module": "no_such_package", "batch": 64}}
+    described = {"runs": runs, "settings": shared, "linear": ["--protocol", "fast", "--passes", "0"], "peers": peers}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(described))
+    command = [sys.executable, "-m", "benchmarks.study", str(tmp_path / "tiny.yaml"), "--train", str(drawn)]
+    command += ["--test", str(drawn), "--out", str(tmp_path / "out"), "--json", str(tmp_path / "found.json")]
+    command += ["--png", str(tmp_path / "found.png"), "--markdown", str(tmp_path / "found.md")]
+    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert first.returncode == 1, first.stderr
+    assert "moco, seed 0: training done" in first.stderr
+    assert "moco, seed 0: evaluation done" in first.stderr
+    assert "a batch of 3000 from 200 samples" in first.stdout
+    found = json.loads((tmp_path / "found.json").read_text())
+    moco, wrong = found["rows"]
+    summary = json.loads((tmp_path / "out" / "moco-0" / "summary.json").read_text())
+    assert moco["every"][0]["knn"] == summary["knn_top1"]
+    assert 0 <= moco["every"][0]["linear"] <= 1
+    assert wrong["seeds"] == []
+    assert found["left_out"] == ["a peer"]
+    assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
+    assert "| moco | 1 |" in (tmp_path / "found.md").read_text()
+    again = subprocess.run([*command, "--only", "moco"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "training" not in again.stderr
