@@ -14,6 +14,7 @@ from pipeline.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+REMEDY = "run python -m benchmarks.report --readme README.md"
 
 
 def write(folder: Path, name: str, found: dict[str, Any]) -> None:
@@ -78,8 +79,7 @@ def test_the_page_in_the_results_is_up_to_date() -> None:
     def named(name: str, content: bytes) -> str:
         return name if (RESULTS / name).exists() else f"pictures/{name}"
 
-    says = "run python -m benchmarks.report --readme README.md"
-    assert (RESULTS / "report.md").read_text() == page(Results(RESULTS), named), says
+    assert (RESULTS / "report.md").read_text() == page(Results(RESULTS), named), REMEDY
 
 
 def test_a_readme_without_its_marks_is_refused() -> None:

@@ -97,12 +97,12 @@ def test_a_wrong_study_is_refused(text: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text(text)
     with pytest.raises(InputError, match=says):
         load_study(str(tmp_path / "s.yaml"))
-    with pytest.raises(InputError, match="no such study: choose of .*cifar10-cpu"):
+    with pytest.raises(InputError, match=r"no such study: choose of .*cifar10-cpu"):
         load_study("nothing")
 
 
 def test_a_study_trains_evaluates_and_goes_on(drawn: Path, tmp_path: Path) -> None:
-    shared: dict[str, Any] = {**TINY, "optim.epochs": 1, "knn.every": 1, "precision": "no"}
+    shared: dict[str, Any] = {**TINY, "optim.epochs": 1, "optim.warmup_epochs": 0, "precision": "no"}
     runs = {
         "moco": {"recipe": "moco_v2_cifar10"},
         "wrong": {"recipe": "moco_v2_cifar10", "settings": {"data.batch": 3000}},
