@@ -9,7 +9,7 @@ from torch import nn
 
 from engine import checkpoint, ranks
 from engine.meeting import from_first, together
-from engine.probes.bench import Bench
+from engine.probes.trial import Trial
 from pipeline.errors import InputError
 
 
@@ -21,10 +21,10 @@ class Kept:
     """
 
     def __init__(
-        self, bench: Bench, name: str, model: nn.Module, optimiser: torch.optim.Optimizer, settings: dict[str, Any]
+        self, trial: Trial, name: str, model: nn.Module, optimiser: torch.optim.Optimizer, settings: dict[str, Any]
     ) -> None:
-        self._folder, self._model, self._optimiser, self._settings = bench.out / name, model, optimiser, settings
-        self._bench = bench
+        self._folder, self._model, self._optimiser, self._settings = trial.out / name, model, optimiser, settings
+        self._trial = trial
 
     def restore(self) -> int:
         """Take up what is there; return the epochs done. Raises InputError where it is of other settings."""
@@ -32,15 +32,15 @@ class Kept:
         like = from_first(lambda: self._read(tensors))
         if like is None:
             return 0
-        found = ranks.spread(tensors.get("state", {}), like["tensors"], self._bench.device)
+        found = ranks.spread(tensors.get("state", {}), like["tensors"], self._trial.device)
         for name, value in self._state().items():
             value.copy_(found[name])
-        self._bench.say(f"going on after epoch {like['epoch']} of {self._folder}")
+        self._trial.say(f"going on after epoch {like['epoch']} of {self._folder}")
         return int(like["epoch"])
 
     def save(self, epoch: int) -> None:
         """Keep the state after that many epochs, in place of the one before."""
-        if self._bench.first:
+        if self._trial.first:
             state = {"loader": {}, "monitor": {}, "settings": self._settings}
             tensors = {name: value.detach().contiguous() for name, value in self._state().items()}
             checkpoint.write(self._folder, epoch, {"state": tensors}, state, keep=1)
