@@ -20,7 +20,7 @@ CHANNELS, DILATION = 256, 6
 
 
 class Fcn(nn.Module):
-    """A backbone and a head: images [B, 3, H, W] of any size to logits [B, C, H, W], float32.
+    """A backbone and a head: images [B, 3, H, W] of any size to logits [B, C, H, W], float32 at least.
 
     Of a frozen backbone, evaluation mode is kept, and no gradient taken.
     """
@@ -45,7 +45,8 @@ class Fcn(nn.Module):
             images = F.pad(images, (0, -width % PATCH, 0, -height % PATCH))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             maps = self.backbone.maps(images)
-        logits = self.head(maps).float()
+        logits = self.head(maps)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return upsampled(logits, self.stride, centred=centred)[..., :height, :width]
 
 
