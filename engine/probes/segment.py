@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
-import warnings
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +22,7 @@ from engine import ranks
 from engine.meeting import from_all
 from engine.probes.fcn import Fcn
 from engine.probes.iou import count, overlap
-from engine.probes.training import Kept, check_batch, sgd
+from engine.probes.training import Kept, check_batch, sgd, train_by_steps
 from engine.probes.trial import Trial, share_of, start
 from engine.sync_norm import synchronise
 from methods.encoders import place
@@ -40,7 +37,6 @@ from pipeline.workers import Workers
 BATCH = 16
 _STEPS, _FACTOR = (0.7, 0.9), 0.1
 _DECAY = 1e-4
-_KEEP_AFTER = 100  # steps at least
 _TESTED = 8  # images at once, at most, of equal sizes
 
 
@@ -141,38 +137,23 @@ def train(trial: Segmentation, classes: int, batch: int, name: str, settings: di
     if trial.accelerator.num_processes > 1:
         synchronise(own, trial.device)
     place(model, trial.device)
-    bare = sgd([{"params": list(own.parameters())}], weight_decay=_DECAY)
-    kept = Kept(trial, name, own, bare, settings)
-    done = kept.restore()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # older torch needs it
-        wrapped, optimiser = trial.accelerator.prepare(model, bare)
-    share: dict[str, Any] = {
-        "rank": ranks.rank(),
-        "world": ranks.world(),
-        "device": trial.device,
-        "workers": trial.workers,
-    }
-    crops = ScaleCrops(trial.train, size=args.size, batch=batch, seed=args.seed, **share)
-    epochs, stream = -(-args.iterations // crops.steps), crops.batches(done * crops.steps, args.iterations)
-    every, began = -(-_KEEP_AFTER // crops.steps), time.perf_counter()
+    optimiser = sgd([{"params": list(own.parameters())}], weight_decay=_DECAY)
+    crops = ScaleCrops(trial.train, size=args.size, batch=batch, seed=args.seed, **trial.sharing)
     try:
-        for epoch in trial.shown(range(done, epochs), "epochs"):
-            wrapped.train()
-            for step, one in enumerate(islice(stream, crops.steps), start=epoch * crops.steps):
-                for group in bare.param_groups:
-                    group["lr"] = rate(args.lr * batch / BATCH, step / args.iterations)
-                loss = pixel_loss(wrapped(one.images), one.masks)
-                trial.accelerator.backward(loss)
-                optimiser.step()
-                optimiser.zero_grad()
-            if not math.isfinite(loss.item()):
-                raise FloatingPointError(f"epoch {epoch + 1}: the loss is not finite: choose a lower --lr")
-            if (epoch + 1) % every == 0 or epoch + 1 == epochs:
-                kept.save(epoch + 1)
+        seconds = train_by_steps(
+            trial,
+            Kept(trial, name, own, optimiser, settings),
+            model,
+            optimiser,
+            lambda first, last: crops.crops(first, last, trial.device),
+            lambda wrapped, one: pixel_loss(wrapped(one[0]), one[1]),
+            lambda step: rate(args.lr * batch / BATCH, step / args.iterations),
+            epoch=crops.steps,
+            iterations=args.iterations,
+        )
     finally:
         crops.close()
-    return model, time.perf_counter() - began
+    return model, seconds
 
 
 def rate(highest: float, done: float) -> float:

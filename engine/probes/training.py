@@ -1,8 +1,13 @@
-"""Training of classifiers that is kept after each epoch, and taken up there when the command is given again."""
+"""Training that is kept after each epoch, and taken up there when the command is given again."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -12,9 +17,12 @@ from engine.meeting import from_first, together
 from engine.probes.trial import Trial
 from pipeline.errors import InputError
 
+B = TypeVar("B")
+_KEEP_AFTER = 100  # steps at least
+
 
 class Kept:
-    """The state of a classifier in training, in a folder, whole after every epoch.
+    """The state of a network in training, in a folder, whole after every epoch.
 
     model: whose parameters and buffers are kept, and SGD's momentum of those that `optimiser` has. settings: those that
     bear on what is computed. Only the first process reads and writes.
@@ -70,6 +78,50 @@ class Kept:
             if state is not None:
                 named[f"momentum|{name}"] = state["momentum_buffer"]
         return named
+
+
+def prepared(trial: Trial, model: nn.Module, optimiser: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+    """Return model and optimiser as Accelerate wraps them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # older torch needs it
+        return trial.accelerator.prepare(model, optimiser)
+
+
+def train_by_steps(
+    trial: Trial,
+    kept: Kept,
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    batches: Callable[[int, int], Iterator[B]],
+    loss_of: Callable[[nn.Module, B], torch.Tensor],
+    rate: Callable[[int], float],
+    *,
+    epoch: int,
+    iterations: int,
+) -> float:
+    """Train up to that many iterations, from what was kept on; return the seconds it took.
+
+    batches: of the steps from a first to before a last; `epoch` of them are one, after which the state is kept (after
+    several where they are short). rate: of a step, for all parameters. Raises FloatingPointError for a loss that is not
+    finite.
+    """
+    done, epochs, every = kept.restore(), -(-iterations // epoch), -(-_KEEP_AFTER // epoch)
+    wrapped, stepper = prepared(trial, model, optimiser)
+    stream, began = batches(done * epoch, iterations), time.perf_counter()
+    for number in trial.shown(range(done, epochs), "epochs"):
+        wrapped.train()
+        for step, batch in enumerate(islice(stream, epoch), start=number * epoch):
+            for group in optimiser.param_groups:
+                group["lr"] = rate(step)
+            loss = loss_of(wrapped, batch)
+            trial.accelerator.backward(loss)
+            stepper.step()
+            stepper.zero_grad()
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"epoch {number + 1}: the loss is not finite: choose a lower --lr")
+        if (number + 1) % every == 0 or number + 1 == epochs:
+            kept.save(number + 1)
+    return time.perf_counter() - began
 
 
 def sgd(groups: list[dict[str, Any]], weight_decay: float = 0.0) -> torch.optim.SGD:

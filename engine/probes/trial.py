@@ -79,6 +79,11 @@ class Trial:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world()))
         return self.args.workers or max(1, available_cores() // processes)
 
+    @property
+    def sharing(self) -> dict[str, int]:
+        """Rank, world and threads, as loaders want them."""
+        return {"rank": ranks.rank(), "world": ranks.world(), "workers": self.workers}
+
     def everywhere(self, local: torch.Tensor, data: Data) -> torch.Tensor:
         """Return the rows of all processes' shares of a data set, in order."""
         return ranks.gather_uneven(local, [len(share) for share in _shares(data)])

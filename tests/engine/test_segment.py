@@ -205,7 +205,7 @@ def _state(folder: Path) -> dict[str, torch.Tensor]:
 def test_training_goes_on_where_it_was(
     frozen: list[str], encoder: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(segment, "_KEEP_AFTER", 1)
+    monkeypatch.setattr(training, "_KEEP_AFTER", 1)
     options = ["--batch", "12", "--iterations", "7", *frozen]  # two epochs and a third of the next
     name = f"segment{'_frozen' * bool(frozen)}"
     whole = evaluate(encoder, drawn, *options)
@@ -252,8 +252,8 @@ def _steps(data: Path, to: Path) -> None:
         synchronise(model, torch.device("cpu"))
     wrapped, optimiser = accelerator.prepare(model), torch.optim.SGD(model.parameters(), lr=0.1)
     crops = ScaleCrops(open_masked(data), size=49, batch=4, rank=ranks.rank(), world=world, workers=1)
-    for one in crops.batches(0, 3):
-        accelerator.backward(segment.pixel_loss(wrapped.train()(one.images.double()), one.masks))
+    for images, masks in crops.crops(0, 3, torch.device("cpu")):
+        accelerator.backward(segment.pixel_loss(wrapped.train()(images.double()), masks))
         optimiser.step()
         optimiser.zero_grad()
     crops.close()

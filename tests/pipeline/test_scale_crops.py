@@ -13,10 +13,8 @@ from PIL import Image, ImageOps
 from pipeline.augment import IMAGENET
 from pipeline.errors import InputError
 from pipeline.masks import Masked, open_masked
-from pipeline.scale_crops import Draw, ScaleCrops, crop, draw_crops
+from pipeline.scale_crops import Draw, ScaleCrops, crop, draw_crop
 from pipeline.scenes import scene, write
-
-SHAPES = np.array([[60, 90], [333, 500], [20, 31], [513, 513]] * 50)
 
 
 @pytest.fixture(scope="module")
@@ -28,27 +26,31 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Masked:
 
 
 def test_draws_depend_on_seed_epoch_and_id_alone() -> None:
-    ids = np.arange(200)
-    all_of_them = draw_crops(SHAPES, 65, seed=1, epoch=2, ids=ids)
-    some = np.array([150, 3, 77])
-    assert draw_crops(SHAPES[some], 65, seed=1, epoch=2, ids=some) == [all_of_them[i] for i in some]
-    assert draw_crops(SHAPES, 65, seed=1, epoch=3, ids=ids) != all_of_them
-    assert draw_crops(SHAPES, 65, seed=2, epoch=2, ids=ids) != all_of_them
+    first = draw_crop((90, 60), 65, seed=1, epoch=2, index=3)
+    assert draw_crop((90, 60), 65, seed=1, epoch=2, index=3) == first
+    for other in ({"seed": 2}, {"epoch": 3}, {"index": 4}):
+        assert draw_crop((90, 60), 65, **({"seed": 1, "epoch": 2, "index": 3} | other)) != first
 
 
 def test_scales_places_and_flips_are_spread_evenly() -> None:
-    shapes, size = np.full((4000, 2), 200), 100
-    draws = draw_crops(shapes, size, seed=0, epoch=0, ids=np.arange(4000))
+    size = 100
+    draws = [draw_crop((200, 200), size, seed=0, epoch=0, index=index) for index in range(4000)]
     scales = np.array([draw.height for draw in draws]) / 200
     assert (scales >= 0.5).all()
     assert (scales <= 2).all()
     assert np.quantile(scales, [0.25, 0.5, 0.75]) == pytest.approx([0.875, 1.25, 1.625], abs=0.05)
     assert np.mean([draw.flip for draw in draws]) == pytest.approx(0.5, abs=0.03)
-    for first in ("top", "left"):
-        places = np.array([getattr(draw, first) / max(draw.height - size, 1) for draw in draws])
-        assert ((places >= 0) & (places <= 1)).all()
-        assert np.quantile(places, [0.25, 0.5, 0.75]) == pytest.approx([0.25, 0.5, 0.75], abs=0.05)
-    assert abs(np.corrcoef([draw.top for draw in draws], [draw.left for draw in draws])[0, 1]) < 0.75  # but by scale
+    places = np.array([[draw.top, draw.left] for draw in draws]) / np.maximum(
+        [[draw.height - size] for draw in draws], 1
+    )
+    assert ((places >= 0) & (places <= 1)).all()
+    assert np.quantile(places, [0.25, 0.5, 0.75], axis=0) == pytest.approx(
+        np.array([[0.25] * 2, [0.5] * 2, [0.75] * 2]), abs=0.05
+    )
+    assert abs(np.corrcoef(places.T)[0, 1]) < 0.05
+    small = [draw_crop((40, 30), size, seed=0, epoch=0, index=index) for index in range(1000)]
+    assert all(draw.height - size <= draw.top <= 0 and draw.width - size <= draw.left <= 0 for draw in small)
+    assert np.mean([draw.top / (draw.height - size) for draw in small]) == pytest.approx(0.5, abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -81,26 +83,30 @@ def test_crops_are_those_of_the_scaled_image(draw: Draw) -> None:
 
 
 def test_global_batches_are_the_same_on_any_number_of_ranks_and_after_a_resume(drawn: Masked) -> None:
-    def crops(rank: int, world: int, first: int, last: int) -> list[tuple[torch.Tensor, torch.Tensor, np.ndarray]]:
+    def crops(rank: int, world: int, first: int, last: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         loader = ScaleCrops(drawn, size=49, batch=2, seed=4, rank=rank, world=world, workers=2)
         try:
-            return [(one.images, one.masks, one.ids) for one in loader.batches(first, last)]
+            return list(loader.crops(first, last, torch.device("cpu")))
         finally:
             loader.close()
 
     whole = crops(0, 1, 0, 8)
     assert len(whole) == 8
     assert whole[0][0].shape == (2, 3, 49, 49)
-    assert sorted(np.concatenate([ids for _, _, ids in whole[:3]]).tolist()) != sorted(range(6))  # one is left out
-    assert len(set(np.concatenate([ids for _, _, ids in whole[:3]]).tolist())) == 6
-    first, second = crops(0, 2, 0, 8), crops(1, 2, 0, 8)
-    for one, left, right in zip(whole, first, second, strict=True):
-        for part in range(2):
-            assert torch.equal(one[part], torch.cat([left[part], right[part]]))
-        assert (one[2] == np.concatenate([left[2], right[2]])).all()
+    assert whole[0][0].is_contiguous(memory_format=torch.channels_last)
+    for one, *parts in zip(whole, crops(0, 2, 0, 8), crops(1, 2, 0, 8), strict=True):
+        assert all(torch.equal(*pair) for pair in zip(one, map(torch.cat, zip(*parts, strict=True)), strict=True))
     for one, again in zip(whole[5:], crops(0, 1, 5, 8), strict=True):
-        assert torch.equal(one[0], again[0])
-        assert torch.equal(one[1], again[1])
+        assert all(torch.equal(*pair) for pair in zip(one, again, strict=True))
+
+
+def test_an_epoch_has_each_image_once_but_for_those_over(drawn: Masked) -> None:
+    loader = ScaleCrops(drawn, size=49, batch=2, seed=4, workers=1)
+    epochs = [np.concatenate([loader.ids(step) for step in range(at, at + 3)]).tolist() for at in (0, 3)]
+    loader.close()
+    assert loader.steps == 3
+    assert all(len(set(ids)) == 6 for ids in epochs)
+    assert epochs[0] != epochs[1]
 
 
 def test_a_damaged_image_is_named(drawn: Masked, tmp_path: Path) -> None:
