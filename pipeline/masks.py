@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.errors import InputError
+from pipeline.images import decoded, header
 from pipeline.workers import Workers
 
 IGNORED = 255
@@ -42,11 +43,11 @@ class Masked:
 
     def read(self, index: int) -> Pair:
         """Return an image, RGB, and its mask, uint8 [H, W]. Raises InputError where one cannot be decoded."""
-        return _decoded(self.images[index]).convert("RGB"), self.mask(index)
+        return decoded(self.images[index]).convert("RGB"), self.mask(index)
 
     def mask(self, index: int) -> np.ndarray:
         """Return a mask of class numbers, uint8 [H, W]. Raises InputError where it cannot be decoded."""
-        return np.asarray(_decoded(self.masks[index])).astype(np.uint8)
+        return np.asarray(decoded(self.masks[index])).astype(np.uint8)
 
     def part(self, indices: Iterable[int]) -> Masked:
         """Return those of the images alone."""
@@ -130,7 +131,7 @@ def _of_folders(path: Path) -> tuple[list[Path], list[Path]]:
 
 def _shape(image: Path, mask: Path) -> tuple[int, int]:
     """Return height and width of an image and its mask. Raises InputError where they differ, or it is none."""
-    of_image, of_mask = (_header(file) for file in (image, mask))
+    of_image, of_mask = (header(file) for file in (image, mask))
     if of_mask.mode not in _INDEXED:
         raise InputError(
             f"{mask}: is {of_mask.mode}, not class numbers: save it as an 8-bit PNG of palette indices or grey levels"
@@ -141,23 +142,6 @@ def _shape(image: Path, mask: Path) -> tuple[int, int]:
             f"{of_image.height}: give the mask that was drawn on it"
         )
     return of_image.height, of_image.width
-
-
-def _header(file: Path) -> Image.Image:
-    try:
-        with Image.open(file) as opened:
-            return opened
-    except Exception as error:  # PIL's readers raise whatever a damaged file makes them stumble over
-        raise InputError(f"{file}: cannot be read ({error}): replace it, or leave it out") from None
-
-
-def _decoded(file: Path) -> Image.Image:
-    try:
-        with Image.open(file) as opened:
-            opened.load()
-            return opened
-    except Exception as error:  # as above
-        raise InputError(f"{file}: cannot be decoded ({error}): replace it, or leave it out") from None
 
 
 def classes_in(data: Masked, indices: Iterable[int], classes: int, workers: Workers) -> set[int]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from engine.probes import bench, features, knn, linear, segment, semi, svm
+from engine.probes import bench, detect, features, knn, linear, segment, semi, svm
 from pipeline.errors import command
 
 _COMMANDS: dict[str, tuple[ModuleType, str]] = {
@@ -16,10 +16,11 @@ _COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "semi": (semi, "fine-tuning on part of the labels"),
     "svm": (svm, "linear SVMs on multi-label images"),
     "segment": (segment, "semantic segmentation on images with masks"),
+    "detect": (detect, "object detection on images with boxes"),
     "features": (features, "features to a file"),
 }
 _UNLABELLED = ("svm", "features")
-_OTHER_DATA = ("segment",)
+_OTHER_DATA = ("segment", "detect")
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
