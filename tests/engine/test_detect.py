@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +158,6 @@ def evaluate(encoder: Path, drawn: Path, *more: str) -> Path:
 
 
 def test_without_torchvision_a_line_says_so(encoder: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(InputError, match="torchvision is not installed: pip install torchvision"):
         evaluate(encoder, drawn)
@@ -178,8 +178,6 @@ def test_options_that_cannot_work_are_refused(
     monkeypatch.setattr(detect, "torchvision", lambda: None)
     with pytest.raises((InputError, SystemExit)) as raised:
         evaluate(encoder, drawn, *options)
-    import re
-
     assert re.search(message, str(raised.value) + capsys.readouterr().err)
 
 

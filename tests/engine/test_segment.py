@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -286,17 +287,11 @@ def test_two_processes_train_and_score_as_one(encoder: Path, drawn: Path) -> Non
 # Input
 
 
-def _set(drawn: Path, tmp_path: Path) -> Path:
-    import shutil
-
-    return Path(shutil.copytree(drawn, tmp_path / "data"))
-
-
 def test_one_wrong_mask_ends_the_command_before_anything_is_trained(
     encoder: Path, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(segment, "train", lambda *arguments: pytest.fail("it trained"))
-    data = _set(drawn, tmp_path)
+    data = Path(shutil.copytree(drawn, tmp_path / "data"))
     mask = data / "masks" / "17.png"
     Image.fromarray(np.full_like(np.asarray(Image.open(mask)), 2)).save(mask)
     with pytest.raises(InputError, match=r"17\.png: has class 2, and there are 2, 0 to 1, besides 255"):
@@ -316,7 +311,10 @@ def test_one_wrong_mask_ends_the_command_before_anything_is_trained(
         (["--test", "nowhere"], "nowhere: has neither VOC's layout"),
     ],
 )
-def test_options_that_cannot_work_are_refused(options: list[str], message: str, encoder: Path, drawn: Path) -> None:
+def test_options_that_cannot_work_are_refused(
+    options: list[str], message: str, encoder: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segment, "train", lambda *arguments: pytest.fail("it trained"))
     with pytest.raises(InputError, match=message):
         evaluate(encoder, drawn, *options)
 

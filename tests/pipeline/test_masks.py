@@ -61,6 +61,7 @@ def test_both_layouts_give_the_images_and_their_masks(voc: Path, workers: Worker
     rest, tenth = folders.held_out()
     assert [file.stem for file in tenth.images] == ["000001"]
     assert [file.stem for file in rest.images] == [f"{number:06d}" for number in range(2, 7)]
+    assert [len(part) for part in folders.part([0] * 95).held_out()] == [85, 10]
     assert len({rest.fingerprint, tenth.fingerprint, folders.fingerprint}) == 3
 
 
