@@ -106,15 +106,16 @@ def test_average_precision_is_the_development_kits(seed: int, metric: Metric) ->
 
 
 def test_the_area_is_scikit_learns_where_precision_falls() -> None:
-    """One object an image, at thresholds that every detection passes or fails outright."""
+    """One object an image, and detections that are on it or far off; the gaps between the right ones grow."""
     metrics = pytest.importorskip("sklearn.metrics")
-    random = np.random.default_rng(0)
-    right = np.arange(30) < 12
-    scores = np.where(right, 1.0, 0.0) + 0.01 * random.random(30)
-    box = np.array([[0.0, 0, 10, 10]])
-    found = Boxes(np.arange(30), np.where(right[:, None], box, box + 50), scores)
-    true = Boxes(np.arange(12), np.repeat(box, 12, axis=0), np.zeros(12, bool))
-    assert average_precision(found, true, 0.5, "area") == pytest.approx(metrics.average_precision_score(right, scores))
+    right = np.isin(np.arange(30), [0, 1, 3, 6, 10, 15, 21, 28])
+    scores, box = np.linspace(1, 0, 30), np.array([[0.0, 0, 10, 10]])
+    images = np.where(right, np.cumsum(right) - 1, 99)
+    found = Boxes(images, np.where(right[:, None], box, box + 50), scores)
+    true = Boxes(np.arange(8), np.repeat(box, 8, axis=0), np.zeros(8, bool))
+    expected = metrics.average_precision_score(right, scores)
+    assert expected < 0.7
+    assert average_precision(found, true, 0.5, "area") == pytest.approx(expected)
 
 
 def test_scores_are_means_over_classes_that_have_objects() -> None:

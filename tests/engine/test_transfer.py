@@ -72,7 +72,7 @@ def test_the_recipe_says_what_the_other_detector_does() -> None:
     solver, model = recipe["SOLVER"], recipe["MODEL"]
     assert tuple(recipe["INPUT"]["MIN_SIZE_TRAIN"]) == detect.SIZES
     assert solver["IMS_PER_BATCH"] == detect.BATCH
-    for step in (0, 50, *solver["STEPS"], solver["MAX_ITER"] - 1):
+    for step in (0, 50, *solver["STEPS"], *(step - 1 for step in (*solver["STEPS"], solver["MAX_ITER"]))):
         warm = min(1.0, 0.001 + 0.999 * step / solver["WARMUP_ITERS"])
         falls = sum(step >= at for at in solver["STEPS"])
         assert detect.rate(solver["BASE_LR"], step, solver["MAX_ITER"]) == pytest.approx(0.02 * warm * 0.1**falls)
