@@ -216,6 +216,7 @@ def test_the_detector_is_made_of_the_encoders_stages_and_torchvisions_resnet_agr
     assert torch.allclose(model.backbone(images), maps, atol=1e-4)
     regions = torch.randn(3, 1024, 14, 14)
     head = model.roi_heads.box_head
+    torch.nn.init.normal_(head.norm.weight)
     assert torch.allclose(head(regions), head.norm(reference.layer4(regions)).mean(dim=(2, 3)), atol=1e-4)
     assert model.roi_heads.box_predictor.cls_score.out_features == 21
 
@@ -256,7 +257,12 @@ def test_training_lowers_the_loss_goes_on_and_is_scored(
     assert again["ap"] == found["ap"]
 
 
-def test_a_dry_run_keeps_nothing(encoder: Path, drawn: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_keeps_nothing(
+    encoder: Path, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     torchvision_or_skip()
+    (tmp_path / "passing").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "passing"))
     assert not evaluate(encoder, drawn, "--dry-run").exists()
     assert "detection, 2 iterations: AP" in capsys.readouterr().out
+    assert not list((tmp_path / "passing").glob("millrace-*"))
