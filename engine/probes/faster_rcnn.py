@@ -98,7 +98,7 @@ def torchvision() -> Any:
         import torchvision
         import torchvision.models.detection
     except ImportError as error:
-        raise InputError(f"torchvision: {error.name} is not installed: pip install torchvision") from None
+        raise InputError(f"{error.name} is not installed, which detection wants: pip install torchvision") from None
     except RuntimeError as error:  # its compiled operators are for another torch
         raise InputError(
             f"torchvision does not load ({error}): install the one for torch {torch.__version__}, from where torch came"

@@ -104,7 +104,7 @@ def check(args: argparse.Namespace) -> None:
     try:
         import detectron2  # noqa: F401
     except ImportError as error:
-        raise InputError(f"detectron2: {error.name} is not installed: {_INSTALL}") from None
+        raise InputError(f"{error.name} is not installed: {_INSTALL}") from None
 
 
 def _arguments() -> argparse.Namespace:

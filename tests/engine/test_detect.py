@@ -160,7 +160,7 @@ def evaluate(encoder: Path, drawn: Path, *more: str) -> Path:
 
 def test_without_torchvision_a_line_says_so(encoder: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchvision", None)
-    with pytest.raises(InputError, match="torchvision is not installed: pip install torchvision"):
+    with pytest.raises(InputError, match="torchvision is not installed, which detection wants: pip install"):
         evaluate(encoder, drawn)
 
 
