@@ -13,6 +13,9 @@ import yaml
 from engine.weights import DIMENSIONS, Architecture, Loaded, digest
 from pipeline.augment import IMAGENET
 
+_FIGURES = {"top1": "top-1", "map": "mAP", "miou": "mIoU", "ap": "AP"}
+"""Of evaluations, by the key that holds the one for a table."""
+
 
 def card(loaded: Loaded, format: str, path: Path, distance: float) -> str:
     """Return a model card, in Markdown: recipe, data, metrics, commit, and how the file is loaded.
@@ -64,9 +67,9 @@ def _metrics(path: Path) -> list[str]:
         found = _json(kept.read_text())
         if Path(str(found.get("checkpoint", ""))).name != path.name:
             continue
-        figure = next((key for key in ("top1", "map") if isinstance(found.get(key), float)), None)
+        figure = next((key for key in _FIGURES if isinstance(found.get(key), float)), None)
         if figure:
-            name = {"top1": "top-1", "map": "mAP"}[figure]
+            name = _FIGURES[figure]
             lines.append(f"- {found.get('evaluation')}: {name} {found[figure]:.2%} ({found.get('which')} encoder)")
     metrics = run / "metrics.jsonl"
     step = int(path.name.removeprefix("step_")) if path.name.startswith("step_") else None
