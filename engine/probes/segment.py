@@ -115,9 +115,10 @@ def _classes(trial: Segmentation) -> list[str]:
         in_train, in_test = (_numbers(data, wanted, workers) for data in (trial.train, trial.test))
     finally:
         workers.close()
-    number = wanted or max(in_train | in_test, default=0) + 1
-    if number < 2:
-        raise InputError(f"{trial.train.path}: its masks hold one class: there is nothing to tell apart")
+    if len(in_train) < 2 or not in_test:
+        found = f"{len(in_train)} classes in masks for training, {len(in_test)} in those for testing"
+        raise InputError(f"{trial.train.path}: {found}: there is nothing to tell apart: give other masks")
+    number = wanted or max(in_train | in_test) + 1
     if in_test - in_train:
         trial.say(f"warning: classes of the test masks that no training mask has: {sorted(in_test - in_train)}")
     voc = ["background", *CLASSES]

@@ -292,7 +292,7 @@ def test_two_processes_train_and_score_as_one(encoder: Path, drawn: Path) -> Non
 # Input
 
 
-def test_one_wrong_mask_ends_the_command_before_anything_is_trained(
+def test_wrong_masks_end_the_command_before_anything_is_trained(
     encoder: Path, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(segment, "train", lambda *arguments: pytest.fail("it trained"))
@@ -301,6 +301,10 @@ def test_one_wrong_mask_ends_the_command_before_anything_is_trained(
     Image.fromarray(np.full_like(np.asarray(Image.open(mask)), 2)).save(mask)
     with pytest.raises(InputError, match=r"17\.png: has class 2, and there are 2, 0 to 1, besides 255"):
         evaluate(encoder, data, "--classes", "2")
+    for file in (data / "masks").iterdir():
+        Image.fromarray(np.full_like(np.asarray(Image.open(file)), 255)).save(file)
+    with pytest.raises(InputError, match="0 classes in masks for training, 0 in those for testing"):
+        evaluate(encoder, data)
     Image.open(mask).resize((10, 10)).save(mask)
     with pytest.raises(InputError, match=r"17\.png: 10 x 10 pixels"):
         evaluate(encoder, data)
