@@ -114,10 +114,7 @@ def _of_folders(path: Path) -> tuple[list[Path], list[Path]]:
             f"{path}: has neither VOC's layout (JPEGImages, SegmentationClass, ImageSets) nor folders images and "
             "masks: give a folder with one of them"
         )
-    images, masks = (
-        {file.stem: file for file in sorted(folder.iterdir()) if file.suffix.lower() in suffixes}
-        for folder, suffixes in zip(folders, (_IMAGES, (".png",)), strict=True)
-    )
+    images, masks = _by_name(folders[0], _IMAGES), _by_name(folders[1], (".png",))
     alone = sorted(images.keys() ^ masks.keys())
     if alone:
         name = alone[0]
@@ -127,6 +124,17 @@ def _of_folders(path: Path) -> tuple[list[Path], list[Path]]:
         raise InputError(f"{path}: no images in it: give a folder with images and masks")
     names = sorted(images)
     return [images[name] for name in names], [masks[name] for name in names]
+
+
+def _by_name(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+    """Return the files with those suffixes by their names without them."""
+    found: dict[str, Path] = {}
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() in suffixes:
+            if file.stem in found:
+                raise InputError(f"{file}: has the name of {found[file.stem]}: rename or remove one of them")
+            found[file.stem] = file
+    return found
 
 
 def _shape(image: Path, mask: Path) -> tuple[int, int]:
@@ -154,7 +162,7 @@ def classes_in(data: Masked, indices: Iterable[int], classes: int, workers: Work
         if classes and max(numbers, default=0) >= classes:
             raise InputError(
                 f"{data.masks[index]}: has class {max(numbers)}, and there are {classes}, 0 to {classes - 1}, besides "
-                f"{IGNORED}: mend it, or give --classes"
+                f"{IGNORED}: mend it, or give other --classes"
             )
         found |= numbers
     return found

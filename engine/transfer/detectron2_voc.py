@@ -10,13 +10,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from engine.export import export, refuse
-from engine.weights import load_encoder
+from engine.weights import Architecture, Loaded, load_encoder
 from pipeline.errors import InputError, command
 
 RECIPE = Path(__file__).with_name("voc_r50_c4.yaml")
@@ -29,13 +31,14 @@ _INSTALL = (
 )
 
 
-def config(weights: Path, depth: int, args: argparse.Namespace) -> Any:
+def config(architecture: Architecture, args: argparse.Namespace, out: Path) -> Any:
     """Return detectron2's settings: the recipe, then the command line. Raises InputError for keys it has not."""
     from detectron2.config import get_cfg
 
     cfg = get_cfg()
     cfg.merge_from_file(str(RECIPE))
-    cfg.MODEL.WEIGHTS, cfg.MODEL.RESNETS.DEPTH, cfg.OUTPUT_DIR = str(weights), depth, str(args.out)
+    cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = str(out / "backbone.pth"), str(out)
+    cfg.MODEL.RESNETS.DEPTH = _DEPTHS[architecture.arch]
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     if args.iterations:
@@ -101,6 +104,10 @@ def check(args: argparse.Namespace) -> None:
     missing = [path for path in missing if not path.is_file()]
     if missing:
         raise InputError(f"--data {args.data}: no {missing[0]}: give the folder that holds VOC2007 and VOC2012")
+    if args.gpus > max(1, torch.cuda.device_count()):
+        raise InputError(f"--gpus {args.gpus}: this machine has {torch.cuda.device_count()}")
+    if (args.out / "last_checkpoint").exists() and not (args.resume or args.dry_run):
+        raise InputError(f"--out {args.out}: already holds a run: add --resume, or choose another")
     try:
         import detectron2  # noqa: F401
     except ImportError as error:
@@ -118,7 +125,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--iterations", type=int, help="in place of 24,000; the steps move with them")
     parser.add_argument("--settings", nargs="+", default=[], metavar="KEY VALUE", help="detectron2's, such as SEED 1")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    parser.add_argument("--dry-run", action="store_true", help="two iterations, and no test")
+    parser.add_argument("--dry-run", action="store_true", help="two iterations, no test; keeps nothing")
     return parser.parse_args()
 
 
@@ -131,14 +138,18 @@ def main() -> None:
     if loaded.architecture.arch not in _DEPTHS:
         raise InputError(f"{args.checkpoint}: {loaded.architecture}: R50-C4 wants one of {', '.join(_DEPTHS)}")
     print(loaded.summary())
-    args.out.mkdir(parents=True, exist_ok=True)
-    weights = args.out / "backbone.pth"
-    export(loaded, "detectron2", weights)
+    with tempfile.TemporaryDirectory(prefix="millrace-") if args.dry_run else nullcontext(args.out) as out:
+        start(loaded, args, Path(out))
+
+
+def start(loaded: Loaded, args: argparse.Namespace, out: Path) -> None:
+    """Export the encoder into `out`, and have detectron2 train from it there, in a process a GPU."""
+    out.mkdir(parents=True, exist_ok=True)
+    export(loaded, "detectron2", out / "backbone.pth")
     os.environ["DETECTRON2_DATASETS"] = str(args.data)  # read where detectron2 is imported, in each process
-    cfg = config(weights, _DEPTHS[loaded.architecture.arch], args)
     from detectron2.engine import launch
 
-    launch(train, args.gpus, dist_url="auto", args=(cfg, args.resume))
+    launch(train, args.gpus, dist_url="auto", args=(config(loaded.architecture, args, out), args.resume))
 
 
 if __name__ == "__main__":

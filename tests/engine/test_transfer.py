@@ -13,6 +13,7 @@ import yaml
 
 from engine.probes import detect
 from engine.transfer import detectron2_voc
+from engine.weights import Architecture
 from methods.encoders import resnet
 from pipeline.errors import InputError
 
@@ -42,6 +43,11 @@ def test_what_is_missing_is_said_in_a_line(
     out = str(tmp_path / "out")
     said = _main(monkeypatch, capsys, "x.pth", "--data", str(tmp_path), "--out", out)
     assert "VOC2007/ImageSets/Main/trainval.txt: give the folder that holds VOC2007 and VOC2012" in said
+    assert "--gpus 9" in _main(monkeypatch, capsys, "x.pth", "--data", str(kit), "--out", out, "--gpus", "9")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "last_checkpoint").touch()
+    assert "already holds a run: add --resume" in _main(monkeypatch, capsys, "x.pth", "--data", str(kit), "--out", out)
+    out = str(tmp_path / "new")
     monkeypatch.setitem(sys.modules, "detectron2", None)
     said = _main(monkeypatch, capsys, "x.pth", "--data", str(kit), "--out", out)
     assert "detectron2 is not installed: pip install 'git+https://github.com/facebookresearch/detectron2.git'" in said
@@ -97,10 +103,10 @@ def test_help_wants_no_library() -> None:
 def test_detectron2_takes_the_recipe(tmp_path: Path) -> None:
     pytest.importorskip("detectron2.config", exc_type=ImportError)
     args = argparse.Namespace(out=tmp_path, iterations=240, dry_run=False, settings=["SEED", "7"])
-    cfg = detectron2_voc.config(tmp_path / "backbone.pth", 101, args)
+    cfg = detectron2_voc.config(Architecture("resnet101"), args, tmp_path)
     assert (cfg.SOLVER.MAX_ITER, tuple(cfg.SOLVER.STEPS), cfg.SEED) == (240, (180, 220), 7)
     assert (101, str(tmp_path / "backbone.pth")) == (cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.WEIGHTS)
     assert list(cfg.MODEL.RESNETS.OUT_FEATURES) == ["res4"]  # its default: C4
     args.settings = ["SOLVER.NO_SUCH_KEY", "7"]
     with pytest.raises(InputError, match="NO_SUCH_KEY"):
-        detectron2_voc.config(tmp_path / "backbone.pth", 50, args)
+        detectron2_voc.config(Architecture("resnet50"), args, tmp_path)

@@ -111,6 +111,13 @@ def test_a_file_without_its_counterpart_is_refused(folder: str, other: str, voc:
         open_masked(voc)
 
 
+def test_two_images_of_one_name_are_refused(voc: Path) -> None:
+    image = _as_folders(voc) / "images" / "000003.jpg"
+    Image.open(image).save(image.with_suffix(".png"))
+    with pytest.raises(InputError, match=r"000003.png: has the name of .*000003.jpg"):
+        open_masked(voc)
+
+
 def test_class_numbers_out_of_range_and_damaged_masks_are_found(voc: Path, workers: Workers) -> None:
     data, path = open_masked(voc), voc / "SegmentationClass" / "000003.png"
     with pytest.raises(InputError, match=r"\.png: has class \d+, and there are 2, 0 to 1, besides 255"):
