@@ -14,6 +14,9 @@ from pipeline.augment import IMAGENET
 from pipeline.errors import InputError
 from pipeline.limits import RESULT_BYTES, json_lines, read_json
 
+_FIGURES = {"top1": "top-1", "map": "mAP", "miou": "mIoU", "ap": "AP"}
+"""Of evaluations, by the key that holds the one for a table."""
+
 
 def card(loaded: Loaded, format: str, path: Path, distance: float) -> str:
     """Return a model card, in Markdown: recipe, data, metrics, commit, and how the file is loaded.
@@ -65,9 +68,9 @@ def _metrics(path: Path) -> list[str]:
         found = _json(kept)
         if Path(str(found.get("checkpoint", ""))).name != path.name:
             continue
-        figure = next((key for key in ("top1", "map") if isinstance(found.get(key), float)), None)
+        figure = next((key for key in _FIGURES if isinstance(found.get(key), float)), None)
         if figure:
-            name = {"top1": "top-1", "map": "mAP"}[figure]
+            name = _FIGURES[figure]
             lines.append(f"- {found.get('evaluation')}: {name} {found[figure]:.2%} ({found.get('which')} encoder)")
     metrics = run / "metrics.jsonl"
     step = int(path.name.removeprefix("step_")) if path.name.startswith("step_") else None

@@ -89,9 +89,32 @@ class VisionTransformer(nn.Module):
         nn.init.normal_(self.cls_token, std=1e-6)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._tokens(x, self.pos_embed)[:, 0]
+
+    def maps(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the patches' features [B, `features`, H / 16, W / 16] of images whose sides are multiples of 16.
+
+        At another size than the network's the positions are interpolated.
+        """
+        height, width = x.shape[2] // PATCH, x.shape[3] // PATCH
+        tokens = self._tokens(x, positions_at(self.pos_embed, height, width))[:, 1:]
+        return tokens.transpose(1, 2).reshape(len(x), self.features, height, width)
+
+    def _tokens(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Return the class token and the patches after the last block, [B, 1 + patches, `features`]."""
         tokens = self.patch_embed(x)
-        tokens = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1) + self.pos_embed
-        return self.norm(self.blocks(tokens))[:, 0]
+        tokens = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1) + positions
+        return self.norm(self.blocks(tokens))
+
+
+def positions_at(positions: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Return positions [1, 1 + side^2, dim] for height x width patches: those of the patches bicubic, as DeiT's are."""
+    side = math.isqrt(positions.shape[1] - 1)
+    if (height, width) == (side, side):
+        return positions
+    grid = positions[:, 1:].transpose(1, 2).unflatten(2, (side, side))  # [1, dim, side, side]
+    grid = F.interpolate(grid, (height, width), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
 
 
 def sine_cosine_positions(side: int, dim: int) -> torch.Tensor:

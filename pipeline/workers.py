@@ -6,10 +6,15 @@ import contextlib
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from itertools import islice
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Workers:
@@ -34,6 +39,31 @@ class Workers:
         future: Future = Future()
         self._calls.put((future, function, args))
         return future
+
+    def in_order(
+        self,
+        function: Callable[[Any, Item], Result],
+        items: Iterable[Item],
+        ahead: int,
+        timeout: float | None = None,
+    ) -> Iterator[Result]:
+        """Yield `function(its state, item)` of each item in turn, of which the next `ahead` are always under way.
+
+        Raises what a call raised, and TimeoutError where one takes longer than `timeout` seconds.
+        """
+        rest, under_way = iter(items), deque[Future]()
+        try:
+            for item in islice(rest, ahead):
+                under_way.append(self.submit(function, item))
+            while under_way:
+                result = under_way[0].result(timeout)
+                under_way.popleft()
+                for item in islice(rest, 1):
+                    under_way.append(self.submit(function, item))
+                yield result
+        finally:
+            for future in under_way:
+                future.cancel()
 
     def close(self, timeout: float = 5.0) -> None:
         """Cancel the calls that have not begun and end the threads, but for those that hang for `timeout` seconds."""

@@ -117,7 +117,7 @@ def hostile_pickle(target: Path) -> bytes:
 def record(property_: Callable[[str, object], None], figure: object) -> None:
     """Note the figure for the reliability table."""
     property_("fault", FAULT)
-    property_("figure", figure)
+    property_("figure", str(figure))
 
 
 reliability = pytest.mark.reliability

@@ -11,7 +11,6 @@ import argparse
 import math
 import re
 import time
-import warnings
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 
 from engine.probes.bench import Bench
 from engine.probes.scores import score
-from engine.probes.training import Kept, check_batch, new_head, sgd
+from engine.probes.training import Kept, check_batch, new_head, prepared, sgd
 from engine.sync_norm import synchronise
 from methods.encoders import place
 from pipeline.beton import Beton
@@ -102,9 +101,7 @@ def tune(
     bare = sgd(groups)
     kept = Kept(bench, name, model, bare, settings)
     done = kept.restore()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # older torch needs it
-        wrapped, optimiser = bench.accelerator.prepare(model, bare)
+    wrapped, optimiser = prepared(bench, model, bare)
     labels, loader = bench.labels(part), bench.train_loader(part, batch)
     loader.load_state_dict({**loader.state_dict(), "epoch": done})
     began = time.perf_counter()

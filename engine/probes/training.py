@@ -1,30 +1,38 @@
-"""Training of classifiers that is kept after each epoch, and taken up there when the command is given again."""
+"""Training that is kept after each epoch, and taken up there when the command is given again."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from engine import checkpoint, ranks
 from engine.meeting import from_first, together
-from engine.probes.bench import Bench
+from engine.probes.trial import Trial
 from pipeline.errors import InputError
+
+B = TypeVar("B")
+_KEEP_AFTER = 100  # steps at least
 
 
 class Kept:
-    """The state of a classifier in training, in a folder, whole after every epoch.
+    """The state of a network in training, in a folder, whole after every epoch.
 
     model: whose parameters and buffers are kept, and SGD's momentum of those that `optimiser` has. settings: those that
     bear on what is computed. Only the first process reads and writes.
     """
 
     def __init__(
-        self, bench: Bench, name: str, model: nn.Module, optimiser: torch.optim.Optimizer, settings: dict[str, Any]
+        self, trial: Trial, name: str, model: nn.Module, optimiser: torch.optim.Optimizer, settings: dict[str, Any]
     ) -> None:
-        self._folder, self._model, self._optimiser, self._settings = bench.out / name, model, optimiser, settings
-        self._bench = bench
+        self._folder, self._model, self._optimiser, self._settings = trial.out / name, model, optimiser, settings
+        self._trial = trial
 
     def restore(self) -> int:
         """Take up what is there; return the epochs done. Raises InputError where it is of other settings."""
@@ -32,15 +40,15 @@ class Kept:
         like = from_first(lambda: self._read(tensors))
         if like is None:
             return 0
-        found = ranks.spread(tensors.get("state", {}), like["tensors"], self._bench.device)
+        found = ranks.spread(tensors.get("state", {}), like["tensors"], self._trial.device)
         for name, value in self._state().items():
             value.copy_(found[name])
-        self._bench.say(f"going on after epoch {like['epoch']} of {self._folder}")
+        self._trial.say(f"going on after epoch {like['epoch']} of {self._folder}")
         return int(like["epoch"])
 
     def save(self, epoch: int) -> None:
         """Keep the state after that many epochs, in place of the one before."""
-        if self._bench.first:
+        if self._trial.first:
             state = {"loader": {}, "monitor": {}, "settings": self._settings}
             tensors = {name: value.detach().contiguous() for name, value in self._state().items()}
             checkpoint.write(self._folder, epoch, {"state": tensors}, state, keep=1)
@@ -76,6 +84,50 @@ class Kept:
 def _like(tensors: checkpoint.Tensors) -> dict[str, tuple[str, list[int]]]:
     """Return dtype and shape of each tensor."""
     return {name: (str(value.dtype).removeprefix("torch."), list(value.shape)) for name, value in tensors.items()}
+
+
+def prepared(trial: Trial, model: nn.Module, optimiser: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+    """Return model and optimiser as Accelerate wraps them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # older torch needs it
+        return trial.accelerator.prepare(model, optimiser)
+
+
+def train_by_steps(
+    trial: Trial,
+    kept: Kept,
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    batches: Callable[[int, int], Iterator[B]],
+    loss_of: Callable[[nn.Module, B], torch.Tensor],
+    rate: Callable[[int], float],
+    *,
+    epoch: int,
+    iterations: int,
+) -> float:
+    """Train up to that many iterations, from what was kept on; return the seconds it took.
+
+    batches: of the steps from a first to before a last; `epoch` of them are one, after which the state is kept (after
+    several where they are short). rate: of a step, for all parameters. Raises FloatingPointError for a loss that is not
+    finite.
+    """
+    done, epochs, every = kept.restore(), -(-iterations // epoch), -(-_KEEP_AFTER // epoch)
+    wrapped, stepper = prepared(trial, model, optimiser)
+    stream, began = batches(done * epoch, iterations), time.perf_counter()
+    for number in trial.shown(range(done, epochs), "epochs"):
+        wrapped.train()
+        for step, batch in enumerate(islice(stream, epoch), start=number * epoch):
+            for group in optimiser.param_groups:
+                group["lr"] = rate(step)
+            loss = loss_of(wrapped, batch)
+            trial.accelerator.backward(loss)
+            stepper.step()
+            stepper.zero_grad()
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"epoch {number + 1}: the loss is not finite: choose a lower --lr")
+        if (number + 1) % every == 0 or number + 1 == epochs:
+            kept.save(number + 1)
+    return time.perf_counter() - began
 
 
 def sgd(groups: list[dict[str, Any]], weight_decay: float = 0.0) -> torch.optim.SGD:

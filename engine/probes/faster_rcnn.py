@@ -1,0 +1,110 @@
+"""Faster R-CNN with a ResNet's C4 backbone (1506.01497; 1911.05722, appendix A.1), of torchvision's parts.
+
+As the paper's R50-C4, which torchvision has no model of: conv1 to conv4 see the image, proposals and pooling are on
+their maps, of stride 16; conv5 is the head of each region, of 14 x 14 cells, with a BatchNorm behind it. All of the
+pretrained stages are used, and none besides but that BatchNorm, so that the encoder shows; a feature pyramid would add
+layers that start at random. Numbers of proposals and regions are detectron2's C4's, which MoCo's detection runs on. Its
+losses of boxes are absolute, torchvision's smooth (below 1/9); its annotations and scores are VOC's in both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from methods.encoders import ResNet
+from pipeline.augment import IMAGENET
+from pipeline.errors import InputError
+
+ANCHORS = (32, 64, 128, 256, 512)
+RATIOS = (0.5, 1.0, 2.0)
+_CELLS = 14
+
+
+class C4(nn.Module):
+    """Stem to third stage: images [B, 3, H, W] to maps [B, C, H / 16, W / 16] (of a small stem, H / 4)."""
+
+    def __init__(self, backbone: ResNet) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(backbone.conv1, backbone.bn1, backbone.relu, backbone.maxpool)
+        self.stages = nn.Sequential(backbone.layer1, backbone.layer2, backbone.layer3)
+        self.out_channels = _channels_in(backbone.layer4)
+        self.stride = 4 if isinstance(backbone.maxpool, nn.Identity) else 16
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.stages(self.stem(images))
+
+
+class Res5(nn.Module):
+    """The last stage, a BatchNorm and the mean: regions [R, C, 14, 14] to features [R, F]."""
+
+    def __init__(self, backbone: ResNet) -> None:
+        super().__init__()
+        self.stage, self.norm = backbone.layer4, nn.BatchNorm2d(backbone.features)
+
+    def forward(self, regions: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.stage(regions)).mean(dim=(2, 3))
+
+
+class Pool(nn.Module):
+    """Pools regions aligned to half a pixel, as detectron2's; what torchvision's detectors have is half a pixel off."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+
+    def forward(
+        self, features: dict[str, torch.Tensor], proposals: list[torch.Tensor], shapes: list[tuple[int, int]]
+    ) -> torch.Tensor:
+        from torchvision.ops import roi_align
+
+        return roi_align(features["0"], proposals, _CELLS, 1 / self.stride, sampling_ratio=0, aligned=True)
+
+
+def faster_rcnn(backbone: ResNet, classes: int, sizes: tuple[int, ...], largest: int) -> nn.Module:
+    """Return the detector, all of it trainable. Classes are counted without the background.
+
+    sizes: shorter sides that training images are scaled to, one of them at random; test images to the last. largest:
+    the longer side at most. Training: images [3, H, W] of 0 to 1 and their boxes to losses; else to boxes.
+    """
+    detection = torchvision().models.detection
+    anchors = detection.rpn.AnchorGenerator((ANCHORS,), (RATIOS,))
+    body = C4(backbone)
+    mean, std = IMAGENET
+    model = detection.FasterRCNN(
+        body,
+        min_size=sizes,
+        max_size=largest,
+        image_mean=list(mean),
+        image_std=list(std),
+        rpn_anchor_generator=anchors,
+        rpn_pre_nms_top_n_train=12000,
+        rpn_pre_nms_top_n_test=6000,
+        rpn_post_nms_top_n_train=2000,
+        rpn_post_nms_top_n_test=1000,
+        box_roi_pool=torchvision().ops.MultiScaleRoIAlign(["0"], _CELLS, 0),
+        box_head=Res5(backbone),
+        box_predictor=detection.faster_rcnn.FastRCNNPredictor(backbone.features, classes + 1),
+    )
+    model.roi_heads.box_roi_pool = Pool(body.stride)  # which the constructor does not take
+    return model.requires_grad_(True)
+
+
+def torchvision() -> Any:
+    """Return the library. Raises InputError where it is not installed, or not for this torch."""
+    try:
+        import torchvision
+        import torchvision.models.detection
+    except ImportError as error:
+        raise InputError(f"{error.name} is not installed, which detection wants: pip install torchvision") from None
+    except RuntimeError as error:  # its compiled operators are for another torch
+        raise InputError(
+            f"torchvision does not load ({error}): install the one for torch {torch.__version__}, from where torch came"
+        ) from None
+    return torchvision
+
+
+def _channels_in(stage: nn.Module) -> int:
+    return next(module.in_channels for module in stage.modules() if isinstance(module, nn.Conv2d))

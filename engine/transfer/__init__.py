@@ -1,0 +1,1 @@
+"""Recipes of other libraries that start from an encoder of this one."""

@@ -1,0 +1,122 @@
+"""Crops for segmentation: pure draws, crops against PIL's own way round, the same batches on any number of ranks."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from pipeline.augment import IMAGENET
+from pipeline.errors import InputError
+from pipeline.masks import Masked, open_masked
+from pipeline.scale_crops import Draw, ScaleCrops, crop, draw_crop
+from pipeline.scenes import scene, write
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Masked:
+    """Seven scenes."""
+    folder = tmp_path_factory.mktemp("scenes") / "voc"
+    write(folder, 7, 1, size=64, quiet=True)
+    return open_masked(folder)
+
+
+def test_draws_depend_on_seed_epoch_and_id_alone() -> None:
+    first = draw_crop((90, 60), 65, seed=1, epoch=2, index=3)
+    assert draw_crop((90, 60), 65, seed=1, epoch=2, index=3) == first
+    for other in ({"seed": 2}, {"epoch": 3}, {"index": 4}):
+        assert draw_crop((90, 60), 65, **({"seed": 1, "epoch": 2, "index": 3} | other)) != first
+
+
+def test_scales_places_and_flips_are_spread_evenly() -> None:
+    size = 100
+    draws = [draw_crop((200, 200), size, seed=0, epoch=0, index=index) for index in range(4000)]
+    scales = np.array([draw.height for draw in draws]) / 200
+    assert (scales >= 0.5).all()
+    assert (scales <= 2).all()
+    assert np.quantile(scales, [0.25, 0.5, 0.75]) == pytest.approx([0.875, 1.25, 1.625], abs=0.05)
+    assert np.mean([draw.flip for draw in draws]) == pytest.approx(0.5, abs=0.03)
+    places = np.array([[draw.top, draw.left] for draw in draws]) / np.maximum(
+        [[draw.height - size] for draw in draws], 1
+    )
+    assert ((places >= 0) & (places <= 1)).all()
+    assert np.quantile(places, [0.25, 0.5, 0.75], axis=0) == pytest.approx(
+        np.array([[0.25] * 2, [0.5] * 2, [0.75] * 2]), abs=0.05
+    )
+    assert abs(np.corrcoef(places.T)[0, 1]) < 0.05
+    small = [draw_crop((40, 30), size, seed=0, epoch=0, index=index) for index in range(1000)]
+    assert all(draw.height - size <= draw.top <= 0 and draw.width - size <= draw.left <= 0 for draw in small)
+    assert np.mean([draw.top / (draw.height - size) for draw in small]) == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        Draw(128, 128, 20, 31, False),
+        Draw(96, 96, 31, 0, True),
+        Draw(40, 40, -11, -25, True),
+        Draw(64, 64, -1, 0, False),
+        Draw(70, 60, 5, -5, False),
+    ],
+)
+def test_crops_are_those_of_the_scaled_image(draw: Draw) -> None:
+    """The whole image scaled by PIL, the mask by exact fractions, padded all round, cropped, mirrored."""
+    drawn, size = scene(0, 3, 64), 65
+    pixels, classes = crop((Image.fromarray(drawn.image), drawn.mask), draw, size)
+
+    def expected(scaled: Image.Image, fill: int | tuple[int, ...]) -> np.ndarray:
+        whole = ImageOps.expand(scaled, size, fill=fill)
+        part = whole.crop((draw.left + size, draw.top + size, draw.left + 2 * size, draw.top + 2 * size))
+        return np.asarray(ImageOps.mirror(part) if draw.flip else part)
+
+    rows, columns = ([int(Fraction(2 * i + 1, 2) * 64 / n) for i in range(n)] for n in (draw.height, draw.width))
+    assert (classes == expected(Image.fromarray(drawn.mask[rows][:, columns]), 255)).all()
+    scaled = Image.fromarray(drawn.image).resize((draw.width, draw.height), Image.Resampling.BILINEAR)
+    mean = tuple(round(255 * channel) for channel in IMAGENET.mean)
+    different = np.abs(pixels.astype(int) - expected(scaled, mean))
+    assert different[2:-2, 2:-2].max() <= 2  # the filter does not reach beyond the crop
+    assert different.mean() < 0.3
+
+
+def test_global_batches_are_the_same_on_any_number_of_ranks_and_after_a_resume(drawn: Masked) -> None:
+    def crops(rank: int, world: int, first: int, last: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        loader = ScaleCrops(drawn, size=49, batch=2, seed=4, rank=rank, world=world, workers=2)
+        try:
+            return list(loader.crops(first, last, torch.device("cpu")))
+        finally:
+            loader.close()
+
+    whole = crops(0, 1, 0, 8)
+    assert len(whole) == 8
+    assert whole[0][0].shape == (2, 3, 49, 49)
+    assert whole[0][0].is_contiguous(memory_format=torch.channels_last)
+    for one, *parts in zip(whole, crops(0, 2, 0, 8), crops(1, 2, 0, 8), strict=True):
+        assert all(torch.equal(*pair) for pair in zip(one, map(torch.cat, zip(*parts, strict=True)), strict=True))
+    for one, again in zip(whole[5:], crops(0, 1, 5, 8), strict=True):
+        assert all(torch.equal(*pair) for pair in zip(one, again, strict=True))
+
+
+def test_an_epoch_has_each_image_once_but_for_those_over(drawn: Masked) -> None:
+    loader = ScaleCrops(drawn, size=49, batch=2, seed=4, workers=1)
+    epochs = [np.concatenate([loader.ids(step) for step in range(at, at + 3)]).tolist() for at in (0, 3)]
+    loader.close()
+    assert loader.steps == 3
+    assert all(len(set(ids)) == 6 for ids in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_a_damaged_image_is_named(drawn: Masked, tmp_path: Path) -> None:
+    folder = tmp_path / "voc"
+    write(folder, 2, 1, size=64, quiet=True)
+    image = folder / "JPEGImages" / "000002.jpg"
+    image.write_bytes(image.read_bytes()[:700])
+    loader = ScaleCrops(open_masked(folder), size=49, batch=2, workers=1)
+    with pytest.raises(InputError, match=r"000002.jpg: cannot be decoded"):
+        next(loader.batches(0, 1))
+    loader.close()
+    with pytest.raises(InputError, match="a batch of 3 from 2 images"):
+        ScaleCrops(open_masked(folder), size=49, batch=3)
