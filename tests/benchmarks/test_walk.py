@@ -28,6 +28,7 @@ def test_a_command_is_interrupted_once_it_has_come_so_far(tmp_path: Path) -> Non
     assert take(far, tmp_path, tmp_path)["as_expected"]
     assert (tmp_path / "far.log").read_text() == "asked\n"
     near = Step("near", wait % (0.9, "sleep 0.5"), until=walk._in_second_epoch)
+    (tmp_path / "walk" / "run" / "metrics.jsonl").unlink()
     assert not take(near, tmp_path, tmp_path)["as_expected"]  # it ended by itself, before it was asked
     (tmp_path / "walk" / "run" / "metrics.jsonl").write_text('{"epoch": 1')
     assert not walk._in_second_epoch(tmp_path)
