@@ -1,7 +1,8 @@
 """A hundred training steps whose losses never change: from the beton's records to the queue, all terms, float32.
 
 On the machines and versions that `golden.json` names they are compared exactly; elsewhere, where sums are rounded in
-another order, to four digits. On another machine, or after a change that is meant to change them, this adds or replaces
+another order, to four digits; where vectors are of another length (AVX2, AVX-512), with which a few of a batch's pixels
+round to the next of 255 levels, to two. On another machine, or after a change that is meant to change them, this adds or replaces
 those of the machine: python -m tests.engine.test_golden
 """
 
@@ -64,9 +65,10 @@ def test_the_losses_are_the_golden_ones(drawn: Path) -> None:
         expected = [float.fromhex(value) for value in golden["losses"]]
         if golden["made_on"] == made_on():
             assert found == expected
-        assert found == pytest.approx(expected, rel=1e-4)
+        alike = golden["made_on"]["capability"] == made_on()["capability"]
+        assert found == pytest.approx(expected, rel=1e-4 if alike else 1e-2)
     if made_on() not in [golden["made_on"] for golden in json.loads(GOLDEN.read_text())]:
-        warnings.warn("compared to four digits only: golden.json has no losses of such a machine", stacklevel=1)
+        warnings.warn("compared to two or four digits only: golden.json has no losses of such a machine", stacklevel=1)
 
 
 if __name__ == "__main__":
