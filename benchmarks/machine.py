@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +19,21 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.packages import version
+
 PACKAGES = ("torch", "ffcv", "numba", "numpy", "pillow", "accelerate", "nvidia-dali-cuda130", "lightly")
 
 
 def describe() -> dict[str, Any]:
     """Return processor, cores, GPU, versions and date."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "none"
+    versions = {package: version(package) or "none" for package in PACKAGES}
     return {
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "load": round(os.getloadavg()[0], 2),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "versions": versions,
+        "versions": {"python": platform.python_version(), **versions},
     }
 
 

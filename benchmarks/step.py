@@ -14,7 +14,6 @@ NCHW as published, without its shuffling; `lightly` lightly's MoCo, where it is 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -40,6 +39,7 @@ from pipeline.cores import available_cores
 from pipeline.draws import draw_colour
 from pipeline.errors import InputError, command
 from pipeline.loader import Batch
+from pipeline.packages import installed
 from pipeline.views import AUGMENTATIONS
 
 Call = Callable[[], Any]
@@ -302,7 +302,7 @@ def main() -> None:
     for name in chosen:
         if name not in WAYS:
             raise InputError(f"--ways {name}: choose of {', '.join(WAYS)}")
-        if name.startswith("lightly") and importlib.util.find_spec("lightly") is None:
+        if name.startswith("lightly") and not installed("lightly"):
             raise InputError(f"--ways {name}: lightly is not installed: pip install lightly, or leave it out")
     if args.runs < 1 or args.threads < 0:
         raise InputError("--runs must be positive and --threads not negative: give 1 or more")

@@ -18,6 +18,7 @@ from methods.norm import SHUFFLED
 from methods.registry import BASES, Terms, build_objective
 from methods.vit import PATCH, VITS
 from pipeline.errors import InputError
+from pipeline.files import write_whole
 from pipeline.views import AUGMENTATIONS
 
 
@@ -445,4 +446,4 @@ class Settings:
 
     def write(self, path: Path) -> None:
         """Write all settings to `path`, YAML that `--config` takes."""
-        path.write_text(yaml.safe_dump(self.as_dict(), sort_keys=False))
+        write_whole(path, yaml.safe_dump(self.as_dict(), sort_keys=False))

@@ -102,6 +102,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def processes_here() -> int:
+    """Return the number of them on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+
+
 def store() -> distributed.Store:
     """Return what the processes meet at."""
     global _store

@@ -25,6 +25,11 @@ def rank() -> int:
     return distributed.get_rank() if world() > 1 else 0
 
 
+def shares(indices: np.ndarray) -> list[np.ndarray]:
+    """Return each process's share of those indices [N]: runs of neighbours, of lengths as even as can be."""
+    return np.array_split(indices, world())
+
+
 def gather(local: torch.Tensor) -> torch.Tensor:
     """Return the rows of all processes, [world * B, ...] in order of rank, without gradient; the input where alone."""
     if world() == 1:
@@ -45,8 +50,13 @@ def gather_uneven(local: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     return torch.cat([rows[:count] for rows, count in zip(everyone, counts, strict=True)])
 
 
+def described(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, list[int]]]:
+    """Return the name of the dtype and the shape of each tensor: plain values, which `spread` takes."""
+    return {name: (str(value.dtype).removeprefix("torch."), list(value.shape)) for name, value in tensors.items()}
+
+
 def spread(tensors: dict[str, torch.Tensor], like: Mapping[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
-    """Return, on every process, the first one's tensors, on the device; like: dtype's name and shape of each."""
+    """Return, on every process, the first one's tensors, on the device; like: of each what `described` says."""
     found = {}
     for name, (dtype, shape) in like.items():
         tensor = (

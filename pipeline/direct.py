@@ -23,6 +23,7 @@ import numpy as np
 from pipeline.beton import PIXELS_A_BYTE, Beton
 from pipeline.cores import available_cores
 from pipeline.errors import BadRecords, InputError
+from pipeline.files import write_whole
 from pipeline.libffcv import JPEG
 from pipeline.limits import LARGEST_FILE, LARGEST_IMAGE, MOST_CLASSES, open_regular, read_bytes
 from pipeline.progress import progress
@@ -134,9 +135,7 @@ def _cache(path: Path, sides: np.ndarray) -> None:
     """Keep the sizes for the next time; where that cannot be, they are read again."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        beside.write_bytes(sides.tobytes())
-        os.replace(beside, path)
+        write_whole(path, sides.tobytes())
     except OSError:
         return
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib
-import importlib.util
 import re
 import resource
 import shutil
@@ -22,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 
 from pipeline.cores import available_cores, free_memory
+from pipeline.packages import installed as _installed
 
 GIB = 2**30
 MIN_CORES_PER_GPU = 6
@@ -94,10 +94,6 @@ def _output(*command: str) -> str | None:
 
 def _load(name: str) -> ModuleType:
     return importlib.import_module(name)
-
-
-def _installed(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
 
 
 def _version(module: ModuleType) -> str:

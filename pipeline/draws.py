@@ -6,6 +6,7 @@ fixed place in the stream of its (seed, epoch, id, view), so that adding one nev
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,6 +66,14 @@ def draw_view(
     u = uniforms(keyed(seed, epoch, ids, index), _COLUMNS + 4 * TRIES)  # [n, 16 + 40]
     boxes = crop_boxes(u[:, _COLUMNS:].reshape(-1, TRIES, 4), heights, widths, view.scale, view.ratio)
     return ViewDraws(boxes, u[:, _FLIP] < view.flip, _colour(view, u))
+
+
+def draw_views(
+    views: Sequence[View], *, seed: int, epoch: int, ids: np.ndarray, heights: np.ndarray, widths: np.ndarray
+) -> list[ViewDraws]:
+    """Draw all views of samples `ids`, as `draw_view` does each."""
+    sides = {"heights": heights, "widths": widths}
+    return [draw_view(view, index, seed=seed, epoch=epoch, ids=ids, **sides) for index, view in enumerate(views)]
 
 
 def draw_colour(view: View, index: int, *, seed: int, epoch: int, ids: np.ndarray) -> Colour:

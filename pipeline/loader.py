@@ -22,7 +22,7 @@ from pipeline import backends
 from pipeline.augment import IMAGENET, Statistics, augment, normalise
 from pipeline.backends import Backend, Plan, Wanted
 from pipeline.beton import Beton
-from pipeline.draws import Colour, centre_boxes, draw_colour, draw_view
+from pipeline.draws import Colour, centre_boxes, draw_colour, draw_views
 from pipeline.errors import DamagedRecord, InputError
 from pipeline.order import Order, ordered, rank_slice, shuffled_rows, steps_per_epoch
 from pipeline.substitutes import OnBad, Substitutes
@@ -139,6 +139,11 @@ class Loader:
         epoch = self._epoch
         while self._epoch == epoch:
             yield self._next()
+
+    def endless(self) -> Iterator[Batch]:
+        """Yield the batches from here on, one epoch after another, without an end."""
+        while True:
+            yield from self
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the next batch and what it depends on, plain JSON values."""
@@ -264,12 +269,8 @@ class Loader:
         ids = rank_slice(self._order_of(epoch), step, self.batch, self.rank, self.world)
         records = self._substitutes.resolve(ids)  # draws stay those of the sample
         heights, widths = self.beton.heights[records], self.beton.widths[records]
-        drawn = [
-            draw_view(view, index, seed=self.seed, epoch=epoch, ids=ids, heights=heights, widths=widths)
-            for index, view in enumerate(self.views)
-        ]
-        boxes, flips = np.stack([d.boxes for d in drawn]), np.stack([d.flips for d in drawn])
-        self._backend.submit(Plan(records, boxes, flips, self._sizes_of(epoch)))
+        drawn = draw_views(self.views, seed=self.seed, epoch=epoch, ids=ids, heights=heights, widths=widths)
+        self._backend.submit(Plan.of(records, drawn, self._sizes_of(epoch)))
         self._pending.append((epoch, step, records, int((records != ids).sum()), [d.colour for d in drawn]))
 
 

@@ -51,6 +51,12 @@ def ordered(kind: Order, seed: int, epoch: int, n: int) -> np.ndarray:
     return epoch_order(seed, epoch, n) if kind == "random" else chunked_order(seed, epoch, n)
 
 
+def evenly(n: int, limit: int) -> np.ndarray:
+    """Return at most `limit` of 0..n-1, evenly spread, ascending, or all of them for 0: int64 [m]."""
+    count = min(limit or n, n)
+    return np.arange(count) * n // max(count, 1)
+
+
 def steps_per_epoch(n: int, global_batch: int) -> int:
     """Return the number of whole global batches in an epoch; the remainder is left out of that epoch."""
     return n // global_batch

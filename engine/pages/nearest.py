@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from engine.evaluate import features
-from engine.probes.knn import neighbours
+from engine.neighbours import neighbours
 from engine.weights import Loaded
 from methods.encoders import place
 from pipeline.backends.choice import choose

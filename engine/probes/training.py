@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, TypeVar
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from engine import checkpoint, ranks
+from engine.devices import prepared
 from engine.meeting import from_first, together
 from engine.probes.trial import Trial
 from pipeline.errors import InputError
@@ -65,7 +65,7 @@ class Kept:
             raise InputError(
                 f"{self._folder}: was begun with other settings ({listed}): choose another --out, or remove it"
             )
-        found, own = _like(tensors.get("state", {})), _like(self._state())
+        found, own = ranks.described(tensors.get("state", {})), ranks.described(self._state())
         if found != own or state["step"] < 0:
             raise InputError(f"{path}: holds other tensors than this classifier's: remove it")
         into |= tensors
@@ -79,18 +79,6 @@ class Kept:
             if state is not None:
                 named[f"momentum|{name}"] = state["momentum_buffer"]
         return named
-
-
-def _like(tensors: checkpoint.Tensors) -> dict[str, tuple[str, list[int]]]:
-    """Return dtype and shape of each tensor."""
-    return {name: (str(value.dtype).removeprefix("torch."), list(value.shape)) for name, value in tensors.items()}
-
-
-def prepared(trial: Trial, model: nn.Module, optimiser: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
-    """Return model and optimiser as Accelerate wraps them."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # older torch needs it
-        return trial.accelerator.prepare(model, optimiser)
 
 
 def train_by_steps(
@@ -112,7 +100,7 @@ def train_by_steps(
     finite.
     """
     done, epochs, every = kept.restore(), -(-iterations // epoch), -(-_KEEP_AFTER // epoch)
-    wrapped, stepper = prepared(trial, model, optimiser)
+    wrapped, stepper = prepared(trial.accelerator, model, optimiser)
     stream, began = batches(done * epoch, iterations), time.perf_counter()
     for number in trial.shown(range(done, epochs), "epochs"):
         wrapped.train()
