@@ -211,7 +211,7 @@ def _queue(settings: Settings, device: torch.device) -> KeyQueue:
 
 
 def _exchange_in_bfloat16(wrapped: nn.Module) -> None:
-    """Have processes exchange gradients in bfloat16; where there is one alone, say that there is nothing to exchange."""
+    """Have processes exchange gradients in bfloat16; say so where there is one alone, and nothing to exchange."""
     if isinstance(wrapped, nn.parallel.DistributedDataParallel):
         wrapped.register_comm_hook(None, lambda _, bucket: ranks.mean_in_bfloat16(bucket))
     else:
