@@ -99,10 +99,7 @@ def main() -> None:
 
 def report(result: dict[str, Any]) -> machine.Report:
     """Return the table of a result."""
-    rows = [
-        [name, *(f"{taken[kind]:.2f}" for kind in ("median", "min", "max"))]
-        for name, taken in result["milliseconds"].items()
-    ]
+    rows = [[name, *machine.texts(taken, "{:.2f}")] for name, taken in result["milliseconds"].items()]
     settings = ", ".join(f"{name} {value}" for name, value in result["settings"].items())
     notes = [f"{result['data']}: {settings}", f"crops and augmentation: {result['views_per_second']:.0f} views/s"]
     return machine.Report(

@@ -50,6 +50,16 @@ def spread(values: Sequence[float] | np.ndarray) -> dict[str, float]:
     return {"median": float(np.median(values)), "min": float(min(values)), "max": float(max(values))}
 
 
+def texts(spread: dict[str, float], form: str, times: float = 1.0) -> list[str]:
+    """Return a spread's median, minimum and maximum, each times that factor, as text."""
+    return [form.format(times * spread[kind]) for kind in ("median", "min", "max")]
+
+
+def told(spread: dict[str, float], form: str, times: float = 1.0) -> str:
+    """Return a spread as `median (least-most)`, each times that factor."""
+    return "{} ({}-{})".format(*texts(spread, form, times))
+
+
 @dataclass
 class Report:
     """A table and what is to be said of it. The first column names the rows, and is set left as words are."""

@@ -220,19 +220,15 @@ def _run(module: str, *arguments: str) -> None:
 
 def report(result: dict[str, Any]) -> machine.Report:
     """Return the table of a result."""
-
-    def told(spread: dict[str, float], form: str) -> str:
-        return "{} ({}-{})".format(*(form.format(spread[kind]) for kind in ("median", "min", "max")))
-
     rows = []
     for name, found in (*result["scaling"].items(), *result["prediction"].items()):
-        row = [name, told(found["rate"], "{:.1f}"), f"{1000 * found['cpu']['median']:.2f}"]
+        row = [name, machine.told(found["rate"], "{:.1f}"), f"{1000 * found['cpu']['median']:.2f}"]
         row.append(f"{found['waited']['median']:.1%}")
         if "predicted" in found:
             row += [f"{found['predicted']:.1f}", f"{found['ratio']:.2f}", found["limit"]]
         rows.append(row + [""] * (7 - len(row)))
     notes = [f"{result['rounds']} rounds of {result['steps']} steps, batch {result['batch']}: median (least-most)"]
-    notes += [f"efficiency {name}: {told(spread, '{:.2f}')}" for name, spread in result["efficiency"].items()]
+    notes += [f"efficiency {name}: {machine.told(spread, '{:.2f}')}" for name, spread in result["efficiency"].items()]
     headings = ["", "pairs/s", "CPU ms a pair", "data-wait", "predicted", "to measured", "limit"]
     return machine.Report("Training in several processes", headings, rows, notes)
 

@@ -105,7 +105,7 @@ def main() -> None:
 def report(result: dict[str, Any]) -> machine.Report:
     """Return the table of a result."""
     rows = [
-        [name, *(form.format(result[key][kind]) for kind in ("median", "min", "max"))]
+        [name, *machine.texts(result[key], form)]
         for key, name, form in (
             ("training", "training, pairs/s", "{:.1f}"),
             ("step", "bare step, pairs/s", "{:.1f}"),

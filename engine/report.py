@@ -17,9 +17,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from engine.pages import charts, maps
 from engine.pages.compare import Group, differences, grouped, table
-from engine.pages.nearest import by_chance, uri
+from engine.pages.nearest import by_chance
 from engine.pages.seen import Gallery, Seen, Wanted, look
-from engine.plot import DARK, LIGHT, MARKS
+from engine.plot import DARK, LIGHT, MARKS, uri
 from engine.run_files import RunFiles, read_runs
 from pipeline.errors import InputError, command
 from pipeline.files import write_whole
