@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -60,8 +61,8 @@ class Knn:
     """Top-1 of a backbone on a labelled beton, by neighbours from the training set.
 
     Where both are the same file, every tenth image of a class is classified by the others. limit: neighbours, and in
-    that case queries, at most; 0 for all. Raises InputError where an image of either has no label, or their classes
-    differ.
+    that case queries, at most; 0 for all. Raises InputError where an image of either has no label, the two name
+    different classes, or no image to classify has neighbours of its class.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Knn:
             bank, own = bank[~queries], bank[queries]
             self._test_ids = own[evenly(len(own), limit)]
         self._bank_ids = bank[evenly(len(bank), limit)]
+        unseen(train.labels[bank], test.labels[self._test_ids], test.path)
         self._k, self._temperature = k, temperature
         self.fingerprint = test.fingerprint
         self.classes = count_classes(train, test)
@@ -125,6 +127,19 @@ def held_out(labels: np.ndarray) -> np.ndarray:
     chosen = np.zeros(len(labels), bool)
     chosen[np.argsort(labels, kind="stable")[::HELD_OUT]] = True
     return chosen
+
+
+def unseen(train: np.ndarray, test: np.ndarray, path: Path) -> int:
+    """Return how many of the labels to test on are none of those to train on, [N] each.
+
+    Raises InputError where all are: whatever comes of it, the result would be 0. path: of the test images.
+    """
+    count = int((~np.isin(test, train)).sum())
+    if count == len(test):
+        raise InputError(
+            f"{path}: no image to test on is of a class with images to train on: give data of several images a class"
+        )
+    return count
 
 
 class RawPixels(nn.Module):
