@@ -41,8 +41,8 @@ def choose(
 ) -> Choice:
     """Return the backend that settings `backend` and `crop_on` mean for this data on this device.
 
-    processes: those that share the machine's memory. cores: for this one. Raises InputError for crops on a GPU that is
-    not there.
+    processes: how many share the machine's memory. cores: those of this process. Raises InputError for crops on a GPU
+    that is not there.
     """
     if crop_on == "gpu" and device.type != "cuda":
         raise InputError("data.crop_on 'gpu': this machine has no GPU that torch can use: choose auto or cpu")
