@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from pipeline.device import to_device
 from pipeline.draws import Colour
-from pipeline.transfer import to_device
 
 
 class Statistics(NamedTuple):

@@ -21,12 +21,12 @@ import torch
 from pipeline.augment import IMAGENET, Statistics, augment, normalise
 from pipeline.backends import Plan, Wanted
 from pipeline.beton import Beton
+from pipeline.device import current, numbered
 from pipeline.draws import Colour, centre_boxes, draw_colour, draw_views
 from pipeline.errors import InputError
 from pipeline.order import Order, ordered, rank_slice, shuffled_rows, steps_per_epoch
 from pipeline.substitutes import OnBad
 from pipeline.supply import Supply
-from pipeline.transfer import current, numbered
 from pipeline.views import View, view_sizes
 
 

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from pipeline.augment import IMAGENET, normalise
+from pipeline.device import to_device
 from pipeline.hashing import keyed, uniforms
 from pipeline.masks import IGNORED, Masked, Pair
 from pipeline.samples import Samples
-from pipeline.transfer import to_device
 
 SCALES = (0.5, 2.0)
 """Of 1911.05722, appendix A.5; drawn uniformly, which it leaves open."""

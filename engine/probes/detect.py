@@ -28,10 +28,10 @@ from engine.probes.trial import Trial, share_of, start
 from engine.probes.voc_ap import Boxes, precision
 from engine.sync_norm import synchronise
 from methods.encoders import ResNet, place
+from pipeline.device import to_device
 from pipeline.errors import InputError
 from pipeline.hashing import keyed, uniforms
 from pipeline.samples import Samples
-from pipeline.transfer import to_device
 from pipeline.voc import Boxed, Objects, open_boxed
 from pipeline.workers import Workers
 

@@ -14,6 +14,7 @@ from torch import nn
 from engine import checkpoint, ranks
 from engine.devices import prepared
 from engine.meeting import from_first, together
+from engine.optim import begin_momentum
 from engine.probes.trial import Trial
 from pipeline.errors import InputError
 
@@ -119,12 +120,8 @@ def train_by_steps(
 
 
 def sgd(groups: list[dict[str, Any]], weight_decay: float = 0.0) -> torch.optim.SGD:
-    """Return SGD of momentum 0.9 whose momentum is there, all 0, from the beginning."""
-    optimiser = torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=weight_decay)
-    for group in optimiser.param_groups:
-        for parameter in group["params"]:
-            optimiser.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimiser
+    """Return SGD of momentum 0.9, which is there, all 0, from the beginning; the learning rate is still to be set."""
+    return begin_momentum(torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=weight_decay))
 
 
 def new_head(features: int, classes: int, seed: int) -> nn.Linear:
