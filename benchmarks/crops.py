@@ -24,7 +24,7 @@ from pipeline.backends import Plan
 from pipeline.beton import Beton
 from pipeline.crop import Ragged, crop_views
 from pipeline.direct import open_data
-from pipeline.draws import draw_view
+from pipeline.draws import draw_views
 from pipeline.errors import InputError, command
 from pipeline.order import epoch_order
 from pipeline.records import decode
@@ -57,8 +57,8 @@ def measure(beton: Beton, *, size: int, batch: int, augmentation: str, runs: int
     views = AUGMENTATIONS[augmentation]
     ids = np.resize(epoch_order(0, 0, len(beton)), batch)
     sides = {"heights": beton.heights[ids], "widths": beton.widths[ids]}
-    drawn = [draw_view(view, index, seed=0, epoch=0, ids=ids, **sides) for index, view in enumerate(views)]
-    plan = Plan(ids, np.stack([d.boxes for d in drawn]), np.stack([d.flips for d in drawn]), view_sizes(views, size))
+    drawn = draw_views(views, seed=0, epoch=0, ids=ids, **sides)
+    plan = Plan.of(ids, drawn, view_sizes(views, size))
     decoded = [decode(beton, int(index)) for index in ids]
     starts = np.cumsum([0] + [image.size for image in decoded])[:-1]
     pixels = torch.from_numpy(np.concatenate([image.ravel() for image in decoded])).to(device)
@@ -99,10 +99,7 @@ def main() -> None:
 
 def report(result: dict[str, Any]) -> machine.Report:
     """Return the table of a result."""
-    rows = [
-        [name, *(f"{taken[kind]:.2f}" for kind in ("median", "min", "max"))]
-        for name, taken in result["milliseconds"].items()
-    ]
+    rows = [[name, *machine.texts(taken, "{:.2f}")] for name, taken in result["milliseconds"].items()]
     settings = ", ".join(f"{name} {value}" for name, value in result["settings"].items())
     notes = [f"{result['data']}: {settings}", f"crops and augmentation: {result['views_per_second']:.0f} views/s"]
     return machine.Report(

@@ -11,7 +11,6 @@ is: a check of the suite itself.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import signal
@@ -28,9 +27,10 @@ import torch
 from benchmarks import crops, loader, machine, step, train
 from benchmarks.paths import HARDWARE_LOADS
 from pipeline.backends.choice import PACE
-from pipeline.beton import Beton
+from pipeline.beton import Beton, manifest_path
 from pipeline.encode import Settings
 from pipeline.errors import InputError, command
+from pipeline.packages import installed
 from pipeline.prepare import prepare
 
 _ROOT = Path(__file__).parents[1]
@@ -68,7 +68,7 @@ def parts(data: Path, cifar: Path, threads: list[int]) -> list[Part]:
     recipe = ["--config", str(_ROOT / "engine/recipes/moco_v2_in1k.yaml"), "--data.batch", "256", "--data.eval", ""]
     tiny_run = ["--model.arch", "resnet18", "--model.width", "0.25", "--data.size", "32", "--data.batch", "8"]
     tiny_run += ["--method.queue", "64", "--model.bn", "plain"]
-    lightly = ",lightly-amp" if _importable("lightly") else ""
+    lightly = ",lightly-amp" if installed("lightly") else ""
     steps = [*recipe, "--ways", f"eager,compiled,graph,official-amp{lightly}", "--model.bn", "plain"]
     trains = [*recipe, "--data.train", str(data), "--compile", "true"]
     big, tiny = ["--data", str(data), "--batch", "512"], ["--batch", "32", "--size", "32", "--runs", "1"]
@@ -117,7 +117,7 @@ class Report:
 
 def run(part: Part, out: Path, small: bool, seconds: float) -> tuple[str, dict[str, Any] | None]:
     """Run a part; return its text in the report, and its result. Its output goes to `failures.txt` where it fails."""
-    if missing := [name for name in part.needs if not _importable(name)]:
+    if missing := [name for name in part.needs if not installed(name)]:
         return f"left out: {', '.join(missing)} cannot be imported", None
     if seconds <= 0:
         return "left out: no time was left", None
@@ -148,13 +148,6 @@ def run(part: Part, out: Path, small: bool, seconds: float) -> tuple[str, dict[s
     result = json.loads(written.read_text())
     written.unlink()
     return f"{part.report(result).markdown()}\n- {took}", result
-
-
-def _importable(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 def _drawn(path: Path, count: int, side: int) -> Path:
@@ -190,7 +183,7 @@ def main() -> None:
         left = args.seconds - (time.perf_counter() - begun)
         report.add(part.name, *run(part, args.out, small, left))
     if args.data is None:
-        for path in (data, Path(f"{data}.json")):
+        for path in (data, manifest_path(data)):
             path.unlink(missing_ok=True)
 
 

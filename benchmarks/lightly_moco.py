@@ -26,10 +26,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from engine.evaluate import knn_predict
+from engine.neighbours import classify
 from pipeline.augment import IMAGENET, normalise
 from pipeline.beton import Beton
 from pipeline.errors import InputError, command
+from pipeline.files import write_json
 from pipeline.records import decode
 
 _K, _TEMPERATURE = 200, 0.1  # of kNN
@@ -100,7 +101,7 @@ def top1(model: Moco, train: Images, test: Images, device: torch.device) -> floa
     model.train(was_training)
     labels, true = (torch.from_numpy(images.labels).to(device) for images in (train, test))
     settings = {"k": _K, "temperature": _TEMPERATURE, "classes": int(labels.max()) + 1}
-    return float((knn_predict(queries, bank, labels, **settings) == true).float().mean())  # type: ignore[arg-type]
+    return float((classify(queries, bank, labels, **settings) == true).float().mean())  # type: ignore[arg-type]
 
 
 def _features(model: Moco, pixels: list[np.ndarray], device: torch.device) -> torch.Tensor:
@@ -174,7 +175,7 @@ def main() -> None:
         raise InputError(f"{error.name} is not installed: pip install lightly torchvision") from None
     args.out.mkdir(parents=True, exist_ok=True)
     summary = train(args)
-    (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_json(args.out / "summary.json", summary)
     print(f"finished: kNN top-1 {summary['knn_top1']:.2%} in {summary['training_seconds']:.0f} s")
 
 

@@ -139,13 +139,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def report(result: dict[str, Any]) -> machine.Report:
     """Return the table of a result."""
-    spread = "{median:.0f} ({min:.0f}-{max:.0f})"
     rows = [
         [
             " ".join(filter(None, (row["name"], row["note"]))),
             str(row["threads"]),
-            spread.format(**row["cpu"]),
-            spread.format(**row["wall"]),
+            machine.told(row["cpu"], "{:.0f}"),
+            machine.told(row["wall"], "{:.0f}"),
             f"{row['ratio']:.2f}" if row["ratio"] else "",
             f"{row['read_bytes'] / 1024:.0f} KiB",
             f"{row['to_device_bytes'] / 1024:.0f} KiB",

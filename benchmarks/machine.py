@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +19,21 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.packages import version
+
 PACKAGES = ("torch", "ffcv", "numba", "numpy", "pillow", "accelerate", "nvidia-dali-cuda130", "lightly")
 
 
 def describe() -> dict[str, Any]:
     """Return processor, cores, GPU, versions and date."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "none"
+    versions = {package: version(package) or "none" for package in PACKAGES}
     return {
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "load": round(os.getloadavg()[0], 2),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "versions": versions,
+        "versions": {"python": platform.python_version(), **versions},
     }
 
 
@@ -52,6 +48,16 @@ def _processor() -> str:
 def spread(values: Sequence[float] | np.ndarray) -> dict[str, float]:
     """Return median, minimum and maximum."""
     return {"median": float(np.median(values)), "min": float(min(values)), "max": float(max(values))}
+
+
+def texts(spread: dict[str, float], form: str, times: float = 1.0) -> list[str]:
+    """Return a spread's median, minimum and maximum, each times that factor, as text."""
+    return [form.format(times * spread[kind]) for kind in ("median", "min", "max")]
+
+
+def told(spread: dict[str, float], form: str, times: float = 1.0) -> str:
+    """Return a spread as `median (least-most)`, each times that factor."""
+    return "{} ({}-{})".format(*texts(spread, form, times))
 
 
 @dataclass

@@ -19,7 +19,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from pipeline.augment import IMAGENET
 from pipeline.backends import Plan, Wanted, build
 from pipeline.beton import Beton
-from pipeline.draws import draw_view
+from pipeline.draws import draw_view, draw_views
 from pipeline.libffcv import JPEG
 from pipeline.order import epoch_order
 from pipeline.records import records_of, rectangles
@@ -48,10 +48,8 @@ def _plans(beton: Beton, size: int, views: int, batch: int) -> list[Plan]:
         epoch, place = divmod(number, per_epoch)
         ids = epoch_order(0, epoch, len(beton))[place * batch : (place + 1) * batch]
         sides = {"heights": beton.heights[ids], "widths": beton.widths[ids]}
-        drawn = [draw_view(_VIEW, index, seed=0, epoch=0, ids=ids, **sides) for index in range(views)]
-        found.append(
-            Plan(ids, np.stack([d.boxes for d in drawn]), np.stack([d.flips for d in drawn]), (size,) * len(drawn))
-        )
+        drawn = draw_views([_VIEW] * views, seed=0, epoch=0, ids=ids, **sides)
+        found.append(Plan.of(ids, drawn, (size,) * views))
     return found
 
 

@@ -10,7 +10,6 @@ the marks in the README is written anew; a test fails where it is not what this 
 from __future__ import annotations
 
 import argparse
-import base64
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.figures import GOALS, HEADLINES, Goal, Results
-from engine.plot import LIGHT, picture, style_of
+from engine.plot import LIGHT, picture, style_of, uri
 from pipeline.errors import InputError, command
 
 BEGIN, END = "<!-- begin: python -m benchmarks.report -->", "<!-- end -->"
@@ -161,7 +160,7 @@ def as_html(markdown_text: str) -> str:
 
 def embedded(name: str, content: bytes) -> str:
     """Return a picture as a data URI."""
-    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    return uri(content)
 
 
 def with_table(readme: str, table: str) -> str:

@@ -20,9 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ from engine.build import build
 from engine.loop import train_on
 from pipeline.cores import available_cores
 from pipeline.errors import InputError, command
-from pipeline.loader import Batch
 
 _WARM = 5  # steps before each round: its first batches were made while it waited for its turn
 
@@ -123,7 +121,7 @@ class Group:
 def work(rest: list[str], steps: int) -> None:
     """Be one process: build the run, then train a round for each line of standard input."""
     run = build(parse(rest))
-    batches: Iterator[Batch] = (batch for _ in count() for batch in run.loader)
+    batches = run.loader.endless()
     try:
         for _ in sys.stdin:
             for batch in islice(batches, _WARM):
@@ -135,7 +133,7 @@ def work(rest: list[str], steps: int) -> None:
             told = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "waited": waited}
             print(json.dumps(told), flush=True)
     finally:
-        run.loader.close()
+        run.close()
 
 
 def measure(rest: list[str], processes: list[int], threads: list[int], steps: int, rounds: int) -> dict[str, Any]:
@@ -222,19 +220,15 @@ def _run(module: str, *arguments: str) -> None:
 
 def report(result: dict[str, Any]) -> machine.Report:
     """Return the table of a result."""
-
-    def told(spread: dict[str, float], form: str) -> str:
-        return "{} ({}-{})".format(*(form.format(spread[kind]) for kind in ("median", "min", "max")))
-
     rows = []
     for name, found in (*result["scaling"].items(), *result["prediction"].items()):
-        row = [name, told(found["rate"], "{:.1f}"), f"{1000 * found['cpu']['median']:.2f}"]
+        row = [name, machine.told(found["rate"], "{:.1f}"), f"{1000 * found['cpu']['median']:.2f}"]
         row.append(f"{found['waited']['median']:.1%}")
         if "predicted" in found:
             row += [f"{found['predicted']:.1f}", f"{found['ratio']:.2f}", found["limit"]]
         rows.append(row + [""] * (7 - len(row)))
     notes = [f"{result['rounds']} rounds of {result['steps']} steps, batch {result['batch']}: median (least-most)"]
-    notes += [f"efficiency {name}: {told(spread, '{:.2f}')}" for name, spread in result["efficiency"].items()]
+    notes += [f"efficiency {name}: {machine.told(spread, '{:.2f}')}" for name, spread in result["efficiency"].items()]
     headings = ["", "pairs/s", "CPU ms a pair", "data-wait", "predicted", "to measured", "limit"]
     return machine.Report("Training in several processes", headings, rows, notes)
 

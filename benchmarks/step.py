@@ -14,7 +14,6 @@ NCHW as published, without its shuffling; `lightly` lightly's MoCo, where it is 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -40,6 +39,7 @@ from pipeline.cores import available_cores
 from pipeline.draws import draw_colour
 from pipeline.errors import InputError, command
 from pipeline.loader import Batch
+from pipeline.packages import installed
 from pipeline.views import AUGMENTATIONS
 
 Call = Callable[[], Any]
@@ -256,14 +256,14 @@ def report(result: dict[str, Any]) -> machine.Report:
     rows = []
     for name, taken in (*result["ways"].items(), *result["parts"].items()):
         row = [name if name in result["ways"] else f"part: {name}"]
-        row += [_told(taken[kind], "{:.1f}", 1000) for kind in ("wall", "cpu")]
+        row += [machine.told(taken[kind], "{:.1f}", 1000) for kind in ("wall", "cpu")]
         if name in result["ways"]:
-            row += [_told(result["pairs_per_second"][name], "{:.1f}")]
+            row += [machine.told(result["pairs_per_second"][name], "{:.1f}")]
             tflops = result["tflops"][name]["median"]
             row += [f"{tflops:.2f}", f"{tflops / result['matrix_tflops']:.0%}"]
             row += [f"{taken['bytes']['median'] / 2**30:.2f}" if "bytes" in taken else ""]
             ratio = result["ratio_to_official"].get(name)
-            row += [_told(ratio, "{:.2f}") if ratio else ""]
+            row += [machine.told(ratio, "{:.2f}") if ratio else ""]
         rows.append(row + [""] * (8 - len(row)))
     clock = {"wall": "wall clock", "cpu": "CPU time"}[result["clock"]]
     notes = [
@@ -271,21 +271,16 @@ def report(result: dict[str, Any]) -> machine.Report:
         f"{result['matrix_tflops']:.2f} TFLOP/s, a step has {result['flops_a_step'] / 1e9:.1f} GFLOP"
     ]
     notes += [
-        f"all but the encoders, {name}: {_told(share, '{:.1%}')}"
+        f"all but the encoders, {name}: {machine.told(share, '{:.1%}')}"
         for name, share in result["share_beside_the_encoders"].items()
     ]
     notes += [
-        f"{name} to eager: {_told(ratio, '{:.2f}')}"
+        f"{name} to eager: {machine.told(ratio, '{:.2f}')}"
         for name, ratio in result["ratio_to_eager"].items()
         if name != "eager"
     ]
     headings = ["", "ms", "CPU ms", "pairs/s", "TFLOP/s", "of a matrix's", "GiB", "to official"]
     return machine.Report("Training step", headings, rows, notes)
-
-
-def _told(spread: dict[str, float], form: str, times: float = 1.0) -> str:
-    median, least, most = (form.format(times * spread[kind]) for kind in ("median", "min", "max"))
-    return f"{median} ({least}-{most})"
 
 
 @command
@@ -302,7 +297,7 @@ def main() -> None:
     for name in chosen:
         if name not in WAYS:
             raise InputError(f"--ways {name}: choose of {', '.join(WAYS)}")
-        if name.startswith("lightly") and importlib.util.find_spec("lightly") is None:
+        if name.startswith("lightly") and not installed("lightly"):
             raise InputError(f"--ways {name}: lightly is not installed: pip install lightly, or leave it out")
     if args.runs < 1 or args.threads < 0:
         raise InputError("--runs must be positive and --threads not negative: give 1 or more")

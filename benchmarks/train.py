@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import tempfile
-import time
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -25,10 +23,10 @@ from benchmarks import machine
 from engine.arguments import parse
 from engine.build import Run, build
 from engine.config import Settings
+from engine.devices import now
 from engine.graph import WARM
 from engine.loop import train_on
 from pipeline.errors import InputError, command
-from pipeline.loader import Batch
 
 
 def measure(settings: Settings, steps: int, rounds: int) -> dict[str, Any]:
@@ -40,12 +38,12 @@ def measure(settings: Settings, steps: int, rounds: int) -> dict[str, Any]:
         try:
             return _measure(run, steps, rounds)
         finally:
-            run.loader.close()
+            run.close()
             run.accelerator.free_memory()
 
 
 def _measure(run: Run, steps: int, rounds: int) -> dict[str, Any]:
-    endless: Iterator[Batch] = (batch for _ in itertools.count() for batch in run.loader)
+    endless = run.loader.endless()
     kept = next(endless)
     kept = replace(kept, views=tuple(view if view is None else view.clone() for view in kept.views))
     for _ in range(WARM + 1):
@@ -54,17 +52,17 @@ def _measure(run: Run, steps: int, rounds: int) -> dict[str, Any]:
         train_on(run, batch, logs=True)
     trained, bare, waits, busy = [], [], [], []
     for _ in range(rounds):
-        begun, waited = _now(run), 0.0
+        begun, waited = now(run.accelerator.device), 0.0
         for batch in itertools.islice(endless, steps):
             train_on(run, batch, logs=(run.done + 1) % run.settings.log_every == 0)
             waited += batch.waited
-        trained.append(_now(run) - begun)
+        trained.append(now(run.accelerator.device) - begun)
         waits.append(waited / trained[-1])
         busy.append(_utilisation(run))
-        begun = _now(run)
+        begun = now(run.accelerator.device)
         for _ in range(steps):
             run.model.step(kept)
-        bare.append(_now(run) - begun)
+        bare.append(now(run.accelerator.device) - begun)
     pairs = steps * run.settings.data.batch
     return {
         "device": run.accelerator.device.type,
@@ -76,12 +74,6 @@ def _measure(run: Run, steps: int, rounds: int) -> dict[str, Any]:
         "data_wait_share": machine.spread(waits),
         "gpu_utilisation": [share for share in busy if share is not None],
     }
-
-
-def _now(run: Run) -> float:
-    if run.accelerator.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def _utilisation(run: Run) -> int | None:
@@ -113,7 +105,7 @@ def main() -> None:
 def report(result: dict[str, Any]) -> machine.Report:
     """Return the table of a result."""
     rows = [
-        [name, *(form.format(result[key][kind]) for kind in ("median", "min", "max"))]
+        [name, *machine.texts(result[key], form)]
         for key, name, form in (
             ("training", "training, pairs/s", "{:.1f}"),
             ("step", "bare step, pairs/s", "{:.1f}"),

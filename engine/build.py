@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import fcntl
-import importlib.util
 import os
 import shutil
 import sys
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -19,10 +17,10 @@ from torch import nn
 
 from engine import checkpoint, ranks
 from engine.config import Settings
-from engine.devices import DTYPES, build_accelerator
+from engine.devices import DTYPES, build_accelerator, prepared
 from engine.evaluate import Knn
-from engine.inputs import build_knn, loading, open_sets, processes_here
-from engine.meeting import from_all, together
+from engine.inputs import build_knn, loading, open_sets
+from engine.meeting import from_all, processes_here, together
 from engine.monitor import Monitor
 from engine.optim import build_optimiser
 from engine.preempt import Requests
@@ -41,6 +39,7 @@ from pipeline.backends.choice import Choice, agreed, choose
 from pipeline.beton import Beton
 from pipeline.errors import InputError
 from pipeline.loader import Loader, Shuffle
+from pipeline.packages import installed
 from pipeline.views import AUGMENTATIONS
 
 
@@ -117,7 +116,7 @@ def build(settings: Settings) -> Run:
 def _backend(settings: Settings, train_set: Beton, accelerator: Accelerator) -> Choice:
     """Return the backend that all processes take."""
     data = settings.data
-    shares = {"processes": processes_here(accelerator), "cores": loading(settings, accelerator)["workers"]}
+    shares = {"processes": processes_here(), "cores": loading(settings, accelerator)["workers"]}
     wanted = from_all(lambda: choose(data.backend, data.crop_on, train_set, accelerator.device, **shares))
     return agreed([Choice(*choice) for choice in wanted])
 
@@ -127,12 +126,12 @@ def _loader(settings: Settings, train_set: Beton, accelerator: Accelerator, back
     data = settings.data
     return Loader(
         train_set,
-        AUGMENTATIONS[settings.data.augmentation],
-        batch=settings.data.batch,
+        AUGMENTATIONS[data.augmentation],
+        batch=data.batch,
         seed=settings.seed,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
-        ahead=settings.data.ahead,
+        ahead=data.ahead,
         shuffle=_shuffle(settings, accelerator.num_processes),
         backend=backend,
         order=data.order,
@@ -144,10 +143,40 @@ def _loader(settings: Settings, train_set: Beton, accelerator: Accelerator, back
 def build_model(settings: Settings, accelerator: Accelerator, steps_per_epoch: int = 1) -> Model:
     """Build encoders, queue, objective, optimiser, schedules and step, weights from the settings' seed."""
     set_seed(settings.seed)
-    model, method, base = settings.model, settings.method, settings.base
+    base, device = settings.base, accelerator.device
+    accumulate = settings.parts(accelerator.num_processes)
+    online = _online(settings, accelerator, accumulate)
+    if settings.model.bn == "sync" and accelerator.num_processes > 1:
+        synchronise(online, device)
+    target = place(momentum_copy(online), device) if base.teacher else None
+    place(online, device)
+    if settings.compile:
+        _compile(online, target, device)
+    queue = _queue(settings, device) if base.queue else None
+    wrapped, optimiser = prepared(accelerator, online, build_optimiser(online, settings.optim))
+    if settings.gradient_dtype == "bfloat16":
+        _exchange_in_bfloat16(wrapped)
+    step = Step(
+        accelerator,
+        wrapped,
+        target,
+        queue,
+        build_objective(base, settings.terms),
+        optimiser,
+        Schedule(settings, steps_per_epoch, device),
+        accumulate=accumulate,
+        clip=settings.optim.clip,
+        gradient_shares=settings.gradient_shares,
+        graph=settings.cuda_graph,
+    )
+    return Model(wrapped, target, queue, optimiser, step)
+
+
+def _online(settings: Settings, accelerator: Accelerator, accumulate: int) -> Encoder:
+    """Return the online encoder, on the CPU; its BatchNorm's groups are those of a part of a process's batch."""
+    model = settings.model
     assert model.dim is not None
     assert model.bn is not None
-    accumulate = settings.parts(accelerator.num_processes)
     parts = accelerator.num_processes * accumulate if model.bn == "shuffle" else accumulate
     groups = max(1, GROUPS // parts)
     backbone = build_backbone(
@@ -162,50 +191,36 @@ def build_model(settings: Settings, accelerator: Accelerator, steps_per_epoch: i
     )
     if settings.recompute:
         recompute(backbone)
-    online = build_encoder(base, backbone, dim=model.dim, hidden=model.hidden, bn=model.bn, groups=groups)
-    if model.bn == "sync" and accelerator.num_processes > 1:
-        synchronise(online, accelerator.device)
-    target = place(momentum_copy(online), accelerator.device) if base.teacher else None
-    place(online, accelerator.device)
-    if settings.compile:
-        check_compiler(accelerator.device)
-        torch._dynamo.config.recompile_limit = 64  # one for each encoder and size of the views
-        for encoder in (online, target):
-            if encoder is not None:
-                encoder.backbone.compile(dynamic=False)
-    queue = None
-    if base.queue:
-        assert method.queue is not None
-        dtype = getattr(torch, method.queue_dtype)
-        queue = KeyQueue(method.queue, model.dim, settings.seed, dtype).to(accelerator.device)
-    optimiser = build_optimiser(online, settings.optim)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # older torch needs it
-        wrapped, optimiser = accelerator.prepare(online, optimiser)
-    if settings.gradient_dtype == "bfloat16":
-        if isinstance(wrapped, nn.parallel.DistributedDataParallel):
-            wrapped.register_comm_hook(None, lambda _, bucket: ranks.mean_in_bfloat16(bucket))
-        else:
-            print("warning: gradient_dtype bfloat16: there is one process, and nothing to exchange", file=sys.stderr)
-    step = Step(
-        accelerator,
-        wrapped,
-        target,
-        queue,
-        build_objective(base, settings.terms),
-        optimiser,
-        Schedule(settings, steps_per_epoch, accelerator.device),
-        accumulate=accumulate,
-        clip=settings.optim.clip,
-        gradient_shares=settings.gradient_shares,
-        graph=settings.cuda_graph,
-    )
-    return Model(wrapped, target, queue, optimiser, step)
+    return build_encoder(settings.base, backbone, dim=model.dim, hidden=model.hidden, bn=model.bn, groups=groups)
+
+
+def _compile(online: Encoder, target: Encoder | None, device: torch.device) -> None:
+    """Have torch.compile compile the backbones, once for each size of the views."""
+    check_compiler(device)
+    torch._dynamo.config.recompile_limit = 64  # one for each encoder and size of the views
+    for encoder in (online, target):
+        if encoder is not None:
+            encoder.backbone.compile(dynamic=False)
+
+
+def _queue(settings: Settings, device: torch.device) -> KeyQueue:
+    method, dim = settings.method, settings.model.dim
+    assert method.queue is not None
+    assert dim is not None
+    return KeyQueue(method.queue, dim, settings.seed, getattr(torch, method.queue_dtype)).to(device)
+
+
+def _exchange_in_bfloat16(wrapped: nn.Module) -> None:
+    """Have processes exchange gradients in bfloat16; say so where there is one alone, and nothing to exchange."""
+    if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+        wrapped.register_comm_hook(None, lambda _, bucket: ranks.mean_in_bfloat16(bucket))
+    else:
+        print("warning: gradient_dtype bfloat16: there is one process, and nothing to exchange", file=sys.stderr)
 
 
 def check_compiler(device: torch.device) -> None:
     """Raise InputError where torch.compile has nothing to compile with."""
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+    if device.type == "cuda" and not installed("triton"):
         raise InputError("compile true: triton is not installed: pip install triton, or choose compile false")
     if device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
         raise InputError("compile true: there is no C++ compiler: install g++, or choose compile false")

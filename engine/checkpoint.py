@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialised
 
-from pipeline.errors import InputError, RunFailed
+from pipeline.errors import InputError, RunFailed, reason
 from pipeline.limits import check_levels, read_bytes
 
 FORMAT = 4
@@ -79,8 +79,7 @@ class Writer:
             write(self._folder, step, tensors, state, self._keep, self._keep_every)
             self.problem = ""
         except Exception as error:  # whatever it is: the run is worth more than one checkpoint of it
-            detail = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            self.problem = f"{' '.join(detail.split()) or type(error).__name__}"
+            self.problem = reason(error)
             left = _all(self._folder)
             kept = f"the newest is {left[0].name}" if left else "there is none yet"
             print(

@@ -18,6 +18,7 @@ from methods.norm import SHUFFLED
 from methods.registry import BASES, Terms, build_objective
 from methods.vit import PATCH, VITS
 from pipeline.errors import InputError
+from pipeline.files import write_whole
 from pipeline.views import AUGMENTATIONS
 
 
@@ -60,12 +61,12 @@ class Data:
     """Beton to train on, which python -m pipeline.prepare writes; or a folder, a .tar, or a pattern of .tar files, of
     JPEGs that are read as they are."""
     eval: str = ""
-    """Labelled beton for kNN, with neighbours from `train` (of one file: every tenth image of a class by the others).
-    None: no kNN."""
+    """Labelled beton for kNN, with neighbours from `train`; where both are one file, every tenth image of a class is
+    classified by the others. Empty: no kNN."""
     backend: Literal["auto", "ffcv", "dali", "resident"] = "auto"
-    """What decodes: ffcv on the CPU's cores, dali on the GPU, where there is one, resident all images once, into memory
-    of the device; auto: resident where the images take at most half of what is free, else ffcv, or dali where a GPU has
-    too few cores for that."""
+    """What decodes: ffcv, on the CPU's cores; dali, on the GPU where there is one; resident, all images once, into the
+    device's memory. auto: resident where the images take at most half of what is free there, else ffcv, or dali where
+    there are too few cores for a GPU."""
     hardware_load: float = 0.9
     """Share of the JPEGs that dali gives to the GPU's hardware decoder, where it has one; its other cores take the
     rest."""
@@ -445,4 +446,4 @@ class Settings:
 
     def write(self, path: Path) -> None:
         """Write all settings to `path`, YAML that `--config` takes."""
-        path.write_text(yaml.safe_dump(self.as_dict(), sort_keys=False))
+        write_whole(path, yaml.safe_dump(self.as_dict(), sort_keys=False))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import time
 import warnings
 from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import is_wandb_available
-from torch import distributed
+from torch import distributed, nn
 
 from engine.config import Settings
 from engine.meeting import rank, store, together, world
@@ -80,6 +81,22 @@ def _checked(settings: Settings, emulate: bool) -> tuple[bool, str]:
 def bfloat16_on_cpu() -> bool:
     """Return whether this processor computes convolutions in bfloat16 (AVX-512 or AMX), and does not emulate them."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def now(device: torch.device) -> float:
+    """Return seconds of `time.perf_counter`, once the device has done all that it was given. Waits for it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def prepared(
+    accelerator: Accelerator, model: nn.Module, optimiser: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return model and optimiser as Accelerate wraps them for its processes and precision."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # older torch needs it
+        return accelerator.prepare(model, optimiser)
 
 
 def _exchange(settings: Settings) -> DistributedDataParallelKwargs:

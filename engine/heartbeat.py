@@ -37,7 +37,7 @@ class Heartbeat:
             self._thread.start()
 
     def close(self) -> None:
-        """Give no more of them."""
+        """Tell no more."""
         self._end.set()
         if self._thread.is_alive():
             self._thread.join(_ANSWER)

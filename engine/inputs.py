@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from engine.config import Settings
 from engine.evaluate import Knn
-from engine.meeting import from_all, rank, together
+from engine.meeting import from_all, processes_here, rank, together
 from pipeline.backends.choice import choose
 from pipeline.beton import Beton
 from pipeline.cores import available_cores
@@ -110,13 +110,8 @@ def loading(settings: Settings, accelerator: Accelerator) -> Mapping[str, Any]:
     return {
         "size": data.size,
         "device": accelerator.device,
-        "workers": data.workers or max(1, available_cores() // processes_here(accelerator)),
+        "workers": data.workers or max(1, available_cores() // processes_here()),
         "stall_timeout": data.stall_timeout,
         "hardware_load": data.hardware_load,
         "on_bad": data.on_bad,
     }
-
-
-def processes_here(accelerator: Accelerator) -> int:
-    """Return the number of processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))

@@ -12,9 +12,9 @@ class LARS(torch.optim.SGD):
     """SGD whose step of each matrix is scaled to its norm; biases and normalisation (ndim 1 or less) are left alone.
 
     For ndim > 1: g <- g + decay * w, then g <- g * trust * |w| / |g| (not scaled where either norm is 0). For all:
-    v <- momentum * v + g, w <- w - lr * v. So facebookresearch/moco-v3's `optimizer.py`; here in multi-tensor
-    operations and torch's fused SGD, waiting for nothing; but for the scaling, which on a GPU torch does by one small
-    kernel a matrix. The gradients are overwritten.
+    v <- momentum * v + g, w <- w - lr * v. As in facebookresearch/moco-v3's `optimizer.py`, but in multi-tensor
+    operations and torch's fused SGD, which wait for nothing; the scaling alone takes torch a small kernel a matrix on a
+    GPU. The gradients are overwritten.
     """
 
     def __init__(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import sys
 import tempfile
 import time
@@ -12,16 +11,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from engine.build import Run, begin, build
 from engine.config import Settings
+from engine.devices import now
 from engine.heartbeat import Heartbeat
 from engine.meeting import together
 from engine.norm_statistics import RunningStatistics
 from engine.preempt import Stopped
 from engine.state import refuse_divergence, restore, save
 from pipeline.errors import RunFailed
+from pipeline.files import write_json
 from pipeline.loader import Batch
 
 
@@ -128,21 +128,14 @@ def measure_rate(settings: Settings, steps: int = 20) -> float:
     with tempfile.TemporaryDirectory() as folder:
         run = build(replace(settings, out=folder, tracker="none"))
         try:
-            batches = (batch for _ in range(2 * steps) for batch in run.loader)
-            for number, batch in enumerate(itertools.islice(batches, 2 * steps)):
+            for number, batch in enumerate(itertools.islice(run.loader.endless(), 2 * steps)):
                 if number == steps:
-                    start = _now(run.accelerator)
+                    start = now(run.accelerator.device)
                 run.model.step(batch)
-            return steps * settings.data.batch / (_now(run.accelerator) - start)
+            return steps * settings.data.batch / (now(run.accelerator.device) - start)
         finally:
-            run.loader.close()
+            run.close()
             run.accelerator.free_memory()
-
-
-def _now(accelerator: Accelerator) -> float:
-    if accelerator.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def _summarise(run: Run) -> dict[str, Any]:
@@ -160,5 +153,5 @@ def _summarise(run: Run) -> dict[str, Any]:
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     if run.accelerator.is_main_process:
-        (run.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        write_json(run.out / "summary.json", summary)
     return summary

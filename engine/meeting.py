@@ -24,7 +24,7 @@ from pipeline.errors import InputError
 
 T = TypeVar("T")
 _PATIENCE = timedelta(minutes=10)  # from the first process to the last
-_SLICE = timedelta(seconds=10)  # of it, before one says whom one waits for
+_SLICE = timedelta(seconds=10)  # after which the first process says whom it waits for
 _store: distributed.Store | None = None
 _meetings = 0
 
@@ -100,6 +100,11 @@ def world() -> int:
 def rank() -> int:
     """Return this process's number among them."""
     return int(os.environ.get("RANK", "0"))
+
+
+def processes_here() -> int:
+    """Return the number of them on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world()))
 
 
 def store() -> distributed.Store:

@@ -29,9 +29,7 @@ from pipeline.limits import json_lines
 
 WALL_CLOCK = ("pairs_per_second", "data_wait_fraction")
 """Keys of a metrics line that tell of time, and so differ between two runs that compute the same."""
-
-
-_LASTING = ("knn_top1",)  # of metrics, where no step was taken since
+_LASTING = ("knn_top1",)  # metrics that still hold where no step was taken since
 _SUBSTITUTED, _TAKEN = "substituted", "taken"
 
 

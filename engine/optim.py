@@ -31,7 +31,12 @@ def build_optimiser(model: nn.Module, settings: Optim) -> torch.optim.Optimizer:
         )
     else:
         made = torch.optim.SGD(parameters, settings.lr, settings.momentum, weight_decay=decay, fused=True)
-    if settings.momentum:
-        for p in parameters:
-            made.state[p]["momentum_buffer"] = torch.zeros_like(p)
-    return made
+    return begin_momentum(made) if settings.momentum else made
+
+
+def begin_momentum(sgd: torch.optim.SGD) -> torch.optim.SGD:
+    """Return `sgd` with its momentum there from the beginning, all 0: what is kept and restored has it in any case."""
+    for group in sgd.param_groups:
+        for p in group["params"]:
+            sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return sgd

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -88,6 +89,11 @@ def picture(
         finally:
             plt.close(figure)
     return out.getvalue()
+
+
+def uri(content: bytes, kind: str = "png") -> str:
+    """Return a picture's bytes as a data URI."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def sheet(

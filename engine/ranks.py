@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import distributed
 
-from pipeline.transfer import to_device
+from pipeline.device import to_device
 
 # torch 2.13 gives it a new name, and warns of the old one
 _all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
@@ -23,6 +23,11 @@ def world() -> int:
 def rank() -> int:
     """Return this process's number."""
     return distributed.get_rank() if world() > 1 else 0
+
+
+def shares(indices: np.ndarray) -> list[np.ndarray]:
+    """Return each process's share of those indices [N]: runs of neighbours, of lengths as even as can be."""
+    return np.array_split(indices, world())
 
 
 def gather(local: torch.Tensor) -> torch.Tensor:
@@ -45,8 +50,13 @@ def gather_uneven(local: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     return torch.cat([rows[:count] for rows, count in zip(everyone, counts, strict=True)])
 
 
+def described(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, list[int]]]:
+    """Return the name of the dtype and the shape of each tensor: plain values, which `spread` takes."""
+    return {name: (str(value.dtype).removeprefix("torch."), list(value.shape)) for name, value in tensors.items()}
+
+
 def spread(tensors: dict[str, torch.Tensor], like: Mapping[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
-    """Return, on every process, the first one's tensors, on the device; like: dtype's name and shape of each."""
+    """Return, on every process, the first one's tensors, on the device; like: of each what `described` says."""
     found = {}
     for name, (dtype, shape) in like.items():
         tensor = (

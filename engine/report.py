@@ -6,7 +6,6 @@ One HTML file that needs nothing else, and its pictures as PNGs beside it. A run
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -18,11 +17,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from engine.pages import charts, maps
 from engine.pages.compare import Group, differences, grouped, table
-from engine.pages.nearest import by_chance, uri
+from engine.pages.nearest import by_chance
 from engine.pages.seen import Gallery, Seen, Wanted, look
-from engine.plot import DARK, LIGHT, MARKS
+from engine.plot import DARK, LIGHT, MARKS, uri
 from engine.run_files import RunFiles, read_runs
 from pipeline.errors import InputError, command
+from pipeline.files import write_whole
 
 _TEMPLATES = Path(__file__).with_name("pages")
 
@@ -134,16 +134,12 @@ def write(made: Report, to: Path) -> list[Path]:
     files = {to.with_name(f"{to.stem}-{name}.png"): content for name, content in made.pictures.items()}
     files[to] = made.html.encode("utf-8", "backslashreplace")
     for path, content in files.items():
-        beside = path.with_name(f".writing-{path.name}")
         try:
-            beside.write_bytes(content)
-            os.replace(beside, path)
+            write_whole(path, content)
         except OSError as error:
             raise InputError(
                 f"--out {to}: cannot be written ({error.strerror or error}): choose another place"
             ) from None
-        finally:
-            beside.unlink(missing_ok=True)
     return [*files]
 
 

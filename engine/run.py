@@ -12,7 +12,7 @@ from engine.arguments import parse, shared, wants_dry_run
 from engine.dryrun import dry_run
 from engine.heartbeat import LostProcess
 from engine.loop import train
-from engine.meeting import together
+from engine.meeting import rank, together
 from engine.preempt import Stopped
 from pipeline.errors import command, report
 
@@ -23,7 +23,7 @@ def main() -> int:
     if wants_dry_run():
         dry_run(settings)
         return 0
-    first = os.environ.get("RANK", "0") == "0"
+    first = rank() == 0
     try:
         summary = train(settings)
     except Stopped as stopped:

@@ -142,10 +142,7 @@ def _read(run: Run, into: dict[str, Any]) -> dict[str, Any] | None:
         saved = tensors["ranks"].get(_ROWS, torch.zeros(1, 0))
         rows = len(saved) if saved.dim() else 0
         _check_fit(path, {"ranks": {_ROWS: _statistics(run).own().expand(rows, -1)}}, tensors)
-    like = {
-        file: {name: (str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in named.items()}
-        for file, named in tensors.items()
-    }
+    like = {file: ranks.described(named) for file, named in tensors.items()}
     return {"path": str(path), "state": state, "tensors": like}
 
 

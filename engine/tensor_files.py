@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from engine import checkpoint
-from pipeline.errors import InputError
+from pipeline.errors import InputError, reason
 from pipeline.limits import open_regular, parse_json
 
 METADATA = "millrace"
@@ -95,8 +95,7 @@ def _read_torch(path: Path) -> dict[str, Any]:
     except InputError:
         raise
     except Exception as error:  # torch's readers raise whatever a damaged file makes them stumble over
-        detail = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise InputError(f"{path}: cannot be read ({detail}): fetch it again") from None
+        raise InputError(f"{path}: cannot be read ({reason(error)}): fetch it again") from None
     if not isinstance(found, dict):
         raise InputError(f"{path}: holds {type(found).__name__}, not a state dict: have its state dict saved")
     return found

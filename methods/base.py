@@ -19,7 +19,7 @@ Heads = Callable[..., tuple[nn.Module, "nn.Module | None"]]
 
 
 class CannotCarry(ValueError):
-    """A term that the base method has not what it needs for; the message says what."""
+    """A term needs what the base method does not have; the message says what."""
 
 
 class Part(NamedTuple):

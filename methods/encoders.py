@@ -70,7 +70,7 @@ class Bottleneck(_Block):
 
 
 class _Mean(nn.Module):
-    """The mean over an image's pixels, [B, C, H, W] to [B, C], whose gradient is channels-last too."""
+    """The mean over all places of the maps, [B, C, H, W] to [B, C], whose gradient is channels-last too."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.permute(0, 2, 3, 1).flatten(1, 2).mean(dim=1)
@@ -157,7 +157,7 @@ def resnet(
     norm: Norm = nn.BatchNorm2d,
     zero_init: bool = False,
 ) -> ResNet:
-    """Return `resnet18`, `resnet34`, `resnet50` or `resnet101`, initialised as torchvision's."""
+    """Return `resnet18`, `resnet34`, `resnet50` or `resnet101`, initialised as torchvision's; options of `ResNet`."""
     block, depths = RESNETS[arch]
     return ResNet(block, depths, stem=stem, width=width, norm=norm, zero_init=zero_init)
 

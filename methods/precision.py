@@ -14,9 +14,10 @@ _STORED = ("queue", "negatives")
 
 
 def full_precision(function: Callable[P, torch.Tensor]) -> Callable[P, torch.Tensor]:
-    """Return `function` (of a tensor first) outside autocast, its float16 and bfloat16 tensors turned to float32.
+    """Return `function`, whose first argument is a tensor, run outside autocast on float32 in place of half precision.
 
-    All but the arguments `queue` and `negatives`, which may be large: `similarities` takes them as they are stored.
+    All float16 and bfloat16 arguments are cast but `queue` and `negatives`, which may be large: `similarities` takes
+    these as they are stored.
     """
     names = tuple(inspect.signature(function).parameters)
 

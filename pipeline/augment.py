@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from pipeline.device import to_device
 from pipeline.draws import Colour
-from pipeline.transfer import to_device
 
 
 class Statistics(NamedTuple):
@@ -31,6 +31,7 @@ class Statistics(NamedTuple):
 
 IMAGENET = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _SOLARISE_AT = 128
+_RADIUS = 6  # of the blur's kernel, pixels: three of the largest standard deviation that is drawn, 2.0
 
 
 def augment(
@@ -51,7 +52,8 @@ def fused(crops: torch.Tensor, colour: Colour, statistics: Statistics, dtype: to
     out = torch.empty((batch, 3, size, size), dtype=dtype, device=crops.device, memory_format=torch.channels_last)
     blurs = to_device(np.flatnonzero(colour.blur), crops.device)
     parameters = to_device(pack(colour, statistics), crops.device)
-    augment_view(crops.contiguous(), parameters, blurs, out, grey_first=colour.grey_first)
+    radius = min(_RADIUS, size - 1)
+    augment_view(crops.contiguous(), parameters, blurs, out, grey_first=colour.grey_first, radius=radius)
     return out
 
 
@@ -198,13 +200,13 @@ def greyscale(x: torch.Tensor) -> torch.Tensor:
 
 
 def solarise(x: torch.Tensor) -> torch.Tensor:
-    """Invert the values of x at or above 128."""
+    """Invert the values of x [B, 3, H, W] at or above 128."""
     return torch.where(x < _SOLARISE_AT, x, 255 - x)
 
 
 def gaussian_blur(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Blur x [B, 3, H, W] by a Gaussian of sigma [B] pixels, cut at 3 x 2.0 pixels, edges reflected."""
-    radius = min(6, x.shape[-1] - 1, x.shape[-2] - 1)
+    """Blur x [B, 3, H, W], 0..255, by a Gaussian of standard deviation sigma [B], pixels, cut at 6; edges reflected."""
+    radius = min(_RADIUS, x.shape[-1] - 1, x.shape[-2] - 1)
     offsets = torch.arange(-radius, radius + 1, device=x.device, dtype=torch.float32)
     kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)  # [B, 2 radius + 1]
     kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(3, dim=0)  # [3 B, taps]

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from pipeline.backends import Plan
+from pipeline.device import to_device
 from pipeline.resize import crop_resize, scratch
-from pipeline.transfer import to_device
 
 
 class Ragged(NamedTuple):

@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
@@ -23,6 +24,7 @@ import numpy as np
 from pipeline.beton import PIXELS_A_BYTE, Beton
 from pipeline.cores import available_cores
 from pipeline.errors import BadRecords, InputError
+from pipeline.files import write_whole
 from pipeline.libffcv import JPEG
 from pipeline.limits import LARGEST_FILE, LARGEST_IMAGE, MOST_CLASSES, open_regular, read_bytes
 from pipeline.progress import progress
@@ -41,7 +43,7 @@ class Direct(Beton):
 
     source: a folder, a .tar, or several by a pattern such as `shards/train-*.tar` or `train-{000..127}.tar`. subset: as
     `open_source`'s. tolerate: as `Beton`'s. Raises InputError where there is no image, and BadRecords for images that
-    are no RGB or grey JPEGs.
+    are not RGB or grey JPEGs.
     """
 
     def __init__(self, source: Path | str, *, subset: str | None = None, tolerate: bool = False) -> None:
@@ -55,7 +57,7 @@ class Direct(Beton):
         self.labels = np.array([item.label for item in found.items], np.int64)
         self.manifest = self.crc32 = None
         self.unreadable: frozenset[int] = frozenset()
-        self._sizes_of(found.items)
+        self._index(found.items)
         self.modes = np.full(len(self), JPEG, np.uint8)
         single = len(self._files) == 1 and not whole.any()
         self.data: np.ndarray = np.memmap(self._files[0], np.uint8, "r") if single else np.zeros(0, np.uint8)
@@ -92,8 +94,8 @@ class Direct(Beton):
         """A hash of names, places and image sizes: tells two sources apart."""
         return self._hash
 
-    def _sizes_of(self, items: list[Item]) -> None:
-        """Set pointers, sizes, heights and widths, from the cache where it has them."""
+    def _index(self, items: list[Item]) -> None:
+        """Set what a beton's tables say: places, sizes, sides, what is unreadable; sides from the cache, if there."""
         self.pointers = np.array([max(item.offset, 0) for item in items], np.uint64)
         stated = [item.size or os.path.getsize(item.path) for item in items]
         self.sizes = np.array(stated, np.uint64)
@@ -134,9 +136,7 @@ def _cache(path: Path, sides: np.ndarray) -> None:
     """Keep the sizes for the next time; where that cannot be, they are read again."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        beside.write_bytes(sides.tobytes())
-        os.replace(beside, path)
+        write_whole(path, sides.tobytes())
     except OSError:
         return
 
@@ -166,6 +166,26 @@ def _side_lengths(item: Item) -> tuple[int, int]:
 
 def _listed(source: str, subset: str | None) -> Source:
     """Return the images of a folder or tar, or of all tars of a pattern; WebDataset's labels where it has some."""
+    paths = _paths(source)
+    listed = [open_source(path, subset) for path in paths]
+    items = [item for found in listed for item in found.items]
+    labels = _class_files(paths, items)
+    if labels is not None:
+        return _relabelled(items, labels, [str(number) for number in range(max(labels) + 1)])
+    if len(listed) == 1:
+        return listed[0]
+    classes = sorted({name for found in listed for name in found.classes})
+    number = {name: label for label, name in enumerate(classes)}
+    labels = [number[found.classes[i.label]] if i.label >= 0 else -1 for found in listed for i in found.items]
+    return _relabelled(items, labels, classes)
+
+
+def _relabelled(items: list[Item], labels: list[int], classes: list[str]) -> Source:
+    return Source([replace(item, label=label) for item, label in zip(items, labels, strict=True)], classes)
+
+
+def _paths(source: str) -> list[str]:
+    """Return the folder or tar, or all tars of a pattern. Raises InputError for what is not read directly."""
     matching = (
         path for name in _expanded(source) for path in (sorted(glob.glob(name)) if _is_pattern(name) else [name])
     )
@@ -180,20 +200,7 @@ def _listed(source: str, subset: str | None) -> Source:
         inside = next(Path(source).rglob("*.jp*g"), None)
         if inside is None:
             raise InputError(f"{source}: holds no image but {len(tars)} tars: name these, {source.rstrip('/')}/*.tar")
-    listed = [open_source(path, subset) for path in paths]
-    items = [item for found in listed for item in found.items]
-    labels = _class_files(paths, items)
-    if labels is not None:
-        return Source(
-            [Item(i.name, i.path, label, i.offset, i.size) for i, label in zip(items, labels, strict=True)],
-            [str(number) for number in range(max(labels) + 1)],
-        )
-    if len(listed) == 1:
-        return listed[0]
-    classes = sorted({name for found in listed for name in found.classes})
-    number = {name: label for label, name in enumerate(classes)}
-    labels = [number[found.classes[i.label]] if i.label >= 0 else -1 for found in listed for i in found.items]
-    return Source([Item(i.name, i.path, n, i.offset, i.size) for i, n in zip(items, labels, strict=True)], classes)
+    return paths
 
 
 def _is_pattern(source: str) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib
-import importlib.util
 import re
 import resource
 import shutil
@@ -22,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 
 from pipeline.cores import available_cores, free_memory
+from pipeline.packages import installed as _installed
 
 GIB = 2**30
 MIN_CORES_PER_GPU = 6
@@ -37,6 +37,7 @@ _OTHER_PACKAGES = {
     "docstring-parser": "docstring_parser",
     "jinja2": "jinja2",
     "jsonargparse": "jsonargparse",
+    "markdown": "markdown",
     "matplotlib": "matplotlib",
     "numpy": "numpy",
     "pillow": "PIL",
@@ -44,26 +45,25 @@ _OTHER_PACKAGES = {
     "PyYAML": "yaml",
     "rich": "rich",
     "safetensors": "safetensors",
+    "scikit-learn": "sklearn",
+    "setuptools": "setuptools",
     "tensorboard": "tensorboard",
+    "tqdm": "tqdm",
 }
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found.
-
-    Attributes:
-        name: the thing looked at.
-        ok: True if it is in order, False if it is broken, None if it is only to be known: a warning where
-            there is a remedy, else information.
-        detail: what was found.
-        remedy: what to do about it; empty if nothing is to be done.
-    """
+    """What one check found."""
 
     name: str
+    """Of the thing looked at."""
     ok: bool | None
+    """True if it is in order, False if it is broken; None is a warning where there is a remedy, else information."""
     detail: str
+    """What was found."""
     remedy: str = ""
+    """What to do about it; empty if nothing is to be done."""
 
     @property
     def state(self) -> str:
@@ -75,10 +75,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU: its name and its memory in bytes."""
+    """One GPU."""
 
     name: str
     memory: int
+    """Bytes; 0 where they are not known."""
 
 
 # Probes: each asks the machine one thing. The checks below judge the answers.
@@ -94,10 +95,6 @@ def _output(*command: str) -> str | None:
 
 def _load(name: str) -> ModuleType:
     return importlib.import_module(name)
-
-
-def _installed(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
 
 
 def _version(module: ModuleType) -> str:
@@ -404,13 +401,9 @@ def _summary(findings: Sequence[Finding]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print what the machine lacks.
+    """Print what the machine lacks; return the exit status: 0 if nothing is broken, 1 if something is, 2 for no data.
 
-    Args:
-        arguments: the command line without the program's name; None for the process's own.
-
-    Returns:
-        The exit status: 0 if nothing is broken, 1 if something is, 2 if the data set does not exist.
+    arguments: the command line without the program's name; None for the process's own.
     """
     parser = argparse.ArgumentParser(prog="millrace doctor", description="Say what this machine lacks.")
     parser.add_argument("beton", nargs="?", type=Path, metavar="BETON", help="data set to compare with the memory")

@@ -6,11 +6,12 @@ fixed place in the stream of its (seed, epoch, id, view), so that adding one nev
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.hashing import mix, uniforms
+from pipeline.hashing import keyed, uniforms
 from pipeline.views import View
 
 TRIES = 10  # RandomResizedCrop's, before it takes the centre
@@ -62,18 +63,22 @@ def draw_view(
     view: View, index: int, *, seed: int, epoch: int, ids: np.ndarray, heights: np.ndarray, widths: np.ndarray
 ) -> ViewDraws:
     """Draw view number `index` of samples `ids` (int64 [n]) whose images are `heights` by `widths` pixels ([n])."""
-    u = uniforms(_key(seed, epoch, ids, index), _COLUMNS + 4 * TRIES)  # [n, 16 + 40]
+    u = uniforms(keyed(seed, epoch, ids, index), _COLUMNS + 4 * TRIES)  # [n, 16 + 40]
     boxes = crop_boxes(u[:, _COLUMNS:].reshape(-1, TRIES, 4), heights, widths, view.scale, view.ratio)
     return ViewDraws(boxes, u[:, _FLIP] < view.flip, _colour(view, u))
 
 
+def draw_views(
+    views: Sequence[View], *, seed: int, epoch: int, ids: np.ndarray, heights: np.ndarray, widths: np.ndarray
+) -> list[ViewDraws]:
+    """Draw all views of samples `ids`, as `draw_view` does each."""
+    sides = {"heights": heights, "widths": widths}
+    return [draw_view(view, index, seed=seed, epoch=epoch, ids=ids, **sides) for index, view in enumerate(views)]
+
+
 def draw_colour(view: View, index: int, *, seed: int, epoch: int, ids: np.ndarray) -> Colour:
     """Draw the colour operations of view number `index` of samples `ids` (int64 [n]) alone, as `draw_view` would."""
-    return _colour(view, uniforms(_key(seed, epoch, ids, index), _COLUMNS))
-
-
-def _key(seed: int, epoch: int, ids: np.ndarray, index: int) -> np.ndarray:
-    return mix(mix(mix(mix(np.uint64(seed)) ^ np.uint64(epoch)) ^ ids.astype(np.uint64)) ^ np.uint64(index))
+    return _colour(view, uniforms(keyed(seed, epoch, ids, index), _COLUMNS))
 
 
 def _colour(view: View, u: np.ndarray) -> Colour:

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, reason
 from pipeline.hashing import mix
 from pipeline.libffcv import JPEG, RAW, decode_jpeg
 from pipeline.limits import LARGEST_IMAGE, MOST_SCANNED, MOST_SCANS
@@ -122,7 +122,7 @@ def _open(data: bytes) -> Image.Image:
     except UnidentifiedImageError:
         raise Unreadable("not an image") from None
     except Exception as error:  # of any kind: Pillow's decoders meet bytes they were not written for
-        raise Unreadable(_reason(error)) from None
+        raise Unreadable(reason(error)) from None
     for width, height in (image.size, tile):
         if width * height > LARGEST_IMAGE:
             raise Unreadable(f"{width} by {height} pixels, more than {LARGEST_IMAGE}: shrink it first")
@@ -130,10 +130,6 @@ def _open(data: bytes) -> Image.Image:
     if scans > MOST_SCANS or scans * image.width * image.height > MOST_SCANNED:
         raise Unreadable(f"a JPEG of {scans} scans: encode it again")
     return image
-
-
-def _reason(error: Exception) -> str:
-    return str(error) or type(error).__name__
 
 
 def _storable(data: bytes, image: Image.Image, settings: Settings) -> bool:
@@ -164,7 +160,7 @@ def _to_rgb(image: Image.Image, settings: Settings) -> Image.Image:
             image = _sixteen_to_eight(image)
         return image.convert("RGB")
     except Exception as error:  # of any kind, as in `_open`
-        raise Unreadable(_reason(error)) from None
+        raise Unreadable(reason(error)) from None
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

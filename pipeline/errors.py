@@ -8,6 +8,8 @@ import sys
 import unicodedata
 from collections.abc import Callable
 
+_LONGEST = 200  # characters of an error that another one quotes
+
 
 class InputError(ValueError):
     """Input that a user can mend. The message says what is wrong, where, and the remedy, in one line."""
@@ -40,7 +42,7 @@ class LoaderStalled(RunFailed):
 def command(main: Callable[[], int | None]) -> Callable[[], None]:
     """Make `main` a command, whose failures are one line on stderr.
 
-    Exit status 2 for an `InputError`, 1 for a loss that is not finite or a loader that stalled, 130 for Ctrl-C.
+    Exit status 2 for an `InputError`, 1 for a failure of the run itself, 130 for Ctrl-C.
     """
 
     @functools.wraps(main)
@@ -67,6 +69,12 @@ def report(error: Exception, status: int) -> int:
     who = "error" if rank == "0" else f"error in process {rank}"
     print(printable(f"{who}: {' '.join(str(error).split())}"), file=sys.stderr)
     return status
+
+
+def reason(error: BaseException) -> str:
+    """Return what an error says in one line of at most 200 characters; of the system's, without number and path."""
+    said = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+    return said if len(said) <= _LONGEST else said[:_LONGEST] + " ..."
 
 
 def printable(text: str) -> str:

@@ -23,6 +23,14 @@ def mix(z: Any) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
+def keyed(first: Any, *rest: Any) -> np.ndarray:
+    """Return the key that numbers have together, uint64 of their common shape: each is mixed into those before it."""
+    key = mix(first)
+    for number in rest:
+        key = mix(key ^ np.asarray(number, dtype=np.uint64))
+    return key
+
+
 def stream(key: Any, count: int) -> np.ndarray:
     """Return the first `count` 64-bit numbers of each key's stream: uint64 [..., count] for keys of shape [...]."""
     key = np.asarray(key, dtype=np.uint64)[..., None]

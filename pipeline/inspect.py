@@ -19,7 +19,7 @@ from pipeline.augment import IMAGENET, augment
 from pipeline.backends import Plan, Wanted, build
 from pipeline.beton import Beton
 from pipeline.cores import available_cores
-from pipeline.draws import draw_view
+from pipeline.draws import draw_views
 from pipeline.errors import BadRecords, InputError, command, printable
 from pipeline.libffcv import RAW
 from pipeline.order import epoch_order
@@ -83,12 +83,10 @@ def preview(
     ids = epoch_order(seed, epoch, len(beton))[:count]
     count = len(ids)
     sides = {"heights": beton.heights[ids], "widths": beton.widths[ids]}
-    drawn = [draw_view(view, index, seed=seed, epoch=epoch, ids=ids, **sides) for index, view in enumerate(views)]
+    drawn = draw_views(views, seed=seed, epoch=epoch, ids=ids, **sides)
     backend = build("ffcv", beton, Wanted(view_sizes(views, size), count, 1, 1, torch.device("cpu")))
     try:
-        backend.submit(
-            Plan(ids, np.stack([d.boxes for d in drawn]), np.stack([d.flips for d in drawn]), view_sizes(views, size))
-        )
+        backend.submit(Plan.of(ids, drawn, view_sizes(views, size)))
         crops = backend.receive(timeout=60)
         seen = [_pixels(augment(crop, d.colour)) for crop, d in zip(crops, drawn, strict=True)]
         seen = [view if view.shape[1] == size else np.stack([_fit(image, size) for image in view]) for view in seen]

@@ -77,11 +77,18 @@ def _crop_view(pixels, starts, widths, boxes, flips, out, SIZE: tl.constexpr, BL
 
 
 def augment_view(
-    crops: torch.Tensor, parameters: torch.Tensor, blurs: torch.Tensor, out: torch.Tensor, *, grey_first: bool
+    crops: torch.Tensor,
+    parameters: torch.Tensor,
+    blurs: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    grey_first: bool,
+    radius: int,
 ) -> None:
     """Write the augmented views of crops, uint8 [B, S, S, 3], into `out` [B, 3, S, S], channels-last.
 
-    parameters: float32 [B, PARAMETERS], a row of `pack` each; blurs int64 [M]: the samples that are blurred.
+    parameters: float32 [B, 20], of `pipeline.augment.pack`; blurs int64 [M]: the samples that are blurred, by kernels
+    of `radius` pixels.
     """
     batch, size = crops.shape[0], crops.shape[1]
     sums = torch.zeros(batch, dtype=torch.int32, device=crops.device)
@@ -92,14 +99,13 @@ def augment_view(
     _colour[grid](crops, parameters, sums, coloured, out, GREY_FIRST=grey_first, **common)
     if len(blurs):
         rows = torch.empty((len(blurs), size, size, 3), dtype=torch.float32, device=crops.device)
-        radius = min(6, size - 1)
         grid = (grid[0], len(blurs))
         _blur_rows[grid](coloured, parameters, blurs, rows, SIZE=size, RADIUS=radius, **common)
         _blur_columns[grid](rows, parameters, blurs, out, SIZE=size, RADIUS=radius, **common)
 
 
-PARAMETERS = 20
-"""Columns of a sample's parameters, in the order of `pipeline.augment.pack`."""
+# A sample's parameters: their number, and the columns of each, in the order of `pipeline.augment.pack`.
+_ROW = tl.constexpr(20)
 _JITTER, _ORDER, _BRIGHTNESS, _CONTRAST, _SATURATION, _SHIFT = (tl.constexpr(i) for i in (0, 1, 5, 6, 7, 8))
 _GREY, _BLUR, _SIGMA, _SOLARISE, _MEAN, _SCALE = (tl.constexpr(i) for i in (9, 10, 11, 12, 13, 16))
 
@@ -190,7 +196,7 @@ def _store_view(r, g, b, out, at, inside, row):  # type: ignore[no-untyped-def]
 def _sum_luma(crops, parameters, sums, GREY_FIRST: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Add up each sample's luma as it is before its contrast; whole numbers, so that the order does not matter."""
     sample = tl.program_id(1)
-    row = parameters + sample * 20
+    row = parameters + sample * _ROW
     if tl.load(row + _JITTER) != 0:
         r, g, b, _, inside = _load(crops, sample, PIXELS, BLOCK)
         if GREY_FIRST:
@@ -214,7 +220,7 @@ def _colour(
 ):  # type: ignore[no-untyped-def]
     """Apply a sample's colour operations; write its view, or, where a blur is to come, its pixels."""
     sample = tl.program_id(1)
-    row = parameters + sample * 20
+    row = parameters + sample * _ROW
     r, g, b, at, inside = _load(crops, sample, PIXELS, BLOCK)
     grey = tl.load(row + _GREY)
     if GREY_FIRST:
@@ -277,7 +283,7 @@ def _blur_rows(
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < PIXELS
     line = coloured + (sample.to(tl.int64) * PIXELS + index // SIZE * SIZE) * 3
-    sigma = tl.load(parameters + sample * 20 + _SIGMA)
+    sigma = tl.load(parameters + sample * _ROW + _SIGMA)
     r, g, b = _blurred(line, 3, index % SIZE, inside, sigma, SIZE, RADIUS, BLOCK)
     to = rows + (number.to(tl.int64) * PIXELS + index) * 3
     tl.store(to, r, mask=inside)
@@ -292,7 +298,7 @@ def _blur_columns(
     """Blur what `_blur_rows` wrote along columns, round, and write the views."""
     number = tl.program_id(1)
     sample = tl.load(blurs + number)
-    row = parameters + sample * 20
+    row = parameters + sample * _ROW
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < PIXELS
     line = rows + (number.to(tl.int64) * PIXELS + index % SIZE) * 3

@@ -10,23 +10,23 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from pipeline import backends
 from pipeline.augment import IMAGENET, Statistics, augment, normalise
-from pipeline.backends import Backend, Plan, Wanted
+from pipeline.backends import Plan, Wanted
 from pipeline.beton import Beton
-from pipeline.draws import Colour, centre_boxes, draw_colour, draw_view
-from pipeline.errors import DamagedRecord, InputError
+from pipeline.device import current, numbered
+from pipeline.draws import Colour, centre_boxes, draw_colour, draw_views
+from pipeline.errors import InputError
 from pipeline.order import Order, ordered, rank_slice, shuffled_rows, steps_per_epoch
-from pipeline.substitutes import OnBad, Substitutes
-from pipeline.transfer import current, numbered
+from pipeline.substitutes import OnBad
+from pipeline.supply import Supply
 from pipeline.views import View, view_sizes
 
 
@@ -66,6 +66,16 @@ class Batch:
     """Shuffled views [B, 3, S, S] by their index."""
     order: np.ndarray | None = None
     """Permutation [G] that these are in: this rank's row i of them is row order[rank * B + i] of the global batch."""
+
+
+class _UnderWay(NamedTuple):
+    """What is known of a batch before its crops are there; as in `Batch`."""
+
+    epoch: int
+    step: int
+    ids: np.ndarray
+    substituted: int
+    colours: list[Colour]
 
 
 class Loader:
@@ -124,12 +134,9 @@ class Loader:
         self._stages = self._stream is not None and shuffle is None
         self._staged: Batch | Exception | None = None
         self._orders: dict[int, np.ndarray] = {}  # of this epoch and, near its end, the next
-        self._pending: deque[tuple[int, int, np.ndarray, int, list[Colour]]] = deque()
-        self._substitutes = Substitutes(beton, on_bad)
         self._epoch, self._step = 0, 0  # of the next batch to hand out
-        self._wanted = Wanted(self._sizes_of(None), batch // world, workers, ahead, self.device, hardware_load)
-        self._backend_name = backend
-        self._backend = _build(backend, beton, self._substitutes, self._wanted)
+        wanted = Wanted(self._sizes_of(None), batch // world, workers, ahead, self.device, hardware_load)
+        self._supply: Supply[_UnderWay] = Supply(backend, beton, on_bad, wanted)
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
@@ -139,6 +146,11 @@ class Loader:
         epoch = self._epoch
         while self._epoch == epoch:
             yield self._next()
+
+    def endless(self) -> Iterator[Batch]:
+        """Yield the batches from here on, one epoch after another, without an end."""
+        while True:
+            yield from self
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the next batch and what it depends on, plain JSON values."""
@@ -162,21 +174,13 @@ class Loader:
                     "with the settings and the data the run was started with"
                 )
         self._staged = None
-        if self._pending:
-            self._begin_anew()
+        if len(self._supply):
+            self._supply.forget()
         self._epoch, self._step = int(state["epoch"]), int(state["step"])
-
-    def _begin_anew(self) -> None:
-        """Forget the batches under way."""
-        self._pending.clear()
-        if not self._backend.forget():
-            self.close()
-            self._backend = _build(self._backend_name, self.beton, self._substitutes, self._wanted)
 
     def close(self) -> None:
         """End the workers and forget the batches under way."""
-        self._pending.clear()
-        self._backend.close()
+        self._supply.close()
 
     def _next(self) -> Batch:
         """Return the next batch, and begin the views of the one after it, where its crops are there already."""
@@ -190,7 +194,7 @@ class Loader:
                 if view is not None:
                     view.record_stream(stream)
         self._epoch, self._step = self._after(1)
-        if self._stages and self._backend.ready():
+        if self._stages and self._supply.backend.ready():
             try:
                 self._staged = self._made()
             except Exception as error:  # for whoever asks for that batch
@@ -203,31 +207,23 @@ class Loader:
             return self._from_crops()
 
     def _from_crops(self) -> Batch:
-        while len(self._pending) < self._backend.depth:
-            self._submit(*self._after(len(self._pending)))
+        self._refill()
         start = time.perf_counter()
-        crops = self._receive()
+        crops, of = self._supply.receive(self.stall_timeout, self._refill)
         waited = time.perf_counter() - start
-        epoch, step, ids, substituted, colours = self._pending.popleft()  # not before: one that raised is the next
-        shuffled, order = self._shuffled(crops, epoch, step)
+        shuffled, order = self._shuffled(crops, of.epoch, of.step)
         left_out = self._shuffle.only if self._shuffle else ()
         views = tuple(
             None if index in left_out else augment(crop, colour, self._statistics, self.dtype)
-            for index, (crop, colour) in enumerate(zip(crops, colours, strict=True))
+            for index, (crop, colour) in enumerate(zip(crops, of.colours, strict=True))
         )
-        self._submit(*self._after(len(self._pending) + 1))
-        return Batch(views, ids, epoch, step, waited, substituted, shuffled, order)
+        self._submit(*self._after(len(self._supply) + 1))
+        return Batch(views, of.ids, of.epoch, of.step, waited, of.substituted, shuffled, order)
 
-    def _receive(self) -> tuple[torch.Tensor, ...]:
-        """Return the crops of the next batch, with substitutes for damaged records where these are passed over."""
-        while True:
-            try:
-                return self._backend.receive(self.stall_timeout)
-            except DamagedRecord as error:
-                self._substitutes.add(error)
-                self._begin_anew()
-            while len(self._pending) < self._backend.depth:
-                self._submit(*self._after(len(self._pending)))
+    def _refill(self) -> None:
+        """Submit the batches after those under way."""
+        while len(self._supply) < self._supply.depth:
+            self._submit(*self._after(len(self._supply)))
 
     def _shuffled(
         self, crops: tuple[torch.Tensor, ...], epoch: int, step: int
@@ -262,24 +258,11 @@ class Loader:
 
     def _submit(self, epoch: int, step: int) -> None:
         ids = rank_slice(self._order_of(epoch), step, self.batch, self.rank, self.world)
-        records = self._substitutes.resolve(ids)  # draws stay those of the sample
+        records = self._supply.substitutes.resolve(ids)  # draws stay those of the sample
         heights, widths = self.beton.heights[records], self.beton.widths[records]
-        drawn = [
-            draw_view(view, index, seed=self.seed, epoch=epoch, ids=ids, heights=heights, widths=widths)
-            for index, view in enumerate(self.views)
-        ]
-        boxes, flips = np.stack([d.boxes for d in drawn]), np.stack([d.flips for d in drawn])
-        self._backend.submit(Plan(records, boxes, flips, self._sizes_of(epoch)))
-        self._pending.append((epoch, step, records, int((records != ids).sum()), [d.colour for d in drawn]))
-
-
-def _build(name: str, beton: Beton, substitutes: Substitutes, wanted: Wanted) -> Backend:
-    """Return the backend; one that reads all records at once may meet damaged ones here."""
-    while True:
-        try:
-            return backends.build(name, beton, replace(wanted, left_out=frozenset(substitutes.bad)))
-        except DamagedRecord as error:
-            substitutes.add(error)
+        drawn = draw_views(self.views, seed=self.seed, epoch=epoch, ids=ids, heights=heights, widths=widths)
+        note = _UnderWay(epoch, step, records, int((records != ids).sum()), [d.colour for d in drawn])
+        self._supply.submit(Plan.of(records, drawn, self._sizes_of(epoch)), note)
 
 
 class CentreLoader:
@@ -312,53 +295,32 @@ class CentreLoader:
         self.indices = np.arange(len(beton)) if indices is None else indices
         self.batch = min(batch, max(len(self.indices), 1))
         self._statistics = statistics
-        self._pending: deque[np.ndarray] = deque()
-        self._backend_name = backend
-        self._wanted = Wanted((size,), self.batch, workers, ahead, numbered(device), hardware_load)
-        self._substitutes = Substitutes(beton, on_bad)
-        self._backend = _build(backend, beton, self._substitutes, self._wanted)
+        self._device = numbered(device)
+        wanted = Wanted((size,), self.batch, workers, ahead, self._device, hardware_load)
+        self._supply: Supply[np.ndarray] = Supply(backend, beton, on_bad, wanted)
 
     def __len__(self) -> int:
         """Return the number of batches."""
         return -(-len(self.indices) // self.batch)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
-        if self._pending:  # left over from an iteration that was broken off
-            self._begin_anew()
-        parts = [self.indices[i : i + self.batch] for i in range(0, len(self.indices), self.batch)]
-        for number in range(len(parts)):
-            with current(self._wanted.device):
-                crops = self._receive(parts[number : number + self._backend.depth])
+        if len(self._supply):  # left over from an iteration that was broken off
+            self._supply.forget()
+        for number in range(len(self)):
+            with current(self._device):
+                crops, ids = self._supply.receive(self.stall_timeout, partial(self._refill, number))
                 images = normalise(crops[0], self._statistics, self.dtype)
-            ids = self._pending.popleft()
-            for ahead in parts[number + 1 + len(self._pending) : number + 1 + self._backend.depth]:
-                self._submit(ahead)
+            self._refill(number + 1)
             yield images, ids
 
-    def _receive(self, parts: list[np.ndarray]) -> tuple[torch.Tensor, ...]:
-        """Return the crops of the first of `parts`, which are all to be under way."""
-        while True:
-            for ahead in parts[len(self._pending) :]:
-                self._submit(ahead)
-            try:
-                return self._backend.receive(self.stall_timeout)
-            except DamagedRecord as error:
-                self._substitutes.add(error)
-                self._begin_anew()
-
-    def _begin_anew(self) -> None:
-        self._pending.clear()
-        if not self._backend.forget():
-            self.close()
-            self._backend = _build(self._backend_name, self.beton, self._substitutes, self._wanted)
-
-    def _submit(self, ids: np.ndarray) -> None:
-        records = self._substitutes.resolve(ids)
-        boxes = centre_boxes(self.beton.heights[records], self.beton.widths[records], self.share)
-        self._backend.submit(Plan(records, boxes[None], np.zeros((1, len(records)), bool), (self.size,)))
-        self._pending.append(records)
+    def _refill(self, first: int) -> None:
+        """Submit the batches after those under way, of which the oldest is number `first`."""
+        for number in range(first + len(self._supply), min(first + self._supply.depth, len(self))):
+            ids = self.indices[number * self.batch : (number + 1) * self.batch]
+            records = self._supply.substitutes.resolve(ids)
+            boxes = centre_boxes(self.beton.heights[records], self.beton.widths[records], self.share)
+            self._supply.submit(Plan(records, boxes[None], np.zeros((1, len(records)), bool), (self.size,)), records)
 
     def close(self) -> None:
         """End the workers and forget the batches under way."""
-        self._pending.clear()
-        self._backend.close()
+        self._supply.close()

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from pipeline.hashing import mix, stream
+from pipeline.hashing import keyed, mix, stream
 
 # These keep the random numbers apart from those of the augmentation, and from each other.
 _ORDER = 0x6F72646572
@@ -27,7 +27,7 @@ def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
 
     The ids are sorted by 64-bit keys from a counter-based generator; equal keys keep the smaller id first.
     """
-    key = mix(mix(np.uint64(_ORDER) ^ np.uint64(seed)) ^ np.uint64(epoch))
+    key = keyed(_ORDER ^ seed, epoch)
     return np.argsort(stream(key, n), kind="stable")
 
 
@@ -38,7 +38,7 @@ def chunked_order(seed: int, epoch: int, n: int, chunk: int = CHUNK, window: int
     samples of each `window` of them in turn are permuted. With a window that holds all chunks it is a full shuffle. A
     pure function of its arguments.
     """
-    key = mix(mix(np.uint64(_CHUNKS) ^ np.uint64(seed)) ^ np.uint64(epoch))
+    key = keyed(_CHUNKS ^ seed, epoch)
     chunks = np.argsort(stream(key, -(-n // chunk)), kind="stable")
     order = (chunks[:, None] * chunk + np.arange(chunk)).reshape(-1)
     order = order[order < n]
@@ -49,6 +49,12 @@ def chunked_order(seed: int, epoch: int, n: int, chunk: int = CHUNK, window: int
 def ordered(kind: Order, seed: int, epoch: int, n: int) -> np.ndarray:
     """Return the permutation of an epoch, of `epoch_order` or `chunked_order`."""
     return epoch_order(seed, epoch, n) if kind == "random" else chunked_order(seed, epoch, n)
+
+
+def evenly(n: int, limit: int) -> np.ndarray:
+    """Return at most `limit` of 0..n-1, evenly spread, ascending, or all of them for 0: int64 [m]."""
+    count = min(limit or n, n)
+    return np.arange(count) * n // max(count, 1)
 
 
 def steps_per_epoch(n: int, global_batch: int) -> int:
@@ -78,7 +84,7 @@ def shuffled_rows(seed: int, number: int, global_batch: int, parts: int = 1) -> 
     """
     if global_batch % parts:
         raise ValueError(f"{parts} parts do not divide a global batch of {global_batch}")
-    key = mix(mix(np.uint64(_SHUFFLE) ^ np.uint64(seed)) ^ np.uint64(number))
+    key = keyed(_SHUFFLE ^ seed, number)
     keys = stream(key, global_batch).reshape(parts, -1)
     starts = np.arange(0, global_batch, global_batch // parts)[:, None]
     return (np.argsort(keys, axis=1, kind="stable") + starts).reshape(-1)

@@ -25,7 +25,6 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +33,13 @@ from pipeline.cores import available_cores
 from pipeline.encode import Record, Settings, Unreadable, encode
 from pipeline.errors import InputError, command, printable
 from pipeline.labels import relabel
+from pipeline.order import evenly
+from pipeline.packages import version
 from pipeline.progress import progress
 from pipeline.sources import Item, Source, open_source
 from pipeline.writer import BetonWriter
 
 _AHEAD = 32  # images a worker may be ahead of the writer
-
-
 _large: Any = contextlib.nullcontext()  # in workers a lock: over all of them, one large image is decoded at a time
 
 
@@ -122,8 +121,8 @@ def prepare(
     images = open_source(source, subset)
     if labels is not None:
         images = relabel(images, labels, classes)
-    if limit:
-        images = Source(_spread(images.items, limit), images.classes)
+    if limit:  # all classes keep their share
+        images = Source([images.items[i] for i in evenly(len(images.items), limit)], images.classes)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.writing")
     try:
         temporary.unlink(missing_ok=True)  # of a process of that number that was killed
@@ -141,13 +140,6 @@ def prepare(
             temporary.unlink(missing_ok=True)
             temporary.with_suffix(".json").unlink(missing_ok=True)
     return manifest
-
-
-def _spread(items: list[Item], limit: int) -> list[Item]:
-    """Return `limit` of the items, evenly spread, so that all classes keep their share."""
-    if limit >= len(items):
-        return items
-    return [items[i * len(items) // limit] for i in range(limit)]
 
 
 def _write(
@@ -191,11 +183,8 @@ def _write(
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("millrace", "ffcv", "numpy", "pillow"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+    found = {package: version(package) for package in ("millrace", "ffcv", "numpy", "pillow")}
+    return {"python": platform.python_version(), **{name: known for name, known in found.items() if known}}
 
 
 def _unreadable(source: str, skipped: list[list[str]]) -> InputError:

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from pipeline.augment import IMAGENET, normalise
-from pipeline.hashing import mix, uniforms
+from pipeline.device import to_device
+from pipeline.hashing import keyed, uniforms
 from pipeline.masks import IGNORED, Masked, Pair
 from pipeline.samples import Samples
-from pipeline.transfer import to_device
 
 SCALES = (0.5, 2.0)
 """Of 1911.05722, appendix A.5; drawn uniformly, which it leaves open."""
@@ -39,8 +39,7 @@ class Draw(NamedTuple):
 
 def draw_crop(shape: tuple[int, int], size: int, *, seed: int, epoch: int, index: int) -> Draw:
     """Draw the crop, of `size` pixels a side, of sample `index`, an image of `shape` (height, width)."""
-    key = mix(mix(mix(np.uint64(_SCALED) ^ np.uint64(seed)) ^ np.uint64(epoch)) ^ np.uint64(index))
-    scale, *places, flip = uniforms(key, 4).tolist()
+    scale, *places, flip = uniforms(keyed(_SCALED ^ seed, epoch, index), 4).tolist()
     scaled = [max(round(side * (SCALES[0] + scale * (SCALES[1] - SCALES[0]))), 1) for side in shape]
     first = [_within(length - size, u) for length, u in zip(scaled, places, strict=True)]
     return Draw(scaled[0], scaled[1], first[0], first[1], flip < 0.5)

@@ -20,7 +20,8 @@ import numpy as np
 from PIL import Image
 
 from pipeline.errors import InputError, command
-from pipeline.hashing import mix, uniforms
+from pipeline.hashing import keyed, mix, uniforms
+from pipeline.masks import IGNORED
 from pipeline.progress import progress
 from pipeline.synthetic import CLASSES, MIN_SIZE, draw
 
@@ -28,7 +29,6 @@ OBJECTS = 4
 """Objects in a scene at most: one that finds no room in ten tries is left out."""
 SMALLEST = 64
 """Side of the smallest scene, pixels."""
-IGNORED = 255
 _TRIES = 10
 _SCENES = 0x7363656E65  # keeps these random numbers apart from those of other modules
 _NOISE = 12  # width of the background's noise, in grey levels
@@ -54,7 +54,7 @@ def scene(seed: int, index: int, size: int = 128) -> Scene:
     """Draw scene `index` of the data set `seed`, `size` pixels a side. Raises InputError for fewer than 64 pixels."""
     if size < SMALLEST:
         raise InputError(f"size is {size} pixels: choose {SMALLEST} or more to keep the patterns visible")
-    key = mix(mix(np.uint64(_SCENES) ^ np.uint64(seed)) ^ np.uint64(index))
+    key = keyed(_SCENES ^ seed, index)
     image, mask = _background(key, size), np.zeros((size, size), np.uint8)
     objects: list[Object] = []
     for number, u in enumerate(uniforms(mix(key), OBJECTS * (2 + 5 * _TRIES)).reshape(OBJECTS, -1)):

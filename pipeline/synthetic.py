@@ -49,18 +49,9 @@ _Field = Callable[[_Array, _Array], _Array]
 
 
 def draw(seed: int, index: int, size: int = 48) -> tuple[npt.NDArray[np.uint8], int]:
-    """Draw image `index` of the data set `seed`.
+    """Return image `index` of the data set `seed`, uint8 [size, size, 3], and its label, `index % 10`, in `CLASSES`.
 
-    Args:
-        seed: data set, 0 to 2**64 - 1.
-        index: image within the data set, 0 to 2**64 - 1.
-        size: side of the image in pixels, at least 16.
-
-    Returns:
-        The RGB image, uint8 [size, size, 3], and its label `index % 10`, a place in `CLASSES`.
-
-    Raises:
-        InputError: (a ValueError) seed or index is out of range, or size is below 16.
+    seed, index: 0 to 2^64 - 1. size: its side, pixels. Raises InputError for others, and for fewer than 16 pixels.
     """
     _check(seed, index, size)
     label = index % len(CLASSES)
@@ -75,20 +66,10 @@ def draw(seed: int, index: int, size: int = 48) -> tuple[npt.NDArray[np.uint8], 
 
 
 def jpeg(seed: int, index: int, size: int = 48, quality: int = 92) -> tuple[bytes, int]:
-    """Draw image `index` of the data set `seed` and encode it.
+    """Return what `draw` draws as a JPEG file of that quality, 1 to 95, and its label. Raises InputError as it does.
 
-    Args:
-        seed: data set, 0 to 2**64 - 1.
-        index: image within the data set, 0 to 2**64 - 1.
-        size: side of the image in pixels, at least 16.
-        quality: JPEG quality, 1 to 95.
-
-    Returns:
-        The JPEG file as bytes, and the label `index % 10`. The same arguments give the same
-        bytes under one build of NumPy and the JPEG library; another build may round or encode differently.
-
-    Raises:
-        InputError: (a ValueError) an argument is out of range.
+    The same arguments give the same bytes under one build of NumPy and the JPEG library; another build may round or
+    encode differently.
     """
     if not 1 <= quality <= 95:
         raise InputError(f"quality is {quality}: choose a JPEG quality from 1 to 95")

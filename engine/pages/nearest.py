@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +14,8 @@ import torch
 from PIL import Image
 
 from engine.evaluate import features
-from engine.probes.knn import neighbours
+from engine.neighbours import neighbours
+from engine.plot import uri
 from engine.weights import Loaded
 from methods.encoders import place
 from pipeline.backends.choice import choose
@@ -163,8 +163,3 @@ def _as_uri(image: Image.Image) -> str:
     out = io.BytesIO()
     image.save(out, kind, **options)
     return uri(out.getvalue(), kind.lower())
-
-
-def uri(content: bytes, kind: str = "png") -> str:
-    """Return a picture's bytes as a data URI."""
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,8 +12,8 @@ import torch
 from torch import nn
 
 from engine import ranks
-from engine.evaluate import HELD_OUT, held_out, unseen
-from engine.meeting import from_all
+from engine.evaluate import HELD_OUT, held_out, refuse_other_classes, unseen
+from engine.meeting import from_all, processes_here
 from engine.probes.scores import Scores
 from engine.probes.trial import Trial, share_of, start
 from methods.vit import PATCH
@@ -57,8 +56,7 @@ class Bench(Trial):
     def loading(self, beton: Beton) -> dict[str, Any]:
         """Return the loaders' options."""
         if beton.fingerprint not in self.backends:
-            processes = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world()))
-            sharing = {"processes": processes, "cores": self.workers}
+            sharing = {"processes": processes_here(), "cores": self.workers}
             wanted = from_all(lambda: choose(self.args.backend, "auto", beton, self.device, **sharing))
             self.backends[beton.fingerprint] = agreed([Choice(*choice) for choice in wanted]).name
         return {
@@ -161,11 +159,7 @@ def _open(args: argparse.Namespace, labelled: bool) -> tuple[Beton, Beton]:
     for beton in (train, test) if labelled else ():
         if (beton.labels < 0).any():
             raise InputError(f"{beton.path}: has images without a label: prepare it from class folders")
-    if train.classes and test.classes and train.classes != test.classes:
-        raise InputError(
-            f"{test.path}: its {len(test.classes)} classes are not the {len(train.classes)} of {train.path}: prepare "
-            "both from the same class folders"
-        )
+    refuse_other_classes(train, test)
     same = train.fingerprint == test.fingerprint or (test.path.exists() and test.path.samefile(train.path))
     if not same or not labelled:
         return train, test

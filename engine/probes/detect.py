@@ -28,10 +28,10 @@ from engine.probes.trial import Trial, share_of, start
 from engine.probes.voc_ap import Boxes, precision
 from engine.sync_norm import synchronise
 from methods.encoders import ResNet, place
+from pipeline.device import to_device
 from pipeline.errors import InputError
-from pipeline.hashing import mix, uniforms
+from pipeline.hashing import keyed, uniforms
 from pipeline.samples import Samples
-from pipeline.transfer import to_device
 from pipeline.voc import Boxed, Objects, open_boxed
 from pipeline.workers import Workers
 
@@ -145,7 +145,7 @@ def train(trial: Detection, batch: int, settings: dict[str, object]) -> tuple[nn
 
     def batches(first: int, last: int) -> Iterator[list[Sample]]:
         for step, some in enumerate(samples.batches(first, last), start=first):
-            torch.manual_seed(int(_hash(_CHOICES, args.seed, step, ranks.rank())) >> 1)  # of sizes and regions
+            torch.manual_seed(int(keyed(_CHOICES, args.seed, step, ranks.rank())) >> 1)  # of sizes and regions
             yield some
 
     try:
@@ -187,15 +187,8 @@ def _pixels(image: np.ndarray, device: torch.device) -> torch.Tensor:
     return to_device(np.ascontiguousarray(image), device).permute(2, 0, 1).float() / 255
 
 
-def _hash(*numbers: int) -> np.ndarray:
-    key = np.asarray(0, np.uint64)
-    for number in numbers:
-        key = mix(key ^ np.uint64(number))
-    return key
-
-
 def _flips(seed: int, epoch: int, index: int) -> bool:
-    return bool(uniforms(_hash(_FLIPS, seed, epoch, index), 1)[0] < 0.5)
+    return bool(uniforms(keyed(_FLIPS, seed, epoch, index), 1)[0] < 0.5)
 
 
 def _flipped(data: Boxed, index: int, flip: bool) -> Sample:

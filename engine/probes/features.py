@@ -18,6 +18,7 @@ from engine import ranks
 from engine.meeting import together
 from engine.probes.bench import Bench
 from pipeline.errors import InputError
+from pipeline.files import write_json, write_whole
 from pipeline.limits import LIST_BYTES, read_json
 from pipeline.loader import CentreLoader
 
@@ -47,7 +48,7 @@ def _check(to: Path) -> None:
 
 def _written(bench: Bench, partial: Path) -> np.ndarray:
     """Write this process's rows to the shared file; return the ids that were read, of all processes."""
-    shares = np.array_split(np.arange(len(bench.train)), ranks.world())
+    shares = ranks.shares(np.arange(len(bench.train)))
     own = shares[ranks.rank()]
     position = partial.with_suffix(f".{ranks.rank()}of{ranks.world()}.json")
     shape, settings = (len(bench.train), int(bench.backbone.features)), bench.settings()  # type: ignore[arg-type]
@@ -111,9 +112,7 @@ def _read(position: Path, settings: dict[str, object], images: int, most: int) -
 
 
 def _note(position: Path, settings: dict[str, object], read: list[int]) -> None:
-    beside = position.with_suffix(".writing")
-    beside.write_text(json.dumps({"settings": settings, "read": read}))
-    os.replace(beside, position)
+    write_whole(position, json.dumps({"settings": settings, "read": read}))
 
 
 def _finish(bench: Bench, partial: Path, to: Path, ids: np.ndarray) -> None:
@@ -130,6 +129,6 @@ def _finish(bench: Bench, partial: Path, to: Path, ids: np.ndarray) -> None:
         os.replace(partial, to)
         np.save(to.with_suffix(".ids.npy"), ids)
         np.save(to.with_suffix(".labels.npy"), labels)
-        to.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
+        write_json(to.with_suffix(".json"), about)
     for left in partial.parent.glob(f"{partial.stem}.*of*.json"):
         left.unlink()

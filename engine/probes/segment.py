@@ -27,10 +27,10 @@ from engine.probes.trial import Trial, share_of, start
 from engine.sync_norm import synchronise
 from methods.encoders import place
 from pipeline.augment import normalise
+from pipeline.device import to_device
 from pipeline.errors import InputError
 from pipeline.masks import IGNORED, Masked, classes_in, is_voc, open_masked
 from pipeline.scale_crops import SCALES, ScaleCrops
-from pipeline.transfer import to_device
 from pipeline.voc import CLASSES
 from pipeline.workers import Workers
 

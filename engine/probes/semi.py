@@ -18,16 +18,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from engine.devices import prepared
 from engine.probes.bench import Bench
 from engine.probes.scores import score
-from engine.probes.training import Kept, check_batch, new_head, prepared, sgd
+from engine.probes.training import Kept, check_batch, new_head, sgd
 from engine.sync_norm import synchronise
 from methods.encoders import place
 from pipeline.beton import Beton
+from pipeline.device import to_device
 from pipeline.errors import InputError, printable
 from pipeline.limits import LIST_BYTES, read_text
 from pipeline.subset import Subset
-from pipeline.transfer import to_device
 
 _RATES = {0.01: (0.02, 5.0), 0.1: (0.01, 0.2)}
 _STEPS, _FACTOR = (0.6, 0.8), 0.2
@@ -101,7 +102,7 @@ def tune(
     bare = sgd(groups)
     kept = Kept(bench, name, model, bare, settings)
     done = kept.restore()
-    wrapped, optimiser = prepared(bench, model, bare)
+    wrapped, optimiser = prepared(bench.accelerator, model, bare)
     labels, loader = bench.labels(part), bench.train_loader(part, batch)
     loader.load_state_dict({**loader.state_dict(), "epoch": done})
     began = time.perf_counter()

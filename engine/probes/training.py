@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, TypeVar
@@ -13,7 +12,9 @@ import torch
 from torch import nn
 
 from engine import checkpoint, ranks
+from engine.devices import prepared
 from engine.meeting import from_first, together
+from engine.optim import begin_momentum
 from engine.probes.trial import Trial
 from pipeline.errors import InputError
 
@@ -65,7 +66,7 @@ class Kept:
             raise InputError(
                 f"{self._folder}: was begun with other settings ({listed}): choose another --out, or remove it"
             )
-        found, own = _like(tensors.get("state", {})), _like(self._state())
+        found, own = ranks.described(tensors.get("state", {})), ranks.described(self._state())
         if found != own or state["step"] < 0:
             raise InputError(f"{path}: holds other tensors than this classifier's: remove it")
         into |= tensors
@@ -79,18 +80,6 @@ class Kept:
             if state is not None:
                 named[f"momentum|{name}"] = state["momentum_buffer"]
         return named
-
-
-def _like(tensors: checkpoint.Tensors) -> dict[str, tuple[str, list[int]]]:
-    """Return dtype and shape of each tensor."""
-    return {name: (str(value.dtype).removeprefix("torch."), list(value.shape)) for name, value in tensors.items()}
-
-
-def prepared(trial: Trial, model: nn.Module, optimiser: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
-    """Return model and optimiser as Accelerate wraps them."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # older torch needs it
-        return trial.accelerator.prepare(model, optimiser)
 
 
 def train_by_steps(
@@ -112,7 +101,7 @@ def train_by_steps(
     finite.
     """
     done, epochs, every = kept.restore(), -(-iterations // epoch), -(-_KEEP_AFTER // epoch)
-    wrapped, stepper = prepared(trial, model, optimiser)
+    wrapped, stepper = prepared(trial.accelerator, model, optimiser)
     stream, began = batches(done * epoch, iterations), time.perf_counter()
     for number in trial.shown(range(done, epochs), "epochs"):
         wrapped.train()
@@ -131,12 +120,8 @@ def train_by_steps(
 
 
 def sgd(groups: list[dict[str, Any]], weight_decay: float = 0.0) -> torch.optim.SGD:
-    """Return SGD of momentum 0.9 whose momentum is there, all 0, from the beginning."""
-    optimiser = torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=weight_decay)
-    for group in optimiser.param_groups:
-        for parameter in group["params"]:
-            optimiser.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimiser
+    """Return SGD of momentum 0.9, which is there, all 0, from the beginning; the learning rate is still to be set."""
+    return begin_momentum(torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=weight_decay))
 
 
 def new_head(features: int, classes: int, seed: int) -> nn.Linear:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -20,11 +18,12 @@ from torch import nn
 from engine import ranks
 from engine.config import Settings
 from engine.devices import build_accelerator
-from engine.meeting import together
+from engine.meeting import processes_here, together
 from engine.weights import Loaded, digest, load_encoder
 from methods.encoders import place
 from pipeline.cores import available_cores
 from pipeline.errors import InputError, RunFailed
+from pipeline.files import write_json
 from pipeline.progress import progress
 
 
@@ -76,8 +75,7 @@ class Trial:
     @property
     def workers(self) -> int:
         """Threads of this process that load images."""
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world()))
-        return self.args.workers or max(1, available_cores() // processes)
+        return self.args.workers or max(1, available_cores() // processes_here())
 
     @property
     def sharing(self) -> dict[str, int]:
@@ -86,7 +84,7 @@ class Trial:
 
     def everywhere(self, local: torch.Tensor, data: Data) -> torch.Tensor:
         """Return the rows of all processes' shares of a data set, in order."""
-        return ranks.gather_uneven(local, [len(share) for share in _shares(data)])
+        return ranks.gather_uneven(local, [len(share) for share in ranks.shares(np.arange(len(data)))])
 
     def shown(self, items: Any, unit: str) -> Any:
         """Yield the items, with progress on the first process."""
@@ -146,7 +144,7 @@ class Trial:
         }
         if self.first:
             path = self.out / f"{name}.json"
-            path.write_text(json.dumps(document, indent=1) + "\n")
+            write_json(path, document)
             print(f"{what}: {scores}")
             print(f"| {' | '.join(cells)} |")
             self.say(f"written: {path}")
@@ -175,11 +173,7 @@ def start(kind: type[T], args: argparse.Namespace, open_sets: Callable[[], tuple
 
 def share_of(data: Data) -> np.ndarray:
     """Return this process's share of a data set, int64 [n]: a run of neighbours, of sizes as even as can be."""
-    return _shares(data)[ranks.rank()]
-
-
-def _shares(data: Data) -> list[np.ndarray]:
-    return np.array_split(np.arange(len(data)), ranks.world())
+    return ranks.shares(np.arange(len(data)))[ranks.rank()]
 
 
 def _beside(checkpoint: Path) -> Path:

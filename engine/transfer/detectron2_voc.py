@@ -8,7 +8,6 @@ The recipe is `voc_r50_c4.yaml`, which `--settings` change. `engine.probes.detec
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 from contextlib import nullcontext
@@ -20,6 +19,7 @@ import torch
 from engine.export import export, refuse
 from engine.weights import Architecture, Loaded, load_encoder
 from pipeline.errors import InputError, command
+from pipeline.files import write_json
 
 RECIPE = Path(__file__).with_name("voc_r50_c4.yaml")
 _DEPTHS = {"resnet50": 50, "resnet101": 101, "resnet152": 152}
@@ -94,7 +94,7 @@ def train(cfg: Any, resume: bool) -> None:
     latest = trainer.storage.latest()
     found = {name: latest[f"bbox/{name}"][0] for name in ("AP", "AP50", "AP75") if f"bbox/{name}" in latest}
     if found and comm.is_main_process():
-        Path(cfg.OUTPUT_DIR, "detectron2_voc.json").write_text(json.dumps(found, indent=1) + "\n")
+        write_json(Path(cfg.OUTPUT_DIR, "detectron2_voc.json"), found)
         print("detection, detectron2: " + ", ".join(f"{name} {value:.2f}" for name, value in found.items()))
 
 

@@ -7,6 +7,7 @@ of submission. What `receive` returns stays valid until the next `submit`.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from pipeline.beton import Beton
+from pipeline.draws import ViewDraws
 from pipeline.errors import InputError
 
 BACKENDS = ("ffcv", "ffcv_gpu", "dali", "resident")
@@ -31,6 +33,11 @@ class Plan:
     """bool [V, B]."""
     sizes: tuple[int, ...]
     """Side of each view's crops, pixels."""
+
+    @staticmethod
+    def of(ids: np.ndarray, drawn: Sequence[ViewDraws], sizes: tuple[int, ...]) -> Plan:
+        """Return the plan of records `ids` (int64 [B]) by the draws of their views."""
+        return Plan(ids, np.stack([d.boxes for d in drawn]), np.stack([d.flips for d in drawn]), sizes)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -13,15 +12,14 @@ from pipeline.backends import resident
 from pipeline.beton import Beton
 from pipeline.errors import InputError
 from pipeline.libffcv import JPEG
+from pipeline.packages import installed
 
 CropOn = Literal["auto", "cpu", "gpu"]
 
 PACE = 5000
 """Samples a second that a GPU may take: an H200 trains a ResNet-50 on somewhat fewer, at 224 pixels."""
 _JPEG_BYTE, _JPEG_PIXEL, _RAW_PIXEL = 9e-9, 1.7e-9, 2.7e-9  # seconds of one core at 2.6 GHz, copies included
-
-
-_DEMANDS = ("ffcv", "ffcv_gpu", "dali", "resident")
+_DEMANDS = ("ffcv", "ffcv_gpu", "dali", "resident")  # backends by what they ask of the machine, the least first
 
 
 class Choice(NamedTuple):
@@ -43,8 +41,8 @@ def choose(
 ) -> Choice:
     """Return the backend that settings `backend` and `crop_on` mean for this data on this device.
 
-    processes: those that share the machine's memory. cores: for this one. Raises InputError for crops on a GPU that is
-    not there.
+    processes: how many share the machine's memory. cores: those of this process. Raises InputError for crops on a GPU
+    that is not there.
     """
     if crop_on == "gpu" and device.type != "cuda":
         raise InputError("data.crop_on 'gpu': this machine has no GPU that torch can use: choose auto or cpu")
@@ -62,7 +60,7 @@ def choose(
         return _ffcv(crop_on, device, why)
     rate = decoding_rate(beton, cores)
     why += f"; {cores} cores decode about {rate:.0f} images/s"
-    if rate < PACE and crop_on != "cpu" and (beton.modes == JPEG).any() and _dali_installed():
+    if rate < PACE and crop_on != "cpu" and (beton.modes == JPEG).any() and installed("nvidia.dali"):
         return Choice("dali", f"{why}, less than the {PACE} a GPU may take")
     return _ffcv(crop_on, device, why)
 
@@ -70,16 +68,9 @@ def choose(
 def agreed(choices: Sequence[Choice]) -> Choice:
     """Return what all processes are to take, of what each would: their pixels are the same only on one backend.
 
-    The one that asks for least, of memory first; with the reason of the first process that wants it.
+    The least demanding one, with the reason of the first process that wants it.
     """
     return min(choices, key=lambda choice: _DEMANDS.index(choice.name))
-
-
-def _dali_installed() -> bool:
-    try:
-        return importlib.util.find_spec("nvidia.dali") is not None
-    except ModuleNotFoundError:  # of `nvidia`
-        return False
 
 
 def _ffcv(crop_on: CropOn, device: torch.device, why: str) -> Choice:

@@ -28,7 +28,8 @@ class _LaidOut(Plan):
     """int64 [B + 1]: each part's first byte, and the end of the last."""
 
     @staticmethod
-    def of(plan: Plan, records: Records) -> _LaidOut:
+    def within(plan: Plan, records: Records) -> _LaidOut:
+        """Return `plan` with its images' parts one after another."""
         parts = rectangles(records, plan.ids, plan.boxes)
         ends = np.cumsum(3 * parts[:, 2].astype(np.int64) * parts[:, 3])
         return _LaidOut(plan.ids, plan.boxes, plan.flips, plan.sizes, parts, np.concatenate([[0], ends]))
@@ -62,7 +63,7 @@ class FfcvGpuBackend:
         )
 
     def submit(self, plan: Plan) -> None:
-        self._ahead.begin(_LaidOut.of(plan, self._records))
+        self._ahead.begin(_LaidOut.within(plan, self._records))
 
     def _decode(self, state: None, plan: _LaidOut, start: int, stop: int, room: _Room) -> None:
         place = plan.ids, plan.parts, plan.starts, start, stop, room.bytes.numpy()

@@ -48,47 +48,60 @@ def decode_all(beton: Beton, wanted: Wanted) -> tuple[torch.Tensor, np.ndarray]:
     They pass through two buffers of the host, a block at a time. Those of `left_out` are not decoded. Raises
     DamagedRecord, of all damaged ones.
     """
-    records, ids = records_of(beton), np.arange(len(beton))
-    boxes, starts = whole(records, ids), np.concatenate([[0], np.cumsum(_bytes(beton))])
+    starts = np.concatenate([[0], np.cumsum(_bytes(beton))])
+    blocks, decoding = _blocks(starts), _Decoding(beton, starts, sorted(wanted.left_out))
     out = torch.empty(int(starts[-1]), dtype=torch.uint8, device=wanted.device)
-    on_gpu, faults = wanted.device.type == "cuda", dict[int, int]()
-
-    def decode(first: int, end: int, to: torch.Tensor, base: int) -> None:
-        """Decode samples first..end, sample i to starts[i] - base of `to`."""
-        for stop in [*sorted(index for index in wanted.left_out if first <= index < end), end]:
-            while first < stop:  # on to the next that is left out
-                places = ids[first:stop], boxes[first:stop], starts[first : stop + 1] - base
-                fault, at = decode_chunk(records, *places, 0, stop - first, to.numpy())
-                if fault == WHOLE:
-                    break
-                faults[first + int(at)] = fault
-                first += int(at) + 1
-            first = stop + 1
-
-    blocks = _blocks(starts)
+    on_gpu = wanted.device.type == "cuda"
     most = max(int(starts[end] - starts[first]) for first, end in blocks)
     staging = [torch.empty(most, dtype=torch.uint8, pin_memory=True) for _ in range(2)] if on_gpu else []
     copied: list[Any] = [None, None]
     with ThreadPoolExecutor(wanted.workers or available_cores()) as pool:
         for number, (first, end) in enumerate(blocks):
-            base, size = int(starts[first]), int(starts[end] - starts[first])
-            to, slot = out[base : base + size], number % 2
+            to, slot = out[int(starts[first]) : int(starts[end])], number % 2
             if copied[slot] is not None:
                 copied[slot].synchronize()
             into = staging[slot] if on_gpu else to
             spans = [(at, min(at + _CHUNK, end)) for at in range(first, end, _CHUNK)]
-            for done in [pool.submit(decode, *span, into, base) for span in spans]:
+            for done in [pool.submit(decoding.decode, *span, into, first) for span in spans]:
                 done.result()
             if on_gpu:
-                to.copy_(into[:size], non_blocking=True)
+                to.copy_(into[: len(to)], non_blocking=True)
                 copied[slot] = torch.cuda.Event()
                 copied[slot].record(torch.cuda.current_stream(wanted.device))
     if on_gpu:
         torch.cuda.synchronize(wanted.device)
-    if faults:
-        at, *others = sorted(faults)
-        raise damaged(beton, at, faults[at], tuple(others))
+    if decoding.faults:
+        at, *others = sorted(decoding.faults)
+        raise damaged(beton, at, decoding.faults[at], tuple(others))
     return out, starts[:-1]
+
+
+class _Decoding:
+    """Decodes runs of samples, one after another in memory, in several threads; keeps count of what is damaged."""
+
+    def __init__(self, beton: Beton, starts: np.ndarray, left_out: list[int]) -> None:
+        self._records, self._ids, self._starts, self._left_out = (
+            records_of(beton),
+            np.arange(len(beton)),
+            starts,
+            left_out,
+        )
+        self._boxes = whole(self._records, self._ids)
+        self.faults: dict[int, int] = {}
+        """By sample."""
+
+    def decode(self, first: int, end: int, to: torch.Tensor, base: int) -> None:
+        """Decode samples first..end to where they belong in `to`, which begins with sample `base`."""
+        for stop in [*(index for index in self._left_out if first <= index < end), end]:
+            while first < stop:  # on to the next that is left out
+                places = self._starts[first : stop + 1] - self._starts[base]
+                given = self._records, self._ids[first:stop], self._boxes[first:stop], places
+                fault, at = decode_chunk(*given, 0, stop - first, to.numpy())
+                if fault == WHOLE:
+                    break
+                self.faults[first + int(at)] = fault
+                first += int(at) + 1
+            first = stop + 1
 
 
 def _blocks(starts: np.ndarray) -> list[tuple[int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import sys
 from dataclasses import replace
@@ -86,7 +87,7 @@ def test_other_methods_have_no_official_loop_here(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(monkeypatch, "--ways", "warp") == 2
-    monkeypatch.setattr(step.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(monkeypatch, "--ways", "lightly") == 2
     assert "pip install lightly" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["step", "--method.name", "simclr", "--ways", "eager,official"])

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from engine import ranks
+from engine import neighbours, ranks
 from engine.arguments import parse
 from engine.build import begin, build
-from engine.evaluate import Knn, knn_predict
+from engine.evaluate import Knn
 from engine.loop import evaluate
 from engine.norm_statistics import RunningStatistics
 from engine.state import modules, restore, save
@@ -114,8 +114,8 @@ def nearest(out: str) -> None:
     own = [part.tolist() for part in torch.arange(35).tensor_split([5, 20])][ranks.rank()]
     for k in (1, 7, 20, 35, 200):
         settings: dict[str, Any] = {"k": k, "temperature": 0.1, "classes": 4}
-        expected = knn_predict(queries, bank, labels, **settings)
-        found = knn_predict(queries, bank[own], labels[own], chunk=16, merged=True, **settings)
+        expected = neighbours.classify(queries, bank, labels, **settings)
+        found = neighbours.classify(queries, bank[own], labels[own], rows=16, merged=True, **settings)
         assert torch.equal(found, expected)
     counts = [3, 0, 4]
     rows = torch.arange(7)[:, None].repeat(1, 2)

@@ -11,9 +11,11 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from engine.evaluate import Knn, RawPixels, features, held_out, knn_predict, unseen
+from engine.evaluate import Knn, RawPixels, features, held_out, unseen
+from engine.neighbours import classify
 from methods.encoders import resnet
 from pipeline.beton import Beton
+from pipeline.direct import open_data
 from pipeline.encode import Settings
 from pipeline.errors import InputError
 from pipeline.prepare import prepare
@@ -21,13 +23,13 @@ from pipeline.prepare import prepare
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(("k", "temperature", "chunk"), [(1, 0.1, 7), (5, 0.07, 100), (20, 1.0, 1), (500, 0.1, 16)])
-def test_prediction_equals_a_loop_over_neighbours(k: int, temperature: float, chunk: int) -> None:
+@pytest.mark.parametrize(("k", "temperature", "rows"), [(1, 0.1, 7), (5, 0.07, 100), (20, 1.0, 1), (500, 0.1, 16)])
+def test_prediction_equals_a_loop_over_neighbours(k: int, temperature: float, rows: int) -> None:
     generator = torch.Generator().manual_seed(k)
     bank = F.normalize(torch.randn(120, 6, generator=generator), dim=1)
     queries = F.normalize(torch.randn(33, 6, generator=generator), dim=1)
     labels = torch.randint(0, 4, (120,), generator=generator)
-    found = knn_predict(queries, bank, labels, k=k, temperature=temperature, classes=4, chunk=chunk)
+    found = classify(queries, bank, labels, k=k, temperature=temperature, classes=4, rows=rows)
     for query, predicted in zip(queries, found.tolist(), strict=True):
         similarity = (bank @ query).tolist()
         nearest = sorted(range(120), key=lambda i: -similarity[i])[:k]
@@ -107,3 +109,15 @@ def test_unlabelled_or_differently_labelled_images_are_refused(drawn: Path, tmp_
         prepare(str(tmp_path / name), tmp_path / f"{name}.beton", workers=1, quiet=True)
         with pytest.raises(InputError, match="prepare"):
             Knn(Beton(drawn), Beton(tmp_path / f"{name}.beton"), k=1, temperature=0.1, device=CPU, size=32, batch=64)
+
+
+def test_folders_of_other_classes_are_refused_too(tmp_path: Path) -> None:
+    """Read where they are, they have no manifest; a label would be a cat in one, and a dog in the other."""
+    for name, of in (("train", "cats"), ("test", "dogs")):
+        place = tmp_path / name / of
+        place.mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (40, 40), (i * 50, 0, 0)).save(place / f"{i}.jpg")
+    train, test = (open_data(tmp_path / name) for name in ("train", "test"))
+    with pytest.raises(InputError, match="its 1 classes are not the 1 of"):
+        Knn(train, test, k=1, temperature=0.1, device=CPU, size=32, batch=64)

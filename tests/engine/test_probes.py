@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from engine.neighbours import neighbours, vote
 from engine.probes import fast, linear, semi, svm, training
 from engine.probes.command import run
-from engine.probes.knn import neighbours, vote
 from engine.probes.linear import PROTOCOLS, Protocol
 from engine.probes.scores import interval, score
 from methods.encoders import resnet
@@ -75,7 +75,7 @@ def test_knn_is_the_same_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     bank, queries = (F.normalize(torch.randn(n, 8), dim=1) for n in (50, 31))
     labels = torch.arange(50) % 3
     whole = neighbours(queries, bank, labels, 5)
-    monkeypatch.setattr("engine.probes.knn._ELEMENTS", 200)
+    monkeypatch.setattr("engine.neighbours._ELEMENTS", 200)
     parts = neighbours(queries, bank, labels, 5)
     assert torch.allclose(whole[0], parts[0])
     assert torch.equal(whole[1], parts[1])

@@ -189,8 +189,7 @@ def decode_all_ways(data: bytes, draw: random.Random) -> None:
         top, left = draw.randrange(height), draw.randrange(width) // 16 * 16
         decode_part(source, (height, width), (0, 0, height, width))
         decode_part(source, (height, width), (top, left, draw.randint(1, height - top), width - left))
-        h, w = np.uint32(height), np.uint32(width)
-        decode_jpeg(source, fenced(3 * height * width), h, w, h, w, 0, 0, 1, 1, False, False)
+        decode_jpeg(source, fenced(3 * height * width), height, width)
     try:
         encode(data, 0, Settings(max_side=64))
     except Unreadable as reason:

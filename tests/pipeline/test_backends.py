@@ -147,10 +147,10 @@ def test_another_process_goes_on_bit_for_bit(backend: str, drawn: Path, tmp_path
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_batches_under_way_are_forgotten_without_building_anew(backend: str, drawn: Path) -> None:
     with loader(drawn, backend) as one:
-        first, built = take(one, 3), one._backend
+        first, built = take(one, 3), one._supply.backend
         one.load_state_dict({**one.state_dict(), "step": 0})
         assert same(take(one, 3), first)
-        assert one._backend is built
+        assert one._supply.backend is built
 
 
 def test_gpu_crops_take_the_room_of_the_batches_met(drawn: Path) -> None:
@@ -158,7 +158,7 @@ def test_gpu_crops_take_the_room_of_the_batches_met(drawn: Path) -> None:
     beton = Beton(drawn)
     with loader(drawn, "ffcv_gpu") as one:
         take(one, 20)
-        rooms = [len(room.bytes) for room in one._backend._ahead._buffers]  # type: ignore[attr-defined]
+        rooms = [len(room.bytes) for room in one._supply.backend._ahead._buffers]  # type: ignore[attr-defined]
     image = 3 * int(beton.heights[0]) * int(beton.widths[0])
     assert all(0 < room <= 1.25 * BATCH * image for room in rooms)
     room = ffcv_gpu._Room(False)
@@ -204,7 +204,7 @@ def test_batches_staged_ahead_are_the_same(backend: str, drawn: Path) -> None:
         staging._stages = True
         found, staged = [], 0
         for state in states:
-            staging._backend.ready = lambda: True  # type: ignore[method-assign]
+            staging._supply.backend.ready = lambda: True  # type: ignore[method-assign]
             found += take(staging, 1)
             staged += isinstance(staging._staged, Batch)
             assert staging.state_dict() == state
@@ -220,7 +220,7 @@ def test_a_damaged_record_met_while_staging_is_named_in_its_turn(backend: str, d
         pytest.skip("it meets all records at the start")
     path = damage(drawn, int(epoch_order(3, 0, 200)[3 * BATCH]), "flipped", tmp_path / "bad.beton")
     with loader(path, backend) as one:
-        one._stages, one._backend.ready = True, lambda: True  # type: ignore[method-assign]
+        one._stages, one._supply.backend.ready = True, lambda: True  # type: ignore[method-assign]
         take(one, 3)
         with pytest.raises(DamagedRecord):
             take(one, 1)
@@ -443,10 +443,10 @@ def test_damaged_records_are_passed_over_for_the_next_whole_one(backend: str, dr
         sides = {"heights": beton.heights[batch.ids], "widths": beton.widths[batch.ids]}
         drawn_ = draw_view(PLAIN, 1, seed=3, epoch=batch.epoch, ids=order, **sides)
         with loader(drawn, backend) as whole:
-            whole._backend.submit(
+            whole._supply.backend.submit(
                 Plan(batch.ids, np.stack([drawn_.boxes] * 2), np.stack([drawn_.flips] * 2), (SIZE,) * 2)
             )
-            expected = whole._backend.receive(60)[0]
+            expected = whole._supply.backend.receive(60)[0]
         assert torch.equal(batch.views[1].permute(0, 2, 3, 1), expected.float())
     assert sum(batch.substituted for batch in batches) >= 4
     for rank in (0, 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,14 @@ def test_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     finding = doctor.check_packages()
     assert finding.ok is False
     assert finding.detail == "missing: pillow, PyYAML"
+
+
+def test_every_dependency_is_looked_for() -> None:
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    listed = project.partition("\ndependencies = [\n")[2].partition("\n]\n")[0]
+    names = set(re.findall(r'^ +"([\w-]+)', listed, re.MULTILINE))
+    assert len(names) > 10
+    assert names - {"torch", "ffcv", "numba", "nvidia-dali-cuda130"} == set(doctor._OTHER_PACKAGES)
 
 
 def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from pipeline.errors import InputError
 from pipeline.inspect import describe
 from pipeline.inspect import main as inspect_main
 from pipeline.libffcv import JPEG
+from pipeline.libjpeg import decode_rectangle
 from pipeline.prepare import prepare
 from pipeline.records import _decode_whole, check_record
 from pipeline.writer import BetonWriter
@@ -178,7 +179,7 @@ def test_a_jpeg_of_many_scans_is_given_up_early() -> None:
         data = _many_scans(count)
         assert len(data) < 30_000
         source = fenced(len(data), data)
-        assert decode_part(source, sides, box) == (0 if scanned else 1), count
+        assert decode_part(source, sides, box) == (0 if scanned or decode_rectangle is None else 1), count
         assert _decode_whole(source, *sides, None, np.zeros(3 << 22, np.uint8)) == scanned, count
         if scanned:
             encode(data, 0, Settings())

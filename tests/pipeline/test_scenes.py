@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import InputError
-from pipeline.scenes import IGNORED, SMALLEST, scene, write
+from pipeline.masks import IGNORED
+from pipeline.scenes import SMALLEST, scene, write
 from pipeline.synthetic import CLASSES
 
 

@@ -1,4 +1,4 @@
-"""Devices, and small arrays from the host to them, without waiting."""
+"""Which device is meant, and small arrays from the host to it, without waiting."""
 
 from __future__ import annotations
 
