@@ -2,8 +2,8 @@
 
 On the machines and versions that `golden.json` names they are compared exactly; elsewhere, where sums are rounded in
 another order, to four digits; where vectors are of another length (AVX2, AVX-512), with which a few of a batch's pixels
-round to the next of 255 levels, to two. On another machine, or after a change that is meant to change them, this adds or
-replaces those of the machine: python -m tests.engine.test_golden
+round to the next of 255 levels, to two. On another machine, or after a change that is meant to change them, this adds
+or replaces those of the machine: python -m tests.engine.test_golden
 """
 
 from __future__ import annotations
