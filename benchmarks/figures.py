@@ -233,10 +233,9 @@ def _reliability_headline(results: Results) -> tuple[str, str] | None:
 
 def _walk_headline(results: Results) -> tuple[str, str] | None:
     found = results.newest("walk")
-    if found is None or "demo" not in found:
+    if found is None or len(found["demo"]) < 3:
         return None
-    demo = found["demo"]
-    says = "{:.1f}, {:.1f}, **{:.1f} %**".format(*(100 * demo[key] for key in ("raw", "untrained", "trained")))
+    says = "{:.1f}, {:.1f}, **{:.1f} %**".format(*(100 * top1 for top1 in found["demo"].values()))
     return "`./millrace demo`: kNN top-1 of raw pixels, untrained, trained encoder", f"{says} ({where(found)})"
 
 

@@ -46,12 +46,28 @@ class Bars:
     of: Callable[[dict[str, Any]], dict[str, dict[str, float]]]
 
 
+_WAYS = {
+    "resident": "resident (decoded once)",
+    "decode-only": "ffcv, where a GPU crops",
+    "ffcv": "ffcv",
+    "dali": "dali, on the CPU",
+    "ffcv-twice": "FFCV's own loader",
+    "official": "official MoCo's loader",
+    "eager": "ours",
+    "compiled": "ours, compiled",
+    "official-amp": "official, bf16",
+    "lightly-amp": "lightly, bf16",
+}
+_PEERS = ("FFCV", "official", "lightly")
+
+
 def _loader(result: dict[str, Any]) -> dict[str, dict[str, float]]:
-    return {row["name"]: row["cpu"] for row in result["in500"]["paths"].values() if row["threads"] == 1}
+    rows = [row for row in result["in500"]["paths"].values() if row["threads"] == 1]
+    return {_WAYS[row["name"]]: row["cpu"] for row in rows if row["name"] in _WAYS}
 
 
 def _step(result: dict[str, Any]) -> dict[str, dict[str, float]]:
-    return result["ratio_to_official"]
+    return {_WAYS.get(way, way): ratio for way, ratio in result["ratio_to_official"].items()}
 
 
 PICTURES = (
@@ -59,14 +75,14 @@ PICTURES = (
     Bars(
         "ResNet-18, 32 px, CPU: steps against the official loop",
         "step-resnet18-cpu",
-        "×",
-        lambda r: r["ratio_to_official"],
+        "times",
+        _step,
     ),
     Bars(
         "ResNet-50, 224 px, CPU: steps against the official loop",
         "step-resnet50-cpu",
-        "×",
-        lambda r: r["ratio_to_official"],
+        "times",
+        _step,
     ),
 )
 
@@ -91,9 +107,9 @@ def page(results: Results, image: Callable[[str, bytes], str]) -> str:
     """Return the page as Markdown. image: gives the reference to a picture of that name and content."""
     parts = ["# Results", "Written by `python -m benchmarks.report` from the files beside it.", "## Goals"]
     parts += [goal_table(results), "## Headlines", headline_table(results)]
-    for number, bars in enumerate(PICTURES):
+    for bars in PICTURES:
         if found := results.newest(bars.series):
-            parts.append(f"![{bars.title}]({image(f'picture-{number}.png', _draw(bars, found))})")
+            parts.append(f"![{bars.title}]({image(f'{bars.series}.png', _draw(bars, found))})")
     for series in results.series():
         parts.append(_section(results, series, image))
     return "\n\n".join(parts) + "\n"
@@ -120,13 +136,14 @@ def _section(results: Results, series: str, image: Callable[[str, bytes], str]) 
 
 
 def _draw(bars: Bars, result: dict[str, Any]) -> bytes:
-    """Return a PNG of bars with their spread."""
+    """Return a PNG of bars with their spread, those of others in grey."""
     found = dict(sorted(bars.of(result).items(), key=lambda item: item[1]["median"]))
 
     def draw(axes: Any) -> None:
-        for index, spread in enumerate(found.values()):
+        for index, (name, spread) in enumerate(found.items()):
             least, most = spread["median"] - spread["min"], spread["max"] - spread["median"]
-            axes.barh(index, spread["median"], color=style_of(LIGHT, 0).colour, xerr=[[least], [most]])
+            colour = "0.7" if name.startswith(_PEERS) else style_of(LIGHT, 0).colour
+            axes.barh(index, spread["median"], color=colour, xerr=[[least], [most]])
         axes.set_yticks(range(len(found)), list(found))
         axes.set(title=bars.title, xlabel=bars.unit)
 

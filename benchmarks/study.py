@@ -36,8 +36,9 @@ from pipeline.limits import read_yaml
 
 _HERE = Path(__file__).parent
 _ROOT = _HERE.parent
-COLUMNS = ("knn", "linear", "gap_midway", "gap", "seconds", "rate")
-"""Figures of a run: kNN and linear top-1, the gap half-way and at the end, seconds of training, pairs a second."""
+COLUMNS = ("knn", "linear", "gap_midway", "gap", "seconds", "rate", "reached")
+"""Figures of a run: kNN and linear top-1, the gap half-way and at the end, seconds of training, pairs a second, and
+seconds of training until its kNN top-1 is what another run of the study ends with."""
 
 
 @dataclass
@@ -53,6 +54,8 @@ class Study:
     """Options of `engine.evaluate linear`; none: kNN alone."""
     peers: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By name: `module`, of `benchmarks/` with `_moco` after it, and its options."""
+    reach: str = ""
+    """The run or peer whose last kNN top-1, the mean over seeds, others are timed to."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +85,15 @@ def load_study(name: str) -> Study:
     try:
         study = Study(**found)
         assert study.runs
+        assert study.reach in ("", *study.runs, *study.peers)
         for name, run in study.runs.items():
             recipe = _HERE.parent / "engine" / "recipes" / f"{run['recipe']}.yaml"
             if set(run) - {"recipe", "settings"} or not recipe.is_file():
                 raise InputError(f"{path}: run {name!r}: give a recipe of engine/recipes, and settings")
     except (TypeError, KeyError, AttributeError, AssertionError) as error:
-        raise InputError(f"{path}: not a study ({error or 'it has no runs'}): write runs, seeds, settings") from None
+        raise InputError(
+            f"{path}: not a study ({error or 'no runs, or reach is none of them'}): write runs, seeds, settings"
+        ) from None
     return study
 
 
@@ -173,8 +179,17 @@ def _last_line(log: Path) -> str:
     return next((line for line in reversed(lines) if line.startswith("error")), lines[-1] if lines else "no output")
 
 
+def seconds_to(run: RunFiles, top1: float) -> float | None:
+    """Return the seconds of training until kNN top-1 is first that, None where it never is."""
+    lines, seconds = run.timed()
+    for line, until in zip(lines, np.cumsum(seconds), strict=True):
+        if line.get("knn_top1", -1.0) >= top1:
+            return float(until)
+    return None
+
+
 def figures(run: RunFiles) -> dict[str, float | None]:
-    """Return the `COLUMNS` of a run, None for what there is not."""
+    """Return the `COLUMNS` of a run, None for what there is not; `reached` is for `gather` to say."""
     gap = curve(run.lines, "student_teacher_gap")
     half = gap.values[gap.epochs <= run.done / 2]
     taken = rates(run)
@@ -186,12 +201,17 @@ def figures(run: RunFiles) -> dict[str, float | None]:
         "gap": float(gap.values[-1]) if len(gap.values) else None,
         "seconds": None if taken.hours is None else 3600 * taken.hours,
         "rate": taken.pairs_per_second,
+        "reached": None,
     }
 
 
-def gather(jobs: Sequence[Job]) -> list[dict[str, Any]]:
-    """Return a row for each name: its seeds' figures, and mean and deviation (n - 1) of each over those that ended."""
+def gather(jobs: Sequence[Job], reach: str = "") -> list[dict[str, Any]]:
+    """Return a row for each name: its seeds' figures, and mean and deviation (n - 1) of each over those that ended.
+
+    reach: the row whose mean of the last kNN top-1 others are timed to.
+    """
     rows: dict[str, dict[str, Any]] = {}
+    runs: dict[str, list[RunFiles]] = {}
     for job in jobs:
         row = rows.setdefault(job.name, {"name": job.name, "seeds": [], "every": [], "curve": []})
         if not (job.folder / "summary.json").exists():
@@ -199,8 +219,12 @@ def gather(jobs: Sequence[Job]) -> list[dict[str, Any]]:
         (run,) = read_runs([job.folder])
         row["seeds"].append(job.seed)
         row["every"].append(figures(run))
+        runs.setdefault(job.name, []).append(run)
         row["curve"].append([array.tolist() for array in curve(run.lines, "knn_top1")])
+    ends = [found["knn"] for found in rows[reach]["every"] if found["knn"] is not None] if reach in rows else []
     for row in rows.values():
+        for found, run in zip(row["every"], runs.get(row["name"], []), strict=True):
+            found["reached"] = seconds_to(run, float(np.mean(ends))) if ends else None
         for column in COLUMNS:
             values = [found[column] for found in row["every"] if found[column] is not None]
             row[column] = {
@@ -210,8 +234,15 @@ def gather(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-_FORMS = {"knn": 100.0, "linear": 100.0, "gap_midway": 1.0, "gap": 1.0, "seconds": 1.0, "rate": 1.0}
-_DIGITS = {"knn": 1, "linear": 1, "gap_midway": 4, "gap": 4, "seconds": 0, "rate": 0}
+_FORMS = {"knn": 100.0, "linear": 100.0, "gap_midway": 1.0, "gap": 1.0, "seconds": 1.0, "rate": 1.0, "reached": 1.0}
+_DIGITS = {"knn": 1, "linear": 1, "gap_midway": 4, "gap": 4, "seconds": 0, "rate": 0, "reached": 1}
+
+
+def _told(row: dict[str, Any], column: str) -> str:
+    """Return a cell of the table, with how many seeds it is of where these are not all."""
+    count = sum(found[column] is not None for found in row["every"])
+    partly = f" ({count} of {len(row['seeds'])} seeds)" if column == "reached" and 0 < count < len(row["seeds"]) else ""
+    return _cell(row[column], column) + partly
 
 
 def _cell(found: dict[str, float | None], column: str) -> str:
@@ -225,10 +256,9 @@ def _cell(found: dict[str, float | None], column: str) -> str:
 def report(result: dict[str, Any]) -> machine.Report:
     """Return the table of a result."""
     headings = ["", "seeds", "kNN top-1, %", "linear top-1, %", "gap midway", "gap", "training, s", "pairs/s"]
-    rows = [
-        [row["name"], str(len(row["seeds"])), *(_cell(row[column], column) for column in COLUMNS)]
-        for row in result["rows"]
-    ]
+    headings += [f"s to {result['reach']}"] * bool(result["reach"])
+    shown = COLUMNS if result["reach"] else COLUMNS[:-1]
+    rows = [[row["name"], str(len(row["seeds"])), *(_told(row, column) for column in shown)] for row in result["rows"]]
     notes = [f"mean ± standard deviation over seeds; {result['at_once']} runs at a time on {result['device']}"]
     notes += [f"{name}: {problem}" for name, problem in result["problems"].items()]
     if result["left_out"]:
@@ -295,7 +325,8 @@ def main() -> int:
         "arguments": rest,
         "at_once": args.at_once,
         "device": about["gpu"] or f"{about['cores']} cores",
-        "rows": gather(jobs),
+        "reach": study.reach,
+        "rows": gather(jobs, study.reach),
         "problems": problems,
         "left_out": left_out,
     }

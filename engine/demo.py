@@ -236,6 +236,7 @@ def main() -> None:
     curves(run / "metrics.jsonl", out / "curve.png", levels=rows)
     if "knn_top1" in summary:
         rows |= {"trained encoder": summary["knn_top1"]}
+    (out / "demo.json").write_text(json.dumps(rows, indent=1) + "\n")
     Console().print(_table(rows, summary, _evaluated(train, evaluation)))
     wanted = Wanted("", 8, _TEST, settings.seed, "online", _device())
     write(report(read_runs([run]), wanted), out / "report.html")

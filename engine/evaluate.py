@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -100,7 +101,7 @@ class Knn:
 
     Where both are the same file, every tenth image of a class is classified by the others. limit: neighbours, and in
     that case queries, at most; 0 for all.
-    Raises InputError where one of the two has no labels.
+    Raises InputError where one of the two has no labels, or they have no class in common.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class Knn:
             queries = held_out(train.labels)
             bank, self._test_ids = bank[~queries], _spread(bank[queries], limit)
         self._bank_ids = _spread(bank, limit)
+        unseen(train.labels[bank], test.labels[self._test_ids], test.path)
         self._k, self._temperature = k, temperature
         self.fingerprint = test.fingerprint
         self.classes = count_classes(train, test)
@@ -158,6 +160,19 @@ def held_out(labels: np.ndarray) -> np.ndarray:
     chosen = np.zeros(len(labels), bool)
     chosen[np.argsort(labels, kind="stable")[::HELD_OUT]] = True
     return chosen
+
+
+def unseen(train: np.ndarray, test: np.ndarray, path: Path) -> int:
+    """Return how many of the labels to test on are none of those to train on, [N] each.
+
+    Raises InputError where all are: whatever comes of it, the result would be 0. path: of the test images.
+    """
+    count = int((~np.isin(test, train)).sum())
+    if count == len(test):
+        raise InputError(
+            f"{path}: no image to test on is of a class with images to train on: give data of several images a class"
+        )
+    return count
 
 
 def _spread(indices: np.ndarray, limit: int) -> np.ndarray:

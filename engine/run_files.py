@@ -54,6 +54,18 @@ class RunFiles:
         """Whether it was trained to its last epoch."""
         return bool(self.epochs) and self.done >= self.epochs
 
+    def timed(self) -> tuple[list[Line], np.ndarray]:
+        """Return the lines that say how fast training was, and the seconds of training since the line before, [n].
+
+        A line's rate is taken to be that of all steps since the line before. Both are empty where that cannot be.
+        """
+        batch = number(self.settings.get("data.batch"))
+        lines = [line for line in self.lines if line.get("pairs_per_second", 0) > 0]
+        steps = np.diff([line["step"] for line in lines], prepend=0.0)
+        if not batch or not lines or (steps < 0).any():
+            return [], np.zeros(0)
+        return lines, batch * steps / np.array([line["pairs_per_second"] for line in lines])
+
     def last(self, key: str) -> float | None:
         """Return the newest value of a metric."""
         return next((line[key] for line in reversed(self.lines) if key in line), None)

@@ -1,11 +1,12 @@
 """Images to a beton file with its manifest.
 
     python -m pipeline.prepare SOURCE OUT.beton [--max-side 500] [--quality 90] [--encode-all]
-                                [--mode jpg|raw|proportion]
+                                [--mode jpg|raw|proportion] [--labels LIST [--classes-of train.beton]]
 
 SOURCE is a folder (with class folders, or flat and unlabelled), a tar or zip of one, ILSVRC2012's tar of tars, or
-synthetic:N. A JPEG that is small enough and upright is stored byte for byte. The output is the same, byte for byte,
-whatever the number of workers; it is written beside OUT and renamed, so that OUT is whole or not there.
+synthetic:N. Classes are its folders, or those of a list of names, as for ImageNet's flat tar of validation images. A
+JPEG that is small enough and upright is stored byte for byte. The output is the same, byte for byte, whatever the
+number of workers; it is written beside OUT and renamed, so that OUT is whole or not there.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import sys
 import threading
 import warnings
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -28,10 +29,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pipeline.beton import Manifest, manifest_path
+from pipeline.beton import Beton, Manifest, manifest_path
 from pipeline.cores import available_cores
 from pipeline.encode import Record, Settings, Unreadable, encode
 from pipeline.errors import InputError, command, printable
+from pipeline.labels import relabel
 from pipeline.progress import progress
 from pipeline.sources import Item, Source, open_source
 from pipeline.writer import BetonWriter
@@ -100,10 +102,14 @@ def prepare(
     workers: int = 0,
     limit: int = 0,
     subset: str | None = None,
+    labels: Path | None = None,
+    classes: Sequence[str] = (),
     skip_bad: int = 0,
     quiet: bool = False,
 ) -> Manifest:
     """Write the images of `source` to the beton `out` and its manifest beside it; return the manifest.
+
+    labels, classes: a list of the images' classes, and these by label; see `pipeline.labels.relabel`.
 
     Raises InputError, leaving `out` as it was, where the source or an image cannot be read; up to `skip_bad`
     unreadable images are left out instead.
@@ -114,6 +120,8 @@ def prepare(
     if out.is_dir():
         raise InputError(f"{out}: is a folder: give the name of the file to write, such as {out / 'train.beton'}")
     images = open_source(source, subset)
+    if labels is not None:
+        images = relabel(images, labels, classes)
     if limit:
         images = Source(_spread(images.items, limit), images.classes)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.writing")
@@ -228,6 +236,8 @@ def _arguments() -> argparse.Namespace:
     add("--workers", type=int, default=0, help="processes (default: all cores)")
     add("--limit", type=int, default=0, help="take only this many images, spread evenly over the source")
     add("--subset", help="take only what stands in this folder of SOURCE, such as train")
+    add("--labels", type=Path, metavar="LIST", help="file of NAME CLASS lines, in place of class folders")
+    add("--classes-of", type=Path, metavar="BETON", help="whose class names and numbers those of --labels are")
     add(
         "--ignore-exif",
         action="store_true",
@@ -243,6 +253,14 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _classes(path: Path) -> list[str]:
+    """Return the class names of a beton. Raises InputError where it has none."""
+    classes = Beton(path).classes
+    if not classes:
+        raise InputError(f"--classes-of {path}: it has no class names: give one that was prepared from class folders")
+    return classes
+
+
 @command
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaving nothing half written
@@ -250,15 +268,22 @@ def main() -> None:
     if min(args.workers, args.limit, args.skip_bad) < 0:
         raise InputError("--workers, --limit and --skip-bad must not be negative: give 0 or more")
     settings = Settings(args.max_side, args.quality, args.mode, args.jpeg_share, args.ignore_exif, args.encode_all)
+    if args.classes_of and not args.labels:
+        raise InputError(
+            f"--classes-of {args.classes_of}: is of --labels, which is not given: leave it out or give both"
+        )
+    classes = _classes(args.classes_of) if args.classes_of else []
     options = {"workers": args.workers, "limit": args.limit, "subset": args.subset, "skip_bad": args.skip_bad}
+    options |= {"labels": args.labels, "classes": classes}
     manifest = prepare(args.source, args.out, settings, **options)
     for name, reason in manifest.skipped:
         print(printable(f"left out: {name}: {reason}"), file=sys.stderr)
-    alone = sum("/" not in name for name in manifest.names) if manifest.classes else 0
+    unlabelled = manifest.classes and not args.labels
+    alone = sum("/" not in name for name in manifest.names) if unlabelled else 0
     if alone:
         print(f"warning: {alone} images stand in no class folder and have no label", file=sys.stderr)
-    labelled = f"{len(manifest.classes)} classes" if manifest.classes else "unlabelled"
-    print(f"{args.out}: {manifest.count} images, {labelled}, {manifest.file_size / 2**20:.1f} MiB")
+    kind = f"{len(manifest.classes)} classes" if manifest.classes else "unlabelled"
+    print(f"{args.out}: {manifest.count} images, {kind}, {manifest.file_size / 2**20:.1f} MiB")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 import weakref
@@ -15,6 +16,9 @@ from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+_NICE = 5
+"""Added to a worker's niceness: where cores are short, the thread that launches the step goes first, and with it the
+other processes that wait for it; a worker that falls behind has all cores once that thread waits for it."""
 
 
 class Workers:
@@ -72,6 +76,9 @@ class Workers:
 
 
 def _run(calls: SimpleQueue, state: Any) -> None:
+    with contextlib.suppress(OSError, AttributeError):  # not on every system
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICE)
     while (call := calls.get()) is not None:
         future, function, args = call
         if not future.set_running_or_notify_cancel():

@@ -238,19 +238,13 @@ class Rates(NamedTuple):
 
 
 def rates(run: RunFiles) -> Rates:
-    """Return a run's rates, from its metrics: summary.json has those since it was last resumed.
-
-    A line's rate is taken to be that of all steps since the line before.
-    """
-    batch = number(run.settings.get("data.batch"))
-    lines = [line for line in run.lines if line.get("pairs_per_second", 0) > 0]
-    steps = np.diff([line["step"] for line in lines], prepend=0.0)
-    if not batch or not lines or (steps < 0).any():
+    """Return a run's rates, from its metrics: summary.json has those since it was last resumed."""
+    lines, seconds = run.timed()
+    if not lines:
         return Rates(number(run.summary.get("pairs_per_second")), number(run.summary.get("data_wait_fraction")))
-    seconds = batch * steps / np.array([line["pairs_per_second"] for line in lines])
     waited = seconds * np.array([line.get("data_wait_fraction", 0.0) for line in lines])
     total = float(seconds.sum())
-    return Rates(batch * lines[-1]["step"] / total, float(waited.sum()) / total, total / 3600)
+    return Rates(run.settings["data.batch"] * lines[-1]["step"] / total, float(waited.sum()) / total, total / 3600)
 
 
 # Evaluations

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from engine import ranks
-from engine.evaluate import HELD_OUT, held_out
+from engine.evaluate import HELD_OUT, held_out, unseen
 from engine.meeting import from_all
 from engine.probes.scores import Scores
 from engine.probes.trial import Trial, share_of, start
@@ -147,7 +147,10 @@ def best(logits: torch.Tensor) -> torch.Tensor:
 
 def setup(args: argparse.Namespace, *, labelled: bool = True) -> Bench:
     """Return the bench of a command line. Raises InputError, on all processes, for what cannot work."""
-    return start(Bench, args, lambda: _open(args, labelled))
+    bench = start(Bench, args, lambda: _open(args, labelled))
+    if labelled and (count := unseen(bench.train.labels, bench.test.labels, bench.test.path)):
+        bench.say(f"warning: {count} of {len(bench.test)} images to test on are of classes without images to train on")
+    return bench
 
 
 def _open(args: argparse.Namespace, labelled: bool) -> tuple[Beton, Beton]:

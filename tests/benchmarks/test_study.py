@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,33 @@ def test_rows_have_mean_and_deviation_over_seeds(tmp_path: Path) -> None:
     assert row["gap"]["mean"] == pytest.approx(0.025)
     assert row["seconds"] == {"mean": pytest.approx(20 * 10 / 25), "deviation": 0.0}
     assert row["rate"]["mean"] == pytest.approx(25.0)
-    result = {"study": "s", "rows": [row], "at_once": 1, "device": "2 cores", "problems": {}, "left_out": ["peer"]}
+    result = {
+        "study": "s",
+        "reach": "",
+        "rows": [row],
+        "at_once": 1,
+        "device": "2 cores",
+        "problems": {},
+        "left_out": ["peer"],
+    }
     made = report(result)
     assert made.rows == [
         ["a", "3", "38.3 ± 7.6", "51.0 ± 1.4", "0.0500 ± 0.0000", "0.0250 ± 0.0000", "8 ± 0", "25 ± 0"]
     ]
     assert "not installed, and left out: peer" in made.notes
+
+
+def test_runs_are_timed_to_what_another_ends_with(tmp_path: Path) -> None:
+    jobs = [written(tmp_path / str(i), i, curve, None) for i, curve in enumerate([[0.2, 0.3, 0.3], [0.1, 0.2, 0.3]])]
+    jobs += [replace(written(tmp_path / f"p{i}", i, [0.1, end], None), name="peer") for i, end in enumerate((0.2, 0.3))]
+    rows = {row["name"]: row for row in gather(jobs, "peer")}
+    assert [found["reached"] for found in rows["a"]["every"]] == [pytest.approx(4.0), pytest.approx(6.0)]  # s, to 0.25
+    assert [found["reached"] for found in rows["peer"]["every"]] == [None, pytest.approx(4.0)]
+    result = {"study": "s", "reach": "peer", "at_once": 1, "device": "2 cores", "problems": {}, "left_out": []}
+    made = report(result | {"rows": list(rows.values())})
+    assert made.headings[-1] == "s to peer"
+    assert [row[-1] for row in made.rows] == ["5.0 ± 1.4", "4.0 (1 of 2 seeds)"]
+    assert [row["reached"]["mean"] for row in gather(jobs)] == [None, None]
 
 
 def test_a_run_of_nothing_has_no_figures(tmp_path: Path) -> None:

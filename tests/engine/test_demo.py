@@ -28,7 +28,8 @@ def test_a_folder_becomes_a_table_a_preview_and_a_curve(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for row in ("raw pixels", "untrained encoder", "trained encoder", "pairs/s", "data-wait", str(out / "curve.png")):
         assert row in done.stdout
-    for name in ("preview.png", "curve.png", "recipe.yaml", "run/summary.json", "train.beton", "report.html"):
+    names = ("preview.png", "curve.png", "recipe.yaml", "run/summary.json", "train.beton", "report.html", "demo.json")
+    for name in names:
         assert (out / name).is_file()
 
 

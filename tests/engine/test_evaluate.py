@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from engine.evaluate import Knn, RawPixels, features, held_out, knn_predict
+from engine.evaluate import Knn, RawPixels, features, held_out, knn_predict, unseen
 from methods.encoders import resnet
 from pipeline.beton import Beton
 from pipeline.encode import Settings
@@ -72,6 +72,23 @@ def test_classes_of_few_images_keep_neighbours(labels: np.ndarray) -> None:
     chosen = held_out(labels)
     assert chosen.sum() == -(-len(labels) // 10)
     assert max(np.bincount(labels[chosen])) <= -(-max(np.bincount(labels)) // 10)
+
+
+def test_classes_that_only_the_test_images_have_are_counted_and_refused_where_there_are_no_others() -> None:
+    assert unseen(np.array([0, 1, 1]), np.array([1, 2, 0, 3]), Path("x")) == 2
+    assert unseen(np.array([0, 1]), np.array([1, 0]), Path("x")) == 0
+    with pytest.raises(InputError, match=r"x.beton: no image to test on is of a class with images to train on"):
+        unseen(np.arange(9), np.arange(9, 12), Path("x.beton"))
+
+
+def test_one_image_a_class_is_nothing_to_hold_out(tmp_path: Path) -> None:
+    for i in range(30):
+        (tmp_path / "images" / f"class{i:02}").mkdir(parents=True)
+        Image.new("RGB", (40, 40), (i * 8, 0, 0)).save(tmp_path / "images" / f"class{i:02}" / "a.jpg")
+    prepare(str(tmp_path / "images"), tmp_path / "a.beton", workers=1, quiet=True)
+    beton = Beton(tmp_path / "a.beton")
+    with pytest.raises(InputError, match="several images a class"):
+        Knn(beton, beton, k=1, temperature=0.1, device=CPU, size=32, batch=64)
 
 
 def test_raw_pixels_find_the_image_itself(drawn: Path, tmp_path: Path) -> None:

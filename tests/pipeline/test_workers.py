@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
 import threading
 import time
 import weakref
@@ -32,6 +33,13 @@ def test_results_come_through_futures(workers: Workers) -> None:
     results = [future.result(5) for future in futures]
     assert [total for _, total in results] == [i + 100 for i in range(50)]
     assert {state for state, _ in results} <= {0, 1, 2}
+
+
+def test_workers_stand_behind_the_thread_that_made_them(workers: Workers) -> None:
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    theirs = workers.submit(lambda _: os.getpriority(os.PRIO_PROCESS, threading.get_native_id())).result(5)
+    assert own < theirs == min(own + 5, 19) or own == theirs == 19
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyError, MemoryError, TimeoutError, SystemExit, _Interruption])
