@@ -21,12 +21,13 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
-from engine.arguments import parse
+from engine import arguments
 from pipeline.errors import InputError
-from tests.documents import PACKAGES, ROOT, Line
+from tests.documents import PACKAGES, ROOT, Line, module_of
 
 _RECIPE = str(ROOT / "engine" / "recipes" / "moco_v2_in1k.yaml")
 _RUN = "engine/run.py"
+_SETTINGS = cache(arguments._parser)  # which takes a quarter of a second to make
 LAUNCHERS = {"accelerate": launch_command_parser(), "torchrun": get_args_parser()}
 
 
@@ -64,7 +65,7 @@ def commands() -> list[str]:
     """Return the modules of the packages that are commands with a parser of their own."""
     files = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
     run = [path for path in files if '\nif __name__ == "__main__":' in path.read_text()]
-    return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in run if path != ROOT / _RUN]
+    return [module_of(path) for path in run if path != ROOT / _RUN]
 
 
 @cache
@@ -107,8 +108,9 @@ def settings(words: Sequence[str]) -> list[str]:
 @cache
 def _parsed(given: tuple[str, ...]) -> list[str]:
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            parse(given)
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+            patch.setattr(arguments, "_parser", _SETTINGS)
+            arguments.parse(given)
     except InputError as error:
         return [str(error)]
     except SystemExit as ended:  # of --help
@@ -238,9 +240,11 @@ class _Walk:
             words.clear()
         else:
             self._check(action, [word])
+            if isinstance(action, argparse._SubParsersAction):
+                words.clear()
 
     def _check(self, action: argparse.Action, values: Sequence[str]) -> None:
-        for value in (part for value in values for part in value.split("|")):
+        for value in [part for given in values for part in given.split("|")]:
             if _placeholder(value):
                 continue
             if action.choices is not None and value not in action.choices:
