@@ -314,7 +314,7 @@ def is_said(message: str, sources: dict[Path, list[str]]) -> bool:
     wanted = re.compile(pattern(message))
     if any(wanted.search(text) for texts in sources.values() for text in texts):
         return True
-    parts = [part.strip(" ()") for part in _OPEN.split(message)]
+    parts = [part.strip(" ():,") for part in _OPEN.split(message)]
     parts = [rf"(?<!\w){re.escape(part)}(?!\w)" for part in parts if len(part) > 2]
     folders = {path.parent for path in sources}
     texts = {
