@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from typing import Any
 
@@ -10,11 +11,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.build import Model, build_model, check_batch, needed_views
 from engine.config import Settings
-from engine.devices import build_accelerator
+from engine.devices import bfloat16_on_cpu, build_accelerator
 from engine.meeting import rank
 from engine.schedule import peak_rate
 from pipeline.direct import open_data
@@ -24,6 +27,8 @@ from pipeline.order import steps_per_epoch
 
 _STUB = 2  # samples a part of the smaller stub batch
 _GIB = 2**30
+_ATEN = torch.ops.aten
+_PRODUCTS = {_ATEN.convolution, _ATEN.convolution_backward, _ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.baddbmm}
 _PROCESSES = (1, 2, 4, 8, 16, 32)
 
 
@@ -40,7 +45,8 @@ def estimate(settings: Settings) -> dict[str, Any]:
 
     flops_a_pair: of all matrix products and convolutions of a step. memory: bytes by number of processes, an estimate:
     parameters, gradients, optimiser, momentum encoder, queue, views, and the activations kept for the backward pass,
-    which are extrapolated from the two stub batches; `memory_of` says it for any number. norm_passes: BatchNorm layers
+    which are extrapolated from the two stub batches; `memory_of` says it for any number. Where a CPU would emulate
+    bfloat16, matrix products are not computed. norm_passes: BatchNorm layers
     passed a step, without and with a gradient. Raises InputError for settings that cannot work.
     """
     length = _length(settings)
@@ -73,6 +79,21 @@ def memory_of(found: dict[str, Any], pairs: float, parts: int = 1) -> float:
     return found["held_bytes"] + pairs * kept
 
 
+class _Hollow(TorchDispatchMode):
+    """Convolutions and matrix products give zeros of the right shape: what is kept is the same, in no time."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket not in _PRODUCTS:
+            return func(*args, **kwargs or {})
+        shaped, others = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), (args, kwargs or {}))
+        device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+
+        def zeros(made: torch.Tensor) -> torch.Tensor:
+            return torch.empty_strided(made.shape, made.stride(), dtype=made.dtype, device=device).zero_()
+
+        return tree_map_only(torch.Tensor, zeros, func(*shaped, **others))
+
+
 def _step(settings: Settings, model: Model, count: int) -> tuple[int, int, tuple[int, int]]:
     """Train on `count` samples; return the bytes they keep for the backward pass, FLOPs, and BatchNorm's passes."""
     device = next(model.online.parameters()).device
@@ -98,7 +119,9 @@ def _step(settings: Settings, model: Model, count: int) -> tuple[int, int, tuple
     norms = [module for encoder in encoders for module in encoder.modules() if isinstance(module, _BatchNorm)]
     hooks = [norm.register_forward_hook(count_pass) for norm in norms]
     counter = FlopCounterMode(display=False)
-    with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    emulated = settings.precision == "bf16" and device.type == "cpu" and not bfloat16_on_cpu()
+    hollow = _Hollow() if emulated else contextlib.nullcontext()
+    with hollow, counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.step(Batch(views, np.arange(count), 0, 0, 0.0))
     for hook in hooks:
         hook.remove()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import engine.dryrun
 import engine.run
 from engine.arguments import parse
 from engine.dryrun import dry_run
@@ -44,6 +45,17 @@ def test_a_dry_run_of_moco_v2_says_what_is_known(capsys: pytest.CaptureFixture[s
     assert 30 * 2**20 < found["activation_bytes_a_pair"] < 60 * 2**20  # 11 M outputs of convolutions, twice, in bf16
     assert (found["steps_an_epoch"], found["steps"]) == (5004, 1_000_800)
     assert "32.5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "vit_small"])
+def test_an_estimate_is_the_same_where_products_are_not_computed(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = ["--method.name", "moco_v3", "--model.arch", arch, "--data.size", "32", "--data.samples", "1000"]
+    found = []
+    for computed in (True, False):
+        monkeypatch.setattr(engine.dryrun, "bfloat16_on_cpu", lambda computed=computed: computed)
+        found.append(engine.dryrun.estimate(parse([*chosen, "--cpu", "true"])))
+    assert found[0] == found[1]
+    assert found[0]["activation_bytes_a_pair"] > 1e4
 
 
 @pytest.mark.parametrize(
