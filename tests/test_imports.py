@@ -79,11 +79,16 @@ def test_imports_point_from_pipeline_and_methods_to_engine_to_benchmarks_and_tes
     assert not _imports_of(file) & _FORBIDDEN[package]
 
 
-@pytest.mark.parametrize("file", _files("engine"), ids=lambda f: f.name)
-def test_no_file_of_the_engine_hides_another_module(file: Path) -> None:
-    """Run as a script, engine/run.py has its own folder first on the search path."""
+@pytest.fixture(scope="module")
+def taken() -> frozenset[str]:
+    """The names of all modules that are not ours."""
     outside = set().union(*(_imports_of(f) for package in _PACKAGES for f in _files(package))) - set(_PACKAGES)
-    taken = sys.stdlib_module_names | outside | _DEPENDENCIES
+    return sys.stdlib_module_names | outside | _DEPENDENCIES
+
+
+@pytest.mark.parametrize("file", _files("engine"), ids=lambda f: f.name)
+def test_no_file_of_the_engine_hides_another_module(file: Path, taken: frozenset[str]) -> None:
+    """Run as a script, engine/run.py has its own folder first on the search path."""
     assert file.stem not in taken
     assert not any(part in taken for part in file.relative_to(_ROOT / "engine").parts[:-1])
 

@@ -123,6 +123,7 @@ def test_a_wrong_study_is_refused(text: str, says: str, tmp_path: Path) -> None:
         load_study("nothing")
 
 
+@pytest.mark.slow
 def test_a_study_trains_evaluates_and_goes_on(drawn: Path, tmp_path: Path) -> None:
     shared: dict[str, Any] = {**TINY, "optim.epochs": 1, "optim.warmup_epochs": 0, "precision": "no"}
     runs = {

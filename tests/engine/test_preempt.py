@@ -71,7 +71,7 @@ def left(processes: list[psutil.Process]) -> list[psutil.Process]:
         pytest.param("python", signal.SIGTERM, "child", {0}, marks=pytest.mark.slow),
         ("python", signal.SIGUSR1, "child", {75}),
         pytest.param("python", signal.SIGINT, "child", {0}, marks=pytest.mark.slow),
-        ("accelerate", signal.SIGTERM, "launcher", {-signal.SIGTERM}),
+        pytest.param("accelerate", signal.SIGTERM, "launcher", {-signal.SIGTERM}, marks=pytest.mark.slow),
         ("accelerate, 2", signal.SIGTERM, "launcher", {1, -signal.SIGTERM}),
         ("accelerate, 2", signal.SIGTERM, "child", {0}),
         pytest.param("torchrun, 2", signal.SIGUSR1, "launcher", {1}, marks=pytest.mark.slow),

@@ -47,7 +47,7 @@ def test_a_dry_run_of_moco_v2_says_what_is_known(capsys: pytest.CaptureFixture[s
     assert "32.5" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "vit_small"])
+@pytest.mark.parametrize("arch", ["resnet18", pytest.param("vit_small", marks=pytest.mark.slow)])
 def test_an_estimate_is_the_same_where_products_are_not_computed(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = ["--method.name", "moco_v3", "--model.arch", arch, "--data.size", "32", "--data.samples", "1000"]
     found = []

@@ -88,6 +88,7 @@ def test_from_image_files_to_knn(tmp_path: Path) -> None:
     assert metrics(tmp_path / "again") == lines
 
 
+@pytest.mark.slow
 def test_killed_in_mid_epoch_and_resumed_equals_undisturbed(drawn: Path, tmp_path: Path) -> None:
     arguments = ["--data.train", str(drawn), "--data.eval", str(drawn), *SMALL, "--optim.epochs", "3"]
     arguments += ["--save_every", "2", "--log_every", "3"]
@@ -118,6 +119,7 @@ def test_killed_in_mid_epoch_and_resumed_equals_undisturbed(drawn: Path, tmp_pat
         assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
 
 
+@pytest.mark.slow
 def test_a_diverged_run_fails_and_goes_on_from_a_good_checkpoint(drawn: Path, tmp_path: Path) -> None:
     """With a rate that bursts after the fourth step: what is saved is from before, and a lower rate goes on from it."""
     out = tmp_path / "out"

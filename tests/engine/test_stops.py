@@ -7,6 +7,7 @@ import hashlib
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -150,18 +151,23 @@ def test_a_run_that_is_killed_at_any_time_ends_as_the_undisturbed(
     saving = ["--save_every", "1", "--keep", "3"]  # hardly a moment in which nothing is written
     seconds_of([*arguments_of(drawn, tmp_path / "first"), *saving])
     whole = seconds_of([*arguments_of(drawn, tmp_path / "whole"), *saving])
-    expected, equal, cut = state_hash(tmp_path / "whole"), 0, 0
+    expected, equal = state_hash(tmp_path / "whole"), 0
     draw = random.Random(kills)
     for number in range(kills):
         out = tmp_path / str(number)
-        seconds_of([*arguments_of(drawn, out), *saving], kill_after=draw.uniform(0.1, 0.95) * whole)
-        cut += not (out / "summary.json").exists()
+        moment = draw.uniform(0.1, 0.95)
+        for _ in range(8):
+            lived = seconds_of([*arguments_of(drawn, out), *saving], kill_after=moment * whole)
+            if not (out / "summary.json").exists():
+                break
+            whole = lived  # it had ended before: the machine is faster now than when the first was timed
+            shutil.rmtree(out)
+        assert not (out / "summary.json").exists()
         seconds_of([*arguments_of(drawn, out), *saving])
         equal += state_hash(out) == expected
         assert not list((out / "checkpoints").glob(".*"))
     figure(
         "SIGKILL of the whole tree at 20 random times",
-        f"{equal}/{kills} end with the undisturbed hash, {cut} of them cut short",
+        f"{equal}/{kills}, all cut short, end with the undisturbed hash",
     )
     assert equal == kills
-    assert cut >= kills // 2

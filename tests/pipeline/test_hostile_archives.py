@@ -449,7 +449,7 @@ def test_other_formats_are_not_opened() -> None:
             encode(data, 0, Settings())
 
 
-@pytest.mark.parametrize("kind", ["gif", "tiff"])
+@pytest.mark.parametrize("kind", ["gif", pytest.param("tiff", marks=pytest.mark.slow)])
 def test_of_many_frames_the_first_is_taken(kind: str) -> None:
     frames = [Image.new("P", (8, 8), i % 256) for i in range(3000)]
     data = saved(Image.new("P", (8, 8)), kind, save_all=True, append_images=frames)
