@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import random
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -34,20 +33,12 @@ def left(out: Path) -> dict[str, int]:
     }
 
 
-def shared() -> set[str]:
-    """Return what lies where all processes of the machine put temporary files and shared memory."""
-    found = {
-        os.path.join(folder, name) for folder in (tempfile.gettempdir(), "/dev/shm") for name in os.listdir(folder)
-    }
-    return {path for path in found if "pytest-of-" not in path}
-
-
 def remaining(before: set[str], seconds: float = 120) -> set[str]:
-    """Return what was not there before, and is not gone after so long: what other processes use goes with them."""
-    found, until = shared() - before, time.monotonic() + seconds
+    """Return the shared memory that was not there before, and is not gone after so long, as what is in use is."""
+    found, until = set(os.listdir("/dev/shm")) - before, time.monotonic() + seconds
     while found and time.monotonic() < until:
         time.sleep(1)
-        found &= shared()
+        found &= set(os.listdir("/dev/shm"))
     return found
 
 
@@ -65,15 +56,17 @@ def test_a_hundred_runs_that_are_killed_leave_nothing_that_grows(
     """Each goes on from what the one before it had saved, or fails to begin."""
     out, draw, counted = tmp_path / "out", random.Random(0), []
     arguments = [*arguments_of(drawn, out), "--optim.epochs", "100000", "--save_every", "1", "--keep", "2"]
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
     while len(list(out.glob("checkpoints/step_*"))) < 2:
-        seconds_of(arguments, kill_after=draw.uniform(4.0, 8.0))
-    before = shared()
+        seconds_of(arguments, draw.uniform(4.0, 8.0), temporary)
+    before, files = set(os.listdir("/dev/shm")), set(os.listdir(temporary))
     for _ in range(CYCLES):
-        seconds_of(arguments, kill_after=draw.uniform(0.2, 4.0))
+        seconds_of(arguments, draw.uniform(0.2, 4.0), temporary)
         counted.append(left(out))
     assert (out / "checkpoints" / "latest").exists()
     found = {name: growth([count[name] for count in counted]) for name in counted[0]}
-    found["files in /dev/shm and /tmp"] = float(len(remaining(before)))
+    found |= {"/dev/shm": float(len(remaining(before))), "temporary": float(len(set(os.listdir(temporary)) - files))}
     figure(
         "100 start–kill cycles",
         f"growth a cycle over {CYCLES}: " + ", ".join(f"{name} {value:g}" for name, value in found.items()),
