@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from engine.build import Run, begin, build
+from engine.build import Run, begin, build, check_out
 from engine.config import Settings
 from engine.devices import now
 from engine.heartbeat import Heartbeat
@@ -31,6 +31,7 @@ def train(settings: Settings) -> dict[str, Any]:
     heartbeat = Heartbeat()
     with contextlib.ExitStack() as held:
         try:
+            together(lambda: check_out(settings))
             run = build(settings)
             held.enter_context(run.requests.heeded())  # until the failure of another process is explained, too
             return _trained(run, heartbeat)
