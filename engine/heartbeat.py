@@ -45,6 +45,7 @@ class Heartbeat:
         self._limit, self._state = limit, _GOES_ON
         self._silent = dict.fromkeys([_STORE, *(n for n in range(world()) if n != rank())], 0.0)
         self._last: dict[int, str] = {}
+        self._deaf = False  # the store cannot be reached
         self._end, self._aware = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._watcher = threading.Thread(target=self._watch, name="heartbeats", daemon=True)
@@ -65,7 +66,7 @@ class Heartbeat:
             self._state = _FINISHED
         self._end.set()
         if self._thread.is_alive():
-            self._thread.join(_ANSWER)
+            self._thread.join(0 if self._deaf else _ANSWER)
 
     def _beat(self) -> None:
         try:
@@ -142,9 +143,11 @@ class Heartbeat:
             return error
         self._state = _LOST
         found: list[dict[int, str]] = []
-        asked = threading.Thread(target=_look, daemon=True, args=(found,))
-        asked.start()
-        asked.join(4 * _PERIOD + _ANSWER)
+        if self._silent[_STORE] < _ANSWER:
+            asked = threading.Thread(target=_look, daemon=True, args=(found,))
+            asked.start()
+            asked.join(4 * _PERIOD + _ANSWER)
+        self._deaf = not found
         return self._lost(_FIRST if not found else _named(found[0]), seconds, text.splitlines()[0][:200])
 
     def _lost(self, whose: str, seconds: float, why: str) -> LostProcess:
