@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+
 from engine.arguments import parse
 from pipeline.errors import command
 
 
 @command
 def main() -> None:
-    data = parse().data
+    about = "Print the data sets that a run's settings name."
+    _, settings = argparse.ArgumentParser(prog="python -m engine.launch.data", description=about).parse_known_args()
+    data = parse(settings).data
     for name in ("train", "eval"):
         if path := getattr(data, name):
             print(f"data.{name} {path}")
