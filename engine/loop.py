@@ -12,33 +12,37 @@ from typing import Any
 
 import torch
 
-from engine.build import Run, begin, build
+from engine.build import Run, begin, build, check_out
 from engine.config import Settings
 from engine.devices import now
 from engine.heartbeat import Heartbeat
-from engine.meeting import together
+from engine.meeting import Told, together
 from engine.norm_statistics import RunningStatistics
 from engine.preempt import Stopped
 from engine.state import refuse_divergence, restore, save
-from pipeline.errors import RunFailed
 from pipeline.files import write_json
 from pipeline.loader import Batch
+
+_ALIKE = (Stopped, Told, FloatingPointError)  # what all processes meet, each at its own time
 
 
 def train(settings: Settings) -> dict[str, Any]:
     """Train as `settings` say; return what `OUT/summary.json` says. Raises Stopped where it was asked to stop."""
     run: Run | None = None
-    heartbeat = Heartbeat()
+    heartbeat = Heartbeat(settings.collective_timeout)
     with contextlib.ExitStack() as held:
         try:
+            together(lambda: check_out(settings))
             run = build(settings)
             held.enter_context(run.requests.heeded())  # until the failure of another process is explained, too
             return _trained(run, heartbeat)
-        except RunFailed:
-            raise
-        except RuntimeError as error:
-            raise heartbeat.explained(error, settings.collective_timeout) from error
+        except BaseException as error:
+            meant = heartbeat.explained(error, settings.collective_timeout, isinstance(error, _ALIKE))
+            if meant is error:
+                raise
+            raise meant from error
         finally:
+            heartbeat.unwatch()
             if run is not None:
                 run.close()
             heartbeat.close()
