@@ -46,7 +46,7 @@ def train(settings: Settings) -> dict[str, Any]:
 
 def _trained(run: Run, heartbeat: Heartbeat) -> dict[str, Any]:
     restore(run)
-    if run.done >= run.total:
+    if run.done >= run.total and not _unevaluated(run):
         return _already_finished(run)
     together(lambda: begin(run))
     run.monitor.start(run.done, run.evaluated)
@@ -66,12 +66,18 @@ def _already_finished(run: Run) -> dict[str, Any]:
     return {**run.monitor.last, "step": run.done}
 
 
+def _unevaluated(run: Run) -> bool:
+    """Return whether what was resumed is of an epoch's end, before its evaluation was over."""
+    epochs, more = divmod(run.done, run.loader.steps)
+    return run.evaluated < epochs and not more
+
+
 def _epochs(run: Run, heartbeat: Heartbeat) -> Stopped | None:
     """Train until the end, or until all processes were asked to stop, whereof all are saved."""
     settings, steps = run.settings, run.loader.steps
     heartbeat.step = run.done
-    if run.evaluated < run.done // steps:  # stopped between the epoch's end and its evaluation
-        evaluate(run, run.done // steps)
+    if _unevaluated(run) and (stopped := _end_epoch(run, run.done // steps, saved=settings.resume == "auto")):
+        return stopped
     for epoch in range(run.done // steps, settings.optim.epochs):
         for batch in run.loader:
             ends = (run.done + 1) % steps == 0
@@ -83,13 +89,27 @@ def _epochs(run: Run, heartbeat: Heartbeat) -> Stopped | None:
                 save(run)
             if stopped:
                 return stopped
-        saves = not settings.save_every or run.done % settings.save_every == 0 or run.done == run.total
-        if saves and evaluates(run, epoch + 1):
-            save(run)  # an evaluation may take long, and be cut short
+        if stopped := _end_epoch(run, epoch + 1):
+            return stopped
+    return None
+
+
+def _end_epoch(run: Run, epoch: int, *, saved: bool = False) -> Stopped | None:
+    """Evaluate and save after `epoch` epochs, each where the settings ask for it. Returns as `_epochs` does.
+
+    An evaluation may take long, and be cut short: what it is of is saved before it, unless that is `saved`; when
+    resumed, it begins anew.
+    """
+    every = run.settings.save_every
+    if evaluates(run, epoch) and not saved:
+        save(run)
+    try:
         with run.watchdog.paused():
-            evaluate(run, epoch + 1)
-        if saves:
-            save(run)
+            evaluate(run, epoch)
+    except Stopped as stopped:
+        return stopped
+    if not every or run.done % every == 0 or run.done == run.total:
+        save(run)
     return None
 
 
@@ -114,13 +134,17 @@ def evaluates(run: Run, epoch: int) -> bool:
 
 
 def evaluate(run: Run, epoch: int) -> None:
-    """Evaluate after `epoch` epochs, where the settings ask for it."""
+    """Evaluate after `epoch` epochs, where the settings ask for it. Raises Stopped where it was asked to stop."""
+
+    def heed() -> None:
+        if stopped := run.requests.agreed(run.done, "batch of kNN"):
+            raise stopped
+
+    if run.knn is not None and evaluates(run, epoch):
+        with run.monitor.pause(), RunningStatistics(run.backbone).averaged():
+            top1 = run.knn.top1(run.backbone, run.accelerator.autocast, heed)
+            run.monitor.evaluation(run.done, epoch, knn_top1=top1)
     run.evaluated = epoch
-    if run.knn is None or not evaluates(run, epoch):
-        return
-    with run.monitor.pause(), RunningStatistics(run.backbone).averaged():
-        top1 = run.knn.top1(run.backbone, run.accelerator.autocast)
-        run.monitor.evaluation(run.done, epoch, knn_top1=top1)
 
 
 def measure_rate(settings: Settings, steps: int = 20) -> float:
