@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import platform
 import sys
 import tempfile
 import time
@@ -15,18 +16,22 @@ import torch
 from engine.build import Run, begin, build
 from engine.config import Settings
 from engine.devices import now
-from engine.heartbeat import Heartbeat
-from engine.meeting import together
+from engine.heartbeat import Heartbeat, LostProcess
+from engine.meeting import rank, together
 from engine.norm_statistics import RunningStatistics
 from engine.preempt import Stopped
 from engine.state import refuse_divergence, restore, save
-from pipeline.errors import RunFailed
+from engine.watchdog import dump_stacks
+from pipeline.errors import LoaderStalled, RunFailed
 from pipeline.files import write_json
 from pipeline.loader import Batch
 
 
 def train(settings: Settings) -> dict[str, Any]:
-    """Train as `settings` say; return what `OUT/summary.json` says. Raises Stopped where it was asked to stop."""
+    """Train as `settings` say; return what `OUT/summary.json` says. Raises Stopped where it was asked to stop.
+
+    Where no batch came in time, or a process was lost, prints every thread's stack before it raises what happened.
+    """
     run: Run | None = None
     heartbeat = Heartbeat()
     with contextlib.ExitStack() as held:
@@ -34,10 +39,17 @@ def train(settings: Settings) -> dict[str, Any]:
             run = build(settings)
             held.enter_context(run.requests.heeded())  # until the failure of another process is explained, too
             return _trained(run, heartbeat)
+        except LoaderStalled as error:
+            dump_stacks(error)
+            where = f"process {rank()} on {platform.node()}, step {heartbeat.step}"
+            raise LoaderStalled(f"{where}: {error}; the stack of every thread is above") from error
         except RunFailed:
             raise
         except RuntimeError as error:
-            raise heartbeat.explained(error, settings.collective_timeout) from error
+            explained = heartbeat.explained(error, settings.collective_timeout)
+            if isinstance(explained, LostProcess):
+                dump_stacks(error)
+            raise explained from error
         finally:
             if run is not None:
                 run.close()
