@@ -76,6 +76,8 @@ class Run:
     """Steps trained."""
     evaluated: int = 0
     """Epochs after which was evaluated, or nothing was to be."""
+    evaluated_on: str = ""
+    """Fingerprint of the images that kNN has classified so far, where there is none now."""
     lock: IO[str] | None = None
     """Held on the run folder while this is there."""
 

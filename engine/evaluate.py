@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ HELD_OUT = 10
 """Of one file, every tenth image is for testing."""
 
 
+def nothing() -> None:
+    """Do nothing."""
+
+
 @torch.no_grad()
 def features(
     backbone: nn.Module,
@@ -29,12 +34,14 @@ def features(
     *,
     indices: np.ndarray,
     autocast: Any = contextlib.nullcontext,
+    after: Callable[[], None] = nothing,
     **loader: Any,
 ) -> tuple[torch.Tensor, np.ndarray]:
     """Return the backbone's features of samples `indices`, centre-cropped: float32 [N, F] of norm 1, on the device.
 
     And the ids, int64 [N], of the records they are of: others, where damaged ones are passed over. The backbone is in
-    evaluation mode meanwhile. loader: `size`, `batch`, `device` and the rest of `CentreLoader`'s.
+    evaluation mode meanwhile. after: is called after each batch, and ends this by what it raises. loader: `size`,
+    `batch`, `device` and the rest of `CentreLoader`'s.
     """
     was_training = backbone.training
     backbone.eval()
@@ -48,6 +55,7 @@ def features(
                 found[done : done + len(part)] = part
                 ids[done : done + len(part)] = read
                 done += len(part)
+                after()
             if found is None:  # a process more than there are images
                 one = torch.zeros(1, 3, images.size, images.size, device=loader["device"])
                 found = backbone(one).float().flatten(1)[:0]
@@ -94,10 +102,15 @@ class Knn:
         self.fingerprint = test.fingerprint
         self.classes = count_classes(train, test)
 
-    def top1(self, backbone: nn.Module, autocast: Any = contextlib.nullcontext) -> float:
-        """Return the share of test images whose class the vote gets right. Called by all processes, which share it."""
-        bank, known = self._features(backbone, self._train, self._bank_ids, autocast)
-        own, classes = self._features(backbone, self._test, self._test_ids, autocast)
+    def top1(
+        self, backbone: nn.Module, autocast: Any = contextlib.nullcontext, after: Callable[[], None] = nothing
+    ) -> float:
+        """Return the share of test images whose class the vote gets right. Called by all processes, which share it.
+
+        after: is called after each batch of images, on all processes equally often, and ends this by what it raises.
+        """
+        bank, known = self._features(backbone, self._train, self._bank_ids, autocast, after)
+        own, classes = self._features(backbone, self._test, self._test_ids, autocast, after)
         counts = [len(part) for part in ranks.shares(self._test_ids)]
         queries, labels = ranks.gather_uneven(own, counts), ranks.gather_uneven(classes, counts)
         settings: dict[str, Any] = {"k": self._k, "temperature": self._temperature, "classes": self.classes}
@@ -105,11 +118,14 @@ class Knn:
         return (predicted == labels).double().mean().item()
 
     def _features(
-        self, backbone: nn.Module, beton: Beton, indices: np.ndarray, autocast: Any
+        self, backbone: nn.Module, beton: Beton, indices: np.ndarray, autocast: Any, after: Callable[[], None]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return features and labels of this process's share."""
-        own = ranks.shares(indices)[ranks.rank()]
-        found, ids = features(backbone, beton, indices=own, autocast=autocast, **self._loader)
+        shares, batch = ranks.shares(indices), self._loader["batch"]
+        own, most = shares[ranks.rank()], max(map(len, shares))
+        found, ids = features(backbone, beton, indices=own, autocast=autocast, after=after, **self._loader)
+        for _ in range(-(-most // batch) - -(-len(own) // batch)):  # batches that others have more
+            after()
         return found, torch.from_numpy(beton.labels[ids]).to(found.device)
 
 

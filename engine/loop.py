@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import platform
 import sys
 import tempfile
 import time
@@ -15,11 +16,13 @@ import torch
 from engine.build import Run, begin, build, check_out
 from engine.config import Settings
 from engine.devices import now
-from engine.heartbeat import Heartbeat
-from engine.meeting import Told, together
+from engine.heartbeat import Heartbeat, LostProcess
+from engine.meeting import Told, rank, together
 from engine.norm_statistics import RunningStatistics
 from engine.preempt import Stopped
 from engine.state import refuse_divergence, restore, save
+from engine.watchdog import dump_stacks
+from pipeline.errors import LoaderStalled
 from pipeline.files import write_json
 from pipeline.loader import Batch
 
@@ -27,7 +30,10 @@ _ALIKE = (Stopped, Told, FloatingPointError)  # what all processes meet, each at
 
 
 def train(settings: Settings) -> dict[str, Any]:
-    """Train as `settings` say; return what `OUT/summary.json` says. Raises Stopped where it was asked to stop."""
+    """Train as `settings` say; return what `OUT/summary.json` says. Raises Stopped where it was asked to stop.
+
+    Where no batch came in time, or a process was lost, prints every thread's stack before it raises what happened.
+    """
     run: Run | None = None
     heartbeat = Heartbeat(settings.collective_timeout)
     with contextlib.ExitStack() as held:
@@ -38,6 +44,11 @@ def train(settings: Settings) -> dict[str, Any]:
             return _trained(run, heartbeat)
         except BaseException as error:
             meant = heartbeat.explained(error, settings.collective_timeout, isinstance(error, _ALIKE))
+            if isinstance(meant, (LoaderStalled, LostProcess)):
+                dump_stacks(error)
+            if isinstance(meant, LoaderStalled):
+                where = f"process {rank()} on {platform.node()}, step {heartbeat.step}"
+                meant = LoaderStalled(f"{where}: {error}; the stack of every thread is above")
             if meant is error:
                 raise
             raise meant from error
@@ -50,7 +61,7 @@ def train(settings: Settings) -> dict[str, Any]:
 
 def _trained(run: Run, heartbeat: Heartbeat) -> dict[str, Any]:
     restore(run)
-    if run.done >= run.total:
+    if run.done >= run.total and not _unevaluated(run):
         return _already_finished(run)
     together(lambda: begin(run))
     run.monitor.start(run.done, run.evaluated)
@@ -70,12 +81,18 @@ def _already_finished(run: Run) -> dict[str, Any]:
     return {**run.monitor.last, "step": run.done}
 
 
+def _unevaluated(run: Run) -> bool:
+    """Return whether what was resumed is of an epoch's end, before its evaluation was over."""
+    epochs, more = divmod(run.done, run.loader.steps)
+    return run.evaluated < epochs and not more
+
+
 def _epochs(run: Run, heartbeat: Heartbeat) -> Stopped | None:
     """Train until the end, or until all processes were asked to stop, whereof all are saved."""
     settings, steps = run.settings, run.loader.steps
     heartbeat.step = run.done
-    if run.evaluated < run.done // steps:  # stopped between the epoch's end and its evaluation
-        evaluate(run, run.done // steps)
+    if _unevaluated(run) and (stopped := _end_epoch(run, run.done // steps, saved=settings.resume == "auto")):
+        return stopped
     for epoch in range(run.done // steps, settings.optim.epochs):
         for batch in run.loader:
             ends = (run.done + 1) % steps == 0
@@ -87,13 +104,27 @@ def _epochs(run: Run, heartbeat: Heartbeat) -> Stopped | None:
                 save(run)
             if stopped:
                 return stopped
-        saves = not settings.save_every or run.done % settings.save_every == 0 or run.done == run.total
-        if saves and evaluates(run, epoch + 1):
-            save(run)  # an evaluation may take long, and be cut short
+        if stopped := _end_epoch(run, epoch + 1):
+            return stopped
+    return None
+
+
+def _end_epoch(run: Run, epoch: int, *, saved: bool = False) -> Stopped | None:
+    """Evaluate and save after `epoch` epochs, each where the settings ask for it. Returns as `_epochs` does.
+
+    An evaluation may take long, and be cut short: what it is of is saved before it, unless that is `saved`; when
+    resumed, it begins anew.
+    """
+    every = run.settings.save_every
+    if evaluates(run, epoch) and not saved:
+        save(run)
+    try:
         with run.watchdog.paused():
-            evaluate(run, epoch + 1)
-        if saves:
-            save(run)
+            evaluate(run, epoch)
+    except Stopped as stopped:
+        return stopped
+    if not every or run.done % every == 0 or run.done == run.total:
+        save(run)
     return None
 
 
@@ -118,13 +149,17 @@ def evaluates(run: Run, epoch: int) -> bool:
 
 
 def evaluate(run: Run, epoch: int) -> None:
-    """Evaluate after `epoch` epochs, where the settings ask for it."""
+    """Evaluate after `epoch` epochs, where the settings ask for it. Raises Stopped where it was asked to stop."""
+
+    def heed() -> None:
+        if stopped := run.requests.agreed(run.done, "batch of kNN"):
+            raise stopped
+
+    if run.knn is not None and evaluates(run, epoch):
+        with run.monitor.pause(), RunningStatistics(run.backbone).averaged():
+            top1 = run.knn.top1(run.backbone, run.accelerator.autocast, heed)
+            run.monitor.evaluation(run.done, epoch, knn_top1=top1)
     run.evaluated = epoch
-    if run.knn is None or not evaluates(run, epoch):
-        return
-    with run.monitor.pause(), RunningStatistics(run.backbone).averaged():
-        top1 = run.knn.top1(run.backbone, run.accelerator.autocast)
-        run.monitor.evaluation(run.done, epoch, knn_top1=top1)
 
 
 def measure_rate(settings: Settings, steps: int = 20) -> float:

@@ -42,7 +42,8 @@ class Requests:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._asked, self._at = _NOTHING, 0.0
-        self._next = self._last = 0
+        self._calls = self._next = self._last = 0
+        self._what = ""
         self._since = time.perf_counter()
 
     @contextlib.contextmanager
@@ -64,25 +65,28 @@ class Requests:
         if not self._asked:
             self._at = now
             name = signal.Signals(number).name
-            says = "again to stop at once" if number == signal.SIGINT else "at the end of a step"
+            says = "again to stop at once" if number == signal.SIGINT else "at the end of a step or batch"
             os.write(2, f"{name}: stopping with a checkpoint, {says}\n".encode())
         self._asked = max(self._asked, _MEANING[signal.Signals(number)])
 
-    def agreed(self, step: int) -> Stopped | None:
-        """Return what all processes have agreed on after `step`, the same on all; called after each step.
+    def agreed(self, step: int, what: str = "step") -> Stopped | None:
+        """Return what all processes have agreed on after `step`, the same on all; called by all equally often.
 
-        With several processes they ask each other about every second, by their mean time for a step: one small
-        collective, for which the host waits.
+        what: is done between two calls, by its name. With several processes they ask each other about every second, by
+        their mean time for it: one small collective, for which the host waits.
         """
         if ranks.world() == 1:
             return Stopped(step, self._asked == _QUEUE_AGAIN) if self._asked else None
-        if step < self._next:
+        self._calls += 1
+        if what != self._what:  # which may take longer: ask at once, and measure it
+            self._what, self._last, self._next = what, self._calls - 1, self._calls
+        if self._calls < self._next:
             return None
-        took = (time.perf_counter() - self._since) / max(step - self._last, 1)
+        took = (time.perf_counter() - self._since) / (self._calls - self._last)
         own = torch.tensor([[float(self._asked), took]], dtype=torch.float32, device=self._device)
         asked, took = ranks.gather(own).max(dim=0).values.tolist()
-        self._last, self._since = step, time.perf_counter()
-        self._next = step + max(1, min(_MOST, round(_EVERY / max(took, 1e-6))))
+        self._last, self._since = self._calls, time.perf_counter()
+        self._next = self._calls + max(1, min(_MOST, round(_EVERY / max(took, 1e-6))))
         return Stopped(step, asked == _QUEUE_AGAIN) if asked else None
 
 

@@ -13,18 +13,31 @@ WINDOW = 200
 """Steps that a loss is compared with ..."""
 FEWEST = 100
 """... and as many that there have to be."""
-THRESHOLD = 6.0
-"""Robust standard deviations over the median that are a spike, if they are also ..."""
+THRESHOLD = 7.0
+"""Robust standard deviations over the trend that are a spike, if they are also ..."""
 LEAP = 2.0
-"""... so many times the highest of the last losses, over the median."""
+"""... so many times the highest of the last losses, over the trend."""
 CALM = 50
 """Steps without one after which the next is told again."""
 _SIGMA = 1.4826  # standard deviations in a median absolute deviation, of normal noise
 _FLOOR = 1e-6  # of the median: losses that hardly differ
 
 
+def _trend(last: np.ndarray) -> np.ndarray:
+    """Return the line through the medians of both halves of the last losses [N], and where it goes next: [N + 1]."""
+    half = len(last) // 2
+    first, second = np.median(last[:half]), np.median(last[-half:])
+    middle = (half - 1) / 2
+    at = np.arange(len(last) + 1)
+    return first + (second - first) * (at - middle) / (len(last) - half)
+
+
 class SpikeWatch:
-    """Compares each step's loss with the median of the last ones, in units of their median absolute deviation."""
+    """Compares each step's loss with the trend of the last ones, in units of their median absolute deviation from it.
+
+    Limits: where noise is skewed or has heavy tails, what it does by itself hides a spike of ten standard deviations in
+    one case of five or more (`LEAP`), and noise with heavy tails may be taken for one.
+    """
 
     def __init__(self) -> None:
         self._window: deque[float] = deque(maxlen=WINDOW)
@@ -50,12 +63,13 @@ class SpikeWatch:
         if len(self._window) < FEWEST:
             return ""
         last = np.fromiter(self._window, float)
-        median = float(np.median(last))
-        sigma = max(_SIGMA * float(np.median(np.abs(last - median))), _FLOOR * abs(median))
-        if loss - median <= max(THRESHOLD * sigma, LEAP * (last.max() - median)):
+        trend = _trend(last)
+        usual, deviations = float(trend[-1]), last - trend[:-1]
+        sigma = max(_SIGMA * float(np.median(np.abs(deviations))), _FLOOR * abs(usual))
+        if loss - usual <= max(THRESHOLD * sigma, LEAP * deviations.max()):
             return ""
         return (
-            f"the loss leapt to {loss:.4g} from {median:.4g}, {(loss - median) / sigma:.0f} times its usual deviation: "
+            f"the loss leapt to {loss:.4g} from {usual:.4g}, {(loss - usual) / sigma:.0f} times its usual deviation: "
             "where this goes on, resume from an earlier checkpoint with a lower optim.lr, or optim.clip 1"
         )
 

@@ -22,7 +22,10 @@ FREE |= {"cpu", "compile", "cuda_graph", "recompute", "collective_timeout", "ste
 FREE |= {f"data.{key}" for key in ("train", "eval", "eval_share", "verify", "on_bad", "samples", "stall_timeout")}
 FREE |= {f"data.{key}" for key in ("workers", "ahead", "backend", "crop_on", "hardware_load")}
 FREE |= {f"knn.{key}" for key in ("every", "k", "temperature", "limit")}
-"""Settings in which a resumed run may differ from its checkpoint: they do not bear on what is computed."""
+"""Settings in which a resumed run may differ from its checkpoint: they do not bear on what is trained.
+
+Of `data.train` and `data.eval` the path alone: the images behind it are compared too.
+"""
 FIXED = {"method.name", "method.queue", "method.queue_dtype", "optim.name", "data.batch", "data.order", "seed"}
 FIXED |= {f"model.{key}" for key in ("arch", "stem", "width", "dim", "hidden", "bn", "zero_init", "frozen_patch")}
 """Those in which it cannot: what is saved would not fit."""
@@ -44,6 +47,7 @@ def save(run: Run) -> None:
     _refuse_non_finite(run)
     state = {
         "evaluated": run.evaluated,
+        "evaluated_on": run.knn.fingerprint if run.knn else run.evaluated_on,
         "loader": run.loader.state_dict(),
         "monitor": run.monitor.state_dict(),
         "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
@@ -107,6 +111,7 @@ def restore(run: Run) -> None:
         run.monitor.load_state_dict(state["monitor"])
         if run.accelerator.scaler and state.get("scaler"):
             run.accelerator.scaler.load_state_dict(state["scaler"])
+        run.evaluated_on = str(state.get("evaluated_on", ""))  # older checkpoints do not say
         run.evaluated, backend = int(state["evaluated"]), str(state["backend"])
     except InputError:
         raise
@@ -131,6 +136,7 @@ def _read(run: Run, into: dict[str, Any]) -> dict[str, Any] | None:
         return None
     tensors, state = checkpoint.load(path)
     _compare(run, state["settings"])
+    _compare_images(run, state.get("evaluated_on", ""))
     later, _ = checkpoint.newest(run.out / "checkpoints")
     if later is not None and checkpoint.step_of(later) > state["step"]:
         raise InputError(
@@ -176,6 +182,17 @@ def _compare(run: Run, saved: dict[str, Any]) -> None:
             + " ".join(f"--allow-change {key}" for key in refused)
         )
     print(f"warning: resuming with other settings: {listed}", file=sys.stderr)
+
+
+def _compare_images(run: Run, before: str) -> None:
+    """Refuse to classify other images by kNN than the checkpoint's run did, unless that is allowed."""
+    if run.knn is None or not before or run.knn.fingerprint == before:
+        return
+    says = f"data.eval {run.settings.data.eval!r}: other images than the checkpoint's"
+    says += f" (fingerprint {run.knn.fingerprint}, there {before})"
+    if not {"data", "data.eval"} & set(run.settings.allow_change):
+        raise InputError(f"{says}, so that kNN would be of both: give those, or add --allow-change data.eval")
+    print(f"warning: {says}: kNN is of these from here on", file=sys.stderr)
 
 
 def _to_resume(run: Run) -> Path | None:

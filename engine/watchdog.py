@@ -9,11 +9,22 @@ import platform
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 
 from engine.meeting import rank
 
 _LOOKS = 50  # within the limit
+
+
+def dump_stacks(error: BaseException | None = None) -> None:
+    """Print where `error` was raised, and the stack of every thread, on stderr."""
+    with contextlib.suppress(OSError):
+        if error is not None:
+            print("Traceback (most recent call last):", file=sys.stderr)
+            traceback.print_tb(error.__traceback__)
+            sys.stderr.flush()
+        faulthandler.dump_traceback(file=2, all_threads=True)
 
 
 class Watchdog:
@@ -67,5 +78,5 @@ class Watchdog:
                     file=sys.stderr,
                     flush=True,
                 )
-                faulthandler.dump_traceback(file=2, all_threads=True)
+                dump_stacks()
                 os._exit(1)

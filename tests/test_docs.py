@@ -17,6 +17,7 @@ import torch
 import pipeline.loader
 from engine.arguments import flat
 from engine.config import Settings
+from engine.state import FIXED, FREE
 from methods import registry
 from methods.base import Embeddings
 from pipeline.prepare import prepare
@@ -162,6 +163,16 @@ def test_settings_in_running_text_are_known_and_take_their_value(path: Path) -> 
         if value is not None and not re.search(r"\.\.\.|^[A-Z]+$", value):
             wrong = settings([f"--{key}", value])
             assert not re.search("choose one of|wrong type", " ".join(wrong)), wrong
+
+
+def test_the_readme_lists_what_a_resume_may_change() -> None:
+    rows = re.findall(r"^\| (.+) \| (freely|never|where)\b", README.read_text(), re.MULTILINE)
+    listed = {kind: re.findall("`(.+?)`", named) for named, kind in rows}
+    assert {kind: sorted(named) for kind, named in listed.items()} == {
+        "freely": sorted(FREE),
+        "never": sorted(FIXED),
+        "where": [],
+    }
 
 
 # ---- snippets ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,14 +11,17 @@ import pytest
 
 from engine.arguments import flat
 from engine.config import Settings
-from engine.state import _compare
+from engine.state import _compare, _compare_images
 from methods.co2 import CO2
 from methods.dcl import DCL
 from methods.registry import Terms
 from methods.residual import Residual
 from methods.xmoco import XMoCo
+from pipeline.beton import Beton
 from pipeline.errors import InputError
+from pipeline.prepare import prepare
 from tests.conftest import Figure
+from tests.engine.test_run import SMALL, main
 
 SAVED = flat(Settings(terms=Terms(co2=CO2(), xmoco=XMoCo(), residual=Residual(), dcl=DCL())).as_dict())
 FREE = set(  # how and where the same is computed, told and kept
@@ -83,6 +87,46 @@ def test_every_setting_is_free_fixed_or_allowed_where_asked_for(
         "resume with each setting changed",
         "all {} keys: {} free, {} refused, {} refused unless allowed".format(len(found), *counts),
     )
+
+
+@pytest.mark.reliability
+def test_other_images_for_knn_are_refused_or_allowed(
+    drawn: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    figure: Figure,
+) -> None:
+    for name, count in (("other", 190), ("third", 180)):
+        prepare(f"synthetic:{count}", tmp_path / f"{name}.beton", workers=1, quiet=True)
+    (tmp_path / "moved.beton").symlink_to(drawn)
+
+    def resumed(epochs: int, *evaluation: str | Path) -> tuple[int, str]:
+        where = ["--data.train", str(drawn), "--out", str(tmp_path / "out"), "--resume", "auto"]
+        more = ["--optim.epochs", str(epochs), "--allow-change", "optim.epochs", *map(str, evaluation)]
+        return main(monkeypatch, *where, *SMALL, *more), capsys.readouterr().err
+
+    assert resumed(1, "--data.eval", drawn)[0] == 0
+    assert resumed(2, "--data.eval", tmp_path / "moved.beton")[0] == 0  # the same images elsewhere
+    status, said = resumed(3, "--data.eval", tmp_path / "other.beton")
+    assert status == 2
+    assert "data.eval" in said
+    assert "give those, or add --allow-change data.eval" in said
+    assert resumed(3)[0] == 0  # no kNN: what it was of is kept
+    status, said = resumed(4, "--data.eval", tmp_path / "other.beton")
+    assert status == 2
+    fingerprints = [Beton(path).fingerprint for path in (tmp_path / "other.beton", drawn)]
+    assert "fingerprint {}, there {}".format(*fingerprints) in said
+    status, said = resumed(4, "--data.eval", tmp_path / "other.beton", "--allow-change", "data.eval")
+    assert status == 0
+    assert "kNN is of these from here on" in said
+    assert resumed(5, "--data.eval", tmp_path / "third.beton")[0] == 2
+    figure("resume with each setting changed", "other images for kNN: refused unless allowed, elsewhere: taken up")
+
+
+def test_an_older_checkpoint_does_not_say_what_knn_was_of() -> None:
+    run = SimpleNamespace(knn=SimpleNamespace(fingerprint="a"), settings=None)
+    _compare_images(run, "")  # type: ignore[arg-type]
 
 
 def test_the_lists_name_settings_that_there_are() -> None:

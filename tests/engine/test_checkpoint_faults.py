@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import random
@@ -23,6 +24,7 @@ from engine import checkpoint
 from pipeline.errors import InputError
 from tests.conftest import Figure
 from tests.engine.test_checkpoint import STATE, tensors_of, write
+from tests.engine.test_run import SMALL, main, metrics
 from tests.hostile import survived
 
 OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
@@ -123,8 +125,70 @@ def test_a_file_that_cannot_be_written_loses_nothing(
     figure("no space, I/O error in a save", f"no file over {limit} bytes: 0 lost")
 
 
+@pytest.mark.reliability
+@pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EIO], ids=["no space", "I/O error"])
+@pytest.mark.parametrize("at", ["write", "fsync"])
+def test_a_run_goes_on_where_a_save_fails(
+    at: str,
+    fault: int,
+    drawn: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    figure: Figure,
+) -> None:
+    """The second of three checkpoints meets the fault in its second file."""
+    checkpoints, then = tmp_path / "checkpoints", []
+    fsync, opened = os.fsync, open
+
+    def fails(path: Any) -> bool:
+        failing = str(path).endswith("step_00000004.writing/optimiser.safetensors")
+        if failing:
+            then.append(checkpoint.newest(checkpoints))
+            checkpoint.load(checkpoints / "step_00000002")
+        return failing
+
+    def synced(number: int) -> None:
+        if at == "fsync" and fails(os.readlink(f"/proc/self/fd/{number}")):
+            raise OSError(fault, os.strerror(fault))
+        fsync(number)
+
+    def writable(path: Any, mode: str = "r") -> Any:
+        file = opened(path, mode)
+        if at == "write" and "w" in mode and fails(path):
+            raw = os.dup(file.fileno())
+            file.close()
+            return Failing(raw, fault)
+        return file
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(checkpoint, "open", writable, raising=False)
+    arguments = ["--data.train", str(drawn), *SMALL, "--optim.epochs", "1", "--save_every", "2", "--keep", "1"]
+    assert main(monkeypatch, *arguments, "--out", str(tmp_path)) == 0
+    said = f"step 4: the checkpoint could not be written ({os.strerror(fault)}): training goes on; the newest is step_0"
+    assert said in capsys.readouterr().err
+    assert then == [(checkpoints / "step_00000002", [])]
+    assert [path.name for path in checkpoints.glob("*step_*")] == ["step_00000005"]
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5]
+    checkpoint.load(checkpoints / "step_00000005")
+    figure("no space, I/O error in a save", f"{os.strerror(fault)} at {at}, in a run: told, trained to the end, 0 lost")
+
+
+class Failing(io.BufferedWriter):
+    """A file that takes half of what is written."""
+
+    def __init__(self, number: int, fault: int) -> None:
+        super().__init__(io.FileIO(number, "wb"))
+        self._fault = fault
+
+    def write(self, content: Any) -> int:
+        super().write(content[: len(content) // 2])
+        raise OSError(self._fault, os.strerror(self._fault))
+
+
+@pytest.mark.reliability
 def test_no_room_is_found_before_anything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], figure: Figure
 ) -> None:
     good = write(tmp_path, 1)
     usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
@@ -136,6 +200,7 @@ def test_no_room_is_found_before_anything_is_written(
     assert "the newest is step_00000001" in capsys.readouterr().err
     assert checkpoint.newest(tmp_path) == (good, [])
     assert not list(tmp_path.glob(".step*"))
+    figure("no space, I/O error in a save", "too little room, found before anything is written: 0 lost")
 
 
 @pytest.mark.reliability

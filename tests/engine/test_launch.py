@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from torch.distributed.launcher.api import LaunchConfig
 
 LAUNCH = Path(__file__).parents[2] / "engine" / "launch"
 
@@ -26,6 +28,17 @@ def test_accelerate_reads_its_configurations(name: str, processes: int, machines
     assert config.mixed_precision == "no"
     known = vars(config) | {"compute_environment": None}
     assert set(yaml.safe_load((LAUNCH / f"{name}.yaml").read_text())) <= set(known)
+
+
+def test_torchrun_waits_nearly_as_long_as_slurm_gives_notice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torchrun makes of the variable, and what the script's header asks of Slurm."""
+    text = (LAUNCH / "slurm.sbatch").read_text()
+    (notice,) = re.findall(r"^#SBATCH --signal B:USR1@(\d+)$", text, re.MULTILINE)
+    (seconds,) = re.findall(r"^export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)", text, re.MULTILINE)
+    assert 60 < int(seconds) < int(notice)
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", seconds)
+    agent = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=1)
+    assert getattr(agent, "shutdown_timeout", int(seconds)) == int(seconds)  # older ones of PyTorch have no such thing
 
 
 @pytest.fixture
@@ -61,10 +74,11 @@ def test_a_slurm_job_starts_all_nodes_and_goes_on_from_its_checkpoint(tmp_path: 
         "engine/run.py --resume auto --config R.yaml --data.train /shared/a b.beton"
     ]
     assert "--kill-on-bad-exit=1" in calls(tmp_path, "srun")[0]
-    cores = f'#!/bin/bash\necho "srun $SRUN_CPUS_PER_TASK cores, $PET_SIGNALS_TO_HANDLE" >>{tmp_path}/calls'
+    said = "$SRUN_CPUS_PER_TASK cores, $PET_SIGNALS_TO_HANDLE, $TORCH_ELASTIC_SHUTDOWN_TIMEOUT s"
+    cores = f'#!/bin/bash\necho "srun {said}" >>{tmp_path}/calls'
     (tmp_path / "tools" / "srun").write_text(cores)
     subprocess.run(script, cwd=tmp_path, env=slurm | {"SLURM_CPUS_PER_TASK": "12"}, check=True)
-    assert calls(tmp_path, "srun")[-1] == "srun 12 cores, SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+    assert calls(tmp_path, "srun")[-1] == "srun 12 cores, SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1, 100 s"
 
 
 @pytest.mark.parametrize(

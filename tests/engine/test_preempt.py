@@ -164,3 +164,4 @@ def test_a_lost_process_is_named_with_its_step(
     assert not left(everyone)
     assert re.search(r"process 0 on \S+, step \d+: process 1 \(last at step \d+\) did not answer", text), text
     assert took < limit, text
+    assert re.search(r"in _epochs\b.*most recent call first.*process 0 on \S+, step", text, re.DOTALL), text

@@ -20,8 +20,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import engine.inputs
 import engine.run
-from engine import checkpoint, loop, preempt
+from engine import checkpoint, evaluate, loop, preempt
+from engine.evaluate import Knn
+from pipeline.loader import CentreLoader
 from tests.conftest import Figure
 from tests.engine.test_run import SMALL, metrics
 from tests.gloo import on_ranks
@@ -107,6 +110,63 @@ def test_a_run_that_is_stopped_and_resumed_equals_the_undisturbed(
         "stop and resume in a new process, mid-epoch and at its end, 1 and 2 ranks",
         f"{world} rank{'s' * (world > 1)}, {where}: max difference {difference}",
     )
+    assert difference == 0
+
+
+IN_KNN = ["--save_every", "1000", "--knn.limit", "121"]  # of 11 images: on two processes 6 and 5 batches for the bank
+
+
+def evaluated(arguments: list[str], said: str, stop_in: int = 0) -> None:
+    """Train; the last process is asked to stop at the second batch of the kNN of that epoch. Counts its batches."""
+    counted, read, first = [0], CentreLoader.__iter__, os.environ.get("RANK", "0") == "0"
+
+    def read_on(images: CentreLoader) -> Any:
+        for batch in read(images):
+            counted[0] += 1
+            if counted[0] == 2 and stop_in == -(-counted[-1] // STEPS):
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    step = loop.train_on
+
+    def trained(run: Any, *rest: Any, **options: Any) -> None:
+        step(run, *rest, **options)
+        counted[:] = [0, run.done]
+
+    engine.inputs.Knn = lambda *sets, **options: Knn(*sets, **{**options, "batch": 11})  # type: ignore[assignment, misc]
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not first:
+        evaluate.CentreLoader.__iter__ = read_on  # type: ignore[method-assign]
+    loop.train_on = trained
+    began = time.monotonic()
+    train(arguments)
+    Path(f"{said}{os.environ.get('RANK', '0')}").write_text(f"{counted[0]} {time.monotonic() - began}")
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize(
+    ("world", "epoch"), [(1, 1), (2, 3), pytest.param(1, 3, marks=pytest.mark.slow)], ids=["1", "2, last", "1, last"]
+)
+def test_a_run_that_is_stopped_in_knn_saves_and_evaluates_when_resumed(
+    world: int, epoch: int, drawn: Path, tmp_path: Path, figure: Figure
+) -> None:
+    whole, out, said = tmp_path / "whole", tmp_path / "out", str(tmp_path / "said")
+    on_ranks(world, evaluated, [*arguments_of(drawn, whole), *IN_KNN], said)
+    every = int(Path(f"{said}{world - 1}").read_text().split()[0])
+    on_ranks(world, evaluated, [*arguments_of(drawn, out), *IN_KNN], said, epoch)
+    batches = int(Path(f"{said}{world - 1}").read_text().split()[0])
+    assert checkpoint.step_of(last(out)) == epoch * STEPS
+    assert len(list((out / "checkpoints").glob("step_*"))) == min(epoch, 2)
+    assert sum("knn_top1" in line for line in metrics(out)) == epoch - 1
+    assert not (out / "summary.json").exists()
+    on_ranks(world, evaluated, [*arguments_of(drawn, out), *IN_KNN], said)
+    assert (out / "summary.json").exists()
+    difference = largest_difference(whole, out)
+    figure(
+        "stop and resume in a new process, mid-epoch and at its end, 1 and 2 ranks",
+        f"{world} rank{'s' * (world > 1)}, in kNN after {batches} of {every} batches: max difference {difference}",
+    )
+    assert batches == 2
+    assert every > 4
     assert difference == 0
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from engine import checkpoint
 from tests.conftest import Figure
-from tests.engine.test_run import ENVIRONMENT, ROOT
+from tests.engine.test_run import ENVIRONMENT, ROOT, SMALL
 
 BEGIN = """
 import ctypes, sys, time
@@ -48,6 +51,49 @@ def test_a_stall_ends_the_process_with_all_stacks_at_the_limit(figure: Figure) -
     assert "step 4: no step for 4." in err
     assert "waits_for_ever" in err
     assert took == pytest.approx(4.0, rel=0.1)
+
+
+STALL = """
+import sys, threading
+import engine.run
+from engine import loop
+from pipeline.backends.ffcv import FfcvBackend
+step, crop, stalls = loop.train_on, FfcvBackend._crop, threading.Event()
+def trained(run, *rest, **options):
+    step(run, *rest, **options)
+    if run.done == 7:
+        stalls.set()
+def a_disk_that_is_dead(*rest):
+    stalls.wait(0) and threading.Event().wait(1000)
+    return crop(*rest)
+loop.train_on, FfcvBackend._crop = trained, a_disk_that_is_dead
+engine.run.main()
+"""
+
+
+@pytest.mark.reliability
+def test_a_loader_that_stalls_ends_the_run_with_rank_step_and_all_stacks(
+    drawn: Path, tmp_path: Path, figure: Figure
+) -> None:
+    arguments = ["--data.train", str(drawn), *SMALL, "--optim.epochs", "100", "--data.stall_timeout", "2.5"]
+    ended = subprocess.run(
+        [sys.executable, "-c", STALL, *arguments, "--out", str(tmp_path), "--save_every", "1"],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 1, ended.stderr
+    *_, said = ended.stderr.splitlines()
+    found = re.match(r"error: process 0 on \S+, step (\d+): .*: no batch for 2\.5 s \(samples \d+ ", said)
+    assert found, ended.stderr
+    assert 7 <= int(found[1]) <= 7 + 4  # batches ahead
+    own, _, threads = ended.stderr.partition("most recent call first")
+    assert "in _epochs" in own
+    assert "in a_disk_that_is_dead" in threads
+    assert checkpoint.newest(tmp_path / "checkpoints")[0] == tmp_path / "checkpoints" / f"step_{int(found[1]):08d}"
+    figure("loader worker raises; loader stalls", "in a run: rank, step and all stacks, the last step saved")
 
 
 def test_a_process_that_holds_the_interpreter_is_ended_too() -> None:
