@@ -106,9 +106,9 @@ def build(settings: Settings) -> Run:
 
     What takes seconds to find wrong is found first: the records are verified, where that is asked for, after all else.
     """
+    train_set, eval_set = open_sets(settings)
     accelerator = build_accelerator(settings)
     together(lambda: _check(settings, accelerator))
-    train_set, eval_set = open_sets(settings)
     together(lambda: _check_samples(settings, train_set, accelerator))
     knn = together(lambda: build_knn(settings, train_set, eval_set, accelerator) if eval_set else None)
     backend = _backend(settings, train_set, accelerator)
