@@ -11,6 +11,7 @@ import pytest
 from benchmarks import crops
 
 
+@pytest.mark.slow
 def test_it_measures_and_writes(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["--size", "16", "--batch", "20", "--runs", "2", "--json", str(tmp_path / "r.json")]
     monkeypatch.setattr(sys, "argv", ["crops", "--data", str(drawn), *arguments])

@@ -18,6 +18,7 @@ from pipeline.beton import Beton
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_ways_are_measured_in_turn_and_written_down(drawn: Path, tmp_path: Path) -> None:
     out, names = tmp_path / "results" / "r.json", ["resident", "ffcv-twice"]
     arguments = ["--backends", ",".join(names), "--size", "32", "--batch", "50", "--runs", "2", "--json", str(out)]

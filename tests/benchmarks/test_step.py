@@ -28,6 +28,7 @@ def main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return int(ended.value.code or 0)
 
 
+@pytest.mark.slow
 def test_ways_and_parts_are_measured_and_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     threads = torch.get_num_threads()
     out = ["--ways", "eager,official,official-amp", "--runs", "3", "--json", str(tmp_path / "r.json")]

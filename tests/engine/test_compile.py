@@ -51,8 +51,9 @@ def check_same(a: Model, b: Model, rtol: float, atol: float) -> None:
 
 @pytest.mark.parametrize(
     ("name", "terms", "recompute"),
-    [CASES[1], *(pytest.param(*CASES[n], marks=pytest.mark.slow) for n in (0, 2, 3))],
+    CASES,
 )
+@pytest.mark.slow
 def test_compiled_backbones_train_as_eager_ones(name: str, terms: Terms, recompute: bool) -> None:
     """In float64, over 20 steps: losses, parameters, momentum parameters, running statistics."""
     chosen = settings(name, terms)

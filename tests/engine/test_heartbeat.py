@@ -65,7 +65,7 @@ def ended(process: subprocess.Popen[str], seconds: float) -> tuple[str, float]:
 
 
 @pytest.mark.reliability
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_a_process_that_waits_without_end_names_the_lost_one_and_ends(number: signal.Signals) -> None:
     survivor, other = started = pair("goes on")
     try:

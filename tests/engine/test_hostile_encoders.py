@@ -237,7 +237,7 @@ def test_a_forged_header_is_refused(data: bytes, tmp_path: Path) -> None:
     _refused(tmp_path / "x.safetensors", "x.safetensors: ")
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("suffix", [pytest.param(".pth", marks=pytest.mark.slow), ".safetensors"])
 def test_random_changes_to_an_encoder_do_no_harm(suffix: str, tmp_path: Path) -> None:
     written = io.BytesIO()
     torch.save(_resnet(), written)

@@ -52,11 +52,18 @@ def errors(ended: list[subprocess.CompletedProcess[str]]) -> list[str]:
     [
         ({}, {"optim.lr": "0.1"}, "optim.lr: process 0 on {host} has 0.32, process 1 on {host} 0.1: give all"),
         ({}, {"data.train": "{other}"}, "data.train: process 0 on {host} has '"),
-        ({}, {"data.train": "nowhere.beton"}, "process 1 on {host}: nowhere.beton: no such file"),
+        pytest.param(
+            {},
+            {"data.train": "nowhere.beton"},
+            "process 1 on {host}: nowhere.beton: no such file",
+            marks=pytest.mark.slow,
+        ),
         ({"data.train": "nowhere.beton"}, {}, "process 0 on {host}: nowhere.beton: no such file"),
-        ({}, {"data.bach": "3"}, "process 1 on {host}: data.bach: no such setting"),
-        ({"data.bach": "3"}, {"data.bach": "3"}, "error: data.bach: no such setting"),
-        ({"data.batch": "41"}, {"data.batch": "41"}, "error: data.batch 41"),
+        pytest.param({}, {"data.bach": "3"}, "process 1 on {host}: data.bach: no such setting", marks=pytest.mark.slow),
+        pytest.param(
+            {"data.bach": "3"}, {"data.bach": "3"}, "error: data.bach: no such setting", marks=pytest.mark.slow
+        ),
+        pytest.param({"data.batch": "41"}, {"data.batch": "41"}, "error: data.batch 41", marks=pytest.mark.slow),
         ({"out": "{file}"}, {"out": "{file}"}, "choose another folder"),
     ],
 )

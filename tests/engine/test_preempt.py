@@ -73,7 +73,7 @@ def left(processes: list[psutil.Process]) -> list[psutil.Process]:
         pytest.param("python", signal.SIGINT, "child", {0}, marks=pytest.mark.slow),
         pytest.param("accelerate", signal.SIGTERM, "launcher", {-signal.SIGTERM}, marks=pytest.mark.slow),
         ("accelerate, 2", signal.SIGTERM, "launcher", {1, -signal.SIGTERM}),
-        ("accelerate, 2", signal.SIGTERM, "child", {0}),
+        pytest.param("accelerate, 2", signal.SIGTERM, "child", {0}, marks=pytest.mark.slow),
         pytest.param("torchrun, 2", signal.SIGUSR1, "launcher", {1}, marks=pytest.mark.slow),
         pytest.param("torchrun, 2", signal.SIGINT, "group", {0, 1, 130}, marks=pytest.mark.slow),
         pytest.param("torchrun, 2", signal.SIGUSR1, "processes in turn", {1}, marks=pytest.mark.slow),
