@@ -26,8 +26,11 @@ def neighbours(
     All of norm 1; labels int64 [M]. Computed in blocks of at most so many rows. merged: `bank` is this process's share
     of one, and `queries` the same on all: the nearest are those of all processes.
     """
+    longest = torch.tensor([len(bank)], device=bank.device)
+    if merged:
+        longest = ranks.gather(longest).max()  # all processes have the same blocks, whatever their shares
     found = []
-    for part in queries.split(max(1, min(rows, _ELEMENTS // max(len(bank), 1)))):
+    for part in queries.split(max(1, min(rows, _ELEMENTS // max(int(longest), 1)))):
         similarity, index = (part @ bank.T).topk(min(k, len(bank)), dim=1)
         near = labels[index]
         found.append(_nearest_of_all(similarity, near, k) if merged else (similarity, near))

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch.nn import functional as F
 
+import engine.neighbours as neighbours_module
 from engine.neighbours import neighbours, vote
 from engine.probes import fast, linear, semi, svm, training
 from engine.probes.command import run
@@ -80,6 +82,22 @@ def test_knn_is_the_same_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = neighbours(queries, bank, labels, 5)
     assert torch.allclose(whole[0], parts[0])
     assert torch.equal(whole[1], parts[1])
+
+
+def _merged_of_two() -> None:
+    accelerator = Accelerator(cpu=True)
+    generator = torch.Generator().manual_seed(0)
+    queries, bank = (F.normalize(torch.randn(n, 8, generator=generator), dim=1) for n in (50, 81))
+    whole = neighbours(queries, bank, torch.arange(81), 5)
+    neighbours_module._ELEMENTS = 120  # blocks of 3 queries for a share of 40, and of 2 for one of 41
+    own = slice(0, 40) if accelerator.is_main_process else slice(40, 81)
+    found = neighbours(queries, bank[own], torch.arange(81)[own], 5, merged=True)
+    torch.testing.assert_close(found[0], whole[0])
+    assert torch.equal(found[1], whole[1])
+
+
+def test_shares_of_other_lengths_are_searched_in_the_same_blocks() -> None:
+    on_ranks(2, _merged_of_two)
 
 
 def test_knn_finds_an_image_among_its_copies(encoder: Path, drawn: Path) -> None:
