@@ -19,7 +19,7 @@ Of each global batch of B pairs on n GPUs of N nodes, g a node, seconds:
     crops      (g - 1) / g * B / n * bytes / GPU link + (N - 1) / N * B / N * bytes / network, bytes those of a pair's
                crops with keys, where BatchNorm shuffles
     norms      `LATENCY` for each collective of synchronised BatchNorm: one forward a layer and pass, one backward
-    exchange   max(0, gradients + keys - compute / 2) + crops + norms: half of the computing hides the first two
+    exchange   max(0, gradients + keys - compute * HIDES) + crops + norms: half of the computing hides the first two
     step       max(compute + exchange, decode, disk, copy)
 
 Without a GPU, n processes of T loader threads each compute on the C cores that decode: with s and d CPU seconds a pair
@@ -63,6 +63,8 @@ RESIDENT = 0.5
 """Of a GPU's memory that the resident backend takes."""
 LATENCY = 20e-6, 60e-6
 """Seconds of a small collective that the GPUs wait for, in a node and between nodes: assumptions."""
+HIDES = 0.5
+"""Of the computing, that hides the exchange of gradients and keys: an assumption."""
 ROOM = 0.92
 """Of a GPU's memory that a run may take."""
 GLOO = 0.5e9
@@ -200,19 +202,22 @@ def plan(node: Node, rates: Rates, settings: Settings, run: dict[str, Any], imag
     key_bytes = 4 * batch * settings.model.dim * (keys or queries) if n > 1 and settings.method.name != "byol" else 0
     crop_bytes = 3 * settings.data.size**2 * keys * batch if settings.model.bn == "shuffle" and n > 1 else 0
     without, with_gradient = run["norm_passes"] if settings.model.bn == "sync" and n > 1 else (0, 0)
+    sent = {
+        "gradients": _sent(node, 2 * trained, 2 * trained),
+        "keys": _sent(node, key_bytes, key_bytes),
+        "crops": _sent(node, crop_bytes / n, crop_bytes / nodes),
+    }
     compute = batch / n * run["flops_a_pair"] / rates.flops
     seconds = {
         "compute": max(LAUNCHES * (parts or 1), compute),
         "decode": 0.0 if resident else batch / nodes / (rates.decode * node.cores * SCALING),
         "disk": 0.0 if cached or resident else batch / nodes * rates.record_bytes / (node.disk_gbytes * 1e9),
         "copy": 0.0 if resident else batch / n * rates.sent_bytes / (node.host_link_gbytes * 1e9),
-        "gradients": 2 * _sent(node, trained, trained),
-        "keys": _sent(node, key_bytes, key_bytes),
-        "crops": _sent(node, crop_bytes / n, crop_bytes / nodes),
+        **{name: sum(busy) for name, busy in sent.items()},
         "norms": (without + 2 * with_gradient) * LATENCY[nodes > 1] * (parts or 1),
     }
-    hidden = max(0.0, seconds["gradients"] + seconds["keys"] - seconds["compute"] / 2)
-    seconds["exchange"] = hidden + seconds["crops"] + seconds["norms"]
+    shown = max(0.0, seconds["gradients"] + seconds["keys"] - seconds["compute"] * HIDES)
+    seconds["exchange"] = shown + seconds["crops"] + seconds["norms"]
     limits = {
         "GPU": seconds["compute"] + seconds["exchange"],
         **{name: seconds[name] for name in ("decode", "disk", "copy")},
@@ -238,6 +243,10 @@ def plan(node: Node, rates: Rates, settings: Settings, run: dict[str, Any], imag
         "memory_by_batch_gib": {size: memory_of(run, size) / 2**30 for size in (32, 64, 128, 256, 512, 1024)},
         "page_cache_gib": images * rates.record_bytes / 2**30,
         "cached": cached,
+        "busy": {
+            "GPU link": sum(within for within, _ in sent.values()) / limits[limit],
+            "network": sum(across for _, across in sent.values()) / limits[limit],
+        },
         "exchanged_bytes_a_step": {"gradients": trained, "keys": key_bytes, "crops": crop_bytes / n},
         "first": _advice(limit, seconds, node, wanted / (rates.decode * SCALING), memory, parts),
     }
@@ -261,11 +270,11 @@ def on_cores(
     return batch / seconds[limit], limit
 
 
-def _sent(node: Node, bytes_of_gpu: float, bytes_of_node: float) -> float:
-    """Return the seconds to gather those bytes on each GPU of a node, and on each node."""
+def _sent(node: Node, bytes_of_gpu: float, bytes_of_node: float) -> tuple[float, float]:
+    """Return the seconds of the GPUs' link to gather those bytes on each GPU of a node, and of the network, on each."""
     within = (node.gpus - 1) / node.gpus * bytes_of_gpu / (node.gpu_link_gbytes * 1e9) if node.gpus > 1 else 0.0
     across = (node.nodes - 1) / node.nodes * bytes_of_node / (node.network_gbits / 8 * 1e9) if node.nodes > 1 else 0.0
-    return within + across
+    return within, across
 
 
 def _parts(settings: Settings, run: dict[str, Any], node: Node) -> int:
@@ -301,7 +310,8 @@ def report(settings: Settings, plans: list[dict[str, Any]]) -> machine.Report:
     method = " + ".join([settings.method.name, *(name for name, t in settings.as_dict()["terms"].items() if t)])
     title = f"{method}, {settings.model.arch}, batch {settings.data.batch}, {settings.optim.epochs} epochs"
     headings = ["", "limit", "pairs/s", "hours", "GPU-hours", "cores a GPU", "GiB a GPU", "page cache GiB"]
-    headings += ["MB a step: gradients, keys, crops"]
+    headings += ["MB a step: gradients, keys, crops", "exchange, ms a step", "of it not hidden", "GPU link busy"]
+    headings += ["network busy"]
     rows = [
         [
             found["machine"],
@@ -313,11 +323,31 @@ def report(settings: Settings, plans: list[dict[str, Any]]) -> machine.Report:
             f"{found['memory_gib']:.1f}",
             f"{found['page_cache_gib']:.0f}",
             ", ".join(f"{size / 1e6:.1f}" for size in found["exchanged_bytes_a_step"].values()),
+            f"{1e3 * sum(found['seconds'][name] for name in ('gradients', 'keys', 'crops', 'norms')):.2f}",
+            f"{1e3 * found['seconds']['exchange']:.2f}",
+            *(f"{share:.1%}" for share in found["busy"].values()),
         ]
         for found in plans
     ]
     notes = [line for found in plans for line in _notes(settings, found)]
-    return machine.Report(title, headings, rows, [title, *notes, f"decoding: {plans[0]['sources'][0]}"])
+    return machine.Report(title, headings, rows, [title, *notes, f"decoding: {plans[0]['sources'][0]}", *assumptions()])
+
+
+def assumptions() -> list[str]:
+    """Return the constants that enter each plan, in words."""
+    within, between = (1e6 * seconds for seconds in LATENCY)
+    return [
+        f"assumed: {SHARE:.1%} of a GPU's published rate, where its step was not measured (SHARE)",
+        f"assumed: a step's launches take {1e3 * LAUNCHES:g} ms at least, of each part computed at once (LAUNCHES)",
+        f"assumed: cores decode {SCALING:g} times as fast as one core, times their number (SCALING)",
+        f"assumed: records up to {CACHE:g} of a node's memory are read from disk once (CACHE)",
+        f"assumed: decoded images up to {RESIDENT:g} of a GPU's memory stay there (RESIDENT)",
+        f"assumed: half of the computing ({HIDES:g}) hides the exchange of gradients and keys (HIDES), which link and "
+        "network make at their full published rates",
+        f"assumed: {within:g} us a collective of synchronised BatchNorm within a node, {between:g} us between nodes "
+        "(LATENCY)",
+        f"assumed: a run may take {ROOM:g} of a GPU's memory (ROOM)",
+    ]
 
 
 def _notes(settings: Settings, found: dict[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -19,8 +20,8 @@ from engine import checkpoint, ranks
 from engine.config import Settings
 from engine.devices import DTYPES, build_accelerator, prepared
 from engine.evaluate import Knn
-from engine.inputs import build_knn, loading, open_sets
-from engine.meeting import from_all, processes_here, together
+from engine.inputs import build_knn, loading, open_sets, verify_sets
+from engine.meeting import from_all, processes_here, rank, together
 from engine.monitor import Monitor
 from engine.optim import build_optimiser
 from engine.preempt import Requests
@@ -39,6 +40,7 @@ from pipeline.backends.choice import Choice, agreed, choose
 from pipeline.beton import Beton
 from pipeline.errors import InputError
 from pipeline.loader import Loader, Shuffle
+from pipeline.order import steps_per_epoch
 from pipeline.packages import installed
 from pipeline.views import AUGMENTATIONS
 
@@ -100,14 +102,19 @@ class Run:
 
 
 def build(settings: Settings) -> Run:
-    """Build a run from its settings, writing nothing. Raises InputError, on all processes, for what cannot work."""
+    """Build a run from its settings, writing nothing. Raises InputError, on all processes, for what cannot work.
+
+    What takes seconds to find wrong is found first: the records are verified, where that is asked for, after all else.
+    """
     train_set, eval_set = open_sets(settings)
     accelerator = build_accelerator(settings)
+    together(lambda: _check(settings, accelerator))
+    together(lambda: _check_samples(settings, train_set, accelerator))
     knn = together(lambda: build_knn(settings, train_set, eval_set, accelerator) if eval_set else None)
-    together(lambda: _check(settings, len(train_set), accelerator))
     backend = _backend(settings, train_set, accelerator)
+    model = build_model(settings, accelerator, steps_per_epoch(len(train_set), settings.data.batch))
+    verify_sets(settings, train_set, eval_set)
     loader = together(lambda: _loader(settings, train_set, accelerator, backend.name))
-    model = build_model(settings, accelerator, loader.steps)
     out = Path(settings.out)
     monitor = Monitor(accelerator, out, settings.optim.epochs * loader.steps, settings.optim.epochs)
     writer = checkpoint.Writer(out / "checkpoints", settings.keep, settings.keep_every)
@@ -142,7 +149,7 @@ def _loader(settings: Settings, train_set: Beton, accelerator: Accelerator, back
     )
 
 
-def build_model(settings: Settings, accelerator: Accelerator, steps_per_epoch: int = 1) -> Model:
+def build_model(settings: Settings, accelerator: Accelerator, steps_an_epoch: int = 1) -> Model:
     """Build encoders, queue, objective, optimiser, schedules and step, weights from the settings' seed."""
     set_seed(settings.seed)
     base, device = settings.base, accelerator.device
@@ -165,7 +172,7 @@ def build_model(settings: Settings, accelerator: Accelerator, steps_per_epoch: i
         queue,
         build_objective(base, settings.terms),
         optimiser,
-        Schedule(settings, steps_per_epoch, device),
+        Schedule(settings, steps_an_epoch, device),
         accumulate=accumulate,
         clip=settings.optim.clip,
         gradient_shares=settings.gradient_shares,
@@ -278,11 +285,40 @@ def _lock(out: Path) -> IO[str]:
     return file
 
 
-def _check(settings: Settings, samples: int, accelerator: Accelerator) -> None:
-    """Refuse what cannot work, and warn of what hardly will."""
+def check_out(settings: Settings) -> None:
+    """Raise InputError, on the first process, where the run folder cannot be written, or another run has it."""
+    if rank():
+        return
+    out = Path(settings.out)
+    try:
+        there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+        problem = 0 if there.is_dir() else errno.ENOTDIR
+        if not problem and not os.access(there, os.W_OK | os.X_OK):
+            problem = errno.EACCES
+        if (out / ".lock").exists():
+            _lock(out).close()
+    except OSError as error:
+        problem = error.errno or errno.EINVAL
+    if problem:
+        raise InputError(f"out {settings.out!r}: {os.strerror(problem)}: choose another folder")
+    if not settings.resume and any((out / "checkpoints").glob("step_*")):
+        raise InputError(f"{out}: already holds a run: add --resume auto to go on with it, or choose another --out")
+
+
+def _check(settings: Settings, accelerator: Accelerator) -> None:
+    """Refuse what cannot work with any data."""
     check_batch(settings, accelerator)
     if settings.compile:
         check_compiler(accelerator.device)
+
+
+def _check_samples(settings: Settings, train_set: Beton, accelerator: Accelerator) -> None:
+    """Refuse a batch of more samples than there are, and warn of such a queue."""
+    batch, samples = settings.data.batch, len(train_set)
+    if batch > samples:
+        raise InputError(
+            f"{train_set.path}: a batch of {batch} from {samples} samples: choose data.batch from 1 to {samples}"
+        )
     if (settings.method.queue or 0) > samples and accelerator.is_main_process:
         print(
             f"warning: method.queue {settings.method.queue} is larger than the data set's {samples} images, so that "

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
+from engine.origin import commit
 from engine.weights import DIMENSIONS, Architecture, Loaded, digest
 from pipeline.augment import IMAGENET
-from pipeline.errors import InputError
+from pipeline.errors import InputError, printable
 from pipeline.limits import RESULT_BYTES, json_lines, read_json
+from pipeline.packages import version
 
 _FIGURES = {"top1": "top-1", "map": "mAP", "miou": "mIoU", "ap": "AP"}
 """Of evaluations, by the key that holds the one for a table."""
@@ -27,19 +28,20 @@ def card(loaded: Loaded, format: str, path: Path, distance: float) -> str:
     front = {"library_name": format if format == "timm" else "pytorch", "pipeline_tag": "image-feature-extraction"}
     front["tags"] = ["self-supervised", "millrace", architecture.arch]  # type: ignore[assignment]
     mean, std = IMAGENET
+    trained = f" Its checkpoint was written by {_told(loaded.origin)}." if "version" in loaded.origin else ""
+    here = {"version": version("millrace") or "unknown"} | ({"commit": commit()} if commit() else {})
     lines = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {architecture}",
         f"The backbone alone, without heads: the {loaded.which} encoder of {loaded.kind}, `{loaded.path.name}`. Images "
         f"of {architecture.size} pixels, RGB from 0 to 1 less the mean {mean}, over the deviation {std}, give "
         f"{loaded.backbone.features} features.",
-        f"SHA-256 of the weights: `{digest(loaded.backbone)}`. Exported by Millrace, commit {_commit()}, torch "
+        f"SHA-256 of the weights: `{digest(loaded.backbone)}`.{trained} Exported by {_told(here)}, torch "
         f"{torch.__version__}, as {format}; read back, its features differ by {distance:.1e} of the largest at most.",
         f"## Loading\n\n```python\n{_loading(architecture, format, path)}\n```",
     ]
     if loaded.settings:
-        data = loaded.settings.get("data", {})
-        lines.append(f"## Data\n\nTrained on `{Path(str(data.get('train', ''))).name}`, without labels.")
+        lines.append(f"## Data\n\n{_data(loaded)}")
     if metrics := _metrics(loaded.path):
         lines.append("## Metrics\n\n" + "\n".join(metrics))
     if loaded.settings:
@@ -47,16 +49,21 @@ def card(loaded: Loaded, format: str, path: Path, distance: float) -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def _commit() -> str:
-    """Return the commit of this tree, or that it is none."""
-    root = Path(__file__).resolve().parents[1]
-    try:
-        found = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return found.stdout.strip()
+def _told(origin: dict[str, Any]) -> str:
+    """Return which Millrace that is, of version and commit."""
+    version = f" {origin['version']}" if "version" in origin else ""
+    return f"Millrace{version}, commit {origin.get('commit', 'unknown')}"
+
+
+def _data(loaded: Loaded) -> str:
+    """Return what the run was trained on: name, size and fingerprint, as far as the checkpoint says."""
+    name = printable(Path(str(loaded.settings.get("data", {}).get("train", ""))).name)
+    more = [f"{loaded.origin['images']} images"] if "images" in loaded.origin else []
+    if classes := loaded.origin.get("classes"):
+        more.append(f"of {classes} classes")
+    if "fingerprint" in loaded.origin:
+        more.append(f"fingerprint `{loaded.origin['fingerprint']}`")
+    return f"Trained on `{name}`, without labels" + (f": {', '.join(more)}." if more else ".")
 
 
 def _metrics(path: Path) -> list[str]:

@@ -2,7 +2,7 @@
 
 checkpoints/step_00001234/model.safetensors      online.*, target.*, queue.*, schedule.*
                          /optimiser.safetensors  PARAMETER|STATE
-                         /state.json             positions, settings, and the SHA-256 of the files
+                         /state.json             positions, settings, what made it, and the SHA-256 of the files
 checkpoints/latest                               the newest one's name
 
 What stands under another name there (`.step_...`) is on its way in or out.

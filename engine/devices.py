@@ -20,6 +20,7 @@ from pipeline.errors import InputError
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Of views, by the precision: what the encoder rounds to."""
+_LATER = 30.0  # seconds after which NCCL ends a process without a word: the heartbeat says before who was lost
 
 
 def build_accelerator(settings: Settings, *, emulate: bool = False) -> Accelerator:
@@ -29,7 +30,7 @@ def build_accelerator(settings: Settings, *, emulate: bool = False) -> Accelerat
     precision is `no`, unless emulate.
     """
     on_gpu, precision = together(lambda: _checked(settings, emulate), _facts)
-    timeout = timedelta(seconds=settings.collective_timeout)
+    timeout = timedelta(seconds=settings.collective_timeout + (_LATER if on_gpu else 0))
     if world() > 1 and not distributed.is_initialized():
         backend = "nccl" if on_gpu else "gloo"
         meeting_place = distributed.PrefixStore("group", store())

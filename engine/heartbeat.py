@@ -1,23 +1,29 @@
 """Signs of life: which process was lost is known from who went on giving them.
 
 Each process counts at the store where they met, four times a second, and names its step. One that was killed, stopped
-or cut off does so no longer, while those that only wait for it go on.
+or cut off does so no longer, while those that only wait for it go on; one that fails says so.
 """
 
 from __future__ import annotations
 
+import os
 import platform
 import re
+import sys
 import threading
 import time
 
 from torch import distributed
 
 from engine.meeting import rank, store, world
-from pipeline.errors import RunFailed
+from pipeline.errors import RunFailed, report
 
 _PERIOD = 0.25  # seconds
 _ANSWER = 5.0  # seconds that the store may take
+_GRACE = 5.0  # seconds in which the training may find out by itself
+_WRITING = 30.0  # seconds that a checkpoint under way is waited for
+_GOES_ON, _FINISHED, _FAILED, _LOST = "goes-on", "finished", "failed", "lost"
+_STORE = -1  # in place of a process's number
 
 
 class LostProcess(RunFailed):
@@ -25,52 +31,133 @@ class LostProcess(RunFailed):
 
 
 class Heartbeat:
-    """Tells the others that this process lives, and at which `step` it is, from a thread of its own."""
+    """Tells the others that this process lives, and at which `step` it is, from a thread of its own; watches theirs.
 
-    def __init__(self) -> None:
+    Where another has given no sign of life for `limit` seconds, or has failed, and the training does not find out by
+    itself, as it cannot while it waits for a GPU that waits for the other one, a second thread, which waits for
+    nobody, says so and ends this process with status 1. Beats come from a thread: evaluating or compiling does not
+    silence a process. limit 0: only tells.
+    """
+
+    def __init__(self, limit: float = 0.0) -> None:
         self.step = 0
         """Steps trained."""
-        self._end = threading.Event()
+        self._limit, self._state = limit, _GOES_ON
+        self._silent = dict.fromkeys([_STORE, *(n for n in range(world()) if n != rank())], 0.0)
+        self._last: dict[int, str] = {}
+        self._deaf = False  # the store cannot be reached
+        self._end, self._aware = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._watcher = threading.Thread(target=self._watch, name="heartbeats", daemon=True)
         if world() > 1:
             self._shared = store().clone()  # type: ignore[attr-defined]
             self._thread.start()
+            if limit:
+                self._watcher.start()
+
+    def unwatch(self) -> None:
+        """Watch the others no more: this process ends, or knows."""
+        self._aware.set()
 
     def close(self) -> None:
         """Tell no more."""
+        self.unwatch()
+        if self._state == _GOES_ON:
+            self._state = _FINISHED
         self._end.set()
         if self._thread.is_alive():
-            self._thread.join(_ANSWER)
+            self._thread.join(0 if self._deaf else _ANSWER)
 
     def _beat(self) -> None:
         try:
             count = 0
             while not self._end.wait(_PERIOD):
                 count += 1
-                self._shared.set(_key(rank()), f"{count} {self.step}")
+                self._tell(count)
+                if count % 4 == 0:
+                    self._listen()
+            self._tell(count + 1)
         except (distributed.DistError, RuntimeError):
-            pass  # the store has gone, and with it the run: the training itself will meet that
+            pass  # the store has gone, and with it the run: the training itself will meet that, or the watch
 
-    def explained(self, error: RuntimeError, seconds: float) -> RuntimeError:
+    def _tell(self, count: int) -> None:
+        self._shared.set(_key(rank()), f"{count} {self.step} {self._state}")
+
+    def _listen(self) -> None:
+        """Note who has given a sign of life, and that the store has."""
+        for number, last in _heard(self._shared).items():
+            if number != rank() and last != self._last.get(number, ""):
+                self._last[number], self._silent[number] = last, 0.0
+        self._silent[_STORE] = 0.0
+
+    def _watch(self) -> None:
+        """End the process where another is lost, and the training has not found out."""
+        before, lost = time.monotonic(), 0.0
+        while not self._aware.wait(_PERIOD):
+            now = time.monotonic()
+            passed, before = (
+                min(now - before, 2 * _PERIOD),
+                now,
+            )  # not the time in which this process was stopped itself
+            for number in self._silent:
+                self._silent[number] += passed
+            lost = lost + passed if self._missed() else 0.0
+            if lost > _GRACE:
+                self._end_all()
+
+    def _missed(self) -> bool:
+        """Return whether another process has been silent for too long, or said that it has failed."""
+        states = {number: last.split()[2] for number, last in self._last.items()}
+        if any(state in (_FAILED, _LOST) for state in states.values()):
+            return True
+        return any(silent > self._limit and states.get(n) != _FINISHED for n, silent in self._silent.items())
+
+    def _end_all(self) -> None:
+        silent = {number for number, seconds in self._silent.items() if seconds > min(self._limit, _GRACE)}
+        failed = {number for number, last in self._last.items() if last.endswith(_FAILED)}
+        if _STORE in silent:
+            whose = _FIRST
+        else:
+            whose = _named({number: self._last.get(number, "") for number in silent | failed})
+        report(self._lost(whose, self._limit, "the training waited on"), 1)
+        for thread in threading.enumerate():
+            if thread.name == "checkpoint":
+                thread.join(_WRITING)
+        sys.stderr.flush()
+        os._exit(1)
+
+    def explained(self, error: BaseException, seconds: float, alike: bool = False) -> BaseException:
         """Return what a failed exchange of data means, or the error itself where it is none.
 
-        seconds: that processes wait for each other.
+        seconds: that processes wait for each other. alike: all processes meet this error.
         """
+        self._state = _FINISHED if alike else _FAILED
+        self.unwatch()
         text = str(error)
-        if world() == 1 or not (
-            isinstance(error, distributed.DistError) or re.search("gloo|nccl|timed out", text, re.IGNORECASE)
+        if (
+            world() == 1
+            or not isinstance(error, RuntimeError)
+            or isinstance(error, RunFailed)
+            or not (isinstance(error, distributed.DistError) or re.search("gloo|nccl|timed out", text, re.IGNORECASE))
         ):
             return error
+        self._state = _LOST
         found: list[dict[int, str]] = []
-        asked = threading.Thread(target=_look, daemon=True, args=(found,))
-        asked.start()
-        asked.join(4 * _PERIOD + _ANSWER)
-        whose = "the first process" if not found else _named(found[0])
+        if self._silent[_STORE] < _ANSWER:
+            asked = threading.Thread(target=_look, daemon=True, args=(found,))
+            asked.start()
+            asked.join(4 * _PERIOD + _ANSWER)
+        self._deaf = not found
+        return self._lost(_FIRST if not found else _named(found[0]), seconds, text.splitlines()[0][:200])
+
+    def _lost(self, whose: str, seconds: float, why: str) -> LostProcess:
         return LostProcess(
             f"process {rank()} on {platform.node()}, step {self.step}: {whose} did not answer within {seconds:g} s, or "
-            f"ended ({text.splitlines()[0][:200]}): see its own output, then give the same command again with "
-            "--resume auto"
+            f"ended ({why}): see its own output, then give the same command again with --resume auto"
         )
+
+
+_FIRST = "the first process"
 
 
 def _key(number: int) -> str:

@@ -28,22 +28,27 @@ _VERIFICATION = timedelta(days=2)  # that the slowest process may take
 
 
 def open_sets(settings: Settings) -> tuple[Beton, Beton | None]:
-    """Return the training set and, if there is one, that for kNN. Raises InputError, on all processes alike.
-
-    Where `data.verify` is full, every record of them is checked first.
-    """
+    """Return the training set and, if there is one, that for kNN. Raises InputError, on all processes alike."""
     train_set = together(lambda: _open(settings, "train"), lambda beton: {"data.train": beton.fingerprint})
     asked = settings.data.eval and settings.knn.every
     eval_set = together(
         lambda: _open(settings, "eval") if asked else None, lambda beton: {"data.eval": beton and beton.fingerprint}
     )
-    if settings.data.verify == "full":
-        _verify(settings, "train", train_set)
-        if eval_set is not None and eval_set.fingerprint != train_set.fingerprint:
-            _verify(settings, "eval", eval_set)
-        elif eval_set is not None:
-            eval_set.unreadable |= train_set.unreadable
     return train_set, eval_set
+
+
+def verify_sets(settings: Settings, train_set: Beton, eval_set: Beton | None) -> None:
+    """Check every record where `data.verify` is full, which may take long. Raises InputError, on all processes alike.
+
+    Damaged ones that `data.on_bad` passes over become `unreadable`: to be called before a loader is built.
+    """
+    if settings.data.verify != "full":
+        return
+    _verify(settings, "train", train_set)
+    if eval_set is not None and eval_set.fingerprint != train_set.fingerprint:
+        _verify(settings, "eval", eval_set)
+    elif eval_set is not None:
+        eval_set.unreadable |= train_set.unreadable
 
 
 def _open(settings: Settings, name: str) -> Beton:

@@ -13,18 +13,20 @@ from typing import Any
 
 import torch
 
-from engine.build import Run, begin, build
+from engine.build import Run, begin, build, check_out
 from engine.config import Settings
 from engine.devices import now
 from engine.heartbeat import Heartbeat, LostProcess
-from engine.meeting import rank, together
+from engine.meeting import Told, rank, together
 from engine.norm_statistics import RunningStatistics
 from engine.preempt import Stopped
 from engine.state import refuse_divergence, restore, save
 from engine.watchdog import dump_stacks
-from pipeline.errors import LoaderStalled, RunFailed
+from pipeline.errors import LoaderStalled
 from pipeline.files import write_json
 from pipeline.loader import Batch
+
+_ALIKE = (Stopped, Told, FloatingPointError)  # what all processes meet, each at its own time
 
 
 def train(settings: Settings) -> dict[str, Any]:
@@ -33,24 +35,25 @@ def train(settings: Settings) -> dict[str, Any]:
     Where no batch came in time, or a process was lost, prints every thread's stack before it raises what happened.
     """
     run: Run | None = None
-    heartbeat = Heartbeat()
+    heartbeat = Heartbeat(settings.collective_timeout)
     with contextlib.ExitStack() as held:
         try:
+            together(lambda: check_out(settings))
             run = build(settings)
             held.enter_context(run.requests.heeded())  # until the failure of another process is explained, too
             return _trained(run, heartbeat)
-        except LoaderStalled as error:
-            dump_stacks(error)
-            where = f"process {rank()} on {platform.node()}, step {heartbeat.step}"
-            raise LoaderStalled(f"{where}: {error}; the stack of every thread is above") from error
-        except RunFailed:
-            raise
-        except RuntimeError as error:
-            explained = heartbeat.explained(error, settings.collective_timeout)
-            if isinstance(explained, LostProcess):
+        except BaseException as error:
+            meant = heartbeat.explained(error, settings.collective_timeout, isinstance(error, _ALIKE))
+            if isinstance(meant, (LoaderStalled, LostProcess)):
                 dump_stacks(error)
-            raise explained from error
+            if isinstance(meant, LoaderStalled):
+                where = f"process {rank()} on {platform.node()}, step {heartbeat.step}"
+                meant = LoaderStalled(f"{where}: {error}; the stack of every thread is above")
+            if meant is error:
+                raise
+            raise meant from error
         finally:
+            heartbeat.unwatch()
             if run is not None:
                 run.close()
             heartbeat.close()

@@ -14,6 +14,7 @@ from engine.arguments import flat
 from engine.build import Run, claim
 from engine.meeting import from_first
 from engine.norm_statistics import RunningStatistics
+from engine.origin import commit, origin
 from engine.schedule import DOUBTFUL, PATIENCE
 from pipeline.errors import InputError
 
@@ -53,6 +54,7 @@ def save(run: Run) -> None:
         "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
         "settings": run.settings.as_dict(),
         "backend": run.backend.name,
+        "origin": origin(run.loader.beton),
     }
     with _statistics(run).averaged() as rows:
         if run.accelerator.is_main_process:
@@ -92,6 +94,7 @@ def restore(run: Run) -> None:
     The first process reads it, and tells the others. Raises InputError, on all of them, where it does not fit the
     settings, or where the run folder already holds later ones.
     """
+    commit()  # before the tree can change: checkpoints name the one that was imported
     read: dict[str, Any] = {}
     found = from_first(lambda: _read(run, read))
     if found is None:

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from engine import checkpoint
+from engine import checkpoint, origin
 from pipeline.errors import InputError, reason
 from pipeline.limits import open_regular, parse_json
 
@@ -32,6 +32,8 @@ class Contents(NamedTuple):
     settings: dict[str, Any]
     described: dict[str, Any]
     """The fields of an `engine.weights.Architecture`, as far as the file gives them."""
+    origin: dict[str, Any]
+    """What the run was made by, as far as its checkpoint says (`engine.origin`)."""
 
 
 def read(path: Path) -> Contents:
@@ -42,8 +44,8 @@ def read(path: Path) -> Contents:
         raise InputError(f"{path}: no such file: give a run, a checkpoint folder, a .safetensors or a .pth")
     if path.suffix == ".safetensors":
         state, described = _read_safetensors(path)
-        return Contents(path, _plain(state), {}, described)
-    return Contents(path, _plain(_read_torch(path)), {}, {})
+        return Contents(path, _plain(state), {}, described, {})
+    return Contents(path, _plain(_read_torch(path)), {}, {}, {})
 
 
 def _read_checkpoint(path: Path) -> Contents:
@@ -59,7 +61,7 @@ def _read_checkpoint(path: Path) -> Contents:
         described = {"arch": model["arch"], "stem": model["stem"], "width": model["width"], "size": data["size"]}
     except (KeyError, TypeError):
         raise InputError(f"{path}: its settings describe no encoder: give another checkpoint") from None
-    return Contents(path, tensors.get("model", {}), settings, described)
+    return Contents(path, tensors.get("model", {}), settings, described, origin.recorded(state))
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -109,6 +109,8 @@ class Loaded:
     warnings: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     """Of the run, where it is a Millrace checkpoint."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """What that run was made by, as far as the checkpoint says (`engine.origin`)."""
 
     def summary(self) -> str:
         """Return in a line what was matched and what is left over."""
@@ -148,7 +150,7 @@ def load_encoder(path: Path | str, which: Which = "online", *, heads: int = 0) -
     backbone.load_state_dict(part, strict=False)
     matched = len(wanted.keys() & part.keys())
     loaded = Loaded(backbone.eval(), architecture, path, layout.name, which, matched)
-    loaded.settings = contents.settings
+    loaded.settings, loaded.origin = contents.settings, contents.origin
     _tell_left(loaded, layout, part, [key for key in contents.state if not key.startswith(prefix)])
     return loaded
 

@@ -27,6 +27,7 @@ from pipeline.views import View
 
 CROP_AND_FLIP = View(scale=(0.08, 1.0), jitter=0.0, grey=0.0, blur=0.0)
 """RandomResizedCrop and a flip: what classifiers are trained on, in every protocol here."""
+_FEW, _FEW_PIXELS = 16, 1 << 16  # images at least, and their pixels
 
 
 @dataclass
@@ -91,9 +92,13 @@ class Bench(Trial):
         return torch.cat(found), torch.from_numpy(np.concatenate(ids)).to(self.device)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the backbone's features [B, F] of images [B, 3, S, S], float32."""
+        """Return the backbone's features [B, F] of images [B, 3, S, S], float32.
+
+        On a CPU a few at a time: activations of many leave its caches, and are given fresh memory layer by layer.
+        """
+        few = len(images) if images.is_cuda else max(_FEW, _FEW_PIXELS // self.size**2)
         with self.accelerator.autocast():
-            return self.backbone(images).float()
+            return torch.cat([self.backbone(part).float() for part in images.split(few)])
 
     def labels(self, beton: Beton) -> torch.Tensor:
         """Return all labels, int64 [N], on the device."""

@@ -4,19 +4,25 @@ Each feature is brought to mean 0 and deviation 1 over the training images, so t
 encoders; the classifier stays linear. All pairs of rate and decay are trained side by side as one product of matrices,
 on nine tenths of (at most `--sweep-images`) training images, and judged on the tenth that is left: never on the test
 images. The best pair is then trained on all training images. Processes share the pairs among them.
+
+Features stay in OUT/linear_fast, 2 F bytes an image and pass, and are taken up when the command is given again, broken
+off or with another rate, number of epochs or of passes. What follows them begins anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import math
+from collections.abc import Generator
 
 import torch
 from torch.nn import functional as F
 
 from engine import ranks
 from engine.probes.bench import Bench, best
+from engine.probes.passes import Pass, keep, take_up
 from engine.probes.scores import score
 from engine.probes.training import check_batch
 from pipeline.device import to_device
@@ -68,25 +74,51 @@ def run(bench: Bench) -> None:
     bench.finish("linear_fast", f"linear, fast, {views}", scores, sweep=found, settings=settings)
 
 
-@torch.no_grad()
 def kept_features(bench: Bench) -> Cached:
-    """Return the training images' features, bfloat16, of all processes, for each pass; centre-cropped for none."""
-    labels = bench.labels(bench.train)
-    if not bench.args.passes:
-        found, ids = bench.features(bench.train, torch.bfloat16)
-        return [(bench.everywhere(found, bench.train), labels[bench.everywhere(ids, bench.train)])]
+    """Return the training images' features, bfloat16, of all processes, for each pass; centre-cropped for none.
+
+    Each pass is kept in a file when it is whole: those that are there, of the same settings, are not computed again.
+    """
+    labels, augmented = bench.labels(bench.train), bench.args.passes > 0
     batch = check_batch(bench.args.batch or 256, len(bench.train))
-    loader, passes = bench.train_loader(bench.train, batch), []
+    settings = bench.settings(batch=batch, processes=ranks.world())
+    names = [f"pass_{number}" for number in range(bench.args.passes)] if augmented else ["centre"]
+    files, passes = [bench.out / "linear_fast" / f"{name}.safetensors" for name in names], []
+    for file in files:
+        if (found := take_up(bench, file, settings)) is None:
+            break
+        passes.append(found)
+    left = files[len(passes) :]
+    computed = _augmented(bench, batch, len(passes)) if augmented else _centred(bench)
+    with contextlib.closing(computed):
+        for file, found in zip(left, computed, strict=False):
+            bench.check_frozen()
+            keep(bench, file, settings, *found)
+            passes.append(found)
+    return [(features, labels[ids]) for features, ids in passes]
+
+
+@torch.no_grad()
+def _centred(bench: Bench) -> Generator[Pass, None, None]:
+    """Yield the features of all processes, and the ids they are of, centre-cropped."""
+    found, ids = bench.features(bench.train, torch.bfloat16)
+    yield bench.everywhere(found, bench.train), bench.everywhere(ids, bench.train)
+
+
+@torch.no_grad()
+def _augmented(bench: Bench, batch: int, done: int) -> Generator[Pass, None, None]:
+    """Yield the same of one pass after another over the crops, without end, after as many as are done."""
+    loader = bench.train_loader(bench.train, batch)
     try:
-        for _ in range(bench.args.passes):
+        loader.load_state_dict({**loader.state_dict(), "epoch": done})
+        while True:
             parts, read = [], []
             for one in bench.shown(loader, "batches"):
                 parts.append(bench.embed(one.views[0]).to(torch.bfloat16))
                 read.append(to_device(one.ids, bench.device))
-            passes.append((ranks.gather(torch.cat(parts)), labels[ranks.gather(torch.cat(read))]))
+            yield ranks.gather(torch.cat(parts)), ranks.gather(torch.cat(read))
     finally:
         loader.close()
-    return passes
 
 
 def _statistics(passes: Cached) -> tuple[torch.Tensor, torch.Tensor]:

@@ -50,6 +50,9 @@ def test_a_step_is_as_long_as_its_slowest_part() -> None:
     assert seconds["copy"] == pytest.approx(128 * 2e5 / 10e9)
     assert seconds["exchange"] == 0  # hidden
     assert found["limit"] == "decode"
+    step, keys = 512 / (500 * 16 * SCALING), 1024 * 128 * 4
+    assert found["busy"]["GPU link"] == pytest.approx(3 / 4 * (2e8 + keys) / 100e9 / step)
+    assert found["busy"]["network"] == pytest.approx(1 / 2 * (2e8 + keys) / 10e9 / step)
     assert found["pairs_per_second"] == pytest.approx(500 * 16 * SCALING * 2)
     assert found["hours"] == pytest.approx(IMAGES * 200 / found["pairs_per_second"] / 3600)
     assert found["gpu_hours"] == pytest.approx(8 * found["hours"])
@@ -92,6 +95,28 @@ def test_what_does_not_fit_is_planned_in_parts_or_not_at_all() -> None:
             assert math.isnan(found["hours"])
             assert "recompute" in found["first"]
     assert found["memory_by_batch_gib"][64] == pytest.approx(2 + 6.25 / 2)
+
+
+def test_every_constant_that_enters_is_told() -> None:
+    """But the rate of gloo, which plans of runs without a GPU alone have."""
+    told = " ".join(plan.assumptions())
+    constants = {
+        name
+        for name, value in vars(plan).items()
+        if name[0] != "_" and name.isupper() and isinstance(value, float | tuple)
+    }
+    constants -= {"GLOO", "OURS"}
+    assert constants >= {"SHARE", "LAUNCHES", "SCALING", "CACHE", "LATENCY", "HIDES", "ROOM", "RESIDENT"}
+    assert not [name for name in constants if f"({name})" not in told]
+    found = planned() | {"sources": RATES.sources}
+    report = plan.report(settings(), [found])
+    assert report.notes[-len(plan.assumptions()) :] == plan.assumptions()
+    (row,) = report.rows
+    shown = dict(zip(report.headings, row, strict=True))
+    whole = sum(found["seconds"][name] for name in ("gradients", "keys", "crops", "norms"))
+    assert shown["exchange, ms a step"] == f"{1e3 * whole:.2f}"
+    assert shown["of it not hidden"] == "0.00"
+    assert shown["network busy"] == f"{found['busy']['network']:.1%}"
 
 
 def test_machines_are_read_and_checked(tmp_path: Path) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
+import os
+import platform
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +16,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from engine import devices, ranks
+from engine import build as building
+from engine import devices, loop, meeting, ranks
 from engine.build import Run, build, check_batch
 from engine.config import Data, Method, Model, Optim, Settings
 from methods.norm import SplitBatchNorm
@@ -178,3 +184,110 @@ def test_a_batch_that_batchnorms_parts_do_not_divide_is_warned_of(
 def test_parts_of_a_single_sample_are_refused(drawn: Path) -> None:
     with pytest.raises(InputError, match="accumulate 32"):
         check_batch(replace(settings(drawn, "plain"), accumulate=32), Accelerator(cpu=True))
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "precision": ({"precision": "fp16"}, "precision 'fp16': needs a GPU"),
+    "parts": ({"accumulate": 32}, "accumulate 32: does not divide"),
+    "batch": ({"data.batch": 201}, "a batch of 201 from 200 samples"),
+    "a file": ({"out": "{file}/run"}, "out '{file}/run': Not a directory: choose another folder"),
+    "a run": ({"out": "{run}"}, "already holds a run: add --resume auto"),
+    "in use": ({"out": "{used}", "resume": "auto"}, "another run is writing into it"),
+}
+
+
+def wrong(case: str, beton: Path, places: dict[str, str]) -> Settings:
+    """Settings of a run that cannot work, whose data are to be verified."""
+    chosen = settings(beton, "plain")
+    changed = {key: v.format(**places) if isinstance(v, str) else v for key, v in WRONG[case][0].items()}
+    data = {key.removeprefix("data."): changed.pop(key) for key in list(changed) if key.startswith("data.")}
+    return replace(chosen, data=replace(chosen.data, verify="full", **data), **changed)
+
+
+def not_to_be_called(*_: object) -> None:
+    raise AssertionError("verified")
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_launch_is_refused_before_the_data_are_verified(
+    case: str, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = {name: str(tmp_path / name) for name in ("file", "run", "used")}
+    (tmp_path / "file").touch()
+    (tmp_path / "run" / "checkpoints" / "step_4").mkdir(parents=True)
+    (tmp_path / "used").mkdir()
+    monkeypatch.setattr(building, "verify_sets", not_to_be_called)
+    chosen, says = wrong(case, drawn, places), WRONG[case][1].format(**places)
+    with open(tmp_path / "used" / ".lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match=says):
+            loop.train(chosen)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = replace(settings(drawn, "plain"), out=str(tmp_path / "new" / "run"))
+    building.check_out(chosen)
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(InputError, match=r"new/run': Permission denied: choose another folder"):
+        building.check_out(chosen)
+
+
+def launch_wrongly(beton: str, out: str) -> None:
+    """Two processes, each wrong launch in turn: one without a GPU, as it is told, one that cannot write."""
+    building.verify_sets = not_to_be_called
+    chosen = settings(Path(beton), "plain")
+    chosen = replace(chosen, data=replace(chosen.data, verify="full"), out=f"{out}/new")
+    odd = replace(chosen, data=replace(chosen.data, batch=31))
+    told = []
+    for each in (replace(chosen, precision="fp16"), replace(chosen, out=f"{out}/file/run"), odd):
+        with pytest.raises(InputError) as raised:
+            loop.train(each)
+        told.append(str(raised.value))
+    Path(out, f"{ranks.rank()}.json").write_text(json.dumps(told))
+
+
+def test_wrong_launches_of_two_processes_are_refused_on_both_before_the_data_are_verified(
+    drawn: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    on_ranks(2, launch_wrongly, str(drawn), str(tmp_path))
+    one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert one == other
+    assert [told.partition(":")[0].split(" ")[0] for told in one] == ["precision", "process", "data.batch"], one
+
+
+def find_a_gpu_short(beton: str, out: str) -> None:
+    """Two processes on a machine that is said to have one GPU."""
+    torch.cuda.is_available = lambda: True
+    torch.cuda.device_count = lambda: 1
+    torch.cuda.is_bf16_supported = lambda *_: True
+    with pytest.raises(InputError) as raised:
+        build(replace(settings(Path(beton), "plain"), cpu=False))
+    Path(out, f"{meeting.rank()}.txt").write_text(str(raised.value))
+
+
+def test_a_process_without_a_gpu_is_named_on_all(drawn: Path, tmp_path: Path) -> None:
+    on_ranks(2, find_a_gpu_short, str(drawn), str(tmp_path))
+    host = platform.node()
+    says = f"process 1 on {host}: 1 GPUs on {host} for 2 processes or more: start one process a GPU"
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == [says, says]
+
+
+def find_a_gpu_on_one(beton: str, out: str) -> None:
+    """Two machines, the second without a GPU."""
+    there = int(meeting.rank() == 0)
+    os.environ["LOCAL_RANK"] = "0"
+    torch.cuda.is_available = lambda: bool(there)
+    torch.cuda.device_count = lambda: there
+    with pytest.raises(InputError) as raised:
+        build(replace(settings(Path(beton), "plain"), cpu=False))
+    Path(out, f"{meeting.rank()}.txt").write_text(str(raised.value))
+
+
+def test_a_machine_without_a_gpu_is_named_on_all(drawn: Path, tmp_path: Path) -> None:
+    on_ranks(2, find_a_gpu_on_one, str(drawn), str(tmp_path))
+    host = platform.node()
+    says = f"device: process 0 on {host} has 'GPU', process 1 on {host} 'CPU': give all processes the same"
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == [says, says]

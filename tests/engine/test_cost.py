@@ -16,15 +16,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine import ranks
-from engine.build import Model, build_model
+from engine.build import Model, begin, build, build_model
 from engine.config import Optim
 from engine.devices import DTYPES, build_accelerator
 from engine.dryrun import estimate
+from engine.loop import train_on
+from engine.meeting import together
+from engine.state import save
 from methods.co2 import CO2
 from methods.registry import Terms
 from methods.residual import Residual
 from methods.xmoco import XMoCo
 from tests.engine.small import BATCH, batch_of, built, settings, views
+from tests.engine.test_build import settings as shuffled_settings
 from tests.gloo import on_ranks
 
 
@@ -108,13 +112,15 @@ class Traffic(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.given: dict[str, list[int]] = {}
+        self.order: list[tuple[str, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             name = func._schema.name.removeprefix("c10d::").strip("_")
             tensors = args[1] if name.startswith(("allgather", "alltoall")) else args[0]
             given = [t for t in tree_leaves(tensors) if isinstance(t, torch.Tensor)]
-            self.given.setdefault(name, []).append(sum(t.nbytes for t in given))
+            self.order.append((name, sum(t.nbytes for t in given)))
+            self.given.setdefault(name, []).append(self.order[-1][1])
         return func(*args, **(kwargs or {}))
 
 
@@ -203,3 +209,59 @@ def test_synchronised_batchnorm_sends_its_statistics_once_a_layer_and_pass(tmp_p
     assert sum(given["allreduce"]) == 2 * statistics + 8 * everyone[0]["parameters"]
     plain = estimate(replace(settings("moco_v2", bn="sync"), cpu=True, tracker="none"))
     assert plain["norm_passes"] == (layers, layers)
+
+
+CASES = ("plain", "logged", "saved", "skipped", "skipped, logged")
+
+
+def run_shuffled(beton: str, out: str) -> None:
+    """Steps of a run whose keys come shuffled, from the loader on: one that is logged, saved, skipped."""
+    chosen = shuffled_settings(Path(beton), "shuffle")
+    run = build(replace(chosen, out=f"{out}/run", optim=replace(chosen.optim, epochs=5)))
+    together(lambda: begin(run))
+    run.monitor.start(0, 0)
+    batches = run.loader.endless()
+    for _ in range(3):
+        train_on(run, next(batches), logs=False)
+    found = {}
+    for case in CASES:
+        before = [p.clone() for p in run.model.step.encoder.parameters()]
+        with Traffic() as traffic:
+            batch = next(batches)
+            if "skipped" in case and ranks.rank() == 1:
+                assert batch.views[0] is not None
+                batch.views[0].fill_(torch.nan)
+            train_on(run, batch, logs="logged" in case)
+            if case == "saved":
+                save(run)
+        taken = any(not torch.equal(*pair) for pair in zip(before, run.model.step.encoder.parameters(), strict=True))
+        assert taken == ("skipped" not in case)
+        found[case] = traffic.order
+    run.close()
+    told = {"given": found, "parameters": _trained(run.model)}
+    Path(out, f"{ranks.rank()}.json").write_text(json.dumps(told))
+
+
+def test_shuffled_batchnorm_exchanges_one_views_crops_and_all_issue_the_same_collectives(
+    drawn: Path, tmp_path: Path
+) -> None:
+    on_ranks(2, run_shuffled, str(drawn), str(tmp_path))
+    one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert one == other  # the same sequence, bytes and all, also where one process alone has a step to skip
+    given = {case: [tuple(each) for each in order] for case, order in one["given"].items()}
+    assert given.keys() == set(CASES)
+    crops = 16 * 3 * 16**2  # uint8, of a process's share of the view with keys
+    gradients = [size for name, size in given["plain"] if name == "allreduce"]
+    assert [each for each in given["plain"] if each[0] != "allreduce"] == [
+        ("alltoall_base", crops),
+        ("allgather_base", 16 * 16 * 4),
+    ]
+    assert sum(gradients) == 4 * one["parameters"]
+    for case, order in given.items():
+        assert order[0] == ("alltoall_base", crops), case
+        assert [name for name, _ in order].count("alltoall_base") == 1, case
+    assert given["skipped"] == given["plain"]
+    early, late = given["logged"], given["skipped, logged"]
+    assert [name for name, _ in early] == [name for name, _ in late]
+    assert sum(size for _, size in early) - sum(size for _, size in late) == 2 * 8  # losses: of five steps, of three
+    assert (tmp_path / "run" / "checkpoints" / "step_00000006").is_dir()

@@ -22,7 +22,7 @@ from engine import card, checkpoint
 from engine.arguments import parse
 from engine.config import Model, Settings
 from engine.monitor import Monitor
-from engine.probes import features, semi, svm
+from engine.probes import features, passes, semi, svm
 from engine.probes.training import Kept, sgd
 from engine.weights import load_encoder
 from methods.registry import build_backbone
@@ -66,6 +66,10 @@ def slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Slot]:
     features._note(position, {}, [1])
     np.lib.format.open_memmap(partial, "w+", np.float32, (40, 8)).flush()
 
+    bench.backbone, bench.train = SimpleNamespace(features=8), range(40)
+    kept_pass = run / "evaluation" / "linear_fast" / "centre.safetensors"
+    passes.keep(bench, kept_pass, {}, torch.zeros(40, 8, dtype=torch.bfloat16), torch.arange(40))  # type: ignore[arg-type]
+
     def reopened() -> None:
         features._make(partial, position, (40, 8), {})
         assert np.lib.format.open_memmap(partial, "r").shape == (40, 8)
@@ -95,6 +99,7 @@ def slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Slot]:
         "encoder: .safetensors": (tmp_path / "x.safetensors", lambda: load_encoder(tmp_path / "x.safetensors")),
         "classifier: state": (classifier / "state.safetensors", lambda: kept._read({})),
         "classifier: json": (classifier / "state.json", lambda: kept._read({})),
+        "classifier: pass": (kept_pass, lambda: passes.take_up(bench, kept_pass, {})),  # type: ignore[arg-type]
         "features": (partial, reopened),
         "features: position": (position, reopened),
         "names": (tmp_path / "names.txt", lambda: semi.named(Beton(beton), tmp_path / "names.txt")),

@@ -102,7 +102,7 @@ def test_a_cut_cable_ends_both_and_the_run_goes_on_afterwards(hosts: list[str], 
     took = time.monotonic() - cut
     print(f"both ended {took:.1f} s after the cut, with a timeout of {TIMEOUT} s")
     assert all(process.returncode for process in started)
-    assert took < TIMEOUT + 40
+    assert took < TIMEOUT + 12  # to say who was lost, and for the launchers to end
     assert "process 0 on" in texts[0]
     assert re.search(r"process 1 \(last at step \d+\) did not answer", texts[0])
     assert "process 1 on" in texts[1]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from engine.config import Data, Knn, Settings
-from engine.inputs import open_sets
+from engine.inputs import open_sets, verify_sets
 from pipeline.beton import Beton, Manifest, manifest_path
 from pipeline.encode import Record
 from pipeline.errors import DamagedRecord, InputError
@@ -59,6 +59,12 @@ def settings(path: Path, **data: str) -> Settings:
     return Settings(data=Data(train=str(path), verify="full", **data), knn=Knn(every=0))  # type: ignore[arg-type]
 
 
+def verified(chosen: Settings) -> tuple[Beton, Beton | None]:
+    sets = open_sets(chosen)
+    verify_sets(chosen, *sets)
+    return sets
+
+
 def seen(beton: Beton, rank: int, world: int) -> np.ndarray:
     """Return the records that one process reads in an epoch, [steps, share of a batch]."""
     options = {"size": 8, "batch": 100, "workers": 1, "rank": rank, "world": world}
@@ -76,8 +82,8 @@ def test_exactly_the_damaged_records_are_found_and_passed_over_alike(
     found = [sample for sample, _ in verify(Beton(path), quiet=True)]
     assert found == bad
     with pytest.raises(InputError, match=f"{count} of {len(Beton(path))} records are damaged, samples {bad[0]}"):
-        open_sets(settings(path))
-    beton, _ = open_sets(settings(path, on_bad="skip"))
+        verified(settings(path))
+    beton, _ = verified(settings(path, on_bad="skip"))
     assert f"{count} of {len(beton)} records are damaged" in capsys.readouterr().err
     one, *two = (seen(beton, rank, world) for rank, world in ((0, 1), (0, 2), (1, 2)))
     assert not np.isin(one, bad).any()
@@ -94,11 +100,11 @@ def test_exactly_the_damaged_records_are_found_and_passed_over_alike(
 def test_too_many_damaged_records_are_refused_with_either_policy(many: Path, tmp_path: Path) -> None:
     path = damaged(many, tmp_path / "bad.beton", list(range(0, 5000, 99)))
     with pytest.raises(InputError, match="51 damaged records, the first of them 0, and at most 50 are skipped"):
-        open_sets(settings(path, on_bad="skip"))
+        verified(settings(path, on_bad="skip"))
 
 
 def test_a_whole_set_is_verified_in_silence(drawn: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train, evaluation = open_sets(replace(settings(drawn), knn=Knn()))
+    train, evaluation = verified(replace(settings(drawn), knn=Knn()))
     assert (len(train), evaluation, train.unreadable) == (200, None, frozenset())
     assert "warning" not in capsys.readouterr().err
 
@@ -106,12 +112,12 @@ def test_a_whole_set_is_verified_in_silence(drawn: Path, capsys: pytest.CaptureF
 def test_the_set_for_knn_is_verified_too(drawn: Path, many: Path, tmp_path: Path) -> None:
     path = damaged(drawn, tmp_path / "bad.beton", [7])
     with pytest.raises(InputError, match=r"bad\.beton: 1 of 200 records are damaged, samples 7 "):
-        open_sets(replace(settings(many, eval=str(path)), knn=Knn()))
+        verified(replace(settings(many, eval=str(path)), knn=Knn()))
 
 
 def test_a_quick_check_leaves_damage_to_the_reading(drawn: Path, tmp_path: Path) -> None:
     path = damaged(drawn, tmp_path / "bad.beton", [7])
-    beton, _ = open_sets(replace(settings(path), data=Data(train=str(path))))
+    beton, _ = verified(replace(settings(path), data=Data(train=str(path))))
     with pytest.raises(DamagedRecord, match="sample 7 "), closing(_all_of(beton)) as loader:
         next(iter(loader))
 
@@ -139,7 +145,7 @@ def open_copies(paths: list[str], out: str, on_bad: str) -> None:
     os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     own = paths[int(os.environ["RANK"])]
     try:
-        beton, _ = open_sets(settings(Path(own), on_bad=on_bad))
+        beton, _ = verified(settings(Path(own), on_bad=on_bad))
         told = {"unreadable": sorted(beton.unreadable)}
     except InputError as error:
         told = {"error": str(error)}

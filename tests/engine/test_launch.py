@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
         "scontrol": f"{written}\n[[ $1 == requeue ]] || printf 'node7\\nnode8\\n'",
         "torchrun": f"{written}\ntrap 'echo torchrun saves >>{tmp_path}/calls; exit 75' USR1\n"
         "[[ -z ${LASTS:-} ]] || { sleep $LASTS & wait $!; }",
-        "python": written,
+        "python": f'{written}\n[[ $2 != engine.launch.data ]] || exec {sys.executable} "$@"',
     }.items():
         (tools / name).write_text(f"#!/bin/bash\n{does}\n")
         (tools / name).chmod(0o755)
@@ -80,20 +81,30 @@ def test_a_slurm_job_starts_all_nodes_and_goes_on_from_its_checkpoint(tmp_path: 
     assert calls(tmp_path, "srun")[-1] == "srun 12 cores, SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1, 100 s"
 
 
-@pytest.mark.parametrize("form", [["--data.train", "/shared/t.beton"], ["--data.train=/shared/t.beton"], []])
-def test_a_slurm_job_stages_its_data_first(form: list[str], tmp_path: Path, slurm: dict[str, str]) -> None:
-    script = ["bash", str(LAUNCH / "slurm.sbatch"), "--seed", "1", *form]
-    script += ["--data.eval", "/shared/e.beton"] if form else []
-    done = subprocess.run(
-        script, cwd=tmp_path, env=slurm | {"MILLRACE_STAGE": "/local"}, capture_output=True, text=True
-    )
-    if not form:
+@pytest.mark.parametrize(
+    ("form", "recipe"),
+    [
+        (["--data.train", "/shared/t.beton", "--data.eval", "/shared/e.beton"], ""),
+        (["--data.train=/shared/t.beton", "--data.eval=/shared/e.beton"], ""),
+        ([], "data: {train: /shared/t.beton, eval: /shared/e.beton}"),
+        (["--data.eval", "/shared/e.beton"], "data: {train: /shared/t.beton, eval: /shared/other.beton}"),
+        ([], "seed: 2"),
+        (["--data.trian", "x"], ""),
+    ],
+)
+def test_a_slurm_job_stages_its_data_first(form: list[str], recipe: str, tmp_path: Path, slurm: dict[str, str]) -> None:
+    (tmp_path / "R.yaml").write_text(recipe or "seed: 1")
+    script = ["bash", str(LAUNCH / "slurm.sbatch"), "--config", "R.yaml", *form]
+    env = slurm | {"MILLRACE_STAGE": "/local", "PYTHONPATH": str(LAUNCH.parents[1])}
+    done = subprocess.run(script, cwd=tmp_path, env=env, capture_output=True, text=True)
+    if "t.beton" not in f"{form}{recipe}":
         assert done.returncode == 2
-        assert "no --data.train" in done.stderr
+        assert ("no --data.train" if recipe else "did you mean data.train") in done.stderr
+        assert not calls(tmp_path, "torchrun")
         return
     assert done.returncode == 0, done.stderr
     staged = [f"python -m pipeline.stage /shared/{name}.beton /local" for name in "te"]
-    assert calls(tmp_path, "python") == staged
+    assert calls(tmp_path, "python")[1:] == staged
     assert calls(tmp_path, "torchrun")[0].endswith("--data.train /local/t.beton --data.eval /local/e.beton")
 
 

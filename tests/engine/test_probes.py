@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 from torch.nn import functional as F
 
 from engine.neighbours import neighbours, vote
@@ -271,10 +272,10 @@ def test_a_linear_classifier_goes_on_where_it_was(
     other = tmp_path / "other"
     other.mkdir()
     saves: list[int] = []
-    save = training.Kept.save
+    unbroken = training.Kept.save
 
     def broken(self: training.Kept, epoch: int) -> None:
-        save(self, epoch)
+        unbroken(self, epoch)
         saves.append(epoch)
         if saves == [1]:
             raise KeyboardInterrupt
@@ -317,6 +318,68 @@ def test_fast_runs_on_images(encoder: Path, drawn: Path, passes: str) -> None:
     assert found["images"] == 20
 
 
+def _count_embedded(monkeypatch: pytest.MonkeyPatch, stop_at: int = 0) -> list[int]:
+    """Return a list whose one number counts the batches that are embedded; in the place of that one comes Ctrl-C."""
+    from engine.probes.bench import Bench
+
+    embed, calls = Bench.embed, [0]
+
+    def counted(self: Bench, images: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] == stop_at:
+            raise KeyboardInterrupt
+        return embed(self, images)
+
+    monkeypatch.setattr(Bench, "embed", counted)
+    return calls
+
+
+@pytest.mark.parametrize(("passes", "again"), [("2", 4 + 1), ("0", 4 + 1)])
+def test_fast_goes_on_after_its_last_whole_pass(
+    encoder: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch, passes: str, again: int
+) -> None:
+    options = ["--protocol", "fast", "--passes", passes, "--epochs", "2", "--batch", "45"]  # four batches a pass
+    whole = evaluate("linear", encoder, drawn, *options)
+    other = encoder.parent / "other" / "encoder.pth"
+    other.parent.mkdir()
+    other.write_bytes(encoder.read_bytes())
+    with monkeypatch.context() as first:
+        _count_embedded(first, stop_at=6 if passes == "2" else 3)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate("linear", other, drawn, *options)
+    calls = _count_embedded(monkeypatch)
+    resumed = evaluate("linear", other, drawn, *options)
+    assert calls[0] == again  # a pass, and the test images
+    for key in ("per_class", "sweep", "settings"):
+        assert resumed[key] == whole[key]
+    kept, begun_anew = (sorted((path.parent / "out" / "linear_fast").iterdir()) for path in (encoder, other))
+    assert [path.name for path in kept] == [path.name for path in begun_anew]
+    for left, right in zip(kept, begun_anew, strict=True):
+        assert left.read_bytes() == right.read_bytes()
+
+
+def test_fast_computes_features_anew_where_they_do_not_fit(
+    encoder: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--protocol", "fast", "--passes", "0", "--epochs", "1"]
+    evaluate("linear", encoder, drawn, *options)
+    file = encoder.parent / "out" / "linear_fast" / "centre.safetensors"
+    good, calls = file.read_bytes(), _count_embedded(monkeypatch)
+    evaluate("linear", encoder, drawn, *options, "--lr", "0.1")
+    assert calls[0] == 1  # the test images alone
+    with safe_open(file, "pt") as opened:
+        about, x, ids = opened.metadata(), opened.get_tensor("features"), opened.get_tensor("ids")
+    others = [{"features": x, "ids": ids + 1}, {"features": x.float(), "ids": ids}, {"features": x[1:], "ids": ids}]
+    for spoilt in (good[:-9], b"", *(save(other, metadata=about) for other in (*others, {"ids": ids}))):
+        file.write_bytes(spoilt)
+        evaluate("linear", encoder, drawn, *options)
+        assert file.read_bytes() == good
+        assert "computed anew" in capsys.readouterr().err
+    evaluate("linear", encoder, drawn, *options, "--batch", "90")
+    assert "are of other settings" in capsys.readouterr().err
+    assert calls[0] == 1 + 6 * 2 + 3
+
+
 # Fine-tuning
 
 
@@ -350,6 +413,35 @@ def test_fine_tuning_moves_the_backbone_and_goes_on(
     again = evaluate("semi", encoder, drawn, *options)  # from what was kept: nothing is left to train
     assert again["per_class"] == whole["per_class"]
     assert again["training_seconds"] < whole["training_seconds"]
+
+
+def test_fine_tuning_broken_off_ends_where_the_undisturbed_does(
+    encoder: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--labels", "0.5", "--epochs", "3", "--batch", "30"]
+    whole = evaluate("semi", encoder, drawn, *options)
+    other = encoder.parent / "other" / "encoder.pth"
+    other.parent.mkdir()
+    other.write_bytes(encoder.read_bytes())
+    saves: list[int] = []
+    unbroken = training.Kept.save
+
+    def broken(self: training.Kept, epoch: int) -> None:
+        unbroken(self, epoch)
+        saves.append(epoch)
+        if saves == [1]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.Kept, "save", broken)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate("semi", other, drawn, *options)
+    resumed = evaluate("semi", other, drawn, *options)
+    assert saves == [1, 2, 3]
+    assert resumed["per_class"] == whole["per_class"]
+    ends = [load_file(next(e.parent.glob("out/semi_0.5/step_*/state.safetensors"))) for e in (encoder, other)]
+    assert ends[0].keys() == ends[1].keys()
+    assert any(name.startswith("momentum|backbone.") for name in ends[0])
+    assert all(torch.equal(ends[1][name], value) for name, value in ends[0].items())
 
 
 # SVMs and features

@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -178,17 +179,22 @@ def state_hash(out: Path) -> str:
     return digest.hexdigest()
 
 
-def silently(arguments: list[str]) -> None:
+def silently(arguments: list[str], temporary: Path | None) -> None:
     os.setsid()
+    if temporary is not None:
+        tempfile.tempdir = os.environ["TMPDIR"] = str(temporary)
     torch.set_num_threads(1)
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     train(arguments)
 
 
-def seconds_of(arguments: list[str], kill_after: float = float("inf")) -> float:
-    """Train in a process of its own, killed with all it started after so many seconds; return how long it lived."""
-    process = FORKED.Process(target=silently, args=(arguments,))
+def seconds_of(arguments: list[str], kill_after: float = float("inf"), temporary: Path | None = None) -> float:
+    """Train in a process of its own, killed with all it started after so many seconds; return how long it lived.
+
+    temporary: where its temporary files go.
+    """
+    process = FORKED.Process(target=silently, args=(arguments, temporary))
     begun = time.monotonic()
     process.start()
     process.join(min(kill_after, 300))

@@ -125,28 +125,6 @@ def _module(arch: str, state: State) -> nn.Module:
     return module
 
 
-def test_transformers_have_the_recorded_names() -> None:
-    encoder = _backbone("vit_small")
-    for library, file in (("torchvision", "torchvision_vit_keys.txt"), ("mmdet", "mmpretrain_vit_keys.txt")):
-        recorded = (_HERE / file).read_text().split()
-        assert sorted(renamed(encoder, library, transformer=True)) == sorted(recorded)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-def test_resnets_have_detectron2s_names(arch: str) -> None:
-    """detectron2's `modeling/backbone/resnet.py`: a stem, res2 to res5, `norm` within each convolution."""
-    depths, convs = {"resnet18": ((2, 2, 2, 2), 2), "resnet50": ((3, 4, 6, 3), 3)}[arch]
-    names = ["stem.conv1"]
-    for stage, depth in enumerate(depths, start=2):
-        for block in range(depth):
-            widened = block == 0 and (stage > 2 or arch == "resnet50")
-            names += [f"res{stage}.{block}.shortcut"] * widened
-            names += [f"res{stage}.{block}.conv{number}" for number in range(1, convs + 1)]
-    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-    expected = {f"{name}.weight" for name in names} | {f"{name}.norm.{part}" for name in names for part in norm}
-    assert renamed(_backbone(arch), "detectron2", transformer=False).keys() == expected
-
-
 def test_a_millrace_checkpoint_gives_the_encoder_it_was_asked_for(tmp_path: Path) -> None:
     settings = Settings(model=Model(arch="resnet18", stem="small", width=0.25))
     state: State = {}

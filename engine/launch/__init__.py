@@ -1,0 +1,1 @@
+"""What starts runs: configurations of Accelerate, a Slurm script and what it asks."""

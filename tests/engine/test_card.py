@@ -1,0 +1,94 @@
+"""A model card says what the run says: recipe, data, version and commit, metrics."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from engine import origin
+from engine.arguments import parse
+from engine.card import card
+from engine.export import export
+from engine.loop import train
+from engine.probes.command import run as evaluate
+from engine.weights import load_encoder
+from pipeline.beton import Beton
+from tests.engine.run_folders import settings, write_checkpoint
+from tests.engine.test_run import SMALL
+
+
+def _part(text: str, name: str) -> str:
+    """Return what stands under a heading."""
+    return text.split(f"## {name}\n\n")[1].split("\n## ")[0]
+
+
+def _recipe(text: str) -> Any:
+    return yaml.safe_load(_part(text, "Recipe").removeprefix("```yaml\n").split("```")[0])
+
+
+def test_a_card_is_the_runs(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commit is that of the tree that trained, whatever exports."""
+    out, trained, exporting = tmp_path / "run", "0" * 39 + "1", "0" * 39 + "2"
+    data = ["--data.train", str(drawn), "--data.eval", str(drawn)]
+    with monkeypatch.context() as then:
+        then.setattr("engine.origin.commit", lambda: trained)
+        train(parse([*data, *SMALL, "--optim.epochs", "1", "--optim.lr", "0.07", "--out", str(out)]))
+    common = ["--train", str(drawn), "--size", "16", "--cpu", "--precision", "no", "--workers", "1"]
+    evaluate(["knn", str(out), *common, "--k", "5"])
+    monkeypatch.setattr("engine.card.commit", lambda: exporting)
+    export(load_encoder(out), "safetensors", tmp_path / "x.safetensors")
+    text = (tmp_path / "x.safetensors.md").read_text()
+
+    assert re.findall(r"commit (\w+)", text) == [trained, exporting]
+    assert text.index("checkpoint was written by") < text.index(trained) < text.index("Exported by")
+    beton = Beton(drawn)
+    expected = "Trained on `drawn.beton`, without labels: 200 images, of 10 classes, fingerprint "
+    expected += f"`{beton.fingerprint}`."
+    assert _part(text, "Data").strip() == expected
+    assert _recipe(text) == yaml.safe_load((out / "config.yaml").read_text())
+    assert _recipe(text)["optim"]["lr"] == 0.07
+    online = next(json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines() if "knn_top1" in line)
+    result = json.loads((out / "evaluation" / "knn.json").read_text())
+    assert _part(text, "Metrics").strip().splitlines() == [
+        f"- {result['evaluation']}: top-1 {result['top1']:.2%} (online encoder)",
+        f"- kNN while training, after step {online['step']}: top-1 {online['knn_top1']:.2%}",
+    ]
+
+
+def test_older_checkpoints_have_cards_that_say_less(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, settings("train.beton"))
+    loaded = load_encoder(tmp_path)
+    assert loaded.origin == {}
+    text = card(loaded, "safetensors", tmp_path / "x", 0.0)
+    assert "Trained on `train.beton`, without labels." in text
+    assert "checkpoint was written by" not in text
+
+
+def test_what_a_checkpoint_says_stays_in_its_place() -> None:
+    state = {"loader": {"fingerprint": ["x"]}, "origin": {"version": "1\n## Metrics" + 200 * "x", "images": True}}
+    found = origin.recorded(state)
+    assert found.keys() == {"version"}
+    assert "\n" not in found["version"]
+    assert len(found["version"]) < 120
+    assert origin.recorded({"loader": {}, "origin": 3}) == {}
+
+
+def test_a_commit_is_a_repositorys_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of another repository in which the packages are installed."""
+    if (origin._ROOT / ".git").exists():
+        assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", origin.commit.__wrapped__())
+    around = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*around, "init", "-q"], check=True)
+    subprocess.run([*around, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    installed = tmp_path / "site-packages"
+    installed.mkdir()
+    monkeypatch.setattr(origin, "_ROOT", installed)
+    assert origin.commit.__wrapped__() == ""
+    (installed / ".git").write_text("gitdir: nowhere")
+    assert origin.commit.__wrapped__() == ""
