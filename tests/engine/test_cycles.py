@@ -75,6 +75,35 @@ def test_a_hundred_runs_that_are_killed_leave_nothing_that_grows(
     assert found == dict.fromkeys(found, 0.0), (counted[0], counted[-1])
 
 
+def slope(values: list[float]) -> tuple[float, float]:
+    """Return the least-squares slope of values over their number, and its standard error."""
+    fitted, covariance = np.polyfit(np.arange(len(values)), values, 1, cov=True)
+    return float(fitted[0]), float(np.sqrt(covariance[0, 0]))
+
+
+EPOCHS_EACH, RESUMES = 8, 30
+
+
+@pytest.mark.slow
+@pytest.mark.reliability
+def test_one_process_that_trains_and_resumes_for_long_does_not_grow(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: Figure
+) -> None:
+    """Memory after each resume; the first third, in which caches fill, is left out."""
+    arguments = ["--data.train", str(drawn), "--data.eval", str(drawn), *SMALL, "--out", str(tmp_path)]
+    arguments += ["--resume", "auto", "--allow-change", "optim.epochs", "--log_every", "5"]
+    counted = []
+    for number in range(1, RESUMES + 1):
+        assert main(monkeypatch, *arguments, "--optim.epochs", str(number * EPOCHS_EACH)) == 0
+        gc.collect()
+        counted.append(psutil.Process().memory_info().rss / 2**20)
+    settled = counted[RESUMES // 3 :]
+    grows, error = slope(settled)
+    said = f"one process, {RESUMES} resumes, {RESUMES * EPOCHS_EACH} epochs: {grows:+.3f} ± {error:.3f} MiB a resume"
+    figure("100 start–kill cycles", f"{said}, of {settled[-1]:.0f}")
+    assert grows < max(3 * error, 0.05), counted
+
+
 def test_starts_that_fail_leave_nothing_behind(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
