@@ -193,10 +193,8 @@ def _table(rows: dict[str, float], summary: dict[str, Any], evaluated: int) -> T
     if not rows:
         table.add_row("kNN top-1", "none: the images have no labels")
     table.add_row("loss", f"{summary['loss']:.3f}")
-    table.add_row(
-        "training",
-        f"{summary['training_seconds']:.0f} s, {summary['epoch']:.0f} epoch{'s' * (summary['epoch'] > 1)}, on {summary['device']}",
-    )
+    epochs = f"{summary['epoch']:.0f} epoch{'s' * (summary['epoch'] > 1)}"
+    table.add_row("training", f"{summary['training_seconds']:.0f} s, {epochs}, on {summary['device']}")
     table.add_row("pairs/s", f"{summary['pairs_per_second']:.0f}")
     table.add_row("data-wait", f"{summary['data_wait_fraction']:.1%}")
     return table
