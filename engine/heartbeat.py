@@ -95,10 +95,8 @@ class Heartbeat:
         before, lost = time.monotonic(), 0.0
         while not self._aware.wait(_PERIOD):
             now = time.monotonic()
-            passed, before = (
-                min(now - before, 2 * _PERIOD),
-                now,
-            )  # not the time in which this process was stopped itself
+            passed = min(now - before, 2 * _PERIOD)  # not the time in which this process was stopped itself
+            before = now
             for number in self._silent:
                 self._silent[number] += passed
             lost = lost + passed if self._missed() else 0.0
