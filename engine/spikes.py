@@ -23,10 +23,16 @@ _SIGMA = 1.4826  # standard deviations in a median absolute deviation, of normal
 _FLOOR = 1e-6  # of the median: losses that hardly differ
 
 
+def _median(values: np.ndarray) -> float:
+    """Return the median of values [N]; `numpy.median`, which checks more, takes ten times as long for a few hundred."""
+    ordered = np.sort(values)
+    return float(ordered[(len(values) - 1) // 2] + ordered[len(values) // 2]) / 2
+
+
 def _trend(last: np.ndarray) -> np.ndarray:
     """Return the line through the medians of both halves of the last losses [N], and where it goes next: [N + 1]."""
     half = len(last) // 2
-    first, second = np.median(last[:half]), np.median(last[-half:])
+    first, second = _median(last[:half]), _median(last[-half:])
     middle = (half - 1) / 2
     at = np.arange(len(last) + 1)
     return first + (second - first) * (at - middle) / (len(last) - half)
@@ -65,7 +71,7 @@ class SpikeWatch:
         last = np.fromiter(self._window, float)
         trend = _trend(last)
         usual, deviations = float(trend[-1]), last - trend[:-1]
-        sigma = max(_SIGMA * float(np.median(np.abs(deviations))), _FLOOR * abs(usual))
+        sigma = max(_SIGMA * _median(np.abs(deviations)), _FLOOR * abs(usual))
         if loss - usual <= max(THRESHOLD * sigma, LEAP * deviations.max()):
             return ""
         return (

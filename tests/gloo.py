@@ -12,8 +12,8 @@ from torch import multiprocessing
 
 from engine import meeting
 
-# Processes are forked from one that has imported all this, and done nothing yet.
-multiprocessing.set_forkserver_preload(["accelerate", "torch.distributed", "engine.build", "engine.loop"])
+# Processes are forked from one that has imported all this, and done nothing yet. (An optimiser imports torch._dynamo.)
+multiprocessing.set_forkserver_preload(["accelerate", "torch.distributed", "torch._dynamo", "engine.run"])
 
 
 def on_ranks(world: int, function: Callable[..., None], *arguments: Any) -> None:

@@ -18,6 +18,7 @@ from methods.encoders import ResNet
 from pipeline.errors import InputError, RunFailed
 
 _SIZE = 64  # pixels: small, so that these are quick
+ARCHITECTURES = [pytest.param("resnet18", marks=pytest.mark.slow), "resnet50", "vit_small"]
 
 
 def _loaded(folder: Path, arch: str, **more: object) -> Loaded:
@@ -32,7 +33,7 @@ def _loaded(folder: Path, arch: str, **more: object) -> Loaded:
     return load_encoder(folder / "source.safetensors")
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "vit_small"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("format", list(FORMATS))
 def test_features_are_the_same_after_a_round_trip(format: str, arch: str, tmp_path: Path) -> None:
     if format == "onnx":
@@ -53,7 +54,7 @@ def test_features_are_the_same_after_a_round_trip(format: str, arch: str, tmp_pa
     assert not list(tmp_path.glob(".writing*"))
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "vit_small"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_torchvisions_own_model_loads_it_strictly(arch: str, tmp_path: Path) -> None:
     models = pytest.importorskip("torchvision.models", exc_type=ImportError)
     loaded, file = _loaded(tmp_path, arch), tmp_path / "x.pth"
@@ -68,7 +69,7 @@ def test_torchvisions_own_model_loads_it_strictly(arch: str, tmp_path: Path) -> 
     _equal(model, loaded)
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "vit_small"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_timms_own_model_loads_it_strictly(arch: str, tmp_path: Path) -> None:
     timm = pytest.importorskip("timm", exc_type=ImportError)
     loaded, file = _loaded(tmp_path, arch), tmp_path / "x.safetensors"
@@ -87,7 +88,7 @@ def _equal(model: torch.nn.Module, loaded: Loaded) -> None:
     assert torch.allclose(other, own, atol=1e-5 * float(own.abs().max()), rtol=0)
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "vit_small"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("format", ["torchvision", "timm", "detectron2", "mmdet"])
 def test_files_have_the_names_and_shapes_of_the_libraries_own_models(format: str, arch: str, tmp_path: Path) -> None:
     """detectron2's ViT alone has no class token and no last norm: a checkpointer leaves these two out."""

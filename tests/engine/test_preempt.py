@@ -143,7 +143,11 @@ def test_a_second_ctrl_c_stops_at_once_but_not_one_that_a_launcher_passes_on(mon
 
 @pytest.mark.reliability
 @pytest.mark.parametrize(
-    ("number", "limit"), [(signal.SIGKILL, 5.0), (signal.SIGSTOP, 6.0 + 2.0)], ids=["SIGKILL", "SIGSTOP"]
+    ("number", "limit"),
+    [
+        pytest.param(signal.SIGKILL, 5.0, id="SIGKILL"),
+        pytest.param(signal.SIGSTOP, 6.0 + 2.0, id="SIGSTOP", marks=pytest.mark.slow),
+    ],
 )
 def test_a_lost_process_is_named_with_its_step(
     number: int, limit: float, drawn: Path, tmp_path: Path, figure: Figure

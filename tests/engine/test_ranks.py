@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from filelock import FileLock
 
 from engine import ranks
 from engine.build import needed_views
@@ -116,19 +118,26 @@ def alone() -> dict[str, dict[str, torch.Tensor]]:
     return {name: trained(chosen, Accelerator(cpu=True)) for name, chosen in cases().items()}
 
 
-def trained_on(world: int, names: list[str], folder: Path) -> list[dict[str, Any]]:
-    on_ranks(world, run_cases, names, str(folder))
+def trained_on(world: int, names: list[str], factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Train on so many ranks; return what each came to. The first of pytest's workers to ask trains, for all."""
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
+    folder = (factory.getbasetemp() if alone else factory.getbasetemp().parent) / f"ranks{world}"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            made = factory.mktemp("ranks")
+            on_ranks(world, run_cases, names, str(made))
+            made.rename(folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return trained_on(2, list(cases()), tmp_path_factory.mktemp("two"))
+    return trained_on(2, list(cases()), tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return trained_on(4, FOUR, tmp_path_factory.mktemp("four"))
+    return trained_on(4, FOUR, tmp_path_factory)
 
 
 @pytest.mark.parametrize("name", cases())

@@ -18,7 +18,13 @@ from pipeline.errors import InputError
 RECIPES = sorted((Path(__file__).parents[2] / "engine" / "recipes").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(path, marks=[pytest.mark.slow] if path.stem == "moco_v3_vit_base_in1k" else [], id=path.stem)
+        for path in RECIPES
+    ],
+)
 def test_every_recipe_passes_a_dry_run(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
     settings = parse(["--config", str(recipe), "--cpu", "true"])
