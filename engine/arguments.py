@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 import sys
 from argparse import ArgumentError
@@ -96,6 +97,7 @@ def _check_term(term: str, given: Any) -> None:
 jsonargparse.set_loader("recipe", parse_yaml, exceptions=(yaml.YAMLError, ValueError))
 
 
+@functools.cache
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         parser_mode="recipe",

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from engine import checkpoint, ranks
+from engine import changes, checkpoint, ranks
 from engine.config import Settings
 from engine.devices import DTYPES, build_accelerator, prepared
 from engine.evaluate import Knn
@@ -111,6 +111,8 @@ def build(settings: Settings) -> Run:
     together(lambda: _check(settings, accelerator))
     together(lambda: _check_samples(settings, train_set, accelerator))
     knn = together(lambda: build_knn(settings, train_set, eval_set, accelerator) if eval_set else None)
+    images = train_set.fingerprint, knn.fingerprint if knn else None
+    together(lambda: changes.check(settings, *images) if rank() == 0 else None)
     backend = _backend(settings, train_set, accelerator)
     model = build_model(settings, accelerator, steps_per_epoch(len(train_set), settings.data.batch))
     verify_sets(settings, train_set, eval_set)

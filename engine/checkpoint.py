@@ -144,7 +144,7 @@ def clear_up(folder: Path) -> None:
 
 def load(path: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
     """Return tensors and state of the checkpoint at `path`. Raises InputError where it is not whole."""
-    state = _verified_state(path)
+    state = read_state(path)
     tensors = {}
     for name in state["files"]:
         try:
@@ -159,7 +159,7 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     broken: list[str] = []
     for path in _all(folder):
         try:
-            _verified_state(path)
+            read_state(path)
             return path, broken
         except InputError as error:
             broken.append(str(error))
@@ -192,7 +192,8 @@ def _check_room(folder: Path, wanted: int) -> None:
         raise OSError(errno.ENOSPC, says)
 
 
-def _verified_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path) -> dict[str, Any]:
+    """Return what `state.json` of a checkpoint says. Raises InputError where that, or any of its files, is damaged."""
     remedy, file = "resume from another checkpoint", path / "state.json"
     if not file.exists():
         raise InputError(f"{path}: not a checkpoint (it has no state.json): give the path of a step_... folder")

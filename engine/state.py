@@ -9,27 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine import checkpoint, ranks
-from engine.arguments import flat
+from engine import changes, checkpoint, ranks
 from engine.build import Run, claim
 from engine.meeting import from_first
 from engine.norm_statistics import RunningStatistics
 from engine.origin import commit, origin
 from engine.schedule import DOUBTFUL, PATIENCE
 from pipeline.errors import InputError
-
-FREE = {"out", "resume", "allow_change", "log_every", "save_every", "keep", "keep_every", "tracker", "gradient_shares"}
-FREE |= {"cpu", "compile", "cuda_graph", "recompute", "collective_timeout", "step_timeout"}
-FREE |= {f"data.{key}" for key in ("train", "eval", "eval_share", "verify", "on_bad", "samples", "stall_timeout")}
-FREE |= {f"data.{key}" for key in ("workers", "ahead", "backend", "crop_on", "hardware_load")}
-FREE |= {f"knn.{key}" for key in ("every", "k", "temperature", "limit")}
-"""Settings in which a resumed run may differ from its checkpoint: they do not bear on what is trained.
-
-Of `data.train` and `data.eval` the path alone: the images behind it are compared too.
-"""
-FIXED = {"method.name", "method.queue", "method.queue_dtype", "optim.name", "data.batch", "data.order", "seed"}
-FIXED |= {f"model.{key}" for key in ("arch", "stem", "width", "dim", "hidden", "bn", "zero_init", "frozen_patch")}
-"""Those in which it cannot: what is saved would not fit."""
 
 _ROWS = "running_statistics"  # of each process, [world, N], where they differ: the model has their mean
 
@@ -138,8 +124,8 @@ def _read(run: Run, into: dict[str, Any]) -> dict[str, Any] | None:
     if path is None:
         return None
     tensors, state = checkpoint.load(path)
-    _compare(run, state["settings"])
-    _compare_images(run, state.get("evaluated_on", ""))
+    changes.compare(run.settings, state["settings"])
+    changes.compare_images(run.settings, run.knn.fingerprint if run.knn else None, state.get("evaluated_on", ""))
     later, _ = checkpoint.newest(run.out / "checkpoints")
     if later is not None and checkpoint.step_of(later) > state["step"]:
         raise InputError(
@@ -166,36 +152,6 @@ def _check_fit(path: Path, own: dict[str, checkpoint.Tensors], saved: dict[str, 
                 raise InputError(
                     f"{path / file}.safetensors: {name} {told[1]} there, and {told[0]} in this run: resume from another"
                 )
-
-
-def _compare(run: Run, saved: dict[str, Any]) -> None:
-    """Refuse a checkpoint of other settings, but for those that are free, or allowed to change."""
-    then, now = flat(saved), flat(run.settings.as_dict())
-    differing = [key for key in {**now, **then} if key not in FREE and then.get(key) != now.get(key)]
-    for key in sorted(differing, key=lambda key: key != "method.name"):  # which decides over others
-        if key in FIXED:
-            raise InputError(f"{key} {now.get(key)!r}: the checkpoint has {then.get(key)!r}: resume with that value")
-    if not differing:
-        return
-    listed = ", ".join(f"{key} {then.get(key)!r} -> {now.get(key)!r}" for key in differing)
-    allowed = run.settings.allow_change
-    if refused := [key for key in differing if not any(key == a or key.startswith(f"{a}.") for a in allowed)]:
-        raise InputError(
-            f"the checkpoint has other settings: {listed}: resume with its own, or add "
-            + " ".join(f"--allow-change {key}" for key in refused)
-        )
-    print(f"warning: resuming with other settings: {listed}", file=sys.stderr)
-
-
-def _compare_images(run: Run, before: str) -> None:
-    """Refuse to classify other images by kNN than the checkpoint's run did, unless that is allowed."""
-    if run.knn is None or not before or run.knn.fingerprint == before:
-        return
-    says = f"data.eval {run.settings.data.eval!r}: other images than the checkpoint's"
-    says += f" (fingerprint {run.knn.fingerprint}, there {before})"
-    if not {"data", "data.eval"} & set(run.settings.allow_change):
-        raise InputError(f"{says}, so that kNN would be of both: give those, or add --allow-change data.eval")
-    print(f"warning: {says}: kNN is of these from here on", file=sys.stderr)
 
 
 def _to_resume(run: Run) -> Path | None:

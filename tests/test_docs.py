@@ -16,8 +16,8 @@ import torch
 
 import pipeline.loader
 from engine.arguments import flat
+from engine.changes import FIXED, FREE
 from engine.config import Settings
-from engine.state import FIXED, FREE
 from methods import registry
 from methods.base import Embeddings
 from pipeline.prepare import prepare

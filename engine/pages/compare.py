@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from engine.changes import FREE
 from engine.run_files import RunFiles, number
-from engine.state import FREE
 
 _BEARING = {"data.train", "data.eval", "data.eval_share", "knn.k", "knn.temperature", "knn.limit"}
 _FREE = FREE - _BEARING | {"seed"}

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+import engine.build as building
 from engine.arguments import flat
+from engine.changes import compare, compare_images
 from engine.config import Settings
-from engine.state import _compare, _compare_images
 from methods.co2 import CO2
 from methods.dcl import DCL
 from methods.registry import Terms
@@ -46,16 +47,16 @@ def other(value: Any) -> Any:
 
 
 def resumed(key: str, allow: list[str] | None = None) -> Any:
-    """Return a run whose settings differ in that key alone from those saved."""
+    """Return settings that differ in that key alone from those saved."""
     now = SAVED | {key: other(SAVED[key]), "allow_change": allow or []}
-    return SimpleNamespace(settings=SimpleNamespace(as_dict=lambda: now, allow_change=allow or []))
+    return SimpleNamespace(as_dict=lambda: now, allow_change=allow or [])
 
 
 def outcome(key: str, capsys: pytest.CaptureFixture[str]) -> str:
     """Return what comes of a change; of those that may be allowed, that they are with their key or section alone."""
     then, now = SAVED[key], other(SAVED[key])
     try:
-        _compare(resumed(key), SAVED)
+        compare(resumed(key), SAVED)
     except InputError as error:
         said = str(error)
     else:
@@ -63,14 +64,14 @@ def outcome(key: str, capsys: pytest.CaptureFixture[str]) -> str:
         return "free"
     if said == f"{key} {now!r}: the checkpoint has {then!r}: resume with that value":
         with pytest.raises(InputError):
-            _compare(resumed(key, [key]), SAVED)
+            compare(resumed(key, [key]), SAVED)
         return "fixed"
     listed = f"{key} {then!r} -> {now!r}"
     assert said == f"the checkpoint has other settings: {listed}: resume with its own, or add --allow-change {key}"
     with pytest.raises(InputError):
-        _compare(resumed(key, ["optim.l", "seed"]), SAVED)
+        compare(resumed(key, ["optim.l", "seed"]), SAVED)
     for allowed in (key, key.split(".")[0]):
-        _compare(resumed(key, [allowed]), SAVED)
+        compare(resumed(key, [allowed]), SAVED)
         assert capsys.readouterr().err == f"warning: resuming with other settings: {listed}\n"
     return "allowed where asked for"
 
@@ -124,9 +125,34 @@ def test_other_images_for_knn_are_refused_or_allowed(
     figure("resume with each setting changed", "other images for kNN: refused unless allowed, elsewhere: taken up")
 
 
+def test_what_cannot_be_resumed_is_refused_before_the_data_are_verified(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare("synthetic:190", tmp_path / "other.beton", workers=1, quiet=True)
+    out = ["--out", str(tmp_path / "out"), *SMALL, "--optim.epochs", "1"]
+    assert main(monkeypatch, "--data.train", str(drawn), "--data.eval", str(drawn), *out) == 0
+    verified = []
+    monkeypatch.setattr(building, "verify_sets", lambda *_: verified.append(1))
+    resumed = [*out, "--resume", "auto", "--data.verify", "full"]
+    for train, evaluation, more, says in (
+        (drawn, drawn, ["--seed", "1"], "seed 1: the checkpoint has 0"),
+        (drawn, drawn, ["--optim.lr", "0.1"], "other settings: optim.lr 0.32 -> 0.1"),
+        (drawn, tmp_path / "other.beton", [], "data.eval"),
+        (tmp_path / "other.beton", drawn, [], "data.train"),
+        (drawn, drawn, ["--resume", str(tmp_path)], "not a checkpoint"),
+    ):
+        data = ["--data.train", str(train), "--data.eval", str(evaluation)]
+        assert main(monkeypatch, *resumed, *data, *more) == 2
+        assert says in capsys.readouterr().err
+    assert not verified
+    changed = ["--optim.lr", "0.1", "--allow-change", "optim.lr"]
+    assert main(monkeypatch, *resumed, "--data.train", str(drawn), "--data.eval", str(drawn), *changed) == 0
+    assert verified
+    assert capsys.readouterr().err.count("warning: resuming with other settings: optim.lr 0.32 -> 0.1") == 1
+
+
 def test_an_older_checkpoint_does_not_say_what_knn_was_of() -> None:
-    run = SimpleNamespace(knn=SimpleNamespace(fingerprint="a"), settings=None)
-    _compare_images(run, "")  # type: ignore[arg-type]
+    compare_images(Settings(), "a", "")
 
 
 def test_the_lists_name_settings_that_there_are() -> None:
@@ -137,4 +163,4 @@ def test_the_lists_name_settings_that_there_are() -> None:
 def test_a_term_more_or_less_is_a_difference(terms: tuple[Terms, Terms]) -> None:
     then, now = (replace(Settings(), terms=chosen) for chosen in terms)
     with pytest.raises(InputError, match=r"other settings: .*terms\.co2\.weight .* -> .*--allow-change terms\.co2"):
-        _compare(SimpleNamespace(settings=now), then.as_dict())  # type: ignore[arg-type]
+        compare(now, then.as_dict())

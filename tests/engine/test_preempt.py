@@ -69,7 +69,7 @@ def left(processes: list[psutil.Process]) -> list[psutil.Process]:
     ("launch", "number", "whom", "status"),
     [
         pytest.param("python", signal.SIGTERM, "child", {0}, marks=pytest.mark.slow),
-        ("python", signal.SIGUSR1, "child", {75}),
+        pytest.param("python", signal.SIGUSR1, "child", {75}, marks=pytest.mark.slow),
         pytest.param("python", signal.SIGINT, "child", {0}, marks=pytest.mark.slow),
         pytest.param("accelerate", signal.SIGTERM, "launcher", {-signal.SIGTERM}, marks=pytest.mark.slow),
         ("accelerate, 2", signal.SIGTERM, "launcher", {1, -signal.SIGTERM}),

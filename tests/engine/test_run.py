@@ -60,7 +60,7 @@ def metrics(out: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in WALL_CLOCK} for line in lines]
 
 
-def test_from_image_files_to_knn(tmp_path: Path) -> None:
+def test_from_image_files_to_knn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(120):
         pixels, label = synthetic.draw(0, number)
         place = tmp_path / "images" / ("train" if number < 100 else "test") / synthetic.CLASSES[label]
@@ -83,8 +83,7 @@ def test_from_image_files_to_knn(tmp_path: Path) -> None:
     summary = json.loads((out / "summary.json").read_text())
     assert 0 <= summary["knn_top1"] <= 1
     assert (out / "checkpoints" / "latest").read_text() == "step_00000004"
-    again = run("--config", str(out / "config.yaml"), "--out", str(tmp_path / "again"))
-    assert again.returncode == 0, again.stderr
+    assert main(monkeypatch, "--config", str(out / "config.yaml"), "--out", str(tmp_path / "again")) == 0
     assert metrics(tmp_path / "again") == lines
 
 
@@ -299,8 +298,9 @@ def test_bad_input_ends_the_command_itself_with_one_line_and_exit_status_2() -> 
     assert len(refused.stderr.splitlines()) == 1
 
 
-def test_a_queue_larger_than_the_data_set_is_a_warning(drawn: Path, tmp_path: Path) -> None:
+def test_a_queue_larger_than_the_data_set_is_a_warning(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--data.train", str(drawn), "--optim.epochs", "1", "--out", str(tmp_path / "out")]
-    done = run(*SMALL, *options, "--method.queue", "300")
-    assert done.returncode == 0
-    assert "warning: method.queue 300 is larger than the data set's 200 images" in done.stderr
+    assert main(monkeypatch, *SMALL, *options, "--method.queue", "300") == 0
+    assert "warning: method.queue 300 is larger than the data set's 200 images" in capsys.readouterr().err

@@ -202,7 +202,7 @@ def _state(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(next(folder.glob("step_*/state.safetensors")))
 
 
-@pytest.mark.parametrize("frozen", [[], ["--frozen"]])
+@pytest.mark.parametrize("frozen", [["--frozen"], pytest.param([], marks=pytest.mark.slow)])
 def test_training_goes_on_where_it_was(
     frozen: list[str], encoder: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
