@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from engine.names import ours
 from engine.tensor_files import Contents, read
@@ -92,6 +93,15 @@ class Architecture:
         return f"{self.arch} ({', '.join(more)})" if more else self.arch
 
 
+class _Undrawn(TorchFunctionMode):
+    """Leaves out the drawing of random weights: for a network of which every weight is loaded, and no draw is taken."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.uniform_, torch.Tensor.normal_):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
 @dataclass
 class Loaded:
     """A backbone and where it came from."""
@@ -146,7 +156,8 @@ def load_encoder(path: Path | str, which: Which = "online", *, heads: int = 0) -
     with torch.device("meta"):  # shapes alone: what is built has to be in the file first
         wanted = architecture.build().state_dict()
     _check(part, wanted, path, prefix)
-    backbone = architecture.build()
+    with _Undrawn():
+        backbone = architecture.build()
     backbone.load_state_dict(part, strict=False)
     matched = len(wanted.keys() & part.keys())
     loaded = Loaded(backbone.eval(), architecture, path, layout.name, which, matched)

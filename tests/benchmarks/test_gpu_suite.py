@@ -20,6 +20,7 @@ def main(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> tuple[i
     return int(ended.value.code or 0), (out / "suite.md").read_text()
 
 
+@pytest.mark.slow
 def test_what_fails_or_is_missing_is_said_and_the_rest_runs(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

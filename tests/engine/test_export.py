@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -24,13 +25,19 @@ ARCHITECTURES = [pytest.param("resnet18", marks=pytest.mark.slow), "resnet50", "
 def _loaded(folder: Path, arch: str, **more: object) -> Loaded:
     size = {"size": _SIZE, "heads": 12 if arch.startswith("vit") else 0}
     architecture = Architecture(arch, **size | more)  # type: ignore[arg-type]
+    file = folder / "source.safetensors"
+    save_file(_drawn(architecture), file, metadata={METADATA: json.dumps(asdict(architecture))})
+    return load_encoder(file)
+
+
+@functools.cache
+def _drawn(architecture: Architecture) -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
     state = architecture.build().state_dict()
     for name, value in state.items():
         if "running_var" in name:
             value.uniform_(0.5, 2)
-    save_file(state, folder / "source.safetensors", metadata={METADATA: json.dumps(asdict(architecture))})
-    return load_encoder(folder / "source.safetensors")
+    return state
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

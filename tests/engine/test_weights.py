@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -22,14 +23,19 @@ State = dict[str, torch.Tensor]
 _HERE = Path(__file__).parent
 
 
-def _backbone(arch: str) -> State:
-    """A backbone's state whose running statistics and positions are not those of another seed."""
+@functools.cache
+def _drawn(arch: str) -> State:
     torch.manual_seed(0)
     state = build_backbone(arch).state_dict()
     for name, value in state.items():
         if "running_var" in name:
             value.uniform_(0.5, 2)
     return state
+
+
+def _backbone(arch: str) -> State:
+    """A backbone's state whose running statistics and positions are not those of another seed."""
+    return {name: value.clone() for name, value in _drawn(arch).items()}
 
 
 def _prefixed(state: State, prefix: str) -> State:

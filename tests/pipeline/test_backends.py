@@ -118,30 +118,36 @@ def test_any_backend_goes_on_from_any_batch(backend: str, position: int, drawn: 
 
 RESUMED = """
 import json, sys, torch
+from contextlib import closing
 from pipeline.beton import Beton
 from pipeline.loader import Loader
 from pipeline.views import AUGMENTATIONS
 
-path, backend, state, out = sys.argv[1:]
+path, states, out = sys.argv[1:]
 settings = {"size": 16, "batch": 32, "seed": 3, "workers": 1}
-loader = Loader(Beton(path), AUGMENTATIONS["moco_v2"], backend=backend, **settings)
-loader.load_state_dict(json.loads(state))
-torch.save([torch.stack(batch.views).clone() for _ in range(2) for batch in loader], out)
+found = {}
+for backend, state in json.loads(states).items():
+    with closing(Loader(Beton(path), AUGMENTATIONS["moco_v2"], backend=backend, **settings)) as loader:
+        loader.load_state_dict(state)
+        found[backend] = [torch.stack(batch.views).clone() for _ in range(2) for batch in loader]
+torch.save(found, out)
 """
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_another_process_goes_on_bit_for_bit(backend: str, drawn: Path, tmp_path: Path) -> None:
-    with loader(drawn, backend) as whole:
-        take(whole, 4)
-        state = json.dumps(whole.state_dict())
-        expected = [torch.stack(batch.views) for batch in take(whole, 8)]
-    call = [sys.executable, "-c", RESUMED, str(drawn), backend, state, str(tmp_path / "views.pt")]
+def test_another_process_goes_on_bit_for_bit(drawn: Path, tmp_path: Path) -> None:
+    states, expected = {}, {}
+    for backend in BACKENDS:
+        with loader(drawn, backend) as whole:
+            take(whole, 4)
+            states[backend] = whole.state_dict()
+            expected[backend] = [torch.stack(batch.views) for batch in take(whole, 8)]
+    call = [sys.executable, "-c", RESUMED, str(drawn), json.dumps(states), str(tmp_path / "views.pt")]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     subprocess.run(call, check=True, timeout=120, env=environment)
     found = torch.load(tmp_path / "views.pt")
-    assert len(found) == len(expected)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    for backend in BACKENDS:
+        assert len(found[backend]) == len(expected[backend])
+        assert all(torch.equal(a, b) for a, b in zip(found[backend], expected[backend], strict=True)), backend
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

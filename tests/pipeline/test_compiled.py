@@ -71,6 +71,7 @@ def test_variants_without_a_name_of_their_own_are_refused() -> None:
         compiled(nogil=True)(lambda x: x)
 
 
+@pytest.mark.slow
 def test_types_compiled_at_once_are_not_mixed_up(tmp_path: Path) -> None:
     script = tmp_path / "halves.py"
     script.write_text(RACE)

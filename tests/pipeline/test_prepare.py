@@ -494,7 +494,7 @@ np.savez(sys.argv[1] + ".npz", images=images, labels=labels)
 
 
 @pytest.mark.parametrize(
-    ("cache", "side"), [("process", 1300), pytest.param("os", 40, marks=pytest.mark.slow)], ids=["pages", "whole"]
+    ("cache", "side"), [pytest.param("process", 1300, marks=pytest.mark.slow), ("os", 40)], ids=["pages", "whole"]
 )
 def test_ffcvs_loader_gives_the_same_pixels_and_labels(cache: str, side: int, tmp_path: Path) -> None:
     """Of 1300 pixels a side, raw images take 5 MB each, and the file several pages."""
