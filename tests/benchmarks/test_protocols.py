@@ -1,0 +1,93 @@
+"""Protocols are run once each, and their distances are those of their scores."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmarks import protocols
+from tests.engine.test_run import run
+
+TOP1 = {"knn": 0.3, "fast": 0.41, "moco": 0.40, "moco_v3": 0.38, "semi": 0.2}
+
+
+class Evaluations:
+    """Stands in for the evaluations' processes: keeps their calls, and writes what they would."""
+
+    def __init__(self, failing: str = "") -> None:
+        self.calls: list[list[str]] = []
+        self.failing = failing
+
+    def __call__(self, call: list[str]) -> Any:
+        self.calls.append(call)
+        kind = call[call.index("--protocol") + 1] if "--protocol" in call else call[3]
+        if kind == self.failing:
+            return SimpleNamespace(returncode=1)
+        out = Path(call[call.index("--out") + 1])
+        out.mkdir(parents=True)
+        found = {"top1": TOP1[kind], "top5": 0.9, "interval": [0.1, 0.5], "seconds": 3.2}
+        found |= {"architecture": "resnet18", "checkpoint": call[4], "images": 20, "test": "b"}
+        (out / "x.json").write_text(json.dumps(found))
+        return SimpleNamespace(returncode=0)
+
+
+def main(monkeypatch: pytest.MonkeyPatch, evaluations: Evaluations, *arguments: str) -> int:
+    monkeypatch.setattr(protocols.subprocess, "run", evaluations)
+    monkeypatch.setattr(sys, "argv", ["protocols", "e.pth", "--train", "a", "--test", "b", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        protocols.main()
+    return int(ended.value.code or 0)
+
+
+def test_every_protocol_is_run_once_with_the_given_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    evaluations, more = Evaluations(), ["--out", str(tmp_path / "out"), "--precision", "no"]
+    assert main(monkeypatch, evaluations, *more) == 0
+    assert len(evaluations.calls) == len(protocols.PROTOCOLS)
+    assert all(call[-2:] == ["--test", "b"] and "--precision" in call for call in evaluations.calls)
+    assert main(monkeypatch, evaluations, *more) == 0
+    assert len(evaluations.calls) == len(protocols.PROTOCOLS)
+
+
+def test_one_that_fails_ends_the_command_and_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path / "out"), "--only", "kNN", "moco"]
+    failing, whole = Evaluations("moco"), Evaluations()
+    assert main(monkeypatch, failing, *out) == 1
+    assert "moco: the evaluation failed" in capsys.readouterr().err
+    assert main(monkeypatch, whole, *out) == 0
+    assert ["--protocol" in call for call in whole.calls] == [True]
+
+
+def test_distances_are_between_linear_classifiers_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = ["--json", str(tmp_path / "r.json"), "--markdown", str(tmp_path / "r.md")]
+    only = ["--only", "kNN", "fast, centre crops", "moco", "moco_v3"]
+    assert main(monkeypatch, Evaluations(), "--out", str(tmp_path / "out"), *only, *files) == 0
+    lines = (tmp_path / "r.md").read_text().splitlines()
+    rows = {cells[0]: cells for line in lines if line.startswith("| ") for cells in [line.strip("| ").split(" | ")]}
+    assert rows["fast, centre crops"][4:] == ["+1.0", "+3.0", "3"]
+    assert rows["moco"][4:] == ["+0.0", "+2.0", "3"]
+    assert [cell.strip() for cell in rows["kNN"][4:]] == ["", "", "3"]
+    assert json.loads((tmp_path / "r.json").read_text())["protocols"]["moco_v3"]["top1"] == 0.38
+
+
+@pytest.mark.slow
+def test_protocols_are_compared_on_an_encoder(drawn: Path, tmp_path: Path) -> None:
+    import torch
+
+    from methods.encoders import resnet
+
+    torch.save(resnet("resnet18", stem="small", width=0.25).state_dict(), tmp_path / "encoder.pth")
+    options = ["--train", str(drawn), "--test", str(drawn), "--out", str(tmp_path / "out"), "--size", "16", "--cpu"]
+    command = (sys.executable, "-m", "benchmarks.protocols", str(tmp_path / "encoder.pth"))
+    done = run(*options, "--only", "kNN", "fast, 1 pass", "semi, 10 %", command=command)
+    assert done.returncode == 0, done.stderr
+    assert "semi, 10 %" in done.stdout
+    assert len(list((tmp_path / "out").glob("*/*.json"))) == 3
