@@ -77,7 +77,7 @@ class Run:
     evaluated: int = 0
     """Epochs after which was evaluated, or nothing was to be."""
     evaluated_on: str = ""
-    """Fingerprint of the images that kNN has classified so far, where there is none now."""
+    """Fingerprint of the images that kNN has classified so far; none: it has not been run."""
     lock: IO[str] | None = None
     """Held on the run folder while this is there."""
 
@@ -106,9 +106,9 @@ def build(settings: Settings) -> Run:
 
     What takes seconds to find wrong is found first: the records are verified, where that is asked for, after all else.
     """
-    train_set, eval_set = open_sets(settings)
     accelerator = build_accelerator(settings)
     together(lambda: _check(settings, accelerator))
+    train_set, eval_set = open_sets(settings)
     together(lambda: _check_samples(settings, train_set, accelerator))
     knn = together(lambda: build_knn(settings, train_set, eval_set, accelerator) if eval_set else None)
     images = train_set.fingerprint, knn.fingerprint if knn else None

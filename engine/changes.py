@@ -31,12 +31,19 @@ def check(settings: Settings, train_images: str, knn_images: str | None) -> None
     For the time before anything that takes long; what is allowed to change is told when the run is restored. Images
     are given by the fingerprints of their data sets.
     """
-    path = Path(settings.resume) if settings.resume else None
-    if settings.resume == "auto":
-        path, _ = checkpoint.newest(Path(settings.out) / "checkpoints")
-    if path is None:
+    if not settings.resume:
         return
-    state = checkpoint.read_state(path)
+    try:
+        path = (
+            checkpoint.last(Path(settings.out) / "checkpoints") if settings.resume == "auto" else Path(settings.resume)
+        )
+        if path is None:
+            return
+        state = checkpoint.read_state(path, tensors=False)
+    except InputError:
+        if settings.resume == "auto":
+            return  # it will be passed over for an earlier one
+        raise
     compare(settings, state["settings"], told=False)
     compare_images(settings, knn_images, state.get("evaluated_on", ""), told=False)
     before = state["loader"].get("fingerprint")

@@ -180,6 +180,11 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
         return own.to("cpu", copy=True).contiguous()
 
 
+def last(folder: Path) -> Path | None:
+    """Return the newest checkpoint in `folder`, whole or not."""
+    return next(iter(_all(folder)), None)
+
+
 def _all(folder: Path) -> list[Path]:
     """Return the checkpoints in `folder`, newest first."""
     return sorted((p for p in folder.glob("step_*") if p.name[5:].isdecimal()), key=step_of, reverse=True)
@@ -192,8 +197,11 @@ def _check_room(folder: Path, wanted: int) -> None:
         raise OSError(errno.ENOSPC, says)
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """Return what `state.json` of a checkpoint says. Raises InputError where that, or any of its files, is damaged."""
+def read_state(path: Path, *, tensors: bool = True) -> dict[str, Any]:
+    """Return what `state.json` of a checkpoint says. Raises InputError where that, or a file of tensors, is damaged.
+
+    tensors: read their files too, to compare their hashes.
+    """
     remedy, file = "resume from another checkpoint", path / "state.json"
     if not file.exists():
         raise InputError(f"{path}: not a checkpoint (it has no state.json): give the path of a step_... folder")
@@ -215,7 +223,7 @@ def read_state(path: Path) -> dict[str, Any]:
     for name, sha256 in state["files"].items():
         if not re.fullmatch(r"\w+\.safetensors", name):
             raise InputError(f"{file}: names a file {name!r}: {remedy}")
-        if not (path / name).is_file() or _sha256(path / name) != sha256:
+        if not (path / name).is_file() or (tensors and _sha256(path / name) != sha256):
             raise InputError(f"{path / name}: damaged or missing (its hash differs): {remedy}")
     return state
 

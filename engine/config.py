@@ -309,7 +309,7 @@ class Settings:
     gradient_shares: bool = False
     """Log each part's share of the gradient's norm at the online embeddings."""
     save_every: int = 0
-    """Steps between checkpoints; 0: one an epoch. There is always one at the end."""
+    """Steps between checkpoints; 0: one an epoch. There is always one at the end, and one before each evaluation."""
     keep: int = 2
     """Checkpoints to keep, newest first; 0: all."""
     keep_every: int = 0

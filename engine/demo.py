@@ -136,7 +136,8 @@ def _with_epochs(settings: Settings, minutes: float) -> Settings:
     settings.optim.warmup_epochs = 1.0 if epochs > 4 else 0.0
     settings.knn.every = max(1, epochs // 10)
     minutes = samples * epochs / rate / 60
-    print(f"{rate:.0f} pairs/s here: training {epochs} epochs of {samples} images, about {minutes:.1f} min")
+    length = f"{epochs} epoch{'s' * (epochs > 1)} of {samples} images, about {minutes:.1f} min"
+    print(f"{rate:.0f} pairs/s here: training {length}")
     return settings
 
 

@@ -16,6 +16,7 @@ import time
 from torch import distributed
 
 from engine.meeting import rank, store, world
+from engine.watchdog import dump_stacks
 from pipeline.errors import RunFailed, report
 
 _PERIOD = 0.25  # seconds
@@ -34,9 +35,9 @@ class Heartbeat:
     """Tells the others that this process lives, and at which `step` it is, from a thread of its own; watches theirs.
 
     Where another has given no sign of life for `limit` seconds, or has failed, and the training does not find out by
-    itself, as it cannot while it waits for a GPU that waits for the other one, a second thread, which waits for
-    nobody, says so and ends this process with status 1. Beats come from a thread: evaluating or compiling does not
-    silence a process. limit 0: only tells.
+    itself, as it cannot while it waits for a GPU that waits for the other one, a second thread, which waits for nobody,
+    prints all stacks, says so and ends this process with status 1. Beats come from a thread: evaluating or compiling
+    does not silence a process. limit 0: only tells.
     """
 
     def __init__(self, limit: float = 0.0) -> None:
@@ -44,7 +45,7 @@ class Heartbeat:
         """Steps trained."""
         self._limit, self._state = limit, _GOES_ON
         self._silent = dict.fromkeys([_STORE, *(n for n in range(world()) if n != rank())], 0.0)
-        self._last: dict[int, str] = {}
+        self._last = dict.fromkeys((n for n in range(world()) if n != rank()), "")  # never grows: two threads read it
         self._deaf = False  # the store cannot be reached
         self._end, self._aware = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
@@ -86,7 +87,7 @@ class Heartbeat:
     def _listen(self) -> None:
         """Note who has given a sign of life, and that the store has."""
         for number, last in _heard(self._shared).items():
-            if number != rank() and last != self._last.get(number, ""):
+            if number != rank() and last != self._last[number]:
                 self._last[number], self._silent[number] = last, 0.0
         self._silent[_STORE] = 0.0
 
@@ -105,7 +106,7 @@ class Heartbeat:
 
     def _missed(self) -> bool:
         """Return whether another process has been silent for too long, or said that it has failed."""
-        states = {number: last.split()[2] for number, last in self._last.items()}
+        states = {number: last.split()[2] for number, last in self._last.items() if last}
         if any(state in (_FAILED, _LOST) for state in states.values()):
             return True
         return any(silent > self._limit and states.get(n) != _FINISHED for n, silent in self._silent.items())
@@ -113,11 +114,12 @@ class Heartbeat:
     def _end_all(self) -> None:
         silent = {number for number, seconds in self._silent.items() if seconds > min(self._limit, _GRACE)}
         failed = {number for number, last in self._last.items() if last.endswith(_FAILED)}
-        if _STORE in silent:
-            whose = _FIRST
-        else:
-            whose = _named({number: self._last.get(number, "") for number in silent | failed})
-        report(self._lost(whose, self._limit, "the training waited on"), 1)
+        whose = _FIRST if _STORE in silent else _named({number: self._last[number] for number in silent | failed})
+        dump_stacks()
+        report(
+            self._lost(whose, self._limit, "it said that it failed" if failed >= silent else "the training waited on"),
+            1,
+        )
         for thread in threading.enumerate():
             if thread.name == "checkpoint":
                 thread.join(_WRITING)

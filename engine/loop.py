@@ -159,6 +159,7 @@ def evaluate(run: Run, epoch: int) -> None:
         with run.monitor.pause(), RunningStatistics(run.backbone).averaged():
             top1 = run.knn.top1(run.backbone, run.accelerator.autocast, heed)
             run.monitor.evaluation(run.done, epoch, knn_top1=top1)
+            run.evaluated_on = run.knn.fingerprint
     run.evaluated = epoch
 
 

@@ -62,12 +62,12 @@ class Requests:
         now = time.monotonic()
         if number == signal.SIGINT and self._asked and now - self._at > _REPEATED:
             raise KeyboardInterrupt
-        if not self._asked:
+        first, self._asked = not self._asked, max(self._asked, _MEANING[signal.Signals(number)])
+        if first:
             self._at = now
             name = signal.Signals(number).name
             says = "again to stop at once" if number == signal.SIGINT else "at the end of a step or batch"
-            os.write(2, f"{name}: stopping with a checkpoint, {says}\n".encode())
-        self._asked = max(self._asked, _MEANING[signal.Signals(number)])
+            _say(f"{name}: stopping with a checkpoint, {says}\n")
 
     def agreed(self, step: int, what: str = "step") -> Stopped | None:
         """Return what all processes have agreed on after `step`, the same on all; called by all equally often.
@@ -88,6 +88,20 @@ class Requests:
         self._last, self._since = self._calls, time.perf_counter()
         self._next = self._calls + max(1, min(_MOST, round(_EVERY / max(took, 1e-6))))
         return Stopped(step, asked == _QUEUE_AGAIN) if asked else None
+
+
+def _say(line: str) -> None:
+    """Write to stderr. Where nobody reads any more, as after Ctrl-C with `2>&1 | tee`, all that follows is dropped."""
+    try:
+        os.write(2, line.encode())
+    except BrokenPipeError:
+        both = os.path.sameopenfile(1, 2)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2) if both else (2,):
+            os.dup2(nowhere, stream)
+        os.close(nowhere)
+    except OSError:
+        pass
 
 
 def _follow_launcher() -> None:

@@ -34,7 +34,7 @@ def save(run: Run) -> None:
     _refuse_non_finite(run)
     state = {
         "evaluated": run.evaluated,
-        "evaluated_on": run.knn.fingerprint if run.knn else run.evaluated_on,
+        "evaluated_on": run.evaluated_on,
         "loader": run.loader.state_dict(),
         "monitor": run.monitor.state_dict(),
         "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
@@ -50,23 +50,29 @@ def save(run: Run) -> None:
             run.writer.save(run.done, tensors, state)
 
 
+class Diverged(FloatingPointError):
+    """A training of which nothing good can come any more. All processes meet it, and the first says so."""
+
+    told = True
+
+
 def refuse_divergence(run: Run, patience: int = PATIENCE) -> None:
-    """Raise FloatingPointError, on all processes alike, where the last `patience` steps or more were skipped."""
+    """Raise Diverged, on all processes alike, where the last `patience` steps or more were skipped."""
     if skipped := run.model.step.schedule.diverged(patience):
-        raise FloatingPointError(
-            f"step {run.done}: loss or gradients have not been finite for {skipped} steps: {_remedy(run)}"
-        )
+        raise Diverged(f"step {run.done}: loss or gradients have not been finite for {skipped} steps: {_remedy(run)}")
 
 
 def _refuse_non_finite(run: Run) -> None:
-    """Raise FloatingPointError, on all processes alike, where a parameter is not finite."""
+    """Raise Diverged, on all processes alike, where a parameter is not finite."""
     norms = torch._foreach_norm([p.detach() for p in run.model.online.parameters()])
     if not torch.stack(norms).isfinite().all():
-        raise FloatingPointError(f"after step {run.done}: parameters are not finite: {_remedy(run)}")
+        raise Diverged(f"after step {run.done}: parameters are not finite: {_remedy(run)}")
 
 
 def _remedy(run: Run) -> str:
-    """Return what to do about a run that diverged, with the last good checkpoint's name."""
+    """Return what to do about a run that diverged, with the last good checkpoint's name, which the first knows."""
+    if not run.accelerator.is_main_process:
+        return "see the first process"
     run.writer.wait()
     last, _ = checkpoint.newest(run.out / "checkpoints")
     if last is None:

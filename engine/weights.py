@@ -97,9 +97,11 @@ class _Undrawn(TorchFunctionMode):
     """Leaves out the drawing of random weights: for a network of which every weight is loaded, and no draw is taken."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.Tensor.uniform_, torch.Tensor.normal_):
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        return (args or [kwargs["tensor"]])[0] if func in _DRAWS else func(*args, **kwargs)
+
+
+_DRAWS = {torch.Tensor.uniform_, torch.Tensor.normal_, nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_}
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.figures import GOALS, Goal, Results
+from benchmarks.figures import GOALS, Goal, Results, withstood
 from benchmarks.report import BEGIN, END, as_html, embedded, goal_table, headline_table, page, with_table
 from pipeline.errors import InputError
 
@@ -86,3 +86,9 @@ def test_a_readme_without_its_marks_is_refused() -> None:
     assert with_table(f"a\n{BEGIN}\nold\n{END}\nb", "new") == f"a\n{BEGIN}\nnew\n{END}\nb"
     with pytest.raises(InputError, match="the README has no"):
         with_table("nothing", "new")
+
+
+def test_faults_are_counted_and_not_tests_that_recorded_none() -> None:
+    rows = [("kill", "ends alike", "as expected"), ("no space", "loud", "failed: x"), ("(a test)", "", "failed: y")]
+    faults = [dict(zip(("fault", "expected", "verdict"), row, strict=True)) for row in rows]
+    assert withstood({"faults": faults}) == (1, 2)

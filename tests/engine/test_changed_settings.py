@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import engine.build as building
+from engine import checkpoint
 from engine.arguments import flat
 from engine.changes import compare, compare_images
 from engine.config import Settings
@@ -131,8 +132,9 @@ def test_what_cannot_be_resumed_is_refused_before_the_data_are_verified(
     prepare("synthetic:190", tmp_path / "other.beton", workers=1, quiet=True)
     out = ["--out", str(tmp_path / "out"), *SMALL, "--optim.epochs", "1"]
     assert main(monkeypatch, "--data.train", str(drawn), "--data.eval", str(drawn), *out) == 0
-    verified = []
+    verified, hashed, sha256 = [], [], checkpoint._sha256
     monkeypatch.setattr(building, "verify_sets", lambda *_: verified.append(1))
+    monkeypatch.setattr(checkpoint, "_sha256", lambda path: hashed.append(path) or sha256(path))
     resumed = [*out, "--resume", "auto", "--data.verify", "full"]
     for train, evaluation, more, says in (
         (drawn, drawn, ["--seed", "1"], "seed 1: the checkpoint has 0"),
@@ -144,7 +146,7 @@ def test_what_cannot_be_resumed_is_refused_before_the_data_are_verified(
         data = ["--data.train", str(train), "--data.eval", str(evaluation)]
         assert main(monkeypatch, *resumed, *data, *more) == 2
         assert says in capsys.readouterr().err
-    assert not verified
+    assert not verified + hashed
     changed = ["--optim.lr", "0.1", "--allow-change", "optim.lr"]
     assert main(monkeypatch, *resumed, "--data.train", str(drawn), "--data.eval", str(drawn), *changed) == 0
     assert verified

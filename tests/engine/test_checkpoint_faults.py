@@ -269,7 +269,7 @@ def test_training_waits_little_for_a_checkpoint(tmp_path: Path, figure: Figure) 
     waited = time.perf_counter() - begun
     writer.finish()
     took = time.perf_counter() - begun
-    figure("overhead of checkpointing", f"800 MB: {waited:.2f} s of {took:.2f} s are waited for")
+    figure("overhead of guard and checkpointing", f"800 MB: {waited:.2f} s of {took:.2f} s are waited for")
     assert waited < 0.25 * took
 
 

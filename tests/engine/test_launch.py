@@ -103,9 +103,19 @@ def test_a_slurm_job_stages_its_data_first(form: list[str], recipe: str, tmp_pat
         assert not calls(tmp_path, "torchrun")
         return
     assert done.returncode == 0, done.stderr
-    staged = [f"python -m pipeline.stage /shared/{name}.beton /local" for name in "te"]
+    staged = [f"python -m pipeline.stage /shared/{name}.beton /local/shared" for name in "te"]
     assert calls(tmp_path, "python")[1:] == staged
-    assert calls(tmp_path, "torchrun")[0].endswith("--data.train /local/t.beton --data.eval /local/e.beton")
+    assert calls(tmp_path, "torchrun")[0].endswith(
+        "--data.train /local/shared/t.beton --data.eval /local/shared/e.beton"
+    )
+
+
+def test_a_slurm_job_stages_files_of_one_name_apart(tmp_path: Path, slurm: dict[str, str]) -> None:
+    script = ["bash", str(LAUNCH / "slurm.sbatch"), "--data.train", "/s/train/x.beton", "--data.eval", "/s/val/x.beton"]
+    env = slurm | {"MILLRACE_STAGE": "/local", "PYTHONPATH": str(LAUNCH.parents[1])}
+    subprocess.run(script, cwd=tmp_path, env=env, check=True)
+    staged = "--data.train /local/s/train/x.beton --data.eval /local/s/val/x.beton"
+    assert calls(tmp_path, "torchrun")[0].endswith(staged)
 
 
 def test_a_slurm_job_that_is_preempted_goes_back_into_the_queue(tmp_path: Path, slurm: dict[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -139,6 +140,26 @@ def test_a_second_ctrl_c_stops_at_once_but_not_one_that_a_launcher_passes_on(mon
         assert requeued is not None
         assert requeued.status == 75
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_stop_is_heeded_where_nobody_reads_any_more() -> None:
+    """As after Ctrl-C with `2>&1 | tee log`: the terminal sends it to both."""
+    requests, own = preempt.Requests(torch.device("cpu")), [os.dup(stream) for stream in (1, 2)]
+    unread, pipe = os.pipe()
+    os.close(unread)
+    try:
+        for stream in (1, 2):
+            os.dup2(pipe, stream)
+        with requests.heeded():
+            signal.raise_signal(signal.SIGINT)
+            assert requests.agreed(1) is not None
+        for stream in (1, 2):
+            os.write(stream, b"dropped")
+    finally:
+        for stream, before in zip((1, 2), own, strict=True):
+            os.dup2(before, stream)
+            os.close(before)
+        os.close(pipe)
 
 
 @pytest.mark.reliability

@@ -160,6 +160,7 @@ def test_a_run_that_is_stopped_in_knn_saves_and_evaluates_when_resumed(
     assert len(list((out / "checkpoints").glob("step_*"))) == min(epoch, 2)
     assert sum("knn_top1" in line for line in metrics(out)) == epoch - 1
     assert not (out / "summary.json").exists()
+    assert bool(checkpoint.load(last(out))[1]["evaluated_on"]) == (epoch > 1)
     on_ranks(world, evaluated, [*arguments_of(drawn, out), *IN_KNN], said)
     assert (out / "summary.json").exists()
     difference = largest_difference(whole, out)

@@ -113,6 +113,14 @@ def test_official_checkpoints_are_matched_whole(
     assert all(torch.equal(state[name], value) for name, value in encoder.items())
 
 
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "vit_small"])
+def test_loading_draws_nothing(arch: str, tmp_path: Path) -> None:
+    save_file(_backbone(arch), tmp_path / "encoder.safetensors")
+    before = torch.get_rng_state()
+    load_encoder(tmp_path / "encoder.safetensors", heads=12 if arch == "vit_small" else 0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("library", ["torchvision", "timm", "detectron2", "mmdet"])
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "vit_small"])
 def test_names_of_other_libraries_come_back(library: Library, arch: str, tmp_path: Path) -> None:
