@@ -9,6 +9,7 @@ recorded. Exit status 1 where a test failed, or a fault was not provoked.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -123,7 +124,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         xml = Path(folder) / "report.xml"
         call = [sys.executable, "-m", "pytest", "-m", marks, f"--junitxml={xml}", "-o", "junit_family=xunit1", *rest]
-        subprocess.run(call, cwd=root, check=False)
+        alone = {"OMP_NUM_THREADS": "1"}  # as ./millrace test has it: processes are many, and some are forked
+        subprocess.run(call, cwd=root, check=False, env=alone | os.environ)
         if not xml.exists():
             raise InputError("pytest wrote no report: see above")
         found = outcomes(xml)
