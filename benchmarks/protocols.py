@@ -73,7 +73,8 @@ def main() -> None:
     about = machine.describe()
     found = {name: evaluated(name, args, more) for name in PROTOCOLS if name in args.only}
     first = next(iter(found.values()))
-    trained = f"{first['architecture']}, {first['checkpoint']}; {first['images']} images of {first['test']}"
+    images = max(scores["images"] for scores in found.values())  # fine-tuning says how many it was tuned on
+    trained = f"{first['architecture']}, {first['checkpoint']}; {images} images of {first['test']}"
     result = {"machine": about, "encoder": trained, "protocols": found}
     machine.tell(report(result), result, args)
 
