@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from engine import ranks
 from engine.spikes import SpikeWatch
@@ -26,6 +25,7 @@ from engine.step import Result
 from engine.watch import CollapseWatch
 from pipeline.errors import InputError
 from pipeline.limits import json_lines
+from pipeline.progress import tqdm
 
 WALL_CLOCK = ("pairs_per_second", "data_wait_fraction")
 """Keys of a metrics line that tell of time, and so differ between two runs that compute the same."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
-from tqdm import tqdm
+from tqdm import tqdm as tqdm
 
 T = TypeVar("T")
+
+tqdm.set_lock(threading.RLock())  # its own is one of processes too: a named semaphore, which a killed one may leave
 
 
 def progress(items: Sequence[T], unit: str, *, quiet: bool = False) -> Iterator[T]:

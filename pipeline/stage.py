@@ -16,10 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from tqdm import tqdm
-
 from pipeline.beton import Beton, manifest_path, own_manifest
 from pipeline.errors import InputError, command
+from pipeline.progress import tqdm
 
 _BLOCK = 1 << 24
 

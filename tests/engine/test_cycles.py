@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
+from engine import checkpoint, spikes
 from tests.conftest import Figure
 from tests.engine.test_run import SMALL, main
 from tests.engine.test_stops import arguments_of, seconds_of
@@ -42,6 +43,12 @@ def remaining(before: set[str], seconds: float = 120) -> set[str]:
     return found
 
 
+def losses_kept(out: Path) -> int:
+    """Return how many losses the newest checkpoint holds: up to a limit, more with every step."""
+    newest, _ = checkpoint.newest(out / "checkpoints")
+    return len(checkpoint.read_state(newest)["monitor"]["spikes"]["window"]) if newest else 0
+
+
 def growth(counted: list[int]) -> float:
     """Return by how much a count grows a cycle: the median of its last third less that of its first."""
     third = len(counted) // 3
@@ -58,8 +65,8 @@ def test_a_hundred_runs_that_are_killed_leave_nothing_that_grows(
     arguments = [*arguments_of(drawn, out), "--optim.epochs", "100000", "--save_every", "1", "--keep", "2"]
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    while len(list(out.glob("checkpoints/step_*"))) < 2:
-        seconds_of(arguments, draw.uniform(4.0, 8.0), temporary)
+    while losses_kept(out) < spikes.WINDOW:
+        seconds_of(arguments, 20.0, temporary)
     before, files = set(os.listdir("/dev/shm")), set(os.listdir(temporary))
     for _ in range(CYCLES):
         seconds_of(arguments, draw.uniform(0.2, 4.0), temporary)
