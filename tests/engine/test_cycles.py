@@ -110,8 +110,9 @@ def test_one_process_that_trains_and_resumes_for_long_does_not_grow(
         counted.append(psutil.Process().memory_info().rss / 2**20)
     settled = counted[RESUMES // 3 :]
     grows, least, most = slope(settled)
-    said = f"one process, {RESUMES} resumes, {RESUMES * EPOCHS_EACH} epochs: {grows:+.3f} ({least:+.3f} to {most:+.3f}) MiB"
-    figure("100 start–kill cycles", f"{said} a resume, {settled[-1] - settled[0]:+.1f} in all, of {settled[-1]:.0f}")
+    each = f"{grows:+.3f} ({least:+.3f} to {most:+.3f}) MiB a resume"
+    said = f"one process, {RESUMES} resumes, {RESUMES * EPOCHS_EACH} epochs: {each}"
+    figure("100 start–kill cycles", f"{said}, {settled[-1] - settled[0]:+.1f} in all, of {settled[-1]:.0f}")
     assert grows < 0.05, counted
     assert settled[-1] - settled[0] < 8, counted
 
