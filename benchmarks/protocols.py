@@ -4,7 +4,7 @@
         [--markdown F] [options of all evaluations, such as --precision no]
 
 ENCODER is what `engine.evaluate` takes. Evaluations run one after another; their own results stay in folders of DIR,
-and those that are there already are not made again.
+and those that are there already, of the same encoder and data, are not made again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from pipeline.errors import RunFailed, command
+from pipeline.errors import InputError, RunFailed, command
 
 PROTOCOLS = {
     "kNN": ["knn"],
@@ -34,15 +34,23 @@ _FULL = ("moco", "moco_v3")
 
 
 def evaluated(name: str, args: argparse.Namespace, more: list[str]) -> dict[str, Any]:
-    """Return what an evaluation found, as its own result file says it. Raises RunFailed where it failed."""
+    """Return what an evaluation found, as its own result file says it.
+
+    Raises RunFailed where it failed, InputError where what is there already is of another encoder or other data.
+    """
     kind, *options = PROTOCOLS[name]
     out = args.out / "".join(c if c.isalnum() else "-" for c in name)
-    call = [sys.executable, "-m", "engine.evaluate", kind, str(args.encoder), *options, "--out", str(out), *more]
-    call += ["--train", str(args.train), "--test", str(args.test)]
+    call = [sys.executable, "-m", "engine.evaluate", kind, args.encoder, *options, "--out", str(out), *more]
+    call += ["--train", args.train, "--test", args.test]
     if not list(out.glob("*.json")) and subprocess.run(call).returncode:
         raise RunFailed(f"{name}: the evaluation failed, see above: given again, this command goes on with it")
     (file,) = out.glob("*.json")
-    return json.loads(file.read_text())
+    found = json.loads(file.read_text())
+    if (found["train"], found["test"]) != (args.train, args.test) or not found["checkpoint"].startswith(args.encoder):
+        raise InputError(
+            f"{file}: is of {found['checkpoint']}, {found['train']}, {found['test']}: choose another --out"
+        )
+    return found
 
 
 def report(result: dict[str, Any]) -> machine.Report:

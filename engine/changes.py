@@ -31,17 +31,14 @@ def check(settings: Settings, train_images: str, knn_images: str | None) -> None
     For the time before anything that takes long; what is allowed to change is told when the run is restored. Images
     are given by the fingerprints of their data sets.
     """
-    if not settings.resume:
+    automatic = settings.resume == "auto"
+    path = checkpoint.last(Path(settings.out) / "checkpoints") if automatic else Path(settings.resume)
+    if path is None or not settings.resume:
         return
     try:
-        path = (
-            checkpoint.last(Path(settings.out) / "checkpoints") if settings.resume == "auto" else Path(settings.resume)
-        )
-        if path is None:
-            return
         state = checkpoint.read_state(path, tensors=False)
     except InputError:
-        if settings.resume == "auto":
+        if automatic:
             return  # it will be passed over for an earlier one
         raise
     compare(settings, state["settings"], told=False)

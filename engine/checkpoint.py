@@ -154,6 +154,11 @@ def load(path: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
     return tensors, state
 
 
+def last(folder: Path) -> Path | None:
+    """Return the newest checkpoint in `folder`, whole or not."""
+    return next(iter(_all(folder)), None)
+
+
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """Return the newest whole checkpoint in `folder`, and what is wrong with each newer one that was passed over."""
     broken: list[str] = []
@@ -178,11 +183,6 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
         return own.clone(memory_format=torch.contiguous_format)
     except torch.OutOfMemoryError:
         return own.to("cpu", copy=True).contiguous()
-
-
-def last(folder: Path) -> Path | None:
-    """Return the newest checkpoint in `folder`, whole or not."""
-    return next(iter(_all(folder)), None)
 
 
 def _all(folder: Path) -> list[Path]:

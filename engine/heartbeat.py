@@ -116,10 +116,8 @@ class Heartbeat:
         failed = {number for number, last in self._last.items() if last.endswith(_FAILED)}
         whose = _FIRST if _STORE in silent else _named({number: self._last[number] for number in silent | failed})
         dump_stacks()
-        report(
-            self._lost(whose, self._limit, "it said that it failed" if failed >= silent else "the training waited on"),
-            1,
-        )
+        why = "it said that it failed" if failed and failed >= silent else "the training waited on"
+        report(self._lost(whose, self._limit, why), 1)
         for thread in threading.enumerate():
             if thread.name == "checkpoint":
                 thread.join(_WRITING)

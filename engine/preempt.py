@@ -92,16 +92,15 @@ class Requests:
 
 def _say(line: str) -> None:
     """Write to stderr. Where nobody reads any more, as after Ctrl-C with `2>&1 | tee`, all that follows is dropped."""
-    try:
-        os.write(2, line.encode())
-    except BrokenPipeError:
-        both = os.path.sameopenfile(1, 2)
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (1, 2) if both else (2,):
-            os.dup2(nowhere, stream)
-        os.close(nowhere)
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):
+        try:
+            os.write(2, line.encode())
+        except BrokenPipeError:
+            gone = [2, 1] if os.path.sameopenfile(1, 2) else [2]
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for stream in gone:
+                os.dup2(nowhere, stream)
+            os.close(nowhere)
 
 
 def _follow_launcher() -> None:

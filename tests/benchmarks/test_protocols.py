@@ -31,7 +31,7 @@ class Evaluations:
         out = Path(call[call.index("--out") + 1])
         out.mkdir(parents=True)
         found = {"top1": TOP1[kind], "top5": 0.9, "interval": [0.1, 0.5], "seconds": 3.2}
-        found |= {"architecture": "resnet18", "checkpoint": call[4], "images": 20, "test": "b"}
+        found |= {"architecture": "resnet18", "checkpoint": call[4], "images": 20, "train": "a", "test": "b"}
         (out / "x.json").write_text(json.dumps(found))
         return SimpleNamespace(returncode=0)
 
@@ -51,6 +51,20 @@ def test_every_protocol_is_run_once_with_the_given_options(monkeypatch: pytest.M
     assert all(call[-2:] == ["--test", "b"] and "--precision" in call for call in evaluations.calls)
     assert main(monkeypatch, evaluations, *more) == 0
     assert len(evaluations.calls) == len(protocols.PROTOCOLS)
+
+
+def test_results_of_other_data_or_encoders_are_not_taken_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path / "out"), "--only", "kNN"]
+    assert main(monkeypatch, Evaluations(), *out) == 0
+    file = tmp_path / "out" / "kNN" / "x.json"
+    for key in ("checkpoint", "train", "test"):
+        found = json.loads(file.read_text())
+        file.write_text(json.dumps(found | {key: "other"}))
+        assert main(monkeypatch, Evaluations(), *out) == 2
+        assert "choose another --out" in capsys.readouterr().err
+        file.write_text(json.dumps(found))
 
 
 def test_one_that_fails_ends_the_command_and_is_tried_again(

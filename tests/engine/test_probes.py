@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import engine.neighbours as neighbours_module
 from engine.neighbours import neighbours, vote
-from engine.probes import fast, linear, semi, svm, training
+from engine.probes import fast, linear, semi, svm
 from engine.probes.command import run
 from engine.probes.linear import PROTOCOLS, Protocol
 from engine.probes.scores import interval, score
@@ -26,6 +26,7 @@ from methods.encoders import resnet
 from pipeline.beton import Beton
 from pipeline.errors import InputError, RunFailed
 from pipeline.subset import Subset
+from tests.engine.breaking import broken_off_once
 from tests.gloo import on_ranks
 
 
@@ -289,16 +290,7 @@ def test_a_linear_classifier_goes_on_where_it_was(
     state = load_file(next((tmp_path / "out" / "linear_moco").glob("step_*/state.safetensors")))
     other = tmp_path / "other"
     other.mkdir()
-    saves: list[int] = []
-    unbroken = training.Kept.save
-
-    def broken(self: training.Kept, epoch: int) -> None:
-        unbroken(self, epoch)
-        saves.append(epoch)
-        if saves == [1]:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(training.Kept, "save", broken)
+    saves = broken_off_once(monkeypatch)
     again = other / "encoder.pth"
     again.write_bytes(encoder.read_bytes())
     with pytest.raises(KeyboardInterrupt):
@@ -441,16 +433,7 @@ def test_fine_tuning_broken_off_ends_where_the_undisturbed_does(
     other = encoder.parent / "other" / "encoder.pth"
     other.parent.mkdir()
     other.write_bytes(encoder.read_bytes())
-    saves: list[int] = []
-    unbroken = training.Kept.save
-
-    def broken(self: training.Kept, epoch: int) -> None:
-        unbroken(self, epoch)
-        saves.append(epoch)
-        if saves == [1]:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(training.Kept, "save", broken)
+    saves = broken_off_once(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         evaluate("semi", other, drawn, *options)
     resumed = evaluate("semi", other, drawn, *options)

@@ -28,6 +28,7 @@ from pipeline.errors import InputError, RunFailed
 from pipeline.masks import open_masked
 from pipeline.scale_crops import ScaleCrops
 from pipeline.scenes import scene, write
+from tests.engine.breaking import broken_off_once
 from tests.gloo import on_ranks
 
 
@@ -214,15 +215,7 @@ def test_training_goes_on_where_it_was(
     other.mkdir()
     again = other / "encoder.pth"
     again.write_bytes(encoder.read_bytes())
-    save, saves = training.Kept.save, []
-
-    def broken(self: training.Kept, epoch: int) -> None:
-        save(self, epoch)
-        saves.append(epoch)
-        if saves == [1]:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(training.Kept, "save", broken)
+    saves = broken_off_once(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         evaluate(again, drawn, *options)
     resumed = evaluate(again, drawn, *options)
