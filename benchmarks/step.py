@@ -31,7 +31,7 @@ from benchmarks.peers import PEERS
 from engine.arguments import parse
 from engine.build import Model, build_model
 from engine.config import Settings
-from engine.devices import DTYPES, build_accelerator
+from engine.devices import DTYPES, build_accelerator, warn_of_precision
 from engine.graph import WARM, Graph
 from methods.base import Embeddings, total
 from pipeline.augment import IMAGENET, augment
@@ -204,6 +204,7 @@ def flops_a_step(settings: Settings, ours: Model, accelerator: Accelerator) -> i
 def measure(settings: Settings, chosen: list[str], runs: int) -> dict[str, Any]:
     """Return seconds of each way's step, of each part of ours, and what follows from them."""
     accelerator = build_accelerator(replace(settings, tracker="none"))
+    warn_of_precision(settings.precision, accelerator)
     settings, device = replace(settings, precision=accelerator.mixed_precision), accelerator.device
     steps, ours = ways(settings, chosen, accelerator)
     flops = flops_a_step(settings, ours, accelerator)

@@ -18,7 +18,7 @@ from torch import nn
 
 from engine import changes, checkpoint, ranks
 from engine.config import Settings
-from engine.devices import DTYPES, build_accelerator, prepared
+from engine.devices import DTYPES, build_accelerator, prepared, warn_of_precision
 from engine.evaluate import Knn
 from engine.inputs import build_knn, loading, open_sets, verify_sets
 from engine.meeting import from_all, processes_here, rank, together
@@ -113,6 +113,7 @@ def build(settings: Settings) -> Run:
     knn = together(lambda: build_knn(settings, train_set, eval_set, accelerator) if eval_set else None)
     images = train_set.fingerprint, knn.fingerprint if knn else None
     together(lambda: changes.check(settings, *images) if rank() == 0 else None)
+    warn_of_precision(settings.precision, accelerator)
     backend = _backend(settings, train_set, accelerator)
     model = build_model(settings, accelerator, steps_per_epoch(len(train_set), settings.data.batch))
     verify_sets(settings, train_set, eval_set)

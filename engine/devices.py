@@ -27,7 +27,7 @@ def build_accelerator(settings: Settings, *, emulate: bool = False) -> Accelerat
     """Return Accelerate's handle on device, processes and precision. Raises InputError for what is not there.
 
     Where a CPU has no instructions for bfloat16, which torch then emulates many times slower than float32, the
-    precision is `no`, unless emulate.
+    precision is `no`, unless emulate: `warn_of_precision` says so, once nothing is left to refuse.
     """
     on_gpu, precision = together(lambda: _checked(settings, emulate), _facts)
     timeout = timedelta(seconds=settings.collective_timeout + (_LATER if on_gpu else 0))
@@ -35,9 +35,6 @@ def build_accelerator(settings: Settings, *, emulate: bool = False) -> Accelerat
         backend = "nccl" if on_gpu else "gloo"
         meeting_place = distributed.PrefixStore("group", store())
         distributed.init_process_group(backend, timeout=timeout, store=meeting_place, rank=rank(), world_size=world())
-    if precision != settings.precision and rank() == 0:
-        says = "this processor has no instructions for it: computing in float32, as precision no"
-        print(f"warning: precision {settings.precision}: {says}", file=sys.stderr)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return Accelerator(
@@ -50,6 +47,13 @@ def build_accelerator(settings: Settings, *, emulate: bool = False) -> Accelerat
                 InitProcessGroupKwargs(timeout=timeout),
             ],
         )
+
+
+def warn_of_precision(asked: str, accelerator: Accelerator) -> None:
+    """Say, once, where another precision is computed in than the one asked for."""
+    if accelerator.mixed_precision != asked and rank() == 0:
+        says = "this processor has no instructions for it: computing in float32, as precision no"
+        print(f"warning: precision {asked}: {says}", file=sys.stderr)
 
 
 def _facts(found: tuple[bool, str]) -> dict[str, str]:

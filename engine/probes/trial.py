@@ -17,7 +17,7 @@ from torch import nn
 
 from engine import ranks
 from engine.config import Settings
-from engine.devices import build_accelerator
+from engine.devices import build_accelerator, warn_of_precision
 from engine.meeting import processes_here, together
 from engine.weights import Loaded, digest, load_encoder
 from methods.encoders import place
@@ -165,6 +165,7 @@ def start(kind: type[T], args: argparse.Namespace, open_sets: Callable[[], tuple
     )
     trial = kind(args, accelerator, encoder, train, test, args.out or _beside(args.checkpoint))
     together(trial.check)
+    warn_of_precision(args.precision, accelerator)
     trial.say(encoder.summary())
     for warning in encoder.warnings:
         trial.say(f"warning: {warning}")

@@ -147,6 +147,13 @@ def test_bfloat16_that_a_processor_would_emulate_is_float32(
     assert (says in capsys.readouterr().err) != there
 
 
+def test_what_is_refused_is_not_warned_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(devices, "bfloat16_on_cpu", lambda: False)
+    with pytest.raises(InputError, match="no such file"):
+        build(replace(settings(Path("nowhere.beton"), "plain"), precision="bf16"))
+    assert not capsys.readouterr().err
+
+
 def test_settings_reach_the_networks(drawn: Path) -> None:
     chosen = settings(drawn, "plain")
     chosen = replace(
