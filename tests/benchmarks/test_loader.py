@@ -62,6 +62,7 @@ def test_wrong_arguments_are_refused(arguments: list[str], drawn: Path, monkeypa
     assert ended.value.code == 2
 
 
+@pytest.mark.slow
 def test_a_way_that_fails_is_left_out_and_the_others_are_measured(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

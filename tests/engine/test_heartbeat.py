@@ -82,6 +82,7 @@ def test_a_process_that_waits_without_end_names_the_lost_one_and_ends(number: si
             process.kill()
 
 
+@pytest.mark.slow
 def test_the_first_process_is_named_where_it_and_the_store_are_gone() -> None:
     first, survivor = started = pair("goes on")
     try:
@@ -108,6 +109,7 @@ def test_a_process_that_says_that_it_failed_is_named_at_once() -> None:
             process.kill()
 
 
+@pytest.mark.slow
 def test_one_that_has_finished_or_waits_alike_is_not_missed() -> None:
     pairs = [pair("goes on"), pair("finishes")]
     try:

@@ -51,7 +51,7 @@ def errors(ended: list[subprocess.CompletedProcess[str]]) -> list[str]:
     ("first", "second", "says"),
     [
         ({}, {"optim.lr": "0.1"}, "optim.lr: process 0 on {host} has 0.32, process 1 on {host} 0.1: give all"),
-        ({}, {"data.train": "{other}"}, "data.train: process 0 on {host} has '"),
+        pytest.param({}, {"data.train": "{other}"}, "data.train: process 0 on {host} has '", marks=pytest.mark.slow),
         pytest.param(
             {},
             {"data.train": "nowhere.beton"},
@@ -64,7 +64,7 @@ def errors(ended: list[subprocess.CompletedProcess[str]]) -> list[str]:
             {"data.bach": "3"}, {"data.bach": "3"}, "error: data.bach: no such setting", marks=pytest.mark.slow
         ),
         pytest.param({"data.batch": "41"}, {"data.batch": "41"}, "error: data.batch 41", marks=pytest.mark.slow),
-        ({"out": "{file}"}, {"out": "{file}"}, "choose another folder"),
+        pytest.param({"out": "{file}"}, {"out": "{file}"}, "choose another folder", marks=pytest.mark.slow),
     ],
 )
 def test_a_wrong_launch_ends_all_processes_with_one_message(

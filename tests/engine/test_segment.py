@@ -261,6 +261,7 @@ def _of_two(encoder: str, drawn: str, *more: str) -> None:
     _steps(Path(drawn), Path(encoder).with_name("two.pth"))
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_score_as_one(encoder: Path, drawn: Path) -> None:
     """Of 41 images, which neither batches nor processes divide; scores of the same weights are the same exactly."""
     options = ["--iterations", "3", "--test", str(drawn), "--frozen"]

@@ -152,6 +152,7 @@ for name in ("ffcv", "ffcv_gpu", "resident"):
 """
 
 
+@pytest.mark.slow
 def test_where_it_was_not_built_ffcvs_decoder_serves(tmp_path: Path) -> None:
     beton = _beton(tmp_path, Settings())
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
