@@ -85,8 +85,8 @@ def test_a_slurm_job_starts_all_nodes_and_goes_on_from_its_checkpoint(tmp_path: 
     ("form", "recipe"),
     [
         (["--data.train", "/shared/t.beton", "--data.eval", "/shared/e.beton"], ""),
-        (["--data.train=/shared/t.beton", "--data.eval=/shared/e.beton"], ""),
-        ([], "data: {train: /shared/t.beton, eval: /shared/e.beton}"),
+        pytest.param(["--data.train=/shared/t.beton", "--data.eval=/shared/e.beton"], "", marks=pytest.mark.slow),
+        pytest.param([], "data: {train: /shared/t.beton, eval: /shared/e.beton}", marks=pytest.mark.slow),
         (["--data.eval", "/shared/e.beton"], "data: {train: /shared/t.beton, eval: /shared/other.beton}"),
         ([], "seed: 2"),
         (["--data.trian", "x"], ""),

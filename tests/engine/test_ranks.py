@@ -156,6 +156,7 @@ def test_two_ranks_equal_one_process(name: str, two: list[dict[str, Any]]) -> No
     check(name, alone(name), two)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FOUR)
 def test_four_ranks_equal_one_process(name: str, four: list[dict[str, Any]]) -> None:
     check(name, alone(name), four)
