@@ -50,7 +50,7 @@ class Study:
     seeds: list[int] = field(default_factory=lambda: [0])
     settings: dict[str, Any] = field(default_factory=dict)
     """Over all recipes, by their dotted names."""
-    linear: list[str] = field(default_factory=list)
+    linear: list[str | int | float] = field(default_factory=list)
     """Options of `engine.evaluate linear`; none: kNN alone."""
     peers: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By name: `module`, of `benchmarks/` with `_moco` after it, and its options."""
@@ -121,7 +121,7 @@ def _run(study: Study, name: str, seed: int, folder: Path, args: argparse.Namesp
     train += ["--out", str(folder), "--resume", "auto", "--data.workers", str(_cores(args))]
     train += [part for key, value in settings.items() for part in (f"--{key}", _written(value))]
     evaluate = [sys.executable, "-m", "engine.evaluate", "linear", str(folder), "--train", args.train]
-    evaluate += ["--test", args.test, "--seed", str(seed), "--workers", str(_cores(args)), *study.linear]
+    evaluate += ["--test", args.test, "--seed", str(seed), "--workers", str(_cores(args)), *map(str, study.linear)]
     return Job(name, seed, folder, [*train, *rest], evaluate if study.linear else [])
 
 

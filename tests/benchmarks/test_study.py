@@ -131,7 +131,7 @@ def test_a_study_trains_evaluates_and_goes_on(drawn: Path, tmp_path: Path) -> No
         "wrong": {"recipe": "moco_v2_cifar10", "settings": {"data.batch": 3000}},
     }
     peers = {"a peer": {"module": "no_such_package", "batch": 64}}
-    described = {"runs": runs, "settings": shared, "linear": ["--protocol", "fast", "--passes", "0"], "peers": peers}
+    described = {"runs": runs, "settings": shared, "linear": ["--protocol", "fast", "--passes", 0], "peers": peers}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(described))
     command = [sys.executable, "-m", "benchmarks.study", str(tmp_path / "tiny.yaml"), "--train", str(drawn)]
     command += ["--test", str(drawn), "--out", str(tmp_path / "out"), "--json", str(tmp_path / "found.json")]
