@@ -11,6 +11,7 @@ is: a check of the suite itself.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -29,7 +30,7 @@ from benchmarks.paths import HARDWARE_LOADS
 from pipeline.backends.choice import PACE
 from pipeline.beton import Beton, manifest_path
 from pipeline.encode import Settings
-from pipeline.errors import InputError, command
+from pipeline.errors import command
 from pipeline.packages import installed
 from pipeline.prepare import prepare
 
@@ -129,10 +130,12 @@ def run(part: Part, out: Path, small: bool, seconds: float) -> tuple[str, dict[s
         call = [sys.executable, "-m", part.module, *arguments]
         started = subprocess.Popen(call, stdout=file, stderr=subprocess.STDOUT, cwd=_ROOT, start_new_session=True)
         try:
-            status = started.wait(min(seconds, part.seconds))
-        except subprocess.TimeoutExpired:
-            os.killpg(started.pid, signal.SIGKILL)  # with what it started itself
-            started.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = started.wait(min(seconds, part.seconds))
+        finally:
+            if status is None:
+                os.killpg(started.pid, signal.SIGKILL)  # with what it started itself
+                started.wait()
     took, output = f"took {time.perf_counter() - begun:.0f} s", log.read_text()
     log.unlink()
     last = next((line for line in reversed(output.splitlines()) if line.strip()), "no output")
@@ -168,23 +171,21 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="run each part small, on the CPU where need be")
     args = parser.parse_args()
     begun, small = time.perf_counter(), args.dry_run or not torch.cuda.is_available()
-    if not args.threads.replace(",", "").isdigit():
-        raise InputError(f"--threads {args.threads}: give numbers, such as 1,2,4")
+    threads = machine.numbers(args.threads, "--threads")
     args.out = args.out.resolve()  # as parts run in another folder
     args.out.mkdir(parents=True, exist_ok=True)
-    data = args.data.resolve() if args.data else _drawn(args.out / "drawn.beton", 1024, 48)
-    cifar = args.cifar.resolve() if args.cifar else data
+    drawn = args.out / "drawn.beton"
+    data, cifar = (path.resolve() if path else _drawn(drawn, 1024, 48) for path in (args.data, args.cifar))
     for path in (data, cifar):
         Beton(path)  # says what is wrong before anything has run
     report = Report(args.out)
     if small:
         report.add("small", f"parts ran small: {'--dry-run' if args.dry_run else 'there is no GPU'}")
-    for part in parts(data, cifar, [int(number) for number in args.threads.split(",")]):
+    for part in parts(data, cifar, threads):
         left = args.seconds - (time.perf_counter() - begun)
         report.add(part.name, *run(part, args.out, small, left))
-    if args.data is None:
-        for path in (data, manifest_path(data)):
-            path.unlink(missing_ok=True)
+    for path in (drawn, manifest_path(drawn)):
+        path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -176,16 +176,13 @@ def _arguments() -> argparse.Namespace:
 
 
 def _checked(args: argparse.Namespace) -> argparse.Namespace:
-    try:
-        args.threads = [int(number) for number in args.threads.split(",")]
-    except ValueError:
-        raise InputError(f"--threads {args.threads}: give numbers, such as 1,2,4") from None
+    args.threads = machine.numbers(args.threads, "--threads")
     args.backends = ["official" if name == "torchvision" else name for name in args.backends.split(",")]
     for name in args.backends:
         if name not in PATHS:
             raise InputError(f"--backends {name}: no such way to crops: choose of {', '.join(PATHS)}")
-    if min(args.size, args.batch, args.views, args.runs, *args.threads) < 1:
-        raise InputError("--size, --batch, --views, --threads and --runs must be positive: give 1 or more")
+    if min(args.size, args.batch, args.views, args.runs) < 1:
+        raise InputError("--size, --batch, --views and --runs must be positive: give 1 or more")
     count = len(open_data(args.data))
     if args.batch > count:
         raise InputError(f"--batch {args.batch}: {args.data} holds {count} images: give at most as many")

@@ -19,6 +19,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.cores import available_cores
+from pipeline.errors import InputError
 from pipeline.packages import version
 
 PACKAGES = ("torch", "ffcv", "numba", "numpy", "pillow", "accelerate", "nvidia-dali-cuda130", "lightly")
@@ -30,7 +32,7 @@ def describe() -> dict[str, Any]:
     return {
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": available_cores(),
         "load": round(os.getloadavg()[0], 2),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": {"python": platform.python_version(), **versions},
@@ -43,6 +45,14 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def numbers(given: str, option: str, least: int = 1) -> list[int]:
+    """Return the numbers of an option such as `1,2,4`. Raises InputError for what is none, or below `least`."""
+    parts = given.split(",")
+    if not all(part.isdecimal() and int(part) >= least for part in parts):
+        raise InputError(f"{option} {given}: give numbers from {least}, such as 1,2,4")
+    return [int(part) for part in parts]
 
 
 def spread(values: Sequence[float] | np.ndarray) -> dict[str, float]:

@@ -47,6 +47,7 @@ from engine.arguments import parse
 from engine.build import needed_views
 from engine.config import Settings
 from engine.dryrun import estimate, memory_of
+from pipeline.backends.resident import SHARE as RESIDENT
 from pipeline.errors import InputError, command
 from pipeline.limits import RESULT_BYTES, read_json, read_yaml
 
@@ -59,8 +60,6 @@ SCALING = 0.9
 """Of so many times one core's decoding that many cores reach."""
 CACHE = 0.75
 """Of a node's memory that the page cache has."""
-RESIDENT = 0.5
-"""Of a GPU's memory that the resident backend takes."""
 LATENCY = 20e-6, 60e-6
 """Seconds of a small collective that the GPUs wait for, in a node and between nodes: assumptions."""
 HIDES = 0.5

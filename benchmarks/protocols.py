@@ -46,11 +46,17 @@ def evaluated(name: str, args: argparse.Namespace, more: list[str]) -> dict[str,
         raise RunFailed(f"{name}: the evaluation failed, see above: given again, this command goes on with it")
     (file,) = out.glob("*.json")
     found = json.loads(file.read_text())
-    if (found["train"], found["test"]) != (args.train, args.test) or not found["checkpoint"].startswith(args.encoder):
+    told = [_place(found[key]) for key in ("train", "test")] == [_place(args.train), _place(args.test)]
+    of, asked = _place(found["checkpoint"]), _place(args.encoder)
+    if not told or asked not in (of, *of.parents):
         raise InputError(
             f"{file}: is of {found['checkpoint']}, {found['train']}, {found['test']}: choose another --out"
         )
     return found
+
+
+def _place(path: str) -> Path:
+    return Path(path).resolve()
 
 
 def report(result: dict[str, Any]) -> machine.Report:
@@ -81,6 +87,8 @@ def main() -> None:
     about = machine.describe()
     found = {name: evaluated(name, args, more) for name in PROTOCOLS if name in args.only}
     first = next(iter(found.values()))
+    if len(of := sorted({scores["checkpoint"] for scores in found.values()})) > 1:
+        raise InputError(f"{args.out}: has results of {of[0]} and {of[-1]}: choose another --out")
     images = max(scores["images"] for scores in found.values())  # fine-tuning says how many it was tuned on
     trained = f"{first['architecture']}, {first['checkpoint']}; {images} images of {first['test']}"
     result = {"machine": about, "encoder": trained, "protocols": found}

@@ -149,8 +149,10 @@ def measure(rest: list[str], processes: list[int], threads: list[int], steps: in
     free = [Way(f"{p} processes, {t} threads", p, batch, t) for p in processes for t in threads]
     with tempfile.TemporaryDirectory() as folder:
         predictions = {way.name: predict(way, rest, Path(folder)) for way in free}
-        groups = [Group(way, rest, steps, Path(folder)) for way in (*scaling, *free)]
+        groups: list[Group] = []
         try:
+            for way in (*scaling, *free):
+                groups.append(Group(way, rest, steps, Path(folder)))
             told = [[group.round() for group in groups] for _ in range(rounds + 1)][1:]
         finally:
             for group in groups:
@@ -233,12 +235,6 @@ def report(result: dict[str, Any]) -> machine.Report:
     return machine.Report("Training in several processes", headings, rows, notes)
 
 
-def _numbers(given: str, option: str) -> list[int]:
-    if not given.replace(",", "").isdigit() or "0" in given.split(","):
-        raise InputError(f"{option} {given}: give numbers from 1, such as 1,2")
-    return [int(number) for number in given.split(",")]
-
-
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description="Time several processes.")
@@ -252,7 +248,8 @@ def main() -> None:
     if args.worker:
         work(rest, args.steps)
         return
-    processes, threads = _numbers(args.processes, "--processes"), _numbers(args.threads, "--threads")
+    processes = machine.numbers(args.processes, "--processes")
+    threads = machine.numbers(args.threads, "--threads")
     if min(args.steps, args.rounds) < 1:
         raise InputError("--steps and --rounds must be positive: give 1 or more")
     if max(processes) > available_cores():

@@ -169,11 +169,11 @@ def in_turn(calls: dict[str, Call], device: torch.device, runs: int, warm: int =
     }
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype, runs: int = 5) -> float:
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Return the TFLOP/s of a large matrix product."""
     side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    taken = in_turn({"product": lambda: torch.mm(a, b)}, device, runs)["product"]["wall"]
+    taken = in_turn({"product": lambda: torch.mm(a, b)}, device, 5)["product"]["wall"]
     return float(2 * side**3 / np.median(taken) / 1e12)
 
 

@@ -36,6 +36,7 @@ from pipeline.limits import read_yaml
 
 _HERE = Path(__file__).parent
 _ROOT = _HERE.parent
+_RECIPES = _ROOT / "engine" / "recipes"
 COLUMNS = ("knn", "linear", "gap_midway", "gap", "seconds", "rate", "reached")
 """Figures of a run: kNN and linear top-1, the gap half-way and at the end, seconds of training, pairs a second, and
 seconds of training until its kNN top-1 is what another run of the study ends with."""
@@ -67,7 +68,7 @@ class Job:
     folder: Path
     train: list[str]
     evaluate: list[str]
-    """None for no evaluation besides kNN."""
+    """Empty for no evaluation besides kNN."""
 
     @property
     def label(self) -> str:
@@ -84,25 +85,28 @@ def load_study(name: str) -> Study:
     found = read_yaml(path, f"write it as {_HERE / 'studies'} has them")
     try:
         study = Study(**found)
-        assert study.runs
-        assert study.reach in ("", *study.runs, *study.peers)
-        for name, run in study.runs.items():
-            recipe = _HERE.parent / "engine" / "recipes" / f"{run['recipe']}.yaml"
-            if set(run) - {"recipe", "settings"} or not recipe.is_file():
-                raise InputError(f"{path}: run {name!r}: give a recipe of engine/recipes, and settings")
-    except (TypeError, KeyError, AttributeError, AssertionError) as error:
-        raise InputError(
-            f"{path}: not a study ({error or 'no runs, or reach is none of them'}): write runs, seeds, settings"
-        ) from None
+        wrong = [name for name, run in study.runs.items() if not _makes_sense(run)]
+        known_runs = {"", *study.runs, *study.peers}
+    except (TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path}: not a study ({error}): write runs, seeds, settings") from None
+    if wrong:
+        raise InputError(f"{path}: run {wrong[0]!r}: give a recipe of engine/recipes, and settings")
+    if study.reach not in known_runs or not study.runs:
+        raise InputError(f"{path}: not a study (no runs, or reach is none of them): write runs, seeds, settings")
     return study
+
+
+def _makes_sense(run: dict[str, Any]) -> bool:
+    return not set(run) - {"recipe", "settings"} and (_RECIPES / f"{run['recipe']}.yaml").is_file()
 
 
 def jobs_of(study: Study, args: argparse.Namespace, rest: Sequence[str]) -> list[Job]:
     """Return all runs of a study, peers after the others, seed by seed."""
-    seeds = [int(seed) for seed in args.seeds.split(",")] if args.seeds else study.seeds
+    seeds = machine.numbers(args.seeds, "--seeds", 0) if args.seeds else study.seeds
     names = args.only or [*study.runs, *study.peers]
     if unknown := set(names) - {*study.runs, *study.peers}:
-        raise InputError(f"--only {sorted(unknown)[0]!r}: not of the study, which has {', '.join(study.runs)}")
+        known = ", ".join((*study.runs, *study.peers))
+        raise InputError(f"--only {sorted(unknown)[0]!r}: not of the study, which has {known}")
     found = []
     for seed in seeds:
         for name in names:
@@ -116,12 +120,12 @@ def _run(study: Study, name: str, seed: int, folder: Path, args: argparse.Namesp
     run = study.runs[name]
     settings = {**study.settings, **run.get("settings", {})}
     train = [*shlex.split(args.launch), str(_ROOT / "engine" / "run.py")]
-    train += ["--config", str(_ROOT / "engine" / "recipes" / f"{run['recipe']}.yaml")]
+    train += ["--config", str(_RECIPES / f"{run['recipe']}.yaml")]
     train += ["--data.train", args.train, "--data.eval", args.test, "--seed", str(seed)]
-    train += ["--out", str(folder), "--resume", "auto", "--data.workers", str(_cores(args))]
+    train += ["--out", str(folder), "--resume", "auto", "--data.workers", str(_threads(args))]
     train += [part for key, value in settings.items() for part in (f"--{key}", _written(value))]
-    evaluate = [sys.executable, "-m", "engine.evaluate", "linear", str(folder), "--train", args.train]
-    evaluate += ["--test", args.test, "--seed", str(seed), "--workers", str(_cores(args)), *map(str, study.linear)]
+    evaluate = [*shlex.split(args.launch), "-m", "engine.evaluate", "linear", str(folder), "--train", args.train]
+    evaluate += ["--test", args.test, "--seed", str(seed), "--workers", str(_threads(args)), *map(str, study.linear)]
     return Job(name, seed, folder, [*train, *rest], evaluate if study.linear else [])
 
 
@@ -146,10 +150,17 @@ def _cores(args: argparse.Namespace) -> int:
     return max(1, available_cores() // args.at_once)
 
 
+def _threads(args: argparse.Namespace) -> int:
+    """Return the threads of a run's loader; 0 where a launcher's processes share the cores out among themselves."""
+    return _cores(args) if args.launch == sys.executable else 0
+
+
 def carry_out(jobs: Sequence[Job], args: argparse.Namespace) -> dict[str, str]:
     """Train and evaluate what is not done, `at_once` at a time; return what went wrong, by the runs' labels."""
     args.out.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(_cores(args)), "PYTHONPATH": str(_ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
+    if threads := _threads(args):
+        environment["OMP_NUM_THREADS"] = str(threads)
     with ThreadPoolExecutor(args.at_once) as pool:
         problems = list(pool.map(lambda job: _carry_out(job, environment), jobs))
     return {job.label: problem for job, problem in zip(jobs, problems, strict=True) if problem}
@@ -158,12 +169,15 @@ def carry_out(jobs: Sequence[Job], args: argparse.Namespace) -> dict[str, str]:
 def _carry_out(job: Job, environment: dict[str, str]) -> str:
     """Do one job; return what went wrong, or nothing."""
     kept = [path for path in (job.folder / "evaluation").glob("linear*.json") if path.is_file()]
+    summary = job.folder / "summary.json"
     for what, call, done in (
-        ("training", job.train, (job.folder / "summary.json").exists()),
+        ("training", job.train, summary.exists()),
         ("evaluation", job.evaluate, bool(kept) or not job.evaluate),
     ):
         if done:
             continue
+        if what == "evaluation" and not summary.exists():
+            return "training was stopped before its end"
         began, log = time.monotonic(), job.folder.with_name(f"{job.folder.name}.log")
         with log.open("a") as file:
             status = subprocess.run(call, stdout=file, stderr=file, env=environment, cwd=_ROOT, check=False).returncode
@@ -301,7 +315,7 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of the study's runs (default: all)")
     parser.add_argument("--seeds", help="such as 0,1,2 (default: the study's)")
     parser.add_argument("--at-once", type=int, default=1, metavar="N", help="runs at a time, which share the machine")
-    parser.add_argument("--launch", default=sys.executable, help="what starts engine/run.py (default: this Python)")
+    parser.add_argument("--launch", default=sys.executable, help="starts runs and evaluations (default: this Python)")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw curves and results here")
     machine.add_outputs(parser)
     return parser.parse_known_args()
@@ -312,8 +326,6 @@ def main() -> int:
     args, rest = _arguments()
     if not 1 <= args.at_once <= available_cores():
         raise InputError(f"--at-once {args.at_once}: choose 1 to {available_cores()}, the cores here")
-    if args.seeds and not args.seeds.replace(",", "").isdecimal():
-        raise InputError(f"--seeds {args.seeds}: give numbers, such as 0,1,2")
     args.out, about, study = args.out.resolve(), machine.describe(), load_study(args.study)
     args.train, args.test = (str(Path(path).resolve()) for path in (args.train, args.test))
     jobs = jobs_of(study, args, rest)

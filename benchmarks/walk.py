@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def steps(args: argparse.Namespace) -> list[Step]:
     data = "--train walk/demo/train.beton --test walk/demo/eval.beton"
     return [
         *found,
-        Step("prepare", f"python -m pipeline.prepare {args.source} walk/train.beton"),
+        Step("prepare", f"python -m pipeline.prepare {shlex.quote(args.source)} walk/train.beton"),
         Step("inspect", "python -m pipeline.inspect walk/train.beton --verify --preview walk/views.png"),
         Step("train, Ctrl-C in the second epoch", train, until=_in_second_epoch),
         Step("resume to the end", f"{train} --resume auto"),
@@ -91,11 +92,16 @@ def take(step: Step, clone: Path, out: Path) -> dict[str, Any]:
             start_new_session=True,
         )
         asked = False
-        while process.poll() is None:
-            if step.until is not None and not asked and step.until(clone):
-                os.killpg(process.pid, signal.SIGINT)
-                asked = True
-            time.sleep(0.1)
+        try:
+            while process.poll() is None:
+                if step.until is not None and not asked and step.until(clone):
+                    os.killpg(process.pid, signal.SIGINT)
+                    asked = True
+                time.sleep(0.1)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     good = process.returncode == step.status and asked == (step.until is not None)
     found = {"name": step.name, "call": step.call, "seconds": time.monotonic() - began, "status": process.returncode}
     print(f"{step.name}: status {process.returncode}, {found['seconds']:.0f} s", file=sys.stderr, flush=True)

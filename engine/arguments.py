@@ -108,7 +108,7 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument("--config", action=ActionConfigFile, help="recipe, such as engine/recipes/moco_v2_in1k.yaml")
     parser.add_argument(
-        "--dry-run", action="store_true", help="build, take a step on a stub batch, print its size, and exit"
+        "--dry-run", action="store_true", help="build, take a step on stub batches, print its size, and exit"
     )
     parser.add_class_arguments(Settings)
     return parser
@@ -148,9 +148,9 @@ def flat(settings: dict[str, Any], within: str = "") -> dict[str, Any]:
     return found
 
 
-def wants_dry_run(arguments: Sequence[str] | None = None) -> bool:
-    """Return whether a command line asks for a dry run."""
-    return "--dry-run" in (sys.argv[1:] if arguments is None else arguments)
+def wants_dry_run() -> bool:
+    """Return whether the command line asks for a dry run."""
+    return "--dry-run" in sys.argv[1:]
 
 
 def _without_recipes(arguments: Sequence[str] | None) -> tuple[list[str], list[str]]:

@@ -17,7 +17,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialised
 
-from pipeline.errors import InputError, RunFailed, reason
+from pipeline.errors import InputError, RunFailed, reason, tell
 from pipeline.limits import check_levels, read_bytes
 
 FORMAT = 4
@@ -76,23 +75,25 @@ class Writer:
         try:
             if copied is not None:
                 copied.synchronize()
-            write(self._folder, step, tensors, state, self._keep, self._keep_every)
+            write(self._folder, step, tensors, state)
             self.problem = ""
         except Exception as error:  # whatever it is: the run is worth more than one checkpoint of it
             self.problem = reason(error)
             left = _all(self._folder)
             kept = f"the newest is {left[0].name}" if left else "there is none yet"
-            print(
-                f"warning: step {step}: the checkpoint could not be written ({self.problem}): training goes on; {kept}",
-                file=sys.stderr,
-                flush=True,
+            tell(
+                f"warning: step {step}: the checkpoint could not be written ({self.problem}): training goes on; {kept}"
             )
+            return
+        try:
+            settle(self._folder, step, self._keep, self._keep_every)
+        except OSError as error:
+            says = f"earlier checkpoints could not be tidied up ({reason(error)})"
+            tell(f"warning: step {step}: the checkpoint is written, but {says}: training goes on")
 
 
-def write(
-    folder: Path, step: int, tensors: dict[str, Tensors], state: dict[str, Any], keep: int = 0, keep_every: int = 0
-) -> Path:
-    """Write a checkpoint of `step` into `folder`; then remove those that are not to be kept, as `Writer` says.
+def write(folder: Path, step: int, tensors: dict[str, Tensors], state: dict[str, Any]) -> Path:
+    """Write a checkpoint of `step` into `folder`, for `settle` to follow.
 
     tensors: by file name without suffix. A crash at any point leaves a whole checkpoint, if there was one. Raises
     OSError where it cannot be written; the others are then as they were.
@@ -120,14 +121,22 @@ def write(
             os.replace(aside, final)
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    _point_to(folder, final.name)
-    shutil.rmtree(aside, ignore_errors=True)
+    return final
+
+
+def settle(folder: Path, step: int, keep: int = 0, keep_every: int = 0) -> None:
+    """Have `latest` name the checkpoint of `step`, which is whole; remove what is not kept, as `Writer` says.
+
+    Raises OSError where that cannot be done.
+    """
+    name = f"step_{step:08d}"
+    _point_to(folder, name)
+    shutil.rmtree(folder / f".{name}.old", ignore_errors=True)
     for old in _all(folder)[keep:] if keep else []:
         if not keep_every or step_of(old) % keep_every:
             leaving = folder / f".{old.name}.leaving"
             os.replace(old, leaving)
             shutil.rmtree(leaving)
-    return final
 
 
 def clear_up(folder: Path) -> None:

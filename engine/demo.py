@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.config import Data, Knn, Method, Model, Optim, Settings
-from engine.devices import bfloat16_on_cpu
+from engine.devices import bfloat16_on_cpu, bfloat16_on_gpu
 from engine.evaluate import Knn as KnnEvaluation
 from engine.evaluate import RawPixels
 from engine.loop import measure_rate
@@ -123,7 +123,7 @@ def _settings(train: Path, evaluation: Path, out: Path) -> Settings:
 def _precision(gpu: bool) -> Literal["no", "fp16", "bf16"]:
     """Return the quickest that there is."""
     if gpu:
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        return "bf16" if bfloat16_on_gpu() else "fp16"
     return "bf16" if bfloat16_on_cpu() else "no"
 
 

@@ -75,12 +75,17 @@ def _checked(settings: Settings, emulate: bool) -> tuple[bool, str]:
         )
     if settings.precision == "fp16" and not on_gpu:
         raise InputError("precision 'fp16': needs a GPU: choose bf16 or no")
-    if settings.precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported():
+    if settings.precision == "bf16" and on_gpu and not bfloat16_on_gpu():
         raise InputError("precision 'bf16': this GPU does not have it: choose fp16 or no")
     if settings.tracker == "wandb" and not is_wandb_available():
         raise InputError("tracker 'wandb': the package is not installed: pip install wandb, or choose tensorboard")
     slow = settings.precision == "bf16" and not on_gpu and not emulate and not bfloat16_on_cpu()
     return on_gpu, "no" if slow else settings.precision
+
+
+def bfloat16_on_gpu() -> bool:
+    """Return whether this process's GPU computes in bfloat16, and does not emulate it (Ampere and later)."""
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def bfloat16_on_cpu() -> bool:

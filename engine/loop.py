@@ -19,7 +19,7 @@ from engine.devices import now
 from engine.heartbeat import Heartbeat, LostProcess
 from engine.meeting import Told, rank, together
 from engine.norm_statistics import RunningStatistics
-from engine.preempt import Stopped
+from engine.preempt import Stopped, follow_launcher
 from engine.state import refuse_divergence, restore, save
 from engine.watchdog import dump_stacks
 from pipeline.errors import LoaderStalled
@@ -34,6 +34,7 @@ def train(settings: Settings) -> dict[str, Any]:
 
     Where no batch came in time, or a process was lost, prints every thread's stack before it raises what happened.
     """
+    follow_launcher()
     run: Run | None = None
     heartbeat = Heartbeat(settings.collective_timeout)
     with contextlib.ExitStack() as held:
@@ -64,7 +65,7 @@ def _trained(run: Run, heartbeat: Heartbeat) -> dict[str, Any]:
     if run.done >= run.total and not _unevaluated(run):
         return _already_finished(run)
     together(lambda: begin(run))
-    run.monitor.start(run.done, run.evaluated)
+    together(lambda: run.monitor.start(run.done, run.evaluated))
     stopped = _epochs(run, heartbeat)
     together(run.writer.finish)
     summary = {} if stopped else _summarise(run)
@@ -78,6 +79,8 @@ def _already_finished(run: Run) -> dict[str, Any]:
     if run.accelerator.is_main_process:
         asked = f"{run.settings.optim.epochs} epochs, {run.total} steps"
         print(f"nothing to train: {run.done} steps are done of the {asked} asked for", file=sys.stderr)
+        if not (run.out / "summary.json").exists():  # it ended between its last checkpoint and that
+            _summarise(run)
     return {**run.monitor.last, "step": run.done}
 
 

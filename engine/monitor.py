@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,10 @@ from engine import ranks
 from engine.spikes import SpikeWatch
 from engine.step import Result
 from engine.watch import CollapseWatch
-from pipeline.errors import InputError
+from pipeline.errors import InputError, reason, tell
 from pipeline.limits import json_lines
 from pipeline.progress import tqdm
 
-WALL_CLOCK = ("pairs_per_second", "data_wait_fraction")
-"""Keys of a metrics line that tell of time, and so differ between two runs that compute the same."""
 _LASTING = ("knn_top1",)  # metrics that still hold where no step was taken since
 _SUBSTITUTED, _TAKEN = "substituted", "taken"
 
@@ -52,6 +50,8 @@ class Monitor:
         """Pairs trained, time it took and time waited for data, seconds, of this process's whole life."""
         self.skipped = 0
         """Steps skipped in the whole run."""
+        self._unwritten = set[str]()
+        """What could not be written the last time."""
 
     def start(self, step: int, evaluated: float = math.inf) -> None:
         """Begin or go on at `step`, evaluated for the last time after `evaluated` epochs.
@@ -123,10 +123,10 @@ class Monitor:
             self.skipped += skipped
             if self._accelerator.is_main_process:
                 says = f"{skipped} steps were skipped, as loss or gradients were not finite"
-                print(f"warning: step {step}: {says}", file=sys.stderr, flush=True)
+                tell(f"warning: step {step}: {says}")
         for warning in (self._collapse.warning(), spike):
             if warning and self._accelerator.is_main_process:
-                print(f"warning: step {step}: {warning}", file=sys.stderr, flush=True)
+                tell(f"warning: step {step}: {warning}")
 
     def _without_skipped(
         self, means: dict[str, float], measures: Mapping[str, Any], taken: float, newest: float
@@ -193,9 +193,21 @@ class Monitor:
         self.last.update(line)
         if not self._accelerator.is_main_process:
             return
-        with open(self._path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-        self._accelerator.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+        step, text = line["step"], json.dumps(line) + "\n"
+        self._try(step, str(self._path), lambda: _append(self._path, text))
+        values = {key: value for key, value in line.items() if key != "step"}
+        self._try(step, "the tracker's files", lambda: self._accelerator.log(values, step=step))
+
+    def _try(self, step: int, where: str, write: Callable[[], None]) -> None:
+        """Write; where there is no room, say so the first time, and go on: the run is worth more than a line of it."""
+        try:
+            write()
+            self._unwritten.discard(where)
+        except OSError as error:
+            if where not in self._unwritten:
+                says = f"{where}: could not be written ({reason(error)}): training goes on, its metrics have a gap"
+                tell(f"warning: step {step}: {says}")
+            self._unwritten.add(where)
 
     def _show(self, step: int) -> None:
         if self._bar is None:
@@ -210,16 +222,24 @@ class Monitor:
                 f"data-wait {last['data_wait_fraction']:.1%}",
             ]
         if self._bar.disable:
-            print(
-                f"step {step}/{self._steps}  {'  '.join(shown)}  left {self._left(step)}",
-                file=sys.stderr,
-                flush=True,
-            )
+            tell(f"step {step}/{self._steps}  {'  '.join(shown)}  left {self._left(step)}")
         else:
             self._bar.set_postfix_str(", ".join(shown))
 
     def _left(self, step: int) -> str:
         return tqdm.format_interval((self._steps - step) * self._seconds_a_step)
+
+
+def _append(path: Path, text: str) -> None:
+    """Append a line, or nothing of it. Raises OSError."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "a") as file:
+            file.write(text)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.truncate(path, size)
+        raise
 
 
 def _truncate(path: Path, step: int, evaluated: float) -> None:

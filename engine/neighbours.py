@@ -49,13 +49,13 @@ def _nearest_of_all(similarity: torch.Tensor, near: torch.Tensor, k: int) -> tup
 def vote(similarity: torch.Tensor, near: torch.Tensor, temperature: float, classes: int) -> torch.Tensor:
     """Return the five classes of most votes, int64 [N, 5], -1 for those without any.
 
-    similarity, near: cosines and classes of the neighbours, [N, k]. A neighbour's vote is exp(cosine / temperature); of
-    equal sums the smaller class comes first.
+    similarity, near: cosines, descending, and classes of the neighbours, [N, k]. A neighbour's vote is exp(cosine /
+    temperature), in parts of the nearest one's; of equal sums the smaller class comes first.
     """
     found = []
     for cosines, of in zip(similarity.split(8192), near.split(8192), strict=True):
         votes = torch.zeros(len(of), classes, device=of.device, dtype=torch.float64)
-        votes.scatter_add_(1, of, (cosines.double() / temperature).exp())
+        votes.scatter_add_(1, of, ((cosines - cosines[:, :1]).double() / temperature).exp())
         most, ranked = votes.sort(dim=1, descending=True, stable=True)
         ranked = ranked[:, :_BEST].masked_fill(most[:, :_BEST] == 0, -1)
         found.append(F.pad(ranked, (0, _BEST - ranked.shape[1]), value=-1))

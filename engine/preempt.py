@@ -48,10 +48,8 @@ class Requests:
 
     @contextlib.contextmanager
     def heeded(self) -> Iterator[None]:
-        """A context in which signals are requests, and the end of the launcher is one. For the main thread."""
+        """A context in which signals are requests, a followed launcher's end too. For the main thread."""
         before = {number: signal.signal(number, self._hear) for number in _MEANING}
-        if any(name in os.environ for name in _LAUNCHED):
-            _follow_launcher()
         try:
             yield
         finally:
@@ -103,8 +101,10 @@ def _say(line: str) -> None:
             os.close(nowhere)
 
 
-def _follow_launcher() -> None:
-    """Have the system send SIGTERM when the process that started this one ends (Linux)."""
+def follow_launcher() -> None:
+    """Have the system send SIGTERM when the launcher that started this process, if one did, ends (Linux)."""
+    if not any(name in os.environ for name in _LAUNCHED):
+        return
     launcher = os.getppid()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

@@ -72,7 +72,7 @@ def report(runs: list[RunFiles], wanted: Wanted | None) -> Report:
         titles=titles,
         rows=rows,
         charts=[(chart, _chart(chart, groups)) for chart in shown],
-        galleries=[_gallery(gallery, groups) for gallery in galleries],
+        galleries=[_gallery(gallery) for gallery in galleries],
         neighbours=wanted.neighbours if wanted else 0,
         differences=differences(runs),
         written=time.strftime("%Y-%m-%d %H:%M"),
@@ -85,7 +85,7 @@ def _chart(chart: charts.Chart, groups: Sequence[Group]) -> Picture:
     return Picture(light, dark, charts.last_values(chart, groups))
 
 
-def _gallery(gallery: Gallery, groups: Sequence[Group]) -> dict[str, Any]:
+def _gallery(gallery: Gallery) -> dict[str, Any]:
     """Return what the page shows of a data set."""
     of = gallery.sample
     return {

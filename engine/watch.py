@@ -57,7 +57,7 @@ def measure(e: Embeddings, base: Base) -> dict[str, torch.Tensor]:
     q, k = e[f"q{a}"].detach(), e[f"k{b}"].detach()
     found = {
         "positive_similarity": (q * k).sum(dim=1).mean(),
-        "negative_similarity": _negative_similarity(q, k, e, b),
+        "negative_similarity": _negative_similarity(q, k, e),
         "embedding_std": spread(q),
         "alignment": alignment(q, k),
         "uniformity": uniformity(q),
@@ -68,7 +68,7 @@ def measure(e: Embeddings, base: Base) -> dict[str, torch.Tensor]:
     return found
 
 
-def _negative_similarity(q: torch.Tensor, k: torch.Tensor, e: Embeddings, view: int) -> torch.Tensor:
+def _negative_similarity(q: torch.Tensor, k: torch.Tensor, e: Embeddings) -> torch.Tensor:
     """Return the mean similarity of the queries to the queue, or to the other samples' keys of this process."""
     if e.queue is not None:
         return (q @ e.queue.to(q.dtype).mean(dim=0)).mean()

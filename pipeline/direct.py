@@ -41,14 +41,14 @@ _MOST_TARS, _MOST_BRACES = 100_000, 8
 class Direct(Beton):
     """Images of a folder or of tars, with the attributes of a `Beton`.
 
-    source: a folder, a .tar, or several by a pattern such as `shards/train-*.tar` or `train-{000..127}.tar`. subset: as
-    `open_source`'s. tolerate: as `Beton`'s. Raises InputError where there is no image, and BadRecords for images that
-    are not RGB or grey JPEGs.
+    source: a folder, a .tar, or several by a pattern such as `shards/train-*.tar` or `train-{000..127}.tar`.
+    tolerate: as `Beton`'s. Raises InputError where there is no image, and BadRecords for images that are not RGB or
+    grey JPEGs.
     """
 
-    def __init__(self, source: Path | str, *, subset: str | None = None, tolerate: bool = False) -> None:
+    def __init__(self, source: Path | str, *, tolerate: bool = False) -> None:
         self.path, self._tolerate = Path(source), tolerate
-        found = _listed(str(source), subset)
+        found = _listed(str(source))
         self._names, self._classes = [item.name for item in found.items], found.classes
         self._files = sorted({item.path for item in found.items})
         number = {path: i for i, path in enumerate(self._files)}
@@ -102,7 +102,7 @@ class Direct(Beton):
         places = os.fsencode("\n".join(self._names)) + self.pointers.tobytes() + self.sizes.tobytes()
         stamps = [f"{os.path.abspath(path)} {os.stat(path).st_mtime_ns}" for path in self._files]
         key = hashlib.sha256(places + f"{_FORMAT} {stamps}".encode()).hexdigest()[:32]
-        cached = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "millrace" / f"direct-{key}.sides"
+        cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "millrace" / f"direct-{key}.sides"
         sides = _cached(cached, len(items))
         if sides is None:
             sides = _read_sides(items)
@@ -164,10 +164,10 @@ def _side_lengths(item: Item) -> tuple[int, int]:
     return 0, 0
 
 
-def _listed(source: str, subset: str | None) -> Source:
+def _listed(source: str) -> Source:
     """Return the images of a folder or tar, or of all tars of a pattern; WebDataset's labels where it has some."""
     paths = _paths(source)
-    listed = [open_source(path, subset) for path in paths]
+    listed = [open_source(path) for path in paths]
     items = [item for found in listed for item in found.items]
     labels = _class_files(paths, items)
     if labels is not None:

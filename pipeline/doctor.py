@@ -222,14 +222,14 @@ def check_dali() -> Finding:
 
 
 def check_numba() -> Finding:
-    """numba can be imported and may use every core: FFCV's workers are its threads."""
+    """numba can be imported and may use every core, as FFCV's own loader does."""
     try:
         threads = int(_load("numba").config.NUMBA_NUM_THREADS)
     except Exception as error:
         return Finding("numba", False, _reason(error), _SETUP)
     cores = available_cores()
     if threads < cores:
-        detail = f"{threads} threads on {cores} cores: a loader gets no more than {threads} workers"
+        detail = f"{threads} threads on {cores} cores: FFCV's own loader gets no more than {threads}"
         return Finding("numba", None, detail, "unset NUMBA_NUM_THREADS")
     return Finding("numba", True, f"{threads} threads")
 
@@ -319,7 +319,7 @@ def check_beton(beton: Path) -> Finding:
 
 
 def check_shm() -> Finding:
-    """Shared memory, through which worker processes hand over batches, is not tiny."""
+    """Shared memory, through which NCCL's processes exchange on one machine, is not tiny."""
     size = _shm_size()
     if size is None:
         return Finding("/dev/shm", None, "none on this system")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import sys
@@ -9,6 +10,7 @@ import unicodedata
 from collections.abc import Callable
 
 _LONGEST = 200  # characters of an error that another one quotes
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
 
 
 class InputError(ValueError):
@@ -42,7 +44,7 @@ class LoaderStalled(RunFailed):
 def command(main: Callable[[], int | None]) -> Callable[[], None]:
     """Make `main` a command, whose failures are one line on stderr.
 
-    Exit status 2 for an `InputError`, 1 for a failure of the run itself, 130 for Ctrl-C.
+    Exit status 2 for an `InputError`, 1 for a failure of the run itself or of a disk, 130 for Ctrl-C.
     """
 
     @functools.wraps(main)
@@ -53,12 +55,26 @@ def command(main: Callable[[], int | None]) -> Callable[[], None]:
             status = report(error, 2)
         except (FloatingPointError, RunFailed) as error:
             status = report(error, 1)
+        except OSError as error:
+            if error.errno not in _DISK:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            status = report(RunFailed(f"{where}{reason(error)}: make room, and give the same command again"), 1)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             status = 130
         sys.exit(status)
 
     return run
+
+
+def tell(line: str) -> None:
+    """Print a line to stderr; where the disk that takes it is full, the line is lost, and nothing else."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
 
 
 def report(error: Exception, status: int) -> int:

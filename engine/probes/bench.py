@@ -73,9 +73,9 @@ class Bench(Trial):
         place: dict[str, Any] = {"rank": ranks.rank(), "world": ranks.world(), **self.loading(beton)}
         return Loader(beton, (CROP_AND_FLIP,), batch=batch, seed=self.args.seed, **place)
 
-    def centred(self, beton: Beton, batch: int = 0) -> CentreLoader:
+    def centred(self, beton: Beton) -> CentreLoader:
         """Return this process's share of a data set, centre-cropped."""
-        batch = batch or self.args.batch or 256
+        batch = self.args.batch or 256
         return CentreLoader(beton, indices=share_of(beton), batch=batch, share=self.share, **self.loading(beton))
 
     @torch.no_grad()
@@ -165,7 +165,8 @@ def _open(args: argparse.Namespace, labelled: bool) -> tuple[Beton, Beton]:
         if (beton.labels < 0).any():
             raise InputError(f"{beton.path}: has images without a label: prepare it from class folders")
     refuse_other_classes(train, test)
-    same = train.fingerprint == test.fingerprint or (test.path.exists() and test.path.samefile(train.path))
+    there = train.path.exists() and test.path.exists()  # a pattern of shards is no path
+    same = train.fingerprint == test.fingerprint or (there and test.path.samefile(train.path))
     if not same or not labelled:
         return train, test
     if len(train) < 2 * HELD_OUT:

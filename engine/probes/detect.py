@@ -91,9 +91,14 @@ def _part(text: str) -> tuple[Path, str]:
 def setup(args: argparse.Namespace) -> Detection:
     """Return the trial of a command line. Raises InputError, on all processes, for what cannot work."""
     torchvision()
-    if args.dry_run:
-        args.iterations, args.out = _DRY, Path(tempfile.mkdtemp(prefix="millrace-"))
-    return start(Detection, args, lambda: _open(args))
+    if not args.dry_run:
+        return start(Detection, args, lambda: _open(args))
+    args.iterations, args.out = _DRY, Path(tempfile.mkdtemp(prefix="millrace-"))
+    try:
+        return start(Detection, args, lambda: _open(args))
+    except BaseException:
+        shutil.rmtree(args.out, ignore_errors=True)
+        raise
 
 
 def _open(args: argparse.Namespace) -> tuple[Boxed, Boxed]:

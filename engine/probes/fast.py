@@ -32,6 +32,7 @@ RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 DECAYS = (0.0, 1e-5, 1e-4, 1e-3)
 _BATCH, _EPOCHS, _JUDGED = 1024, 50, 10  # every tenth of the images is for judging
 _EPSILON = 1e-6
+_ROWS = 65536  # of a block
 Cached = list[tuple[torch.Tensor, torch.Tensor]]
 """Features [n, F] and labels [n] of each pass over the training images."""
 
@@ -51,7 +52,7 @@ def run(bench: Bench) -> None:
     epochs = int(args.epochs or _EPOCHS)
     passes = kept_features(bench)
     mean, deviation = _statistics(passes)
-    passes = [(((x.float() - mean) / deviation).to(torch.bfloat16), y) for x, y in passes]
+    passes = [(_normalised(x, mean, deviation), y) for x, y in passes]
     rates = [args.lr] if args.lr else list(RATES)
     pairs = list(itertools.product(rates, DECAYS))
     table = sweep(passes, pairs, bench.classes, epochs, args.sweep_images, args.seed)
@@ -62,7 +63,7 @@ def run(bench: Bench) -> None:
     weight, bias = train_heads(passes, [(lr, decay)], bench.classes, epochs, args.seed)
 
     def classify(images: torch.Tensor) -> torch.Tensor:
-        x = ((bench.embed(images) - mean) / deviation).to(torch.bfloat16).float()
+        x = _normalised(bench.embed(images), mean, deviation).float()
         return x @ weight[0].T + bias[0]
 
     ranked, true = bench.ranked(classify)
@@ -130,9 +131,14 @@ def _statistics(passes: Cached) -> tuple[torch.Tensor, torch.Tensor]:
     return mean.float(), torch.where(deviation > _EPSILON, deviation, 1.0).float()
 
 
+def _normalised(x: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
+    """Return (x - mean) / deviation in bfloat16, a block at a time."""
+    return torch.cat([((part.float() - mean) / deviation).to(torch.bfloat16) for part in x.split(_ROWS)])
+
+
 def _sum(x: torch.Tensor, mean: torch.Tensor | float, power: int = 1) -> torch.Tensor:
     """Return the sum over rows of (x - mean)^power, in float64, a block at a time."""
-    return torch.stack([((part.double() - mean) ** power).sum(dim=0) for part in x.split(65536)]).sum(dim=0)
+    return torch.stack([((part.double() - mean) ** power).sum(dim=0) for part in x.split(_ROWS)]).sum(dim=0)
 
 
 def sweep(

@@ -85,6 +85,8 @@ def _make(partial: Path, position: Path, shape: tuple[int, int], settings: dict[
         _note(position, settings, [])
         if ranks.rank() == 0:
             np.lib.format.open_memmap(beside, "w+", np.float32, shape).flush()
+            with open(beside, "r+b") as file:  # whose rows are written through memory, where no error would be told
+                os.posix_fallocate(file.fileno(), 0, beside.stat().st_size)
             os.replace(beside, partial)
     except OSError as error:
         raise InputError(f"{error.filename}: {error.strerror}: choose another --to") from None

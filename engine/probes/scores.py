@@ -52,12 +52,12 @@ def score(ranked: np.ndarray, labels: np.ndarray, names: list[str] | None = None
     )
 
 
-def interval(right: np.ndarray, seed: int = 0) -> tuple[float, float]:
+def interval(right: np.ndarray) -> tuple[float, float]:
     """Return the percentile bootstrap's 95 % interval of the mean of `right`, bool [N].
 
     How many are right among N that are drawn from N with replacement is binomial: so it is drawn, exactly.
     """
-    draws = np.random.default_rng(seed).binomial(len(right), right.mean(), _RESAMPLES) / len(right)
+    draws = np.random.default_rng(0).binomial(len(right), right.mean(), _RESAMPLES) / len(right)
     return bounds(draws)
 
 

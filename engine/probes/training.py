@@ -52,7 +52,8 @@ class Kept:
         if self._trial.first:
             state = {"loader": {}, "monitor": {}, "settings": self._settings}
             tensors = {name: value.detach().contiguous() for name, value in self._state().items()}
-            checkpoint.write(self._folder, epoch, {"state": tensors}, state, keep=1)
+            checkpoint.write(self._folder, epoch, {"state": tensors}, state)
+            checkpoint.settle(self._folder, epoch, keep=1)
 
     def _read(self, into: dict[str, checkpoint.Tensors]) -> dict[str, Any] | None:
         path, _ = checkpoint.newest(self._folder) if self._folder.is_dir() else (None, [])

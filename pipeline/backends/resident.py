@@ -22,7 +22,9 @@ from pipeline.libffcv import RAW
 from pipeline.records import WHOLE, damaged, decode_chunk, records_of, whole
 
 SHARE = 0.5
-"""Of the free memory that the images may take."""
+"""Of the free memory that the images may take for `auto` to choose this backend, before there is a model."""
+MOST = 0.8
+"""Of the free memory that they may take when they are decoded: more is refused."""
 _CHUNK = 64  # samples a task
 _BLOCK = 1 << 28  # bytes that are decoded, then copied to the device
 
@@ -38,8 +40,8 @@ def free(device: torch.device) -> int:
 
 
 def fits(beton: Beton, device: torch.device) -> bool:
-    """Return whether all images take at most `SHARE` of the free memory."""
-    return needed(beton) <= SHARE * free(device)
+    """Return whether all images take at most `MOST` of the free memory."""
+    return needed(beton) <= MOST * free(device)
 
 
 def decode_all(beton: Beton, wanted: Wanted) -> tuple[torch.Tensor, np.ndarray]:
@@ -147,12 +149,12 @@ class ResidentBackend:
 
 
 def build(beton: Beton, wanted: Wanted) -> Backend:
-    """Return the backend. Raises InputError where the images take more than `SHARE` of the free memory."""
+    """Return the backend. Raises InputError where the images take more than `MOST` of the free memory."""
     device = wanted.device
     if not fits(beton, device):
         raise InputError(
             f"data.backend 'resident': the images of {beton.path} take {needed(beton) / 2**30:.1f} GiB, more than "
-            f"{SHARE:.0%} of the {free(device) / 2**30:.1f} GiB free on {device.type}: choose another backend"
+            f"{MOST:.0%} of the {free(device) / 2**30:.1f} GiB free on {device.type}: choose another backend"
         )
     pixels, starts = decode_all(beton, wanted)
     if device.type == "cuda":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -112,7 +113,8 @@ def test_studies_name_recipes_and_settings_that_there_are(path: Path) -> None:
         ("seeds: [0]", "not a study"),
         ("runs: {a: {recipe: nothing}}", "run 'a': give a recipe"),
         ("runs: {a: {recipe: moco_v2_cifar10, more: 1}}", "run 'a': give a recipe"),
-        ("runs: {a: {recipe: moco_v2_cifar10}}\nother: 1", "not a study"),
+        ("runs: {a: {recipe: moco_v2_cifar10}}\nother: 1", "not a study .*'other'"),
+        ("runs: {a: {recipe: moco_v2_cifar10}}\nreach: b", r"not a study \(no runs, or reach is none of them\)"),
     ],
 )
 def test_a_wrong_study_is_refused(text: str, says: str, tmp_path: Path) -> None:
@@ -121,6 +123,30 @@ def test_a_wrong_study_is_refused(text: str, says: str, tmp_path: Path) -> None:
         load_study(str(tmp_path / "s.yaml"))
     with pytest.raises(InputError, match=r"no such study: choose of .*cifar10-cpu"):
         load_study("nothing")
+
+
+def test_a_run_that_was_stopped_is_not_evaluated(tmp_path: Path) -> None:
+    """Training that was asked to stop ends with status 0, and leaves no summary."""
+    evaluated = tmp_path / "evaluated"
+    args = argparse.Namespace(out=tmp_path, at_once=1, launch=sys.executable)
+    job = Job("a", 0, tmp_path / "a-0", ["true"], ["touch", str(evaluated)])
+    assert study.carry_out([job], args) == {"a, seed 0": "training was stopped before its end"}
+    assert not evaluated.exists()
+    ended = ["sh", "-c", f"mkdir {job.folder} && touch {job.folder / 'summary.json'}"]
+    assert study.carry_out([replace(job, train=ended)], args) == {}
+    assert evaluated.exists()
+
+
+def test_a_launcher_starts_runs_and_evaluations_whose_processes_share_out_the_cores(tmp_path: Path) -> None:
+    args = argparse.Namespace(out=tmp_path, at_once=1, launch="accelerate launch", only=None, seeds="3")
+    args.train, args.test = "train.beton", "test.beton"
+    found = study.Study({"a": {"recipe": "moco_v2_cifar10"}}, linear=["--passes", 0])
+    (job,) = study.jobs_of(found, args, [])
+    for call in (job.train, job.evaluate):
+        assert call[:2] == ["accelerate", "launch"]
+    assert job.train[job.train.index("--data.workers") + 1] == "0"
+    assert job.evaluate[job.evaluate.index("--workers") + 1] == "0"
+    assert job.evaluate[-2:] == ["--passes", "0"]
 
 
 @pytest.mark.slow

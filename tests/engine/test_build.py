@@ -269,7 +269,7 @@ def find_a_gpu_short(beton: str, out: str) -> None:
     """Two processes on a machine that is said to have one GPU."""
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 1
-    torch.cuda.is_bf16_supported = lambda *_: True
+    torch.cuda.is_bf16_supported = lambda **_: True
     with pytest.raises(InputError) as raised:
         build(replace(settings(Path(beton), "plain"), cpu=False))
     Path(out, f"{meeting.rank()}.txt").write_text(str(raised.value))
@@ -280,6 +280,16 @@ def test_a_process_without_a_gpu_is_named_on_all(drawn: Path, tmp_path: Path) ->
     host = platform.node()
     says = f"process 1 on {host}: 1 GPUs on {host} for 2 processes or more: start one process a GPU"
     assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == [says, says]
+
+
+def test_a_gpu_that_emulates_bfloat16_is_refused_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a V100 or T4, of which torch says by default that it is supported."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    with pytest.raises(InputError, match=r"precision 'bf16': this GPU does not have it: choose fp16 or no"):
+        devices._checked(Settings(), emulate=False)
+    assert devices._checked(Settings(precision="fp16"), emulate=False) == (True, "fp16")
 
 
 def find_a_gpu_on_one(beton: str, out: str) -> None:

@@ -23,7 +23,9 @@ def tensors_of(step: int) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def write(folder: Path, step: int, keep: int = 0, keep_every: int = 0) -> Path:
-    return checkpoint.write(folder, step, tensors_of(step), STATE, keep, keep_every)
+    path = checkpoint.write(folder, step, tensors_of(step), STATE)
+    checkpoint.settle(folder, step, keep, keep_every)
+    return path
 
 
 def test_round_trip_is_exact(tmp_path: Path) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 
+from engine import monitor as monitoring
 from engine.monitor import Monitor
 from engine.step import Result
 from engine.watch import PATIENCE
@@ -43,6 +48,54 @@ def test_a_line_holds_the_means_since_the_last_one(tmp_path: Path) -> None:
     assert (first["a"], first["b"], first["loss"], first["lr"]) == (1.5, 1.0, 2.5, 0.1)
     assert (second["step"], second["loss"]) == (3, 6.0)
     assert (first["measure"], "measure" in second) == (0.25, False)
+
+
+def test_a_line_that_cannot_be_written_is_told_once_and_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """First the metrics' file takes nothing, then part of a line, and in the end all."""
+    one, path = monitor(tmp_path), tmp_path / "metrics.jsonl"
+    one.start(0)
+    path.symlink_to("/dev/full")
+    for step in (1, 2):
+        add(one, 1.0)
+        one.log(step, 0.1 * step)
+    path.unlink()
+    add(one, 3.0)
+    one.log(3, 0.3)
+    warned = [line for line in capsys.readouterr().err.splitlines() if "could not be written" in line]
+    assert [line.partition(": training goes on")[0] for line in warned] == [
+        f"warning: step 1: {path}: could not be written (No space left on device)"
+    ]
+    whole = path.read_text()
+    assert [line["step"] for line in lines(tmp_path)] == [3]
+
+    class Short(io.FileIO):
+        def write(self, content: Any) -> int:
+            super().write(content[:10])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(monitoring, "open", lambda path, mode: io.TextIOWrapper(Short(path, "ab")), raising=False)
+    add(one, 4.0)
+    with contextlib.suppress(OSError):  # of the wrapper, which tries once more when it is collected
+        one.log(4, 0.4)
+    assert path.read_text() == whole
+
+
+def test_a_tracker_that_cannot_write_is_told_and_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(values: Any, step: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    one = monitor(tmp_path)
+    one.start(0)
+    monkeypatch.setattr(one._accelerator, "log", full)
+    for step in (1, 2):
+        add(one, 1.0)
+        one.log(step, 0.1 * step)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+    assert capsys.readouterr().err.count("the tracker's files: could not be written") == 1
 
 
 def test_evaluation_time_does_not_count(tmp_path: Path) -> None:

@@ -75,6 +75,13 @@ def test_knn_equals_scikit_learns_exactly(k: int, temperature: float) -> None:
         assert len(voted) == min(5, (share > 0).sum())
 
 
+def test_a_small_temperature_takes_the_nearest() -> None:
+    """Votes of exp(1 / 0.001) are beyond all numbers there are; of two classes alike, that of the nearest wins."""
+    similarity, near = torch.tensor([[0.9, 0.8, 0.8], [1.0, 1.0, 0.9]]), torch.tensor([[2, 0, 1], [3, 1, 0]])
+    assert vote(similarity, near, 1e-3, 4)[:, 0].tolist() == [2, 1]
+    assert vote(similarity, near, 1e-3, 4)[1, :3].tolist() == [1, 3, 0]
+
+
 def test_knn_is_the_same_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     bank, queries = (F.normalize(torch.randn(n, 8), dim=1) for n in (50, 31))
     labels = torch.arange(50) % 3

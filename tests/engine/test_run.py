@@ -6,6 +6,7 @@ import fcntl
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import engine.run
-from engine.monitor import WALL_CLOCK
 from pipeline import synthetic
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +46,7 @@ SMALL = [
 ]
 
 
+WALL_CLOCK = ("pairs_per_second", "data_wait_fraction")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -233,6 +234,21 @@ def test_resuming_a_finished_run_changes_nothing(two_ranks: Path, drawn: Path, m
     options = ["--data.train", str(drawn), "--data.eval", str(drawn), *SMALL, "--optim.epochs", "2"]
     assert main(monkeypatch, *options, "--precision", "no", "--out", str(two_ranks), "--resume", "auto") == 0
     assert [(two_ranks / name).read_text() for name in ("summary.json", "config.yaml")] == before
+
+
+def test_a_finished_run_without_a_summary_gets_it(
+    two_ranks: Path, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that was killed between its last checkpoint and that."""
+    shutil.copytree(two_ranks, tmp_path / "run")
+    there = json.loads((two_ranks / "summary.json").read_text())
+    (tmp_path / "run" / "summary.json").unlink()
+    options = ["--data.train", str(drawn), "--data.eval", str(drawn), *SMALL, "--optim.epochs", "2"]
+    assert main(monkeypatch, *options, "--precision", "no", "--out", str(tmp_path / "run"), "--resume", "auto") == 0
+    found = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert {key: found[key] for key in ("step", "loss", "knn_top1")} == {
+        key: there[key] for key in ("step", "loss", "knn_top1")
+    }
 
 
 def test_a_second_run_into_the_same_folder_is_refused(
