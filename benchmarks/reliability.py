@@ -38,6 +38,7 @@ EXPECTED = {
     "substitutes on 1 and 2 ranks",
     "NaN on one rank in one step": "all skip, everything bit-equal",
     "10,000 clean losses; a 10σ spike": "no false alarm; all caught",
+    "10,000 clean losses of skewed noise; a 10σ spike": "no false alarm; 60 % caught",
     "hostile pickle in every slot; path traversal, bomb, YAML tag, forged beton": "refused with a message: nothing "
     "executed, no crash, no read out of bounds",
     "resume with each setting changed": "difference printed, refused or allowed as listed",

@@ -17,7 +17,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from engine import changes, checkpoint, ranks
-from engine.config import Settings
+from engine.config import VITS, Settings
 from engine.devices import DTYPES, build_accelerator, prepared, warn_of_precision
 from engine.evaluate import Knn
 from engine.inputs import build_knn, loading, open_sets, verify_sets
@@ -29,7 +29,7 @@ from engine.schedule import Schedule
 from engine.step import Step
 from engine.sync_norm import synchronise
 from engine.watchdog import Watchdog
-from methods.encoders import place
+from methods.encoders import base_channels, place
 from methods.heads import Encoder
 from methods.momentum import momentum_copy
 from methods.norm import GROUPS, SHUFFLED
@@ -43,6 +43,8 @@ from pipeline.loader import Loader, Shuffle
 from pipeline.order import steps_per_epoch
 from pipeline.packages import installed
 from pipeline.views import AUGMENTATIONS
+
+_CHANNELS, _LARGE = 16, 64  # fewer, on a CPU, at so many pixels are warned of
 
 
 @dataclass
@@ -313,6 +315,19 @@ def _check(settings: Settings, accelerator: Accelerator) -> None:
     check_batch(settings, accelerator)
     if settings.compile:
         check_compiler(accelerator.device)
+    _warn_of_few_channels(settings, accelerator)
+
+
+def _warn_of_few_channels(settings: Settings, accelerator: Accelerator) -> None:
+    """Warn of convolutions of 4 and 8 channels at 64 pixels: PyTorch 2.13 was seen to overrun memory there on CPUs."""
+    model, side = settings.model, max(settings.data.sizes or [settings.data.size])
+    few = model.arch not in VITS and base_channels(model.width) < _CHANNELS
+    if few and side >= _LARGE and accelerator.device.type == "cpu" and accelerator.is_main_process:
+        print(
+            f"warning: model.width {model.width} at {side} pixels: on CPUs PyTorch may corrupt memory in convolutions "
+            f"of so few channels: choose {_CHANNELS / 64:g} or more",
+            file=sys.stderr,
+        )
 
 
 def _check_samples(settings: Settings, train_set: Beton, accelerator: Accelerator) -> None:

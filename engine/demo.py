@@ -159,7 +159,10 @@ def _device() -> torch.device:
 
 
 def _launch(config: Path) -> None:
-    """Train as the recipe `config` says, the way a user would."""
+    """Train as the recipe `config` says, the way a user would.
+
+    Raises KeyboardInterrupt after Ctrl-C, once the training, which has it too, ended with its checkpoint.
+    """
     arguments = [str(Path(__file__).with_name("run.py")), "--config", str(config)]
     command, shown = [sys.executable], "python"
     if torch.cuda.device_count() > 1:
@@ -175,7 +178,16 @@ def _launch(config: Path) -> None:
         ]
         shown = f"accelerate launch {' '.join(options)}"
     print(f"$ {shown} {shlex.join(arguments)}", flush=True)
-    if subprocess.run([*command, *arguments], check=False).returncode:
+    interrupted, training = False, subprocess.Popen([*command, *arguments])
+    while training.poll() is None:
+        try:
+            training.wait()
+        except KeyboardInterrupt:
+            interrupted = True
+    if interrupted:
+        print(f"its training goes on with: {shown} {shlex.join(arguments)} --resume auto", file=sys.stderr)
+        raise KeyboardInterrupt
+    if training.returncode:
         raise InputError(f"training failed (see the lines above): its settings are in {config}")
 
 

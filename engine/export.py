@@ -110,7 +110,9 @@ def _onnx() -> Any:
         import onnx  # noqa: F401 - the exporter wants it
         import onnxruntime
     except ImportError as error:
-        raise InputError(f"--format onnx: {error.name} is not installed: pip install 'millrace[onnx]'") from None
+        raise InputError(
+            f"--format onnx: {error.name} is not installed: pip install -e '.[onnx]' in the clone"
+        ) from None
     return onnxruntime
 
 

@@ -22,7 +22,7 @@ from engine.norm_statistics import RunningStatistics
 from engine.preempt import Stopped, follow_launcher
 from engine.state import refuse_divergence, restore, save
 from engine.watchdog import dump_stacks
-from pipeline.errors import LoaderStalled
+from pipeline.errors import LoaderStalled, RunFailed, reason
 from pipeline.files import write_json
 from pipeline.loader import Batch
 
@@ -50,6 +50,8 @@ def train(settings: Settings) -> dict[str, Any]:
             if isinstance(meant, LoaderStalled):
                 where = f"process {rank()} on {platform.node()}, step {heartbeat.step}"
                 meant = LoaderStalled(f"{where}: {error}; the stack of every thread is above")
+            if isinstance(meant, torch.OutOfMemoryError):
+                meant = RunFailed(f"step {heartbeat.step}, {_memory(error)}")
             if meant is error:
                 raise
             raise meant from error
@@ -58,6 +60,12 @@ def train(settings: Settings) -> dict[str, Any]:
             if run is not None:
                 run.close()
             heartbeat.close()
+
+
+def _memory(error: BaseException) -> str:
+    said = reason(error).partition(". ")[0]
+    remedy = "compute less at once (--micro_batch, or --recompute true); --dry-run estimates what a run takes"
+    return f"memory of the GPU is full ({said}): {remedy}"
 
 
 def _trained(run: Run, heartbeat: Heartbeat) -> dict[str, Any]:

@@ -5,8 +5,8 @@ P(i) = softmax_i(k.n_i / tau_con), the positive key's, serving as a soft label. 
 KL(P || Q) / 2 + KL(Q || P) / 2, the loss L_base + alpha L_CO2. Symbols are the paper's; `weight` is its alpha,
 `temperature` its tau_con.
 
-The defaults are for MoCo v2; for MoCo v1, weight 10 and temperature 0.04. They are recalled, not checked against the
-paper's text. On bases without a queue, which the paper does not treat so, the negatives are the other samples' keys of
+The defaults are for MoCo v2; for MoCo v1, weight 10 and temperature 0.04. They are not verified against the paper's
+text. On bases without a queue, which the paper does not treat so, the negatives are the other samples' keys of
 the global batch.
 """
 

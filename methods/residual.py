@@ -5,8 +5,8 @@ what a momentum encoder leaves between student and teacher; contrast across view
 L_base + lambda L_res with L_res = mean (1 - cos(q1, sg k1)), on symmetric bases the mean over both views, whose keys
 are there already; on others it costs a momentum forward of view 1.
 
-Gap and cosine are the paper's; its full text was not at hand: that q is taken after the predictor, where there is one,
-and lambda 1, are ours.
+Gap and cosine are in the paper's abstract; that q is taken after the predictor, where there is one, and lambda 1, are
+ours.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ similarity when the two transformations change places, S_ij = S_ji. Uniformity: 
 batch's negatives are spread evenly, KL(U || softmax_{j != i}(S_ij / tau_u)). The loss is
 L_base + lambda_cross L_cross + lambda_uni L_uni.
 
-That the two are kept consistent and uniform is the paper's; its full text was not at hand, so that the distances
-(squared difference or symmetric KL), temperatures and weights here are ours.
+That the two are kept consistent and uniform is in the paper's abstract; distances (squared difference or symmetric
+KL), temperatures and weights here are ours.
 """
 
 from __future__ import annotations

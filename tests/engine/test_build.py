@@ -292,6 +292,25 @@ def test_a_gpu_that_emulates_bfloat16_is_refused_it(monkeypatch: pytest.MonkeyPa
     assert devices._checked(Settings(precision="fp16"), emulate=False) == (True, "fp16")
 
 
+@pytest.mark.parametrize(
+    ("width", "sizes", "arch", "warned"),
+    [
+        (0.125, [64], "resnet18", True),
+        (0.25, [64], "resnet18", False),
+        (0.125, [48], "resnet18", False),
+        (0.125, [64, 32], "resnet18", True),
+        (1.0, [64], "vit_small", False),
+    ],
+)
+def test_few_channels_are_warned_of_on_a_cpu(
+    width: float, sizes: list[int], arch: Any, warned: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = Settings(model=Model(arch=arch, width=width), data=Data(size=sizes[-1]))
+    chosen.data.sizes = sizes
+    building._warn_of_few_channels(chosen, Accelerator(cpu=True))
+    assert ("choose 0.25 or more" in capsys.readouterr().err) == warned
+
+
 def find_a_gpu_on_one(beton: str, out: str) -> None:
     """Two machines, the second without a GPU."""
     there = int(meeting.rank() == 0)

@@ -42,6 +42,26 @@ def test_missing_data_is_one_line_and_exit_status_2(tmp_path: Path) -> None:
     assert ENVIRONMENT["OMP_NUM_THREADS"] == "1"
 
 
+def test_ctrl_c_leaves_the_training_time_for_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The stand-in for the training takes a second to end after the Ctrl-C that it shares with the demonstration."""
+    (tmp_path / "run.py").write_text(
+        "import os, pathlib, signal, time\n"
+        "def stop(*_):\n"
+        f"    time.sleep(1); pathlib.Path({str(tmp_path / 'saved')!r}).touch(); raise SystemExit\n"
+        "signal.signal(signal.SIGINT, stop)\n"
+        "for number in (os.getppid(), os.getpid()):\n"
+        "    os.kill(number, signal.SIGINT)\n"
+        "time.sleep(30)\n"
+    )
+    monkeypatch.setattr(demo, "__file__", str(tmp_path / "demo.py"))
+    with pytest.raises(KeyboardInterrupt):
+        demo._launch(tmp_path / "recipe.yaml")
+    assert (tmp_path / "saved").exists()
+    assert f"--config {tmp_path / 'recipe.yaml'} --resume auto" in capfd.readouterr().err
+
+
 def test_subsets_are_found_where_there_are_any(tmp_path: Path) -> None:
     for name in ("train/a", "val/a"):
         (tmp_path / name).mkdir(parents=True)

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import engine.run
+from engine import loop
 from pipeline import synthetic
 
 ROOT = Path(__file__).parents[2]
@@ -261,6 +262,20 @@ def test_a_second_run_into_the_same_folder_is_refused(
         assert main(monkeypatch, "--data.train", str(drawn), *SMALL, "--out", str(out)) == 2
     assert "another run is writing into it" in capsys.readouterr().err
     assert not (out / "config.yaml").exists()
+
+
+def test_a_gpu_whose_memory_is_full_ends_in_one_line_that_says_what_takes_less(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB free.")
+
+    monkeypatch.setattr(loop, "train_on", full)
+    assert main(monkeypatch, "--data.train", str(drawn), *SMALL, "--out", str(tmp_path / "out")) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(
+        "error: step 0, memory of the GPU is full (CUDA out of memory): compute less at once (--micro_b"
+    )
 
 
 def test_an_out_that_is_a_file_is_refused(
