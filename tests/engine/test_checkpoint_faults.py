@@ -9,8 +9,10 @@ import json
 import os
 import random
 import resource
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +26,7 @@ from engine import checkpoint
 from pipeline.errors import InputError
 from tests.conftest import Figure
 from tests.engine.test_checkpoint import STATE, tensors_of, write
-from tests.engine.test_run import SMALL, main, metrics
+from tests.engine.test_run import ENVIRONMENT, RUN, SMALL, main, metrics
 from tests.hostile import survived
 
 OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
@@ -172,6 +174,50 @@ def test_a_run_goes_on_where_a_save_fails(
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5]
     checkpoint.load(checkpoints / "step_00000005")
     figure("no space, I/O error in a save", f"{os.strerror(fault)} at {at}, in a run: told, trained to the end, 0 lost")
+
+
+@pytest.mark.reliability
+def test_old_checkpoints_that_cannot_be_removed_cost_the_new_one_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], figure: Figure
+) -> None:
+    remove = shutil.rmtree
+
+    def stuck(path: Any, **options: Any) -> None:
+        if str(path).endswith(".leaving"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        remove(path, **options)
+
+    write(tmp_path, 1)
+    monkeypatch.setattr(shutil, "rmtree", stuck)
+    writer = checkpoint.Writer(tmp_path, keep=1)
+    writer.save(2, tensors_of(2), STATE)
+    writer.finish()
+    assert checkpoint.newest(tmp_path) == (tmp_path / "step_00000002", [])
+    assert (tmp_path / "latest").read_text() == "step_00000002"
+    said = "step 2: the checkpoint is written, but earlier checkpoints could not be tidied up (Input/output error)"
+    assert said in capsys.readouterr().err
+    figure("no space, I/O error in a save", "I/O error where old ones are removed: told, the new one is whole")
+
+
+@pytest.mark.reliability
+@pytest.mark.slow
+def test_a_run_trains_to_its_end_on_a_full_disk(drawn: Path, tmp_path: Path, figure: Figure) -> None:
+    """A file system of two pages: one for the settings, one for the first metrics, none for a checkpoint or the log."""
+    mount = f"mount -t tmpfs -o size=8k tmpfs {tmp_path} && exec "
+    command = [sys.executable, str(RUN), "--data.train", str(drawn), *SMALL, "--optim.epochs", "8"]
+    command += ["--out", str(tmp_path / "out")]
+    isolated = ["unshare", "-rm", "sh", "-c", mount + shlex.join(command)]
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("a file system of its own cannot be mounted here")
+    done = subprocess.run(isolated, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    assert "step 40/40" in done.stderr, done.stderr[-3000:]
+    assert done.returncode == 1
+    assert done.stderr.count("metrics.jsonl: could not be written (No space left on device)") == 1
+    assert done.stderr.splitlines()[-1].startswith(
+        f"error: {tmp_path / 'out' / 'checkpoints'}: the last checkpoint could"
+    )
+    assert "Traceback" not in done.stderr
+    figure("no space, I/O error in a save", "a full disk from the first epoch on: trained to the end, then an error")
 
 
 class Failing(io.BufferedWriter):

@@ -5,8 +5,28 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+import pytest
+
+from engine import loop
+from engine.config import Settings
 from engine.loop import measure_rate
+from pipeline.errors import InputError
 from tests.engine import small
+
+
+def test_a_launcher_is_followed_before_anything_is_built(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Building may take long, as with `data.verify full`, and a launcher may be killed meanwhile."""
+    did: list[str] = []
+
+    def build(settings: Settings) -> None:
+        did.append("built")
+        raise InputError("no more is wanted")
+
+    monkeypatch.setattr(loop, "follow_launcher", lambda: did.append("followed"))
+    monkeypatch.setattr(loop, "build", build)
+    with pytest.raises(InputError, match="no more is wanted"):
+        loop.train(small.settings(batch=20))
+    assert did == ["followed", "built"]
 
 
 def test_measuring_a_rate_leaves_no_thread_behind(drawn: Path) -> None:
