@@ -95,7 +95,7 @@ def parts(data: Path, cifar: Path, threads: list[int]) -> list[Part]:
     ]
 
 
-class Report:
+class Progress:
     """`suite.md`, and the parts' JSON in `suite.json`, both written anew after each part."""
 
     def __init__(self, out: Path) -> None:
@@ -178,7 +178,7 @@ def main() -> None:
     data, cifar = (path.resolve() if path else _drawn(drawn, 1024, 48) for path in (args.data, args.cifar))
     for path in (data, cifar):
         Beton(path)  # says what is wrong before anything has run
-    report = Report(args.out)
+    report = Progress(args.out)
     if small:
         report.add("small", f"parts ran small: {'--dry-run' if args.dry_run else 'there is no GPU'}")
     for part in parts(data, cifar, threads):

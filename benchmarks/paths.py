@@ -30,7 +30,7 @@ _BATCHES = 8  # at least, counted as one epoch
 _VIEW = View()  # MoCo v2's
 
 
-class Path(NamedTuple):
+class Feed(NamedTuple):
     """One way to crops."""
 
     epoch: Callable[[Callable[[], None]], int]
@@ -76,31 +76,31 @@ def _run(backend: Any, plans: list[Plan], receive: Callable[[], Any]) -> Callabl
     return epoch
 
 
-def ours(name: str, **more: Any) -> Callable[..., Path]:
+def ours(name: str, **more: Any) -> Callable[..., Feed]:
     """Return the way of backend `name`; draws are made beforehand, as they cost the same everywhere.
 
     more: of `Wanted`.
     """
 
-    def make(beton: Beton, size: int, views: int, batch: int, threads: int, device: torch.device) -> Path:
+    def make(beton: Beton, size: int, views: int, batch: int, threads: int, device: torch.device) -> Feed:
         backend = build(name, beton, Wanted((size,) * views, batch, threads, _AHEAD, device, **more))
         plans = _plans(beton, size, views, batch)
         crops = float(3 * size * size * views)
         sent = {"ffcv": crops, "ffcv_gpu": _decoded(beton, plans), "dali": float(beton.sizes.mean()), "resident": 0.0}
-        return Path(_run(backend, plans, lambda: backend.receive(600)), sent[name])
+        return Feed(_run(backend, plans, lambda: backend.receive(600)), sent[name])
 
     return make
 
 
-def decode_only(beton: Beton, size: int, views: int, batch: int, threads: int, device: torch.device) -> Path:
+def decode_only(beton: Beton, size: int, views: int, batch: int, threads: int, device: torch.device) -> Feed:
     """What is left for the CPU where ffcv's crops are made on the GPU: each record decoded once, what is in a crop."""
     backend = build("ffcv_gpu", beton, Wanted((size,) * views, batch, threads, _AHEAD, torch.device("cpu")))
     plans = _plans(beton, size, views, batch)
     receive = lambda: backend._ahead.finish(600)  # type: ignore[attr-defined]  # noqa: E731
-    return Path(_run(backend, plans, receive), _decoded(beton, plans))
+    return Feed(_run(backend, plans, receive), _decoded(beton, plans))
 
 
-def ffcv_twice(beton: Beton, size: int, views: int, batch: int, threads: int, device: torch.device) -> Path:
+def ffcv_twice(beton: Beton, size: int, views: int, batch: int, threads: int, device: torch.device) -> Feed:
     """FFCV's own Loader: a pipeline a view on one image field, each decoding and cropping."""
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
@@ -120,7 +120,7 @@ def ffcv_twice(beton: Beton, size: int, views: int, batch: int, threads: int, de
         batches_ahead=_AHEAD,
         pipelines={**{name: spec() for name in names}, "label": None},
     )
-    return Path(lambda begun: _count(loader, begun), float(3 * size * size * views))
+    return Feed(lambda begun: _count(loader, begun), float(3 * size * size * views))
 
 
 def _count(batches: Iterable[Any], begun: Callable[[], None]) -> int:
@@ -218,7 +218,7 @@ def _hue(x: Image.Image) -> Image.Image:
     return Image.merge("HSV", (Image.fromarray(turned, "L"), s, v)).convert("RGB")
 
 
-def official(beton: Beton, size: int, views: int, batch: int, threads: int, device: torch.device) -> Path:
+def official(beton: Beton, size: int, views: int, batch: int, threads: int, device: torch.device) -> Feed:
     """The official MoCo pipeline: PIL transforms, colours among them, in a DataLoader (one thread: in this process)."""
     torch.set_num_threads(1)
     data = _Official(beton, size, views)
@@ -231,7 +231,7 @@ def official(beton: Beton, size: int, views: int, batch: int, threads: int, devi
         return _count(itertools.islice(batches, share), begun)
 
     made_by = "(torchvision)" if data.by_torchvision else "(PIL)"
-    return Path(some, float(4 * 3 * size * size * views), made_by)
+    return Feed(some, float(4 * 3 * size * size * views), made_by)
 
 
 class _Endless(torch.utils.data.Sampler[int]):
@@ -247,7 +247,7 @@ class _Endless(torch.utils.data.Sampler[int]):
 
 HARDWARE_LOADS = {f"dali-{load}": ours("dali", hardware_load=load / 100) for load in (0, 65, 100)}
 """With other shares, in hundredths, for the GPU's JPEG decoder."""
-COMPARED: dict[str, Callable[..., Path]] = {
+COMPARED: dict[str, Callable[..., Feed]] = {
     "ffcv": ours("ffcv"),
     "ffcv-gpu": ours("ffcv_gpu"),
     "decode-only": decode_only,

@@ -186,47 +186,30 @@ def _read(path: Path, of: Callable[[dict[str, Any]], Found]) -> Found:
 
 def plan(node: Node, rates: Rates, settings: Settings, run: dict[str, Any], images: int) -> dict[str, Any]:
     """Return what limits a run on a machine, and what it takes; `run` of `engine.dryrun.estimate`. See above."""
-    batch, n, nodes = settings.data.batch, node.world, node.nodes
+    batch, n = settings.data.batch, node.world
     if batch % n:
         raise InputError(
             f"{node.name}: data.batch {batch} does not divide among its {n} GPUs: choose a multiple of {n}"
         )
-    assert settings.model.dim is not None
-    decoded = images * 3 * 256**2  # at 256 pixels a side
-    resident = decoded <= RESIDENT * node.gpu_memory_gib * 2**30
+    resident = images * 3 * 256**2 <= RESIDENT * node.gpu_memory_gib * 2**30  # at 256 pixels a side
     cached = images * rates.record_bytes <= CACHE * node.memory_gib * 2**30
     parts = _parts(settings, run, node)
-    trained = run["trained"] * (2 if settings.gradient_dtype == "bfloat16" else 4)
-    queries, keys = len(needed_views(settings, "qQ")), len(needed_views(settings, "kK"))
-    key_bytes = 4 * batch * settings.model.dim * (keys or queries) if n > 1 and settings.method.name != "byol" else 0
-    crop_bytes = 3 * settings.data.size**2 * keys * batch if settings.model.bn == "shuffle" and n > 1 else 0
-    without, with_gradient = run["norm_passes"] if settings.model.bn == "sync" and n > 1 else (0, 0)
+    exchanged = _exchanged(node, settings, run)
     sent = {
-        "gradients": _sent(node, 2 * trained, 2 * trained),
-        "keys": _sent(node, key_bytes, key_bytes),
-        "crops": _sent(node, crop_bytes / n, crop_bytes / nodes),
+        "gradients": _sent(node, 2 * exchanged["gradients"], 2 * exchanged["gradients"]),
+        "keys": _sent(node, exchanged["keys"], exchanged["keys"]),
+        "crops": _sent(node, exchanged["crops"], exchanged["crops"] * n / node.nodes),
     }
-    compute = batch / n * run["flops_a_pair"] / rates.flops
-    seconds = {
-        "compute": max(LAUNCHES * (parts or 1), compute),
-        "decode": 0.0 if resident else batch / nodes / (rates.decode * node.cores * SCALING),
-        "disk": 0.0 if cached or resident else batch / nodes * rates.record_bytes / (node.disk_gbytes * 1e9),
-        "copy": 0.0 if resident else batch / n * rates.sent_bytes / (node.host_link_gbytes * 1e9),
-        **{name: sum(busy) for name, busy in sent.items()},
-        "norms": (without + 2 * with_gradient) * LATENCY[nodes > 1] * (parts or 1),
-    }
-    shown = max(0.0, seconds["gradients"] + seconds["keys"] - seconds["compute"] * HIDES)
-    seconds["exchange"] = shown + seconds["crops"] + seconds["norms"]
+    seconds = _seconds(node, rates, settings, run, sent, parts or 1, resident=resident, cached=cached)
     limits = {
         "GPU": seconds["compute"] + seconds["exchange"],
         **{name: seconds[name] for name in ("decode", "disk", "copy")},
     }
     limit = max(limits, key=lambda name: limits[name])
     rate = batch / limits[limit]
-    epochs = settings.optim.epochs
-    hours = images * epochs / rate / 3600
+    hours = images * settings.optim.epochs / rate / 3600
     memory = memory_of(run, batch / n, parts or batch // n // 2 or 1) / 2**30
-    wanted = batch / limits["GPU"] / nodes / node.gpus  # pairs/s of a GPU that waits for nothing
+    wanted = batch / limits["GPU"] / node.nodes / node.gpus  # pairs/s of a GPU that waits for nothing
     return {
         "machine": node.name,
         "gpus": n,
@@ -246,9 +229,49 @@ def plan(node: Node, rates: Rates, settings: Settings, run: dict[str, Any], imag
             "GPU link": sum(within for within, _ in sent.values()) / limits[limit],
             "network": sum(across for _, across in sent.values()) / limits[limit],
         },
-        "exchanged_bytes_a_step": {"gradients": trained, "keys": key_bytes, "crops": crop_bytes / n},
+        "exchanged_bytes_a_step": exchanged,
         "first": _advice(limit, seconds, node, wanted / (rates.decode * SCALING), memory, parts),
     }
+
+
+def _exchanged(node: Node, settings: Settings, run: dict[str, Any]) -> dict[str, float]:
+    """Return the bytes that a GPU exchanges in a step: gradients, all keys, and its share of the shuffled crops."""
+    assert settings.model.dim is not None
+    batch, n = settings.data.batch, node.world
+    queries, keys = len(needed_views(settings, "qQ")), len(needed_views(settings, "kK"))
+    gathers = n > 1 and settings.method.name != "byol"
+    shuffles = n > 1 and settings.model.bn == "shuffle"
+    return {
+        "gradients": run["trained"] * (2 if settings.gradient_dtype == "bfloat16" else 4),
+        "keys": 4 * batch * settings.model.dim * (keys or queries) if gathers else 0,
+        "crops": 3 * settings.data.size**2 * keys * batch / n if shuffles else 0.0,
+    }
+
+
+def _seconds(
+    node: Node,
+    rates: Rates,
+    settings: Settings,
+    run: dict[str, Any],
+    sent: dict[str, tuple[float, float]],
+    parts: int,
+    *,
+    resident: bool,
+    cached: bool,
+) -> dict[str, float]:
+    """Return the seconds of a step by what they are spent on; `exchange`: those that computing does not hide."""
+    batch, n, nodes = settings.data.batch, node.world, node.nodes
+    without, with_gradient = run["norm_passes"] if settings.model.bn == "sync" and n > 1 else (0, 0)
+    seconds = {
+        "compute": max(LAUNCHES * parts, batch / n * run["flops_a_pair"] / rates.flops),
+        "decode": 0.0 if resident else batch / nodes / (rates.decode * node.cores * SCALING),
+        "disk": 0.0 if cached or resident else batch / nodes * rates.record_bytes / (node.disk_gbytes * 1e9),
+        "copy": 0.0 if resident else batch / n * rates.sent_bytes / (node.host_link_gbytes * 1e9),
+        **{name: sum(busy) for name, busy in sent.items()},
+        "norms": (without + 2 * with_gradient) * LATENCY[nodes > 1] * parts,
+    }
+    shown = max(0.0, seconds["gradients"] + seconds["keys"] - seconds["compute"] * HIDES)
+    return seconds | {"exchange": shown + seconds["crops"] + seconds["norms"]}
 
 
 def on_cores(
@@ -306,8 +329,7 @@ def _advice(limit: str, seconds: dict[str, float], node: Node, cores: float, mem
 
 def report(settings: Settings, plans: list[dict[str, Any]]) -> machine.Report:
     """Return the table of plans."""
-    method = " + ".join([settings.method.name, *(name for name, t in settings.as_dict()["terms"].items() if t)])
-    title = f"{method}, {settings.model.arch}, batch {settings.data.batch}, {settings.optim.epochs} epochs"
+    title = f"{settings.objective}, {settings.model.arch}, batch {settings.data.batch}, {settings.optim.epochs} epochs"
     headings = ["", "limit", "pairs/s", "hours", "GPU-hours", "cores a GPU", "GiB a GPU", "page cache GiB"]
     headings += ["MB a step: gradients, keys, crops", "exchange, ms a step", "of it not hidden", "GPU link busy"]
     headings += ["network busy"]

@@ -422,6 +422,11 @@ class Settings:
                     _require(value > 0, key, value, "choose a number above 0, or leave the term out")
 
     @property
+    def objective(self) -> str:
+        """The base method and its terms, as `moco_v2 + co2`."""
+        return " + ".join([self.method.name, *(name for name, term in self.as_dict()["terms"].items() if term)])
+
+    @property
     def base(self) -> Base:
         """The base method, as these settings have it."""
         base, method = BASES[self.method.name], self.method

@@ -158,8 +158,7 @@ def _length(settings: Settings) -> dict[str, int]:
 
 
 def _print(settings: Settings, found: dict[str, Any]) -> None:
-    method = " + ".join([settings.method.name, *(n for n, t in settings.as_dict()["terms"].items() if t)])
-    table = Table(title=f"{method}, {settings.model.arch}", show_header=False)
+    table = Table(title=f"{settings.objective}, {settings.model.arch}", show_header=False)
     for name in ("backbone", "projector", "predictor", "trained"):
         if name in found:
             table.add_row(f"parameters, {name}", f"{found[name]:,}")

@@ -84,11 +84,7 @@ class Knn:
         device: torch.device,
         **loader: Any,
     ) -> None:
-        for beton in (train, test):
-            if (beton.labels < 0).any():
-                raise InputError(
-                    f"{beton.path}: has images without a label, which kNN needs: prepare it from class folders"
-                )
+        refuse_unlabelled(train, test)
         refuse_other_classes(train, test)
         self._train, self._test, self._loader = train, test, {"device": device, **loader}
         bank, self._test_ids = np.arange(len(train)), np.arange(len(test))
@@ -127,6 +123,13 @@ class Knn:
         for _ in range(-(-most // batch) - -(-len(own) // batch)):  # batches that others have more
             after()
         return found, torch.from_numpy(beton.labels[ids]).to(found.device)
+
+
+def refuse_unlabelled(*betons: Beton) -> None:
+    """Raise InputError where an image has no label."""
+    for beton in betons:
+        if (beton.labels < 0).any():
+            raise InputError(f"{beton.path}: has images without a label: prepare it from class folders")
 
 
 def refuse_other_classes(train: Beton, test: Beton) -> None:

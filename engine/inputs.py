@@ -14,10 +14,9 @@ from accelerate import Accelerator
 
 from engine.config import Settings
 from engine.evaluate import Knn
-from engine.meeting import from_all, processes_here, rank, together
+from engine.meeting import cores_here, from_all, rank, together
 from pipeline.backends.choice import choose
 from pipeline.beton import Beton
-from pipeline.cores import available_cores
 from pipeline.direct import open_data
 from pipeline.errors import InputError
 from pipeline.inspect import verify
@@ -115,7 +114,7 @@ def loading(settings: Settings, accelerator: Accelerator) -> Mapping[str, Any]:
     return {
         "size": data.size,
         "device": accelerator.device,
-        "workers": data.workers or max(1, available_cores() // processes_here()),
+        "workers": data.workers or cores_here(),
         "stall_timeout": data.stall_timeout,
         "hardware_load": data.hardware_load,
         "on_bad": data.on_bad,

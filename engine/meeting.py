@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
+from pipeline.cores import available_cores
 from pipeline.errors import InputError
 
 T = TypeVar("T")
@@ -105,6 +106,11 @@ def rank() -> int:
 def processes_here() -> int:
     """Return the number of them on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+
+
+def cores_here() -> int:
+    """Return the cores of this process, of those that the processes on this machine share."""
+    return max(1, available_cores() // processes_here())
 
 
 def store() -> distributed.Store:

@@ -51,11 +51,13 @@ def gather_uneven(local: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
 
 
 def described(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, list[int]]]:
-    """Return the name of the dtype and the shape of each tensor: plain values, which `spread` takes."""
+    """Return the name of the dtype and the shape of each tensor: plain values, which `broadcast` takes."""
     return {name: (str(value.dtype).removeprefix("torch."), list(value.shape)) for name, value in tensors.items()}
 
 
-def spread(tensors: dict[str, torch.Tensor], like: Mapping[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
+def broadcast(
+    tensors: dict[str, torch.Tensor], like: Mapping[str, Any], device: torch.device
+) -> dict[str, torch.Tensor]:
     """Return, on every process, the first one's tensors, on the device; like: of each what `described` says."""
     found = {}
     for name, (dtype, shape) in like.items():

@@ -93,7 +93,7 @@ def restore(run: Run) -> None:
         return
     tensors, state = read.get("tensors", {}), found["state"]
     device = run.accelerator.device
-    of = {name: ranks.spread(tensors.get(name, {}), like, device) for name, like in found["tensors"].items()}
+    of = {name: ranks.broadcast(tensors.get(name, {}), like, device) for name, like in found["tensors"].items()}
     modules(run).load_state_dict(of["model"])
     run.model.step.schedule.skipped.zero_()
     for name, value in _optimiser_tensors(run).items():

@@ -19,8 +19,9 @@ from engine.plot import uri
 from engine.weights import Loaded
 from methods.encoders import place
 from pipeline.backends.choice import choose
-from pipeline.beton import Beton, printable
+from pipeline.beton import Beton
 from pipeline.cores import available_cores
+from pipeline.errors import printable
 from pipeline.records import decode
 from pipeline.subset import Subset
 

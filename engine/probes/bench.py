@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from engine import ranks
-from engine.evaluate import HELD_OUT, held_out, refuse_other_classes, unseen
+from engine.evaluate import HELD_OUT, held_out, refuse_other_classes, refuse_unlabelled, unseen
 from engine.meeting import from_all, processes_here
 from engine.probes.scores import Scores
 from engine.probes.trial import Trial, share_of, start
@@ -161,9 +161,8 @@ def _open(args: argparse.Namespace, labelled: bool) -> tuple[Beton, Beton]:
     tolerate = args.on_bad == "skip"
     train = open_data(args.train, tolerate=tolerate)
     test = open_data(args.test, tolerate=tolerate) if args.test else train
-    for beton in (train, test) if labelled else ():
-        if (beton.labels < 0).any():
-            raise InputError(f"{beton.path}: has images without a label: prepare it from class folders")
+    if labelled:
+        refuse_unlabelled(train, test)
     refuse_other_classes(train, test)
     there = train.path.exists() and test.path.exists()  # a pattern of shards is no path
     same = train.fingerprint == test.fingerprint or (there and test.path.samefile(train.path))

@@ -26,7 +26,7 @@ def take_up(bench: Bench, path: Path, settings: dict[str, Any]) -> Pass | None:
     like = from_first(lambda: _read(bench, path, settings, read))
     if like is None:
         return None
-    found = ranks.spread(read, like, bench.device)
+    found = ranks.broadcast(read, like, bench.device)
     bench.say(f"features taken up from {path}")
     return found["features"], found["ids"]
 

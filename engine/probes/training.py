@@ -41,7 +41,7 @@ class Kept:
         like = from_first(lambda: self._read(tensors))
         if like is None:
             return 0
-        found = ranks.spread(tensors.get("state", {}), like["tensors"], self._trial.device)
+        found = ranks.broadcast(tensors.get("state", {}), like["tensors"], self._trial.device)
         for name, value in self._state().items():
             value.copy_(found[name])
         self._trial.say(f"going on after epoch {like['epoch']} of {self._folder}")

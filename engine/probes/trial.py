@@ -18,10 +18,9 @@ from torch import nn
 from engine import ranks
 from engine.config import Settings
 from engine.devices import build_accelerator, warn_of_precision
-from engine.meeting import processes_here, together
+from engine.meeting import cores_here, together
 from engine.weights import Loaded, digest, load_encoder
 from methods.encoders import place
-from pipeline.cores import available_cores
 from pipeline.errors import InputError, RunFailed
 from pipeline.files import write_json
 from pipeline.progress import progress
@@ -75,7 +74,7 @@ class Trial:
     @property
     def workers(self) -> int:
         """Threads of this process that load images."""
-        return self.args.workers or max(1, available_cores() // processes_here())
+        return self.args.workers or cores_here()
 
     @property
     def sharing(self) -> dict[str, int]:
