@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -30,7 +31,7 @@ from engine.neighbours import classify
 from pipeline.augment import IMAGENET, normalise
 from pipeline.beton import Beton
 from pipeline.errors import InputError, command
-from pipeline.files import write_json
+from pipeline.files import write_json, write_whole
 from pipeline.records import decode
 
 _K, _TEMPERATURE = 200, 0.1  # of kNN
@@ -154,6 +155,20 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     return {**line, "training_seconds": seconds, "pairs_per_second": rate, "device": device_name}
 
 
+def begin(args: argparse.Namespace) -> None:
+    """Make the run folder, with what readers of runs want to know of its settings."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    model = {"arch": "resnet18", "stem": "small", "width": args.width, "dim": 128, "bn": "split"}
+    settings = {
+        "seed": args.seed,
+        "method": {"name": "lightly's MoCo", "queue": args.bank, "momentum": _MOMENTUM, "temperature": _SOFTMAX},
+        "model": model,
+        "data": {"train": args.train, "eval": args.test, "batch": args.batch, "size": 32},
+        "optim": {"epochs": args.epochs},
+    }
+    write_whole(args.out / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+
+
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lightly_moco", description="Train lightly's MoCo.")
@@ -173,7 +188,7 @@ def main() -> None:
         import torchvision  # noqa: F401
     except ImportError as error:
         raise InputError(f"{error.name} is not installed: pip install lightly torchvision") from None
-    args.out.mkdir(parents=True, exist_ok=True)
+    begin(args)
     summary = train(args)
     write_json(args.out / "summary.json", summary)
     print(f"finished: kNN top-1 {summary['knn_top1']:.2%} in {summary['training_seconds']:.0f} s")

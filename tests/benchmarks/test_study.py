@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-from benchmarks import study
+from benchmarks import lightly_moco, study
 from benchmarks.study import COLUMNS, Job, figures, gather, load_study, report
 from engine.arguments import parse
 from engine.run_files import read_runs
@@ -96,6 +96,20 @@ def test_a_run_of_nothing_has_no_figures(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("{}")
     (run,) = read_runs([tmp_path])
     assert figures(run) == dict.fromkeys(COLUMNS)
+
+
+def test_a_peers_folder_says_how_long_it_took(tmp_path: Path) -> None:
+    """Two epochs of four steps of 64 pairs, at 32 and 16 pairs a second."""
+    args = argparse.Namespace(out=tmp_path / "peer", width=0.25, batch=64, bank=128, epochs=2, seed=1)
+    args.train, args.test = "train.beton", "test.beton"
+    lightly_moco.begin(args)
+    lines = [{"step": 4 * e, "epoch": e, "pairs_per_second": 64 / e / 2, "knn_top1": 0.1 * e} for e in (1, 2)]
+    (args.out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (args.out / "summary.json").write_text("{}")
+    (row,) = gather([Job("peer", 1, args.out, [], [])], "peer")
+    assert row["seconds"]["mean"] == pytest.approx(8 + 16)
+    assert row["rate"]["mean"] == pytest.approx(2 * 256 / 24)
+    assert row["reached"]["mean"] == pytest.approx(24)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "studies").glob("*.yaml")), ids=lambda path: path.stem)
