@@ -122,6 +122,7 @@ def main() -> int:
     if args.out.exists():
         raise InputError(f"--out {args.out}: is there already: choose a new folder")
     args.out.mkdir(parents=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what runs in the background without it
     about, clone = machine.describe(), args.out / "millrace"
     subprocess.run(["git", "clone", "--quiet", str(_ROOT), str(clone)], check=True)
     rows = [take(step, clone, args.out) for step in steps(args)]
