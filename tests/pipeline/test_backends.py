@@ -335,10 +335,21 @@ def test_fifty_epochs_leave_no_threads_files_or_memory_behind(backend: str, draw
 def test_resident_refuses_what_does_not_fit(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bytes_needed = 3 * sum(int(h) * int(w) for h, w in zip(Beton(drawn).heights, Beton(drawn).widths, strict=True))
     assert resident.needed(Beton(drawn)) == bytes_needed
-    monkeypatch.setattr(resident, "free", lambda device: 2 * bytes_needed - 2)
-    with pytest.raises(InputError, match="choose another backend"):
+    monkeypatch.setattr(resident, "free", lambda device: 5 * bytes_needed // 4 - 2)
+    with pytest.raises(InputError, match=r"more than 80% of .* free on cpu: choose another backend"):
         Loader(Beton(drawn), AUGMENTATIONS["moco_v2"], size=SIZE, batch=BATCH, backend="resident")
+    monkeypatch.setattr(resident, "free", lambda device: 5 * bytes_needed // 4 + 1)
+    with loader(drawn, "resident"):
+        pass
+
+
+def test_what_auto_takes_is_not_refused_once_a_model_has_its_memory(
+    drawn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bytes_needed = resident.needed(Beton(drawn))
     monkeypatch.setattr(resident, "free", lambda device: 2 * bytes_needed)
+    assert choose("auto", "auto", Beton(drawn), torch.device("cpu")).name == "resident"
+    monkeypatch.setattr(resident, "free", lambda device: 2 * bytes_needed - bytes_needed // 2)
     with loader(drawn, "resident"):
         pass
 
