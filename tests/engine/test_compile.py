@@ -77,6 +77,7 @@ def test_float32_trains_as_float64(name: str, terms: Terms, lr: float, compiled:
             assert (a.double() - b).norm() <= 1e-2 * b.norm()
 
 
+@pytest.mark.slow
 def test_backbones_are_compiled_anew_only_where_the_views_change_size(monkeypatch: pytest.MonkeyPatch) -> None:
     compile_, counts = torch.nn.Module.compile, list[int]()
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: compile_(self, backend="eager", **given))

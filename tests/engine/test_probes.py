@@ -469,6 +469,7 @@ def _voc(folder: Path, beton: Beton, test: bool) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_svms_score_as_scikit_learn_does(encoder: Path, drawn: Path, tmp_path: Path) -> None:
     machines, metrics = pytest.importorskip("sklearn.svm"), pytest.importorskip("sklearn.metrics")
     train, test = (_voc(tmp_path / str(side), Beton(drawn), side) for side in (False, True))
