@@ -55,7 +55,7 @@ def steps(args: argparse.Namespace) -> list[Step]:
         *found,
         Step("prepare", f"python -m pipeline.prepare {shlex.quote(args.source)} walk/train.beton"),
         Step("inspect", "python -m pipeline.inspect walk/train.beton --verify --preview walk/views.png"),
-        Step("train, Ctrl-C in the second epoch", train, until=_in_second_epoch),
+        Step("train, Ctrl-C in the second epoch", f"exec {train}", until=_in_second_epoch),  # a shell would die of it
         Step("resume to the end", f"{train} --resume auto"),
         Step("kNN of the demo's encoder", f"python -m engine.evaluate knn walk/demo/run {data}"),
         Step("linear, fast", f"python -m engine.evaluate linear walk/demo/run {data} --protocol fast"),
