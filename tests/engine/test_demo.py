@@ -62,6 +62,18 @@ def test_ctrl_c_leaves_the_training_time_for_its_checkpoint(
     assert f"--config {tmp_path / 'recipe.yaml'} --resume auto" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(("rate", "says"), [(200.0, "125000 pairs take --minutes 11 here"), (2000.0, "")])
+def test_a_machine_too_slow_to_learn_in_that_time_is_told_how_long_it_takes(
+    rate: float, says: str, drawn: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "measure_rate", lambda settings: rate)
+    monkeypatch.setattr(demo, "_MOST_EPOCHS", 10**6)
+    demo._with_epochs(demo._settings(drawn, drawn, Path("out")), 3.5)
+    told = capsys.readouterr().out
+    assert says in told
+    assert bool(says) == ("little to learn from" in told)
+
+
 def test_subsets_are_found_where_there_are_any(tmp_path: Path) -> None:
     for name in ("train/a", "val/a"):
         (tmp_path / name).mkdir(parents=True)
