@@ -184,8 +184,9 @@ def main() -> None:
     for part in parts(data, cifar, threads):
         left = args.seconds - (time.perf_counter() - begun)
         report.add(part.name, *run(part, args.out, small, left))
-    for path in (drawn, manifest_path(drawn)):
-        path.unlink(missing_ok=True)
+    if drawn not in (args.data and args.data.resolve(), args.cifar and args.cifar.resolve()):
+        for path in (drawn, manifest_path(drawn)):
+            path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
