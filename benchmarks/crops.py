@@ -2,9 +2,9 @@
 
     python -m benchmarks.crops --data F.beton [--batch 512] [--size 224] [--augmentation moco_v2] [--json OUT]
 
-One batch of decoded images lies on the device; crops (`pipeline.crop`) and augmentation (`pipeline.augment`) are timed
-apart, by events on a GPU, by CPU time of one thread elsewhere. On a GPU these are the Triton kernels, and the plain
-operations, their reference, are timed beside them.
+One batch of decoded images lies on the device; crops (`pipeline.augment.crop`) and augmentation
+(`pipeline.augment.color`) are timed apart, by events on a GPU, by CPU time of one thread elsewhere. On a GPU these are
+the Triton kernels, and the plain operations, their reference, are timed beside them.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import numpy as np
 import torch
 
 from benchmarks import machine
-from pipeline.augment import IMAGENET, augment, stepwise
-from pipeline.backends import Plan
+from pipeline.augment.color import IMAGENET, augment, stepwise
+from pipeline.augment.crop import Ragged, crop_views
+from pipeline.augment.draws import draw_views
+from pipeline.augment.plan import Plan
 from pipeline.beton import Beton
-from pipeline.crop import Ragged, crop_views
-from pipeline.direct import open_data
-from pipeline.draws import draw_views
-from pipeline.errors import InputError, command
-from pipeline.order import epoch_order
-from pipeline.records import decode
+from pipeline.sampling.order import epoch_order
+from pipeline.storage.decode import decode
+from pipeline.storage.in_place import open_data
+from pipeline.system.errors import InputError, command
 from pipeline.views import AUGMENTATIONS, view_sizes
 
 

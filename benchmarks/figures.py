@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import InputError
+from pipeline.system.errors import InputError
 
 _NAME = re.compile(r"(\d{4}-\d\d-\d\d)-(.+?)(\.metrics\.jsonl|\.jsonl|\.json|\.md|\.png)")
 Found = dict[str, Any]

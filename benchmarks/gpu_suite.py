@@ -27,12 +27,12 @@ import torch
 
 from benchmarks import crops, loader, machine, step, train
 from benchmarks.paths import HARDWARE_LOADS
-from pipeline.backends.choice import PACE
+from pipeline.backends.select_backend import PACE
 from pipeline.beton import Beton, manifest_path
-from pipeline.encode import Settings
-from pipeline.errors import command
-from pipeline.packages import installed
 from pipeline.prepare import prepare
+from pipeline.storage.encode import Settings
+from pipeline.system.errors import command
+from pipeline.system.packages import installed
 
 _ROOT = Path(__file__).parents[1]
 

@@ -28,11 +28,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from engine.neighbours import classify
-from pipeline.augment import IMAGENET, normalise
+from pipeline.augment.color import IMAGENET, normalise
 from pipeline.beton import Beton
-from pipeline.errors import InputError, command
-from pipeline.files import write_json, write_whole
-from pipeline.records import decode
+from pipeline.storage.decode import decode
+from pipeline.system.errors import InputError, command
+from pipeline.system.files import write_json, write_whole
 
 _K, _TEMPERATURE = 200, 0.1  # of kNN
 _MOMENTUM, _SOFTMAX = 0.99, 0.1

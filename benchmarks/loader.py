@@ -27,9 +27,9 @@ import torch
 
 from benchmarks import machine
 from benchmarks.paths import COMPARED, PATHS
-from pipeline.cores import available_cores
-from pipeline.direct import open_data
-from pipeline.errors import InputError, command
+from pipeline.storage.in_place import open_data
+from pipeline.system.cores import available_cores
+from pipeline.system.errors import InputError, command
 
 _BASELINE = "ffcv-twice"
 

@@ -19,9 +19,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.cores import available_cores
-from pipeline.errors import InputError
-from pipeline.packages import version
+from pipeline.system.cores import available_cores
+from pipeline.system.errors import InputError
+from pipeline.system.packages import version
 
 PACKAGES = ("torch", "ffcv", "numba", "numpy", "pillow", "accelerate", "nvidia-dali-cuda130", "lightly")
 

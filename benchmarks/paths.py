@@ -16,13 +16,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from pipeline.augment import IMAGENET
-from pipeline.backends import Plan, Wanted, build
+from pipeline.augment.color import IMAGENET
+from pipeline.augment.draws import draw_view, draw_views
+from pipeline.augment.plan import Plan
+from pipeline.backends import build
+from pipeline.backends.base import Wanted
 from pipeline.beton import Beton
-from pipeline.draws import draw_view, draw_views
-from pipeline.libffcv import JPEG
-from pipeline.order import epoch_order
-from pipeline.records import records_of, rectangles
+from pipeline.native.libffcv import JPEG
+from pipeline.sampling.order import epoch_order
+from pipeline.storage.decode import records_of, rectangles
 from pipeline.views import View
 
 _AHEAD = 3

@@ -48,8 +48,8 @@ from engine.build import needed_views
 from engine.config import Settings
 from engine.dryrun import estimate, memory_of
 from pipeline.backends.resident import SHARE as RESIDENT
-from pipeline.errors import InputError, command
-from pipeline.limits import RESULT_BYTES, read_json, read_yaml
+from pipeline.system.errors import InputError, command
+from pipeline.system.limits import RESULT_BYTES, read_json, read_yaml
 
 SHARE = 0.195
 """Of a GPU's published bfloat16 rate that a ResNet-50 reaches in training: MLPerf 4.0's 7945 images/s on an H200

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from pipeline.errors import InputError, RunFailed, command
+from pipeline.system.errors import InputError, RunFailed, command
 
 PROTOCOLS = {
     "kNN": ["knn"],

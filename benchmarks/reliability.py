@@ -21,7 +21,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from benchmarks import machine
-from pipeline.errors import InputError, command
+from pipeline.system.errors import InputError, command
 
 EXPECTED = {
     "stop and resume in a new process, mid-epoch and at its end, 1 and 2 ranks": "all state and losses equal",

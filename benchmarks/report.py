@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.figures import GOALS, HEADLINES, Goal, Results
 from engine.plot import LIGHT, picture, style_of, uri
-from pipeline.errors import InputError, command
+from pipeline.system.errors import InputError, command
 
 BEGIN, END = "<!-- begin: python -m benchmarks.report -->", "<!-- end -->"
 _STYLE = """

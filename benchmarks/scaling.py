@@ -30,8 +30,8 @@ from benchmarks.plan import on_cores
 from engine.arguments import parse
 from engine.build import build
 from engine.loop import train_on
-from pipeline.cores import available_cores
-from pipeline.errors import InputError, command
+from pipeline.system.cores import available_cores
+from pipeline.system.errors import InputError, command
 
 _WARM = 5  # steps before each round: its first batches were made while it waited for its turn
 

@@ -34,12 +34,12 @@ from engine.config import Settings
 from engine.devices import DTYPES, build_accelerator, warn_of_precision
 from engine.graph import WARM, Graph
 from methods.base import Embeddings, total
-from pipeline.augment import IMAGENET, augment
-from pipeline.cores import available_cores
-from pipeline.draws import draw_colour
-from pipeline.errors import InputError, command
+from pipeline.augment.color import IMAGENET, augment
+from pipeline.augment.draws import draw_colour
 from pipeline.loader import Batch
-from pipeline.packages import installed
+from pipeline.system.cores import available_cores
+from pipeline.system.errors import InputError, command
+from pipeline.system.packages import installed
 from pipeline.views import AUGMENTATIONS
 
 Call = Callable[[], Any]

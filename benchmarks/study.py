@@ -30,9 +30,9 @@ from benchmarks import machine
 from engine.pages.compare import rates
 from engine.plot import LIGHT, draw_lines, sheet, style_of
 from engine.run_files import RunFiles, curve, number, read_runs
-from pipeline.cores import available_cores
-from pipeline.errors import InputError, command
-from pipeline.limits import read_yaml
+from pipeline.system.cores import available_cores
+from pipeline.system.errors import InputError, command
+from pipeline.system.limits import read_yaml
 
 _HERE = Path(__file__).parent
 _ROOT = _HERE.parent

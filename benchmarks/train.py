@@ -26,7 +26,7 @@ from engine.config import Settings
 from engine.devices import now
 from engine.graph import WARM
 from engine.loop import train_on
-from pipeline.errors import InputError, command
+from pipeline.system.errors import InputError, command
 
 
 def measure(settings: Settings, steps: int, rounds: int) -> dict[str, Any]:

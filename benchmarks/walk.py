@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from pipeline.errors import InputError, command
+from pipeline.system.errors import InputError, command
 
 _ROOT = Path(__file__).parent.parent
 _RUN = "engine/run.py --config engine/recipes/moco_v2_in1k.yaml --data.train walk/train.beton --out walk/run"

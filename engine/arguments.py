@@ -17,8 +17,8 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 
 from engine.config import LONGEST, Settings
 from methods.registry import Terms
-from pipeline.errors import InputError
-from pipeline.limits import parse_yaml, read_yaml
+from pipeline.system.errors import InputError
+from pipeline.system.limits import parse_yaml, read_yaml
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 

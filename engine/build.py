@@ -36,12 +36,12 @@ from methods.norm import GROUPS, SHUFFLED
 from methods.queue import KeyQueue
 from methods.recompute import recompute
 from methods.registry import build_backbone, build_encoder, build_objective
-from pipeline.backends.choice import Choice, agreed, choose
+from pipeline.backends.select_backend import Choice, agreed, choose
 from pipeline.beton import Beton
-from pipeline.errors import InputError
 from pipeline.loader import Loader, Shuffle
-from pipeline.order import steps_per_epoch
-from pipeline.packages import installed
+from pipeline.sampling.order import steps_per_epoch
+from pipeline.system.errors import InputError
+from pipeline.system.packages import installed
 from pipeline.views import AUGMENTATIONS
 
 _CHANNELS, _LARGE = 16, 64  # fewer, on a CPU, at so many pixels are warned of

@@ -10,10 +10,10 @@ import yaml
 
 from engine.origin import commit
 from engine.weights import DIMENSIONS, Architecture, Loaded, digest
-from pipeline.augment import IMAGENET
-from pipeline.errors import InputError, printable
-from pipeline.limits import RESULT_BYTES, json_lines, read_json
-from pipeline.packages import version
+from pipeline.augment.color import IMAGENET
+from pipeline.system.errors import InputError, printable
+from pipeline.system.limits import RESULT_BYTES, json_lines, read_json
+from pipeline.system.packages import version
 
 _FIGURES = {"top1": "top-1", "map": "mAP", "miou": "mIoU", "ap": "AP"}
 """Of evaluations, by the key that holds the one for a table."""

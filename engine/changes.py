@@ -9,7 +9,7 @@ from typing import Any
 from engine import checkpoint
 from engine.arguments import flat
 from engine.config import Settings
-from pipeline.errors import InputError
+from pipeline.system.errors import InputError
 
 FREE = {"out", "resume", "allow_change", "log_every", "save_every", "keep", "keep_every", "tracker", "gradient_shares"}
 FREE |= {"cpu", "compile", "cuda_graph", "recompute", "collective_timeout", "step_timeout"}

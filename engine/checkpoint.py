@@ -26,8 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialised
 
-from pipeline.errors import InputError, RunFailed, reason, tell
-from pipeline.limits import check_levels, read_bytes
+from pipeline.system.errors import InputError, RunFailed, reason, tell
+from pipeline.system.limits import check_levels, read_bytes
 
 FORMAT = 4
 Tensors = dict[str, torch.Tensor]

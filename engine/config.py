@@ -17,8 +17,8 @@ from methods.base import Base, CannotCarry
 from methods.norm import SHUFFLED
 from methods.registry import BASES, Terms, build_objective
 from methods.vit import PATCH, VITS
-from pipeline.errors import InputError
-from pipeline.files import write_whole
+from pipeline.system.errors import InputError
+from pipeline.system.files import write_whole
 from pipeline.views import AUGMENTATIONS
 
 

@@ -33,10 +33,10 @@ from engine.run_files import read_runs
 from methods.encoders import place
 from methods.registry import build_backbone
 from pipeline.beton import Beton
-from pipeline.errors import InputError, command, printable
 from pipeline.inspect import preview
 from pipeline.prepare import prepare
-from pipeline.sources import open_source
+from pipeline.sources.archives import open_source
+from pipeline.system.errors import InputError, command, printable
 from pipeline.views import AUGMENTATIONS
 
 _TRAIN, _TEST = 5000, 1000  # drawn images

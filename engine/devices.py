@@ -16,7 +16,7 @@ from torch import distributed, nn
 
 from engine.config import Settings
 from engine.meeting import rank, store, together, world
-from pipeline.errors import InputError
+from pipeline.system.errors import InputError
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Of views, by the precision: what the encoder rounds to."""

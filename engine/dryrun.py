@@ -20,10 +20,10 @@ from engine.config import Settings
 from engine.devices import bfloat16_on_cpu, build_accelerator
 from engine.meeting import rank
 from engine.schedule import peak_rate
-from pipeline.direct import open_data
-from pipeline.errors import InputError
 from pipeline.loader import Batch
-from pipeline.order import steps_per_epoch
+from pipeline.sampling.order import steps_per_epoch
+from pipeline.storage.in_place import open_data
+from pipeline.system.errors import InputError
 
 _STUB = 2  # samples a part of the smaller stub batch
 _GIB = 2**30

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from engine import ranks
 from engine.neighbours import classify
 from pipeline.beton import Beton, count_classes
-from pipeline.errors import InputError
 from pipeline.loader import CentreLoader
-from pipeline.order import evenly
+from pipeline.sampling.order import evenly
+from pipeline.system.errors import InputError
 
 HELD_OUT = 10
 """Of one file, every tenth image is for testing."""

@@ -22,7 +22,7 @@ from engine.card import card
 from engine.names import Library, renamed
 from engine.tensor_files import METADATA
 from engine.weights import Architecture, Loaded, load_encoder
-from pipeline.errors import InputError, RunFailed, command
+from pipeline.system.errors import InputError, RunFailed, command
 
 _CLOSE = 1e-5  # of features, relative to the largest
 _OPSET = 17

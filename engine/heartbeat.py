@@ -17,7 +17,7 @@ from torch import distributed
 
 from engine.meeting import rank, store, world
 from engine.watchdog import dump_stacks
-from pipeline.errors import RunFailed, report
+from pipeline.system.errors import RunFailed, report
 
 _PERIOD = 0.25  # seconds
 _ANSWER = 5.0  # seconds that the store may take

@@ -15,12 +15,12 @@ from accelerate import Accelerator
 from engine.config import Settings
 from engine.evaluate import Knn
 from engine.meeting import cores_here, from_all, rank, together
-from pipeline.backends.choice import choose
+from pipeline.backends.select_backend import choose
 from pipeline.beton import Beton
-from pipeline.direct import open_data
-from pipeline.errors import InputError
 from pipeline.inspect import verify
-from pipeline.substitutes import Substitutes
+from pipeline.sampling.substitutes import Substitutes
+from pipeline.storage.in_place import open_data
+from pipeline.system.errors import InputError
 
 _NAMED = 10  # damaged records in a message
 _VERIFICATION = timedelta(days=2)  # that the slowest process may take

@@ -22,9 +22,9 @@ from engine.norm_statistics import RunningStatistics
 from engine.preempt import Stopped, follow_launcher
 from engine.state import refuse_divergence, restore, save
 from engine.watchdog import dump_stacks
-from pipeline.errors import LoaderStalled, RunFailed, reason
-from pipeline.files import write_json
 from pipeline.loader import Batch
+from pipeline.system.errors import LoaderStalled, RunFailed, reason
+from pipeline.system.files import write_json
 
 _ALIKE = (Stopped, Told, FloatingPointError)  # what all processes meet, each at its own time
 

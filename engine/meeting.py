@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
-from pipeline.cores import available_cores
-from pipeline.errors import InputError
+from pipeline.system.cores import available_cores
+from pipeline.system.errors import InputError
 
 T = TypeVar("T")
 _PATIENCE = timedelta(minutes=10)  # from the first process to the last

@@ -23,9 +23,9 @@ from engine import ranks
 from engine.spikes import SpikeWatch
 from engine.step import Result
 from engine.watch import CollapseWatch
-from pipeline.errors import InputError, reason, tell
-from pipeline.limits import json_lines
-from pipeline.progress import tqdm
+from pipeline.system.errors import InputError, reason, tell
+from pipeline.system.limits import json_lines
+from pipeline.system.progress import tqdm
 
 _LASTING = ("knn_top1",)  # metrics that still hold where no step was taken since
 _SUBSTITUTED, _TAKEN = "substituted", "taken"

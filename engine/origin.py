@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.beton import Beton, count_classes
-from pipeline.errors import printable
-from pipeline.packages import version
+from pipeline.system.errors import printable
+from pipeline.system.packages import version
 
 _ROOT = Path(__file__).resolve().parents[1]
 _LONGEST = 100  # characters of a value that is told of

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import distributed
 
-from pipeline.device import to_device
+from pipeline.system.device import to_device
 
 # torch 2.13 gives it a new name, and warns of the old one
 _all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor

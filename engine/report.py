@@ -21,8 +21,8 @@ from engine.pages.nearest import by_chance
 from engine.pages.seen import Gallery, Seen, Wanted, look
 from engine.plot import DARK, LIGHT, MARKS, uri
 from engine.run_files import RunFiles, read_runs
-from pipeline.errors import InputError, command
-from pipeline.files import write_whole
+from pipeline.system.errors import InputError, command
+from pipeline.system.files import write_whole
 
 _TEMPLATES = Path(__file__).with_name("pages")
 

@@ -14,7 +14,7 @@ from engine.heartbeat import LostProcess
 from engine.loop import train
 from engine.meeting import rank, together
 from engine.preempt import Stopped
-from pipeline.errors import command, report
+from pipeline.system.errors import command, report
 
 
 @command

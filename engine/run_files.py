@@ -14,8 +14,8 @@ import numpy as np
 import yaml
 
 from engine.arguments import flat
-from pipeline.errors import InputError, reason
-from pipeline.limits import RESULT_BYTES, SETTINGS_BYTES, open_regular, parse_yaml
+from pipeline.system.errors import InputError, reason
+from pipeline.system.limits import RESULT_BYTES, SETTINGS_BYTES, open_regular, parse_yaml
 
 _LARGEST = {".yaml": SETTINGS_BYTES, ".jsonl": 1 << 30, ".json": RESULT_BYTES}  # bytes: more is no such file
 Line = dict[str, float]

@@ -10,7 +10,7 @@ from torch import nn
 
 from engine.config import Method, Optim, Settings
 from methods.momentum import cosine_momentum
-from pipeline.errors import InputError
+from pipeline.system.errors import InputError
 
 PATIENCE = 20
 """Skipped steps in a row after which training counts as diverged; fp16 skips about ten as its scale is found."""

@@ -15,7 +15,7 @@ from engine.meeting import from_first
 from engine.norm_statistics import RunningStatistics
 from engine.origin import commit, origin
 from engine.schedule import DOUBTFUL, PATIENCE
-from pipeline.errors import InputError
+from pipeline.system.errors import InputError
 
 _ROWS = "running_statistics"  # of each process, [world, N], where they differ: the model has their mean
 

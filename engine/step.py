@@ -21,8 +21,8 @@ from methods.flat import Buffers
 from methods.heads import Encoder
 from methods.momentum import MovingAverage
 from methods.queue import KeyQueue
-from pipeline.device import to_device
 from pipeline.loader import Batch
+from pipeline.system.device import to_device
 
 Tensors = dict[str, torch.Tensor]
 

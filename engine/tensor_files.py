@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from engine import checkpoint, origin
-from pipeline.errors import InputError, reason
-from pipeline.limits import open_regular, parse_json
+from pipeline.system.errors import InputError, reason
+from pipeline.system.limits import open_regular, parse_json
 
 METADATA = "millrace"
 """Key of a safetensors file's header under which `engine.export` describes the encoder, as JSON."""

@@ -24,7 +24,7 @@ from engine.names import ours
 from engine.tensor_files import Contents, read
 from methods.encoders import RESNETS, BasicBlock, Bottleneck, ResNet, Stem, base_channels
 from methods.vit import PATCH, VITS, VisionTransformer
-from pipeline.errors import InputError, printable
+from pipeline.system.errors import InputError, printable
 
 Which = Literal["online", "momentum"]
 _COUNTER = "num_batches_tracked"  # which older files lack, and nothing is computed from

@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import BadRecords, InputError, printable
-from pipeline.libffcv import (
+from pipeline.native.libffcv import (
     ALLOC_TABLE_TYPE,
     CURRENT_VERSION,
     JPEG,
@@ -30,7 +29,8 @@ from pipeline.libffcv import (
     RGBImageField,
     get_metadata_type,
 )
-from pipeline.limits import LARGEST_IMAGE, MOST_CLASSES, read_json
+from pipeline.system.errors import BadRecords, InputError, printable
+from pipeline.system.limits import LARGEST_IMAGE, MOST_CLASSES, read_json
 
 MANIFEST_FORMAT = 1
 _MAX_FIELDS = 64

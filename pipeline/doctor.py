@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from pipeline.cores import available_cores, free_memory
-from pipeline.packages import installed as _installed
+from pipeline.system.cores import available_cores, free_memory
+from pipeline.system.packages import installed as _installed
 
 GIB = 2**30
 MIN_CORES_PER_GPU = 6
@@ -205,7 +205,7 @@ def check_ffcv() -> Finding:
 def check_jpeg() -> Finding:
     """The function that decodes a part of a JPEG was built."""
     try:
-        _load("pipeline._jpeg")
+        _load("pipeline.native._jpeg")
     except Exception as error:
         remedy = f"build it on this machine: {_HEADERS}; rm -rf .venv; ./millrace setup"
         return Finding("JPEG decoder", None, f"{_reason(error)}; FFCV's is used: slower, and less exact", remedy)

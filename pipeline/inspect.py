@@ -15,16 +15,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.augment import IMAGENET, augment
-from pipeline.backends import Plan, Wanted, build
+from pipeline.augment.color import IMAGENET, augment
+from pipeline.augment.draws import draw_views
+from pipeline.augment.plan import Plan
+from pipeline.backends import build
+from pipeline.backends.base import Wanted
 from pipeline.beton import Beton
-from pipeline.cores import available_cores
-from pipeline.draws import draw_views
-from pipeline.errors import BadRecords, InputError, command, printable
-from pipeline.libffcv import RAW
-from pipeline.order import epoch_order
-from pipeline.progress import progress
-from pipeline.records import check_record, decode
+from pipeline.native.libffcv import RAW
+from pipeline.sampling.order import epoch_order
+from pipeline.storage.decode import check_record, decode
+from pipeline.system.cores import available_cores
+from pipeline.system.errors import BadRecords, InputError, command, printable
+from pipeline.system.progress import progress
 from pipeline.views import AUGMENTATIONS, View, view_sizes
 
 _CHUNK = 64  # records a thread checks at a time

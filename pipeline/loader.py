@@ -18,15 +18,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pipeline.augment import IMAGENET, Statistics, augment, normalise
-from pipeline.backends import Plan, Wanted
+from pipeline.augment.color import IMAGENET, Statistics, augment, normalise
+from pipeline.augment.draws import Colour, centre_boxes, draw_colour, draw_views
+from pipeline.augment.plan import Plan
+from pipeline.backends.base import Wanted
+from pipeline.backends.prefetch import Supply
 from pipeline.beton import Beton
-from pipeline.device import current, numbered
-from pipeline.draws import Colour, centre_boxes, draw_colour, draw_views
-from pipeline.errors import InputError
-from pipeline.order import Order, ordered, rank_slice, shuffled_rows, steps_per_epoch
-from pipeline.substitutes import OnBad
-from pipeline.supply import Supply
+from pipeline.sampling.order import Order, ordered, rank_slice, shuffled_rows, steps_per_epoch
+from pipeline.sampling.substitutes import OnBad
+from pipeline.system.device import current, numbered
+from pipeline.system.errors import InputError
 from pipeline.views import View, view_sizes
 
 

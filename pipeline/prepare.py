@@ -29,15 +29,15 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.beton import Beton, Manifest, manifest_path
-from pipeline.cores import available_cores
-from pipeline.encode import Record, Settings, Unreadable, encode
-from pipeline.errors import InputError, command, printable
-from pipeline.labels import relabel
-from pipeline.order import evenly
-from pipeline.packages import version
-from pipeline.progress import progress
-from pipeline.sources import Item, Source, open_source
-from pipeline.writer import BetonWriter
+from pipeline.sampling.order import evenly
+from pipeline.sources.archives import Item, Source, open_source
+from pipeline.sources.labels import relabel
+from pipeline.storage.encode import Record, Settings, Unreadable, encode
+from pipeline.storage.writer import BetonWriter
+from pipeline.system.cores import available_cores
+from pipeline.system.errors import InputError, command, printable
+from pipeline.system.packages import version
+from pipeline.system.progress import progress
 
 _AHEAD = 32  # images a worker may be ahead of the writer
 _large: Any = contextlib.nullcontext()  # in workers a lock: over all of them, one large image is decoded at a time
@@ -108,7 +108,7 @@ def prepare(
 ) -> Manifest:
     """Write the images of `source` to the beton `out` and its manifest beside it; return the manifest.
 
-    labels, classes: a list of the images' classes, and these by label; see `pipeline.labels.relabel`.
+    labels, classes: a list of the images' classes, and these by label; see `pipeline.sources.labels.relabel`.
 
     Raises InputError, leaving `out` as it was, where the source or an image cannot be read; up to `skip_bad`
     unreadable images are left out instead.

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import IO
 
 from pipeline.beton import Beton, manifest_path, own_manifest
-from pipeline.errors import InputError, command
-from pipeline.progress import tqdm
+from pipeline.system.errors import InputError, command
+from pipeline.system.progress import tqdm
 
 _BLOCK = 1 << 24
 

@@ -22,7 +22,7 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
 from engine import arguments
-from pipeline.errors import InputError
+from pipeline.system.errors import InputError
 from tests.documents import PACKAGES, ROOT, Line, module_of
 
 _RECIPE = str(ROOT / "engine" / "recipes" / "moco_v2_in1k.yaml")

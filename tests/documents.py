@@ -94,47 +94,6 @@ def module_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
-def layout(text: str) -> dict[str, set[str]]:
-    """Return what a drawing of packages and their rooms names, by package.
-
-    A line begins with a package, or where that line's names began; names, between commas, end at two spaces. A folder
-    may stand in what follows, too.
-    """
-    (drawing,) = [body for body in fences(text, "") if re.search(rf"^{PACKAGES[0]}/ ", body, re.MULTILINE)]
-    found: dict[str, set[str]] = {}
-    column, package = 0, ""
-    for row in drawing.split("\n"):
-        if begun := re.match(r"(\w+)/ +", row):
-            package, column = begun[1], begun.end()
-            found[package] = set()
-        if package and not row[:column].strip(f" {package}/") and row[column : column + 1].strip():
-            names, _, says = row[column:].partition("  ")
-            found[package] |= {name.strip().rstrip("/") for name in names.split(",") if name.strip()}
-            found[package] |= set(re.findall(r"(\w+)/", says)) & rooms(ROOT / package)
-    return found
-
-
-def rooms(package: Path) -> set[str]:
-    """Return the names of a package's modules, other sources and folders."""
-    sources = {path.stem if path.suffix == ".py" else path.name for path in package.iterdir() if path.is_file()}
-    folders = {path.name for path in package.iterdir() if path.is_dir()}
-    return {name for name in sources | folders if not name.startswith("_") and not name.endswith(".so")}
-
-
-def files_of_drawing(drawing: str) -> list[str]:
-    """Return the paths in a drawing; a name without a folder stands in that of the path before it on its line."""
-    found = []
-    for row in drawing.split("\n"):
-        folder = ""
-        for path in re.findall(r"\b[a-z]\w*(?:/\w+)*/(?:\w+\.py)?|\b[a-z]\w*\.py", re.sub(r"[A-Z]+/\w+/", "", row)):
-            if path.split("/")[0] in (*PACKAGES, "tests"):
-                folder = path[: path.rindex("/") + 1].split("/")[0] + "/"
-                found.append(path)
-            elif folder:
-                found.append(folder + path)
-    return found
-
-
 @cache
 def _tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text())

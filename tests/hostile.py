@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from pipeline.errors import InputError
+from pipeline.system.errors import InputError
 
 FAULT = "hostile pickle in every slot; path traversal, bomb, YAML tag, forged beton"
 _ENOUGH = 10

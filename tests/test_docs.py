@@ -377,19 +377,6 @@ def test_the_table_of_troubles_is_read() -> None:
 # ---- names of files ----
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_the_drawing_of_the_readme_names_every_module_and_no_other(package: str) -> None:
-    named, there = documents.layout(README.read_text())[package], documents.rooms(ROOT / package)
-    assert sorted(there - named) == []
-    assert sorted(named - there) == []
-
-
-def test_the_drawing_of_contributing_names_files_that_are_there() -> None:
-    (drawing,) = documents.fences(CONTRIBUTING.read_text(), "")
-    assert len(named := documents.files_of_drawing(drawing)) > 20
-    assert [path for path in named if not (ROOT / path).exists()] == []
-
-
 @every_document
 def test_files_that_are_named_in_running_text_are_there(path: Path) -> None:
     """Those of the repository: with a folder of its before them; `*` stands for anything, NAME for what may be."""

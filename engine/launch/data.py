@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from engine.arguments import parse
-from pipeline.errors import command
+from pipeline.system.errors import command
 
 
 @command

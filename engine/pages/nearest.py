@@ -18,12 +18,12 @@ from engine.neighbours import neighbours
 from engine.plot import uri
 from engine.weights import Loaded
 from methods.encoders import place
-from pipeline.backends.choice import choose
+from pipeline.backends.select_backend import choose
 from pipeline.beton import Beton
-from pipeline.cores import available_cores
-from pipeline.errors import printable
-from pipeline.records import decode
-from pipeline.subset import Subset
+from pipeline.storage.decode import decode
+from pipeline.storage.subset import Subset
+from pipeline.system.cores import available_cores
+from pipeline.system.errors import printable
 
 SHOWN = 8
 """Images whose neighbours are shown."""

@@ -15,8 +15,8 @@ from engine.pages.nearest import Near, Sample, agreement, embed, nearest, sample
 from engine.run_files import RunFiles, number
 from engine.weights import Loaded, Which, load_encoder
 from pipeline.beton import Beton
-from pipeline.direct import open_data
-from pipeline.errors import InputError
+from pipeline.storage.in_place import open_data
+from pipeline.system.errors import InputError
 
 _CENTRE = 0.875  # of the shorter side: what is cropped where a run does not say
 

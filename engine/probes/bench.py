@@ -17,12 +17,12 @@ from engine.meeting import from_all, processes_here
 from engine.probes.scores import Scores
 from engine.probes.trial import Trial, share_of, start
 from methods.vit import PATCH
-from pipeline.backends.choice import Choice, agreed, choose
+from pipeline.backends.select_backend import Choice, agreed, choose
 from pipeline.beton import Beton, count_classes
-from pipeline.direct import open_data
-from pipeline.errors import InputError
 from pipeline.loader import CentreLoader, Loader
-from pipeline.subset import Subset
+from pipeline.storage.in_place import open_data
+from pipeline.storage.subset import Subset
+from pipeline.system.errors import InputError
 from pipeline.views import View
 
 CROP_AND_FLIP = View(scale=(0.08, 1.0), jitter=0.0, grey=0.0, blur=0.0)

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 from engine.probes import bench, detect, features, knn, linear, segment, semi, svm
-from pipeline.errors import command
+from pipeline.system.errors import command
 
 _COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "knn": (knn, "weighted k-nearest neighbours, exact"),

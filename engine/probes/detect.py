@@ -28,12 +28,12 @@ from engine.probes.trial import Trial, share_of, start
 from engine.probes.voc_ap import Boxes, precision
 from engine.sync_norm import synchronise
 from methods.encoders import ResNet, place
-from pipeline.device import to_device
-from pipeline.errors import InputError
-from pipeline.hashing import keyed, uniforms
-from pipeline.samples import Samples
-from pipeline.voc import Boxed, Objects, open_boxed
-from pipeline.workers import Workers
+from pipeline.dense.sample_loader import Samples
+from pipeline.dense.voc_boxes import Boxed, Objects, open_boxed
+from pipeline.system.counter_rng import keyed, uniforms
+from pipeline.system.device import to_device
+from pipeline.system.errors import InputError
+from pipeline.system.thread_pool import Workers
 
 BATCH = 16
 SIZES = tuple(range(480, 801, 32))

@@ -25,8 +25,8 @@ from engine.probes.bench import Bench, best
 from engine.probes.passes import Pass, keep, take_up
 from engine.probes.scores import score
 from engine.probes.training import check_batch
-from pipeline.device import to_device
-from pipeline.errors import InputError
+from pipeline.system.device import to_device
+from pipeline.system.errors import InputError
 
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 DECAYS = (0.0, 1e-5, 1e-4, 1e-3)

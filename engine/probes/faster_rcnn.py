@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from methods.encoders import ResNet
-from pipeline.augment import IMAGENET
-from pipeline.errors import InputError
+from pipeline.augment.color import IMAGENET
+from pipeline.system.errors import InputError
 
 ANCHORS = (32, 64, 128, 256, 512)
 RATIOS = (0.5, 1.0, 2.0)

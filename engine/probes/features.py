@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from engine import ranks
 from engine.meeting import together
 from engine.probes.bench import Bench
-from pipeline.errors import InputError
-from pipeline.files import write_json, write_whole
-from pipeline.limits import LIST_BYTES, read_json
 from pipeline.loader import CentreLoader
+from pipeline.system.errors import InputError
+from pipeline.system.files import write_json, write_whole
+from pipeline.system.limits import LIST_BYTES, read_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from engine.probes.scores import bounds
-from pipeline.masks import IGNORED
+from pipeline.dense.masks import IGNORED
 
 _RESAMPLES = 1000
 

@@ -10,7 +10,7 @@ from engine import ranks
 from engine.neighbours import neighbours, vote
 from engine.probes.bench import Bench
 from engine.probes.scores import Scores, score
-from pipeline.errors import InputError
+from pipeline.system.errors import InputError
 
 KS, TEMPERATURES = (10, 20, 100, 200), (0.07, 0.1)
 _PUBLISHED = (200, 0.07)  # what is called kNN accuracy since 1805.01978

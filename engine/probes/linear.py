@@ -23,8 +23,8 @@ from engine.probes import fast
 from engine.probes.bench import Bench
 from engine.probes.scores import score
 from engine.probes.training import Kept, check_batch, new_head, sgd
-from pipeline.device import to_device
-from pipeline.errors import InputError
+from pipeline.system.device import to_device
+from pipeline.system.errors import InputError
 
 
 @dataclass(frozen=True)

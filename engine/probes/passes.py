@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from engine import ranks
 from engine.meeting import from_first
 from engine.probes.bench import Bench
-from pipeline.errors import reason
+from pipeline.system.errors import reason
 
 Pass = tuple[torch.Tensor, torch.Tensor]
 """Features bfloat16 [n, F] and ids int64 [n] of the images they are of."""

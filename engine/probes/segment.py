@@ -26,13 +26,13 @@ from engine.probes.training import Kept, check_batch, sgd, train_by_steps
 from engine.probes.trial import Trial, share_of, start
 from engine.sync_norm import synchronise
 from methods.encoders import place
-from pipeline.augment import normalise
-from pipeline.device import to_device
-from pipeline.errors import InputError
-from pipeline.masks import IGNORED, Masked, classes_in, is_voc, open_masked
-from pipeline.scale_crops import SCALES, ScaleCrops
-from pipeline.voc import CLASSES
-from pipeline.workers import Workers
+from pipeline.augment.color import normalise
+from pipeline.dense.masks import IGNORED, Masked, classes_in, is_voc, open_masked
+from pipeline.dense.scale_crops import SCALES, ScaleCrops
+from pipeline.dense.voc_boxes import CLASSES
+from pipeline.system.device import to_device
+from pipeline.system.errors import InputError
+from pipeline.system.thread_pool import Workers
 
 BATCH = 16
 _STEPS, _FACTOR = (0.7, 0.9), 0.1

@@ -25,10 +25,10 @@ from engine.probes.training import Kept, check_batch, new_head, sgd
 from engine.sync_norm import synchronise
 from methods.encoders import place
 from pipeline.beton import Beton
-from pipeline.device import to_device
-from pipeline.errors import InputError, printable
-from pipeline.limits import LIST_BYTES, read_text
-from pipeline.subset import Subset
+from pipeline.storage.subset import Subset
+from pipeline.system.device import to_device
+from pipeline.system.errors import InputError, printable
+from pipeline.system.limits import LIST_BYTES, read_text
 
 _RATES = {0.01: (0.02, 5.0), 0.1: (0.01, 0.2)}
 _STEPS, _FACTOR = (0.6, 0.8), 0.2

@@ -19,8 +19,8 @@ from engine import ranks
 from engine.probes.bench import Bench
 from engine.probes.scores import bounds
 from pipeline.beton import Beton
-from pipeline.errors import InputError, printable
-from pipeline.limits import LIST_BYTES, read_text
+from pipeline.system.errors import InputError, printable
+from pipeline.system.limits import LIST_BYTES, read_text
 
 COSTS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
 _LABELS = {"1": 1, "0": 0, "-1": -1}

@@ -16,7 +16,7 @@ from engine.devices import prepared
 from engine.meeting import from_first, together
 from engine.optim import begin_momentum
 from engine.probes.trial import Trial
-from pipeline.errors import InputError
+from pipeline.system.errors import InputError
 
 B = TypeVar("B")
 _KEEP_AFTER = 100  # steps at least

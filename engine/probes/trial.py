@@ -21,9 +21,9 @@ from engine.devices import build_accelerator, warn_of_precision
 from engine.meeting import cores_here, together
 from engine.weights import Loaded, digest, load_encoder
 from methods.encoders import place
-from pipeline.errors import InputError, RunFailed
-from pipeline.files import write_json
-from pipeline.progress import progress
+from pipeline.system.errors import InputError, RunFailed
+from pipeline.system.files import write_json
+from pipeline.system.progress import progress
 
 
 class Data(Protocol):

@@ -18,8 +18,8 @@ import torch
 
 from engine.export import export, refuse
 from engine.weights import Architecture, Loaded, load_encoder
-from pipeline.errors import InputError, command
-from pipeline.files import write_json
+from pipeline.system.errors import InputError, command
+from pipeline.system.files import write_json
 
 RECIPE = Path(__file__).with_name("voc_r50_c4.yaml")
 _DEPTHS = {"resnet50": 50, "resnet101": 101, "resnet152": 152}

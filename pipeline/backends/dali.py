@@ -1,10 +1,10 @@
 """The DALI backend: records decoded by DALI, on the GPU where there is one, and cropped where they then lie.
 
 JPEG bytes go straight from the beton's memory map into DALI's decoder (nvJPEG on a GPU, libjpeg-turbo, with PIL's very
-pixels, on the CPU), once a sample. Its output is not copied: `pipeline.crop` reads it in place, so that crops are the
-same as every other backend's. One thread of ours drives DALI, which has `workers` of its own; as many read and check
-the records. DALI takes damaged JPEGs for whole, so that those that no CRC32 stands for are decoded once on the CPU, the
-first time they are met. Ids and draws being ours, a restart is exact.
+pixels, on the CPU), once a sample. Its output is not copied: `pipeline.augment.crop` reads it in place, so that crops
+are the same as every other backend's. One thread of ours drives DALI, which has `workers` of its own; as many read and
+check the records. DALI takes damaged JPEGs for whole, so that those that no CRC32 stands for are decoded once on the
+CPU, the first time they are met. Ids and draws being ours, a restart is exact.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ import numpy as np
 import torch
 from nvidia import dali
 
-from pipeline.backends import Plan, Wanted
-from pipeline.backends.ahead import abandon, stalled
+from pipeline.augment.crop import Ragged, crop_views
+from pipeline.augment.plan import Plan
+from pipeline.backends.base import Wanted
+from pipeline.backends.threaded import abandon, stalled
 from pipeline.beton import Beton
-from pipeline.cores import available_cores
-from pipeline.crop import Ragged, crop_views
-from pipeline.libffcv import RAW
-from pipeline.records import check_record, damaged
-from pipeline.workers import Workers
+from pipeline.native.libffcv import RAW
+from pipeline.storage.decode import check_record, damaged
+from pipeline.system.cores import available_cores
+from pipeline.system.thread_pool import Workers
 
 fn: Any = dali.fn
 types: Any = dali.types

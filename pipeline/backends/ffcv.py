@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.backends import Plan, Wanted
-from pipeline.backends.ahead import Ahead
+from pipeline.augment.plan import Plan
+from pipeline.augment.resize import crop_resize, scratch
+from pipeline.backends.base import Wanted
+from pipeline.backends.threaded import Ahead
 from pipeline.beton import Beton
-from pipeline.compiled import compiled
-from pipeline.records import JIT, WHOLE, Records, damaged, decode_record, records_of, rectangles
-from pipeline.resize import crop_resize, scratch
+from pipeline.native.numba_cache import compiled
+from pipeline.storage.decode import JIT, WHOLE, Records, damaged, decode_record, records_of, rectangles
 
 Views = tuple[torch.Tensor, ...]
 

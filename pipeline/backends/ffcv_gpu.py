@@ -1,7 +1,7 @@
 """The FFCV backend with crops on the GPU: the CPU decodes once a sample, ragged into one pinned buffer, and no more.
 
-One copy a batch goes to the device, on a stream of its own; there `pipeline.crop` makes the views. Without a GPU the
-crops are made by compiled code on the thread that receives them.
+One copy a batch goes to the device, on a stream of its own; there `pipeline.augment.crop` makes the views. Without a
+GPU the crops are made by compiled code on the thread that receives them.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from pipeline.backends import Plan, Wanted
-from pipeline.backends.ahead import Ahead
+from pipeline.augment.crop import Ragged, crop_views
+from pipeline.augment.plan import Plan
+from pipeline.backends.base import Wanted
+from pipeline.backends.threaded import Ahead
 from pipeline.beton import Beton
-from pipeline.crop import Ragged, crop_views
-from pipeline.records import WHOLE, Records, damaged, decode_chunk, records_of, rectangles
+from pipeline.storage.decode import WHOLE, Records, damaged, decode_chunk, records_of, rectangles
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.backends import Backend, Plan, Wanted
+from pipeline.augment.crop import Ragged, crop_views
+from pipeline.augment.plan import Plan
+from pipeline.backends.base import Backend, Wanted
 from pipeline.backends.ffcv import FfcvBackend
 from pipeline.beton import Beton
-from pipeline.cores import available_cores, free_memory
-from pipeline.crop import Ragged, crop_views
-from pipeline.errors import InputError
-from pipeline.libffcv import RAW
-from pipeline.records import WHOLE, damaged, decode_chunk, records_of, whole
+from pipeline.native.libffcv import RAW
+from pipeline.storage.decode import WHOLE, damaged, decode_chunk, records_of, whole
+from pipeline.system.cores import available_cores, free_memory
+from pipeline.system.errors import InputError
 
 SHARE = 0.5
 """Of the free memory that the images may take for `auto` to choose this backend, before there is a model."""

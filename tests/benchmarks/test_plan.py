@@ -14,7 +14,7 @@ import pytest
 from benchmarks import plan
 from benchmarks.plan import CACHE, SCALING, Node, Rates, load_machine, load_rates
 from engine.config import Data, Model, Settings
-from pipeline.errors import InputError
+from pipeline.system.errors import InputError
 
 NODE = Node("n", "G", 4, 2, 16, 100, 80, 100, 10, 100, 80, 2)
 RATES = Rates(500.0, 1e5, 2e5, 2e13, ("loader", "step"))

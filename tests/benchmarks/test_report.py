@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.figures import GOALS, Goal, Results, withstood
 from benchmarks.report import BEGIN, END, as_html, embedded, goal_table, headline_table, page, with_table
-from pipeline.errors import InputError
+from pipeline.system.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -18,7 +18,7 @@ from benchmarks import lightly_moco, study
 from benchmarks.study import COLUMNS, Job, figures, gather, load_study, report
 from engine.arguments import parse
 from engine.run_files import read_runs
-from pipeline.errors import InputError
+from pipeline.system.errors import InputError
 from tests.engine.test_run import SMALL
 
 ROOT = Path(__file__).parents[2]

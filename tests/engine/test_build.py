@@ -23,8 +23,8 @@ from engine.config import Data, Method, Model, Optim, Settings
 from methods.norm import SplitBatchNorm
 from methods.registry import Terms
 from methods.residual import Residual
-from pipeline.errors import InputError
-from pipeline.order import shuffled_rows
+from pipeline.sampling.order import shuffled_rows
+from pipeline.system.errors import InputError
 from tests.gloo import on_ranks
 
 

@@ -20,8 +20,8 @@ from methods.registry import Terms
 from methods.residual import Residual
 from methods.xmoco import XMoCo
 from pipeline.beton import Beton
-from pipeline.errors import InputError
 from pipeline.prepare import prepare
+from pipeline.system.errors import InputError
 from tests.conftest import Figure
 from tests.engine.test_run import SMALL, main
 

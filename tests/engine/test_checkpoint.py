@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine import checkpoint
-from pipeline.errors import InputError
+from pipeline.system.errors import InputError
 
 STATE = {"loader": {"epoch": 1}, "monitor": {}, "settings": {}, "note": "ü"}
 

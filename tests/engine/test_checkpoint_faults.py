@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from engine import checkpoint
-from pipeline.errors import InputError
+from pipeline.system.errors import InputError
 from tests.conftest import Figure
 from tests.engine.test_checkpoint import STATE, tensors_of, write
 from tests.engine.test_run import ENVIRONMENT, RUN, SMALL, main, metrics

@@ -18,7 +18,7 @@ from methods.dcl import DCL
 from methods.registry import BASES, Terms
 from methods.residual import Residual
 from methods.xmoco import XMoCo
-from pipeline.errors import InputError
+from pipeline.system.errors import InputError
 
 TERMS: dict[str, Any] = {"co2": CO2(), "xmoco": XMoCo(), "residual": Residual(), "dcl": DCL()}
 CANNOT = {"simclr": "residual", "byol": "dcl"}

@@ -16,7 +16,7 @@ from methods.co2 import CO2
 from methods.registry import Terms
 from methods.residual import Residual
 from methods.xmoco import XMoCo
-from pipeline.errors import InputError
+from pipeline.system.errors import InputError
 from tests.engine.small import BATCH, batch_of, built, settings, views
 
 CASES = [

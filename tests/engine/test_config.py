@@ -12,7 +12,7 @@ from engine.config import Settings
 from methods.co2 import CO2
 from methods.registry import BASES, Terms
 from methods.residual import Residual
-from pipeline.errors import InputError
+from pipeline.system.errors import InputError
 
 RECIPES = sorted((Path(__file__).parents[2] / "engine" / "recipes").glob("*.yaml"))
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from engine import demo
 from engine.plot import curves
-from pipeline import synthetic
+from pipeline.sources import synthetic
 from tests.engine.test_run import ENVIRONMENT, run
 
 DEMO = (sys.executable, "-m", "engine.demo")

@@ -18,10 +18,10 @@ from engine.probes.voc_ap import THRESHOLDS, Boxes, Metric, average_precision, p
 from engine.weights import Architecture
 from methods.encoders import ResNet, resnet
 from methods.vit import VisionTransformer
-from pipeline.errors import InputError
-from pipeline.scenes import write
-from pipeline.synthetic import CLASSES
-from pipeline.voc import open_boxed
+from pipeline.dense.scenes import write
+from pipeline.dense.voc_boxes import open_boxed
+from pipeline.sources.synthetic import CLASSES
+from pipeline.system.errors import InputError
 from tests.torchvision_operators import torchvision_or_skip
 
 

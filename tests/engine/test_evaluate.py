@@ -15,10 +15,10 @@ from engine.evaluate import Knn, RawPixels, features, held_out, unseen
 from engine.neighbours import classify
 from methods.encoders import resnet
 from pipeline.beton import Beton
-from pipeline.direct import open_data
-from pipeline.encode import Settings
-from pipeline.errors import InputError
 from pipeline.prepare import prepare
+from pipeline.storage.encode import Settings
+from pipeline.storage.in_place import open_data
+from pipeline.system.errors import InputError
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ from engine.export import FORMATS, export
 from engine.tensor_files import METADATA
 from engine.weights import Architecture, Loaded, load_encoder
 from methods.encoders import ResNet
-from pipeline.errors import InputError, RunFailed
+from pipeline.system.errors import InputError, RunFailed
 
 _SIZE = 64  # pixels: small, so that these are quick
 ARCHITECTURES = [pytest.param("resnet18", marks=pytest.mark.slow), "resnet50", "vit_small"]

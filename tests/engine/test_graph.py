@@ -16,7 +16,7 @@ from methods.co2 import CO2
 from methods.registry import Terms
 from methods.residual import Residual
 from methods.xmoco import XMoCo
-from pipeline.order import shuffled_rows
+from pipeline.sampling.order import shuffled_rows
 from tests.engine.small import SIZE, batch_of, built, everything, settings, views
 from tests.engine.tape import Tape
 

@@ -18,7 +18,7 @@ from safetensors.torch import save, save_file
 
 from engine.weights import load_encoder
 from methods.registry import build_backbone
-from pipeline.errors import InputError
+from pipeline.system.errors import InputError
 from tests.hostile import Outcome, record, reliability, survived
 
 State = dict[str, torch.Tensor]

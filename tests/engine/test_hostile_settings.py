@@ -13,7 +13,7 @@ import torch
 from engine.arguments import parse
 from engine.config import Data, Optim, Settings
 from engine.schedule import Schedule
-from pipeline.errors import InputError
+from pipeline.system.errors import InputError
 from tests.hostile import record, reliability, survived
 
 DEEP = "[" * 60_000

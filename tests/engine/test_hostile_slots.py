@@ -27,10 +27,10 @@ from engine.probes.training import Kept, sgd
 from engine.weights import load_encoder
 from methods.registry import build_backbone
 from pipeline.beton import Beton, manifest_path
-from pipeline.direct import Direct
-from pipeline.errors import InputError
 from pipeline.prepare import prepare
 from pipeline.stage import stage
+from pipeline.storage.in_place import Direct
+from pipeline.system.errors import InputError
 from tests.hostile import Payload, hostile_pickle, record, reliability, survived
 from tests.pipeline.conftest import picture, saved, tar_bytes
 

@@ -13,7 +13,7 @@ import torch
 from engine import changes, checkpoint, state
 from engine.arguments import parse
 from engine.build import build
-from pipeline.errors import InputError
+from pipeline.system.errors import InputError
 from tests.engine.test_run import SMALL
 
 Forge = Callable[[dict[str, Any], Any], object]

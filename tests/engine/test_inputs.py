@@ -16,12 +16,12 @@ import pytest
 from engine.config import Data, Knn, Settings
 from engine.inputs import open_sets, verify_sets
 from pipeline.beton import Beton, Manifest, manifest_path
-from pipeline.encode import Record
-from pipeline.errors import DamagedRecord, InputError
 from pipeline.inspect import verify
 from pipeline.loader import Loader
+from pipeline.storage.encode import Record
+from pipeline.storage.writer import BetonWriter
+from pipeline.system.errors import DamagedRecord, InputError
 from pipeline.views import AUGMENTATIONS
-from pipeline.writer import BetonWriter
 from tests.conftest import Figure
 from tests.gloo import on_ranks
 

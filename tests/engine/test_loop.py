@@ -10,7 +10,7 @@ import pytest
 from engine import loop
 from engine.config import Settings
 from engine.loop import measure_rate
-from pipeline.errors import InputError
+from pipeline.system.errors import InputError
 from tests.engine import small
 
 

@@ -13,8 +13,8 @@ import pytest
 
 from engine import meeting
 from engine.meeting import Told, from_all, from_first, together
-from pipeline.errors import InputError
 from pipeline.prepare import prepare
+from pipeline.system.errors import InputError
 from tests.engine.test_run import ENVIRONMENT, RUN, SMALL
 from tests.gloo import on_ranks
 

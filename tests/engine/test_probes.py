@@ -24,8 +24,8 @@ from engine.probes.linear import PROTOCOLS, Protocol
 from engine.probes.scores import interval, score
 from methods.encoders import resnet
 from pipeline.beton import Beton
-from pipeline.errors import InputError, RunFailed
-from pipeline.subset import Subset
+from pipeline.storage.subset import Subset
+from pipeline.system.errors import InputError, RunFailed
 from tests.engine.breaking import broken_off_once
 from tests.gloo import on_ranks
 

@@ -24,7 +24,7 @@ from methods.registry import BASES, Terms
 from methods.residual import Residual
 from methods.xmoco import XMoCo
 from pipeline.loader import Batch
-from pipeline.order import shuffled_rows
+from pipeline.sampling.order import shuffled_rows
 from tests.conftest import Figure
 from tests.engine.small import batch_of, built, settings, views
 from tests.gloo import on_ranks

@@ -13,7 +13,7 @@ import engine.dryrun
 import engine.run
 from engine.arguments import parse
 from engine.dryrun import dry_run
-from pipeline.errors import InputError
+from pipeline.system.errors import InputError
 
 RECIPES = sorted((Path(__file__).parents[2] / "engine" / "recipes").glob("*.yaml"))
 

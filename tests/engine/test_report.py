@@ -27,7 +27,7 @@ from engine.run_files import Curve, RunFiles, read_runs
 from methods.registry import Terms
 from methods.residual import Residual
 from pipeline.beton import Beton
-from pipeline.errors import InputError
+from pipeline.system.errors import InputError
 from tests.engine.run_folders import EPOCHS, lines, settings, write_checkpoint, write_evaluation, write_lines, write_run
 
 CPU = torch.device("cpu")

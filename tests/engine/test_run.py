@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import engine.run
 from engine import loop
-from pipeline import synthetic
+from pipeline.sources import synthetic
 
 ROOT = Path(__file__).parents[2]
 RUN = ROOT / "engine" / "run.py"

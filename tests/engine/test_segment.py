@@ -24,10 +24,10 @@ from engine.sync_norm import synchronise
 from engine.weights import digest, load_encoder
 from methods.encoders import resnet
 from methods.vit import VisionTransformer
-from pipeline.errors import InputError, RunFailed
-from pipeline.masks import open_masked
-from pipeline.scale_crops import ScaleCrops
-from pipeline.scenes import scene, write
+from pipeline.dense.masks import open_masked
+from pipeline.dense.scale_crops import ScaleCrops
+from pipeline.dense.scenes import scene, write
+from pipeline.system.errors import InputError, RunFailed
 from tests.engine.breaking import broken_off_once
 from tests.gloo import on_ranks
 

@@ -23,7 +23,7 @@ from methods.moco import info_nce
 from methods.registry import Terms
 from methods.residual import Residual, gap
 from methods.xmoco import XMoCo
-from pipeline.order import shuffled_rows
+from pipeline.sampling.order import shuffled_rows
 from tests.engine.small import BATCH, LENGTH, batch_of, built, everything, settings, views
 
 EMA, TEMPERATURE, RATE = 0.9, 0.2, 0.1

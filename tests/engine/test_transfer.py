@@ -15,7 +15,7 @@ from engine.probes import detect
 from engine.transfer import detectron2_voc
 from engine.weights import Architecture
 from methods.encoders import resnet
-from pipeline.errors import InputError
+from pipeline.system.errors import InputError
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from engine.config import Model, Settings
 from engine.names import Library, ours, renamed
 from engine.weights import digest, load_encoder
 from methods.registry import build_backbone
-from pipeline.errors import InputError
+from pipeline.system.errors import InputError
 
 State = dict[str, torch.Tensor]
 _HERE = Path(__file__).parent

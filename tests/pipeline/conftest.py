@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.encode import Settings
 from pipeline.prepare import prepare
+from pipeline.storage.encode import Settings
 
 KINDS = ("folder", "tar", "zip", "deflated zip")
 

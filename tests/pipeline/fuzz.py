@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from pipeline.beton import Beton, Manifest, manifest_path
-from pipeline.encode import Settings, Unreadable, encode
-from pipeline.errors import InputError
 from pipeline.inspect import describe, verify
-from pipeline.libffcv import decode_jpeg
-from pipeline.libjpeg import decode_rectangle
 from pipeline.loader import Loader
-from pipeline.records import jpeg_frame
+from pipeline.native.libffcv import decode_jpeg
+from pipeline.native.libjpeg import decode_rectangle
+from pipeline.storage.decode import jpeg_frame
+from pipeline.storage.encode import Settings, Unreadable, encode
+from pipeline.system.errors import InputError
 from pipeline.views import AUGMENTATIONS
 
 HEADER = struct.Struct("<HHIQQ")  # version, fields, page size, samples, allocation table

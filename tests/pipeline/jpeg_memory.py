@@ -20,8 +20,8 @@ import ffcv._libffcv
 import numpy as np
 from PIL import Image
 
-from pipeline import libjpeg
-from pipeline.records import jpeg_frame
+from pipeline.native import libjpeg
+from pipeline.storage.decode import jpeg_frame
 from tests.pipeline.conftest import saved
 from tests.pipeline.fuzz import damaged_jpeg
 

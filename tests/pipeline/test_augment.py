@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from pipeline import augment as operations
-from pipeline.augment import IMAGENET, Statistics, augment, gaussian_blur, normalise
-from pipeline.draws import Colour, draw_view
-from pipeline.synthetic import draw
+from pipeline.augment import color as operations
+from pipeline.augment.color import IMAGENET, Statistics, augment, gaussian_blur, normalise
+from pipeline.augment.draws import Colour, draw_view
+from pipeline.sources.synthetic import draw
 from pipeline.views import AUGMENTATIONS, View
 
 Pixels = npt.NDArray[np.uint8]

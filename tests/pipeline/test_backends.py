@@ -21,20 +21,22 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import cores
-from pipeline.augment import Statistics
-from pipeline.backends import BACKENDS, Plan, Wanted, choice, ffcv_gpu, resident
-from pipeline.backends.choice import choose, decoding_rate
+from pipeline.augment.color import Statistics
+from pipeline.augment.draws import draw_view
+from pipeline.augment.plan import Plan
+from pipeline.backends import BACKENDS, ffcv_gpu, resident, select_backend
+from pipeline.backends.base import Wanted
+from pipeline.backends.select_backend import choose, decoding_rate
 from pipeline.beton import Beton, manifest_path
-from pipeline.draws import draw_view
-from pipeline.encode import Settings
-from pipeline.errors import DamagedRecord, InputError
-from pipeline.libffcv import JPEG, RAW
-from pipeline.libjpeg import decode_rectangle
 from pipeline.loader import Batch, CentreLoader, Loader
-from pipeline.order import epoch_order
+from pipeline.native.libffcv import JPEG, RAW
+from pipeline.native.libjpeg import decode_rectangle
 from pipeline.prepare import prepare
-from pipeline.records import decode
+from pipeline.sampling.order import epoch_order
+from pipeline.storage.decode import decode
+from pipeline.storage.encode import Settings
+from pipeline.system import cores
+from pipeline.system.errors import DamagedRecord, InputError
 from pipeline.views import AUGMENTATIONS, View, view_sizes
 
 SIZE, BATCH = 16, 32
@@ -379,9 +381,9 @@ def test_the_choice_depends_on_device_and_room_and_says_why(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(resident, "free", lambda device: int(room * resident.needed(Beton(drawn))))
-    choice = choose(backend, crop_on, Beton(drawn), torch.device(device), processes=processes, cores=64)
-    assert choice.name == name
-    assert ("asked for" in choice.why) == (backend != "auto")
+    select_backend = choose(backend, crop_on, Beton(drawn), torch.device(device), processes=processes, cores=64)
+    assert select_backend.name == name
+    assert ("asked for" in select_backend.why) == (backend != "auto")
 
 
 def test_crops_on_a_gpu_that_is_not_there_are_refused(drawn: Path) -> None:
@@ -416,13 +418,13 @@ def test_few_cores_for_a_gpu_leave_the_decoding_to_it(
 def test_without_dali_the_cores_decode(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resident, "free", lambda device: 0)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    monkeypatch.setattr(choice, "PACE", 1e9)
+    monkeypatch.setattr(select_backend, "PACE", 1e9)
     assert choose("auto", "auto", Beton(drawn), torch.device("cuda")).name == "ffcv_gpu"
 
 
 def test_processes_agree_on_the_backend_that_asks_for_least() -> None:
-    def agreed(*names: str) -> choice.Choice:
-        return choice.agreed([choice.Choice(name, f"why {number}") for number, name in enumerate(names)])
+    def agreed(*names: str) -> select_backend.Choice:
+        return select_backend.agreed([select_backend.Choice(name, f"why {i}") for i, name in enumerate(names)])
 
     assert agreed("resident", "resident") == ("resident", "why 0")
     assert agreed("resident", "ffcv", "resident") == ("ffcv", "why 1")

@@ -15,14 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import libffcv
 from pipeline.beton import Beton, Manifest, manifest_path
-from pipeline.encode import Settings, encode
-from pipeline.errors import InputError
-from pipeline.libffcv import JPEG, RAW
+from pipeline.native import libffcv
+from pipeline.native.libffcv import JPEG, RAW
 from pipeline.prepare import prepare
-from pipeline.records import check_record, decode
-from pipeline.writer import BetonWriter
+from pipeline.storage.decode import check_record, decode
+from pipeline.storage.encode import Settings, encode
+from pipeline.storage.writer import BetonWriter
+from pipeline.system.errors import InputError
 from tests.pipeline.conftest import picture, saved
 
 HEADER = struct.Struct("<HHIQQ")  # version, fields, page size, samples, allocation table

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from pipeline.compiled import compiled
+from pipeline.native.numba_cache import _imported_sources, compiled
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import sys
-from pipeline.compiled import compiled
+from pipeline.native.numba_cache import compiled
 
 def adds(number):
     def add(x):
@@ -33,7 +34,7 @@ print({"one": one, "two": two, "both": both}[sys.argv[1]](0))
 RACE = """
 import sys, time
 from numba.core.caching import IndexDataCacheFile
-from pipeline.compiled import compiled
+from pipeline.native.numba_cache import compiled
 
 # Both read that the cache is empty; the second is the last to write the index, the first to write its code.
 index, code, first = IndexDataCacheFile._save_index, IndexDataCacheFile._save_data, sys.argv[1:] == ["1"]
@@ -86,6 +87,42 @@ def test_another_source_is_compiled_anew(tmp_path: Path) -> None:
         script.write_text(SCRIPT.replace("x + number", f"x + number * {number}"))
         os.utime(script, (1e9, 1e9))  # of the same time and size
         assert said(script, tmp_path, "one") == f"{number}\n"
+
+
+def test_sources_are_those_that_a_module_imports_in_every_room() -> None:
+    package = ROOT / "pipeline"
+    found = {path.relative_to(package).as_posix() for path in _imported_sources(package / "backends" / "ffcv.py")}
+    assert {"augment/resize.py", "storage/decode.py", "native/libffcv.py", "system/limits.py"} <= found
+    assert not {"prepare.py", "doctor.py", "sources/archives.py"} & found
+
+
+@pytest.mark.parametrize("changed", ["native/inner.py", "constants.py"])
+def test_a_change_in_what_a_module_imports_compiles_it_anew(changed: str, tmp_path: Path) -> None:
+    """A callee in another folder, and a constant of the callee's module."""
+    package = tmp_path / "pipeline"
+    shutil.copytree(ROOT / "pipeline", package, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "constants.py").write_text("FACTOR = 10\n")
+    inner = (
+        "from pipeline import constants\nfrom pipeline.native.numba_cache import compiled\nFACTOR = constants.FACTOR\n"
+    )
+    inner += "@compiled()\ndef inner(x):\n    return FACTOR * x + 1\n"
+    outer = "from pipeline.native.inner import inner\nfrom pipeline.native.numba_cache import compiled\n"
+    outer += "@compiled()\ndef outer(x):\n    return inner(x)\n"
+    (package / "native" / "inner.py").write_text(inner)
+    (package / "augment" / "outer.py").write_text(outer)
+    script = tmp_path / "call.py"
+    script.write_text("from pipeline.augment.outer import outer\nprint(outer(1))\n")
+    set_up = environment(tmp_path / "cache") | {"PYTHONPATH": str(tmp_path)}
+
+    def call() -> str:
+        return subprocess.run(
+            [sys.executable, str(script)], env=set_up, capture_output=True, text=True, check=True
+        ).stdout
+
+    assert call() == "11\n"
+    path = package / changed
+    path.write_text(path.read_text().replace("+ 1", "+ 2").replace("FACTOR = 10", "FACTOR = 11"))
+    assert call() == "12\n"
 
 
 FIRST_BATCHES = """

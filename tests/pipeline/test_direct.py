@@ -13,14 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import synthetic
 from pipeline.backends import BACKENDS
-from pipeline.backends.choice import choose
+from pipeline.backends.select_backend import choose
 from pipeline.beton import Beton
-from pipeline.direct import Direct, open_data
-from pipeline.errors import BadRecords, DamagedRecord, InputError
 from pipeline.loader import Loader
 from pipeline.prepare import prepare
+from pipeline.sources import synthetic
+from pipeline.storage.in_place import Direct, open_data
+from pipeline.system.errors import BadRecords, DamagedRecord, InputError
 from pipeline.views import AUGMENTATIONS
 
 
@@ -108,7 +108,7 @@ def test_the_index_is_kept_and_read_again_only_when_the_files_change(
 ) -> None:
     first = Direct(tar)
     assert len(list(cache.glob("direct-*.sides"))) == 1
-    monkeypatch.setattr("pipeline.direct._read_sides", lambda items: pytest.fail("read again"))
+    monkeypatch.setattr("pipeline.storage.in_place._read_sides", lambda items: pytest.fail("read again"))
     again = Direct(tar)
     assert np.array_equal(first.heights, again.heights)
     assert first.fingerprint == again.fingerprint

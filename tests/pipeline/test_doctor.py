@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from pipeline import cores as cores_module
 from pipeline import doctor
 from pipeline.doctor import GIB, Finding, Gpu
+from pipeline.system import cores as cores_module
 
 H200 = Gpu("NVIDIA H200", 141 * GIB)
 
@@ -94,7 +94,7 @@ def test_ffcv_and_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_the_jpeg_decoder_there_is_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    offer(monkeypatch, **{"pipeline._jpeg": ModuleType("_jpeg")})
+    offer(monkeypatch, **{"pipeline.native._jpeg": ModuleType("_jpeg")})
     assert doctor.check_jpeg().state == "ok"
     offer(monkeypatch)
     finding = doctor.check_jpeg()

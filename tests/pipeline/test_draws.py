@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pipeline.draws import TRIES, Colour, ViewDraws, centre_boxes, crop_boxes, draw_view
+from pipeline.augment.draws import TRIES, Colour, ViewDraws, centre_boxes, crop_boxes, draw_view
 from pipeline.views import AUGMENTATIONS, View, view_sizes
 
 N = 100_000

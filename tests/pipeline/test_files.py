@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.files import write_json, write_whole
+from pipeline.system.files import write_json, write_whole
 
 
 def test_a_file_takes_the_place_of_another_and_nothing_lies_beside_it(tmp_path: Path) -> None:

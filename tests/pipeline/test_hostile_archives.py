@@ -20,15 +20,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import sources
 from pipeline import stage as stage_module
-from pipeline.direct import Direct, open_data
-from pipeline.encode import Record, Settings, Unreadable, encode
-from pipeline.errors import InputError
-from pipeline.limits import LARGEST_FILE
 from pipeline.prepare import prepare
-from pipeline.sources import open_source
+from pipeline.sources import archives
+from pipeline.sources.archives import open_source
 from pipeline.stage import stage
+from pipeline.storage.encode import Record, Settings, Unreadable, encode
+from pipeline.storage.in_place import Direct, open_data
+from pipeline.system.errors import InputError
+from pipeline.system.limits import LARGEST_FILE
 from tests.hostile import record, reliability, survived
 from tests.pipeline.conftest import pack, picture, saved, tar_bytes
 from tests.pipeline.fuzz import damaged_jpeg
@@ -133,9 +133,9 @@ def test_a_name_too_long_for_a_manifest_is_refused(kind: str, tmp_path: Path) ->
 @pytest.mark.parametrize("kind", ["folder", "tar", "zip"])
 def test_files_are_counted(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = pack(kind, {f"{i}.txt": b"" for i in range(6)} | {"1.jpg": JPEG}, tmp_path)
-    monkeypatch.setattr(sources, "MOST_FILES", 7)
+    monkeypatch.setattr(archives, "MOST_FILES", 7)
     _read_all(path)
-    monkeypatch.setattr(sources, "MOST_FILES", 6)
+    monkeypatch.setattr(archives, "MOST_FILES", 6)
     assert "more than 6 files: split it" in _refusal(path)
 
 

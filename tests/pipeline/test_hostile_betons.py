@@ -18,15 +18,15 @@ import numpy as np
 import pytest
 
 from pipeline.beton import Beton, Manifest, count_classes, manifest_path
-from pipeline.encode import Settings, Unreadable, encode
-from pipeline.errors import InputError
 from pipeline.inspect import describe
 from pipeline.inspect import main as inspect_main
-from pipeline.libffcv import JPEG
-from pipeline.libjpeg import decode_rectangle
+from pipeline.native.libffcv import JPEG
+from pipeline.native.libjpeg import decode_rectangle
 from pipeline.prepare import prepare
-from pipeline.records import _decode_whole, check_record
-from pipeline.writer import BetonWriter
+from pipeline.storage.decode import _decode_whole, check_record
+from pipeline.storage.encode import Settings, Unreadable, encode
+from pipeline.storage.writer import BetonWriter
+from pipeline.system.errors import InputError
 from tests.hostile import Outcome, record, reliability, survived
 from tests.pipeline.conftest import pack, picture, run_command, saved
 from tests.pipeline.fuzz import Forger, damaged_jpeg, decode_all_ways, decode_part, fenced, use
@@ -85,7 +85,7 @@ import sys
 from pathlib import Path
 import numba
 from tests.pipeline.fuzz import Forger, use
-from pipeline.errors import InputError
+from pipeline.system.errors import InputError
 
 assert numba.config.BOUNDSCHECK == 1
 forger, forged, harmless = Forger(Path(sys.argv[1])), Path(sys.argv[1] + ".forged"), 0

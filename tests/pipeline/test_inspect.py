@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from pipeline.beton import Beton, manifest_path
-from pipeline.encode import Settings
 from pipeline.inspect import describe, main, preview, verify
-from pipeline.libffcv import JPEG, RAW
+from pipeline.native.libffcv import JPEG, RAW
 from pipeline.prepare import prepare
+from pipeline.storage.encode import Settings
 from pipeline.views import AUGMENTATIONS
 from tests.pipeline.conftest import pack, picture, run_command, saved
 

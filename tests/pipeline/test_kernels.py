@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.augment import IMAGENET, fused, stepwise
-from pipeline.backends import Plan
-from pipeline.crop import Ragged, crop_views
-from pipeline.draws import draw_view
+from pipeline.augment.color import IMAGENET, fused, stepwise
+from pipeline.augment.crop import Ragged, crop_views
+from pipeline.augment.draws import draw_view
+from pipeline.augment.plan import Plan
 from pipeline.views import AUGMENTATIONS
 
 pytest.importorskip("triton")
-from pipeline import kernels
+from pipeline.augment import triton_kernels
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -41,7 +41,7 @@ def test_crops_are_the_compiled_ones_to_one_level(size: int) -> None:
     plan = Plan(np.arange(len(images)), boxes, flips, (size,))
     (expected,) = crop_views(Ragged(pixels, starts, widths), plan)
     given = [torch.from_numpy(a).to(DEVICE) for a in (starts, widths, boxes[0], flips[0])]
-    found = kernels.crop_view(pixels.to(DEVICE), *given, size).cpu()
+    found = triton_kernels.crop_view(pixels.to(DEVICE), *given, size).cpu()
     difference = (found.int() - expected.int()).abs()
     assert difference.max() <= 1
     assert (difference > 0).float().mean() < 0.01
@@ -84,7 +84,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from pipeline import kernels
+from pipeline.augment import triton_kernels as kernels
 
 types = {"starts": "*i64", "widths": "*i64", "boxes": "*i32", "flips": "*i1", "parameters": "*fp32", "sums": "*i32"}
 types |= {"blurs": "*i64", "rows": "*fp32", "pixels": "*u8", "crops": "*u8", "coloured": "*u8"}

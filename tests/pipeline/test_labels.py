@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import prepare, synthetic
+from pipeline import prepare
 from pipeline.beton import Beton
-from pipeline.errors import InputError
-from pipeline.labels import relabel
-from pipeline.sources import Item, Source
+from pipeline.sources import synthetic
+from pipeline.sources.archives import Item, Source
+from pipeline.sources.labels import relabel
+from pipeline.system.errors import InputError
 from tests.pipeline.conftest import run_command
 
 NAMES = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, 7)]

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 from pipeline.beton import Beton
-from pipeline.encode import Settings
-from pipeline.libffcv import RAW
-from pipeline.libjpeg import decode_rectangle
+from pipeline.native.libffcv import RAW
+from pipeline.native.libjpeg import decode_rectangle
 from pipeline.prepare import prepare
-from pipeline.records import records_of, rectangles, whole
+from pipeline.storage.decode import records_of, rectangles, whole
+from pipeline.storage.encode import Settings
 from tests.pipeline.conftest import pack, picture, saved
 
 pytestmark = pytest.mark.skipif(decode_rectangle is None, reason="built without libjpeg-turbo's headers")
@@ -137,11 +137,13 @@ def test_without_checksums_a_jpeg_is_decoded_whole(tmp_path: Path) -> None:
 
 WITHOUT = """
 import sys
-sys.modules["pipeline._jpeg"] = None
+sys.modules["pipeline.native._jpeg"] = None
 import numpy as np, torch
-from pipeline.backends import Plan, Wanted, build
+from pipeline.augment.plan import Plan
+from pipeline.backends.base import Wanted
+from pipeline.backends import build
 from pipeline.beton import Beton
-from pipeline.libjpeg import decode_rectangle
+from pipeline.native.libjpeg import decode_rectangle
 
 assert decode_rectangle is None
 boxes = np.array([[[5, 27, 10, 20]] * 4, [[12, 23, 30, 9]] * 4], np.int32)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import InputError, report
-from pipeline.limits import json_lines, parse_yaml, read_bytes, read_json, read_text, read_yaml
+from pipeline.system.errors import InputError, report
+from pipeline.system.limits import json_lines, parse_yaml, read_bytes, read_json, read_text, read_yaml
 from tests.hostile import survived
 
 

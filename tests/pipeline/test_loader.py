@@ -18,17 +18,17 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.augment import Statistics
-from pipeline.backends import Plan
+from pipeline.augment.color import Statistics
+from pipeline.augment.draws import draw_view
+from pipeline.augment.plan import Plan
 from pipeline.backends.ffcv import FfcvBackend
 from pipeline.beton import Beton, manifest_path
-from pipeline.draws import draw_view
-from pipeline.encode import Settings
-from pipeline.errors import DamagedRecord, InputError, LoaderStalled
 from pipeline.loader import Batch, CentreLoader, Loader, Shuffle
-from pipeline.order import epoch_order, shuffled_rows
 from pipeline.prepare import prepare
-from pipeline.records import decode
+from pipeline.sampling.order import epoch_order, shuffled_rows
+from pipeline.storage.decode import decode
+from pipeline.storage.encode import Settings
+from pipeline.system.errors import DamagedRecord, InputError, LoaderStalled
 from pipeline.views import AUGMENTATIONS, View
 from tests.conftest import Figure
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.errors import InputError
-from pipeline.masks import classes_in, open_masked
-from pipeline.scenes import scene, write
-from pipeline.workers import Workers
+from pipeline.dense.masks import classes_in, open_masked
+from pipeline.dense.scenes import scene, write
+from pipeline.system.errors import InputError
+from pipeline.system.thread_pool import Workers
 
 
 @pytest.fixture(scope="module")

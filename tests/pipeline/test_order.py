@@ -7,8 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from pipeline.hashing import mix, stream, uniforms
-from pipeline.order import (
+from pipeline.sampling.order import (
     CHUNK,
     WINDOW,
     chunked_order,
@@ -18,6 +17,7 @@ from pipeline.order import (
     shuffled_rows,
     steps_per_epoch,
 )
+from pipeline.system.counter_rng import mix, stream, uniforms
 
 _SEED_OF_REFERENCE = 1234567
 _REFERENCE = (  # SplitMix64's published outputs for that seed
@@ -74,7 +74,7 @@ def test_uniforms_are_the_upper_53_bits_below_one() -> None:
 
 
 def test_uniforms_stay_below_one_for_the_largest_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.hashing.stream", lambda key, count: np.full(count, 2**64 - 1, np.uint64))
+    monkeypatch.setattr("pipeline.system.counter_rng.stream", lambda key, count: np.full(count, 2**64 - 1, np.uint64))
     assert uniforms(np.uint64(0), 1)[0] == 1.0 - 2.0**-53
 
 
@@ -121,7 +121,9 @@ def test_order_equals_a_plain_sort_by_splitmix64_keys() -> None:
 
 
 def test_equal_keys_keep_the_smaller_id_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.order.stream", lambda key, count: np.arange(count, dtype=np.uint64) // np.uint64(50))
+    monkeypatch.setattr(
+        "pipeline.sampling.order.stream", lambda key, count: np.arange(count, dtype=np.uint64) // np.uint64(50)
+    )
     assert epoch_order(0, 0, 500).tolist() == list(range(500))
 
 

@@ -6,7 +6,7 @@ import sys
 
 import numpy
 
-from pipeline.packages import installed, version
+from pipeline.system.packages import installed, version
 
 
 def test_modules_are_found_inside_others_too_and_not_imported() -> None:

@@ -20,14 +20,15 @@ import psutil
 import pytest
 from PIL import Image, ImageOps
 
-from pipeline import libffcv, synthetic
 from pipeline.beton import Beton
-from pipeline.encode import Record, Settings, Unreadable, encode
-from pipeline.errors import InputError
-from pipeline.libffcv import JPEG, RAW, decode_jpeg
+from pipeline.native import libffcv
+from pipeline.native.libffcv import JPEG, RAW, decode_jpeg
 from pipeline.prepare import main, prepare
-from pipeline.records import check_record, decode
-from pipeline.writer import PAGE, BetonWriter
+from pipeline.sources import synthetic
+from pipeline.storage.decode import check_record, decode
+from pipeline.storage.encode import Record, Settings, Unreadable, encode
+from pipeline.storage.writer import PAGE, BetonWriter
+from pipeline.system.errors import InputError
 from tests.pipeline.conftest import pack, picture, run_command, saved
 
 ROOT = Path(__file__).parents[2]

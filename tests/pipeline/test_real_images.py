@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.augment import Statistics, augment
+from pipeline.augment.color import Statistics, augment
+from pipeline.augment.draws import draw_view
 from pipeline.backends import BACKENDS
 from pipeline.beton import Beton
-from pipeline.direct import open_data
-from pipeline.draws import draw_view
 from pipeline.loader import Loader
-from pipeline.order import epoch_order
-from pipeline.records import decode
+from pipeline.sampling.order import epoch_order
+from pipeline.storage.decode import decode
+from pipeline.storage.in_place import open_data
 from pipeline.views import AUGMENTATIONS, View
 from tests.pipeline.test_augment import _pil_chain
 from tests.pipeline.test_backends import pillow

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from pipeline.resize import Scratch, crop_resize, scratch
+from pipeline.augment.resize import Scratch, crop_resize, scratch
 
 Pixels = npt.NDArray[np.uint8]
 Box = tuple[int, int, int, int]

@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from pipeline.augment import IMAGENET
-from pipeline.errors import InputError
-from pipeline.masks import Masked, open_masked
-from pipeline.scale_crops import Draw, ScaleCrops, crop, draw_crop
-from pipeline.scenes import scene, write
+from pipeline.augment.color import IMAGENET
+from pipeline.dense.masks import Masked, open_masked
+from pipeline.dense.scale_crops import Draw, ScaleCrops, crop, draw_crop
+from pipeline.dense.scenes import scene, write
+from pipeline.system.errors import InputError
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.errors import InputError
-from pipeline.masks import IGNORED
-from pipeline.scenes import SMALLEST, scene, write
-from pipeline.synthetic import CLASSES
+from pipeline.dense.masks import IGNORED
+from pipeline.dense.scenes import SMALLEST, scene, write
+from pipeline.sources.synthetic import CLASSES
+from pipeline.system.errors import InputError
 
 
 def test_a_scene_depends_on_seed_index_and_size_alone() -> None:

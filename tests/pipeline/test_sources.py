@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import synthetic
-from pipeline.errors import InputError
 from pipeline.prepare import prepare
-from pipeline.sources import open_source
+from pipeline.sources import synthetic
+from pipeline.sources.archives import open_source
+from pipeline.system.errors import InputError
 from tests.pipeline.conftest import KINDS, pack, picture, saved, tar_bytes
 
 JPEG = saved(picture())

@@ -14,9 +14,9 @@ import pytest
 
 from pipeline import stage as module
 from pipeline.beton import Beton, manifest_path
-from pipeline.errors import InputError
 from pipeline.prepare import prepare
 from pipeline.stage import stage
+from pipeline.system.errors import InputError
 
 
 def test_a_copy_is_the_same_and_is_made_once(drawn: Path, tmp_path: Path) -> None:

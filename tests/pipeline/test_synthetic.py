@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from pipeline import synthetic
+from pipeline.sources import synthetic
 
 Images = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -67,8 +67,8 @@ def test_same_arguments_give_same_bytes_in_any_order() -> None:
 
 
 def test_same_bytes_in_another_process() -> None:
-    code = "import zlib; from pipeline.synthetic import draw; print(zlib.crc32(draw(9, 123)[0].tobytes()))"
-    root = Path(synthetic.__file__).resolve().parents[1]
+    code = "import zlib; from pipeline.sources.synthetic import draw; print(zlib.crc32(draw(9, 123)[0].tobytes()))"
+    root = Path(synthetic.__file__).resolve().parents[2]
     runs = [subprocess.check_output([sys.executable, "-c", code], cwd=root) for _ in range(2)]
     assert runs[0] == runs[1]
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.errors import InputError
-from pipeline.scenes import scene, write
-from pipeline.synthetic import CLASSES
-from pipeline.voc import open_boxed
+from pipeline.dense.scenes import scene, write
+from pipeline.dense.voc_boxes import open_boxed
+from pipeline.sources.synthetic import CLASSES
+from pipeline.system.errors import InputError
 
 
 @pytest.fixture

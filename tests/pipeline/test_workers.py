@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline.workers import Workers
+from pipeline.system.thread_pool import Workers
 
 
 class _Interruption(BaseException):

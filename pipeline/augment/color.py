@@ -1,0 +1,217 @@
+"""Augmentation on the device: uint8 crops to normalised, channels-last views.
+
+Batched, with each sample's own parameters and its own order of operations. Every operation has PIL's meaning, on
+values that are rounded to 0..255 where PIL rounds them: torchvision's transforms on PIL images are the reference
+(ImageEnhance for brightness, contrast and saturation; its HSV conversion for hue; ITU-R 601 greyscale; ImageOps for
+solarise). Only blur is not PIL's, whose own is made of boxes, but torchvision's: a Gaussian kernel, reflected edges.
+
+All sizes come from the host's draws, so that nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from pipeline.augment.draws import Colour
+from pipeline.system.device import to_device
+
+
+class Statistics(NamedTuple):
+    """Channel means and standard deviations, on a scale of 0 to 1."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+IMAGENET = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_SOLARISE_AT = 128
+_RADIUS = 6  # of the blur's kernel, pixels: three of the largest standard deviation that is drawn, 2.0
+
+
+def augment(
+    crops: torch.Tensor, colour: Colour, statistics: Statistics = IMAGENET, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Return the views of crops, uint8 [B, S, S, 3], after `colour`: dtype [B, 3, S, S], channels-last.
+
+    On a GPU by Triton kernels in four passes at most; elsewhere by the operations below, which are their reference.
+    """
+    return (fused if crops.device.type == "cuda" else stepwise)(crops, colour, statistics, dtype)
+
+
+def fused(crops: torch.Tensor, colour: Colour, statistics: Statistics, dtype: torch.dtype) -> torch.Tensor:
+    """Return what `augment` does, by `triton_kernels`: equal to `stepwise` but for roundings of the blur."""
+    from pipeline.augment.triton_kernels import augment_view
+
+    batch, size, _, _ = crops.shape
+    out = torch.empty((batch, 3, size, size), dtype=dtype, device=crops.device, memory_format=torch.channels_last)
+    blurs = to_device(np.flatnonzero(colour.blur), crops.device)
+    parameters = to_device(pack(colour, statistics), crops.device)
+    radius = min(_RADIUS, size - 1)
+    augment_view(crops.contiguous(), parameters, blurs, out, grey_first=colour.grey_first, radius=radius)
+    return out
+
+
+def pack(colour: Colour, statistics: Statistics) -> np.ndarray:
+    """Return the parameters of `pipeline.augment.triton_kernels.augment_view`, a row a sample: float32 [B, 20]."""
+    scale = np.float32(1) / (np.array(statistics.std, np.float32) * np.float32(255))
+    columns = [
+        colour.jitter,
+        *colour.order.T,
+        colour.brightness,
+        colour.contrast,
+        colour.saturation,
+        np.trunc(colour.hue * np.float32(255)),  # as in `hue`
+        colour.grey,
+        colour.blur,
+        colour.sigma,
+        colour.solarise,
+        *np.array(statistics.mean, np.float32) * np.float32(255),
+        *scale,
+        0.0,
+    ]
+    return np.stack([np.broadcast_to(np.float32(column), len(colour.jitter)) for column in columns], axis=1)
+
+
+def stepwise(crops: torch.Tensor, colour: Colour, statistics: Statistics, dtype: torch.dtype) -> torch.Tensor:
+    """Return what `augment` does, one operation after another."""
+    x = crops.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)  # planes: [B, 3, S, S]
+    if colour.grey_first:
+        _apply(x, colour.grey, greyscale)
+    _jitter(x, colour)
+    if not colour.grey_first:
+        _apply(x, colour.grey, greyscale)
+    _apply(x, colour.blur, gaussian_blur, colour.sigma)
+    _apply(x, colour.solarise, solarise)
+    return _normalise(x, statistics, dtype)
+
+
+def normalise(
+    crops: torch.Tensor, statistics: Statistics = IMAGENET, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Return crops, uint8 [B, S, S, 3], as (x / 255 - mean) / std: dtype [B, 3, S, S], channels-last."""
+    return _normalise(crops.permute(0, 3, 1, 2).to(torch.float32), statistics, dtype)
+
+
+def _normalise(x: torch.Tensor, statistics: Statistics, dtype: torch.dtype) -> torch.Tensor:
+    mean, scale = _on_device(statistics, x.device)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+    return out.copy_(x.sub_(mean).mul_(scale))
+
+
+@lru_cache
+def _on_device(statistics: Statistics, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mean and the reciprocal standard deviation on a scale of 0 to 255, [3, 1, 1] each."""
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in statistics)
+    return mean * 255, 1 / (std * 255)
+
+
+def _apply(
+    x: torch.Tensor, chosen: np.ndarray, operation: Callable[..., torch.Tensor], *parameters: np.ndarray
+) -> None:
+    """Replace the chosen samples (bool [B]) of x by `operation(samples, *their parameters)`, in place."""
+    index = np.flatnonzero(chosen)
+    if len(index) == 0:
+        return
+    where = to_device(index, x.device)
+    x[where] = operation(x[where], *(to_device(parameter[index], x.device) for parameter in parameters))
+
+
+def _jitter(x: torch.Tensor, colour: Colour) -> None:
+    operations = (brightness, contrast, saturation, hue)
+    parameters = (colour.brightness, colour.contrast, colour.saturation, colour.hue)
+    for place in range(4):
+        for number, (operation, parameter) in enumerate(zip(operations, parameters, strict=True)):
+            _apply(x, colour.jitter & (colour.order[:, place] == number), operation, parameter)
+
+
+def _blend(x: torch.Tensor, other: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Return other + factor (x - other), rounded down to 0..255: PIL's Image.blend with its clipping.
+
+    Summed in this order, as by PIL: where x is other, it stays, and is not rounded to the level below.
+    """
+    return (x - other).mul_(factor.view(-1, 1, 1, 1)).add_(other).clamp_(0, 255).floor_()
+
+
+def luma(x: torch.Tensor) -> torch.Tensor:
+    """Return ITU-R 601 luma as PIL rounds it: [B, 1, H, W] of x [B, 3, H, W]."""
+    r, g, b = x.split(1, dim=1)
+    return (r * (19595 / 65536)).add_(g, alpha=38470 / 65536).add_(b, alpha=7471 / 65536).add_(0.5).floor_()
+
+
+def brightness(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Scale x [B, 3, H, W], 0..255, by factor [B]."""
+    return (x * factor.view(-1, 1, 1, 1)).clamp_(0, 255).floor_()
+
+
+def contrast(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Blend x [B, 3, H, W] with its mean luma by factor [B]."""
+    return _blend(x, luma(x).mean(dim=(1, 2, 3), keepdim=True).add_(0.5).floor_(), factor)
+
+
+def saturation(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Blend x [B, 3, H, W] with its greyscale by factor [B]."""
+    return _blend(x, luma(x), factor)
+
+
+def hue(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """Turn the hue of x [B, 3, H, W] by turns [B] (-0.5..0.5), with PIL's 8-bit HSV in between."""
+    h, s, v = _rgb_to_hsv(x)
+    shift = (turns * 255).trunc_().view(-1, 1, 1)  # torchvision: np.int32(factor * 255), added as uint8
+    return _hsv_to_rgb(_wrap(_wrap(h.add_(shift), 256).add_(256), 256), s, v)
+
+
+def _wrap(x: torch.Tensor, period: float) -> torch.Tensor:
+    """Take `period` off the values of x, in place, that reach it; remainder costs ten times as much on a CPU."""
+    return x.sub_((x >= period).to(x.dtype), alpha=period)
+
+
+def _rgb_to_hsv(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    r, g, b = x.unbind(1)
+    high, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
+    chroma = high - low
+    safe = chroma.clamp(min=1)
+    rc, gc, bc = ((high - channel).div_(safe).double() for channel in (r, g, b))
+    # PIL's sixths of a turn, rounded as its floats and doubles round them: a tie that falls the other way is 6 levels.
+    sixths = torch.where(r == high, bc - gc, torch.where(g == high, (rc - bc).add_(2), (gc - rc).add_(4))).float()
+    turn = _wrap(sixths.double().div_(6).add_(1), 1).float()
+    h = turn.double().mul_(255).floor_().float().mul_(chroma > 0)
+    return h, chroma.mul_(255).div_(high.clamp(min=1)).floor_(), high
+
+
+def _hsv_to_rgb(h: torch.Tensor, s: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    h6, vs = h.mul(6 / 255), s.mul_(v).mul_(1 / 255)
+    out = torch.empty((h.shape[0], 3, *h.shape[1:]), dtype=h.dtype, device=h.device)
+    for channel, offset in enumerate((5, 3, 1)):  # v - v s clamp(min(k, 4 - k), 0, 1), k = (6 h + offset) mod 6
+        k = _wrap(h6 + offset, 6)
+        share = torch.minimum(k, 4 - k).clamp_(0, 1)
+        torch.addcmul(v, vs, share, value=-1, out=out[:, channel])
+    return out.add_(0.5).floor_()
+
+
+def greyscale(x: torch.Tensor) -> torch.Tensor:
+    """Return the luma of x [B, 3, H, W] in all three channels."""
+    return luma(x).expand_as(x)
+
+
+def solarise(x: torch.Tensor) -> torch.Tensor:
+    """Invert the values of x [B, 3, H, W] at or above 128."""
+    return torch.where(x < _SOLARISE_AT, x, 255 - x)
+
+
+def gaussian_blur(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Blur x [B, 3, H, W], 0..255, by a Gaussian of standard deviation sigma [B], pixels, cut at 6; edges reflected."""
+    radius = min(_RADIUS, x.shape[-1] - 1, x.shape[-2] - 1)
+    offsets = torch.arange(-radius, radius + 1, device=x.device, dtype=torch.float32)
+    kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)  # [B, 2 radius + 1]
+    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(3, dim=0)  # [3 B, taps]
+    n, _, height, width = x.shape
+    x = x.reshape(1, 3 * n, height, width)
+    x = F.conv2d(F.pad(x, (radius, radius, 0, 0), "reflect"), kernel[:, None, None, :], groups=3 * n)
+    x = F.conv2d(F.pad(x, (0, 0, radius, radius), "reflect"), kernel[:, None, :, None], groups=3 * n)
+    return x.reshape(n, 3, height, width).add_(0.5).floor_()

@@ -1,0 +1,52 @@
+"""Crops of decoded images that lie one after another in one buffer: antialiased bilinear, PIL's, to 1/255.
+
+On a GPU one Triton kernel a view reads the pixels where they are; on the CPU compiled code does the same.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from pipeline.augment.plan import Plan
+from pipeline.augment.resize import crop_resize, scratch
+from pipeline.system.device import to_device
+
+
+class Ragged(NamedTuple):
+    """Images of any sizes in one buffer."""
+
+    pixels: torch.Tensor
+    """uint8, flat: RGB, row by row, image after image."""
+    starts: np.ndarray
+    """int64 [B]: first byte of each."""
+    widths: np.ndarray
+    """int64 [B], pixels."""
+
+
+def crop_views(images: Ragged, plan: Plan) -> tuple[torch.Tensor, ...]:
+    """Return the crops of `plan`, whose samples are the images in their order: uint8 [B, S, S, 3] for each view."""
+    if images.pixels.device.type == "cpu":
+        return tuple(_compiled(images, boxes, flips, size) for boxes, flips, size in _views(plan))
+    from pipeline.augment.triton_kernels import crop_view
+
+    device = images.pixels.device
+    starts, widths = to_device(images.starts, device), to_device(images.widths, device)
+    return tuple(
+        crop_view(images.pixels, starts, widths, to_device(boxes, device), to_device(flips, device), size)
+        for boxes, flips, size in _views(plan)
+    )
+
+
+def _views(plan: Plan) -> list[tuple[np.ndarray, np.ndarray, int]]:
+    return list(zip(plan.boxes, plan.flips, plan.sizes, strict=True))
+
+
+def _compiled(images: Ragged, boxes: np.ndarray, flips: np.ndarray, size: int) -> torch.Tensor:
+    pixels, out = images.pixels.numpy(), np.empty((len(boxes), size, size, 3), np.uint8)
+    buffers = scratch((size,), int(max(boxes[:, 2:].max(), images.widths.max())))
+    for i, (start, width) in enumerate(zip(images.starts, images.widths, strict=True)):
+        crop_resize(pixels[start:], width, boxes[i], flips[i], out[i], buffers)
+    return torch.from_numpy(out)

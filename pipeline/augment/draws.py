@@ -1,0 +1,144 @@
+"""Every random number of the augmentation, as a pure function of (seed, epoch, sample id, view).
+
+No draw depends on rank, world size, workers, backend, batch size or on where a run was resumed. Each draw has a
+fixed place in the stream of its (seed, epoch, id, view), so that adding one never moves another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.system.counter_rng import keyed, uniforms
+from pipeline.views import View
+
+TRIES = 10  # RandomResizedCrop's, before it takes the centre
+_COLUMNS = 16  # places 0..15 hold the draws that are not the crop's; the crop's tries follow, four each
+(_FLIP, _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _OPERATIONS, _GREY, _BLUR, _SIGMA, _SOLARISE) = range(11)
+_ORDERS = np.array(
+    [[a, b, c, 6 - a - b - c] for a in range(4) for b in range(4) for c in range(4) if len({a, b, c}) == 3]
+)
+
+
+@dataclass(frozen=True)
+class Colour:
+    """The colour operations of one view of n samples; arrays of [n] but `order`."""
+
+    jitter: np.ndarray
+    """bool: colour jitter is applied."""
+    order: np.ndarray
+    """int64 [n, 4]: the order of brightness (0), contrast (1), saturation (2) and hue (3)."""
+    brightness: np.ndarray
+    """float32 factors, as are contrast and saturation."""
+    contrast: np.ndarray
+    saturation: np.ndarray
+    hue: np.ndarray
+    """float32 shift, turns."""
+    grey: np.ndarray
+    """bool."""
+    blur: np.ndarray
+    """bool."""
+    sigma: np.ndarray
+    """float32 standard deviation, pixels."""
+    solarise: np.ndarray
+    """bool."""
+    grey_first: bool = False
+    """Greyscale comes before the jitter, not after it."""
+
+
+@dataclass(frozen=True)
+class ViewDraws:
+    """All draws of one view of n samples."""
+
+    boxes: np.ndarray
+    """int32 [n, 4]: top, left, height, width of the crop, in pixels of the stored image."""
+    flips: np.ndarray
+    """bool [n]."""
+    colour: Colour
+
+
+def draw_view(
+    view: View, index: int, *, seed: int, epoch: int, ids: np.ndarray, heights: np.ndarray, widths: np.ndarray
+) -> ViewDraws:
+    """Draw view number `index` of samples `ids` (int64 [n]) whose images are `heights` by `widths` pixels ([n])."""
+    u = uniforms(keyed(seed, epoch, ids, index), _COLUMNS + 4 * TRIES)  # [n, 16 + 40]
+    boxes = crop_boxes(u[:, _COLUMNS:].reshape(-1, TRIES, 4), heights, widths, view.scale, view.ratio)
+    return ViewDraws(boxes, u[:, _FLIP] < view.flip, _colour(view, u))
+
+
+def draw_views(
+    views: Sequence[View], *, seed: int, epoch: int, ids: np.ndarray, heights: np.ndarray, widths: np.ndarray
+) -> list[ViewDraws]:
+    """Draw all views of samples `ids`, as `draw_view` does each."""
+    sides = {"heights": heights, "widths": widths}
+    return [draw_view(view, index, seed=seed, epoch=epoch, ids=ids, **sides) for index, view in enumerate(views)]
+
+
+def draw_colour(view: View, index: int, *, seed: int, epoch: int, ids: np.ndarray) -> Colour:
+    """Draw the colour operations of view number `index` of samples `ids` (int64 [n]) alone, as `draw_view` would."""
+    return _colour(view, uniforms(keyed(seed, epoch, ids, index), _COLUMNS))
+
+
+def _colour(view: View, u: np.ndarray) -> Colour:
+    def factor(column: int, strength: float) -> np.ndarray:
+        return between(u[:, column], max(0.0, 1.0 - strength), 1.0 + strength).astype(np.float32)
+
+    return Colour(
+        jitter=u[:, _JITTER] < view.jitter,
+        order=_ORDERS[(u[:, _OPERATIONS] * len(_ORDERS)).astype(np.int64)],
+        brightness=factor(_BRIGHTNESS, view.brightness),
+        contrast=factor(_CONTRAST, view.contrast),
+        saturation=factor(_SATURATION, view.saturation),
+        hue=between(u[:, _HUE], -view.hue, view.hue).astype(np.float32),
+        grey=u[:, _GREY] < view.grey,
+        blur=u[:, _BLUR] < view.blur,
+        sigma=between(u[:, _SIGMA], *view.sigma).astype(np.float32),
+        solarise=u[:, _SOLARISE] < view.solarise,
+        grey_first=view.grey_first,
+    )
+
+
+def between(u: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Return `u` from U[0, 1) moved to U[low, high)."""
+    return low + u * (high - low)
+
+
+def crop_boxes(
+    u: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> np.ndarray:
+    """Return RandomResizedCrop's boxes, int32 [n, 4] (top, left, height, width), from uniforms u [n, tries, 4].
+
+    The first of the tries that fits; where none does, the largest centred box within `ratio`
+    (torchvision.transforms.RandomResizedCrop.get_params).
+    """
+    high, wide = heights.astype(np.float64)[:, None], widths.astype(np.float64)[:, None]
+    area = high * wide * between(u[..., 0], *scale)  # [n, tries]
+    aspect = np.exp(between(u[..., 1], np.log(ratio[0]), np.log(ratio[1])))
+    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    top, left = np.floor(u[..., 2] * (high - h + 1)), np.floor(u[..., 3] * (wide - w + 1))
+    fits = (w > 0) & (w <= wide) & (h > 0) & (h <= high)
+    first = fits.argmax(axis=1)
+    boxes = np.stack([top, left, h, w], axis=-1)[np.arange(len(u)), first].astype(np.int32)
+    missed = ~fits.any(axis=1)
+    boxes[missed] = _largest_centred(heights[missed], widths[missed], ratio)
+    return boxes
+
+
+def _largest_centred(heights: np.ndarray, widths: np.ndarray, ratio: tuple[float, float]) -> np.ndarray:
+    high, wide = heights.astype(np.float64), widths.astype(np.float64)
+    h = np.where(wide / high < ratio[0], np.rint(wide / ratio[0]), high)
+    w = np.where(wide / high > ratio[1], np.rint(high * ratio[1]), wide)
+    h, w = np.minimum(h, high), np.minimum(w, wide)
+    return np.stack([(high - h) // 2, (wide - w) // 2, h, w], axis=-1).astype(np.int32)
+
+
+def centre_boxes(heights: np.ndarray, widths: np.ndarray, share: float) -> np.ndarray:
+    """Return centred square boxes, int32 [n, 4], whose side is `share` of the shorter side (0.875 is 224 of 256)."""
+    side = np.maximum(np.rint(np.minimum(heights, widths) * share), 1).astype(np.int32)
+    return np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=-1).astype(np.int32)

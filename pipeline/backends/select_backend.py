@@ -1,0 +1,78 @@
+"""Which backend to take, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from pipeline.backends import resident
+from pipeline.beton import Beton
+from pipeline.native.libffcv import JPEG
+from pipeline.system.errors import InputError
+from pipeline.system.packages import installed
+
+CropOn = Literal["auto", "cpu", "gpu"]
+
+PACE = 5000
+"""Samples a second that a GPU may take: an H200 trains a ResNet-50 on somewhat fewer, at 224 pixels."""
+_JPEG_BYTE, _JPEG_PIXEL, _RAW_PIXEL = 9e-9, 1.7e-9, 2.7e-9  # seconds of one core at 2.6 GHz, copies included
+_DEMANDS = ("ffcv", "ffcv_gpu", "dali", "resident")  # backends by what they ask of the machine, the least first
+
+
+class Choice(NamedTuple):
+    """A backend's name among `BACKENDS`, and the reason in a line."""
+
+    name: str
+    why: str
+
+
+def decoding_rate(beton: Beton, cores: int) -> float:
+    """Return about how many samples a second so many cores decode, by the sizes of their records."""
+    pixels, jpegs = beton.heights.astype(np.float64) * beton.widths, beton.modes == JPEG
+    seconds = np.where(jpegs, _JPEG_BYTE * beton.sizes + _JPEG_PIXEL * pixels, _RAW_PIXEL * pixels)
+    return float(cores / seconds.mean())
+
+
+def choose(
+    backend: str, crop_on: CropOn, beton: Beton, device: torch.device, *, processes: int = 1, cores: int = 1
+) -> Choice:
+    """Return the backend that settings `backend` and `crop_on` mean for this data on this device.
+
+    processes: how many share the machine's memory. cores: those of this process. Raises InputError for crops on a GPU
+    that is not there.
+    """
+    if crop_on == "gpu" and device.type != "cuda":
+        raise InputError("data.crop_on 'gpu': this machine has no GPU that torch can use: choose auto or cpu")
+    if backend != "auto":
+        return _ffcv(crop_on, device, "asked for") if backend == "ffcv" else Choice(backend, "asked for")
+    if not beton.in_one_file:
+        return Choice("dali", "the images are not in one file, which it alone reads")
+    size = f"the decoded images take {resident.needed(beton) / 2**30:.2f} GiB"
+    share = resident.SHARE if device.type == "cuda" else resident.SHARE / processes
+    room = f"{share:.0%} of the {resident.free(device) / 2**30:.1f} GiB free on {device.type}"
+    if resident.needed(beton) <= share * resident.free(device):
+        return Choice("resident", f"{size}, at most {room}")
+    why = f"{size}, more than {room}"
+    if device.type != "cuda":
+        return _ffcv(crop_on, device, why)
+    rate = decoding_rate(beton, cores)
+    why += f"; {cores} cores decode about {rate:.0f} images/s"
+    if rate < PACE and crop_on != "cpu" and (beton.modes == JPEG).any() and installed("nvidia.dali"):
+        return Choice("dali", f"{why}, less than the {PACE} a GPU may take")
+    return _ffcv(crop_on, device, why)
+
+
+def agreed(choices: Sequence[Choice]) -> Choice:
+    """Return what all processes are to take, of what each would: their pixels are the same only on one backend.
+
+    The least demanding one, with the reason of the first process that wants it.
+    """
+    return min(choices, key=lambda choice: _DEMANDS.index(choice.name))
+
+
+def _ffcv(crop_on: CropOn, device: torch.device, why: str) -> Choice:
+    on_gpu = crop_on == "gpu" or (crop_on == "auto" and device.type == "cuda")
+    return Choice("ffcv_gpu" if on_gpu else "ffcv", f"{why}; crops on the {'GPU' if on_gpu else 'CPU'}")

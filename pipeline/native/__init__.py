@@ -1,0 +1,1 @@
+"""C libraries and the on-disk cache of compiled functions."""

@@ -1,0 +1,31 @@
+"""jpeg.c's function; it is built at installation, where libjpeg-turbo's headers are at hand."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from numba import types
+
+from pipeline.native.numba_cache import external
+
+__all__ = ["decode_rectangle", "decode_rectangle_symbol"]
+
+decode_rectangle: Any = None
+"""`decode_rectangle(data, size, image_height, image_width, top, left, height, width, out)`; 0 unless it errs or warns.
+
+data and out are addresses. None where it was not built: JPEGs are decoded whole then. It is called without the GIL.
+"""
+decode_rectangle_symbol: Any = None
+"""The same for compiled code."""
+
+try:
+    from pipeline.native import _jpeg  # type: ignore[attr-defined]
+except ImportError:
+    pass
+else:
+    decode_rectangle = ctypes.CDLL(_jpeg.__file__).decode_rectangle
+    decode_rectangle.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 6, ctypes.c_void_p]
+    decode_rectangle.restype = ctypes.c_int
+    _signature = types.int32(types.uintp, types.uint64, *[types.int32] * 6, types.uintp)
+    decode_rectangle_symbol = external("millrace_decode_rectangle", decode_rectangle, _signature)

@@ -1,0 +1,1 @@
+"""Sample order of an epoch, and substitutes for damaged records."""

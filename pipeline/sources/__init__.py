@@ -1,0 +1,1 @@
+"""Images before they are written: folders, archives, label lists, synthetic classes."""

@@ -1,0 +1,295 @@
+"""Where images come from: a folder, a tar, ILSVRC2012's tar of tars, a zip, or drawn ones. Nothing is unpacked.
+
+`open_source` lists the images of a source; each is an `Item` that any process can read on its own (a range of bytes in
+a file, a member of a zip, or a number to draw). Classes are the folders the images stand in, in sorted order; images
+that stand in no folder are unlabelled.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from pipeline.sources import synthetic
+from pipeline.system.errors import InputError
+from pipeline.system.limits import LARGEST_FILE, MOST_FILES, open_regular
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
+SUBSETS = frozenset({"train", "val", "valid", "validation", "test", "extra", "unlabeled", "unlabelled"})
+_SYNTHETIC_SEED = 0
+_ZIP_HEADER = 30  # bytes before the name in a zip member's header
+_RATIO = 200  # of a zip's images, uncompressed, to what the zip takes
+_LONGEST_HEADER = 1 << 20  # bytes of a tar's
+_LONGEST_NAME = 512  # bytes
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image of a source."""
+
+    name: str
+    """Its path inside the source."""
+    path: str
+    """The file that holds it; empty for a drawn image."""
+    label: int = -1
+    """-1 where there is none."""
+    offset: int = -1
+    """Bytes into `path`, of a zip member's header; -1 for a whole file. The number of a drawn image."""
+    size: int = 0
+    """Bytes, compressed."""
+    method: int = -1
+    """A zip member's compression; -1 outside a zip."""
+    crc32: int = 0
+    """A zip member's, uncompressed."""
+    expanded: int = 0
+    """A zip member's bytes, uncompressed."""
+
+    def read(self) -> bytes:
+        """Return the image file's bytes. Raises OSError, for more than `LARGEST_FILE` too."""
+        if not self.path:
+            return synthetic.jpeg(_SYNTHETIC_SEED, self.offset)[0]
+        with open_regular(self.path) as file:
+            size = self.size if self.offset >= 0 else os.fstat(file.fileno()).st_size
+            if max(size, self.expanded) > LARGEST_FILE:
+                raise OSError(f"{max(size, self.expanded)} bytes, more than {LARGEST_FILE}")
+            if self.method < 0:
+                return os.pread(file.fileno(), size, max(self.offset, 0))
+            return self._unzip(file.fileno())
+
+    def _unzip(self, file: int) -> bytes:
+        # Not with zipfile: its place in the file would be shared with forked processes, its directory held by each.
+        header = os.pread(file, _ZIP_HEADER, self.offset)  # ends in the lengths of name and extra field
+        skip = len(header) + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        data = os.pread(file, self.size, self.offset + skip)
+        if self.method == zipfile.ZIP_DEFLATED:
+            try:
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, self.expanded + 1)
+            except zlib.error as error:
+                raise OSError(f"damaged in the zip ({error})") from None
+        if len(data) != self.expanded or zlib.crc32(data) != self.crc32:
+            raise OSError("damaged in the zip (its size or CRC32 differs)")
+        return data
+
+
+@dataclass(frozen=True)
+class Source:
+    """The images of a source, in a fixed order, and its class names by label."""
+
+    items: list[Item]
+    classes: list[str]
+
+
+def open_source(source: str, subset: str | None = None) -> Source:
+    """List the images of `source`: a folder, .tar, .zip or `synthetic:N`, or `synthetic:FIRST:N`.
+
+    subset: take only what stands in this folder of the source. Raises InputError, with the remedy, where there is no
+    such source, no image in it, or several subsets to choose from.
+    """
+    if source.startswith("synthetic:"):
+        return _drawn(source)
+    path = Path(source)
+    if os.path.isdir(path):
+        found = _walk(path)
+    elif not os.path.isfile(path):
+        raise InputError(f"{source}: no such file or folder: give an image folder, a .tar, a .zip or synthetic:N")
+    elif path.suffix == ".zip":
+        found = _zip_members(path)
+    elif path.suffix == ".tar":
+        found = _tar_members(path)
+    else:
+        raise InputError(f"{source}: not a folder, .tar or .zip: unpack it, or decompress it to a plain .tar")
+    return _label(source, found, subset)
+
+
+def _drawn(source: str) -> Source:
+    numbers = source.split(":")[1:]
+    if not 1 <= len(numbers) <= 2 or not all(number.isdecimal() for number in numbers) or int(numbers[-1]) < 1:
+        raise InputError(f"{source}: write synthetic:N, N images, or synthetic:FIRST:N, those from number FIRST on")
+    first = int(numbers[0]) if len(numbers) == 2 else 0
+    indices = range(first, first + int(numbers[-1]))
+    items = [Item(f"drawn/{i:08d}.jpg", "", i % len(synthetic.CLASSES), i) for i in indices]
+    return Source(items, list(synthetic.CLASSES))
+
+
+def _walk(root: Path) -> Iterator[Item]:
+    for folder, folders, files in os.walk(root, onerror=_refuse, followlinks=True):
+        folders.sort()
+        for inner in folders:
+            path = Path(folder, inner)
+            if path.is_symlink() and Path(folder).resolve().is_relative_to(path.resolve()):
+                raise InputError(f"{path}: is a link to a folder that it is in: remove it")
+        for file in files:
+            path = Path(folder, file)
+            yield Item(path.relative_to(root).as_posix(), str(path))
+
+
+def _refuse(error: OSError) -> None:
+    raise InputError(f"{error.filename}: cannot be listed ({error.strerror}): make the folder readable") from None
+
+
+def _zip_members(path: Path) -> Iterator[Item]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members, end = [m for m in archive.infolist() if not m.filename.endswith("/")], archive.start_dir
+    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, MemoryError, struct.error) as error:
+        raise InputError(f"{path}: not a whole zip file ({error}): fetch it again") from None
+    _refuse_bomb(path, members, end)
+    for member in members:
+        method = member.compress_type
+        if member.flag_bits & 1 or method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise InputError(f"{path}: {member.filename} is encrypted or not deflated: unpack it and give the folder")
+        yield Item(
+            _plain(member.filename, path),
+            str(path),
+            offset=member.header_offset,
+            size=member.compress_size,
+            method=method,
+            crc32=member.CRC,
+            expanded=member.file_size,
+        )
+
+
+def _refuse_bomb(path: Path, members: list[zipfile.ZipInfo], end: int) -> None:
+    """Raise InputError where images share their bytes, or all of them are far larger than the zip before byte `end`."""
+    total = sum(member.file_size for member in members if _is_image(member.filename))
+    if total > _RATIO * end + LARGEST_FILE:
+        raise InputError(f"{path}: {total} bytes of images in {end}, more than {_RATIO} times as many: a bomb")
+    members = sorted(members, key=lambda member: member.header_offset)
+    for member, start in zip(members, [*(after.header_offset for after in members[1:]), end], strict=False):
+        if member.header_offset + _ZIP_HEADER + member.compress_size > start:
+            raise InputError(f"{path}: {member.filename} goes on into what follows it: fetch the zip again")
+
+
+def _tar_members(path: Path) -> Iterator[Item]:
+    """Yield the files of a tar; a tar inside it is a class folder, read in place (ILSVRC2012_img_train.tar)."""
+    for item in tar_files(path):
+        if not item.name.endswith(".tar"):
+            yield item
+            continue
+        folder = item.name.removesuffix(".tar")
+        for image in tar_files(path, item.offset, item.size):
+            yield replace(image, name=f"{folder}/{image.name}")
+
+
+def tar_files(path: Path | str, start: int = 0, size: int | None = None) -> Iterator[Item]:
+    """Yield the files of a tar, or of one inside it that has those bytes. Raises InputError where it is not whole."""
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size if size is None else size
+            for member in _members(_Part(file.fileno(), start, size)):
+                yield Item(_plain(member.name, path), str(path), offset=start + member.offset_data, size=member.size)
+    except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{path}: not a whole, uncompressed tar file ({error}): fetch it again or decompress it"
+        ) from None
+
+
+class _Part:
+    """Part of a file that tarfile reads headers from. Their lengths are theirs to say, so that they are bounded."""
+
+    def __init__(self, file: int, start: int, size: int) -> None:
+        self._file, self._start, self.size, self._at = file, start, size, 0
+
+    def read(self, count: int = -1) -> bytes:
+        if not 0 <= count <= _LONGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {count} bytes")
+        data = os.pread(self._file, min(count, max(self.size - self._at, 0)), self._start + self._at)
+        self._at += len(data)
+        return data
+
+    def seek(self, at: int) -> None:
+        self._at = at
+
+    def tell(self) -> int:
+        return self._at
+
+
+def _members(part: _Part) -> Iterator[tarfile.TarInfo]:
+    """Yield the files of a tar. A damaged or missing header, which tarfile takes for the end of it, is an error."""
+    archive, before = tarfile.TarFile(fileobj=part), -1  # type: ignore[arg-type]
+    while (member := archive.next()) is not None:
+        archive.members = []  # type: ignore[attr-defined]  # it would keep all of them
+        if member.islnk() or member.issym():
+            raise tarfile.ReadError(f"{member.name} is a link: pack the files themselves, with tar --dereference")
+        if member.issparse():
+            raise tarfile.ReadError(f"{member.name} is sparse: pack it without tar's --sparse")
+        if archive.offset <= before or (member.isfile() and not 0 <= member.size <= part.size - member.offset_data):
+            raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
+        before = archive.offset
+        if member.isfile():
+            yield member
+    part.seek(archive.offset)
+    if part.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"no member and no end at byte {archive.offset}")
+
+
+def _plain(name: str, path: Path | str) -> str:
+    """Return the name of an archive's member. Raises InputError for one that leads out of a folder."""
+    name = name.removeprefix("./")
+    if name.startswith("/") or ".." in name.split("/") or "\\" in name or "\0" in name:
+        raise InputError(f"{path}: has a member {name[:_LONGEST_NAME]!r}: pack it again, with names inside one folder")
+    return name
+
+
+def _label(source: str, found: Iterable[Item], subset: str | None) -> Source:
+    images = [item for item in _counted(source, found) if _is_image(item.name)]
+    parents = {PurePosixPath(item.name).parent.parts for item in images}
+    root = _root(source, parents, subset)
+    images = [item for item in images if PurePosixPath(item.name).parts[: len(root)] == root]
+    images.sort(key=lambda item: item.name)
+    if not images:
+        where = f"{source}, folder {subset}" if subset else source
+        raise InputError(
+            f"{where}: no image in it: give a folder or archive with {', '.join(sorted(SUFFIXES)[:4])} ... files"
+        )
+    folders = [PurePosixPath(item.name).parts[len(root) : -1] for item in images]
+    classes = sorted({folder[0] for folder in folders if folder})
+    number = {name: label for label, name in enumerate(classes)}
+    items = [
+        replace(item, label=number[folder[0]] if folder else -1) for item, folder in zip(images, folders, strict=True)
+    ]
+    return Source(items, classes)
+
+
+def _counted(source: str, found: Iterable[Item]) -> Iterator[Item]:
+    """Yield the files. Raises InputError where there are too many, or one has too long a name."""
+    for number, item in enumerate(found):
+        if number == MOST_FILES:
+            raise InputError(f"{source}: more than {MOST_FILES} files: split it")
+        if len(os.fsencode(item.name)) > _LONGEST_NAME:
+            raise InputError(f"{source}: the name {item.name[:40]}... has more than {_LONGEST_NAME} bytes: shorten it")
+        yield item
+
+
+def _is_image(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in SUFFIXES and not _hidden(name)
+
+
+def _hidden(name: str) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+
+
+def _root(source: str, parents: set[tuple[str, ...]], subset: str | None) -> tuple[str, ...]:
+    """Return the folder whose children are the classes: the subset's, or that which all images share."""
+    root: tuple[str, ...] = ()
+    while parents and all(len(p) > len(root) + 1 for p in parents) and len({p[len(root)] for p in parents}) == 1:
+        root += (next(iter(parents))[len(root)],)  # a single folder around all class folders
+    tops = {p[len(root)] for p in parents if len(p) > len(root)}
+    if subset is not None:
+        if root and root[-1] == subset:
+            return root
+        if subset not in tops:
+            have = ", ".join(sorted(tops)[:5]) or "no folder"
+            raise InputError(f"{source}: no folder {subset!r} in it: it has {have}; choose --subset from these")
+        return (*root, subset)
+    if len(tops) > 1 and tops <= SUBSETS:
+        raise InputError(f"{source}: holds {', '.join(sorted(tops))}: choose one of them with --subset")
+    return root

@@ -1,0 +1,59 @@
+"""Labels from a list, for images that stand in no class folders, as ImageNet's validation images do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+from pipeline.sources.archives import Source
+from pipeline.system.errors import InputError
+from pipeline.system.limits import LIST_BYTES, read_text
+
+_REMEDY = "give a text or CSV file of NAME CLASS lines, such as LOC_val_solution.csv"
+
+
+def relabel(source: Source, file: Path, classes: Sequence[str] = ()) -> Source:
+    """Return the source with the classes that a list gives its images.
+
+    file: lines of NAME CLASS, after which anything may follow, with blanks or commas between; a name may leave out
+        folders and suffix. Lines of other images, such as a heading, are passed over.
+    classes: names by label, if not those of the list in sorted order; a list may then also give labels, by number.
+
+    Raises InputError where the file cannot be read, an image is not in it or twice and differently, or a class is none.
+    """
+    listed = _read(file)
+    found, missing = [], []
+    for item in source.items:
+        keys = (item.name, PurePosixPath(item.name).name, PurePosixPath(item.name).stem)
+        found.append(next((listed[key] for key in keys if key in listed), ""))
+        if not found[-1]:
+            missing.append(item.name)
+    if missing:
+        others = f" and {len(missing) - 1} others are" if len(missing) > 1 else " is"
+        raise InputError(f"{file}: {missing[0]}{others} not in it: {_REMEDY}")
+    names = list(classes) or sorted(set(found), key=lambda name: (int(name) if name.isdecimal() else -1, name))
+    number = {name: label for label, name in enumerate(names)}
+    if classes:
+        number = {str(label): label for label in range(len(names))} | number
+    for item, name in zip(source.items, found, strict=True):
+        if name not in number:
+            raise InputError(
+                f"{file}: class {name} of {item.name} is none of the {len(names)}, as {names[0]}: {_REMEDY}"
+            )
+    return Source([replace(i, label=number[name]) for i, name in zip(source.items, found, strict=True)], names)
+
+
+def _read(file: Path) -> dict[str, str]:
+    """Return the class of each name in the list."""
+    listed: dict[str, str] = {}
+    for line_number, line in enumerate(read_text(file, LIST_BYTES, _REMEDY, "surrogateescape").splitlines(), start=1):
+        parts = re.split(r"[\s,]+", line.strip(), maxsplit=2)
+        if parts == [""]:
+            continue
+        if len(parts) < 2:
+            raise InputError(f"{file}, line {line_number}: {line.strip()[:60]!r} names no class: {_REMEDY}")
+        if listed.setdefault(parts[0], parts[1]) != parts[1]:
+            raise InputError(f"{file}, line {line_number}: {parts[0]} has two classes: remove one of its lines")
+    return listed

@@ -1,0 +1,87 @@
+"""Writing FFCV's file format, version 2: the counterpart of `pipeline.beton`."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.native.libffcv import (
+    ALLOC_TABLE_TYPE,
+    CURRENT_VERSION,
+    TYPE_ID_HANDLER,
+    FieldDescType,
+    HeaderType,
+    IntField,
+    RGBImageField,
+    get_metadata_type,
+)
+from pipeline.storage.encode import Record, Unreadable
+
+PAGE = 1 << 23  # FFCV's default: no record crosses a page of its own size or larger
+_LARGEST_PAGE = 1 << 31
+
+
+class BetonWriter:
+    """Writes records, in order, to a beton file that FFCV's own loader reads as well.
+
+    `capacity` is the most samples there may be; their metadata stands before the records. `close` writes metadata,
+    allocation table and header and returns the CRC32 over the three.
+    """
+
+    def __init__(self, path: Path, capacity: int) -> None:
+        fields = {"image": RGBImageField(), "label": IntField()}
+        self._row = get_metadata_type(list(fields.values()))
+        self._descriptors = np.zeros(len(fields), FieldDescType)
+        type_ids = {kind: number for number, kind in TYPE_ID_HANDLER.items()}
+        for descriptor, (name, field) in zip(self._descriptors, fields.items(), strict=True):
+            descriptor["type_id"] = type_ids[type(field)]
+            descriptor["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
+        self._metadata = np.zeros(capacity, self._row)
+        self._table = np.zeros(capacity, ALLOC_TABLE_TYPE)
+        self._count, self._page = 0, PAGE
+        self._file = open(path, "xb")  # noqa: SIM115 - closed by `close`
+        self._end = HeaderType.itemsize + self._descriptors.nbytes + self._metadata.nbytes
+
+    def append(self, record: Record, label: int) -> None:
+        """Write the next sample. Raises Unreadable for a record larger than FFCV's largest page."""
+        size = len(record.data)
+        page = PAGE
+        while page < size:
+            page *= 2
+        if page > _LARGEST_PAGE:
+            raise Unreadable(f"{size} bytes, the format holds {_LARGEST_PAGE}: use --max-side or --mode jpg")
+        if self._end // page != (self._end + size - 1) // page:  # it would cross a page: start on the next
+            self._end = -(-self._end // page) * page
+        self._page = max(self._page, page)
+        self._file.seek(self._end)
+        self._file.write(record.data)
+        row = self._metadata[self._count]
+        row["f0"] = record.mode, record.width, record.height, self._end
+        row["f1"] = label
+        self._table[self._count] = self._count, self._end, size
+        self._count += 1
+        self._end += size
+
+    def close(self) -> int:
+        """Complete the file, flushed to disk."""
+        header = np.zeros(1, HeaderType)
+        header["version"], header["num_fields"] = CURRENT_VERSION, len(self._descriptors)
+        header["page_size"], header["num_samples"] = self._page, self._count
+        header["alloc_table_ptr"] = self._end
+        front = header.tobytes() + self._descriptors.tobytes() + self._metadata[: self._count].tobytes()
+        table = self._table[: self._count].tobytes()
+        self._file.seek(self._end)
+        self._file.write(table)
+        self._file.seek(0)
+        self._file.write(front)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return zlib.crc32(table, zlib.crc32(front))
+
+    def abort(self) -> None:
+        """Close the file as it is."""
+        self._file.close()

@@ -1,0 +1,1 @@
+"""Shared by all packages: errors, limits, files, devices, cores, random numbers, threads."""
