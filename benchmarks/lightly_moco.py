@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from engine.neighbours import classify
+from engine.evaluate.nearest_neighbors import classify
 from pipeline.augment.color import IMAGENET, normalise
 from pipeline.beton import Beton
 from pipeline.storage.decode import decode

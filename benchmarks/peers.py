@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from engine.config import Settings
+from engine.config.settings import Settings
 from methods.heads import Encoder
 
 Pair = tuple[torch.Tensor, torch.Tensor]

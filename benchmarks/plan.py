@@ -27,9 +27,9 @@ of the step with its augmentation, and of decoding and cropping, and x = bytes /
 exchange where n > 1, the step takes max(B / n * s + x, B / n * d / T, (B * (s + d) + n * x) / C) (`on_cores`, which
 `benchmarks.scaling` sets against runs).
 
-Pairs a second are B / step; hours are images * epochs / that. Memory a GPU is `engine.dryrun`'s estimate, in the
-recipe's precision; where it is over `ROOM` of the GPU's, the batch is planned in the fewest parts that fit. The fixed
-costs of start, evaluation and checkpoints are left out.
+Pairs a second are B / step; hours are images * epochs / that. Memory a GPU is `engine.training.dry_run`'s estimate, in
+the recipe's precision; where it is over `ROOM` of the GPU's, the batch is planned in the fewest parts that fit. The
+fixed costs of start, evaluation and checkpoints are left out.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from typing import Any, TypeVar
 
 from benchmarks import machine
 from benchmarks.step import OURS
-from engine.arguments import parse
-from engine.build import needed_views
-from engine.config import Settings
-from engine.dryrun import estimate, memory_of
+from engine.config.cli import parse
+from engine.config.settings import Settings
+from engine.training.dry_run import estimate, memory_of
+from engine.training.model import needed_views
 from pipeline.backends.resident import SHARE as RESIDENT
 from pipeline.system.errors import InputError, command
 from pipeline.system.limits import RESULT_BYTES, read_json, read_yaml
@@ -185,7 +185,8 @@ def _read(path: Path, of: Callable[[dict[str, Any]], Found]) -> Found:
 
 
 def plan(node: Node, rates: Rates, settings: Settings, run: dict[str, Any], images: int) -> dict[str, Any]:
-    """Return what limits a run on a machine, and what it takes; `run` of `engine.dryrun.estimate`. See above."""
+    """Return what limits a run on a machine, and what it takes; `run` of `engine.training.dry_run.estimate`. See
+    above."""
     batch, n = settings.data.batch, node.world
     if batch % n:
         raise InputError(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.figures import GOALS, HEADLINES, Goal, Results
-from engine.plot import LIGHT, picture, style_of, uri
+from engine.report.plotting import LIGHT, picture, style_of, uri
 from pipeline.system.errors import InputError, command
 
 BEGIN, END = "<!-- begin: python -m benchmarks.report -->", "<!-- end -->"

@@ -27,9 +27,9 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.plan import on_cores
-from engine.arguments import parse
-from engine.build import build
-from engine.loop import train_on
+from engine.config.cli import parse
+from engine.training.build import build
+from engine.training.loop import train_on
 from pipeline.system.cores import available_cores
 from pipeline.system.errors import InputError, command
 

@@ -28,11 +28,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import machine
 from benchmarks.peers import PEERS
-from engine.arguments import parse
-from engine.build import Model, build_model
-from engine.config import Settings
-from engine.devices import DTYPES, build_accelerator, warn_of_precision
-from engine.graph import WARM, Graph
+from engine.config.cli import parse
+from engine.config.settings import Settings
+from engine.parallel.accelerator import DTYPES, build_accelerator, warn_of_precision
+from engine.training.cuda_graph import WARM, Graph
+from engine.training.model import Model, build_model
 from methods.base import Embeddings, total
 from pipeline.augment.color import IMAGENET, augment
 from pipeline.augment.draws import draw_colour

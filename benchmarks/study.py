@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks import machine
-from engine.pages.compare import rates
-from engine.plot import LIGHT, draw_lines, sheet, style_of
-from engine.run_files import RunFiles, curve, number, read_runs
+from engine.report.compare import rates
+from engine.report.plotting import LIGHT, draw_lines, sheet, style_of
+from engine.report.run_folder import RunFiles, curve, number, read_runs
 from pipeline.system.cores import available_cores
 from pipeline.system.errors import InputError, command
 from pipeline.system.limits import read_yaml

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 from benchmarks import machine
-from engine.arguments import parse
-from engine.build import Run, build
-from engine.config import Settings
-from engine.devices import now
-from engine.graph import WARM
-from engine.loop import train_on
+from engine.config.cli import parse
+from engine.config.settings import Settings
+from engine.parallel.accelerator import now
+from engine.training.build import Run, build
+from engine.training.cuda_graph import WARM
+from engine.training.loop import train_on
 from pipeline.system.errors import InputError, command
 
 

@@ -21,15 +21,15 @@ from accelerate.utils import set_seed
 from rich.console import Console
 from rich.table import Table
 
-from engine.config import Data, Knn, Method, Model, Optim, Settings
-from engine.devices import bfloat16_on_cpu, bfloat16_on_gpu
-from engine.evaluate import Knn as KnnEvaluation
-from engine.evaluate import RawPixels
-from engine.loop import measure_rate
-from engine.pages.seen import Wanted
-from engine.plot import curves
-from engine.report import report, write
-from engine.run_files import read_runs
+from engine.config.settings import Data, Knn, Method, Model, Optim, Settings
+from engine.evaluate.online_knn import Knn as KnnEvaluation
+from engine.evaluate.online_knn import RawPixels
+from engine.parallel.accelerator import bfloat16_on_cpu, bfloat16_on_gpu
+from engine.report.gallery import Wanted
+from engine.report.page import report, write
+from engine.report.plotting import curves
+from engine.report.run_folder import read_runs
+from engine.training.loop import measure_rate
 from methods.encoders import place
 from methods.registry import build_backbone
 from pipeline.beton import Beton

@@ -8,12 +8,13 @@ from pathlib import Path
 if __name__ == "__main__":  # a script's own folder comes first on the module path: put the project's root there
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from engine.arguments import parse, shared, wants_dry_run
-from engine.dryrun import dry_run
-from engine.heartbeat import LostProcess
-from engine.loop import train
-from engine.meeting import rank, together
-from engine.preempt import Stopped
+from engine.config.cli import parse, shared, wants_dry_run
+from engine.fault_tolerance.heartbeat import LostProcess
+from engine.fault_tolerance.preemption import Stopped
+from engine.parallel.consensus import together
+from engine.parallel.rendezvous import rank
+from engine.training.dry_run import dry_run
+from engine.training.loop import train
 from pipeline.system.errors import command, report
 
 

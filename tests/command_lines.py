@@ -21,13 +21,13 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
-from engine import arguments
+from engine.config import cli
 from pipeline.system.errors import InputError
 from tests.documents import PACKAGES, ROOT, Line, module_of
 
 _RECIPE = str(ROOT / "engine" / "recipes" / "moco_v2_in1k.yaml")
 _RUN = "engine/run.py"
-_SETTINGS = cache(arguments._parser)  # which takes a quarter of a second to make
+_SETTINGS = cache(cli._parser)  # which takes a quarter of a second to make
 LAUNCHERS = {"accelerate": launch_command_parser(), "torchrun": get_args_parser()}
 
 
@@ -109,8 +109,8 @@ def settings(words: Sequence[str]) -> list[str]:
 def _parsed(given: tuple[str, ...]) -> list[str]:
     try:
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
-            patch.setattr(arguments, "_parser", _SETTINGS)
-            arguments.parse(given)
+            patch.setattr(cli, "_parser", _SETTINGS)
+            cli.parse(given)
     except InputError as error:
         return [str(error)]
     except SystemExit as ended:  # of --help

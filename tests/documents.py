@@ -90,8 +90,9 @@ def lines_of_text(where: str, text: str) -> list[Line]:
 
 
 def module_of(path: Path) -> str:
-    """Return the dotted name of a file's module."""
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    """Return the dotted name of a file's module; of a `__main__.py`, the package that `python -m` names."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__main__" else parts)
 
 
 @cache

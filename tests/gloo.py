@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import multiprocessing
 
-from engine import meeting
+from engine.parallel import consensus, rendezvous
 
 # Processes are forked from one that has imported all this, and done nothing yet. (An optimiser imports torch._dynamo.)
 multiprocessing.set_forkserver_preload(["accelerate", "torch.distributed", "torch._dynamo", "engine.run"])
@@ -36,7 +36,7 @@ def _rank(rank: int, world: int, port: int, function: Callable[..., None], argum
     )
     torch.set_num_threads(1)
     function(*arguments)
-    if meeting._store is not None:
-        meeting.leave()
+    if rendezvous._store is not None:
+        consensus.leave()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

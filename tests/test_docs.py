@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import pipeline.loader
-from engine.arguments import flat
-from engine.changes import FIXED, FREE
-from engine.config import Settings
+from engine.checkpoint.compatibility import FIXED, FREE
+from engine.config.cli import flat
+from engine.config.settings import Settings
 from methods import registry
 from methods.base import Embeddings
 from pipeline.prepare import prepare

@@ -54,7 +54,7 @@ def _imports_of(file: Path) -> set[str]:
         ("import engine.loop", "engine"),
         ("import os, engine", "engine"),
         ("from engine import loop", "engine"),
-        ("from engine.loop import train", "engine"),
+        ("from engine.training.loop import train", "engine"),
         ("def f():\n    from engine import loop", "engine"),
         ("import importlib\nimportlib.import_module('engine.loop')", "engine"),
         ("import importlib\nimportlib.import_module(f'engine.{x}')", "engine"),

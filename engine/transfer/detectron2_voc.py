@@ -2,7 +2,8 @@
 
     python -m engine.transfer.detectron2_voc RUN --data VOCdevkit --out DIR --gpus 8 [--settings KEY VALUE ...]
 
-The recipe is `voc_r50_c4.yaml`, which `--settings` change. `engine.probes.detect` does the same with torchvision.
+The recipe is `voc_r50_c4.yaml`, which `--settings` change. `engine.evaluate.detection.detect` does the same with
+torchvision.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Any
 
 import torch
 
-from engine.export import export, refuse
-from engine.weights import Architecture, Loaded, load_encoder
+from engine.export.formats import export, refuse
+from engine.weights.load import Architecture, Loaded, load_encoder
 from pipeline.system.errors import InputError, command
 from pipeline.system.files import write_json
 

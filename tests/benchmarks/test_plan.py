@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import plan
 from benchmarks.plan import CACHE, SCALING, Node, Rates, load_machine, load_rates
-from engine.config import Data, Model, Settings
+from engine.config.settings import Data, Model, Settings
 from pipeline.system.errors import InputError
 
 NODE = Node("n", "G", 4, 2, 16, 100, 80, 100, 10, 100, 80, 2)

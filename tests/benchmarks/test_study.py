@@ -16,8 +16,8 @@ import yaml
 
 from benchmarks import lightly_moco, study
 from benchmarks.study import COLUMNS, Job, figures, gather, load_study, report
-from engine.arguments import parse
-from engine.run_files import read_runs
+from engine.config.cli import parse
+from engine.report.run_folder import read_runs
 from pipeline.system.errors import InputError
 from tests.engine.test_run import SMALL
 

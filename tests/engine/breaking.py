@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from engine.probes import training
+from engine.evaluate import trainer
 
 
 def broken_off_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Have the next evaluation that is kept after each epoch broken off after its first; return the epochs kept."""
     saves: list[int] = []
-    unbroken = training.Kept.save
+    unbroken = trainer.Kept.save
 
-    def broken(self: training.Kept, epoch: int) -> None:
+    def broken(self: trainer.Kept, epoch: int) -> None:
         unbroken(self, epoch)
         saves.append(epoch)
         if saves == [1]:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training.Kept, "save", broken)
+    monkeypatch.setattr(trainer.Kept, "save", broken)
     return saves

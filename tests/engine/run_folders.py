@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from engine import checkpoint
-from engine.config import Data, Model, Settings
+from engine.checkpoint import storage
+from engine.config.settings import Data, Model, Settings
 from methods.encoders import resnet
 from tests.engine.small import settings as small
 
@@ -68,7 +68,7 @@ def write_checkpoint(folder: Path, chosen: Settings, step: int = EPOCHS * STEPS,
         f"{which}.backbone.{name}": value.clone() for which in ("online", "target") for name, value in state.items()
     }
     rest = {"loader": {}, "monitor": {}, "settings": chosen.as_dict()}
-    return checkpoint.write(folder / "checkpoints", step, {"model": tensors}, rest)
+    return storage.write(folder / "checkpoints", step, {"model": tensors}, rest)
 
 
 def write_evaluation(folder: Path, name: str, what: str, top1: float, **more: Any) -> None:

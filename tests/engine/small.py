@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from engine.build import Model, build_model
-from engine.config import Data, Method, Optim, Settings
-from engine.config import Model as ModelSettings
+from engine.config.settings import Data, Method, Optim, Settings
+from engine.config.settings import Model as ModelSettings
+from engine.training.model import Model, build_model
 from methods.registry import Terms
 from pipeline.loader import Batch
 

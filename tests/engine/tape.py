@@ -1,4 +1,5 @@
-"""A recorder for `engine.graph` that does on the CPU what a CUDA graph does: no Python runs when it is replayed."""
+"""A recorder for `engine.training.cuda_graph` that does on the CPU what a CUDA graph does: no Python runs when it is
+replayed."""
 
 from __future__ import annotations
 

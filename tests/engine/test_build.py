@@ -16,10 +16,12 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from engine import build as building
-from engine import devices, loop, meeting, ranks
-from engine.build import Run, build, check_batch
-from engine.config import Data, Method, Model, Optim, Settings
+from engine.config.settings import Data, Method, Model, Optim, Settings
+from engine.parallel import accelerator, collectives, rendezvous
+from engine.training import build as building
+from engine.training import loop
+from engine.training.build import Run, build, check_batch
+from engine.training.run_folder import check_out
 from methods.norm import SplitBatchNorm
 from methods.registry import Terms
 from methods.residual import Residual
@@ -75,11 +77,11 @@ def run_shuffled(beton: str, out: str, bn: str) -> None:
     run = build(settings(Path(beton), bn))
     losses = []
     for _, batch in zip(range(3), run.loader, strict=False):
-        losses.append(ranks.mean(run.model.step(batch).parts["loss"]).item())
+        losses.append(collectives.mean(run.model.step(batch).parts["loss"]).item())
     run.loader.close()
     torch.save(
         {"losses": losses, "order": torch.from_numpy(batch.order), "groups": sorted(groups(run))},
-        Path(out) / f"{ranks.rank()}.pt",
+        Path(out) / f"{collectives.rank()}.pt",
     )
 
 
@@ -104,7 +106,7 @@ def test_two_processes_shuffle_over_both_or_within_each(bn: str, drawn: Path, tm
 def test_views_grow_over_training_and_come_in_the_precision_of_the_encoder(
     drawn: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devices, "bfloat16_on_cpu", lambda: True)
+    monkeypatch.setattr(accelerator, "bfloat16_on_cpu", lambda: True)
     chosen = settings(drawn, "plain")
     grown = replace(chosen.data, size=24, sizes=[8, 16, 24])
     run = build(replace(chosen, data=grown, optim=Optim(lr=0.05, epochs=5), precision="bf16"))
@@ -121,7 +123,7 @@ def test_views_grow_over_training_and_come_in_the_precision_of_the_encoder(
 
 
 def test_views_in_the_encoders_precision_give_the_same_step(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "bfloat16_on_cpu", lambda: True)
+    monkeypatch.setattr(accelerator, "bfloat16_on_cpu", lambda: True)
     found = []
     for cast in (True, False):
         run = build(replace(settings(drawn, "plain"), precision="bf16"))
@@ -137,7 +139,7 @@ def test_views_in_the_encoders_precision_give_the_same_step(drawn: Path, monkeyp
 def test_bfloat16_that_a_processor_would_emulate_is_float32(
     there: bool, drawn: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(devices, "bfloat16_on_cpu", lambda: there)
+    monkeypatch.setattr(accelerator, "bfloat16_on_cpu", lambda: there)
     run = build(replace(settings(drawn, "plain"), precision="bf16"))
     run.close()
     assert run.accelerator.mixed_precision == ("bf16" if there else "no")
@@ -148,7 +150,7 @@ def test_bfloat16_that_a_processor_would_emulate_is_float32(
 
 
 def test_what_is_refused_is_not_warned_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(devices, "bfloat16_on_cpu", lambda: False)
+    monkeypatch.setattr(accelerator, "bfloat16_on_cpu", lambda: False)
     with pytest.raises(InputError, match="no such file"):
         build(replace(settings(Path("nowhere.beton"), "plain"), precision="bf16"))
     assert not capsys.readouterr().err
@@ -235,10 +237,10 @@ def test_a_folder_that_cannot_be_written_is_refused(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = replace(settings(drawn, "plain"), out=str(tmp_path / "new" / "run"))
-    building.check_out(chosen)
+    check_out(chosen)
     monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
     with pytest.raises(InputError, match=r"new/run': Permission denied: choose another folder"):
-        building.check_out(chosen)
+        check_out(chosen)
 
 
 def launch_wrongly(beton: str, out: str) -> None:
@@ -252,7 +254,7 @@ def launch_wrongly(beton: str, out: str) -> None:
         with pytest.raises(InputError) as raised:
             loop.train(each)
         told.append(str(raised.value))
-    Path(out, f"{ranks.rank()}.json").write_text(json.dumps(told))
+    Path(out, f"{collectives.rank()}.json").write_text(json.dumps(told))
 
 
 def test_wrong_launches_of_two_processes_are_refused_on_both_before_the_data_are_verified(
@@ -272,7 +274,7 @@ def find_a_gpu_short(beton: str, out: str) -> None:
     torch.cuda.is_bf16_supported = lambda **_: True
     with pytest.raises(InputError) as raised:
         build(replace(settings(Path(beton), "plain"), cpu=False))
-    Path(out, f"{meeting.rank()}.txt").write_text(str(raised.value))
+    Path(out, f"{rendezvous.rank()}.txt").write_text(str(raised.value))
 
 
 def test_a_process_without_a_gpu_is_named_on_all(drawn: Path, tmp_path: Path) -> None:
@@ -288,8 +290,8 @@ def test_a_gpu_that_emulates_bfloat16_is_refused_it(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     with pytest.raises(InputError, match=r"precision 'bf16': this GPU does not have it: choose fp16 or no"):
-        devices._checked(Settings(), emulate=False)
-    assert devices._checked(Settings(precision="fp16"), emulate=False) == (True, "fp16")
+        accelerator._checked(Settings(), emulate=False)
+    assert accelerator._checked(Settings(precision="fp16"), emulate=False) == (True, "fp16")
 
 
 @pytest.mark.parametrize(
@@ -313,13 +315,13 @@ def test_few_channels_are_warned_of_on_a_cpu(
 
 def find_a_gpu_on_one(beton: str, out: str) -> None:
     """Two machines, the second without a GPU."""
-    there = int(meeting.rank() == 0)
+    there = int(rendezvous.rank() == 0)
     os.environ["LOCAL_RANK"] = "0"
     torch.cuda.is_available = lambda: bool(there)
     torch.cuda.device_count = lambda: there
     with pytest.raises(InputError) as raised:
         build(replace(settings(Path(beton), "plain"), cpu=False))
-    Path(out, f"{meeting.rank()}.txt").write_text(str(raised.value))
+    Path(out, f"{rendezvous.rank()}.txt").write_text(str(raised.value))
 
 
 def test_a_machine_without_a_gpu_is_named_on_all(drawn: Path, tmp_path: Path) -> None:

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import yaml
 
-from engine import origin
-from engine.arguments import parse
-from engine.card import card
-from engine.export import export
-from engine.loop import train
-from engine.probes.command import run as evaluate
-from engine.weights import load_encoder
+from engine.checkpoint import provenance
+from engine.config.cli import parse
+from engine.evaluate.__main__ import run as evaluate
+from engine.export.formats import export
+from engine.export.model_card import card
+from engine.training.loop import train
+from engine.weights.load import load_encoder
 from pipeline.beton import Beton
 from tests.engine.run_folders import settings, write_checkpoint
 from tests.engine.test_run import SMALL
@@ -37,11 +37,11 @@ def test_a_card_is_the_runs(drawn: Path, tmp_path: Path, monkeypatch: pytest.Mon
     out, trained, exporting = tmp_path / "run", "0" * 39 + "1", "0" * 39 + "2"
     data = ["--data.train", str(drawn), "--data.eval", str(drawn)]
     with monkeypatch.context() as then:
-        then.setattr("engine.origin.commit", lambda: trained)
+        then.setattr("engine.checkpoint.provenance.commit", lambda: trained)
         train(parse([*data, *SMALL, "--optim.epochs", "1", "--optim.lr", "0.07", "--out", str(out)]))
     common = ["--train", str(drawn), "--size", "16", "--cpu", "--precision", "no", "--workers", "1"]
     evaluate(["knn", str(out), *common, "--k", "5"])
-    monkeypatch.setattr("engine.card.commit", lambda: exporting)
+    monkeypatch.setattr("engine.export.model_card.commit", lambda: exporting)
     export(load_encoder(out), "safetensors", tmp_path / "x.safetensors")
     text = (tmp_path / "x.safetensors.md").read_text()
 
@@ -72,23 +72,23 @@ def test_older_checkpoints_have_cards_that_say_less(tmp_path: Path) -> None:
 
 def test_what_a_checkpoint_says_stays_in_its_place() -> None:
     state = {"loader": {"fingerprint": ["x"]}, "origin": {"version": "1\n## Metrics" + 200 * "x", "images": True}}
-    found = origin.recorded(state)
+    found = provenance.recorded(state)
     assert found.keys() == {"version"}
     assert "\n" not in found["version"]
     assert len(found["version"]) < 120
-    assert origin.recorded({"loader": {}, "origin": 3}) == {}
+    assert provenance.recorded({"loader": {}, "origin": 3}) == {}
 
 
 def test_a_commit_is_a_repositorys_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not that of another repository in which the packages are installed."""
-    if (origin._ROOT / ".git").exists():
-        assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", origin.commit.__wrapped__())
+    if (provenance._ROOT / ".git").exists():
+        assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", provenance.commit.__wrapped__())
     around = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run([*around, "init", "-q"], check=True)
     subprocess.run([*around, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
     installed = tmp_path / "site-packages"
     installed.mkdir()
-    monkeypatch.setattr(origin, "_ROOT", installed)
-    assert origin.commit.__wrapped__() == ""
+    monkeypatch.setattr(provenance, "_ROOT", installed)
+    assert provenance.commit.__wrapped__() == ""
     (installed / ".git").write_text("gitdir: nowhere")
-    assert origin.commit.__wrapped__() == ""
+    assert provenance.commit.__wrapped__() == ""

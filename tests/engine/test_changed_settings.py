@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-import engine.build as building
-from engine import checkpoint
-from engine.arguments import flat
-from engine.changes import compare, compare_images
-from engine.config import Settings
+import engine.training.build as building
+from engine.checkpoint import storage
+from engine.checkpoint.compatibility import compare, compare_images
+from engine.config.cli import flat
+from engine.config.settings import Settings
 from methods.co2 import CO2
 from methods.dcl import DCL
 from methods.registry import Terms
@@ -132,9 +132,9 @@ def test_what_cannot_be_resumed_is_refused_before_the_data_are_verified(
     prepare("synthetic:190", tmp_path / "other.beton", workers=1, quiet=True)
     out = ["--out", str(tmp_path / "out"), *SMALL, "--optim.epochs", "1"]
     assert main(monkeypatch, "--data.train", str(drawn), "--data.eval", str(drawn), *out) == 0
-    verified, hashed, sha256 = [], [], checkpoint._sha256
+    verified, hashed, sha256 = [], [], storage._sha256
     monkeypatch.setattr(building, "verify_sets", lambda *_: verified.append(1))
-    monkeypatch.setattr(checkpoint, "_sha256", lambda path: hashed.append(path) or sha256(path))
+    monkeypatch.setattr(storage, "_sha256", lambda path: hashed.append(path) or sha256(path))
     resumed = [*out, "--resume", "auto", "--data.verify", "full"]
     for train, evaluation, more, says in (
         (drawn, drawn, ["--seed", "1"], "seed 1: the checkpoint has 0"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import checkpoint
+from engine.checkpoint import storage
 from pipeline.system.errors import InputError
 
 STATE = {"loader": {"epoch": 1}, "monitor": {}, "settings": {}, "note": "ü"}
@@ -23,14 +23,14 @@ def tensors_of(step: int) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def write(folder: Path, step: int, keep: int = 0, keep_every: int = 0) -> Path:
-    path = checkpoint.write(folder, step, tensors_of(step), STATE)
-    checkpoint.settle(folder, step, keep, keep_every)
+    path = storage.write(folder, step, tensors_of(step), STATE)
+    storage.settle(folder, step, keep, keep_every)
     return path
 
 
 def test_round_trip_is_exact(tmp_path: Path) -> None:
     path = write(tmp_path, 7)
-    tensors, state = checkpoint.load(path)
+    tensors, state = storage.load(path)
     torch.manual_seed(7)
     assert torch.equal(tensors["model"]["w"], torch.randn(3, 4))
     assert tensors["model"]["half"].dtype == torch.bfloat16
@@ -43,18 +43,18 @@ def test_newest_is_found_and_older_ones_are_removed(tmp_path: Path) -> None:
         write(tmp_path, step, keep=2)
     assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_00000100", "step_00001000"]
     assert (tmp_path / "latest").read_text() == "step_00001000"
-    assert checkpoint.newest(tmp_path) == (tmp_path / "step_00001000", [])
+    assert storage.newest(tmp_path) == (tmp_path / "step_00001000", [])
     assert not list(tmp_path.glob(".*writing"))
 
 
 def test_every_so_manieth_is_kept_besides_the_newest(tmp_path: Path) -> None:
     for step in range(1, 10):
         write(tmp_path, step, keep=2, keep_every=3)
-    assert [checkpoint.step_of(p) for p in sorted(tmp_path.glob("step_*"))] == [3, 6, 8, 9]
+    assert [storage.step_of(p) for p in sorted(tmp_path.glob("step_*"))] == [3, 6, 8, 9]
 
 
 def test_none_where_there_is_none(tmp_path: Path) -> None:
-    assert checkpoint.newest(tmp_path / "nowhere") == (None, [])
+    assert storage.newest(tmp_path / "nowhere") == (None, [])
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimiser.safetensors", "state.json"])
@@ -70,8 +70,8 @@ def test_a_damaged_file_is_named_and_the_previous_checkpoint_taken(tmp_path: Pat
     else:
         path.write_bytes(new[damage])
     with pytest.raises(InputError, match="step_00000002"):
-        checkpoint.load(bad)
-    found, broken = checkpoint.newest(tmp_path)
+        storage.load(bad)
+    found, broken = storage.newest(tmp_path)
     assert found == good
     assert len(broken) == 1
     assert "step_00000002" in broken[0]
@@ -80,9 +80,9 @@ def test_a_damaged_file_is_named_and_the_previous_checkpoint_taken(tmp_path: Pat
 def test_an_unfinished_checkpoint_is_no_checkpoint(tmp_path: Path) -> None:
     good = write(tmp_path, 1)
     (tmp_path / ".step_00000002.writing").mkdir()
-    assert checkpoint.newest(tmp_path)[0] == good
+    assert storage.newest(tmp_path)[0] == good
     write(tmp_path, 2)
-    assert checkpoint.newest(tmp_path)[0] == tmp_path / "step_00000002"
+    assert storage.newest(tmp_path)[0] == tmp_path / "step_00000002"
 
 
 def test_another_format_is_refused(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     state = json.loads(path.read_text())
     state["format"] = 99
     state.pop("sha256")
-    state["sha256"] = checkpoint._hash_of(state)
+    state["sha256"] = storage._hash_of(state)
     path.write_text(json.dumps(state))
     with pytest.raises(InputError, match="format 99"):
-        checkpoint.load(path.parent)
+        storage.load(path.parent)

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine import checkpoint
+from engine.checkpoint import storage
 from pipeline.system.errors import InputError
 from tests.conftest import Figure
 from tests.engine.test_checkpoint import STATE, tensors_of, write
@@ -79,12 +79,12 @@ def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(again: bool, tmp
         before = bytes_of(folder / "step_00000002")
         status = killed_before(cuts, folder, lambda: write(folder, 3, keep=2))  # noqa: B023 - called at once
         assert status in (0, -9)
-        checkpoint.clear_up(folder)
-        found, broken = checkpoint.newest(folder)
+        storage.clear_up(folder)
+        found, broken = storage.newest(folder)
         assert broken == []
         assert found is not None
-        assert checkpoint.step_of(found) in ((3,) if again else (2, 3))
-        checkpoint.load(found)
+        assert storage.step_of(found) in ((3,) if again else (2, 3))
+        storage.load(found)
         assert bytes_of(folder / "step_00000002") == before
         assert not list(folder.glob(".*"))
         assert (status == 0) <= (found.name == "step_00000003")
@@ -105,14 +105,14 @@ def test_a_file_that_cannot_be_written_loses_nothing(
 
     def fail() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        writer = checkpoint.Writer(tmp_path, keep=1)
+        writer = storage.Writer(tmp_path, keep=1)
         large = {"model": {"w": torch.zeros(10_000)}}
         allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, allowed[1]))
         writer.save(2, large, STATE)
         writer.wait()
         resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
-        said.write_text(f"{writer.problem}, {checkpoint.newest(tmp_path)}")
+        said.write_text(f"{writer.problem}, {storage.newest(tmp_path)}")
         writer.save(3, large, STATE)
         writer.wait()
         assert not writer.problem
@@ -146,8 +146,8 @@ def test_a_run_goes_on_where_a_save_fails(
     def fails(path: Any) -> bool:
         failing = str(path).endswith("step_00000004.writing/optimiser.safetensors")
         if failing:
-            then.append(checkpoint.newest(checkpoints))
-            checkpoint.load(checkpoints / "step_00000002")
+            then.append(storage.newest(checkpoints))
+            storage.load(checkpoints / "step_00000002")
         return failing
 
     def synced(number: int) -> None:
@@ -164,7 +164,7 @@ def test_a_run_goes_on_where_a_save_fails(
         return file
 
     monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(checkpoint, "open", writable, raising=False)
+    monkeypatch.setattr(storage, "open", writable, raising=False)
     arguments = ["--data.train", str(drawn), *SMALL, "--optim.epochs", "1", "--save_every", "2", "--keep", "1"]
     assert main(monkeypatch, *arguments, "--out", str(tmp_path)) == 0
     said = f"step 4: the checkpoint could not be written ({os.strerror(fault)}): training goes on; the newest is step_0"
@@ -172,7 +172,7 @@ def test_a_run_goes_on_where_a_save_fails(
     assert then == [(checkpoints / "step_00000002", [])]
     assert [path.name for path in checkpoints.glob("*step_*")] == ["step_00000005"]
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5]
-    checkpoint.load(checkpoints / "step_00000005")
+    storage.load(checkpoints / "step_00000005")
     figure("no space, I/O error in a save", f"{os.strerror(fault)} at {at}, in a run: told, trained to the end, 0 lost")
 
 
@@ -189,10 +189,10 @@ def test_old_checkpoints_that_cannot_be_removed_cost_the_new_one_nothing(
 
     write(tmp_path, 1)
     monkeypatch.setattr(shutil, "rmtree", stuck)
-    writer = checkpoint.Writer(tmp_path, keep=1)
+    writer = storage.Writer(tmp_path, keep=1)
     writer.save(2, tensors_of(2), STATE)
     writer.finish()
-    assert checkpoint.newest(tmp_path) == (tmp_path / "step_00000002", [])
+    assert storage.newest(tmp_path) == (tmp_path / "step_00000002", [])
     assert (tmp_path / "latest").read_text() == "step_00000002"
     said = "step 2: the checkpoint is written, but earlier checkpoints could not be tidied up (Input/output error)"
     assert said in capsys.readouterr().err
@@ -239,12 +239,12 @@ def test_no_room_is_found_before_anything_is_written(
     good = write(tmp_path, 1)
     usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    writer = checkpoint.Writer(tmp_path, keep=1)
+    writer = storage.Writer(tmp_path, keep=1)
     writer.save(2, {"model": {"w": torch.zeros(1000)}}, STATE)
     writer.wait()
     assert "MB are needed" in writer.problem
     assert "the newest is step_00000001" in capsys.readouterr().err
-    assert checkpoint.newest(tmp_path) == (good, [])
+    assert storage.newest(tmp_path) == (good, [])
     assert not list(tmp_path.glob(".step*"))
     figure("no space, I/O error in a save", "too little room, found before anything is written: 0 lost")
 
@@ -262,10 +262,10 @@ def test_every_flip_and_truncation_is_found(tmp_path: Path, figure: Figure) -> N
         else:
             del damaged[draw.randrange(len(whole)) :]
         path.write_bytes(damaged)
-        newest, broken = checkpoint.newest(tmp_path)
+        newest, broken = storage.newest(tmp_path)
         found += newest == good and len(broken) == 1 and "step_00000002" in broken[0]
         with pytest.raises(InputError, match="step_00000002"):
-            checkpoint.load(bad)
+            storage.load(bad)
         path.write_bytes(whole)
     figure("200 random flips and truncations of checkpoint files", f"{found}/{count} named, the one before used")
     assert found == count
@@ -283,24 +283,24 @@ def test_no_file_that_is_missing_or_junk_is_loaded_in_silence(tmp_path: Path, fi
                 path.write_bytes(junk)
             cases += 1
             with pytest.raises(InputError, match="step_00000002"):
-                checkpoint.load(bad)
-            newest, broken = checkpoint.newest(tmp_path / "run")
+                storage.load(bad)
+            newest, broken = storage.newest(tmp_path / "run")
             refused += newest == good and len(broken) == 1
             path.write_bytes(whole)
-    checkpoint.load(bad)
+    storage.load(bad)
     figure("each state file deleted or junk", f"{refused}/{cases} refused by name, the one before used")
     assert refused == cases
 
 
 def test_a_checkpoint_is_written_beside_the_training_from_a_copy(tmp_path: Path) -> None:
-    writer = checkpoint.Writer(tmp_path, keep=0)
+    writer = storage.Writer(tmp_path, keep=0)
     tensors = tensors_of(5)
     kept = {name: value.clone() for name, value in tensors["model"].items()}
     writer.save(5, tensors, STATE)
     for value in tensors["model"].values():
         value.zero_()
     writer.finish()
-    loaded, _ = checkpoint.load(tmp_path / "step_00000005")
+    loaded, _ = storage.load(tmp_path / "step_00000005")
     assert all(torch.equal(loaded["model"][name], value) for name, value in kept.items())
 
 
@@ -309,7 +309,7 @@ def test_a_checkpoint_is_written_beside_the_training_from_a_copy(tmp_path: Path)
 def test_training_waits_little_for_a_checkpoint(tmp_path: Path, figure: Figure) -> None:
     """A ResNet-50's 800 MB: the copy is what is waited for."""
     tensors = {"model": {str(i): torch.randn(1 << 20) for i in range(200)}}
-    writer = checkpoint.Writer(tmp_path, keep=1)
+    writer = storage.Writer(tmp_path, keep=1)
     begun = time.perf_counter()
     writer.save(1, tensors, STATE)
     waited = time.perf_counter() - begun
@@ -324,7 +324,7 @@ def forged(folder: Path, **changes: Any) -> Path:
     path = write(folder, 1) / "state.json"
     state = json.loads(path.read_text()) | changes
     del state["sha256"]
-    path.write_text(json.dumps(state | {"sha256": checkpoint._hash_of(state)}))
+    path.write_text(json.dumps(state | {"sha256": storage._hash_of(state)}))
     return path.parent
 
 
@@ -341,7 +341,7 @@ def nested(levels: int) -> dict[str, Any]:
 def test_a_state_beyond_all_measure_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
     """The hashes tell of damage, not of who wrote them; what follows a nesting so deep by recursion would end in it."""
     with pytest.raises(InputError, match=r"state\.json: (step is beyond|cannot be read \(more than 20 levels\))"):
-        checkpoint.load(forged(tmp_path, **changes))
+        storage.load(forged(tmp_path, **changes))
 
 
 @pytest.mark.parametrize("kind", ["pipe", "/dev/zero"])
@@ -352,8 +352,8 @@ def test_a_state_that_is_no_file_is_refused_and_an_older_checkpoint_taken(kind: 
     os.mkfifo(bad) if kind == "pipe" else bad.symlink_to(kind)
 
     def newest(_: int) -> None:
-        assert checkpoint.newest(tmp_path)[0] == good
-        checkpoint.load(bad.parent)
+        assert storage.newest(tmp_path)[0] == good
+        storage.load(bad.parent)
 
     outcome = survived(newest, seconds=10)
     assert outcome.kinds == {"refused": 1}, outcome

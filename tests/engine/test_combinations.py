@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from engine.build import Run, build
-from engine.config import Data, Method, Model, Optim, Settings
-from engine.state import modules, restore, save
+from engine.config.settings import Data, Method, Model, Optim, Settings
+from engine.training.build import Run, build
+from engine.training.resume import modules, restore, save
 from methods.co2 import CO2
 from methods.dcl import DCL
 from methods.registry import BASES, Terms
@@ -109,7 +109,7 @@ def test_a_term_that_a_base_cannot_carry_is_refused_with_the_reason(base: str, t
 
 @pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
 def test_settings_of_every_combination_are_complete_and_reread(every: int, tmp_path: Path) -> None:
-    from engine.arguments import parse
+    from engine.config.cli import parse
 
     for base, subset in CARRIED[::every]:
         chosen = settings(base, subset, tmp_path / "x.beton", tmp_path)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from engine import build
-from engine.build import Model
-from engine.config import Optim
+from engine.config.settings import Optim
+from engine.training import build
+from engine.training.model import Model
 from methods.co2 import CO2
 from methods.registry import Terms
 from methods.residual import Residual
@@ -109,7 +109,7 @@ def test_compiled_and_graph_train_as_eager_on_a_gpu(
 
 def test_without_a_compiler_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    monkeypatch.setattr(model.shutil, "which", lambda name: None)
     with pytest.raises(InputError, match=r"compile true: there is no C\+\+ compiler: install g\+\+"):
         built(replace(settings(), compile=True))
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.arguments import parse
-from engine.config import Settings
+from engine.config.cli import parse
+from engine.config.settings import Settings
 from methods.co2 import CO2
 from methods.registry import BASES, Terms
 from methods.residual import Residual

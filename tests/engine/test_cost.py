@@ -15,14 +15,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from engine import ranks
-from engine.build import Model, begin, build, build_model
-from engine.config import Optim
-from engine.devices import DTYPES, build_accelerator
-from engine.dryrun import estimate
-from engine.loop import train_on
-from engine.meeting import together
-from engine.state import save
+from engine.config.settings import Optim
+from engine.parallel import collectives
+from engine.parallel.accelerator import DTYPES, build_accelerator
+from engine.parallel.consensus import together
+from engine.training.build import build
+from engine.training.dry_run import estimate
+from engine.training.loop import train_on
+from engine.training.model import Model, build_model
+from engine.training.resume import save
+from engine.training.run_folder import begin
 from methods.co2 import CO2
 from methods.registry import Terms
 from methods.residual import Residual
@@ -149,17 +151,17 @@ def sent(case: str, parameters: int) -> dict[str, list[int]]:
 
 
 def run(out: str) -> None:
-    world, found = ranks.world, {}
+    world, found = collectives.world, {}
     for case, (name, terms, more) in METHODS.items():
         chosen = replace(settings(name, terms), cpu=True, tracker="none", **more)
         model = built(chosen, build_accelerator(chosen))
-        halves = [[v.chunk(world())[ranks.rank()] for v in views(step)] for step in range(4)]
+        halves = [[v.chunk(world())[collectives.rank()] for v in views(step)] for step in range(4)]
         for half in halves[:-1]:  # the first ones arrange the gradients' buckets
             model.step(batch_of(*half))
         with Traffic() as traffic:
             model.step(batch_of(*halves[-1]))
         found[case] = {"given": traffic.given, "parameters": _trained(model)}
-    Path(out, f"{ranks.rank()}.json").write_text(json.dumps(found))
+    Path(out, f"{collectives.rank()}.json").write_text(json.dumps(found))
 
 
 def _trained(model: Model) -> int:
@@ -186,14 +188,14 @@ def test_a_step_sends_gradients_and_keys_and_nothing_else(tmp_path: Path) -> Non
 def run_synchronised(out: str) -> None:
     chosen = replace(settings("moco_v2", bn="sync"), cpu=True, tracker="none")
     model = built(chosen, build_accelerator(chosen))
-    half = [v.chunk(ranks.world())[ranks.rank()] for v in views(0)]
+    half = [v.chunk(collectives.world())[collectives.rank()] for v in views(0)]
     for _ in range(3):
         model.step(batch_of(*half))
     with Traffic() as traffic:
         model.step(batch_of(*half))
     norms = [module for module in model.step.encoder.modules() if isinstance(module, _BatchNorm)]
     told = {"layers": len(norms), "channels": sum(norm.num_features for norm in norms), "parameters": _trained(model)}
-    Path(out, f"{ranks.rank()}.json").write_text(json.dumps({"given": traffic.given, **told}))
+    Path(out, f"{collectives.rank()}.json").write_text(json.dumps({"given": traffic.given, **told}))
 
 
 def test_synchronised_batchnorm_sends_its_statistics_once_a_layer_and_pass(tmp_path: Path) -> None:
@@ -228,7 +230,7 @@ def run_shuffled(beton: str, out: str) -> None:
         before = [p.clone() for p in run.model.step.encoder.parameters()]
         with Traffic() as traffic:
             batch = next(batches)
-            if "skipped" in case and ranks.rank() == 1:
+            if "skipped" in case and collectives.rank() == 1:
                 assert batch.views[0] is not None
                 batch.views[0].fill_(torch.nan)
             train_on(run, batch, logs="logged" in case)
@@ -239,7 +241,7 @@ def run_shuffled(beton: str, out: str) -> None:
         found[case] = traffic.order
     run.close()
     told = {"given": found, "parameters": _trained(run.model)}
-    Path(out, f"{ranks.rank()}.json").write_text(json.dumps(told))
+    Path(out, f"{collectives.rank()}.json").write_text(json.dumps(told))
 
 
 def test_shuffled_batchnorm_exchanges_one_views_crops_and_all_issue_the_same_collectives(

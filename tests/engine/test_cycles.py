@@ -13,7 +13,8 @@ import psutil
 import pytest
 from scipy import stats
 
-from engine import checkpoint, spikes
+from engine.checkpoint import storage
+from engine.monitoring import loss_spikes
 from tests.conftest import Figure
 from tests.engine.test_run import SMALL, main
 from tests.engine.test_stops import arguments_of, seconds_of
@@ -45,8 +46,8 @@ def remaining(before: set[str], seconds: float = 120) -> set[str]:
 
 def losses_kept(out: Path) -> int:
     """Return how many losses the newest checkpoint holds: up to a limit, more with every step."""
-    newest, _ = checkpoint.newest(out / "checkpoints")
-    return len(checkpoint.read_state(newest)["monitor"]["spikes"]["window"]) if newest else 0
+    newest, _ = storage.newest(out / "checkpoints")
+    return len(storage.read_state(newest)["monitor"]["spikes"]["window"]) if newest else 0
 
 
 def growth(counted: list[int]) -> float:
@@ -75,7 +76,7 @@ def test_a_hundred_runs_that_are_killed_leave_nothing_that_grows(
     arguments = [*arguments_of(drawn, out), "--optim.epochs", "100000", "--save_every", "1", "--keep", "2"]
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    while losses_kept(out) < spikes.WINDOW:
+    while losses_kept(out) < loss_spikes.WINDOW:
         seconds_of(arguments, 20.0, temporary)
     before, files = set(os.listdir("/dev/shm")), set(os.listdir(temporary))
     for _ in range(CYCLES):

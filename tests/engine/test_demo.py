@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from engine import demo
-from engine.plot import curves
+from engine.report.plotting import curves
 from pipeline.sources import synthetic
 from tests.engine.test_run import ENVIRONMENT, run
 

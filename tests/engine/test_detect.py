@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from engine.probes import detect, training
-from engine.probes.command import run
-from engine.probes.voc_ap import THRESHOLDS, Boxes, Metric, average_precision, precision
-from engine.weights import Architecture
+from engine.evaluate import trainer
+from engine.evaluate.__main__ import run
+from engine.evaluate.detection import detect
+from engine.evaluate.detection.voc_ap import THRESHOLDS, Boxes, Metric, average_precision, precision
+from engine.weights.load import Architecture
 from methods.encoders import ResNet, resnet
 from methods.vit import VisionTransformer
 from pipeline.dense.scenes import write
@@ -195,7 +196,7 @@ def test_transformers_are_refused_with_the_reason(tmp_path: Path, drawn: Path, m
 
 def test_the_detector_is_made_of_the_encoders_stages_and_torchvisions_resnet_agrees() -> None:
     torchvision = torchvision_or_skip()
-    from engine.probes.faster_rcnn import faster_rcnn
+    from engine.evaluate.detection.faster_rcnn import faster_rcnn
 
     torch.manual_seed(0)
     backbone = Architecture("resnet50").build().eval()
@@ -223,7 +224,7 @@ def test_the_detector_is_made_of_the_encoders_stages_and_torchvisions_resnet_agr
 
 def test_regions_are_pooled_where_they_are() -> None:
     torchvision_or_skip()
-    from engine.probes.faster_rcnn import Pool
+    from engine.evaluate.detection.faster_rcnn import Pool
 
     columns = (16 * torch.arange(8.0) + 8).expand(1, 1, 8, 8)  # of pixels, at the cells' middles
     boxes = [torch.tensor([[16.0, 16.0, 96.0, 96.0]])]
@@ -237,7 +238,7 @@ def test_training_lowers_the_loss_goes_on_and_is_scored(
     encoder: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torchvision_or_skip()
-    monkeypatch.setattr(training, "_KEEP_AFTER", 1)
+    monkeypatch.setattr(trainer, "_KEEP_AFTER", 1)
     losses, measured = [], detect.losses
 
     def noted(*arguments: Any) -> torch.Tensor:

@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from engine import neighbours, ranks
-from engine.arguments import parse
-from engine.build import begin, build
-from engine.evaluate import Knn
-from engine.loop import evaluate
-from engine.norm_statistics import RunningStatistics
-from engine.state import modules, restore, save
+from engine.config.cli import parse
+from engine.evaluate import nearest_neighbors
+from engine.evaluate.online_knn import Knn
+from engine.parallel import collectives
+from engine.parallel.batchnorm_stats import RunningStatistics
+from engine.training.build import build
+from engine.training.loop import evaluate
+from engine.training.resume import modules, restore, save
+from engine.training.run_folder import begin
 from methods.encoders import resnet
 from pipeline.beton import Beton
 from pipeline.loader import Batch
@@ -48,8 +50,8 @@ def train(arguments: list[str], steps: int, notes: str, exact: bool) -> None:
                 result = run.model.step(in_float64(batch) if exact else batch)
                 run.done += 1
                 run.monitor.add(result, 40, 0.0)
-                ids = ranks.gather(torch.from_numpy(batch.ids).to(torch.int32))
-                loss = ranks.mean(result.parts["loss"])
+                ids = collectives.gather(torch.from_numpy(batch.ids).to(torch.int32))
+                loss = collectives.mean(result.parts["loss"])
                 found.append({"epoch": batch.epoch, "step": batch.step, "ids": ids.tolist(), "loss": loss.item()})
                 steps -= 1
                 if not steps:
@@ -59,7 +61,7 @@ def train(arguments: list[str], steps: int, notes: str, exact: bool) -> None:
         if run.knn is not None and not exact:
             evaluate(run, EPOCHS)
         state = {name: value.clone() for name, value in modules(run).state_dict().items()}
-        if ranks.rank() == 0:
+        if collectives.rank() == 0:
             path = Path(notes)
             before = torch.load(path, weights_only=True)["notes"] if path.exists() else []
             top1 = run.monitor.last.get("knn_top1")
@@ -111,16 +113,16 @@ def nearest(out: str) -> None:
     generator = torch.Generator().manual_seed(0)
     bank, queries = (torch.nn.functional.normalize(torch.randn(n, 8, generator=generator)) for n in (35, 50))
     labels = torch.randint(0, 4, (35,), generator=generator)
-    own = [part.tolist() for part in torch.arange(35).tensor_split([5, 20])][ranks.rank()]
+    own = [part.tolist() for part in torch.arange(35).tensor_split([5, 20])][collectives.rank()]
     for k in (1, 7, 20, 35, 200):
         settings: dict[str, Any] = {"k": k, "temperature": 0.1, "classes": 4}
-        expected = neighbours.classify(queries, bank, labels, **settings)
-        found = neighbours.classify(queries, bank[own], labels[own], rows=16, merged=True, **settings)
+        expected = nearest_neighbors.classify(queries, bank, labels, **settings)
+        found = nearest_neighbors.classify(queries, bank[own], labels[own], rows=16, merged=True, **settings)
         assert torch.equal(found, expected)
     counts = [3, 0, 4]
     rows = torch.arange(7)[:, None].repeat(1, 2)
-    assert torch.equal(ranks.gather_uneven(rows.split(counts)[ranks.rank()], counts), rows)
-    Path(out, str(ranks.rank())).touch()
+    assert torch.equal(collectives.gather_uneven(rows.split(counts)[collectives.rank()], counts), rows)
+    Path(out, str(collectives.rank())).touch()
 
 
 def classify(out: str) -> None:
@@ -144,17 +146,17 @@ def evaluate_differing(drawn: str, out: str, world: int) -> None:
     backbone = resnet("resnet18", stem="small", width=0.125)
     statistics = RunningStatistics(backbone)
     rows = 0.5 + torch.rand(world, statistics.own().numel(), generator=torch.Generator().manual_seed(1))
-    if ranks.world() == 1:
+    if collectives.world() == 1:
         statistics.put(rows.double().mean(dim=0).float())
     else:
-        statistics.put(rows[ranks.rank()])
+        statistics.put(rows[collectives.rank()])
     few = {"k": 3, "temperature": 0.1, "device": torch.device("cpu"), "size": 32, "batch": 64}
     knn = Knn(Beton(drawn), Beton(drawn), limit=2, **few), Knn(Beton(drawn), Beton(drawn), **few)
     with statistics.averaged():
         found = {"top1": [k.top1(backbone) for k in knn], "own": statistics.own()}
-    if ranks.world() > 1:
-        assert torch.equal(statistics.own()[0], rows[ranks.rank()])
-    torch.save(found, Path(out, f"{ranks.world()}.{ranks.rank()}"))
+    if collectives.world() > 1:
+        assert torch.equal(statistics.own()[0], rows[collectives.rank()])
+    torch.save(found, Path(out, f"{collectives.world()}.{collectives.rank()}"))
 
 
 @pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 3])

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from engine.evaluate import Knn, RawPixels, features, held_out, unseen
-from engine.neighbours import classify
+from engine.evaluate.nearest_neighbors import classify
+from engine.evaluate.online_knn import Knn, RawPixels, features
+from engine.evaluate.splits import held_out, unseen
 from methods.encoders import resnet
 from pipeline.beton import Beton
 from pipeline.prepare import prepare

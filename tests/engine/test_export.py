@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.export import FORMATS, export
-from engine.tensor_files import METADATA
-from engine.weights import Architecture, Loaded, load_encoder
+from engine.export.formats import FORMATS, export
+from engine.weights.load import Architecture, Loaded, load_encoder
+from engine.weights.readers import METADATA
 from methods.encoders import ResNet
 from pipeline.system.errors import InputError, RunFailed
 

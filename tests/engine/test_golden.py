@@ -18,7 +18,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from engine.build import build_model
+from engine.training.model import build_model
 from methods.co2 import CO2
 from methods.registry import Terms
 from methods.residual import Residual

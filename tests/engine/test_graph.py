@@ -10,8 +10,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from engine.config import Optim
-from engine.graph import WARM, Graph
+from engine.config.settings import Optim
+from engine.training.cuda_graph import WARM, Graph
 from methods.co2 import CO2
 from methods.registry import Terms
 from methods.residual import Residual
@@ -177,7 +177,7 @@ def test_the_tape_shows_what_a_graph_would_not_do(fault: str) -> None:
     recorded.step._graph = Graph(faulty, CPU, recorded.step._reset, tape.record)
     with pytest.MonkeyPatch.context() as patch:
         said: list[str] = []
-        patch.setattr("engine.graph._say", said.append)
+        patch.setattr("engine.training.cuda_graph._say", said.append)
         same = []
         for number in range(WARM + 4):
             a, b = (m.step(batch_of(*views(number))).parts["loss"].item() for m in (plain, recorded))

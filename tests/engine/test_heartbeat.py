@@ -17,7 +17,7 @@ from tests.engine.test_run import ENVIRONMENT, ROOT
 LIMIT, GRACE = 3.0, 2.0
 SURVIVOR = f"""
 import sys, time
-from engine import heartbeat
+from engine.fault_tolerance import heartbeat
 heartbeat._GRACE = {GRACE}
 beating = heartbeat.Heartbeat({LIMIT})
 beating.step = 7

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from engine.weights import load_encoder
+from engine.weights.load import load_encoder
 from methods.registry import build_backbone
 from pipeline.system.errors import InputError
 from tests.hostile import Outcome, record, reliability, survived

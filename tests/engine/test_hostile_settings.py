@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.arguments import parse
-from engine.config import Data, Optim, Settings
-from engine.schedule import Schedule
+from engine.config.cli import parse
+from engine.config.settings import Data, Optim, Settings
+from engine.optim.schedule import Schedule
 from pipeline.system.errors import InputError
 from tests.hostile import record, reliability, survived
 

@@ -18,13 +18,14 @@ import torch
 from accelerate import Accelerator
 
 from benchmarks import plan
-from engine import card, checkpoint
-from engine.arguments import parse
-from engine.config import Model, Settings
-from engine.monitor import Monitor
-from engine.probes import features, passes, semi, svm
-from engine.probes.training import Kept, sgd
-from engine.weights import load_encoder
+from engine.checkpoint import storage
+from engine.config.cli import parse
+from engine.config.settings import Model, Settings
+from engine.evaluate import feature_cache, features, semi_supervised, svm
+from engine.evaluate.trainer import Kept, sgd
+from engine.export import model_card
+from engine.monitoring.metrics_logger import Monitor
+from engine.weights.load import load_encoder
 from methods.registry import build_backbone
 from pipeline.beton import Beton, manifest_path
 from pipeline.prepare import prepare
@@ -51,7 +52,7 @@ def slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Slot]:
         f"{side}.backbone.{name}": value.clone() for side in ("online", "target") for name, value in backbone.items()
     }
     about = {"loader": {}, "monitor": {}, "settings": settings.as_dict()}
-    saved_at = checkpoint.write(run / "checkpoints", 10, {"model": state, "optimiser": {"a|b": torch.zeros(2)}}, about)
+    saved_at = storage.write(run / "checkpoints", 10, {"model": state, "optimiser": {"a|b": torch.zeros(2)}}, about)
     settings.write(run / "config.yaml")
     (run / "metrics.jsonl").write_text('{"step": 1, "epoch": 1}\n')
     (run / "evaluation").mkdir()
@@ -68,15 +69,15 @@ def slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Slot]:
 
     bench.backbone, bench.train = SimpleNamespace(features=8), range(40)
     kept_pass = run / "evaluation" / "linear_fast" / "centre.safetensors"
-    passes.keep(bench, kept_pass, {}, torch.zeros(40, 8, dtype=torch.bfloat16), torch.arange(40))  # type: ignore[arg-type]
+    feature_cache.keep(bench, kept_pass, {}, torch.zeros(40, 8, dtype=torch.bfloat16), torch.arange(40))  # type: ignore[arg-type]
 
     def reopened() -> None:
         features._make(partial, position, (40, 8), {})
         assert np.lib.format.open_memmap(partial, "r").shape == (40, 8)
 
     def resumed() -> None:
-        checkpoint.newest(run / "checkpoints")
-        checkpoint.load(saved_at)
+        storage.newest(run / "checkpoints")
+        storage.load(saved_at)
 
     return {
         "checkpoint: model": (saved_at / "model.safetensors", resumed),
@@ -86,7 +87,7 @@ def slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Slot]:
         "run: model": (saved_at / "model.safetensors", lambda: load_encoder(run)),
         "run: config": (run / "config.yaml", lambda: parse(["--config", str(run / "config.yaml")])),
         "run: metrics": (run / "metrics.jsonl", lambda: Monitor(Accelerator(cpu=True), run, 10, 2).start(1)),
-        "run: evaluation": (run / "evaluation" / "x.json", lambda: card._metrics(saved_at)),
+        "run: evaluation": (run / "evaluation" / "x.json", lambda: model_card._metrics(saved_at)),
         "beton": (beton, lambda: Beton(beton)),
         "beton: manifest": (manifest_path(beton), lambda: Beton(beton)),
         "beton: staged": (tmp_path / "disk" / "x.beton", lambda: stage(beton, tmp_path / "disk", quiet=True)),
@@ -99,10 +100,10 @@ def slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Slot]:
         "encoder: .safetensors": (tmp_path / "x.safetensors", lambda: load_encoder(tmp_path / "x.safetensors")),
         "classifier: state": (classifier / "state.safetensors", lambda: kept._read({})),
         "classifier: json": (classifier / "state.json", lambda: kept._read({})),
-        "classifier: pass": (kept_pass, lambda: passes.take_up(bench, kept_pass, {})),  # type: ignore[arg-type]
+        "classifier: pass": (kept_pass, lambda: feature_cache.take_up(bench, kept_pass, {})),  # type: ignore[arg-type]
         "features": (partial, reopened),
         "features: position": (position, reopened),
-        "names": (tmp_path / "names.txt", lambda: semi.named(Beton(beton), tmp_path / "names.txt")),
+        "names": (tmp_path / "names.txt", lambda: semi_supervised.named(Beton(beton), tmp_path / "names.txt")),
         "VOC": (tmp_path / "cat_trainval.txt", lambda: svm.multi_labels(tmp_path, "trainval", Beton(beton))),
         "machine": (tmp_path / "m.yaml", lambda: plan.load_machine(str(tmp_path / "m.yaml"))),
         "result": (
@@ -269,7 +270,7 @@ def test_names_are_found_as_they_are_shown(tmp_path: Path, drawn: Path) -> None:
     assert beton.manifest is not None
     beton.manifest.names[3:5] = ["a/\u202eodd\x1b.jpg", b"caf\xe9.jpg".decode("utf-8", "surrogateescape")]
     (tmp_path / "names.txt").write_bytes("\u202eodd\x1b.jpg\n".encode() + b"caf\xe9.jpg\n")
-    assert semi.named(beton, tmp_path / "names.txt").tolist() == [3, 4]
+    assert semi_supervised.named(beton, tmp_path / "names.txt").tolist() == [3, 4]
 
 
 def test_a_zip_of_a_checkpoint_is_no_zip_of_images(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from engine import changes, checkpoint, state
-from engine.arguments import parse
-from engine.build import build
+from engine.checkpoint import compatibility, storage
+from engine.config.cli import parse
+from engine.training import resume
+from engine.training.build import build
 from pipeline.system.errors import InputError
 from tests.engine.test_run import SMALL
 
@@ -52,22 +53,22 @@ def test_a_forged_state_is_refused(drawn: Path, tmp_path: Path, capsys: pytest.C
     given = ["--data.train", str(drawn), *SMALL, "--optim.epochs", "1", "--knn.every", "0", "--out", str(tmp_path)]
     run = build(parse(given))
     try:
-        state.save(run)
+        resume.save(run)
         run.writer.finish()
         run.settings.resume = str(path)
-        tensors, saved = checkpoint.load(path)
+        tensors, saved = storage.load(path)
         whole = {key: value for key, value in saved.items() if key not in ("format", "step", "files")}
         for name, forge in FORGED.items():
             forged, files = dict(whole), {file: dict(values) for file, values in tensors.items()}
             forge(forged, files)
-            checkpoint.write(path.parent, 0, files, forged)
+            storage.write(path.parent, 0, files, forged)
             print(name)
             with contextlib.suppress(InputError):  # what it does not look at comes later
-                changes.check(run.settings, run.loader.beton.fingerprint, None)
+                compatibility.check(run.settings, run.loader.beton.fingerprint, None)
             with pytest.raises(InputError):
-                state.restore(run)
-        checkpoint.write(path.parent, 0, tensors, whole)
-        state.restore(run)
+                resume.restore(run)
+        storage.write(path.parent, 0, tensors, whole)
+        resume.restore(run)
         assert "resumed from" in capsys.readouterr().err
     finally:
         run.loader.close()

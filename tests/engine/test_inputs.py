@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.config import Data, Knn, Settings
-from engine.inputs import open_sets, verify_sets
+from engine.config.settings import Data, Knn, Settings
+from engine.training.datasets import open_sets, verify_sets
 from pipeline.beton import Beton, Manifest, manifest_path
 from pipeline.inspect import verify
 from pipeline.loader import Loader

@@ -52,7 +52,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
         "scontrol": f"{written}\n[[ $1 == requeue ]] || printf 'node7\\nnode8\\n'",
         "torchrun": f"{written}\ntrap 'echo torchrun saves >>{tmp_path}/calls; exit 75' USR1\n"
         "[[ -z ${LASTS:-} ]] || { sleep $LASTS & wait $!; }",
-        "python": f'{written}\n[[ $2 != engine.launch.data ]] || exec {sys.executable} "$@"',
+        "python": f'{written}\n[[ $2 != engine.launch.slurm_data ]] || exec {sys.executable} "$@"',
     }.items():
         (tools / name).write_text(f"#!/bin/bash\n{does}\n")
         (tools / name).chmod(0o755)

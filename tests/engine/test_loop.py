@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from engine import loop
-from engine.config import Settings
-from engine.loop import measure_rate
+from engine.config.settings import Settings
+from engine.training import loop
+from engine.training.loop import measure_rate
 from pipeline.system.errors import InputError
 from tests.engine import small
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from engine import meeting
-from engine.meeting import Told, from_all, from_first, together
+from engine.parallel import rendezvous
+from engine.parallel.consensus import Told, from_all, from_first, together
 from pipeline.prepare import prepare
 from pipeline.system.errors import InputError
 from tests.engine.test_run import ENVIRONMENT, RUN, SMALL
@@ -87,15 +87,18 @@ def test_a_wrong_launch_ends_all_processes_with_one_message(
 
 
 def meet(out: str) -> None:
-    assert together(lambda: meeting.rank(), lambda number: {"same": 1}) == meeting.rank()
-    assert from_first(lambda: {"rank": meeting.rank(), "list": [1, 2.5, None]}) == {"rank": 0, "list": [1, 2.5, None]}
+    assert together(lambda: rendezvous.rank(), lambda number: {"same": 1}) == rendezvous.rank()
+    assert from_first(lambda: {"rank": rendezvous.rank(), "list": [1, 2.5, None]}) == {
+        "rank": 0,
+        "list": [1, 2.5, None],
+    }
     assert from_first(lambda: None) is None
-    assert from_all(lambda: [meeting.rank(), "x"]) == [[0, "x"], [1, "x"], [2, "x"]]
+    assert from_all(lambda: [rendezvous.rank(), "x"]) == [[0, "x"], [1, "x"], [2, "x"]]
     with pytest.raises(Told, match=r"device: process 0 on .* has 'GPU', process 2 on .* 'CPU'"):
-        together(lambda: None, lambda _: {"device": "CPU" if meeting.rank() == 2 else "GPU"})
+        together(lambda: None, lambda _: {"device": "CPU" if rendezvous.rank() == 2 else "GPU"})
 
     def fail(who: int, error: Exception) -> None:
-        if meeting.rank() == who:
+        if rendezvous.rank() == who:
             raise error
 
     with pytest.raises(Told, match=r"process 1 on .*: wrong"):
@@ -104,9 +107,9 @@ def meet(out: str) -> None:
         from_first(lambda: fail(0, InputError("no file")))
     with pytest.raises(Told, match=r"process 2 on .*: full"):
         from_all(lambda: fail(2, InputError("full")))
-    with pytest.raises(ZeroDivisionError if meeting.rank() == 1 else Told):
+    with pytest.raises(ZeroDivisionError if rendezvous.rank() == 1 else Told):
         together(lambda: fail(1, ZeroDivisionError()))
-    Path(out, str(meeting.rank())).touch()
+    Path(out, str(rendezvous.rank())).touch()
 
 
 def test_all_are_told_what_happened_on_one(tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from engine import monitor as monitoring
-from engine.monitor import Monitor
-from engine.step import Result
-from engine.watch import PATIENCE
+from engine.monitoring import metrics_logger as monitoring
+from engine.monitoring.collapse import PATIENCE
+from engine.monitoring.metrics_logger import Monitor
+from engine.monitoring.step_result import Result
 
 spread_out, collapsed = torch.eye(4), torch.ones(4, 4) / 2
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from engine.config import Method, Optim
-from engine.lars import LARS
-from engine.optim import build_optimiser
-from engine.schedule import learning_rate, momentum_after, peak_rate
+from engine.config.settings import Method, Optim
+from engine.optim.lars import LARS
+from engine.optim.optimizer import build_optimiser
+from engine.optim.schedule import learning_rate, momentum_after, peak_rate
 
 
 def test_update_is_sgd_with_momentum_and_decay_on_all_parameters() -> None:

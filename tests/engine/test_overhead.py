@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-import engine.step
-from engine.arguments import parse
-from engine.build import begin, build
-from engine.state import save
+import engine.training.step
+from engine.config.cli import parse
+from engine.training.build import build
+from engine.training.resume import save
+from engine.training.run_folder import begin
 from methods.flat import Buffers
 from tests.conftest import Figure
 from tests.engine.test_run import SMALL
@@ -40,7 +41,7 @@ def test_guard_and_checkpoints_cost_less_than_a_hundredth(
 
         return call
 
-    monkeypatch.setattr(engine.step, "get_total_norm", timed(engine.step.get_total_norm))
+    monkeypatch.setattr(engine.training.step, "get_total_norm", timed(engine.training.step.get_total_norm))
     for name in ("kept", "restore_unless"):
         monkeypatch.setattr(Buffers, name, timed(getattr(Buffers, name)))
     threads = torch.get_num_threads()

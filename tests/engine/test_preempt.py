@@ -14,7 +14,8 @@ import psutil
 import pytest
 import torch
 
-from engine import checkpoint, preempt
+from engine.checkpoint import storage
+from engine.fault_tolerance import preemption
 from tests.conftest import Figure
 from tests.engine.test_run import ENVIRONMENT, LAUNCHER, ROOT, RUN, SMALL, metrics
 
@@ -113,8 +114,8 @@ def test_a_signal_ends_all_at_one_step_with_a_checkpoint(
     )
     assert started.returncode in status, text
     (saved,) = (tmp_path / "checkpoints").glob("step_*")
-    assert checkpoint.newest(tmp_path / "checkpoints") == (saved, [])
-    step = checkpoint.step_of(saved)
+    assert storage.newest(tmp_path / "checkpoints") == (saved, [])
+    step = storage.step_of(saved)
     assert metrics(tmp_path)[-1]["step"] == step
     assert f"stopped after step {step}, as asked" in text
     assert took < 10
@@ -122,8 +123,8 @@ def test_a_signal_ends_all_at_one_step_with_a_checkpoint(
 
 
 def test_a_second_ctrl_c_stops_at_once_but_not_one_that_a_launcher_passes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preempt, "_REPEATED", 0.3)
-    requests = preempt.Requests(torch.device("cpu"))
+    monkeypatch.setattr(preemption, "_REPEATED", 0.3)
+    requests = preemption.Requests(torch.device("cpu"))
     before = signal.getsignal(signal.SIGINT)
     with requests.heeded():
         assert requests.agreed(1) is None
@@ -144,7 +145,7 @@ def test_a_second_ctrl_c_stops_at_once_but_not_one_that_a_launcher_passes_on(mon
 
 def test_a_stop_is_heeded_where_nobody_reads_any_more() -> None:
     """As after Ctrl-C with `2>&1 | tee log`: the terminal sends it to both."""
-    requests, own = preempt.Requests(torch.device("cpu")), [os.dup(stream) for stream in (1, 2)]
+    requests, own = preemption.Requests(torch.device("cpu")), [os.dup(stream) for stream in (1, 2)]
     unread, pipe = os.pipe()
     os.close(unread)
     try:

@@ -16,12 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch.nn import functional as F
 
-import engine.neighbours as neighbours_module
-from engine.neighbours import neighbours, vote
-from engine.probes import fast, linear, semi, svm
-from engine.probes.command import run
-from engine.probes.linear import PROTOCOLS, Protocol
-from engine.probes.scores import interval, score
+import engine.evaluate.nearest_neighbors as neighbours_module
+from engine.evaluate import linear, linear_fast, semi_supervised, svm
+from engine.evaluate.__main__ import run
+from engine.evaluate.accuracy import interval, score
+from engine.evaluate.linear import PROTOCOLS, Protocol
+from engine.evaluate.nearest_neighbors import neighbours, vote
 from methods.encoders import resnet
 from pipeline.beton import Beton
 from pipeline.storage.subset import Subset
@@ -86,7 +86,7 @@ def test_knn_is_the_same_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     bank, queries = (F.normalize(torch.randn(n, 8), dim=1) for n in (50, 31))
     labels = torch.arange(50) % 3
     whole = neighbours(queries, bank, labels, 5)
-    monkeypatch.setattr("engine.neighbours._ELEMENTS", 200)
+    monkeypatch.setattr("engine.evaluate.nearest_neighbors._ELEMENTS", 200)
     parts = neighbours(queries, bank, labels, 5)
     assert torch.allclose(whole[0], parts[0])
     assert torch.equal(whole[1], parts[1])
@@ -181,14 +181,14 @@ def _logistic(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, tru
 def test_fast_is_as_good_as_logistic_regression() -> None:
     train, labels, test, true = _problem()
     expected = _logistic(train, labels, test, true)
-    mean, deviation = fast._statistics([(train, labels)])
+    mean, deviation = linear_fast._statistics([(train, labels)])
     assert torch.allclose(mean, train.mean(dim=0), atol=1e-4)
     assert torch.allclose(deviation, train.std(dim=0, correction=0), rtol=1e-4)
     kept = [(((train - mean) / deviation).to(torch.bfloat16), labels)]
-    pairs = list(itertools.product(fast.RATES, fast.DECAYS))
-    table = fast.sweep(kept, pairs, 5, 20, 100_000, 0)
+    pairs = list(itertools.product(linear_fast.RATES, linear_fast.DECAYS))
+    table = linear_fast.sweep(kept, pairs, 5, 20, 100_000, 0)
     best = max(table, key=lambda pair: table[pair])
-    weight, bias = fast.train_heads(kept, [best], 5, 50, 0)
+    weight, bias = linear_fast.train_heads(kept, [best], 5, 50, 0)
     right = (((test - mean) / deviation) @ weight[0].T + bias[0]).argmax(dim=1) == true
     assert 0.5 < expected < 0.95
     assert abs(right.double().mean().item() - expected) < 0.01
@@ -197,7 +197,7 @@ def test_fast_is_as_good_as_logistic_regression() -> None:
 def test_heads_side_by_side_are_those_trained_alone_by_torchs_sgd() -> None:
     train, labels, _, _ = _problem()
     kept, pairs = [(train / 5, labels)], [(0.1, 0.0), (0.02, 1e-2)]
-    together = fast.train_heads(kept, pairs, 5, 2, seed=3)
+    together = linear_fast.train_heads(kept, pairs, 5, 2, seed=3)
     batch = min(1024, len(train) // 8)
     for number, (rate, decay) in enumerate(pairs):
         head = torch.nn.Linear(24, 5)
@@ -313,7 +313,7 @@ def test_a_linear_classifier_goes_on_where_it_was(
 
 
 def test_a_backbone_that_changes_is_found_out(encoder: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from engine.probes.bench import Bench
+    from engine.evaluate.classification import Bench
 
     embed = Bench.embed
 
@@ -329,7 +329,7 @@ def test_a_backbone_that_changes_is_found_out(encoder: Path, drawn: Path, monkey
 @pytest.mark.parametrize("passes", ["0", "2"])
 def test_fast_runs_on_images(encoder: Path, drawn: Path, passes: str) -> None:
     found = evaluate("linear", encoder, drawn, "--protocol", "fast", "--passes", passes, "--epochs", "5")
-    assert len(found["sweep"]) == len(fast.RATES) * len(fast.DECAYS)
+    assert len(found["sweep"]) == len(linear_fast.RATES) * len(linear_fast.DECAYS)
     best = max(found["sweep"], key=lambda row: row["held_back"])
     assert (found["settings"]["lr"], found["settings"]["weight_decay"]) == (best["lr"], best["decay"])
     assert found["images"] == 20
@@ -337,7 +337,7 @@ def test_fast_runs_on_images(encoder: Path, drawn: Path, passes: str) -> None:
 
 def _count_embedded(monkeypatch: pytest.MonkeyPatch, stop_at: int = 0) -> list[int]:
     """Return a list whose one number counts the batches that are embedded; in the place of that one comes Ctrl-C."""
-    from engine.probes.bench import Bench
+    from engine.evaluate.classification import Bench
 
     embed, calls = Bench.embed, [0]
 
@@ -402,19 +402,19 @@ def test_fast_computes_features_anew_where_they_do_not_fit(
 
 def test_labels_are_drawn_evenly_by_seed() -> None:
     labels = np.repeat(np.arange(5), (100, 50, 30, 3, 200))
-    chosen = semi.balanced(labels, 0.1, seed=1)
+    chosen = semi_supervised.balanced(labels, 0.1, seed=1)
     assert np.bincount(labels[chosen]).tolist() == [10, 5, 3, 1, 20]
-    assert (chosen == semi.balanced(labels, 0.1, seed=1)).all()
-    assert (chosen != semi.balanced(labels, 0.1, seed=2)).any()
+    assert (chosen == semi_supervised.balanced(labels, 0.1, seed=1)).all()
+    assert (chosen != semi_supervised.balanced(labels, 0.1, seed=2)).any()
 
 
 def test_labels_are_taken_by_name(drawn: Path, tmp_path: Path) -> None:
     beton, names = Beton(drawn), tmp_path / "10percent.txt"
     names.write_text(f"{Path(beton.name(7)).name}\n{beton.name(3)}\n\n")
-    assert semi.named(beton, names).tolist() == [3, 7]
+    assert semi_supervised.named(beton, names).tolist() == [3, 7]
     names.write_text("n01440764_10043.JPEG\n")
     with pytest.raises(InputError, match="n01440764_10043"):
-        semi.named(beton, names)
+        semi_supervised.named(beton, names)
 
 
 def test_fine_tuning_moves_the_backbone_and_goes_on(
@@ -494,7 +494,7 @@ def test_svms_score_as_scikit_learn_does(encoder: Path, drawn: Path, tmp_path: P
 
 
 def test_features_go_on_where_they_were(encoder: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from engine.probes.bench import Bench
+    from engine.evaluate.classification import Bench
 
     common = ["--size", "32", "--cpu", "--precision", "no", "--workers", "1", "--batch", "2", "--train", str(drawn)]
     whole, parts = encoder.parent / "whole.npy", encoder.parent / "parts.npy"

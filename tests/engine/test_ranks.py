@@ -14,10 +14,10 @@ import torch
 from accelerate import Accelerator
 from filelock import FileLock
 
-from engine import ranks
-from engine.build import needed_views
-from engine.config import Settings
-from engine.devices import build_accelerator
+from engine.config.settings import Settings
+from engine.parallel import collectives
+from engine.parallel.accelerator import build_accelerator
+from engine.training.model import needed_views
 from methods.co2 import CO2
 from methods.dcl import DCL
 from methods.registry import BASES, Terms
@@ -71,11 +71,11 @@ def cases() -> dict[str, Settings]:
 def rank_batch(chosen: Settings, step: int) -> Batch:
     """Return this rank's share of a global batch, as the loader would hand it out."""
     batch = chosen.data.batch
-    given = [view.chunk(ranks.world())[ranks.rank()] for view in views(step, batch)]
+    given = [view.chunk(collectives.world())[collectives.rank()] for view in views(step, batch)]
     if chosen.model.bn != "shuffle":
         return batch_of(*given)
     order = shuffled_rows(0, step, batch)
-    shuffled = {index: ranks.exchange(given[index], order) for index in needed_views(chosen, "kK")}
+    shuffled = {index: collectives.exchange(given[index], order) for index in needed_views(chosen, "kK")}
     return batch_of(*given, shuffled=shuffled, order=order)
 
 
@@ -95,7 +95,7 @@ def trained(chosen: Settings, accelerator: Accelerator) -> dict[str, torch.Tenso
     model.optimiser.optimizer.register_step_pre_hook(record)
     for step in range(STEPS):
         parts = model.step(rank_batch(chosen, step)).parts
-        found |= {f"part {step} {name}": ranks.mean(value) for name, value in parts.items()}
+        found |= {f"part {step} {name}": collectives.mean(value) for name, value in parts.items()}
     found |= {f"parameter {name}": p.detach().clone() for name, p in encoder.named_parameters()}
     if model.target is not None:
         found |= {f"momentum {name}": p.clone() for name, p in model.target.named_parameters()}
@@ -109,9 +109,9 @@ def trained(chosen: Settings, accelerator: Accelerator) -> dict[str, torch.Tenso
 def run_cases(names: list[str], out: str) -> None:
     """Train cases on this rank; write what came of them."""
     accelerator = Accelerator(cpu=True)
-    assert ranks.world() == accelerator.num_processes > 1
+    assert collectives.world() == accelerator.num_processes > 1
     results = {name: trained(chosen, accelerator) for name, chosen in cases().items() if name in names}
-    torch.save(results, Path(out) / f"{ranks.rank()}.pt")
+    torch.save(results, Path(out) / f"{collectives.rank()}.pt")
 
 
 @functools.cache
@@ -192,11 +192,11 @@ def run_twenty(out: str) -> None:
             for module in (model.step.encoder, model.target):
                 if module is not None:
                     module.train(normalised)
-            losses = [ranks.mean(model.step(rank_batch(chosen, step)).parts["loss"]) for step in range(20)]
+            losses = [collectives.mean(model.step(rank_batch(chosen, step)).parts["loss"]) for step in range(20)]
             queue = model.queue.keys if model.queue else torch.empty(0)
             case = name if normalised else f"{name}, no BatchNorm"
             results[case] = {"losses": torch.stack(losses), "queue": queue}
-    torch.save(results, Path(out) / f"{ranks.world()} {ranks.rank()}.pt")
+    torch.save(results, Path(out) / f"{collectives.world()} {collectives.rank()}.pt")
 
 
 @pytest.mark.slow
@@ -221,18 +221,18 @@ def test_twenty_steps_on_one_two_and_four_ranks(tmp_path: Path) -> None:
 
 def run_collectives(out: str) -> None:
     Accelerator(cpu=True)
-    world, rank, count = ranks.world(), ranks.rank(), 6
+    world, rank, count = collectives.world(), collectives.rank(), 6
     everyone = torch.arange(world * count * 2).view(-1, 2).to(torch.uint8)
     own = everyone.chunk(world)[rank]
-    found = {"gather": ranks.gather(own)}
+    found = {"gather": collectives.gather(own)}
     for seed in range(5):
         order = np.random.default_rng(seed).permutation(world * count)
-        found[f"exchange {seed}"] = ranks.exchange(own, order)
+        found[f"exchange {seed}"] = collectives.exchange(own, order)
         assert torch.equal(found[f"exchange {seed}"], everyone[order].chunk(world)[rank])
     within = shuffled_rows(0, 0, world * count, parts=world)
-    assert torch.equal(ranks.exchange(own, within), everyone[within].chunk(world)[rank])
+    assert torch.equal(collectives.exchange(own, within), everyone[within].chunk(world)[rank])
     assert torch.equal(found["gather"], everyone)
-    later, sooner = ranks.gather_later(own), ranks.gather_later(2 * own)
+    later, sooner = collectives.gather_later(own), collectives.gather_later(2 * own)
     assert torch.equal(sooner(), 2 * everyone)
     assert torch.equal(later(), everyone)
     Path(out, str(rank)).touch()
@@ -256,10 +256,10 @@ def run_poisoned(out: str) -> None:
                 if poisoned and step == 1:
                     before = [value.clone() for module in modules for value in module.state_dict().values()]
                     bad = rank_batch(chosen, 9)
-                    if ranks.rank() == 1:
+                    if collectives.rank() == 1:
                         bad = replace(bad, views=(bad.views[0] * torch.inf, bad.views[1]))
                     result = model.step(bad)
-                    assert result.parts["loss"].isfinite() == (ranks.rank() == 0 and name in ("moco_v2", "byol"))
+                    assert result.parts["loss"].isfinite() == (collectives.rank() == 0 and name in ("moco_v2", "byol"))
                     assert not result.taken
                     model.step.schedule.skipped.zero_()
                     after = [value for module in modules for value in module.state_dict().values()]
@@ -267,7 +267,7 @@ def run_poisoned(out: str) -> None:
                 model.step(rank_batch(chosen, step))
             ends.append([value.clone() for module in modules for value in module.state_dict().values()])
         assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
-    Path(out, str(ranks.rank())).touch()
+    Path(out, str(collectives.rank())).touch()
 
 
 @pytest.mark.reliability
@@ -299,7 +299,7 @@ def run_compressed(out: str) -> None:
         assert not torch.equal(full, half)
         assert ((half - full).abs() <= 2**-7 * full.abs() + 2**-7 * full.abs().mean()).float().mean() > 0.97
         assert torch.nn.functional.cosine_similarity(full, half, dim=0) > 0.9999
-    Path(out, str(ranks.rank())).touch()
+    Path(out, str(collectives.rank())).touch()
 
 
 def test_gradients_exchanged_in_bfloat16_are_rounded_and_nothing_else(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import engine.dryrun
 import engine.run
-from engine.arguments import parse
-from engine.dryrun import dry_run
+import engine.training.dry_run
+from engine.config.cli import parse
+from engine.training.dry_run import dry_run
 from pipeline.system.errors import InputError
 
 RECIPES = sorted((Path(__file__).parents[2] / "engine" / "recipes").glob("*.yaml"))
@@ -58,8 +58,8 @@ def test_an_estimate_is_the_same_where_products_are_not_computed(arch: str, monk
     chosen = ["--method.name", "moco_v3", "--model.arch", arch, "--data.size", "32", "--data.samples", "1000"]
     found = []
     for computed in (True, False):
-        monkeypatch.setattr(engine.dryrun, "bfloat16_on_cpu", lambda computed=computed: computed)
-        found.append(engine.dryrun.estimate(parse([*chosen, "--cpu", "true"])))
+        monkeypatch.setattr(engine.training.dry_run, "bfloat16_on_cpu", lambda computed=computed: computed)
+        found.append(engine.training.dry_run.estimate(parse([*chosen, "--cpu", "true"])))
     assert found[0] == found[1]
     assert found[0]["activation_bytes_a_pair"] > 1e4
 

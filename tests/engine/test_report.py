@@ -17,13 +17,13 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from engine import report as page
-from engine.pages import charts, maps
-from engine.pages.compare import differences, grouped, rates, table
-from engine.pages.nearest import SHOWN, agreement, by_chance, nearest, sample
-from engine.pages.seen import Wanted
-from engine.plot import DARK, LIGHT, MARKERS, MARKS, Theme, mean_of, sheet
-from engine.run_files import Curve, RunFiles, read_runs
+from engine.report import curves, page, tsne
+from engine.report.__main__ import main
+from engine.report.compare import differences, grouped, rates, table
+from engine.report.gallery import Wanted
+from engine.report.plotting import DARK, LIGHT, MARKERS, MARKS, Theme, mean_of, sheet
+from engine.report.run_folder import Curve, RunFiles, read_runs
+from engine.report.sample import SHOWN, agreement, by_chance, nearest, sample
 from methods.registry import Terms
 from methods.residual import Residual
 from pipeline.beton import Beton
@@ -40,7 +40,7 @@ def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         dot = BytesIO()
         Image.new("RGB", (1, 1)).save(dot, "PNG")
         monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, out, **more: out.write(dot.getvalue()))
-        monkeypatch.setattr(maps, "project", lambda found, seed: found[:, :2].numpy())
+        monkeypatch.setattr(tsne, "project", lambda found, seed: found[:, :2].numpy())
 
 
 @pytest.fixture
@@ -164,22 +164,22 @@ def test_a_mean_is_over_the_epochs_that_all_seeds_have() -> None:
 def test_long_curves_are_drawn_as_means_over_equal_spans() -> None:
     epochs = np.arange(1, 1001) / 10
     values = np.random.default_rng(0).random(1000)
-    (found,) = charts.thinned([Curve(epochs, values)], 20)
+    (found,) = curves.thinned([Curve(epochs, values)], 20)
     assert found.epochs == pytest.approx(np.arange(20) * 5 + 2.5)
     assert found.values == pytest.approx(values.reshape(20, 50).mean(axis=1))
-    assert charts.thinned([Curve(epochs, values)], 500)[0].values is values
+    assert curves.thinned([Curve(epochs, values)], 500)[0].values is values
 
 
 def test_charts_are_of_what_runs_have(tmp_path: Path) -> None:
     plain, more = write_run(tmp_path / "a"), write_run(tmp_path / "b", settings(seed=1))
     write_lines(more, [line | {"co2": 0.5, "info_nce": 1.0, "skipped": 2, "substituted": 0} for line in lines()])
-    keys = [chart.key for chart in charts.charts(read_runs([plain]))]
+    keys = [chart.key for chart in curves.charts(read_runs([plain]))]
     assert keys[:3] == ["loss", "knn_top1", "student_teacher_gap"]  # info_nce is all of the loss
     runs = read_runs([plain, more])
-    both = charts.charts(runs)
+    both = curves.charts(runs)
     assert {"co2", "info_nce", "skipped"} <= {chart.key for chart in both}
     assert "substituted" not in {chart.key for chart in both}
-    told = {chart.key: charts.last_values(chart, grouped(runs)) for chart in both}
+    told = {chart.key: curves.last_values(chart, grouped(runs)) for chart in both}
     assert told["skipped"] == f"skipped steps; last values: b {2 * len(lines())}"
     assert told["alignment"] == "alignment over uniformity; last values: a -4 by 0.25; b -4 by 0.25"
 
@@ -198,7 +198,7 @@ def test_colours_stand_out_from_their_background() -> None:
     for theme in (LIGHT, DARK):
         assert all(_contrast(colour, theme.background) >= 3 for colour in theme.colours)
         assert _contrast(theme.ink, theme.background) >= 7
-    style = (Path(page.__file__).parent / "pages" / "page.html").read_text()
+    style = (Path(page.__file__).with_name("page.html")).read_text()
     for theme, colours in zip(
         (LIGHT, DARK), re.findall(r"--muted: (\S+); --tint: (\S+); --right: (\S+);", style), strict=True
     ):
@@ -260,10 +260,10 @@ def test_maps_show_the_most_frequent_classes_and_keep_neighbours_together(drawn:
     beton = Beton(drawn)
     beton.labels[:] = np.minimum(np.arange(200) % 40, 20)  # the last of 21 has half of all
     of = sample(beton, 1000, 1.0, 0)
-    assert maps.frequent(of) == [20, *range(14)]
-    assert len(maps.shown(of)) == 100 + 14 * 5
+    assert tsne.frequent(of) == [20, *range(14)]
+    assert len(tsne.shown(of)) == 100 + 14 * 5
     centres = 10 * torch.eye(4)[torch.arange(80) % 4]
-    places = maps.project(
+    places = tsne.project(
         F.normalize(centres + torch.randn(80, 4, generator=torch.Generator().manual_seed(0)), dim=1), 0
     )
     distances = np.linalg.norm(places[:, None] - places[None], axis=-1) + 1e9 * np.eye(80)
@@ -280,7 +280,7 @@ def whole(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> page.Report:
         kept = ("step", "epoch", "loss", "knn_top1", "alignment", "uniformity")
         write_lines(run, [{key: line[key] for key in kept if key in line} for line in lines()])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(maps, "project", lambda found, seed: found[:, :2].numpy())
+        patch.setattr(tsne, "project", lambda found, seed: found[:, :2].numpy())
         return page.report(read_runs(runs), wanted())
 
 
@@ -460,14 +460,14 @@ def test_missing_data_and_collapse_are_told(drawn: Path, tmp_path: Path) -> None
 
 def resnet_of_zeros(run: Path) -> Path:
     """Write a checkpoint all of whose weights are 0, so that all features are equal."""
-    from engine import checkpoint
+    from engine.checkpoint import storage
 
-    path, _ = checkpoint.newest(run / "checkpoints")
+    path, _ = storage.newest(run / "checkpoints")
     assert path is not None
-    tensors, _ = checkpoint.load(path)
+    tensors, _ = storage.load(path)
     model = {name: torch.zeros_like(value) for name, value in tensors["model"].items()}
     rest = {"loader": {}, "monitor": {}, "settings": settings().as_dict()}
-    checkpoint.write(run / "checkpoints", EPOCHS * 100, {"model": model}, rest)
+    storage.write(run / "checkpoints", EPOCHS * 100, {"model": model}, rest)
     return run
 
 
@@ -500,7 +500,7 @@ def test_runs_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr("sys.argv", ["report", *arguments])
     with pytest.raises(SystemExit) as ended:
-        page.main()
+        main()
     return int(ended.value.code or 0)
 
 

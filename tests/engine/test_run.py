@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import engine.run
-from engine import loop
+from engine.training import loop
 from pipeline.sources import synthetic
 
 ROOT = Path(__file__).parents[2]

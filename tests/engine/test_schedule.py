@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine.config import Method, Optim
-from engine.schedule import PATIENCE, Schedule, learning_rate, momentum_after
+from engine.config.settings import Method, Optim
+from engine.optim.schedule import PATIENCE, Schedule, learning_rate, momentum_after
 from tests.engine.small import settings
 
 CPU, YES, NO = torch.device("cpu"), torch.tensor(True), torch.tensor(False)

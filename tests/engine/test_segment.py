@@ -15,13 +15,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from engine import ranks
-from engine.probes import segment, training
-from engine.probes.command import run
-from engine.probes.fcn import Fcn, upsampled
-from engine.probes.iou import count, overlap
-from engine.sync_norm import synchronise
-from engine.weights import digest, load_encoder
+from engine.evaluate import trainer
+from engine.evaluate.__main__ import run
+from engine.evaluate.segmentation import segment
+from engine.evaluate.segmentation.fcn import Fcn, upsampled
+from engine.evaluate.segmentation.miou import count, overlap
+from engine.parallel import collectives
+from engine.parallel.sync_batchnorm import synchronise
+from engine.weights.load import digest, load_encoder
 from methods.encoders import resnet
 from methods.vit import VisionTransformer
 from pipeline.dense.masks import open_masked
@@ -207,7 +208,7 @@ def _state(folder: Path) -> dict[str, torch.Tensor]:
 def test_training_goes_on_where_it_was(
     frozen: list[str], encoder: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(training, "_KEEP_AFTER", 1)
+    monkeypatch.setattr(trainer, "_KEEP_AFTER", 1)
     options = ["--batch", "12", "--iterations", "7", *frozen]  # two epochs and a third of the next
     name = f"segment{'_frozen' * bool(frozen)}"
     whole = evaluate(encoder, drawn, *options)
@@ -239,19 +240,19 @@ def test_a_frozen_backbone_that_changes_is_found_out(
 
 def _steps(data: Path, to: Path) -> None:
     """Three steps of the whole network in float64, of which pixels without a class are not spread evenly."""
-    accelerator, world = Accelerator(cpu=True), ranks.world()
+    accelerator, world = Accelerator(cpu=True), collectives.world()
     torch.manual_seed(0)
     model = Fcn(resnet("resnet18", stem="small", width=0.25), 2, frozen=False, seed=0).double()
     if world > 1:
         synchronise(model, torch.device("cpu"))
     wrapped, optimiser = accelerator.prepare(model), torch.optim.SGD(model.parameters(), lr=0.1)
-    crops = ScaleCrops(open_masked(data), size=49, batch=4, rank=ranks.rank(), world=world, workers=1)
+    crops = ScaleCrops(open_masked(data), size=49, batch=4, rank=collectives.rank(), world=world, workers=1)
     for images, masks in crops.crops(0, 3, torch.device("cpu")):
         accelerator.backward(segment.pixel_loss(wrapped.train()(images.double()), masks))
         optimiser.step()
         optimiser.zero_grad()
     crops.close()
-    if ranks.rank() == 0:
+    if collectives.rank() == 0:
         torch.save(model.state_dict(), to)
 
 

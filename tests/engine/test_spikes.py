@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from engine.spikes import CALM, WINDOW, SpikeWatch
+from engine.monitoring.loss_spikes import CALM, WINDOW, SpikeWatch
 from tests.conftest import Figure
 
 STEPS = 10_000

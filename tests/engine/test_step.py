@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
 
-from engine import ranks
-from engine.build import Model, build_model
-from engine.config import Optim
+from engine.config.settings import Optim
+from engine.parallel import collectives
+from engine.training.model import Model, build_model
 from methods.co2 import CO2, consistency
 from methods.dcl import DCL
 from methods.flat import Buffers
@@ -279,7 +279,7 @@ def test_shuffled_keys_return_to_their_own_samples(symmetric: bool) -> None:
         seen: list[np.ndarray] = []
         model.target.backbone.register_forward_pre_hook(lambda _, x, seen=seen: seen.append(x[0].sum((1, 2, 3))))
         x1, x2 = views(0)
-        more = {"shuffled": {0: ranks.exchange(x1, order), 1: ranks.exchange(x2, order)}, "order": order}
+        more = {"shuffled": {0: collectives.exchange(x1, order), 1: collectives.exchange(x2, order)}, "order": order}
         loss = model.step(batch_of(x1, x2, **(more if shuffle else {}))).parts["loss"].item()
         ends.append((loss, model.queue.keys.clone(), list(model.online.parameters()), seen[-1]))
     assert ends[0][0] == pytest.approx(ends[1][0], abs=1e-10)
@@ -328,7 +328,7 @@ def test_the_gaps_key_shares_its_querys_batch_statistics_with_the_term_and_witho
         chosen = settings(terms=terms, bn="shuffle", batch=16)
         x1, x2 = views(0, 16)
         order = shuffled_rows(0, 0, 16)
-        shuffled = {0: ranks.exchange(x1, order), 1: ranks.exchange(x2, order)}
+        shuffled = {0: collectives.exchange(x1, order), 1: collectives.exchange(x2, order)}
         result = built(chosen).step(batch_of(x1, x2, shuffled=shuffled, order=order), measured=True)
         assert result.measures["student_teacher_gap"].item() == pytest.approx(0, abs=1e-12)
 
@@ -357,7 +357,7 @@ def test_a_batch_that_is_not_finite_gives_measures_of_nan_and_no_error() -> None
 
 def test_simclrs_queries_are_gathered_once(monkeypatch: pytest.MonkeyPatch) -> None:
     gathered = []
-    monkeypatch.setattr(ranks, "gather_with_gradient", lambda q: gathered.append(q) or q)
+    monkeypatch.setattr(collectives, "gather_with_gradient", lambda q: gathered.append(q) or q)
     built(settings("simclr", Terms(co2=CO2(), xmoco=XMoCo()))).step(batch_of(*views(0)))
     assert len(gathered) == 2
 

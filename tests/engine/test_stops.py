@@ -20,10 +20,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import engine.inputs
 import engine.run
-from engine import checkpoint, evaluate, loop, preempt
-from engine.evaluate import Knn
+import engine.training.datasets
+from engine.checkpoint import storage
+from engine.evaluate import online_knn
+from engine.evaluate.online_knn import Knn
+from engine.fault_tolerance import preemption
+from engine.training import loop
 from pipeline.loader import CentreLoader
 from tests.conftest import Figure
 from tests.engine.test_run import SMALL, metrics
@@ -36,7 +39,7 @@ FORKED = multiprocessing.get_context("forkserver")
 def train(arguments: list[str], stop_after: int = 0) -> None:
     """Train as engine/run.py does; the last process is asked to stop after that step."""
     sys.argv = ["run.py", *arguments]
-    preempt._EVERY = 0.0  # they ask each other after every step
+    preemption._EVERY = 0.0  # they ask each other after every step
     step, last = loop.train_on, int(os.environ.get("WORLD_SIZE", "1")) - 1
 
     def counted(run: Any, *rest: Any, **options: Any) -> None:
@@ -71,7 +74,7 @@ def largest_difference(one: Path, other: Path) -> float:
 
 
 def last(out: Path) -> Path:
-    found, broken = checkpoint.newest(out / "checkpoints")
+    found, broken = storage.newest(out / "checkpoints")
     assert found is not None
     assert not broken
     return found
@@ -101,9 +104,9 @@ def test_a_run_that_is_stopped_and_resumed_equals_the_undisturbed(
 ) -> None:
     out = tmp_path / "out"
     on_ranks(world, train, arguments_of(drawn, out), step)
-    assert checkpoint.step_of(last(out)) == step
+    assert storage.step_of(last(out)) == step
     on_ranks(world, train, arguments_of(drawn, out))
-    assert checkpoint.step_of(last(out)) == STEPS * EPOCHS
+    assert storage.step_of(last(out)) == STEPS * EPOCHS
     difference = largest_difference(undisturbed(world), out)
     where = "at its end" if step % STEPS == 0 else "mid-epoch"
     figure(
@@ -133,9 +136,9 @@ def evaluated(arguments: list[str], said: str, stop_in: int = 0) -> None:
         step(run, *rest, **options)
         counted[:] = [0, run.done]
 
-    engine.inputs.Knn = lambda *sets, **options: Knn(*sets, **{**options, "batch": 11})  # type: ignore[assignment, misc]
+    engine.training.datasets.Knn = lambda *sets, **options: Knn(*sets, **{**options, "batch": 11})  # type: ignore[assignment, misc]
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not first:
-        evaluate.CentreLoader.__iter__ = read_on  # type: ignore[method-assign]
+        online_knn.CentreLoader.__iter__ = read_on  # type: ignore[method-assign]
     loop.train_on = trained
     began = time.monotonic()
     train(arguments)
@@ -156,11 +159,11 @@ def test_a_run_that_is_stopped_in_knn_saves_and_evaluates_when_resumed(
     every = int(Path(f"{said}{world - 1}").read_text().split()[0])
     on_ranks(world, evaluated, [*arguments_of(drawn, out), *IN_KNN], said, epoch)
     batches = int(Path(f"{said}{world - 1}").read_text().split()[0])
-    assert checkpoint.step_of(last(out)) == epoch * STEPS
+    assert storage.step_of(last(out)) == epoch * STEPS
     assert len(list((out / "checkpoints").glob("step_*"))) == min(epoch, 2)
     assert sum("knn_top1" in line for line in metrics(out)) == epoch - 1
     assert not (out / "summary.json").exists()
-    assert bool(checkpoint.load(last(out))[1]["evaluated_on"]) == (epoch > 1)
+    assert bool(storage.load(last(out))[1]["evaluated_on"]) == (epoch > 1)
     on_ranks(world, evaluated, [*arguments_of(drawn, out), *IN_KNN], said)
     assert (out / "summary.json").exists()
     difference = largest_difference(whole, out)

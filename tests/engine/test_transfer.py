@@ -11,9 +11,9 @@ import pytest
 import torch
 import yaml
 
-from engine.probes import detect
+from engine.evaluate.detection import detect
 from engine.transfer import detectron2_voc
-from engine.weights import Architecture
+from engine.weights.load import Architecture
 from methods.encoders import resnet
 from pipeline.system.errors import InputError
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from engine.watch import CollapseWatch, alignment, effective_rank, measure, spread, uniformity
+from engine.monitoring.collapse import CollapseWatch
+from engine.monitoring.embedding_metrics import alignment, effective_rank, measure, spread, uniformity
 from methods.base import Embeddings
 from methods.registry import BASES
 from tests.methods.formulas import unit

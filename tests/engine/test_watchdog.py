@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from engine import checkpoint
+from engine.checkpoint import storage
 from tests.conftest import Figure
 from tests.engine.test_run import ENVIRONMENT, ROOT, SMALL
 
 BEGIN = """
 import ctypes, sys, time
-from engine.watchdog import Watchdog
+from engine.fault_tolerance.watchdog import Watchdog
 watchdog = Watchdog({limit})
 for step in range(5):
     watchdog.beat(step)
@@ -56,7 +56,7 @@ def test_a_stall_ends_the_process_with_all_stacks_at_the_limit(figure: Figure) -
 STALL = """
 import sys, threading
 import engine.run
-from engine import loop
+from engine.training import loop
 from pipeline.backends.ffcv import FfcvBackend
 step, crop, stalls = loop.train_on, FfcvBackend._crop, threading.Event()
 def trained(run, *rest, **options):
@@ -92,7 +92,7 @@ def test_a_loader_that_stalls_ends_the_run_with_rank_step_and_all_stacks(
     own, _, threads = ended.stderr.partition("most recent call first")
     assert "in _epochs" in own
     assert "in a_disk_that_is_dead" in threads
-    assert checkpoint.newest(tmp_path / "checkpoints")[0] == tmp_path / "checkpoints" / f"step_{int(found[1]):08d}"
+    assert storage.newest(tmp_path / "checkpoints")[0] == tmp_path / "checkpoints" / f"step_{int(found[1]):08d}"
     figure("loader worker raises; loader stalls", "in a run: rank, step and all stacks, the last step saved")
 
 

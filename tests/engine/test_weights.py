@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from engine import checkpoint
-from engine.config import Model, Settings
-from engine.names import Library, ours, renamed
-from engine.weights import digest, load_encoder
+from engine.checkpoint import storage
+from engine.config.settings import Model, Settings
+from engine.weights.key_maps import Library, ours, renamed
+from engine.weights.load import digest, load_encoder
 from methods.registry import build_backbone
 from pipeline.system.errors import InputError
 
@@ -147,7 +147,7 @@ def test_a_millrace_checkpoint_gives_the_encoder_it_was_asked_for(tmp_path: Path
         state |= _prefixed(build_backbone("resnet18", stem="small", width=0.25).state_dict(), f"{side}.backbone.")
     about = {"loader": {}, "monitor": {}, "settings": settings.as_dict()}
     for step in (10, 20):
-        checkpoint.write(tmp_path / "run" / "checkpoints", step, {"model": state}, about)
+        storage.write(tmp_path / "run" / "checkpoints", step, {"model": state}, about)
     for path in (
         tmp_path / "run",
         tmp_path / "run" / "checkpoints",

@@ -8,9 +8,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from safetensors.torch import save_file  # noqa: E402
 
-from engine import loop  # noqa: E402
-from engine.arguments import parse  # noqa: E402
-from engine.state import modules  # noqa: E402
+from engine.config.cli import parse  # noqa: E402
+from engine.training import loop  # noqa: E402
+from engine.training.resume import modules  # noqa: E402
 
 runs = []
 build = loop.build

@@ -1,0 +1,1 @@
+"""Checkpoints: storage, compatibility, provenance."""

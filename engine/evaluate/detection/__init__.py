@@ -1,0 +1,1 @@
+"""Object detection by Faster R-CNN."""

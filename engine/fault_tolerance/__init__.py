@@ -1,0 +1,1 @@
+"""Lost ranks, stalled steps, preemption signals."""

@@ -1,0 +1,1 @@
+"""Metrics of a run: embeddings, loss spikes, collapse, the log."""

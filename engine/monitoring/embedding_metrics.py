@@ -1,0 +1,71 @@
+"""What tells whether contrastive training goes well, measured on the embeddings of a step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from methods.base import Base, Embeddings
+from methods.residual import gap
+
+
+def spread(q: torch.Tensor) -> torch.Tensor:
+    """Return the mean over dimensions of the standard deviation of q [B, C] over the batch, times sqrt(C).
+
+    Embeddings of norm 1, spread evenly over the sphere, have about 1, collapsed ones 0 (2011.10566, section 4.1).
+    """
+    return q.std(dim=0).mean() * math.sqrt(q.shape[1])
+
+
+def alignment(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Return the mean squared distance of positive pairs, q and k [B, C] (2005.10242, section 4.1, alpha 2)."""
+    return (q - k).square().sum(dim=1).mean()
+
+
+def uniformity(q: torch.Tensor) -> torch.Tensor:
+    """Return log mean e^{-2 |q_i - q_j|^2} over the pairs i < j of q [B, C], of norm 1 (2005.10242, section 4.1, t 2).
+
+    From 0, collapsed, down to about -4, spread evenly.
+    """
+    rows, columns = torch.triu_indices(len(q), len(q), offset=1, device=q.device)
+    distances = 2 - 2 * (q @ q.T)[rows, columns]
+    return (-2 * distances).logsumexp(dim=0) - math.log(len(rows))
+
+
+def effective_rank(q: torch.Tensor) -> torch.Tensor:
+    """Return e^H of the singular values of the centred q [B, C], as shares of their sum (Roy and Vetterli, 2007)."""
+    centred = (q - q.mean(dim=0)).double()
+    values = torch.linalg.eigvalsh((centred.T @ centred).nan_to_num(0, 0, 0)).clamp_min(0).sqrt()  # [C]
+    shares = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
+    return torch.special.entr(shares).sum().exp().where(centred.isfinite().all(), torch.nan)
+
+
+@torch.no_grad()
+def measure(e: Embeddings, base: Base) -> dict[str, torch.Tensor]:
+    """Return the measures of one process's embeddings, scalars on their device.
+
+    student_teacher_gap is 1 - cos(q, k) on one view, where `e` has both; alignment, positive and negative similarity
+    are of each query and its own key, and of each query and the mean negative.
+    """
+    a, b = base.pairs[0]
+    q, k = e[f"q{a}"].detach(), e[f"k{b}"].detach()
+    found = {
+        "positive_similarity": (q * k).sum(dim=1).mean(),
+        "negative_similarity": _negative_similarity(q, k, e),
+        "embedding_std": spread(q),
+        "alignment": alignment(q, k),
+        "uniformity": uniformity(q),
+        "effective_rank": effective_rank(q),
+    }
+    if base.teacher:
+        found["student_teacher_gap"] = gap(q, e[f"k{a}"])
+    return found
+
+
+def _negative_similarity(q: torch.Tensor, k: torch.Tensor, e: Embeddings) -> torch.Tensor:
+    """Return the mean similarity of the queries to the queue, or to the other samples' keys of this process."""
+    if e.queue is not None:
+        return (q @ e.queue.to(q.dtype).mean(dim=0)).mean()
+    others = k.sum(dim=0) - k  # [B, C]
+    return (q * others).sum(dim=1).mean() / (len(k) - 1)

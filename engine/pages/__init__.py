@@ -1,1 +1,0 @@
-"""What `engine.report` writes its page from: comparisons of runs, their curves, and what their encoders see."""

@@ -1,0 +1,1 @@
+"""Ranks: rendezvous, agreement, collectives, synchronized BatchNorm."""

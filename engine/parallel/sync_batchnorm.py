@@ -1,0 +1,61 @@
+"""Synchronised BatchNorm: torch's on GPUs, and a plain one for processes on the CPU, where torch has none."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from engine.parallel import collectives
+
+
+class CpuSyncBatchNorm(_BatchNorm):
+    """BatchNorm over [B, C, ...] whose training statistics are those of all processes' equal batches together.
+
+    One collective forward, one backward.
+    """
+
+    def _check_input_dim(self, input: torch.Tensor) -> None:
+        pass
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return super().forward(x)
+        axes, shape = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
+        values = x.to(torch.promote_types(x.dtype, torch.float32))
+        own = torch.stack(torch.var_mean(values, axes, correction=0))[None]  # [1, 2, C]
+        variances, means = collectives.gather_with_gradient(own).unbind(1)  # [world, C] each
+        mean = means.mean(dim=0)
+        variance = variances.mean(dim=0) + (means - mean).square().mean(dim=0)
+        count = collectives.world() * x.numel() // x.shape[1]
+        self._track(mean.detach(), variance.detach() * count / (count - 1))
+        normal = (values - mean.view(shape)) * (variance + self.eps).rsqrt().view(shape)
+        if self.affine:
+            normal = normal * self.weight.view(shape) + self.bias.view(shape)
+        return normal.to(x.dtype)
+
+    @torch.no_grad()
+    def _track(self, mean: torch.Tensor, variance: torch.Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance, self.momentum)
+        self.num_batches_tracked.add_(1)
+
+
+def synchronise(module: nn.Module, device: torch.device) -> nn.Module:
+    """Return `module` with every BatchNorm synchronised over all processes; parameters stay the same objects."""
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for name, child in module.named_children():
+        if isinstance(child, _BatchNorm):
+            made = CpuSyncBatchNorm(child.num_features, child.eps, child.momentum, child.affine)
+            made.weight, made.bias = child.weight, child.bias
+            made.running_mean, made.running_var = child.running_mean, child.running_var
+            made.num_batches_tracked = child.num_batches_tracked
+            setattr(module, name, made)
+        else:
+            synchronise(child, device)
+    return module

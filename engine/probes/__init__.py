@@ -1,1 +1,0 @@
-"""What an encoder is worth: the commands of `python -m engine.evaluate`."""

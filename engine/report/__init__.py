@@ -1,0 +1,1 @@
+"""HTML page of one run or of several."""

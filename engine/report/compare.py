@@ -1,0 +1,310 @@
+"""Runs beside each other: which differ by their seed alone, in what settings the others differ, and their numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from engine.checkpoint.compatibility import FREE
+from engine.report.run_folder import RunFiles, number
+
+_BEARING = {"data.train", "data.eval", "data.eval_share", "knn.k", "knn.temperature", "knn.limit"}
+_FREE = FREE - _BEARING | {"seed"}
+"""Settings in which runs of one group may differ: nothing that is compared depends on them, but by chance."""
+_OWN = {"out", "resume", "allow_change"}
+_LONGEST = 120  # characters of a value in the table of settings
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ by their seed alone."""
+
+    number: int
+    """By which its colour is chosen."""
+    runs: list[RunFiles]
+
+    @property
+    def label(self) -> str:
+        """Its runs' names."""
+        names = [run.name for run in self.runs]
+        if len(names) == 1:
+            return names[0]
+        return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''} (mean of {len(names)})"
+
+
+def grouped(runs: Sequence[RunFiles]) -> list[Group]:
+    """Return the runs in groups of equal settings but for the seed, in the order given.
+
+    A run whose settings cannot be read is a group of its own.
+    """
+    groups: dict[str, list[RunFiles]] = {}
+    for run in runs:
+        own = {key: value for key, value in run.settings.items() if key not in _FREE}
+        key = json.dumps(own, sort_keys=True, default=str) if own else str(run.path)
+        groups.setdefault(key, []).append(run)
+    return [Group(index, members) for index, members in enumerate(groups.values())]
+
+
+def differences(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
+    """Return each setting in which the runs differ, and its value in each of them as text."""
+    known = [run for run in runs if run.settings]
+    every = dict.fromkeys(key for run in known for key in run.settings)
+    above = {key.rpartition(".")[0] for key in every}  # a term that is null in one run, and has parameters in another
+    keys = [key for key in every if key not in _OWN | above]
+    rows = [(key, [_written(run, key) for run in runs]) for key in keys]
+    return [(key, row) for key, row in rows if len({_written(run, key) for run in known}) > 1]
+
+
+def _written(run: RunFiles, key: str) -> str:
+    """Return a setting's value as a recipe has it, – where the run does not have it."""
+    if key not in run.settings:
+        return "–"
+    value = run.settings[key]
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
+
+
+class Cell(NamedTuple):
+    """A number as text, what goes with it in small, and whether it is the best of its column."""
+
+    text: str
+    detail: str = ""
+    best: bool = False
+
+
+class Row(NamedTuple):
+    """A run's line of the table, or that of several seeds."""
+
+    name: str
+    group: int
+    cells: list[Cell]
+    summary: bool = False
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table."""
+
+    title: str
+    value: Callable[[RunFiles], float | str | None]
+    form: str = "{}"
+    best: Callable[[Sequence[float]], float] | None = None
+    """max or min, where one is better than the other."""
+    detail: Callable[[RunFiles], str] = lambda run: ""
+
+    def cell(self, run: RunFiles, best: float | None) -> Cell:
+        """Return a run's cell."""
+        value = self.value(run)
+        if value is None:
+            return Cell("–")
+        text = self.form.format(value)
+        return Cell(text, self.detail(run), self.is_best(text, best))
+
+    def is_best(self, text: str, best: float | None) -> bool:
+        """Return whether a number, as the table shows it, is the best of the column."""
+        return best is not None and text == self.form.format(best)
+
+
+def table(groups: Sequence[Group]) -> tuple[list[str], list[Row]]:
+    """Return the titles of the table's columns, and its rows.
+
+    After several seeds' comes a row with mean and standard deviation (n - 1) of those that were trained to the end.
+    The best of a column is sought among such means, and the runs that have no other seed.
+    """
+    columns = _columns([run for group in groups for run in group.runs])
+    best = [_best(column, groups) for column in columns]
+    rows = []
+    for group in groups:
+        for run in group.runs:
+            alone = _ended(group) == [run]
+            cells = [column.cell(run, mark if alone else None) for column, mark in zip(columns, best, strict=True)]
+            rows.append(Row(run.name, group.number, cells))
+        if len(_ended(group)) > 1:
+            cells = [_over_seeds(column, group, mark) for column, mark in zip(columns, best, strict=True)]
+            rows.append(Row(f"mean ± deviation, n = {len(_ended(group))}", group.number, cells, summary=True))
+    return [column.title for column in columns], rows
+
+
+def _ended(group: Group) -> list[RunFiles]:
+    return [run for run in group.runs if run.finished]
+
+
+def _numbers(column: Column, group: Group) -> list[float]:
+    """Return the column's numbers of a group's runs that were trained to the end."""
+    return [value for run in _ended(group) if isinstance(value := column.value(run), (int, float))]
+
+
+def _best(column: Column, groups: Sequence[Group]) -> float | None:
+    """Return the best of a column, None where there is nothing to choose from."""
+    found = [float(np.mean(values)) for group in groups if (values := _numbers(column, group))]
+    return column.best(found) if column.best and len(found) > 1 else None
+
+
+def _over_seeds(column: Column, group: Group, best: float | None) -> Cell:
+    """Return mean and standard deviation over a group's seeds."""
+    values = _numbers(column, group)
+    if len(values) < 2:
+        return Cell("")
+    mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
+    count = f"n = {len(values)}" if len(values) < len(_ended(group)) else ""
+    text = column.form.format(mean)
+    return Cell(f"{text} ± {column.form.format(deviation)}", count, column.is_best(text, best))
+
+
+def _columns(runs: Sequence[RunFiles]) -> list[Column]:
+    hours = max((value for run in runs if (value := rates(run).hours)), default=0.0) >= 1
+    unit, per_hour = ("hours", 1) if hours else ("minutes", 60)
+    same_loss = _alike(runs, "method.", "terms.", "data.batch")
+    same_knn = _alike(runs, "data.train", "data.eval", "knn.k", "knn.temperature", "knn.limit")
+    return [
+        Column("method", lambda run: _text(run, "method.name")),
+        Column("terms", _terms),
+        Column("arch", _arch),
+        Column("epochs", _epochs),
+        Column("batch", lambda run: _text(run, "data.batch")),
+        Column("loss", lambda run: run.last("loss"), "{:.3f}", min if same_loss else None),
+        Column(
+            "kNN top-1, %", lambda run: _percent(run.last("knn_top1")), "{:.1f}", max if same_knn else None, _knn_epoch
+        ),
+        *_evaluated(runs),
+        Column("gap", lambda run: run.last("student_teacher_gap"), "{:.4f}"),
+        Column("pairs/s", lambda run: rates(run).pairs_per_second, "{:.0f}", max),
+        Column("data-wait, %", lambda run: _percent(rates(run).data_wait_fraction), "{:.1f}", min),
+        Column(unit, lambda run: _times(rates(run).hours, per_hour), "{:.1f}"),
+        Column("device", _device),
+    ]
+
+
+def _text(run: RunFiles, key: str) -> str | None:
+    value = run.settings.get(key)
+    return None if value is None else str(value)
+
+
+def _terms(run: RunFiles) -> str | None:
+    """Return the terms beside the base's loss."""
+    names = [key.split(".")[1] for key, value in run.settings.items() if key.startswith("terms.") and value is not None]
+    return ", ".join(dict.fromkeys(names)) or None
+
+
+def _arch(run: RunFiles) -> str | None:
+    arch, width = _text(run, "model.arch"), number(run.settings.get("model.width"))
+    return f"{arch}, width {width:g}" if arch and width not in (None, 1) else arch
+
+
+def _epochs(run: RunFiles) -> str | None:
+    if not run.epochs:
+        return f"{run.done:g}" if run.lines else None
+    return f"{run.epochs:g}" if run.finished else f"{run.done:.2f} of {run.epochs:g}"
+
+
+def _device(run: RunFiles) -> str | None:
+    device, count = run.summary.get("device"), run.summary.get("processes")
+    if not isinstance(device, str):
+        return None
+    return f"{count} × {device}" if count not in (1, None) else device
+
+
+def _alike(runs: Sequence[RunFiles], *beginnings: str) -> bool:
+    """Return whether runs have the same values of all settings whose names begin so."""
+    own = ({key: value for key, value in run.settings.items() if key.startswith(beginnings)} for run in runs)
+    return len({json.dumps(values, sort_keys=True, default=str) for values in own}) == 1
+
+
+def _knn_epoch(run: RunFiles) -> str:
+    """Return of which epoch the kNN top-1 is, where it is not the last."""
+    epoch = next((line["epoch"] for line in reversed(run.lines) if "knn_top1" in line), run.done)
+    return f"epoch {epoch:g}" if epoch < run.done else ""
+
+
+def _percent(value: float | None) -> float | None:
+    return _times(value, 100)
+
+
+def _times(value: float | None, factor: float) -> float | None:
+    return None if value is None else factor * value
+
+
+class Rates(NamedTuple):
+    """Of training alone, over the whole run, however often it was resumed."""
+
+    pairs_per_second: float | None = None
+    data_wait_fraction: float | None = None
+    hours: float | None = None
+
+
+def rates(run: RunFiles) -> Rates:
+    """Return a run's rates, from its metrics: summary.json has those since it was last resumed."""
+    lines, seconds = run.timed()
+    if not lines:
+        return Rates(number(run.summary.get("pairs_per_second")), number(run.summary.get("data_wait_fraction")))
+    waited = seconds * np.array([line.get("data_wait_fraction", 0.0) for line in lines])
+    total = float(seconds.sum())
+    return Rates(run.settings["data.batch"] * lines[-1]["step"] / total, float(waited.sum()) / total, total / 3600)
+
+
+# Evaluations
+
+
+class _Kind(NamedTuple):
+    """What makes the scores of two evaluations comparable."""
+
+    title: str
+    settings: str
+    """All but the encoder and the seed, and what a search has found, as JSON."""
+
+
+def _kind(found: dict[str, Any]) -> _Kind:
+    given = found.get("settings")
+    searched = ("lr", "weight_decay") if "sweep" in found else ()
+    own = {k: v for k, v in given.items() if k not in ("encoder", "seed", *searched)} if isinstance(given, dict) else {}
+    for name in ("train", "test"):
+        own[name] = f"{Path(str(found.get(name))).name} ({own.get(name)})"
+    measure = "mAP" if "map" in found else "top-1"
+    which = ", momentum encoder" if found.get("which") == "momentum" else ""
+    return _Kind(f"{found['evaluation']}{which}: {measure}, %", json.dumps(own, sort_keys=True, default=str))
+
+
+def _evaluated(runs: Sequence[RunFiles]) -> list[Column]:
+    """Return a column for each kind of evaluation, whose title says what tells it from others of that title."""
+    kinds = sorted({_kind(found) for run in runs for found in run.evaluations})
+    columns = []
+    for kind in kinds:
+        alike = [json.loads(other.settings) for other in kinds if other.title == kind.title]
+        own = json.loads(kind.settings)
+        told = [f"{k} {v}" for k, v in own.items() if any(other.get(k) != v for other in alike)]
+        title = ", ".join([kind.title, *told])
+        columns.append(Column(title, _score_of(kind), "{:.1f}", max, _score_detail(kind)))
+    return columns
+
+
+def _found(run: RunFiles, kind: _Kind) -> dict[str, Any]:
+    return next((found for found in run.evaluations if _kind(found) == kind), {})
+
+
+def _score_of(kind: _Kind) -> Callable[[RunFiles], float | None]:
+    def score(run: RunFiles) -> float | None:
+        found = _found(run, kind)
+        return _percent(number(found.get("map", found.get("top1"))))
+
+    return score
+
+
+def _score_detail(kind: _Kind) -> Callable[[RunFiles], str]:
+    """Return what says the 95 % interval, and the checkpoint's step where the run has gone on since."""
+
+    def detail(run: RunFiles) -> str:
+        found = _found(run, kind)
+        bounds = found.get("interval")
+        bounds = [number(bound) for bound in bounds] if isinstance(bounds, list) else []
+        told = ["–".join(f"{100 * bound:.1f}" for bound in bounds if bound is not None)] if len(bounds) == 2 else []
+        step = Path(str(found.get("checkpoint"))).name.removeprefix("step_")
+        if step.isdecimal() and run.lines and int(step) != run.lines[-1]["step"]:
+            told.append(f"of step {int(step)}")
+        return ", ".join(told)
+
+    return detail

@@ -1,0 +1,1 @@
+"""Encoder weights from checkpoints of this and other projects."""
