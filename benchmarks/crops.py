@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import machine
+from benchmarks.common import machine
 from pipeline.augment.color import IMAGENET, augment, stepwise
 from pipeline.augment.crop import Ragged, crop_views
 from pipeline.augment.draws import draw_views

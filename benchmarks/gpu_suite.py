@@ -25,8 +25,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import crops, loader, machine, step, train
-from benchmarks.paths import HARDWARE_LOADS
+from benchmarks import crops, loader, step, train
+from benchmarks.common import machine
+from benchmarks.common.paths import HARDWARE_LOADS
 from pipeline.backends.select_backend import PACE
 from pipeline.beton import Beton, manifest_path
 from pipeline.prepare import prepare

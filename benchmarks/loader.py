@@ -25,8 +25,8 @@ from typing import Any
 import psutil
 import torch
 
-from benchmarks import machine
-from benchmarks.paths import COMPARED, PATHS
+from benchmarks.common import machine
+from benchmarks.common.paths import COMPARED, PATHS
 from pipeline.storage.in_place import open_data
 from pipeline.system.cores import available_cores
 from pipeline.system.errors import InputError, command

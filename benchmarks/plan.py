@@ -41,7 +41,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks import machine
+from benchmarks.common import machine
 from benchmarks.step import OURS
 from engine.config.cli import parse
 from engine.config.settings import Settings

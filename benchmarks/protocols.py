@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine
+from benchmarks.common import machine
 from pipeline.system.errors import InputError, RunFailed, command
 
 PROTOCOLS = {

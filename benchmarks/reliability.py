@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from benchmarks import machine
+from benchmarks.common import machine
 from pipeline.system.errors import InputError, command
 
 EXPECTED = {

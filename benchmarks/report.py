@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import GOALS, HEADLINES, Goal, Results
+from benchmarks.common.figures import GOALS, HEADLINES, Goal, Results
 from engine.report.plotting import LIGHT, picture, style_of, uri
 from pipeline.system.errors import InputError, command
 

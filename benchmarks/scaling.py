@@ -25,7 +25,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine
+from benchmarks.common import machine
 from benchmarks.plan import on_cores
 from engine.config.cli import parse
 from engine.training.build import build

@@ -26,8 +26,8 @@ from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import machine
-from benchmarks.peers import PEERS
+from benchmarks.common import machine
+from benchmarks.common.peers import PEERS
 from engine.config.cli import parse
 from engine.config.settings import Settings
 from engine.parallel.accelerator import DTYPES, build_accelerator, warn_of_precision

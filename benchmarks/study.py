@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import machine
+from benchmarks.common import machine
 from engine.report.compare import rates
 from engine.report.plotting import LIGHT, draw_lines, sheet, style_of
 from engine.report.run_folder import RunFiles, curve, number, read_runs
@@ -136,7 +136,7 @@ def _peer(
     module = options.pop("module")
     if importlib.util.find_spec(module) is None:
         return None
-    train = [sys.executable, "-m", f"benchmarks.{module}_moco", "--train", args.train, "--test", args.test]
+    train = [sys.executable, "-m", f"benchmarks.common.{module}_moco", "--train", args.train, "--test", args.test]
     train += ["--seed", str(seed), "--workers", str(_cores(args)), "--out", str(folder)]
     return Job(name, seed, folder, train + [part for k, v in options.items() for part in (f"--{k}", str(v))], [])
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine
+from benchmarks.common import machine
 from engine.config.cli import parse
 from engine.config.settings import Settings
 from engine.parallel.accelerator import now

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine
+from benchmarks.common import machine
 from pipeline.system.errors import InputError, command
 
 _ROOT = Path(__file__).parent.parent

@@ -86,7 +86,7 @@ def complaints(lines: list[Line]) -> list[str]:
         ("./millrace demo DATA --minute 1", "no option --minute"),
         ("python -m pytest -m quick tests/test_docs.py", "no mark quick"),
         ("python -m pytest tests/test_doc.py", "does not exist"),
-        ("python -m tests.engine.test_golden --all", "takes no --all"),
+        ("python -m tests.engine.training.test_golden --all", "takes no --all"),
     ],
 )
 def test_wrong_command_lines_are_found(call: str, wrong: str) -> None:

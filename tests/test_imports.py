@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-_ROOT = Path(__file__).resolve().parents[1]
+from tests import ROOT
+
 _PACKAGES = ("pipeline", "methods", "engine", "benchmarks", "tests")
 _FORBIDDEN = {
     "pipeline": {"methods", "engine", "benchmarks", "tests"},
@@ -21,11 +22,11 @@ _DEPENDENCIES = {"PIL", "accelerate", "ffcv", "matplotlib", "numba", "numpy", "n
 
 
 def _files(package: str) -> list[Path]:
-    return sorted((_ROOT / package).rglob("*.py"))
+    return sorted((ROOT / package).rglob("*.py"))
 
 
 def _module(file: Path) -> str:
-    parts = file.relative_to(_ROOT).with_suffix("").parts
+    parts = file.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
@@ -45,7 +46,7 @@ def _imported(source: str, package: str) -> set[str]:
 
 
 def _imports_of(file: Path) -> set[str]:
-    return _imported(file.read_text(), ".".join(file.relative_to(_ROOT).parent.parts))
+    return _imported(file.read_text(), ".".join(file.relative_to(ROOT).parent.parts))
 
 
 @pytest.mark.parametrize(
@@ -72,10 +73,10 @@ def test_every_package_was_found() -> None:
 
 
 @pytest.mark.parametrize(
-    "file", [f for package in _FORBIDDEN for f in _files(package)], ids=lambda f: str(f.relative_to(_ROOT))
+    "file", [f for package in _FORBIDDEN for f in _files(package)], ids=lambda f: str(f.relative_to(ROOT))
 )
 def test_imports_point_from_pipeline_and_methods_to_engine_to_benchmarks_and_tests(file: Path) -> None:
-    package = file.relative_to(_ROOT).parts[0]
+    package = file.relative_to(ROOT).parts[0]
     assert not _imports_of(file) & _FORBIDDEN[package]
 
 
@@ -90,7 +91,7 @@ def taken() -> frozenset[str]:
 def test_no_file_of_the_engine_hides_another_module(file: Path, taken: frozenset[str]) -> None:
     """Run as a script, engine/run.py has its own folder first on the search path."""
     assert file.stem not in taken
-    assert not any(part in taken for part in file.relative_to(_ROOT / "engine").parts[:-1])
+    assert not any(part in taken for part in file.relative_to(ROOT / "engine").parts[:-1])
 
 
 def test_every_module_can_be_imported_without_a_gpu() -> None:
@@ -107,6 +108,6 @@ for name in {[name for name in modules if not name.endswith("__main__")]!r}:
 assert not torch.cuda.is_initialized()
 raise SystemExit(failed)
 """
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(_ROOT)}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, cwd=_ROOT, capture_output=True, text=True)
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -1,4 +1,7 @@
-"""The data sets that a run's settings name, a line each:  python -m engine.launch.slurm_data --config R.yaml [settings]"""
+"""Print the data sets that the settings of a run name, one a line.
+
+python -m engine.launch.slurm_data --config R.yaml [settings]
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ from pipeline.system.errors import command
 @command
 def main() -> None:
     about = "Print the data sets that a run's settings name."
-    _, settings = argparse.ArgumentParser(prog="python -m engine.launch.slurm_data", description=about).parse_known_args()
+    _, settings = argparse.ArgumentParser(
+        prog="python -m engine.launch.slurm_data", description=about
+    ).parse_known_args()
     data = parse(settings).data
     for name in ("train", "eval"):
         if path := getattr(data, name):

@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Callable
 
 _LONGEST = 200  # characters of an error that another one quotes
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
 
 
 class InputError(ValueError):
@@ -56,7 +56,7 @@ def command(main: Callable[[], int | None]) -> Callable[[], None]:
         except (FloatingPointError, RunFailed) as error:
             status = report(error, 1)
         except OSError as error:
-            if error.errno not in _DISK:
+            if error.errno not in DISK_ERRORS:
                 raise
             where = f"{error.filename}: " if error.filename else ""
             status = report(RunFailed(f"{where}{reason(error)}: make room, and give the same command again"), 1)
@@ -73,7 +73,7 @@ def tell(line: str) -> None:
     try:
         print(line, file=sys.stderr, flush=True)
     except OSError as error:
-        if error.errno not in _DISK:
+        if error.errno not in DISK_ERRORS:
             raise
 
 

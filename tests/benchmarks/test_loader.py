@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from benchmarks import loader
-from benchmarks.paths import COMPARED
+from benchmarks.common.paths import COMPARED
 from pipeline.beton import Beton
-
-ROOT = Path(__file__).parents[2]
+from tests import ROOT
 
 
 @pytest.mark.slow

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks.figures import GOALS, Goal, Results, withstood
+from benchmarks.common.figures import GOALS, Goal, Results, withstood
 from benchmarks.report import BEGIN, END, as_html, embedded, goal_table, headline_table, page, with_table
 from pipeline.system.errors import InputError
+from tests import ROOT
 
-ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 REMEDY = "run python -m benchmarks.report --readme README.md"
 

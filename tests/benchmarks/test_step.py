@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks import peers, step
+from benchmarks import step
+from benchmarks.common import peers
 from tests.engine.small import settings
 
 SMALL = ["--model.arch", "resnet18", "--model.stem", "small", "--model.width", "0.25", "--data.size", "16"]

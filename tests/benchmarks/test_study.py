@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 import yaml
 
-from benchmarks import lightly_moco, study
+from benchmarks import study
+from benchmarks.common import lightly_moco
 from benchmarks.study import COLUMNS, Job, figures, gather, load_study, report
 from engine.config.cli import parse
 from engine.report.run_folder import read_runs
 from pipeline.system.errors import InputError
+from tests import ROOT
 from tests.engine.test_run import SMALL
 
-ROOT = Path(__file__).parents[2]
 TINY = dict(zip((key.removeprefix("--") for key in SMALL[::2]), SMALL[1::2], strict=True))
 
 

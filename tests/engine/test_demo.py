@@ -11,6 +11,7 @@ from PIL import Image
 from engine import demo
 from engine.report.plotting import curves
 from pipeline.sources import synthetic
+from tests import ROOT
 from tests.engine.test_run import ENVIRONMENT, run
 
 DEMO = (sys.executable, "-m", "engine.demo")
@@ -23,7 +24,7 @@ def test_a_folder_becomes_a_table_a_preview_and_a_curve(tmp_path: Path) -> None:
         place.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(place / f"{number:04d}.jpg")
     out = tmp_path / "out"
-    path = str(Path(__file__).parents[2])
+    path = str(ROOT)
     done = run(str(tmp_path / "images"), "--out", str(out), "--minutes", "0.001", command=DEMO, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
     for row in ("raw pixels", "untrained encoder", "trained encoder", "pairs/s", "data-wait", str(out / "curve.png")):
@@ -34,7 +35,7 @@ def test_a_folder_becomes_a_table_a_preview_and_a_curve(tmp_path: Path) -> None:
 
 
 def test_missing_data_is_one_line_and_exit_status_2(tmp_path: Path) -> None:
-    path = str(Path(__file__).parents[2])
+    path = str(ROOT)
     refused = run("nowhere", "--out", str(tmp_path / "out"), command=DEMO, PYTHONPATH=path)
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: nowhere")

@@ -14,8 +14,9 @@ import engine.training.dry_run
 from engine.config.cli import parse
 from engine.training.dry_run import dry_run
 from pipeline.system.errors import InputError
+from tests import ROOT
 
-RECIPES = sorted((Path(__file__).parents[2] / "engine" / "recipes").glob("*.yaml"))
+RECIPES = sorted((ROOT / "engine" / "recipes").glob("*.yaml"))
 
 
 @pytest.mark.parametrize(

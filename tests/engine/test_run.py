@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 import engine.run
 from engine.training import loop
 from pipeline.sources import synthetic
+from tests import ROOT
 
-ROOT = Path(__file__).parents[2]
 RUN = ROOT / "engine" / "run.py"
 LAUNCHER = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch")
 SMALL = [

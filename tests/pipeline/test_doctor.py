@@ -14,6 +14,7 @@ import pytest
 from pipeline import doctor
 from pipeline.doctor import GIB, Finding, Gpu
 from pipeline.system import cores as cores_module
+from tests import ROOT
 
 H200 = Gpu("NVIDIA H200", 141 * GIB)
 
@@ -137,7 +138,7 @@ def test_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_dependency_is_looked_for() -> None:
-    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    project = (ROOT / "pyproject.toml").read_text()
     listed = project.partition("\ndependencies = [\n")[2].partition("\n]\n")[0]
     names = set(re.findall(r'^ +"([\w-]+)', listed, re.MULTILINE))
     assert len(names) > 10
@@ -285,7 +286,7 @@ def test_cores_under_a_container_limit(monkeypatch: pytest.MonkeyPatch, limit: l
 def test_it_runs_where_no_package_is_installed() -> None:
     """As Python without its site-packages: every missing one is said, and nothing ends it."""
     command = [sys.executable, "-S", "-m", "pipeline.doctor"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.returncode == 1, done.stderr
     assert "torch" in done.stdout
     assert "broken" in done.stdout.splitlines()[-1]

@@ -27,13 +27,13 @@ from pipeline.storage.decode import _decode_whole, check_record
 from pipeline.storage.encode import Settings, Unreadable, encode
 from pipeline.storage.writer import BetonWriter
 from pipeline.system.errors import InputError
+from tests import ROOT
 from tests.hostile import Outcome, record, reliability, survived
 from tests.pipeline.conftest import pack, picture, run_command, saved
 from tests.pipeline.fuzz import Forger, damaged_jpeg, decode_all_ways, decode_part, fenced, use
-from tests.pipeline.jpeg_memory import check
-from tests.pipeline.test_libjpeg import KINDS, noisy
+from tests.pipeline.native.jpeg_memory import check
+from tests.pipeline.native.test_libjpeg import KINDS, noisy
 
-ROOT = Path(__file__).parents[2]
 KINDS = KINDS | {
     "4:1:1": {"subsampling": "4:1:1"},
     "smooth": {"quality": 5, "progressive": True},

@@ -29,9 +29,9 @@ from pipeline.storage.decode import check_record, decode
 from pipeline.storage.encode import Record, Settings, Unreadable, encode
 from pipeline.storage.writer import PAGE, BetonWriter
 from pipeline.system.errors import InputError
+from tests import ROOT
 from tests.pipeline.conftest import pack, picture, run_command, saved
 
-ROOT = Path(__file__).parents[2]
 RAW_PIXELS = Settings(mode="raw", max_side=0)
 ORIENTATION = 0x0112
 

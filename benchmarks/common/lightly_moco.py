@@ -1,0 +1,200 @@
+"""lightly's MoCo on CIFAR-10, by its benchmark script's settings, trained on the files that Millrace trains on.
+
+    python -m benchmarks.common.lightly_moco --train TRAIN --test TEST --out DIR [--epochs 200] [--batch 512] [--width 1]
+
+Model, loss, augmentation, optimiser and schedule are those of lightly's `docs/source/getting_started/benchmarks/
+cifar10_benchmark.py`: its ResNet-18 of BatchNorm split in eight, its projection head, memory bank and transform; SGD of
+rate 0.06 for a batch of 128, in proportion, cosine by epoch; a symmetric loss. kNN (k 200, T 0.1) is ours, on features
+of norm 1, so that both are measured alike; its own transform feeds it, in worker processes, as its script has it. The
+run folder is read by `engine.report` and `benchmarks.study`. Needs lightly and torchvision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from engine.evaluate.nearest_neighbors import classify
+from pipeline.augment.color import IMAGENET, normalise
+from pipeline.beton import Beton
+from pipeline.storage.decode import decode
+from pipeline.system.errors import InputError, command
+from pipeline.system.files import write_json, write_whole
+
+_K, _TEMPERATURE = 200, 0.1  # of kNN
+_MOMENTUM, _SOFTMAX = 0.99, 0.1
+
+
+class Images(Dataset):
+    """A beton's images as PIL images, transformed, and their labels."""
+
+    def __init__(self, path: str, transform: Any) -> None:
+        beton = Beton(path)
+        if (beton.labels < 0).any() or beton.longest_side > 64:
+            raise InputError(f"{path}: give labelled images of at most 64 pixels, such as CIFAR-10's")
+        self.pixels, self.labels = [decode(beton, index) for index in range(len(beton))], beton.labels
+        self._transform = transform
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._transform(Image.fromarray(self.pixels[index]))
+
+
+class Moco(nn.Module):
+    """lightly's model of its benchmark: backbone, head, their momentum copies, and loss."""
+
+    def __init__(self, width: float, bank: int) -> None:
+        from lightly.loss import NTXentLoss
+        from lightly.models import ResNetGenerator
+        from lightly.models.modules.heads import MoCoProjectionHead
+        from lightly.models.utils import deactivate_requires_grad
+
+        super().__init__()
+        layers = list(ResNetGenerator("resnet-18", width=width, num_splits=8).children())
+        self.backbone = nn.Sequential(*layers[:-1], nn.AdaptiveAvgPool2d(1))
+        features = layers[-1].in_features
+        self.head = MoCoProjectionHead(features, features, 128)
+        self.backbone_momentum, self.head_momentum = copy.deepcopy(self.backbone), copy.deepcopy(self.head)
+        for module in (self.backbone_momentum, self.head_momentum):
+            deactivate_requires_grad(module)
+        self.criterion = NTXentLoss(temperature=_SOFTMAX, memory_bank_size=(bank, 128))
+
+    def loss(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Return the symmetric loss of two views [B, 3, S, S], after an update of the momentum copies."""
+        from lightly.models.utils import update_momentum
+
+        update_momentum(self.backbone, self.backbone_momentum, _MOMENTUM)
+        update_momentum(self.head, self.head_momentum, _MOMENTUM)
+        return 0.5 * (self._one_way(a, b) + self._one_way(b, a))
+
+    def _one_way(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        from lightly.models.utils import batch_shuffle, batch_unshuffle
+
+        q = self.head(self.backbone(queries).flatten(start_dim=1))
+        with torch.no_grad():
+            keys, shuffle = batch_shuffle(keys)
+            k = self.head_momentum(self.backbone_momentum(keys).flatten(start_dim=1))
+            k = batch_unshuffle(k, shuffle)
+        return self.criterion(q, k)
+
+
+@torch.no_grad()
+def top1(model: Moco, train: Images, test: Images, device: torch.device) -> float:
+    """Return kNN top-1 of the backbone's features."""
+    was_training = model.training
+    model.eval()
+    bank, queries = (_features(model, images.pixels, device) for images in (train, test))
+    model.train(was_training)
+    labels, true = (torch.from_numpy(images.labels).to(device) for images in (train, test))
+    settings = {"k": _K, "temperature": _TEMPERATURE, "classes": int(labels.max()) + 1}
+    return float((classify(queries, bank, labels, **settings) == true).float().mean())  # type: ignore[arg-type]
+
+
+def _features(model: Moco, pixels: list[np.ndarray], device: torch.device) -> torch.Tensor:
+    found = []
+    for start in range(0, len(pixels), 1000):
+        images = torch.from_numpy(np.stack(pixels[start : start + 1000])).to(device)
+        found.append(F.normalize(model.backbone(normalise(images, IMAGENET, torch.float32)).flatten(1).float(), dim=1))
+    return torch.cat(found)
+
+
+def train(args: argparse.Namespace) -> dict[str, Any]:
+    """Train, writing metrics.jsonl as a run of ours; return the summary."""
+    from lightly.transforms import SimCLRTransform
+
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    images = Images(args.train, SimCLRTransform(input_size=32, gaussian_blur=0.0))
+    test = Images(args.test, None)
+    model = Moco(args.width, args.bank).to(device).train()
+    parameters = [*model.backbone.parameters(), *model.head.parameters()]
+    optimiser = torch.optim.SGD(parameters, 0.06 * args.batch / 128, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, args.epochs)
+    loader: Iterable[Any] = DataLoader(
+        images, args.batch, shuffle=True, drop_last=True, num_workers=args.workers, persistent_workers=args.workers > 0
+    )
+    half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    metrics, seconds, steps, loss = args.out / "metrics.jsonl", 0.0, 0, torch.zeros(())
+    metrics.unlink(missing_ok=True)
+    for epoch in range(1, args.epochs + 1):
+        began, done = time.perf_counter(), 0
+        for a, b in loader:
+            with half:
+                loss = model.loss(a.to(device), b.to(device))
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            steps, done = steps + 1, done + len(a)
+        schedule.step()
+        last = loss.item()
+        taken = time.perf_counter() - began
+        seconds += taken
+        line: dict[str, Any] = {"step": steps, "epoch": epoch, "loss": last, "pairs_per_second": round(done / taken, 1)}
+        if epoch % args.every == 0 or epoch == args.epochs:
+            line["knn_top1"] = top1(model, images, test, device)
+        with metrics.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(line, flush=True)
+    device_name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    rate = steps * args.batch / seconds
+    return {**line, "training_seconds": seconds, "pairs_per_second": rate, "device": device_name}
+
+
+def begin(args: argparse.Namespace) -> None:
+    """Make the run folder, with what readers of runs want to know of its settings."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    model = {"arch": "resnet18", "stem": "small", "width": args.width, "dim": 128, "bn": "split"}
+    settings = {
+        "seed": args.seed,
+        "method": {"name": "lightly's MoCo", "queue": args.bank, "momentum": _MOMENTUM, "temperature": _SOFTMAX},
+        "model": model,
+        "data": {"train": args.train, "eval": args.test, "batch": args.batch, "size": 32},
+        "optim": {"epochs": args.epochs},
+    }
+    write_whole(args.out / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.common.lightly_moco", description="Train lightly's MoCo."
+    )
+    parser.add_argument("--train", required=True, metavar="BETON", help="labelled images of 32 pixels")
+    parser.add_argument("--test", required=True, metavar="BETON", help="likewise")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="run folder")
+    parser.add_argument("--epochs", type=int, default=200, help="default %(default)s")
+    parser.add_argument("--batch", type=int, default=512, help="default %(default)s")
+    parser.add_argument("--bank", type=int, default=4096, help="keys in the memory bank (default %(default)s)")
+    parser.add_argument("--width", type=float, default=1.0, help="of the ResNet (default %(default)s)")
+    parser.add_argument("--every", type=int, default=1, help="epochs between two evaluations (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="processes that transform (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    try:
+        import lightly  # noqa: F401
+        import torchvision  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"{error.name} is not installed: pip install lightly torchvision") from None
+    begin(args)
+    summary = train(args)
+    write_json(args.out / "summary.json", summary)
+    print(f"finished: kNN top-1 {summary['knn_top1']:.2%} in {summary['training_seconds']:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

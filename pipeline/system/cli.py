@@ -1,0 +1,30 @@
+"""Command lines on which `--save-every` and `--save_every` are the same option."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's parser; option names may be typed with hyphens or with underscores, and never abbreviated."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """Parse like argparse, after `hyphenated`."""
+        return super().parse_known_args(hyphenated(sys.argv[1:] if args is None else args), namespace)
+
+
+def hyphenated(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with hyphens for underscores in the names of options, up to a lone `--`."""
+    renamed: list[str] = []
+    for position, argument in enumerate(arguments):
+        if argument == "--":
+            return [*renamed, *arguments[position:]]
+        name, assigned, value = argument.partition("=")
+        renamed.append((name.replace("_", "-") if name.startswith("--") else name) + assigned + value)
+    return renamed

@@ -1,0 +1,42 @@
+"""Log lines of commands: information plain, anything worse with its level before it, all on stderr.
+
+Modules log through `logging.getLogger(__name__)`, those of `engine` that run on several ranks through
+`accelerate.logging.get_logger(__name__)`. Commands call `configure`; as a library the packages leave the output to
+whoever imports them.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from pipeline.system.errors import DISK_ERRORS, printable
+from pipeline.system.progress import tqdm
+
+_LOGGERS = ("pipeline", "methods", "engine", "benchmarks", "__main__")
+
+
+class _StderrHandler(logging.Handler):
+    """Writes above any progress bar. A line that a full disk refuses is dropped: the run is worth more than its log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        line = printable(f"{level}{record.getMessage()}")
+        try:
+            tqdm.write(line, file=sys.stderr)
+            sys.stderr.flush()
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                self.handleError(record)
+
+
+_HANDLER = _StderrHandler()
+
+
+def configure(level: int = logging.INFO) -> None:
+    """Send the log lines of this project's packages to stderr. May be called again."""
+    for name in _LOGGERS:
+        logger = logging.getLogger(name)
+        logger.setLevel(level)
+        if _HANDLER not in logger.handlers:
+            logger.addHandler(_HANDLER)

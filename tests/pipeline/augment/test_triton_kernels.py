@@ -1,0 +1,108 @@
+"""The Triton kernels, run by Triton's interpreter where there is no GPU, against the compiled and the plain code."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.augment.color import IMAGENET, fused, stepwise
+from pipeline.augment.crop import Ragged, crop_views
+from pipeline.augment.draws import draw_view
+from pipeline.augment.plan import Plan
+from pipeline.views import AUGMENTATIONS
+from tests import ROOT
+
+pytest.importorskip("triton")
+from pipeline.augment import triton_kernels
+
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("size", [16, 7])
+def test_crops_are_the_compiled_ones_to_one_level(size: int) -> None:
+    rng = np.random.default_rng(size)
+    shapes = [(int(h), int(w)) for h, w in rng.integers(1, 60, (8, 2))] + [(16, 16), (1, 1), (90, 30)]
+    images = [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
+    starts = np.cumsum([0] + [image.size for image in images])[:-1].astype(np.int64)
+    boxes = np.zeros((1, len(images), 4), np.int32)
+    for i, (h, w) in enumerate(shapes):
+        height, width = rng.integers(1, h + 1), rng.integers(1, w + 1)
+        boxes[0, i] = rng.integers(0, h - height + 1), rng.integers(0, w - width + 1), height, width
+    boxes[0, -3] = 0, 0, 16, 16
+    flips = rng.integers(0, 2, (1, len(images))).astype(bool)
+    pixels = torch.from_numpy(np.concatenate([image.ravel() for image in images]))
+    widths = np.array([w for _, w in shapes], np.int64)
+    plan = Plan(np.arange(len(images)), boxes, flips, (size,))
+    (expected,) = crop_views(Ragged(pixels, starts, widths), plan)
+    given = [torch.from_numpy(a).to(DEVICE) for a in (starts, widths, boxes[0], flips[0])]
+    found = triton_kernels.crop_view(pixels.to(DEVICE), *given, size).cpu()
+    difference = (found.int() - expected.int()).abs()
+    assert difference.max() <= 1
+    assert (difference > 0).float().mean() < 0.01
+    assert expected.float().std() > 10
+
+
+@pytest.mark.parametrize("name", ["moco_v1", "moco_v2", "moco_v3", "simclr"])
+@pytest.mark.parametrize("view", [0, 1])
+def test_fused_augmentation_is_the_plain_one(name: str, view: int) -> None:
+    """Equal but for the blur's rounding, whose sums are in another order."""
+    rng = np.random.default_rng(view)
+    batch, size = 12, 18
+    crops = torch.from_numpy(rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)).to(DEVICE)
+    one = np.full(batch, 64)
+    drawn = draw_view(AUGMENTATIONS[name][view], view, seed=1, epoch=0, ids=np.arange(batch), heights=one, widths=one)
+    expected = stepwise(crops, drawn.colour, IMAGENET, torch.float32)
+    found = fused(crops, drawn.colour, IMAGENET, torch.float32)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    levels = (found - expected).abs() * (torch.tensor(IMAGENET.std, device=DEVICE).view(3, 1, 1) * 255)
+    assert levels.max() < 1.01
+    assert (levels > 0.01).float().mean() < 1e-3
+    sharp = torch.from_numpy(~drawn.colour.blur)
+    assert torch.equal(found[sharp], expected[sharp])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_views_come_in_the_type_asked_for(dtype: torch.dtype) -> None:
+    """Within a unit in the last place: the interpreter cuts bfloat16 off where a GPU rounds it."""
+    crops = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)).to(DEVICE)
+    one = np.full(6, 64)
+    drawn = draw_view(AUGMENTATIONS["moco_v2"][0], 0, seed=1, epoch=0, ids=np.arange(6), heights=one, widths=one)
+    exact = fused(crops, drawn.colour, IMAGENET, torch.float32)
+    found = fused(crops, drawn.colour, IMAGENET, dtype)
+    assert found.dtype == dtype
+    unit = torch.finfo(dtype).eps * exact.abs().clamp_min(2**-6)
+    assert ((found.float() - exact).abs() <= unit).all()
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from pipeline.augment import triton_kernels as kernels
+
+types = {"starts": "*i64", "widths": "*i64", "boxes": "*i32", "flips": "*i1", "parameters": "*fp32", "sums": "*i32"}
+types |= {"blurs": "*i64", "rows": "*fp32", "pixels": "*u8", "crops": "*u8", "coloured": "*u8"}
+values = {"SIZE": 224, "PIXELS": 224 * 224, "BLOCK": 256, "RADIUS": 6, "GREY_FIRST": False}
+outs = {"crop_view": "*u8", "sum_luma": "", "colour": "*bf16", "blur_rows": "", "blur_columns": "*bf16"}
+for name, out in outs.items():
+    kernel = getattr(kernels, "_" + name)
+    known = types | {"out": out}
+    signature = {n: known.get(n, "constexpr") for n in kernel.arg_names}
+    constants = {(i,): values[n] for i, n in enumerate(kernel.arg_names) if n in values}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    assert "ptx" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm
+"""
+
+
+def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
+    """Without one; the interpreter takes what the compiler refuses."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", COMPILE], check=True, timeout=300, env=environment)

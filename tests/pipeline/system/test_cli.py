@@ -1,0 +1,33 @@
+"""Tests of option names."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.system.cli import ArgumentParser, hyphenated
+
+
+def parser() -> ArgumentParser:
+    made = ArgumentParser(prog="x")
+    made.add_argument("--save-every", type=int, default=0)
+    made.add_argument("rest", nargs="*")
+    return made
+
+
+@pytest.mark.parametrize(
+    "given", [["--save-every", "3"], ["--save_every", "3"], ["--save_every=3"], ["--save-every=3"]]
+)
+def test_hyphens_and_underscores_are_the_same(given: list[str]) -> None:
+    assert parser().parse_args(given).save_every == 3
+
+
+def test_values_and_what_follows_a_lone_double_dash_stay() -> None:
+    given = ["--save_every=1", "a_b", "--", "--c_d"]
+    assert hyphenated(given) == ["--save-every=1", "a_b", "--", "--c_d"]
+    assert hyphenated(["--out=my_run", "-a_b"]) == ["--out=my_run", "-a_b"]
+
+
+def test_names_are_not_abbreviated(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parser().parse_args(["--save", "3"])
+    assert "unrecognized arguments: --save" in capsys.readouterr().err
