@@ -67,7 +67,7 @@ def measure(beton: Beton, *, size: int, batch: int, augmentation: str, runs: int
 
     def all_views(how: Callable[..., torch.Tensor]) -> Callable[[], Any]:
         kind = torch.bfloat16 if device.type == "cuda" else torch.float32
-        return lambda: [how(crop, d.colour, IMAGENET, kind) for crop, d in zip(crops, drawn, strict=True)]
+        return lambda: [how(crop, d.color, IMAGENET, kind) for crop, d in zip(crops, drawn, strict=True)]
 
     found: dict[str, Any] = {
         "crops": timed(lambda: crop_views(images, plan), device, runs),

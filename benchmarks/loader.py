@@ -4,7 +4,7 @@
 
 Each way is a process of its own, that builds, warms up with one epoch, and then runs epochs in turn with the others;
 medians and their spread are printed. Counted are pairs (samples with all their views) a second of wall clock, and of
-CPU time of all the process's threads: what one core gives. Ours and FFCV's are crops, before any colour operation
+CPU time of all the process's threads: what one core gives. Ours and FFCV's are crops, before any color operation
 (ours makes these on the device); the official pipeline's views are whole. `decode-only` is what is left for the CPU
 where ffcv's crops are made on the GPU. The file stands in the page cache. Ratios are of CPU-time medians, to those of
 ffcv-twice.

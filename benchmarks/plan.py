@@ -18,7 +18,7 @@ Of each global batch of B pairs on n GPUs of N nodes, g a node, seconds:
     keys       (g - 1) / g * bytes / GPU link + (N - 1) / N * bytes / network, bytes B * dim * 4 for each view with keys
     crops      (g - 1) / g * B / n * bytes / GPU link + (N - 1) / N * B / N * bytes / network, bytes those of a pair's
                crops with keys, where BatchNorm shuffles
-    norms      `LATENCY` for each collective of synchronised BatchNorm: one forward a layer and pass, one backward
+    norms      `LATENCY` for each collective of synchronized BatchNorm: one forward a layer and pass, one backward
     exchange   max(0, gradients + keys - compute * HIDES) + crops + norms: half of the computing hides the first two
     step       max(compute + exchange, decode, disk, copy)
 
@@ -366,7 +366,7 @@ def assumptions() -> list[str]:
         f"assumed: decoded images up to {RESIDENT:g} of a GPU's memory stay there (RESIDENT)",
         f"assumed: half of the computing ({HIDES:g}) hides the exchange of gradients and keys (HIDES), which link and "
         "network make at their full published rates",
-        f"assumed: {within:g} us a collective of synchronised BatchNorm within a node, {between:g} us between nodes "
+        f"assumed: {within:g} us a collective of synchronized BatchNorm within a node, {between:g} us between nodes "
         "(LATENCY)",
         f"assumed: a run may take {ROOM:g} of a GPU's memory (ROOM)",
     ]

@@ -21,7 +21,7 @@ from pipeline.system.errors import InputError, RunFailed, command
 
 PROTOCOLS = {
     "kNN": ["knn"],
-    "fast, centre crops": ["linear", "--protocol", "fast", "--passes", "0"],
+    "fast, center crops": ["linear", "--protocol", "fast", "--passes", "0"],
     "fast, 1 pass": ["linear", "--protocol", "fast", "--passes", "1"],
     "fast, 4 passes": ["linear", "--protocol", "fast", "--passes", "4"],
     "moco": ["linear", "--protocol", "moco"],

@@ -135,14 +135,14 @@ def _section(results: Results, series: str, image: Callable[[str, bytes], str]) 
 
 
 def _draw(bars: Bars, result: dict[str, Any]) -> bytes:
-    """Return a PNG of bars with their spread, those of others in grey."""
+    """Return a PNG of bars with their spread, those of others in gray."""
     found = dict(sorted(bars.of(result).items(), key=lambda item: item[1]["median"]))
 
     def draw(axes: Any) -> None:
         for index, (name, spread) in enumerate(found.items()):
             least, most = spread["median"] - spread["min"], spread["max"] - spread["median"]
-            colour = "0.7" if name.startswith(_PEERS) else style_of(LIGHT, 0).colour
-            axes.barh(index, spread["median"], color=colour, xerr=[[least], [most]])
+            color = "0.7" if name.startswith(_PEERS) else style_of(LIGHT, 0).color
+            axes.barh(index, spread["median"], color=color, xerr=[[least], [most]])
         axes.set_yticks(range(len(found)), list(found))
         axes.set(title=bars.title, xlabel=bars.unit)
 

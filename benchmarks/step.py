@@ -4,7 +4,7 @@
         --config engine/recipes/moco_v2_in1k.yaml [--data.batch 64] [any setting of a run]
 
 The ways take steps in turn on the same batch, which lies on the device, and between them runs each part of our step
-alone: encoders, loss with its terms, guard, moving average, optimiser, queue, and the augmentation of both views. Told
+alone: encoders, loss with its terms, guard, moving average, optimizer, queue, and the augmentation of both views. Told
 are medians and spread of wall clock, and of CPU time where there is no GPU; ratios and shares are taken run by run.
 `graph` is compiled, and replayed as one CUDA graph. `official` is facebookresearch/moco's training loop, in float32 and
 NCHW as published, without its shuffling; `lightly` lightly's MoCo, where it is installed; `official-amp` and
@@ -35,7 +35,7 @@ from engine.training.cuda_graph import WARM, Graph
 from engine.training.model import Model, build_model
 from methods.base import Embeddings, total
 from pipeline.augment.color import IMAGENET, augment
-from pipeline.augment.draws import draw_colour
+from pipeline.augment.draws import draw_color
 from pipeline.loader import Batch
 from pipeline.system.cores import available_cores
 from pipeline.system.errors import InputError, command
@@ -101,7 +101,7 @@ def parts(settings: Settings, model: Model, accelerator: Accelerator) -> dict[st
             model.target(*keys)  # type: ignore[misc]
 
     def encode_queries() -> None:
-        model.optimiser.zero_grad(set_to_none=True)
+        model.optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():
             torch.stack([q.float().sum() for q in model.online(*queries)]).sum().backward()
 
@@ -118,8 +118,8 @@ def parts(settings: Settings, model: Model, accelerator: Accelerator) -> dict[st
         buffers.restore_unless(norm.isfinite(), kept)
 
     crops = torch.randint(0, 256, (count, settings.data.size, settings.data.size, 3), dtype=torch.uint8, device=device)
-    colours = [
-        draw_colour(view, number, seed=0, epoch=0, ids=np.arange(count))
+    colors = [
+        draw_color(view, number, seed=0, epoch=0, ids=np.arange(count))
         for number, view in enumerate(AUGMENTATIONS[settings.data.augmentation])
     ]
     found: dict[str, Call] = {ENCODERS[0]: encode_queries}
@@ -131,8 +131,8 @@ def parts(settings: Settings, model: Model, accelerator: Accelerator) -> dict[st
     found |= {
         "loss and terms": loss,
         "guard": guard,
-        "optimiser": model.optimiser.optimizer.step,
-        "augmentation": lambda: [augment(crops, colour, IMAGENET, DTYPES[settings.precision]) for colour in colours],
+        "optimizer": model.optimizer.optimizer.step,
+        "augmentation": lambda: [augment(crops, color, IMAGENET, DTYPES[settings.precision]) for color in colors],
     }
     return found
 

@@ -297,7 +297,7 @@ def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
             style = style_of(LIGHT, index)
             for key, marker in (("knn", style.marker), ("linear", "_")):
                 values = [100 * one[key] for one in row["every"] if one[key] is not None]
-                axes.plot([index] * len(values), values, marker, color=style.colour, markersize=7)
+                axes.plot([index] * len(values), values, marker, color=style.color, markersize=7)
         axes.set(ylabel="top-1, %", xticks=range(len(shown)))
         axes.set_xticklabels([row["name"] for row in shown], rotation=60, ha="right")
 
@@ -309,8 +309,8 @@ def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
 def _arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description="Train and compare methods.")
     parser.add_argument("study", metavar="STUDY", help="name or file of a study")
-    parser.add_argument("--train", required=True, metavar="DATA", help="labelled beton to train on")
-    parser.add_argument("--test", required=True, metavar="DATA", help="labelled beton to test on")
+    parser.add_argument("--train", required=True, metavar="DATA", help="labeled beton to train on")
+    parser.add_argument("--test", required=True, metavar="DATA", help="labeled beton to test on")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="of all runs")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of the study's runs (default: all)")
     parser.add_argument("--seeds", help="such as 0,1,2 (default: the study's)")

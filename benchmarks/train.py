@@ -58,7 +58,7 @@ def _measure(run: Run, steps: int, rounds: int) -> dict[str, Any]:
             waited += batch.waited
         trained.append(now(run.accelerator.device) - begun)
         waits.append(waited / trained[-1])
-        busy.append(_utilisation(run))
+        busy.append(_utilization(run))
         begun = now(run.accelerator.device)
         for _ in range(steps):
             run.model.step(kept)
@@ -72,11 +72,11 @@ def _measure(run: Run, steps: int, rounds: int) -> dict[str, Any]:
         "step": machine.spread([pairs / taken for taken in bare]),
         "ratio": machine.spread([b / a for a, b in zip(trained, bare, strict=True)]),
         "data_wait_share": machine.spread(waits),
-        "gpu_utilisation": [share for share in busy if share is not None],
+        "gpu_utilization": [share for share in busy if share is not None],
     }
 
 
-def _utilisation(run: Run) -> int | None:
+def _utilization(run: Run) -> int | None:
     """Return the percentage of time that the GPU was busy lately, where NVML says."""
     if run.accelerator.device.type != "cuda":
         return None
@@ -118,8 +118,8 @@ def report(result: dict[str, Any]) -> machine.Report:
         f"{result['log_every']} steps",
         f"data.backend: {result['backend']}",
     ]
-    if result["gpu_utilisation"]:
-        notes.append(f"GPU utilisation (NVML): {', '.join(f'{share} %' for share in result['gpu_utilisation'])}")
+    if result["gpu_utilization"]:
+        notes.append(f"GPU utilization (NVML): {', '.join(f'{share} %' for share in result['gpu_utilization'])}")
     return machine.Report("Training on real data", ["", "median", "least", "most"], rows, notes)
 
 

@@ -96,11 +96,11 @@ def _settings(train: Path, evaluation: Path, out: Path) -> Settings:
     small = beton.longest_side <= _SMALL
     devices = 2 * max(1, torch.cuda.device_count())
     batch = max(devices, min(256, len(beton) // _STEPS) // devices * devices)
-    labelled = bool((beton.labels >= 0).all() and (Beton(evaluation).labels >= 0).all())
+    labeled = bool((beton.labels >= 0).all() and (Beton(evaluation).labels >= 0).all())
     return Settings(
         data=Data(
             train=str(train),
-            eval=str(evaluation) if labelled else "",
+            eval=str(evaluation) if labeled else "",
             augmentation="moco_v2_32" if small else "moco_v2",
             size=32 if small else 96,
             batch=batch,

@@ -81,7 +81,7 @@ class Embeddings:
 
 
 class Term(Protocol):
-    """A summand of the loss, the base's own or a regulariser."""
+    """A summand of the loss, the base's own or a regularizer."""
 
     def needs(self, base: Base) -> frozenset[str]:
         """Return the names of the embeddings it is computed from. Raises CannotCarry."""
@@ -101,7 +101,7 @@ def with_negatives(base: Base) -> frozenset[str]:
 
 
 class Objective:
-    """A base's loss and the regularisers added to it; one of these may take the place of the base's own."""
+    """A base's loss and the regularizers added to it; one of these may take the place of the base's own."""
 
     def __init__(self, base: Base, loss: Term, terms: Mapping[str, Term]) -> None:
         replacing = [name for name, term in terms.items() if getattr(term, "replaces", False)]
@@ -112,7 +112,7 @@ class Objective:
         self.needs: frozenset[str] = frozenset().union(*(term.needs(base) for term in self.terms))
 
     def __call__(self, e: Embeddings) -> dict[str, Part]:
-        """Return the parts by name; the sum of weight times value is what is minimised."""
+        """Return the parts by name; the sum of weight times value is what is minimized."""
         return {name: part for term in self.terms for name, part in term(e, self.base).items()}
 
 

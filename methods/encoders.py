@@ -157,7 +157,7 @@ def resnet(
     norm: Norm = nn.BatchNorm2d,
     zero_init: bool = False,
 ) -> ResNet:
-    """Return `resnet18`, `resnet34`, `resnet50` or `resnet101`, initialised as torchvision's; options of `ResNet`."""
+    """Return `resnet18`, `resnet34`, `resnet50` or `resnet101`, initialized as torchvision's; options of `ResNet`."""
     block, depths = RESNETS[arch]
     return ResNet(block, depths, stem=stem, width=width, norm=norm, zero_init=zero_init)
 

@@ -71,7 +71,7 @@ def _mlp(sizes: list[int], norm: Norm, *, last: Last = "linear", bias: bool = Fa
 
 
 class Encoder(nn.Module):
-    """A backbone, a projector and perhaps a predictor: views to L2-normalised embeddings.
+    """A backbone, a projector and perhaps a predictor: views to L2-normalized embeddings.
 
     All views go through one call, so that a wrapper such as DistributedDataParallel sees one forward pass a step; each
     view has its own batch statistics, but for `joint`, where all views are one batch.

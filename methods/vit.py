@@ -1,6 +1,6 @@
 """MoCo v3's vision transformers (2104.02057), with timm's key names.
 
-Fixed two-dimensional sine-cosine positions and, as an option, a patch projection that stays as initialised, which is
+Fixed two-dimensional sine-cosine positions and, as an option, a patch projection that stays as initialized, which is
 what makes their training stable (section 4). Both follow facebookresearch/moco-v3 `vits.py`, whose ViT-S has 12 heads.
 """
 
@@ -72,10 +72,10 @@ class VisionTransformer(nn.Module):
         self.register_buffer("pos_embed", sine_cosine_positions(size // PATCH, dim))
         self.blocks = nn.Sequential(*(_Block(dim, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self._initialise()
+        self._initialize()
         self.patch_embed.requires_grad_(not frozen_patch)
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         """Xavier-uniform weights, the query, key and value matrices each on its own; biases 0."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):

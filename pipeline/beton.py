@@ -45,7 +45,7 @@ class Manifest:
 
     count: int
     classes: list[str]
-    """Class names by label; empty where the images are unlabelled."""
+    """Class names by label; empty where the images are unlabeled."""
     header_crc32: int
     """CRC32 of the header, the metadata and the allocation table."""
     file_size: int

@@ -383,14 +383,14 @@ def _show_table(findings: Sequence[Finding]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    colours = {"ok": "green", "BROKEN": "bold red", "warning": "yellow", "info": "cyan"}
+    colors = {"ok": "green", "BROKEN": "bold red", "warning": "yellow", "info": "cyan"}
     table = Table("check", "state", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("finding", overflow="fold")
     for finding in findings:
         text = Text(finding.detail)
         if finding.remedy:
             text.append(f"\nremedy: {finding.remedy}", style="italic")
-        table.add_row(Text(finding.name), Text(finding.state, style=colours[finding.state]), text)
+        table.add_row(Text(finding.name), Text(finding.state, style=colors[finding.state]), text)
     Console().print(table)
 
 

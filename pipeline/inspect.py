@@ -90,7 +90,7 @@ def preview(
     try:
         backend.submit(Plan.of(ids, drawn, view_sizes(views, size)))
         crops = backend.receive(timeout=60)
-        seen = [_pixels(augment(crop, d.colour)) for crop, d in zip(crops, drawn, strict=True)]
+        seen = [_pixels(augment(crop, d.color)) for crop, d in zip(crops, drawn, strict=True)]
         seen = [view if view.shape[1] == size else np.stack([_fit(image, size) for image in view]) for view in seen]
     finally:
         backend.close()
@@ -99,7 +99,7 @@ def preview(
 
 
 def _pixels(views: torch.Tensor) -> np.ndarray:
-    """Return normalised views [B, 3, S, S] as uint8 [B, S, S, 3]."""
+    """Return normalized views [B, 3, S, S] as uint8 [B, S, S, 3]."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
     return ((views * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
 

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pipeline.augment.color import IMAGENET, Statistics, augment, normalise
-from pipeline.augment.draws import Colour, centre_boxes, draw_colour, draw_views
+from pipeline.augment.color import IMAGENET, Statistics, augment, normalize
+from pipeline.augment.draws import Color, center_boxes, draw_color, draw_views
 from pipeline.augment.plan import Plan
 from pipeline.backends.base import Wanted
 from pipeline.backends.prefetch import Supply
@@ -35,7 +35,7 @@ from pipeline.views import View, view_sizes
 class Shuffle:
     """Views that come in another order of the samples than the others, so that BatchNorm meets other samples there.
 
-    They are exchanged between ranks as uint8 crops; each rank draws the colours of what it receives by itself.
+    They are exchanged between ranks as uint8 crops; each rank draws the colors of what it receives by itself.
     """
 
     views: tuple[int, ...]
@@ -53,7 +53,7 @@ class Batch:
     """One rank's share of a global batch."""
 
     views: tuple[torch.Tensor | None, ...]
-    """V tensors [B, 3, S, S], normalised, channels-last, on the device."""
+    """V tensors [B, 3, S, S], normalized, channels-last, on the device."""
     ids: np.ndarray
     """int64 [B]: the records that were read."""
     epoch: int
@@ -76,7 +76,7 @@ class _UnderWay(NamedTuple):
     step: int
     ids: np.ndarray
     substituted: int
-    colours: list[Colour]
+    colors: list[Color]
 
 
 class Loader:
@@ -215,8 +215,8 @@ class Loader:
         shuffled, order = self._shuffled(crops, of.epoch, of.step)
         left_out = self._shuffle.only if self._shuffle else ()
         views = tuple(
-            None if index in left_out else augment(crop, colour, self._statistics, self.dtype)
-            for index, (crop, colour) in enumerate(zip(crops, of.colours, strict=True))
+            None if index in left_out else augment(crop, color, self._statistics, self.dtype)
+            for index, (crop, color) in enumerate(zip(crops, of.colors, strict=True))
         )
         self._submit(*self._after(len(self._supply) + 1))
         return Batch(views, of.ids, of.epoch, of.step, waited, of.substituted, shuffled, order)
@@ -237,9 +237,9 @@ class Loader:
         ids = whole[rank_slice(order, 0, self.batch, self.rank, self.world)]
         views = {}
         for index in self._shuffle.views:
-            colour = draw_colour(self.views[index], index, seed=self.seed, epoch=epoch, ids=ids)
+            color = draw_color(self.views[index], index, seed=self.seed, epoch=epoch, ids=ids)
             exchanged = self._shuffle.exchange(crops[index], order)
-            views[index] = augment(exchanged, colour, self._statistics, self.dtype)
+            views[index] = augment(exchanged, color, self._statistics, self.dtype)
         return views, order
 
     def _sizes_of(self, epoch: int | None) -> tuple[int, ...]:
@@ -262,12 +262,12 @@ class Loader:
         records = self._supply.substitutes.resolve(ids)  # draws stay those of the sample
         heights, widths = self.beton.heights[records], self.beton.widths[records]
         drawn = draw_views(self.views, seed=self.seed, epoch=epoch, ids=ids, heights=heights, widths=widths)
-        note = _UnderWay(epoch, step, records, int((records != ids).sum()), [d.colour for d in drawn])
+        note = _UnderWay(epoch, step, records, int((records != ids).sum()), [d.color for d in drawn])
         self._supply.submit(Plan.of(records, drawn, self._sizes_of(epoch)), note)
 
 
-class CentreLoader:
-    """Every sample of `beton` once, in order, centre-cropped and normalised: batches (images [B, 3, S, S], ids [B]).
+class CenterLoader:
+    """Every sample of `beton` once, in order, center-cropped and normalized: batches (images [B, 3, S, S], ids [B]).
 
     ids are the records that were read, which for damaged ones that are passed over are others.
     `share` is the crop's side over the image's shorter side: 0.875 is the usual 224 of 256.
@@ -310,7 +310,7 @@ class CentreLoader:
         for number in range(len(self)):
             with current(self._device):
                 crops, ids = self._supply.receive(self.stall_timeout, partial(self._refill, number))
-                images = normalise(crops[0], self._statistics, self.dtype)
+                images = normalize(crops[0], self._statistics, self.dtype)
             self._refill(number + 1)
             yield images, ids
 
@@ -319,7 +319,7 @@ class CentreLoader:
         for number in range(first + len(self._supply), min(first + self._supply.depth, len(self))):
             ids = self.indices[number * self.batch : (number + 1) * self.batch]
             records = self._supply.substitutes.resolve(ids)
-            boxes = centre_boxes(self.beton.heights[records], self.beton.widths[records], self.share)
+            boxes = center_boxes(self.beton.heights[records], self.beton.widths[records], self.share)
             self._supply.submit(Plan(records, boxes[None], np.zeros((1, len(records)), bool), (self.size,)), records)
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
     python -m pipeline.prepare SOURCE OUT.beton [--max-side 500] [--quality 90] [--encode-all]
                                 [--mode jpg|raw|proportion] [--labels LIST [--classes-of train.beton]]
 
-SOURCE is a folder (with class folders, or flat and unlabelled), a tar or zip of one, ILSVRC2012's tar of tars, or
+SOURCE is a folder (with class folders, or flat and unlabeled), a tar or zip of one, ILSVRC2012's tar of tars, or
 synthetic:N. Classes are its folders, or those of a list of names, as for ImageNet's flat tar of validation images. A
 JPEG that is small enough and upright is stored byte for byte. The output is the same, byte for byte, whatever the
 number of workers; it is written beside OUT and renamed, so that OUT is whole or not there.
@@ -267,11 +267,11 @@ def main() -> None:
     manifest = prepare(args.source, args.out, settings, **options)
     for name, reason in manifest.skipped:
         print(printable(f"left out: {name}: {reason}"), file=sys.stderr)
-    unlabelled = manifest.classes and not args.labels
-    alone = sum("/" not in name for name in manifest.names) if unlabelled else 0
+    unlabeled = manifest.classes and not args.labels
+    alone = sum("/" not in name for name in manifest.names) if unlabeled else 0
     if alone:
         print(f"warning: {alone} images stand in no class folder and have no label", file=sys.stderr)
-    kind = f"{len(manifest.classes)} classes" if manifest.classes else "unlabelled"
+    kind = f"{len(manifest.classes)} classes" if manifest.classes else "unlabeled"
     print(f"{args.out}: {manifest.count} images, {kind}, {manifest.file_size / 2**20:.1f} MiB")
 
 

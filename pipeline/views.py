@@ -23,28 +23,28 @@ class View:
     flip: float = 0.5
     """Probability of a horizontal flip."""
     jitter: float = 0.8
-    """Probability of colour jitter."""
+    """Probability of color jitter."""
     brightness: float = 0.4
     contrast: float = 0.4
     saturation: float = 0.4
     hue: float = 0.1
-    grey: float = 0.2
-    """Probability of greyscale."""
-    grey_first: bool = False
-    """Greyscale before colour jitter (MoCo v1) instead of after it."""
+    gray: float = 0.2
+    """Probability of grayscale."""
+    gray_first: bool = False
+    """Grayscale before color jitter (MoCo v1) instead of after it."""
     blur: float = 0.5
     """Probability of Gaussian blur."""
     sigma: tuple[float, float] = (0.1, 2.0)
     """Range of the blur's standard deviation, pixels."""
-    solarise: float = 0.0
-    """Probability of solarising at 128."""
+    solarize: float = 0.0
+    """Probability of solarizing at 128."""
     size: int | None = None
     """Side of the view, pixels; None: that of the run."""
 
 
-_V1 = View(jitter=1.0, hue=0.4, blur=0.0, grey_first=True)
+_V1 = View(jitter=1.0, hue=0.4, blur=0.0, gray_first=True)
 _V2 = View()
-_V3 = View(saturation=0.2, blur=1.0), View(saturation=0.2, blur=0.1, solarise=0.2)
+_V3 = View(saturation=0.2, blur=1.0), View(saturation=0.2, blur=0.1, solarize=0.2)
 _BYOL = tuple(replace(view, scale=(0.08, 1.0)) for view in _V3)
 _SIMCLR = View(scale=(0.08, 1.0), brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2)
 

@@ -12,7 +12,7 @@ from torch import multiprocessing
 
 from engine.parallel import consensus, rendezvous
 
-# Processes are forked from one that has imported all this, and done nothing yet. (An optimiser imports torch._dynamo.)
+# Processes are forked from one that has imported all this, and done nothing yet. (An optimizer imports torch._dynamo.)
 multiprocessing.set_forkserver_preload(["accelerate", "torch.distributed", "torch._dynamo", "engine.run"])
 
 

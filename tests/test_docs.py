@@ -263,7 +263,7 @@ def formulas_with_koleo() -> ModuleType:
     return module
 
 
-def test_contributings_regulariser_is_a_term_of_every_base(
+def test_contributings_regularizer_is_a_term_of_every_base(
     koleo: ModuleType, formulas_with_koleo: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the registry, with the lines in it that CONTRIBUTING gives."""
@@ -284,7 +284,7 @@ def test_contributings_regulariser_is_a_term_of_every_base(
         assert part.value.item() == pytest.approx(math.fsum(losses) / len(losses), abs=1e-10)
 
 
-def test_contributings_regulariser_passes_the_tests_of_losses(
+def test_contributings_regularizer_passes_the_tests_of_losses(
     koleo: ModuleType, formulas_with_koleo: ModuleType
 ) -> None:
     names = vars(test_losses) | {"nearest": koleo.nearest, "formulas": formulas_with_koleo}
@@ -363,7 +363,7 @@ def test_messages_of_the_table_are_those_of_the_code(message: str, sources: dict
         ("its manifest ... states", False),
         ("FFCV could not be built", True),
         ("FFCV can not be built", False),
-        ("Losses, optimisers", False),
+        ("Losses, optimizers", False),
     ],
 )
 def test_other_messages_are_not_found(message: str, said: bool, sources: dict[Path, list[str]]) -> None:

@@ -169,7 +169,7 @@ def _loader_headline(results: Results) -> tuple[str, str] | None:
     official = [_ratio(kind, "ffcv", "official")(found) or 0.0 for kind in ("in500", "q90")]
     what = "two 224-pixel crops of ImageNet images (500 px), one core, by CPU time: originals, and all of quality 90"
     says = "**{:.0f} and {:.0f} pairs/s**, {:.1f} and {:.1f} times FFCV's own loader decoding twice, {:.1f} and {:.1f} "
-    says += "times the official MoCo pipeline, which colours them too"
+    says += "times the official MoCo pipeline, which colors them too"
     return what, f"{says.format(*rates, *ratios, *official)} ({where(found)})"
 
 
@@ -182,7 +182,7 @@ def _decoding_headline(results: Results) -> tuple[str, str] | None:
     ratios = [_ratio(kind, "decode-only", "ffcv-twice")(found) or 0.0 for kind in kinds]
     official = [_ratio(kind, "decode-only", "official")(found) or 0.0 for kind in kinds]
     says = "**{:.0f} and {:.0f} pairs/s**, {:.1f} and {:.1f} times FFCV decoding twice, {:.1f} and {:.1f} times the "
-    says += "official MoCo pipeline, which crops and colours too"
+    says += "official MoCo pipeline, which crops and colors too"
     return "the same, decoding alone, where a GPU crops", f"{says.format(*rates, *ratios, *official)} ({where(found)})"
 
 

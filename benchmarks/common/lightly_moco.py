@@ -1,8 +1,9 @@
 """lightly's MoCo on CIFAR-10, by its benchmark script's settings, trained on the files that Millrace trains on.
 
-    python -m benchmarks.common.lightly_moco --train TRAIN --test TEST --out DIR [--epochs 200] [--batch 512] [--width 1]
+    python -m benchmarks.common.lightly_moco --train TRAIN --test TEST --out DIR [--epochs 200] [--batch 512]
+        [--width 1]
 
-Model, loss, augmentation, optimiser and schedule are those of lightly's `docs/source/getting_started/benchmarks/
+Model, loss, augmentation, optimizer and schedule are those of lightly's `docs/source/getting_started/benchmarks/
 cifar10_benchmark.py`: its ResNet-18 of BatchNorm split in eight, its projection head, memory bank and transform; SGD of
 rate 0.06 for a batch of 128, in proportion, cosine by epoch; a symmetric loss. kNN (k 200, T 0.1) is ours, on features
 of norm 1, so that both are measured alike; its own transform feeds it, in worker processes, as its script has it. The
@@ -28,7 +29,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from engine.evaluate.nearest_neighbors import classify
-from pipeline.augment.color import IMAGENET, normalise
+from pipeline.augment.color import IMAGENET, normalize
 from pipeline.beton import Beton
 from pipeline.storage.decode import decode
 from pipeline.system.errors import InputError, command
@@ -44,7 +45,7 @@ class Images(Dataset):
     def __init__(self, path: str, transform: Any) -> None:
         beton = Beton(path)
         if (beton.labels < 0).any() or beton.longest_side > 64:
-            raise InputError(f"{path}: give labelled images of at most 64 pixels, such as CIFAR-10's")
+            raise InputError(f"{path}: give labeled images of at most 64 pixels, such as CIFAR-10's")
         self.pixels, self.labels = [decode(beton, index) for index in range(len(beton))], beton.labels
         self._transform = transform
 
@@ -109,7 +110,7 @@ def _features(model: Moco, pixels: list[np.ndarray], device: torch.device) -> to
     found = []
     for start in range(0, len(pixels), 1000):
         images = torch.from_numpy(np.stack(pixels[start : start + 1000])).to(device)
-        found.append(F.normalize(model.backbone(normalise(images, IMAGENET, torch.float32)).flatten(1).float(), dim=1))
+        found.append(F.normalize(model.backbone(normalize(images, IMAGENET, torch.float32)).flatten(1).float(), dim=1))
     return torch.cat(found)
 
 
@@ -123,8 +124,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     test = Images(args.test, None)
     model = Moco(args.width, args.bank).to(device).train()
     parameters = [*model.backbone.parameters(), *model.head.parameters()]
-    optimiser = torch.optim.SGD(parameters, 0.06 * args.batch / 128, momentum=0.9, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, args.epochs)
+    optimizer = torch.optim.SGD(parameters, 0.06 * args.batch / 128, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     loader: Iterable[Any] = DataLoader(
         images, args.batch, shuffle=True, drop_last=True, num_workers=args.workers, persistent_workers=args.workers > 0
     )
@@ -136,9 +137,9 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         for a, b in loader:
             with half:
                 loss = model.loss(a.to(device), b.to(device))
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             steps, done = steps + 1, done + len(a)
         schedule.step()
         last = loss.item()
@@ -174,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.common.lightly_moco", description="Train lightly's MoCo."
     )
-    parser.add_argument("--train", required=True, metavar="BETON", help="labelled images of 32 pixels")
+    parser.add_argument("--train", required=True, metavar="BETON", help="labeled images of 32 pixels")
     parser.add_argument("--test", required=True, metavar="BETON", help="likewise")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="run folder")
     parser.add_argument("--epochs", type=int, default=200, help="default %(default)s")

@@ -135,7 +135,7 @@ def _count(batches: Iterable[Any], begun: Callable[[], None]) -> int:
 
 
 class _Official(torch.utils.data.Dataset):
-    """facebookresearch/moco's `TwoCropsTransform` of its v2 augmentation, on PIL images, colours and all.
+    """facebookresearch/moco's `TwoCropsTransform` of its v2 augmentation, on PIL images, colors and all.
 
     By torchvision's transforms, where it imports; else by what they do on PIL images.
     """
@@ -221,7 +221,7 @@ def _hue(x: Image.Image) -> Image.Image:
 
 
 def official(beton: Beton, size: int, views: int, batch: int, threads: int, device: torch.device) -> Feed:
-    """The official MoCo pipeline: PIL transforms, colours among them, in a DataLoader (one thread: in this process)."""
+    """The official MoCo pipeline: PIL transforms, colors among them, in a DataLoader (one thread: in this process)."""
     torch.set_num_threads(1)
     data = _Official(beton, size, views)
     workers = threads if threads > 1 else 0

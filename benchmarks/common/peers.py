@@ -25,7 +25,7 @@ class Official:
         self._queue = F.normalize(torch.randn(settings.model.dim, self._length, device=device), dim=0)
         self._position = torch.zeros(1, dtype=torch.long)
         optim = settings.optim
-        self._optimiser = torch.optim.SGD(
+        self._optimizer = torch.optim.SGD(
             self._online.parameters(), optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
         )
         self._criterion, self._dtype, self._device = nn.CrossEntropyLoss(), dtype, device
@@ -50,9 +50,9 @@ class Official:
             self._position[0] = (at + count) % self._length
             _, best = logits.topk(5, 1)  # its accuracy meter
             float((best == 0).float().sum())
-        self._optimiser.zero_grad()
+        self._optimizer.zero_grad()
         self._scaler.scale(loss).backward()
-        self._scaler.step(self._optimiser)
+        self._scaler.step(self._optimizer)
         self._scaler.update()
         return float(loss.detach())
 
@@ -86,7 +86,7 @@ class Lightly:
         self._criterion.to(device)
         parameters = [*self._backbone.parameters(), *self._head.parameters()]
         optim = settings.optim
-        self._optimiser = torch.optim.SGD(
+        self._optimizer = torch.optim.SGD(
             parameters, optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
         )
         self._update, self._dtype, self._device = update_momentum, dtype, device
@@ -102,9 +102,9 @@ class Lightly:
                 key = self._head_momentum(self._backbone_momentum(views[1]).flatten(start_dim=1))
             loss = self._criterion(query, key)
         self._scaler.scale(loss).backward()
-        self._scaler.step(self._optimiser)
+        self._scaler.step(self._optimizer)
         self._scaler.update()
-        self._optimiser.zero_grad()
+        self._optimizer.zero_grad()
         return float(loss.detach())
 
 

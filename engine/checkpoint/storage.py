@@ -1,7 +1,7 @@
 """Checkpoints: safetensors and JSON, written beside and renamed, every file hashed. Nothing is ever unpickled.
 
 checkpoints/step_00001234/model.safetensors      online.*, target.*, queue.*, schedule.*
-                         /optimiser.safetensors  PARAMETER|STATE
+                         /optimizer.safetensors  PARAMETER|STATE
                          /state.json             positions, settings, what made it, and the SHA-256 of the files
 checkpoints/latest                               the newest one's name
 
@@ -24,12 +24,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from safetensors.torch import save as serialised
+from safetensors.torch import save as serialized
 
 from pipeline.system.errors import InputError, RunFailed, reason, tell
 from pipeline.system.limits import check_levels, read_bytes
 
-FORMAT = 4
+FORMAT = 5
+_READABLE = (4, FORMAT)
+_RENAMED = {"optimiser": "optimizer"}  # files of format 4
 Tensors = dict[str, torch.Tensor]
 _LARGEST_STATE = 1 << 26  # bytes of a state.json: more is not one
 _LAST_STEP = 1 << 53
@@ -107,7 +109,7 @@ def write(folder: Path, step: int, tensors: dict[str, Tensors], state: dict[str,
         files = {}
         for name, values in tensors.items():
             path = beside / f"{name}.safetensors"
-            files[path.name] = _store(path, serialised({key: value.cpu() for key, value in values.items()}))
+            files[path.name] = _store(path, serialized({key: value.cpu() for key, value in values.items()}))
         document = {"format": FORMAT, "step": step, **state, "files": files}
         document["sha256"] = _hash_of(document)
         _store(beside / "state.json", json.dumps(document, indent=1).encode())
@@ -157,7 +159,8 @@ def load(path: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
     tensors = {}
     for name in state["files"]:
         try:
-            tensors[name.removesuffix(".safetensors")] = load_file(path / name)
+            stem = name.removesuffix(".safetensors")
+            tensors[_RENAMED.get(stem, stem)] = load_file(path / name)
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise InputError(f"{path / name}: cannot be read ({error}): resume from another checkpoint") from None
     return tensors, state
@@ -222,8 +225,9 @@ def read_state(path: Path, *, tensors: bool = True) -> dict[str, Any]:
         raise InputError(f"{file}: cannot be read ({error}): {remedy}") from None
     if not isinstance(state, dict) or state.pop("sha256", None) != _hash_of(state):
         raise InputError(f"{file}: damaged (its hash differs): {remedy}")
-    if state.get("format") != FORMAT:
-        raise InputError(f"{path}: checkpoint format {state.get('format')!r}, this version reads {FORMAT}: {remedy}")
+    if state.get("format") not in _READABLE:
+        versions = " and ".join(map(str, _READABLE))
+        raise InputError(f"{path}: checkpoint format {state.get('format')!r}, this version reads {versions}: {remedy}")
     for key, kind in _KEYS.items():
         if not isinstance(state.get(key), kind) or isinstance(state.get(key), bool):
             raise InputError(f"{file}: {key} is {state.get(key)!r}: {remedy}")

@@ -1,6 +1,6 @@
 """Settings: typed, each with a line of help, checked here, complete in a run's `config.yaml`.
 
-`engine.config.settings.cli` reads them from recipes and the command line.
+`engine.config.cli` reads them from recipes and the command line.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Data:
     """Beton to train on, which python -m pipeline.prepare writes; or a folder, a .tar, or a pattern of .tar files, of
     JPEGs that are read as they are."""
     eval: str = ""
-    """Labelled beton for kNN, with neighbours from `train`; where both are one file, every tenth image of a class is
+    """Labeled beton for kNN, with neighbors from `train`; where both are one file, every tenth image of a class is
     classified by the others. Empty: no kNN."""
     backend: Literal["auto", "ffcv", "dali", "resident"] = "auto"
     """What decodes: ffcv, on the CPU's cores; dali, on the GPU where there is one; resident, all images once, into the
@@ -97,7 +97,7 @@ class Data:
     stall_timeout: float = 60.0
     """Seconds without a batch after which the run ends with an error."""
     eval_share: float = 0.875
-    """Centre crop for evaluation, as a share of the shorter side; 1 for small images."""
+    """Center crop for evaluation, as a share of the shorter side; 1 for small images."""
     samples: int = 0
     """Images that --dry-run counts steps with where `train` is not set."""
 
@@ -146,7 +146,7 @@ class Model:
     zero_init: bool | None = None
     """Begin a ResNet's blocks as the identity: scale 0 in their last BatchNorm."""
     frozen_patch: bool = True
-    """Leave a transformer's patch projection as initialised."""
+    """Leave a transformer's patch projection as initialized."""
 
     def __post_init__(self) -> None:
         _require(0.05 <= self.width <= 8, "model.width", self.width, "choose 0.05 to 8")
@@ -194,7 +194,7 @@ class Method:
 
 @dataclass
 class Optim:
-    """The optimiser and its schedule."""
+    """The optimizer and its schedule."""
 
     name: Literal["sgd", "lars", "adamw"] = "sgd"
     """sgd and adamw decay all parameters, lars all but biases and BatchNorm, which it does not scale either."""
@@ -205,7 +205,7 @@ class Optim:
     momentum: float = 0.9
     """Of sgd and lars; adamw has 0.9 and 0.999."""
     weight_decay: float = 1e-4
-    """Of the optimiser's parameters."""
+    """Of the optimizer's parameters."""
     trust: float = 0.001
     """Trust coefficient of lars."""
     clip: float = 0.0
@@ -245,16 +245,16 @@ class Optim:
 
 @dataclass
 class Knn:
-    """Weighted k-nearest-neighbour classification of backbone features while training (1805.01978)."""
+    """Weighted k-nearest-neighbor classification of backbone features while training (1805.01978)."""
 
     every: int = 1
     """Evaluate after every so many epochs, and after the last; 0: never."""
     k: int = 200
-    """Neighbours."""
+    """Neighbors."""
     temperature: float = 0.1
     """Of the votes exp(cosine / temperature)."""
     limit: int = 0
-    """Use at most this many training images as neighbours, evenly spread; 0: all."""
+    """Use at most this many training images as neighbors, evenly spread; 0: all."""
 
     def __post_init__(self) -> None:
         _require(self.every >= 0, "knn.every", self.every, "choose a number of epochs, or 0 for never")

@@ -13,7 +13,7 @@ from engine.evaluate.segmentation import segment
 from pipeline.system.errors import command
 
 _COMMANDS: dict[str, tuple[ModuleType, str]] = {
-    "knn": (knn, "weighted k-nearest neighbours, exact"),
+    "knn": (knn, "weighted k-nearest neighbors, exact"),
     "linear": (linear, "a linear classifier: MoCo's protocol, MoCo v3's, or fast"),
     "semi": (semi_supervised, "fine-tuning on part of the labels"),
     "svm": (svm, "linear SVMs on multi-label images"),
@@ -21,7 +21,7 @@ _COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "detect": (detect, "object detection on images with boxes"),
     "features": (features, "features to a file"),
 }
-_UNLABELLED = ("svm", "features")
+_UNLABELED = ("svm", "features")
 _OTHER_DATA = ("segment", "detect")
 
 
@@ -32,7 +32,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     if args.command in _OTHER_DATA:
         module.run(module.setup(args))
     else:
-        module.run(classification.setup(args, labelled=args.command not in _UNLABELLED))
+        module.run(classification.setup(args, labeled=args.command not in _UNLABELED))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,7 +62,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def _add_betons(parser: argparse.ArgumentParser) -> None:
     """Add what evaluations on betons, and what is read as one, take."""
-    parser.add_argument("--train", required=True, metavar="DATA", help="beton, folder or tar, labelled")
+    parser.add_argument("--train", required=True, metavar="DATA", help="beton, folder or tar, labeled")
     parser.add_argument("--test", metavar="DATA", help="the same (default: every tenth of each class of --train)")
     parser.add_argument("--size", type=int, help="side of the views, pixels (default: the encoder's)")
     parser.add_argument("--share", type=float, help="test crop over the shorter side (default: the run's, or 0.875)")

@@ -13,20 +13,20 @@ from torch import nn
 
 from engine.evaluate.accuracy import Scores
 from engine.evaluate.evaluation import Trial, share_of, start
-from engine.evaluate.splits import HELD_OUT, held_out, refuse_other_classes, refuse_unlabelled, unseen
+from engine.evaluate.splits import HELD_OUT, held_out, refuse_other_classes, refuse_unlabeled, unseen
 from engine.parallel import collectives
 from engine.parallel.consensus import from_all
 from engine.parallel.rendezvous import processes_here
 from methods.vit import PATCH
 from pipeline.backends.select_backend import Choice, agreed, choose
 from pipeline.beton import Beton, count_classes
-from pipeline.loader import CentreLoader, Loader
+from pipeline.loader import CenterLoader, Loader
 from pipeline.storage.in_place import open_data
 from pipeline.storage.subset import Subset
 from pipeline.system.errors import InputError
 from pipeline.views import View
 
-CROP_AND_FLIP = View(scale=(0.08, 1.0), jitter=0.0, grey=0.0, blur=0.0)
+CROP_AND_FLIP = View(scale=(0.08, 1.0), jitter=0.0, gray=0.0, blur=0.0)
 """RandomResizedCrop and a flip: what classifiers are trained on, in every protocol here."""
 _FEW, _FEW_PIXELS = 16, 1 << 16  # images at least, and their pixels
 
@@ -74,16 +74,16 @@ class Bench(Trial):
         place: dict[str, Any] = {"rank": collectives.rank(), "world": collectives.world(), **self.loading(beton)}
         return Loader(beton, (CROP_AND_FLIP,), batch=batch, seed=self.args.seed, **place)
 
-    def centred(self, beton: Beton) -> CentreLoader:
-        """Return this process's share of a data set, centre-cropped."""
+    def centered(self, beton: Beton) -> CenterLoader:
+        """Return this process's share of a data set, center-cropped."""
         batch = self.args.batch or 256
-        return CentreLoader(beton, indices=share_of(beton), batch=batch, share=self.share, **self.loading(beton))
+        return CenterLoader(beton, indices=share_of(beton), batch=batch, share=self.share, **self.loading(beton))
 
     @torch.no_grad()
     def features(self, beton: Beton, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return features [n, F] of this process's share, centre-cropped, and the ids int64 [n] that were read."""
+        """Return features [n, F] of this process's share, center-cropped, and the ids int64 [n] that were read."""
         found, ids = [], []
-        images = self.centred(beton)
+        images = self.centered(beton)
         try:
             for batch, read in self.shown(images, "batches"):
                 found.append(self.embed(batch).to(dtype))
@@ -111,7 +111,7 @@ class Bench(Trial):
 
         classify: images [B, 3, S, S] to logits [B, C].
         """
-        images, found, ids = self.centred(self.test), [], []
+        images, found, ids = self.centered(self.test), [], []
         try:
             for batch, read in images:
                 found.append(best(classify(batch)))
@@ -149,25 +149,25 @@ def best(logits: torch.Tensor) -> torch.Tensor:
     return nn.functional.pad(found, (0, 5 - found.shape[1]), value=-1)
 
 
-def setup(args: argparse.Namespace, *, labelled: bool = True) -> Bench:
+def setup(args: argparse.Namespace, *, labeled: bool = True) -> Bench:
     """Return the bench of a command line. Raises InputError, on all processes, for what cannot work."""
-    bench = start(Bench, args, lambda: _open(args, labelled))
-    if labelled and (count := unseen(bench.train.labels, bench.test.labels, bench.test.path)):
+    bench = start(Bench, args, lambda: _open(args, labeled))
+    if labeled and (count := unseen(bench.train.labels, bench.test.labels, bench.test.path)):
         bench.say(f"warning: {count} of {len(bench.test)} images to test on are of classes without images to train on")
     return bench
 
 
-def _open(args: argparse.Namespace, labelled: bool) -> tuple[Beton, Beton]:
+def _open(args: argparse.Namespace, labeled: bool) -> tuple[Beton, Beton]:
     """Return the two data sets; of one, every tenth image, counted class by class, is the second."""
     tolerate = args.on_bad == "skip"
     train = open_data(args.train, tolerate=tolerate)
     test = open_data(args.test, tolerate=tolerate) if args.test else train
-    if labelled:
-        refuse_unlabelled(train, test)
+    if labeled:
+        refuse_unlabeled(train, test)
     refuse_other_classes(train, test)
     there = train.path.exists() and test.path.exists()  # a pattern of shards is no path
     same = train.fingerprint == test.fingerprint or (there and test.path.samefile(train.path))
-    if not same or not labelled:
+    if not same or not labeled:
         return train, test
     if len(train) < 2 * HELD_OUT:
         raise InputError(f"{train.path}: {len(train)} images, of which every tenth is to be for testing: give --test")

@@ -175,7 +175,7 @@ def start(kind: type[T], args: argparse.Namespace, open_sets: Callable[[], tuple
 
 
 def share_of(data: Data) -> np.ndarray:
-    """Return this process's share of a data set, int64 [n]: a run of neighbours, of sizes as even as can be."""
+    """Return this process's share of a data set, int64 [n]: a run of neighbors, of sizes as even as can be."""
     return collectives.shares(np.arange(len(data)))[collectives.rank()]
 
 

@@ -1,4 +1,4 @@
-"""Features of all images, centre-cropped, to a file: `.npy` with ids beside, or one `.safetensors`.
+"""Features of all images, center-cropped, to a file: `.npy` with ids beside, or one `.safetensors`.
 
 They are written as they are computed; a command that was broken off goes on where it was when it is given again.
 """
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from engine.evaluate.classification import Bench
 from engine.parallel import collectives
 from engine.parallel.consensus import together
-from pipeline.loader import CentreLoader
+from pipeline.loader import CenterLoader
 from pipeline.system.errors import InputError
 from pipeline.system.files import write_json, write_whole
 from pipeline.system.limits import LIST_BYTES, read_json
@@ -58,7 +58,7 @@ def _written(bench: Bench, partial: Path) -> np.ndarray:
     batch = bench.args.batch or 256
     if len(read) < len(own):
         options = {"share": bench.share, **bench.loading(bench.train)}
-        images = CentreLoader(bench.train, indices=own[len(read) :], batch=batch, **options)
+        images = CenterLoader(bench.train, indices=own[len(read) :], batch=batch, **options)
         try:
             with torch.no_grad():
                 for number, (views, ids) in enumerate(bench.shown(images, "batches"), start=1):

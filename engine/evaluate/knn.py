@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification of frozen features (1805.01978, section 3.4), exact."""
+"""Weighted k-nearest-neighbor classification of frozen features (1805.01978, section 3.4), exact."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from engine.evaluate.accuracy import Scores, score
 from engine.evaluate.classification import Bench
-from engine.evaluate.nearest_neighbors import neighbours, vote
+from engine.evaluate.nearest_neighbors import neighbors, vote
 from engine.parallel import collectives
 from pipeline.system.errors import InputError
 
@@ -18,12 +18,12 @@ _PUBLISHED = (200, 0.07)  # what is called kNN accuracy since 1805.01978
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add kNN's own options."""
-    parser.add_argument("--k", type=int, nargs="+", help=f"neighbours (default: {' '.join(map(str, KS))})")
+    parser.add_argument("--k", type=int, nargs="+", help=f"neighbors (default: {' '.join(map(str, KS))})")
     parser.add_argument("--temperature", type=float, nargs="+", default=TEMPERATURES, metavar="T", help="of the votes")
 
 
 def run(bench: Bench) -> None:
-    """Classify the test images by their neighbours among the training images, for each k and temperature."""
+    """Classify the test images by their neighbors among the training images, for each k and temperature."""
     ks = _ks(bench)
     sets = {}
     for name, beton in (("train", bench.train), ("test", bench.test)):
@@ -32,7 +32,7 @@ def run(bench: Bench) -> None:
         sets[name] = F.normalize(found, dim=1), bench.labels(beton)[ids]
     bank, known = sets["train"]
     queries, true = (bench.everywhere(part, bench.test) for part in sets["test"])
-    similarity, near = neighbours(queries, bank, known, max(ks), merged=collectives.world() > 1)
+    similarity, near = neighbors(queries, bank, known, max(ks), merged=collectives.world() > 1)
     labels = true.cpu().numpy()
     table: dict[tuple[int, float], Scores] = {}
     for k in ks:

@@ -80,15 +80,15 @@ def run(bench: Bench) -> None:
 def train(bench: Bench, protocol: Protocol, keeper: type[Kept], settings: dict[str, Any]) -> tuple[nn.Linear, float]:
     """Return the classifier and the seconds it took; what was kept of an earlier attempt is gone on from."""
     head = new_head(bench.backbone.features, bench.classes, bench.args.seed).to(bench.device)  # type: ignore[arg-type]
-    optimiser = sgd([{"params": list(head.parameters())}])
-    kept = keeper(bench, f"linear_{bench.args.protocol}", head, optimiser, settings)
+    optimizer = sgd([{"params": list(head.parameters())}])
+    kept = keeper(bench, f"linear_{bench.args.protocol}", head, optimizer, settings)
     labels, done = bench.labels(bench.train), kept.restore()
     loader = bench.train_loader(bench.train, protocol.batch)
     loader.load_state_dict({**loader.state_dict(), "epoch": done})
     began = time.perf_counter()
     try:
         for epoch in bench.shown(range(done, protocol.epochs), "epochs"):
-            for group in optimiser.param_groups:
+            for group in optimizer.param_groups:
                 group["lr"] = protocol.rate(epoch)
             loss = torch.zeros((), device=bench.device)
             for batch in loader:
@@ -97,11 +97,11 @@ def train(bench: Bench, protocol: Protocol, keeper: type[Kept], settings: dict[s
                 with torch.no_grad():
                     features = bench.embed(view)
                 loss = F.cross_entropy(head(features), labels[to_device(batch.ids, bench.device)])
-                optimiser.zero_grad()
+                optimizer.zero_grad()
                 loss.backward()
                 for parameter in head.parameters():
                     parameter.grad = collectives.mean(parameter.grad)  # type: ignore[arg-type]
-                optimiser.step()
+                optimizer.step()
             if not math.isfinite(loss.item()):
                 raise FloatingPointError(f"epoch {epoch + 1}: the loss is not finite: choose a lower --lr")
             kept.save(epoch + 1)

@@ -40,7 +40,7 @@ Cached = list[tuple[torch.Tensor, torch.Tensor]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of protocol fast."""
     group = parser.add_argument_group("protocol fast")
-    group.add_argument("--passes", type=int, default=1, help="augmented passes kept; 0: centre crops (default: 1)")
+    group.add_argument("--passes", type=int, default=1, help="augmented passes kept; 0: center crops (default: 1)")
     group.add_argument("--sweep-images", type=int, default=100_000, help="that the search is made on, at most")
 
 
@@ -52,7 +52,7 @@ def run(bench: Bench) -> None:
     epochs = int(args.epochs or _EPOCHS)
     passes = kept_features(bench)
     mean, deviation = _statistics(passes)
-    passes = [(_normalised(x, mean, deviation), y) for x, y in passes]
+    passes = [(_normalized(x, mean, deviation), y) for x, y in passes]
     rates = [args.lr] if args.lr else list(RATES)
     pairs = list(itertools.product(rates, DECAYS))
     table = sweep(passes, pairs, bench.classes, epochs, args.sweep_images, args.seed)
@@ -63,7 +63,7 @@ def run(bench: Bench) -> None:
     weight, bias = train_heads(passes, [(lr, decay)], bench.classes, epochs, args.seed)
 
     def classify(images: torch.Tensor) -> torch.Tensor:
-        x = _normalised(bench.embed(images), mean, deviation).float()
+        x = _normalized(bench.embed(images), mean, deviation).float()
         return x @ weight[0].T + bias[0]
 
     ranked, true = bench.ranked(classify)
@@ -71,26 +71,26 @@ def run(bench: Bench) -> None:
     scores = score(ranked, true, bench.test.classes)
     found = [{"lr": a, "decay": b, "held_back": round(value, 5)} for (a, b), value in table.items()]
     settings = bench.settings(protocol="fast", passes=args.passes, epochs=epochs, lr=lr, weight_decay=decay)
-    views = f"{args.passes} augmented passes" if args.passes else "centre crops"
+    views = f"{args.passes} augmented passes" if args.passes else "center crops"
     bench.finish("linear_fast", f"linear, fast, {views}", scores, sweep=found, settings=settings)
 
 
 def kept_features(bench: Bench) -> Cached:
-    """Return the training images' features, bfloat16, of all processes, for each pass; centre-cropped for none.
+    """Return the training images' features, bfloat16, of all processes, for each pass; center-cropped for none.
 
     Each pass is kept in a file when it is whole: those that are there, of the same settings, are not computed again.
     """
     labels, augmented = bench.labels(bench.train), bench.args.passes > 0
     batch = check_batch(bench.args.batch or 256, len(bench.train))
     settings = bench.settings(batch=batch, processes=collectives.world())
-    names = [f"pass_{number}" for number in range(bench.args.passes)] if augmented else ["centre"]
+    names = [f"pass_{number}" for number in range(bench.args.passes)] if augmented else ["center"]
     files, passes = [bench.out / "linear_fast" / f"{name}.safetensors" for name in names], []
     for file in files:
         if (found := take_up(bench, file, settings)) is None:
             break
         passes.append(found)
     left = files[len(passes) :]
-    computed = _augmented(bench, batch, len(passes)) if augmented else _centred(bench)
+    computed = _augmented(bench, batch, len(passes)) if augmented else _centered(bench)
     with contextlib.closing(computed):
         for file, found in zip(left, computed, strict=False):
             bench.check_frozen()
@@ -100,8 +100,8 @@ def kept_features(bench: Bench) -> Cached:
 
 
 @torch.no_grad()
-def _centred(bench: Bench) -> Generator[Pass, None, None]:
-    """Yield the features of all processes, and the ids they are of, centre-cropped."""
+def _centered(bench: Bench) -> Generator[Pass, None, None]:
+    """Yield the features of all processes, and the ids they are of, center-cropped."""
     found, ids = bench.features(bench.train, torch.bfloat16)
     yield bench.everywhere(found, bench.train), bench.everywhere(ids, bench.train)
 
@@ -131,7 +131,7 @@ def _statistics(passes: Cached) -> tuple[torch.Tensor, torch.Tensor]:
     return mean.float(), torch.where(deviation > _EPSILON, deviation, 1.0).float()
 
 
-def _normalised(x: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
+def _normalized(x: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
     """Return (x - mean) / deviation in bfloat16, a block at a time."""
     return torch.cat([((part.float() - mean) / deviation).to(torch.bfloat16) for part in x.split(_ROWS)])
 

@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification (1805.01978, section 3.4), exact, of a bank that processes may share."""
+"""Weighted k-nearest-neighbor classification (1805.01978, section 3.4), exact, of a bank that processes may share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ELEMENTS = 1 << 28  # ... and a GiB
 _BEST = 5
 
 
-def neighbours(
+def neighbors(
     queries: torch.Tensor,
     bank: torch.Tensor,
     labels: torch.Tensor,
@@ -51,7 +51,7 @@ def _nearest_of_all(similarity: torch.Tensor, near: torch.Tensor, k: int) -> tup
 def vote(similarity: torch.Tensor, near: torch.Tensor, temperature: float, classes: int) -> torch.Tensor:
     """Return the five classes of most votes, int64 [N, 5], -1 for those without any.
 
-    similarity, near: cosines, descending, and classes of the neighbours, [N, k]. A neighbour's vote is exp(cosine /
+    similarity, near: cosines, descending, and classes of the neighbors, [N, k]. A neighbor's vote is exp(cosine /
     temperature), in parts of the nearest one's; of equal sums the smaller class comes first.
     """
     found = []
@@ -75,5 +75,5 @@ def classify(
     rows: int = _ROWS,
     merged: bool = False,
 ) -> torch.Tensor:
-    """Return the class of each query by the `vote` of its k `neighbours`: int64 [N]; arguments are theirs."""
-    return vote(*neighbours(queries, bank, labels, k, rows=rows, merged=merged), temperature, classes)[:, 0]
+    """Return the class of each query by the `vote` of its k `neighbors`: int64 [N]; arguments are theirs."""
+    return vote(*neighbors(queries, bank, labels, k, rows=rows, merged=merged), temperature, classes)[:, 0]

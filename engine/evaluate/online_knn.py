@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from engine.evaluate.nearest_neighbors import classify
-from engine.evaluate.splits import held_out, refuse_other_classes, refuse_unlabelled, unseen
+from engine.evaluate.splits import held_out, refuse_other_classes, refuse_unlabeled, unseen
 from engine.parallel import collectives
 from pipeline.beton import Beton, count_classes
-from pipeline.loader import CentreLoader
+from pipeline.loader import CenterLoader
 from pipeline.sampling.order import evenly
 
 
@@ -33,15 +33,15 @@ def features(
     after: Callable[[], None] = nothing,
     **loader: Any,
 ) -> tuple[torch.Tensor, np.ndarray]:
-    """Return the backbone's features of samples `indices`, centre-cropped: float32 [N, F] of norm 1, on the device.
+    """Return the backbone's features of samples `indices`, center-cropped: float32 [N, F] of norm 1, on the device.
 
     And the ids, int64 [N], of the records they are of: others, where damaged ones are passed over. The backbone is in
     evaluation mode meanwhile. after: is called after each batch, and ends this by what it raises. loader: `size`,
-    `batch`, `device` and the rest of `CentreLoader`'s.
+    `batch`, `device` and the rest of `CenterLoader`'s.
     """
     was_training = backbone.training
     backbone.eval()
-    images = CentreLoader(beton, indices=indices, **loader)
+    images = CenterLoader(beton, indices=indices, **loader)
     try:
         found, ids, done = None, indices.copy(), 0
         with autocast(), torch.compiler.set_stance("force_eager"):  # for one pass over other shapes
@@ -62,11 +62,11 @@ def features(
 
 
 class Knn:
-    """Top-1 of a backbone on a labelled beton, by neighbours from the training set.
+    """Top-1 of a backbone on a labeled beton, by neighbors from the training set.
 
-    Where both are the same file, every tenth image of a class is classified by the others. limit: neighbours, and in
+    Where both are the same file, every tenth image of a class is classified by the others. limit: neighbors, and in
     that case queries, at most; 0 for all. Raises InputError where an image of either has no label, the two name
-    different classes, or no image to classify has neighbours of its class.
+    different classes, or no image to classify has neighbors of its class.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Knn:
         device: torch.device,
         **loader: Any,
     ) -> None:
-        refuse_unlabelled(train, test)
+        refuse_unlabeled(train, test)
         refuse_other_classes(train, test)
         self._train, self._test, self._loader = train, test, {"device": device, **loader}
         bank, self._test_ids = np.arange(len(train)), np.arange(len(test))

@@ -22,7 +22,7 @@ from engine.evaluate.accuracy import score
 from engine.evaluate.classification import Bench
 from engine.evaluate.trainer import Kept, check_batch, new_head, sgd
 from engine.parallel.accelerator import prepared
-from engine.parallel.sync_batchnorm import synchronise
+from engine.parallel.sync_batchnorm import synchronize
 from methods.encoders import place
 from pipeline.beton import Beton
 from pipeline.storage.subset import Subset
@@ -96,13 +96,13 @@ def tune(
     head = new_head(backbone.features, bench.classes, bench.args.seed)  # type: ignore[arg-type]
     model = Classifier(backbone, head)
     if bench.accelerator.num_processes > 1:
-        synchronise(model, bench.device)
+        synchronize(model, bench.device)
     place(model, bench.device)
     groups = [{"params": list(module.parameters())} for module in (model.backbone, model.head)]
     bare = sgd(groups)
     kept = Kept(bench, name, model, bare, settings)
     done = kept.restore()
-    wrapped, optimiser = prepared(bench.accelerator, model, bare)
+    wrapped, optimizer = prepared(bench.accelerator, model, bare)
     labels, loader = bench.labels(part), bench.train_loader(part, batch)
     loader.load_state_dict({**loader.state_dict(), "epoch": done})
     began = time.perf_counter()
@@ -118,8 +118,8 @@ def tune(
                     logits = wrapped(one.views[0])
                 loss = F.cross_entropy(logits.float(), labels[to_device(one.ids, bench.device)])
                 bench.accelerator.backward(loss)
-                optimiser.step()
-                optimiser.zero_grad()
+                optimizer.step()
+                optimizer.zero_grad()
             if not math.isfinite(loss.item()):
                 raise FloatingPointError(f"epoch {epoch + 1}: the loss is not finite: choose a lower --lr or --lr-head")
             kept.save(epoch + 1)

@@ -13,7 +13,7 @@ HELD_OUT = 10
 """Of one file, every tenth image is for testing."""
 
 
-def refuse_unlabelled(*betons: Beton) -> None:
+def refuse_unlabeled(*betons: Beton) -> None:
     """Raise InputError where an image has no label."""
     for beton in betons:
         if (beton.labels < 0).any():

@@ -26,14 +26,14 @@ _KEEP_AFTER = 100  # steps at least
 class Kept:
     """The state of a network in training, in a folder, whole after every epoch.
 
-    model: whose parameters and buffers are kept, and SGD's momentum of those that `optimiser` has. settings: those that
+    model: whose parameters and buffers are kept, and SGD's momentum of those that `optimizer` has. settings: those that
     bear on what is computed. Only the first process reads and writes.
     """
 
     def __init__(
-        self, trial: Trial, name: str, model: nn.Module, optimiser: torch.optim.Optimizer, settings: dict[str, Any]
+        self, trial: Trial, name: str, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
     ) -> None:
-        self._folder, self._model, self._optimiser, self._settings = trial.out / name, model, optimiser, settings
+        self._folder, self._model, self._optimizer, self._settings = trial.out / name, model, optimizer, settings
         self._trial = trial
 
     def restore(self) -> int:
@@ -78,7 +78,7 @@ class Kept:
         """Return all tensors by name, momentum among them, as they are."""
         named = {f"model|{name}": value for name, value in self._model.state_dict().items()}
         for name, parameter in self._model.named_parameters():
-            state = self._optimiser.state.get(parameter)
+            state = self._optimizer.state.get(parameter)
             if state is not None:
                 named[f"momentum|{name}"] = state["momentum_buffer"]
         return named
@@ -88,7 +88,7 @@ def train_by_steps(
     trial: Trial,
     kept: Kept,
     model: nn.Module,
-    optimiser: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
     batches: Callable[[int, int], Iterator[B]],
     loss_of: Callable[[nn.Module, B], torch.Tensor],
     rate: Callable[[int], float],
@@ -103,12 +103,12 @@ def train_by_steps(
     finite.
     """
     done, epochs, every = kept.restore(), -(-iterations // epoch), -(-_KEEP_AFTER // epoch)
-    wrapped, stepper = prepared(trial.accelerator, model, optimiser)
+    wrapped, stepper = prepared(trial.accelerator, model, optimizer)
     stream, began = batches(done * epoch, iterations), time.perf_counter()
     for number in trial.shown(range(done, epochs), "epochs"):
         wrapped.train()
         for step, batch in enumerate(islice(stream, epoch), start=number * epoch):
-            for group in optimiser.param_groups:
+            for group in optimizer.param_groups:
                 group["lr"] = rate(step)
             loss = loss_of(wrapped, batch)
             trial.accelerator.backward(loss)

@@ -80,7 +80,7 @@ def _described(architecture: Architecture) -> dict[str, str]:
 
 
 def _as_onnx(loaded: Loaded, path: Path) -> None:
-    """Write a graph from `images` [B, 3, S, S], normalised, to `features` [B, F], for any B."""
+    """Write a graph from `images` [B, 3, S, S], normalized, to `features` [B, F], for any B."""
     _onnx()
     size = loaded.architecture.size
     axes = {"images": {0: "batch"}, "features": {0: "batch"}}

@@ -34,11 +34,11 @@ def uniformity(q: torch.Tensor) -> torch.Tensor:
 
 
 def effective_rank(q: torch.Tensor) -> torch.Tensor:
-    """Return e^H of the singular values of the centred q [B, C], as shares of their sum (Roy and Vetterli, 2007)."""
-    centred = (q - q.mean(dim=0)).double()
-    values = torch.linalg.eigvalsh((centred.T @ centred).nan_to_num(0, 0, 0)).clamp_min(0).sqrt()  # [C]
+    """Return e^H of the singular values of the centered q [B, C], as shares of their sum (Roy and Vetterli, 2007)."""
+    centered = (q - q.mean(dim=0)).double()
+    values = torch.linalg.eigvalsh((centered.T @ centered).nan_to_num(0, 0, 0)).clamp_min(0).sqrt()  # [C]
     shares = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
-    return torch.special.entr(shares).sum().exp().where(centred.isfinite().all(), torch.nan)
+    return torch.special.entr(shares).sum().exp().where(centered.isfinite().all(), torch.nan)
 
 
 @torch.no_grad()

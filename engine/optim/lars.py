@@ -9,7 +9,7 @@ import torch
 
 
 class LARS(torch.optim.SGD):
-    """SGD whose step of each matrix is scaled to its norm; biases and normalisation (ndim 1 or less) are left alone.
+    """SGD whose step of each matrix is scaled to its norm; biases and normalization (ndim 1 or less) are left alone.
 
     For ndim > 1: g <- g + decay * w, then g <- g * trust * |w| / |g| (not scaled where either norm is 0). For all:
     v <- momentum * v + g, w <- w - lr * v. As in facebookresearch/moco-v3's `optimizer.py`, but in multi-tensor

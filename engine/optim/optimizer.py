@@ -1,4 +1,4 @@
-"""The optimiser: one that updates all parameters at once, and can be told on the device to leave them."""
+"""The optimizer: one that updates all parameters at once, and can be told on the device to leave them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from engine.config.settings import Optim
 from engine.optim.lars import LARS
 
 
-def build_optimiser(model: nn.Module, settings: Optim) -> torch.optim.Optimizer:
-    """Return the optimiser of all parameters that have a gradient.
+def build_optimizer(model: nn.Module, settings: Optim) -> torch.optim.Optimizer:
+    """Return the optimizer of all parameters that have a gradient.
 
     A tensor `found_inf` [] that is set on it, 1 or 0 on the device, tells its next step to change nothing, or not. Its
     learning rate may be a tensor on the device. Its state is there from the beginning, all 0: a first step that is

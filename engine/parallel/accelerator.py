@@ -102,12 +102,12 @@ def now(device: torch.device) -> float:
 
 
 def prepared(
-    accelerator: Accelerator, model: nn.Module, optimiser: torch.optim.Optimizer
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Return model and optimiser as Accelerate wraps them for its processes and precision."""
+    """Return model and optimizer as Accelerate wraps them for its processes and precision."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # older torch needs it
-        return accelerator.prepare(model, optimiser)
+        return accelerator.prepare(model, optimizer)
 
 
 def _exchange(settings: Settings) -> DistributedDataParallelKwargs:

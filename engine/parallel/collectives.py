@@ -26,7 +26,7 @@ def rank() -> int:
 
 
 def shares(indices: np.ndarray) -> list[np.ndarray]:
-    """Return each process's share of those indices [N]: runs of neighbours, of lengths as even as can be."""
+    """Return each process's share of those indices [N]: runs of neighbors, of lengths as even as can be."""
     return np.array_split(indices, world())
 
 

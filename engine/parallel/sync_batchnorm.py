@@ -1,4 +1,4 @@
-"""Synchronised BatchNorm: torch's on GPUs, and a plain one for processes on the CPU, where torch has none."""
+"""Synchronized BatchNorm: torch's on GPUs, and a plain one for processes on the CPU, where torch has none."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class CpuSyncBatchNorm(_BatchNorm):
         self.num_batches_tracked.add_(1)
 
 
-def synchronise(module: nn.Module, device: torch.device) -> nn.Module:
-    """Return `module` with every BatchNorm synchronised over all processes; parameters stay the same objects."""
+def synchronize(module: nn.Module, device: torch.device) -> nn.Module:
+    """Return `module` with every BatchNorm synchronized over all processes; parameters stay the same objects."""
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for name, child in module.named_children():
@@ -57,5 +57,5 @@ def synchronise(module: nn.Module, device: torch.device) -> nn.Module:
             made.num_batches_tracked = child.num_batches_tracked
             setattr(module, name, made)
         else:
-            synchronise(child, device)
+            synchronize(child, device)
     return module

@@ -25,7 +25,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--data", default="", help="images for the pictures (default: the run's data.eval, or data.train)"
     )
-    parser.add_argument("--neighbours", type=int, default=8, metavar="N", help="shown of each image (default: 8)")
+    parser.add_argument("--neighbors", type=int, default=8, metavar="N", help="shown of each image (default: 8)")
     parser.add_argument("--limit", type=int, default=2000, metavar="N", help="images looked at (default: 2000)")
     parser.add_argument("--seed", type=int, default=0, help="of their choice (default: 0)")
     parser.add_argument("--which", choices=["online", "momentum"], default="online", help="encoder (default: online)")
@@ -36,8 +36,8 @@ def _arguments() -> argparse.Namespace:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse what cannot work."""
-    if not 1 <= args.neighbours <= 100:
-        raise InputError(f"--neighbours {args.neighbours}: choose 1 to 100")
+    if not 1 <= args.neighbors <= 100:
+        raise InputError(f"--neighbors {args.neighbors}: choose 1 to 100")
     if not 10 <= args.limit <= 100_000:
         raise InputError(f"--limit {args.limit}: choose 10 to 100000 images")
     if args.seed < 0:
@@ -52,7 +52,7 @@ def main() -> None:
     _check(args)
     runs = read_runs(args.runs)
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
-    wanted = Wanted(args.data, args.neighbours, args.limit, args.seed, args.which, device)
+    wanted = Wanted(args.data, args.neighbors, args.limit, args.seed, args.which, device)
     made = report(runs, None if args.no_pictures else wanted)
     to = args.out or (runs[0].path / "report.html" if len(runs) == 1 else Path("report.html"))
     files = write(made, to)

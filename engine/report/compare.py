@@ -25,7 +25,7 @@ class Group:
     """Runs that differ by their seed alone."""
 
     number: int
-    """By which its colour is chosen."""
+    """By which its color is chosen."""
     runs: list[RunFiles]
 
     @property

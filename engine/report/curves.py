@@ -37,7 +37,7 @@ class Chart:
 _LOSS = Chart("loss", "loss", "All terms with their weights. Losses of different methods do not compare.")
 _KNOWN = (
     Chart(
-        "knn_top1", "kNN top-1, %", "Nearest neighbours in the backbone's features, while training.", 100, marked=True
+        "knn_top1", "kNN top-1, %", "Nearest neighbors in the backbone's features, while training.", 100, marked=True
     ),
     Chart(
         "student_teacher_gap",
@@ -102,7 +102,7 @@ def draw(chart: Chart, groups: Sequence[Group], theme: Theme, axes: Any) -> None
             continue
         label, look = group.label, style_of(theme, group.number)
         if chart.against:
-            _draw_path(axes, thinned(found, _TRAJECTORY), look.colour, label)
+            _draw_path(axes, thinned(found, _TRAJECTORY), look.color, label)
         else:
             draw_lines(axes, thinned(found, POINTS), look, label=label, marked=chart.marked)
     axes.set(xlabel=chart.against or "epoch", ylabel=chart.key if chart.against else "")
@@ -137,14 +137,14 @@ def _means(one: Curve, width: float) -> Curve:
     return Curve((spans - 0.5) * width, sums / np.bincount(member))
 
 
-def _draw_path(axes: Any, curves: Sequence[Curve], colour: str, label: str) -> None:
+def _draw_path(axes: Any, curves: Sequence[Curve], color: str, label: str) -> None:
     """Draw paths in the plane from a ring to a dot."""
     for one in curves if len(curves) > 1 else ():
-        axes.plot(one.values.real, one.values.imag, color=colour, linewidth=0.7, alpha=0.5)
+        axes.plot(one.values.real, one.values.imag, color=color, linewidth=0.7, alpha=0.5)
     mean = mean_of(curves).values
-    axes.plot(mean.real, mean.imag, color=colour, linewidth=1.5, label=label)
-    axes.plot(mean.real[:1], mean.imag[:1], "o", color=colour, markerfacecolor="none", markersize=6)
-    axes.plot(mean.real[-1:], mean.imag[-1:], "o", color=colour, markersize=6)
+    axes.plot(mean.real, mean.imag, color=color, linewidth=1.5, label=label)
+    axes.plot(mean.real[:1], mean.imag[:1], "o", color=color, markerfacecolor="none", markersize=6)
+    axes.plot(mean.real[-1:], mean.imag[-1:], "o", color=color, markersize=6)
 
 
 def alone(chart: Chart, groups: Sequence[Group], theme: Theme) -> bytes:

@@ -1,4 +1,4 @@
-"""What the runs' encoders make of images: features of one sample of each data set, neighbours and maps of them."""
+"""What the runs' encoders make of images: features of one sample of each data set, neighbors and maps of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.beton import Beton
 from pipeline.storage.in_place import open_data
 from pipeline.system.errors import InputError
 
-_CENTRE = 0.875  # of the shorter side: what is cropped where a run does not say
+_CENTER = 0.875  # of the shorter side: what is cropped where a run does not say
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Wanted:
 
     data: str
     """Images in place of each run's own; empty for these."""
-    neighbours: int
+    neighbors: int
     limit: int
     seed: int
     which: Which
@@ -43,7 +43,7 @@ class Seen:
     features: torch.Tensor
     near: Near | None = None
     agreement: float | None = None
-    """Share of neighbours of the same class, over the whole sample."""
+    """Share of neighbors of the same class, over the whole sample."""
     places: np.ndarray | None = None
     """In the plane, [m, 2], of the images that the map shows."""
 
@@ -116,7 +116,7 @@ def _from_start(run: RunFiles, name: str) -> str:
 
 def _share(run: RunFiles) -> float:
     share = number(run.settings.get("data.eval_share"))
-    return share if share and 0 < share <= 1 else _CENTRE
+    return share if share and 0 < share <= 1 else _CENTER
 
 
 def _gallery(beton: Beton, run: RunFiles, wanted: Wanted) -> Gallery:
@@ -140,12 +140,12 @@ def _add(gallery: Gallery, run: RunFiles, loaded: Loaded, wanted: Wanted) -> Non
 
 
 def _finish(gallery: Gallery, wanted: Wanted) -> None:
-    """Find the neighbours and maps."""
+    """Find the neighbors and maps."""
     of = gallery.sample
     gallery.shown = tsne.shown(of)
     for seen in gallery.seen:
-        seen.near = nearest(seen.features, of.queries, wanted.neighbours)
-        seen.agreement = agreement(seen.features, of.labels, wanted.neighbours) if of.labelled else None
+        seen.near = nearest(seen.features, of.queries, wanted.neighbors)
+        seen.agreement = agreement(seen.features, of.labels, wanted.neighbors) if of.labeled else None
         if len(gallery.shown) >= tsne.FEWEST:
             print(f"{seen.run.name}: map of {len(gallery.shown)} images ...", file=sys.stderr, flush=True)
             seen.places = tsne.project(seen.features[torch.from_numpy(gallery.shown)], wanted.seed)

@@ -63,14 +63,14 @@ def report(runs: list[RunFiles], wanted: Wanted | None) -> Report:
         runs=runs,
         groups=groups,
         group_of={run.name: group.number for group in groups for run in group.runs},
-        colours=range(len(LIGHT.colours)),
+        colors=range(len(LIGHT.colors)),
         themes={"light": LIGHT, "dark": DARK},
         marks=MARKS,
         titles=titles,
         rows=rows,
         charts=[(chart, _chart(chart, groups)) for chart in shown],
         galleries=[_gallery(gallery) for gallery in galleries],
-        neighbours=wanted.neighbours if wanted else 0,
+        neighbors=wanted.neighbors if wanted else 0,
         differences=differences(runs),
         written=time.strftime("%Y-%m-%d %H:%M"),
     )
@@ -89,7 +89,7 @@ def _gallery(gallery: Gallery) -> dict[str, Any]:
         "data": of.beton.path.name,
         "count": len(of.ids),
         "size": gallery.size,
-        "classes": of.classes if of.labelled else 0,
+        "classes": of.classes if of.labeled else 0,
         "chance": by_chance(of.labels),
         "seed": of.seed,
         "seen": gallery.seen,
@@ -112,7 +112,7 @@ def _query(gallery: Gallery, number: int) -> dict[str, Any]:
                 "picture": of.picture(int(other)),
                 "name": of.name(int(other)),
                 "cosine": float(cosine),
-                "right": bool(of.labels[other] == of.labels[place]) if of.labelled else None,
+                "right": bool(of.labels[other] == of.labels[place]) if of.labeled else None,
             }
             for other, cosine in zip(seen.near.places[number], seen.near.cosines[number], strict=True)
         ]

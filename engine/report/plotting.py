@@ -26,13 +26,13 @@ MARKERS, MARKS = "o^sDvp", "●▲■◆▼⬟"
 
 
 class Theme(NamedTuple):
-    """Colours of pictures and page."""
+    """Colors of pictures and page."""
 
     background: str
     ink: str
     faint: str
     """Of frames and grids."""
-    colours: tuple[str, ...]
+    colors: tuple[str, ...]
     """Of runs and classes: 3 to 1 or more against the background, and apart from each other also for those who cannot
     see red or green."""
 
@@ -42,17 +42,17 @@ DARK = Theme("#16191d", "#e8eaed", "#3a4048", ("#5c9dff", "#ffb000", "#2fd6b5", 
 
 
 class Style(NamedTuple):
-    """How the lines or points of one of several look: by colour, and beyond that by dashes or shape."""
+    """How the lines or points of one of several look: by color, and beyond that by dashes or shape."""
 
-    colour: str
+    color: str
     dashes: Any
     marker: str
 
 
 def style_of(theme: Theme, number: int) -> Style:
     """Return the style of line or class `number`, from 0 on."""
-    again, index = divmod(number, len(theme.colours))
-    return Style(theme.colours[index], DASHES[again % len(DASHES)], MARKERS[again % len(MARKERS)])
+    again, index = divmod(number, len(theme.colors))
+    return Style(theme.colors[index], DASHES[again % len(DASHES)], MARKERS[again % len(MARKERS)])
 
 
 def picture(
@@ -131,7 +131,7 @@ def _short(name: str) -> str:
 
 def draw_lines(axes: Any, curves: Sequence[Curve], style: Style, *, label: str = "", marked: bool = False) -> None:
     """Draw one run's curve, or several runs' as thin lines with their mean; marked: with a mark at each value."""
-    look = {"color": style.colour, "linestyle": style.dashes, "markersize": 4}
+    look = {"color": style.color, "linestyle": style.dashes, "markersize": 4}
     for one in curves if len(curves) > 1 else ():
         axes.plot(*one, **look, linewidth=0.7, alpha=0.6)
     mean = mean_of(curves)
@@ -164,7 +164,7 @@ def curves(metrics: Path, out: Path, levels: Mapping[str, float] | None = None) 
                 marked=True,
             )
         for number, (name, level) in enumerate((levels or {}).items(), start=1):
-            right.axhline(100 * level, linestyle="--", color=style_of(LIGHT, number).colour, label=name)
+            right.axhline(100 * level, linestyle="--", color=style_of(LIGHT, number).color, label=name)
         right.set(xlabel="epoch", ylabel="kNN top-1, %", ylim=(0, 100))
         if len(found.epochs) or levels:
             right.legend()

@@ -1,4 +1,4 @@
-"""What an encoder takes for alike: the nearest neighbours of a few images among a sample of a data set."""
+"""What an encoder takes for alike: the nearest neighbors of a few images among a sample of a data set."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from engine.evaluate.nearest_neighbors import neighbours
+from engine.evaluate.nearest_neighbors import neighbors
 from engine.evaluate.online_knn import features
 from engine.report.plotting import uri
 from engine.weights.load import Loaded
@@ -26,7 +26,7 @@ from pipeline.system.cores import available_cores
 from pipeline.system.errors import printable
 
 SHOWN = 8
-"""Images whose neighbours are shown."""
+"""Images whose neighbors are shown."""
 _OF_A_CLASS, _CLASSES = 50, 10  # images of a class in the sample, where the data have as many, and classes, at least
 _SIDE, _SMALL = 112, 64  # pixels of a picture, at most; up to the smaller one it is stored without loss
 
@@ -41,13 +41,13 @@ class Sample:
     labels: np.ndarray
     """int64 [n]; all -1 where the data have none."""
     share: float
-    """Side of the centre crop over the shorter side."""
+    """Side of the center crop over the shorter side."""
     seed: int
     pictures: dict[int, str] = field(default_factory=dict)
 
     @cached_property
     def queries(self) -> np.ndarray:
-        """Places in `ids` of the images whose neighbours are shown, of as many classes as can be: int64 [q]."""
+        """Places in `ids` of the images whose neighbors are shown, of as many classes as can be: int64 [q]."""
         order = np.random.default_rng(self.seed).permutation(len(self.ids))
         met: Counter[int] = Counter()
         rounds = []
@@ -61,7 +61,7 @@ class Sample:
         return Sample(self.beton, self.ids[kept], self.labels[kept], self.share, self.seed)
 
     @property
-    def labelled(self) -> bool:
+    def labeled(self) -> bool:
         """Whether the images have labels."""
         return bool((self.labels >= 0).all())
 
@@ -78,7 +78,7 @@ class Sample:
         return printable(self.beton.classes[label]) if label < len(self.beton.classes) else f"class {label}"
 
     def picture(self, place: int) -> str:
-        """Return an image's centre crop as a data URI."""
+        """Return an image's center crop as a data URI."""
         if place not in self.pictures:
             pixels = decode(self.beton, int(self.ids[place]))
             self.pictures[place] = _as_uri(_crop(Image.fromarray(pixels), self.share))
@@ -88,15 +88,15 @@ class Sample:
 def sample(beton: Beton, limit: int, share: float, seed: int) -> Sample:
     """Return at most `limit` images of a data set, the same for the same seed.
 
-    Of a labelled one as many classes, at least ten, as leave 50 images of each, or all that a class has.
+    Of a labeled one as many classes, at least ten, as leave 50 images of each, or all that a class has.
     """
     random = np.random.default_rng(seed)
     readable = np.setdiff1d(np.arange(len(beton)), list(beton.unreadable))
     labels = beton.labels[readable]
-    labelled = bool((labels >= 0).any())
-    ids = np.concatenate(list(_chosen(labels, limit, random))) if labelled else random.permutation(len(labels))[:limit]
+    labeled = bool((labels >= 0).any())
+    ids = np.concatenate(list(_chosen(labels, limit, random))) if labeled else random.permutation(len(labels))[:limit]
     ids = np.sort(readable[ids])
-    labels = beton.labels[ids] if labelled else np.full(len(ids), -1)
+    labels = beton.labels[ids] if labeled else np.full(len(ids), -1)
     return Sample(beton, ids, labels, share, seed)
 
 
@@ -123,7 +123,7 @@ def embed(loaded: Loaded, of: Sample, share: float, device: torch.device) -> tup
 
 
 class Near(NamedTuple):
-    """Nearest neighbours of some images: cosines, descending, and places in the sample, [q, k] each."""
+    """Nearest neighbors of some images: cosines, descending, and places in the sample, [q, k] each."""
 
     cosines: np.ndarray
     places: np.ndarray
@@ -132,14 +132,14 @@ class Near(NamedTuple):
 def nearest(found: torch.Tensor, queries: np.ndarray, k: int) -> Near:
     """Return the k nearest of each query, itself left out, by features [n, F] of norm 1; exact."""
     k = min(k, len(found) - 1)
-    similarity, index = neighbours(found[queries], found, torch.arange(len(found)), k + 1)
+    similarity, index = neighbors(found[queries], found, torch.arange(len(found)), k + 1)
     others = index != torch.from_numpy(queries)[:, None]
     others[others.all(dim=1), -1] = False  # a query that is not among its own nearest: copies of it are
     return Near(similarity[others].view(-1, k).numpy(), index[others].view(-1, k).numpy())
 
 
 def agreement(found: torch.Tensor, labels: np.ndarray, k: int) -> float:
-    """Return the share of all images' k nearest neighbours that are of the image's own class."""
+    """Return the share of all images' k nearest neighbors that are of the image's own class."""
     near = nearest(found, np.arange(len(found)), k).places
     return float((labels[near] == labels[:, None]).mean())
 
@@ -151,7 +151,7 @@ def by_chance(labels: np.ndarray) -> float:
 
 
 def _crop(image: Image.Image, share: float) -> Image.Image:
-    """Return the centre crop that the encoder sees, shrunk to what is shown."""
+    """Return the center crop that the encoder sees, shrunk to what is shown."""
     side = max(1, round(share * min(image.size)))
     left, top = (image.width - side) // 2, (image.height - side) // 2
     shown = min(side, _SIDE)

@@ -1,4 +1,4 @@
-"""Features in the plane, coloured by class: principal components, then t-SNE (van der Maaten and Hinton, 2008)."""
+"""Features in the plane, colored by class: principal components, then t-SNE (van der Maaten and Hinton, 2008)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _COMPONENTS, _PERPLEXITY = 50, 30
 def shown(of: Sample) -> np.ndarray:
     """Return the places in the sample of the images to draw, int64 [m]: of the most frequent classes, by its seed."""
     order = np.random.default_rng(of.seed).permutation(len(of.ids))
-    if of.labelled:
+    if of.labeled:
         order = order[np.isin(of.labels[order], frequent(of))]
     return np.sort(order[:POINTS])
 
@@ -48,9 +48,9 @@ def draw(places: np.ndarray, of: Sample, at: np.ndarray, theme: Theme, axes: Any
     for number, label in enumerate(frequent(of) or [-1]):
         members = of.labels[at] == label
         look = style_of(theme, number)
-        name = of.name(int(at[members][0])) if members.any() and of.labelled else ""
+        name = of.name(int(at[members][0])) if members.any() and of.labeled else ""
         axes.scatter(
-            *places[members].T, s=16, color=look.colour, marker=look.marker, alpha=0.75, linewidths=0, label=name
+            *places[members].T, s=16, color=look.color, marker=look.marker, alpha=0.75, linewidths=0, label=name
         )
     axes.set(xticks=[], yticks=[], aspect="equal")
     axes.spines[:].set_visible(False)

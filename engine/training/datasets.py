@@ -93,7 +93,7 @@ def _refuse(message: str) -> None:
 
 
 def build_knn(settings: Settings, train_set: Beton, eval_set: Beton, accelerator: Accelerator) -> Knn:
-    """Return what classifies the images of `eval_set` by their neighbours of `train_set`."""
+    """Return what classifies the images of `eval_set` by their neighbors of `train_set`."""
     knn = settings.knn
     backend = "ffcv" if train_set.in_one_file and eval_set.in_one_file else "dali"  # each image once: no residence
     return Knn(

@@ -45,7 +45,7 @@ def estimate(settings: Settings) -> dict[str, Any]:
     """Build the model, train on two stub batches, and return what the run would be. Writes nothing.
 
     flops_a_pair: of all matrix products and convolutions of a step. memory: bytes by number of processes, an estimate:
-    parameters, gradients, optimiser, momentum encoder, queue, views, and the activations kept for the backward pass,
+    parameters, gradients, optimizer, momentum encoder, queue, views, and the activations kept for the backward pass,
     which are extrapolated from the two stub batches; `memory_of` says it for any number. Where a CPU would emulate
     bfloat16, matrix products are not computed. norm_passes: BatchNorm layers
     passed a step, without and with a gradient. Raises InputError for settings that cannot work.
@@ -138,7 +138,7 @@ def _parameters(model: Model) -> dict[str, int]:
 
 
 def _held(settings: Settings, model: Model) -> int:
-    """Return the bytes of weights, gradients, optimiser, momentum encoder and queue."""
+    """Return the bytes of weights, gradients, optimizer, momentum encoder and queue."""
     online = model.step.encoder
     states = {"sgd": 1, "lars": 1, "adamw": 2}[settings.optim.name]
     modules = [module for module in (online, model.target, model.queue) if module is not None]

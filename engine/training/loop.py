@@ -78,7 +78,7 @@ def _trained(run: Run, heartbeat: Heartbeat) -> dict[str, Any]:
     together(lambda: run.monitor.start(run.done, run.evaluated))
     stopped = _epochs(run, heartbeat)
     together(run.writer.finish)
-    summary = {} if stopped else _summarise(run)
+    summary = {} if stopped else _summarize(run)
     run.accelerator.end_training()  # not after a failure: it waits for processes that may never come
     if stopped:
         raise stopped
@@ -90,7 +90,7 @@ def _already_finished(run: Run) -> dict[str, Any]:
         asked = f"{run.settings.optim.epochs} epochs, {run.total} steps"
         print(f"nothing to train: {run.done} steps are done of the {asked} asked for", file=sys.stderr)
         if not (run.out / "summary.json").exists():  # it ended between its last checkpoint and that
-            _summarise(run)
+            _summarize(run)
     return {**run.monitor.last, "step": run.done}
 
 
@@ -191,7 +191,7 @@ def measure_rate(settings: Settings, steps: int = 20) -> float:
             run.accelerator.free_memory()
 
 
-def _summarise(run: Run) -> dict[str, Any]:
+def _summarize(run: Run) -> dict[str, Any]:
     monitor = run.monitor
     summary = {
         **monitor.last,

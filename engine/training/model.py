@@ -14,11 +14,11 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from engine.config.settings import Settings
-from engine.optim.optimizer import build_optimiser
+from engine.optim.optimizer import build_optimizer
 from engine.optim.schedule import Schedule
 from engine.parallel import collectives
 from engine.parallel.accelerator import prepared
-from engine.parallel.sync_batchnorm import synchronise
+from engine.parallel.sync_batchnorm import synchronize
 from engine.training.step import Step
 from methods.encoders import place
 from methods.heads import Encoder
@@ -39,24 +39,24 @@ class Model:
     """As Accelerate wrapped it."""
     target: Encoder | None
     queue: KeyQueue | None
-    optimiser: Any
+    optimizer: Any
     step: Step
 
 
 def build_model(settings: Settings, accelerator: Accelerator, steps_an_epoch: int = 1) -> Model:
-    """Build encoders, queue, objective, optimiser, schedules and step, weights from the settings' seed."""
+    """Build encoders, queue, objective, optimizer, schedules and step, weights from the settings' seed."""
     set_seed(settings.seed)
     base, device = settings.base, accelerator.device
     accumulate = settings.parts(accelerator.num_processes)
     online = _online(settings, accelerator, accumulate)
     if settings.model.bn == "sync" and accelerator.num_processes > 1:
-        synchronise(online, device)
+        synchronize(online, device)
     target = place(momentum_copy(online), device) if base.teacher else None
     place(online, device)
     if settings.compile:
         _compile(online, target, device)
     queue = _queue(settings, device) if base.queue else None
-    wrapped, optimiser = prepared(accelerator, online, build_optimiser(online, settings.optim))
+    wrapped, optimizer = prepared(accelerator, online, build_optimizer(online, settings.optim))
     if settings.gradient_dtype == "bfloat16":
         _exchange_in_bfloat16(wrapped)
     step = Step(
@@ -65,14 +65,14 @@ def build_model(settings: Settings, accelerator: Accelerator, steps_an_epoch: in
         target,
         queue,
         build_objective(base, settings.terms),
-        optimiser,
+        optimizer,
         Schedule(settings, steps_an_epoch, device),
         accumulate=accumulate,
         clip=settings.optim.clip,
         gradient_shares=settings.gradient_shares,
         graph=settings.cuda_graph,
     )
-    return Model(wrapped, target, queue, optimiser, step)
+    return Model(wrapped, target, queue, optimizer, step)
 
 
 def _online(settings: Settings, accelerator: Accelerator, accumulate: int) -> Encoder:

@@ -46,7 +46,7 @@ def save(run: Run) -> None:
     }
     with _statistics(run).averaged() as rows:
         if run.accelerator.is_main_process:
-            tensors = {"model": modules(run).state_dict(), "optimiser": _optimiser_tensors(run)}
+            tensors = {"model": modules(run).state_dict(), "optimizer": _optimizer_tensors(run)}
             if rows is not None:
                 tensors["ranks"] = {_ROWS: rows}
             run.writer.save(run.done, tensors, state)
@@ -98,8 +98,8 @@ def restore(run: Run) -> None:
     of = {name: collectives.broadcast(tensors.get(name, {}), like, device) for name, like in found["tensors"].items()}
     modules(run).load_state_dict(of["model"])
     run.model.step.schedule.skipped.zero_()
-    for name, value in _optimiser_tensors(run).items():
-        value.copy_(of["optimiser"][name])
+    for name, value in _optimizer_tensors(run).items():
+        value.copy_(of["optimizer"][name])
     rows = of.get("ranks", {}).get(_ROWS)
     if rows is not None and len(rows) == collectives.world():  # on another number of processes their mean, in the model
         _statistics(run).put(rows[collectives.rank()])
@@ -139,7 +139,7 @@ def _read(run: Run, into: dict[str, Any]) -> dict[str, Any] | None:
         raise InputError(
             f"{run.out}: holds {later.name}, later than {path}: choose another --out, or remove the later checkpoints"
         )
-    _check_fit(path, {"model": modules(run).state_dict(), "optimiser": _optimiser_tensors(run)}, tensors)
+    _check_fit(path, {"model": modules(run).state_dict(), "optimizer": _optimizer_tensors(run)}, tensors)
     into["tensors"] = tensors
     if "ranks" in tensors:
         saved = tensors["ranks"].get(_ROWS, torch.zeros(1, 0))
@@ -200,12 +200,12 @@ def modules(run: Run) -> nn.ModuleDict:
 
 
 def _named_states(run: Run) -> dict[str, dict[str, torch.Tensor]]:
-    """Return the optimiser's state of each parameter, by the parameter's name."""
+    """Return the optimizer's state of each parameter, by the parameter's name."""
     names = {id(p): name for name, p in run.accelerator.unwrap_model(run.model.online).named_parameters()}
-    return {names[id(p)]: state for p, state in run.model.optimiser.state.items()}
+    return {names[id(p)]: state for p, state in run.model.optimizer.state.items()}
 
 
-def _optimiser_tensors(run: Run) -> dict[str, torch.Tensor]:
+def _optimizer_tensors(run: Run) -> dict[str, torch.Tensor]:
     states = _named_states(run)
     return {
         f"{name}|{key}": value for name, state in states.items() for key, value in state.items() if value is not None

@@ -1,4 +1,4 @@
-"""One training step: momentum encoder, online encoder, terms, backward, optimiser, moving average, queue."""
+"""One training step: momentum encoder, online encoder, terms, backward, optimizer, moving average, queue."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Step:
 
     Only the embeddings that the objective needs are computed. Keys come first, for the whole batch; queries follow in
     `accumulate` parts, each of which meets the keys of the whole global batch. A step whose loss or gradients are not
-    finite, on any process, leaves everything as it was: parameters, momentum encoder, statistics, queue, optimiser and
+    finite, on any process, leaves everything as it was: parameters, momentum encoder, statistics, queue, optimizer and
     schedules. The scale of fp16's losses alone then falls.
 
     graph: replay the step as one CUDA graph, once it has been taken a few times; measured steps are not.
@@ -51,7 +51,7 @@ class Step:
         target: Encoder | None,
         queue: KeyQueue | None,
         objective: Objective,
-        optimiser: Any,
+        optimizer: Any,
         schedule: Schedule,
         *,
         accumulate: int = 1,
@@ -63,7 +63,7 @@ class Step:
         self.encoder: Encoder = accelerator.unwrap_model(online)
         """The online encoder, unwrapped."""
         self.schedule = schedule
-        self._queue, self.objective, self._optimiser = queue, objective, optimiser
+        self._queue, self.objective, self._optimizer = queue, objective, optimizer
         self._accumulate, self._clip, self._shares = accumulate, clip, gradient_shares
         self.moving_average = MovingAverage(target, self.encoder) if target else None
         self.buffers = Buffers(*(module for module in (self.encoder, target) if module is not None))
@@ -72,7 +72,7 @@ class Step:
         self._queries = sorted({int(name[1]) for name in needs if name[0] in "qQ"})
         self._keys = sorted({int(name[1]) for name in needs if name[0] in "kK"})
         self._everyone = sorted((name for name in objective.needs if name[0] in "QK"), reverse=True)  # Q before K
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = schedule.lr
         self._graph = Graph(self._take, accelerator.device, self._reset) if graph else None
 
@@ -184,24 +184,24 @@ class Step:
         return named[query] if query in named else collectives.gather_with_gradient(named[query.lower()])
 
     def _update(self) -> torch.Tensor:
-        """Take the optimiser's step where all gradients are finite; return whether, bool []. All processes agree."""
-        optimiser, scaler = self._optimiser.optimizer, self._accelerator.scaler
+        """Take the optimizer's step where all gradients are finite; return whether, bool []. All processes agree."""
+        optimizer, scaler = self._optimizer.optimizer, self._accelerator.scaler
         if scaler is not None:
-            scaler.unscale_(optimiser)
+            scaler.unscale_(optimizer)
         norm = get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         if self._clip:
             clip_grads_with_norm_(self._parameters, self._clip, norm)
         taken = norm.isfinite()
-        optimiser.found_inf = (~taken).float()
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.found_inf = (~taken).float()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         if scaler is not None:
             scaler.update()
         return taken
 
     def _reset(self) -> None:
         """Forget the gradients, scaled or not, of a step that was broken off."""
-        self._optimiser.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad(set_to_none=True)
         if self._accelerator.scaler is not None:
             self._accelerator.scaler._per_optimizer_states.clear()
 

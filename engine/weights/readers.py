@@ -128,7 +128,7 @@ def _plain(found: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def _has_values(value: Any) -> bool:
-    """Whether it is a tensor whose numbers are there: a file may hold sparse or quantised ones, or shapes alone."""
+    """Whether it is a tensor whose numbers are there: a file may hold sparse or quantized ones, or shapes alone."""
     return (
         isinstance(value, torch.Tensor)
         and value.layout is torch.strided

@@ -1,9 +1,9 @@
-"""Augmentation on the device: uint8 crops to normalised, channels-last views.
+"""Augmentation on the device: uint8 crops to normalized, channels-last views.
 
 Batched, with each sample's own parameters and its own order of operations. Every operation has PIL's meaning, on
 values that are rounded to 0..255 where PIL rounds them: torchvision's transforms on PIL images are the reference
-(ImageEnhance for brightness, contrast and saturation; its HSV conversion for hue; ITU-R 601 greyscale; ImageOps for
-solarise). Only blur is not PIL's, whose own is made of boxes, but torchvision's: a Gaussian kernel, reflected edges.
+(ImageEnhance for brightness, contrast and saturation; its HSV conversion for hue; ITU-R 601 grayscale; ImageOps for
+solarize). Only blur is not PIL's, whose own is made of boxes, but torchvision's: a Gaussian kernel, reflected edges.
 
 All sizes come from the host's draws, so that nothing here waits for the device.
 """
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from pipeline.augment.draws import Colour
+from pipeline.augment.draws import Color
 from pipeline.system.device import to_device
 
 
@@ -30,75 +30,75 @@ class Statistics(NamedTuple):
 
 
 IMAGENET = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_SOLARISE_AT = 128
+_SOLARIZE_AT = 128
 _RADIUS = 6  # of the blur's kernel, pixels: three of the largest standard deviation that is drawn, 2.0
 
 
 def augment(
-    crops: torch.Tensor, colour: Colour, statistics: Statistics = IMAGENET, dtype: torch.dtype = torch.float32
+    crops: torch.Tensor, color: Color, statistics: Statistics = IMAGENET, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Return the views of crops, uint8 [B, S, S, 3], after `colour`: dtype [B, 3, S, S], channels-last.
+    """Return the views of crops, uint8 [B, S, S, 3], after `color`: dtype [B, 3, S, S], channels-last.
 
     On a GPU by Triton kernels in four passes at most; elsewhere by the operations below, which are their reference.
     """
-    return (fused if crops.device.type == "cuda" else stepwise)(crops, colour, statistics, dtype)
+    return (fused if crops.device.type == "cuda" else stepwise)(crops, color, statistics, dtype)
 
 
-def fused(crops: torch.Tensor, colour: Colour, statistics: Statistics, dtype: torch.dtype) -> torch.Tensor:
+def fused(crops: torch.Tensor, color: Color, statistics: Statistics, dtype: torch.dtype) -> torch.Tensor:
     """Return what `augment` does, by `triton_kernels`: equal to `stepwise` but for roundings of the blur."""
     from pipeline.augment.triton_kernels import augment_view
 
     batch, size, _, _ = crops.shape
     out = torch.empty((batch, 3, size, size), dtype=dtype, device=crops.device, memory_format=torch.channels_last)
-    blurs = to_device(np.flatnonzero(colour.blur), crops.device)
-    parameters = to_device(pack(colour, statistics), crops.device)
+    blurs = to_device(np.flatnonzero(color.blur), crops.device)
+    parameters = to_device(pack(color, statistics), crops.device)
     radius = min(_RADIUS, size - 1)
-    augment_view(crops.contiguous(), parameters, blurs, out, grey_first=colour.grey_first, radius=radius)
+    augment_view(crops.contiguous(), parameters, blurs, out, gray_first=color.gray_first, radius=radius)
     return out
 
 
-def pack(colour: Colour, statistics: Statistics) -> np.ndarray:
+def pack(color: Color, statistics: Statistics) -> np.ndarray:
     """Return the parameters of `pipeline.augment.triton_kernels.augment_view`, a row a sample: float32 [B, 20]."""
     scale = np.float32(1) / (np.array(statistics.std, np.float32) * np.float32(255))
     columns = [
-        colour.jitter,
-        *colour.order.T,
-        colour.brightness,
-        colour.contrast,
-        colour.saturation,
-        np.trunc(colour.hue * np.float32(255)),  # as in `hue`
-        colour.grey,
-        colour.blur,
-        colour.sigma,
-        colour.solarise,
+        color.jitter,
+        *color.order.T,
+        color.brightness,
+        color.contrast,
+        color.saturation,
+        np.trunc(color.hue * np.float32(255)),  # as in `hue`
+        color.gray,
+        color.blur,
+        color.sigma,
+        color.solarize,
         *np.array(statistics.mean, np.float32) * np.float32(255),
         *scale,
         0.0,
     ]
-    return np.stack([np.broadcast_to(np.float32(column), len(colour.jitter)) for column in columns], axis=1)
+    return np.stack([np.broadcast_to(np.float32(column), len(color.jitter)) for column in columns], axis=1)
 
 
-def stepwise(crops: torch.Tensor, colour: Colour, statistics: Statistics, dtype: torch.dtype) -> torch.Tensor:
+def stepwise(crops: torch.Tensor, color: Color, statistics: Statistics, dtype: torch.dtype) -> torch.Tensor:
     """Return what `augment` does, one operation after another."""
     x = crops.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)  # planes: [B, 3, S, S]
-    if colour.grey_first:
-        _apply(x, colour.grey, greyscale)
-    _jitter(x, colour)
-    if not colour.grey_first:
-        _apply(x, colour.grey, greyscale)
-    _apply(x, colour.blur, gaussian_blur, colour.sigma)
-    _apply(x, colour.solarise, solarise)
-    return _normalise(x, statistics, dtype)
+    if color.gray_first:
+        _apply(x, color.gray, grayscale)
+    _jitter(x, color)
+    if not color.gray_first:
+        _apply(x, color.gray, grayscale)
+    _apply(x, color.blur, gaussian_blur, color.sigma)
+    _apply(x, color.solarize, solarize)
+    return _normalize(x, statistics, dtype)
 
 
-def normalise(
+def normalize(
     crops: torch.Tensor, statistics: Statistics = IMAGENET, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """Return crops, uint8 [B, S, S, 3], as (x / 255 - mean) / std: dtype [B, 3, S, S], channels-last."""
-    return _normalise(crops.permute(0, 3, 1, 2).to(torch.float32), statistics, dtype)
+    return _normalize(crops.permute(0, 3, 1, 2).to(torch.float32), statistics, dtype)
 
 
-def _normalise(x: torch.Tensor, statistics: Statistics, dtype: torch.dtype) -> torch.Tensor:
+def _normalize(x: torch.Tensor, statistics: Statistics, dtype: torch.dtype) -> torch.Tensor:
     mean, scale = _on_device(statistics, x.device)
     out = torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
     return out.copy_(x.sub_(mean).mul_(scale))
@@ -122,12 +122,12 @@ def _apply(
     x[where] = operation(x[where], *(to_device(parameter[index], x.device) for parameter in parameters))
 
 
-def _jitter(x: torch.Tensor, colour: Colour) -> None:
+def _jitter(x: torch.Tensor, color: Color) -> None:
     operations = (brightness, contrast, saturation, hue)
-    parameters = (colour.brightness, colour.contrast, colour.saturation, colour.hue)
+    parameters = (color.brightness, color.contrast, color.saturation, color.hue)
     for place in range(4):
         for number, (operation, parameter) in enumerate(zip(operations, parameters, strict=True)):
-            _apply(x, colour.jitter & (colour.order[:, place] == number), operation, parameter)
+            _apply(x, color.jitter & (color.order[:, place] == number), operation, parameter)
 
 
 def _blend(x: torch.Tensor, other: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -155,7 +155,7 @@ def contrast(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
 
 def saturation(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Blend x [B, 3, H, W] with its greyscale by factor [B]."""
+    """Blend x [B, 3, H, W] with its grayscale by factor [B]."""
     return _blend(x, luma(x), factor)
 
 
@@ -194,14 +194,14 @@ def _hsv_to_rgb(h: torch.Tensor, s: torch.Tensor, v: torch.Tensor) -> torch.Tens
     return out.add_(0.5).floor_()
 
 
-def greyscale(x: torch.Tensor) -> torch.Tensor:
+def grayscale(x: torch.Tensor) -> torch.Tensor:
     """Return the luma of x [B, 3, H, W] in all three channels."""
     return luma(x).expand_as(x)
 
 
-def solarise(x: torch.Tensor) -> torch.Tensor:
+def solarize(x: torch.Tensor) -> torch.Tensor:
     """Invert the values of x [B, 3, H, W] at or above 128."""
-    return torch.where(x < _SOLARISE_AT, x, 255 - x)
+    return torch.where(x < _SOLARIZE_AT, x, 255 - x)
 
 
 def gaussian_blur(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

@@ -14,20 +14,20 @@ import numpy as np
 from pipeline.system.counter_rng import keyed, uniforms
 from pipeline.views import View
 
-TRIES = 10  # RandomResizedCrop's, before it takes the centre
+TRIES = 10  # RandomResizedCrop's, before it takes the center
 _COLUMNS = 16  # places 0..15 hold the draws that are not the crop's; the crop's tries follow, four each
-(_FLIP, _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _OPERATIONS, _GREY, _BLUR, _SIGMA, _SOLARISE) = range(11)
+(_FLIP, _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _OPERATIONS, _GRAY, _BLUR, _SIGMA, _SOLARIZE) = range(11)
 _ORDERS = np.array(
     [[a, b, c, 6 - a - b - c] for a in range(4) for b in range(4) for c in range(4) if len({a, b, c}) == 3]
 )
 
 
 @dataclass(frozen=True)
-class Colour:
-    """The colour operations of one view of n samples; arrays of [n] but `order`."""
+class Color:
+    """The color operations of one view of n samples; arrays of [n] but `order`."""
 
     jitter: np.ndarray
-    """bool: colour jitter is applied."""
+    """bool: color jitter is applied."""
     order: np.ndarray
     """int64 [n, 4]: the order of brightness (0), contrast (1), saturation (2) and hue (3)."""
     brightness: np.ndarray
@@ -36,16 +36,16 @@ class Colour:
     saturation: np.ndarray
     hue: np.ndarray
     """float32 shift, turns."""
-    grey: np.ndarray
+    gray: np.ndarray
     """bool."""
     blur: np.ndarray
     """bool."""
     sigma: np.ndarray
     """float32 standard deviation, pixels."""
-    solarise: np.ndarray
+    solarize: np.ndarray
     """bool."""
-    grey_first: bool = False
-    """Greyscale comes before the jitter, not after it."""
+    gray_first: bool = False
+    """Grayscale comes before the jitter, not after it."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ViewDraws:
     """int32 [n, 4]: top, left, height, width of the crop, in pixels of the stored image."""
     flips: np.ndarray
     """bool [n]."""
-    colour: Colour
+    color: Color
 
 
 def draw_view(
@@ -65,7 +65,7 @@ def draw_view(
     """Draw view number `index` of samples `ids` (int64 [n]) whose images are `heights` by `widths` pixels ([n])."""
     u = uniforms(keyed(seed, epoch, ids, index), _COLUMNS + 4 * TRIES)  # [n, 16 + 40]
     boxes = crop_boxes(u[:, _COLUMNS:].reshape(-1, TRIES, 4), heights, widths, view.scale, view.ratio)
-    return ViewDraws(boxes, u[:, _FLIP] < view.flip, _colour(view, u))
+    return ViewDraws(boxes, u[:, _FLIP] < view.flip, _color(view, u))
 
 
 def draw_views(
@@ -76,27 +76,27 @@ def draw_views(
     return [draw_view(view, index, seed=seed, epoch=epoch, ids=ids, **sides) for index, view in enumerate(views)]
 
 
-def draw_colour(view: View, index: int, *, seed: int, epoch: int, ids: np.ndarray) -> Colour:
-    """Draw the colour operations of view number `index` of samples `ids` (int64 [n]) alone, as `draw_view` would."""
-    return _colour(view, uniforms(keyed(seed, epoch, ids, index), _COLUMNS))
+def draw_color(view: View, index: int, *, seed: int, epoch: int, ids: np.ndarray) -> Color:
+    """Draw the color operations of view number `index` of samples `ids` (int64 [n]) alone, as `draw_view` would."""
+    return _color(view, uniforms(keyed(seed, epoch, ids, index), _COLUMNS))
 
 
-def _colour(view: View, u: np.ndarray) -> Colour:
+def _color(view: View, u: np.ndarray) -> Color:
     def factor(column: int, strength: float) -> np.ndarray:
         return between(u[:, column], max(0.0, 1.0 - strength), 1.0 + strength).astype(np.float32)
 
-    return Colour(
+    return Color(
         jitter=u[:, _JITTER] < view.jitter,
         order=_ORDERS[(u[:, _OPERATIONS] * len(_ORDERS)).astype(np.int64)],
         brightness=factor(_BRIGHTNESS, view.brightness),
         contrast=factor(_CONTRAST, view.contrast),
         saturation=factor(_SATURATION, view.saturation),
         hue=between(u[:, _HUE], -view.hue, view.hue).astype(np.float32),
-        grey=u[:, _GREY] < view.grey,
+        gray=u[:, _GRAY] < view.gray,
         blur=u[:, _BLUR] < view.blur,
         sigma=between(u[:, _SIGMA], *view.sigma).astype(np.float32),
-        solarise=u[:, _SOLARISE] < view.solarise,
-        grey_first=view.grey_first,
+        solarize=u[:, _SOLARIZE] < view.solarize,
+        gray_first=view.gray_first,
     )
 
 
@@ -114,7 +114,7 @@ def crop_boxes(
 ) -> np.ndarray:
     """Return RandomResizedCrop's boxes, int32 [n, 4] (top, left, height, width), from uniforms u [n, tries, 4].
 
-    The first of the tries that fits; where none does, the largest centred box within `ratio`
+    The first of the tries that fits; where none does, the largest centered box within `ratio`
     (torchvision.transforms.RandomResizedCrop.get_params).
     """
     high, wide = heights.astype(np.float64)[:, None], widths.astype(np.float64)[:, None]
@@ -126,11 +126,11 @@ def crop_boxes(
     first = fits.argmax(axis=1)
     boxes = np.stack([top, left, h, w], axis=-1)[np.arange(len(u)), first].astype(np.int32)
     missed = ~fits.any(axis=1)
-    boxes[missed] = _largest_centred(heights[missed], widths[missed], ratio)
+    boxes[missed] = _largest_centered(heights[missed], widths[missed], ratio)
     return boxes
 
 
-def _largest_centred(heights: np.ndarray, widths: np.ndarray, ratio: tuple[float, float]) -> np.ndarray:
+def _largest_centered(heights: np.ndarray, widths: np.ndarray, ratio: tuple[float, float]) -> np.ndarray:
     high, wide = heights.astype(np.float64), widths.astype(np.float64)
     h = np.where(wide / high < ratio[0], np.rint(wide / ratio[0]), high)
     w = np.where(wide / high > ratio[1], np.rint(high * ratio[1]), wide)
@@ -138,7 +138,7 @@ def _largest_centred(heights: np.ndarray, widths: np.ndarray, ratio: tuple[float
     return np.stack([(high - h) // 2, (wide - w) // 2, h, w], axis=-1).astype(np.int32)
 
 
-def centre_boxes(heights: np.ndarray, widths: np.ndarray, share: float) -> np.ndarray:
-    """Return centred square boxes, int32 [n, 4], whose side is `share` of the shorter side (0.875 is 224 of 256)."""
+def center_boxes(heights: np.ndarray, widths: np.ndarray, share: float) -> np.ndarray:
+    """Return centered square boxes, int32 [n, 4], whose side is `share` of the shorter side (0.875 is 224 of 256)."""
     side = np.maximum(np.rint(np.minimum(heights, widths) * share), 1).astype(np.int32)
     return np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=-1).astype(np.int32)

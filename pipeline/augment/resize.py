@@ -1,7 +1,7 @@
 """Antialiased bilinear crop and resize on the CPU, compiled: PIL's `Image.resize(BILINEAR)` of a crop, to 1/255.
 
 The triangle filter is separable. Each output row is first summed over the source rows it touches (contiguous, so the
-compiler vectorises it), then over columns with four lanes a pixel: three channels and one lane that the next pixel
+compiler vectorizes it), then over columns with four lanes a pixel: three channels and one lane that the next pixel
 overwrites. The column pass is unrolled for the number of taps, rounded up to one of `_TAPS`; more taps take a loop.
 Float32 throughout, rounded once; PIL rounds between its two passes, hence the last 1/255.
 """
@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.native.numba_cache import compiled
 
-# Numba leaves LLVM's straight-line vectoriser off; the column pass is three times as fast with it.
+# Numba leaves LLVM's straight-line vectorizer off; the column pass is three times as fast with it.
 numba.config.SLP_VECTORIZE = 1  # type: ignore[attr-defined]
 _JIT: dict[str, Any] = {
     "nogil": True,
@@ -65,13 +65,13 @@ def _triangle(n_in: int, n_out: int, mirrored: bool, start: Any, count: Any, wei
     support = max(scale, 1.0)
     most = 0
     for out in range(n_out):
-        centre = (out + 0.5) * scale
-        low = max(int(centre - support + 0.5), 0)
-        high = min(int(centre + support + 0.5), n_in)
+        center = (out + 0.5) * scale
+        low = max(int(center - support + 0.5), 0)
+        high = min(int(center + support + 0.5), n_in)
         total = 0.0
         to = n_out - 1 - out if mirrored else out
         for k in range(high - low):
-            weight = max(1.0 - abs((low + k - centre + 0.5) / support), 0.0)
+            weight = max(1.0 - abs((low + k - center + 0.5) / support), 0.0)
             weights[to, k] = weight
             total += weight
         for k in range(high - low):

@@ -45,10 +45,10 @@ def _crop_view(pixels, starts, widths, boxes, flips, out, SIZE: tl.constexpr, BL
 
     scale_y, scale_x = height.to(tl.float32) / SIZE, width.to(tl.float32) / SIZE
     support_y, support_x = tl.maximum(scale_y, 1.0), tl.maximum(scale_x, 1.0)
-    centre_y = ((index // SIZE).to(tl.float32) + 0.5) * scale_y
-    centre_x = (x.to(tl.float32) + 0.5) * scale_x
-    first_y = tl.maximum((centre_y - support_y + 0.5).to(tl.int32), 0)
-    first_x = tl.maximum((centre_x - support_x + 0.5).to(tl.int32), 0)
+    center_y = ((index // SIZE).to(tl.float32) + 0.5) * scale_y
+    center_x = (x.to(tl.float32) + 0.5) * scale_x
+    first_y = tl.maximum((center_y - support_y + 0.5).to(tl.int32), 0)
+    first_x = tl.maximum((center_x - support_x + 0.5).to(tl.int32), 0)
 
     red = tl.zeros((BLOCK,), tl.float32)
     green = tl.zeros((BLOCK,), tl.float32)
@@ -56,12 +56,12 @@ def _crop_view(pixels, starts, widths, boxes, flips, out, SIZE: tl.constexpr, BL
     weights = tl.zeros((BLOCK,), tl.float32)
     for tap_y in range((2 * support_y).to(tl.int32) + 2):
         y = first_y + tap_y
-        weight_y = tl.maximum(1.0 - tl.abs((y.to(tl.float32) - centre_y + 0.5) / support_y), 0.0)
+        weight_y = tl.maximum(1.0 - tl.abs((y.to(tl.float32) - center_y + 0.5) / support_y), 0.0)
         weight_y = tl.where(y < height, weight_y, 0.0)
         row = corner + y * stride
         for tap_x in range((2 * support_x).to(tl.int32) + 2):
             column = first_x + tap_x
-            weight = tl.maximum(1.0 - tl.abs((column.to(tl.float32) - centre_x + 0.5) / support_x), 0.0)
+            weight = tl.maximum(1.0 - tl.abs((column.to(tl.float32) - center_x + 0.5) / support_x), 0.0)
             weight = tl.where(column < width, weight, 0.0) * weight_y
             used = inside & (weight > 0)
             at = pixels + row + 3 * column
@@ -82,7 +82,7 @@ def augment_view(
     blurs: torch.Tensor,
     out: torch.Tensor,
     *,
-    grey_first: bool,
+    gray_first: bool,
     radius: int,
 ) -> None:
     """Write the augmented views of crops, uint8 [B, S, S, 3], into `out` [B, 3, S, S], channels-last.
@@ -94,20 +94,20 @@ def augment_view(
     sums = torch.zeros(batch, dtype=torch.int32, device=crops.device)
     grid = (triton.cdiv(size * size, _BLOCK), batch)
     common: dict[str, Any] = {"PIXELS": size * size, "BLOCK": _BLOCK, "enable_fp_fusion": False}
-    coloured = torch.empty_like(crops) if len(blurs) else crops
-    _sum_luma[grid](crops, parameters, sums, GREY_FIRST=grey_first, **common)
-    _colour[grid](crops, parameters, sums, coloured, out, GREY_FIRST=grey_first, **common)
+    colored = torch.empty_like(crops) if len(blurs) else crops
+    _sum_luma[grid](crops, parameters, sums, GRAY_FIRST=gray_first, **common)
+    _color[grid](crops, parameters, sums, colored, out, GRAY_FIRST=gray_first, **common)
     if len(blurs):
         rows = torch.empty((len(blurs), size, size, 3), dtype=torch.float32, device=crops.device)
         grid = (grid[0], len(blurs))
-        _blur_rows[grid](coloured, parameters, blurs, rows, SIZE=size, RADIUS=radius, **common)
+        _blur_rows[grid](colored, parameters, blurs, rows, SIZE=size, RADIUS=radius, **common)
         _blur_columns[grid](rows, parameters, blurs, out, SIZE=size, RADIUS=radius, **common)
 
 
 # A sample's parameters: their number, and the columns of each, in the order of `pipeline.augment.color.pack`.
 _ROW = tl.constexpr(20)
 _JITTER, _ORDER, _BRIGHTNESS, _CONTRAST, _SATURATION, _SHIFT = (tl.constexpr(i) for i in (0, 1, 5, 6, 7, 8))
-_GREY, _BLUR, _SIGMA, _SOLARISE, _MEAN, _SCALE = (tl.constexpr(i) for i in (9, 10, 11, 12, 13, 16))
+_GRAY, _BLUR, _SIGMA, _SOLARIZE, _MEAN, _SCALE = (tl.constexpr(i) for i in (9, 10, 11, 12, 13, 16))
 
 
 @triton.jit
@@ -160,8 +160,8 @@ def _jittered(r, g, b, row, operation, mean):  # type: ignore[no-untyped-def]
         r, g, b = _blend(r, mean, factor), _blend(g, mean, factor), _blend(b, mean, factor)
     elif operation == 2:
         factor = tl.load(row + _SATURATION)
-        grey = _luma(r, g, b)
-        r, g, b = _blend(r, grey, factor), _blend(g, grey, factor), _blend(b, grey, factor)
+        gray = _luma(r, g, b)
+        r, g, b = _blend(r, gray, factor), _blend(g, gray, factor), _blend(b, gray, factor)
     else:
         r, g, b = _turned(r, g, b, tl.load(row + _SHIFT))
     return r, g, b
@@ -181,8 +181,8 @@ def _load(crops, sample, PIXELS, BLOCK):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _store_view(r, g, b, out, at, inside, row):  # type: ignore[no-untyped-def]
-    """Solarise where asked, normalise and write."""
-    if tl.load(row + _SOLARISE) != 0:
+    """Solarize where asked, normalize and write."""
+    if tl.load(row + _SOLARIZE) != 0:
         r = tl.where(r < 128, r, 255 - r)
         g = tl.where(g < 128, g, 255 - g)
         b = tl.where(b < 128, b, 255 - b)
@@ -193,16 +193,16 @@ def _store_view(r, g, b, out, at, inside, row):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _sum_luma(crops, parameters, sums, GREY_FIRST: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _sum_luma(crops, parameters, sums, GRAY_FIRST: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Add up each sample's luma as it is before its contrast; whole numbers, so that the order does not matter."""
     sample = tl.program_id(1)
     row = parameters + sample * _ROW
     if tl.load(row + _JITTER) != 0:
         r, g, b, _, inside = _load(crops, sample, PIXELS, BLOCK)
-        if GREY_FIRST:
-            if tl.load(row + _GREY) != 0:
-                grey = _luma(r, g, b)
-                r, g, b = grey, grey, grey
+        if GRAY_FIRST:
+            if tl.load(row + _GRAY) != 0:
+                gray = _luma(r, g, b)
+                r, g, b = gray, gray, gray
         before = 1
         for place in range(4):
             operation = tl.load(row + _ORDER + place)
@@ -215,30 +215,28 @@ def _sum_luma(crops, parameters, sums, GREY_FIRST: tl.constexpr, PIXELS: tl.cons
 
 
 @triton.jit
-def _colour(
-    crops, parameters, sums, coloured, out, GREY_FIRST: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr
-):  # type: ignore[no-untyped-def]
-    """Apply a sample's colour operations; write its view, or, where a blur is to come, its pixels."""
+def _color(crops, parameters, sums, colored, out, GRAY_FIRST: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Apply a sample's color operations; write its view, or, where a blur is to come, its pixels."""
     sample = tl.program_id(1)
     row = parameters + sample * _ROW
     r, g, b, at, inside = _load(crops, sample, PIXELS, BLOCK)
-    grey = tl.load(row + _GREY)
-    if GREY_FIRST:
-        if grey != 0:
+    gray = tl.load(row + _GRAY)
+    if GRAY_FIRST:
+        if gray != 0:
             level = _luma(r, g, b)
             r, g, b = level, level, level
     if tl.load(row + _JITTER) != 0:
         mean = tl.floor(tl.load(sums + sample).to(tl.float64) / PIXELS + 0.5).to(tl.float32)
         for place in range(4):
             r, g, b = _jittered(r, g, b, row, tl.load(row + _ORDER + place), mean)
-    if not GREY_FIRST:
-        if grey != 0:
+    if not GRAY_FIRST:
+        if gray != 0:
             level = _luma(r, g, b)
             r, g, b = level, level, level
     if tl.load(row + _BLUR) != 0:
-        tl.store(coloured + at, r.to(tl.uint8), mask=inside)
-        tl.store(coloured + at + 1, g.to(tl.uint8), mask=inside)
-        tl.store(coloured + at + 2, b.to(tl.uint8), mask=inside)
+        tl.store(colored + at, r.to(tl.uint8), mask=inside)
+        tl.store(colored + at + 1, g.to(tl.uint8), mask=inside)
+        tl.store(colored + at + 2, b.to(tl.uint8), mask=inside)
     else:
         _store_view(r, g, b, out, at, inside, row)
 
@@ -268,7 +266,7 @@ def _blurred(line, step, position, inside, sigma, SIZE: tl.constexpr, RADIUS: tl
 
 @triton.jit
 def _blur_rows(
-    coloured,
+    colored,
     parameters,
     blurs,
     rows,
@@ -282,7 +280,7 @@ def _blur_rows(
     sample = tl.load(blurs + number)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < PIXELS
-    line = coloured + (sample.to(tl.int64) * PIXELS + index // SIZE * SIZE) * 3
+    line = colored + (sample.to(tl.int64) * PIXELS + index // SIZE * SIZE) * 3
     sigma = tl.load(parameters + sample * _ROW + _SIGMA)
     r, g, b = _blurred(line, 3, index % SIZE, inside, sigma, SIZE, RADIUS, BLOCK)
     to = rows + (number.to(tl.int64) * PIXELS + index) * 3

@@ -154,7 +154,7 @@ def _decoder(wanted: Wanted) -> Any:
     )
     def decode() -> Any:
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=not on_gpu)
-        # as the CPU interpolates colours, and Pillow
+        # as the CPU interpolates colors, and Pillow
         more = {"hw_decoder_load": wanted.hardware_load, "jpeg_fancy_upsampling": True} if on_gpu else {}
         kind = "mixed" if on_gpu else "cpu"
         return fn.decoders.image(encoded, device=kind, output_type=types.RGB, adjust_orientation=False, **more)

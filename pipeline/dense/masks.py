@@ -1,6 +1,6 @@
 """Images and their masks of class numbers, from PASCAL VOC's layout or from two folders, `images/` and `masks/`.
 
-A mask is a PNG of the image's size, of palette indices (as VOC's) or grey levels; 255 is left out of training and of
+A mask is a PNG of the image's size, of palette indices (as VOC's) or gray levels; 255 is left out of training and of
 scores. Betons cannot hold masks: files are read one by one, by PIL.
 """
 
@@ -142,7 +142,7 @@ def _shape(image: Path, mask: Path) -> tuple[int, int]:
     of_image, of_mask = (header(file) for file in (image, mask))
     if of_mask.mode not in _INDEXED:
         raise InputError(
-            f"{mask}: is {of_mask.mode}, not class numbers: save it as an 8-bit PNG of palette indices or grey levels"
+            f"{mask}: is {of_mask.mode}, not class numbers: save it as an 8-bit PNG of palette indices or gray levels"
         )
     if of_image.size != of_mask.size:
         raise InputError(

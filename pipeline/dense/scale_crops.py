@@ -1,4 +1,4 @@
-"""Crops of images and their masks for training a segmentation: scaled, cropped or padded, flipped, normalised.
+"""Crops of images and their masks for training a segmentation: scaled, cropped or padded, flipped, normalized.
 
 Scale, place and flip of a sample are a pure function of (seed, epoch, id), and so is the order: global batches are the
 same on any number of processes, and after a resume.
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.augment.color import IMAGENET, normalise
+from pipeline.augment.color import IMAGENET, normalize
 from pipeline.dense.masks import IGNORED, Masked, Pair
 from pipeline.dense.sample_loader import Samples
 from pipeline.system.counter_rng import keyed, uniforms
@@ -22,7 +22,7 @@ from pipeline.system.device import to_device
 SCALES = (0.5, 2.0)
 """Of 1911.05722, appendix A.5; drawn uniformly, which it leaves open."""
 _SCALED = 0x7363616C6564  # keeps these random numbers apart from those of other modules
-_FILL = tuple(round(255 * mean) for mean in IMAGENET.mean)  # nearly 0 once normalised
+_FILL = tuple(round(255 * mean) for mean in IMAGENET.mean)  # nearly 0 once normalized
 
 
 class Draw(NamedTuple):
@@ -53,7 +53,7 @@ def _within(free: int, u: float) -> int:
 def crop(pair: Pair, draw: Draw, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the crop of an image, uint8 [S, S, 3], antialiased bilinear, and of its mask, uint8 [S, S], nearest.
 
-    Only what is in the crop is scaled. Where the image does not reach, it is of ImageNet's mean colour, the mask 255.
+    Only what is in the crop is scaled. Where the image does not reach, it is of ImageNet's mean color, the mask 255.
     """
     image, mask = pair
     rows, columns = _span(draw.top, draw.height, size), _span(draw.left, draw.width, size)
@@ -73,7 +73,7 @@ def _span(first: int, length: int, size: int) -> range:
 
 
 def _nearest(span: range, length: int, scaled: int) -> np.ndarray:
-    """Return the rows or columns of an image, int64, that those of the scaled image have their centres in."""
+    """Return the rows or columns of an image, int64, that those of the scaled image have their centers in."""
     return (2 * np.asarray(span) + 1) * length // (2 * scaled)
 
 
@@ -88,10 +88,10 @@ class ScaleCrops(Samples[tuple[np.ndarray, np.ndarray]]):
         super().__init__(data.path, len(data), read, seed=seed, **more)
 
     def crops(self, first: int, last: int, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield images [B, 3, S, S], normalised and channels-last, and masks int64 [B, S, S], 255 where there is none.
+        """Yield images [B, 3, S, S], normalized and channels-last, and masks int64 [B, S, S], 255 where there is none.
 
         Of the steps from `first` to before `last`, counted over all epochs; on the device.
         """
         for samples in self.batches(first, last):
             images, masks = (to_device(np.stack(parts), device) for parts in zip(*samples, strict=True))
-            yield normalise(images), masks.long()
+            yield normalize(images), masks.long()

@@ -3,7 +3,7 @@
     python -m pipeline.dense.scenes FOLDER --train 800 --test 200
 
 A scene shows up to four of `pipeline.sources.synthetic`'s patterns, cut out as ellipses, on a background of slow
-colours. The class of an object is its kind of pattern and nothing else, so that an encoder of `synthetic:N` has
+colors. The class of an object is its kind of pattern and nothing else, so that an encoder of `synthetic:N` has
 something to bring.
 
 Each scene is a function of `(seed, index, size)` alone. Masks hold 0 for the background, 1 to 10 for the classes, and
@@ -34,7 +34,7 @@ SMALLEST = 64
 """Side of the smallest scene, pixels."""
 _TRIES = 10
 _SCENES = 0x7363656E65  # keeps these random numbers apart from those of other modules
-_NOISE = 12  # width of the background's noise, in grey levels
+_NOISE = 12  # width of the background's noise, in gray levels
 
 
 class Object(NamedTuple):
@@ -77,7 +77,7 @@ def scene(seed: int, index: int, size: int = 128) -> Scene:
 
 
 def _background(key: np.ndarray, size: int) -> np.ndarray:
-    """Return slow waves of muted colours under mild noise, uint8 [size, size, 3]."""
+    """Return slow waves of muted colors under mild noise, uint8 [size, size, 3]."""
     coarse = 60 + 130 * uniforms(mix(key ^ np.uint64(1)), 16).reshape(4, 4, 1)
     coarse = coarse + 40 * uniforms(mix(key ^ np.uint64(2)), 48).reshape(4, 4, 3)
     slow = Image.fromarray(coarse.astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
@@ -133,12 +133,12 @@ def write(folder: Path, train: int, test: int, *, seed: int = 0, size: int = 128
 
 
 def _palette() -> list[int]:
-    """Return VOC's colours, whose bits are those of the class number, 768 values."""
-    colours = []
+    """Return VOC's colors, whose bits are those of the class number, 768 values."""
+    colors = []
     for number in range(256):
         bits = [number >> place & 1 for place in range(8)]
-        colours += [bits[c] << 7 | bits[c + 3] << 6 | (bits[c + 6] << 5 if c < 2 else 0) for c in range(3)]
-    return colours
+        colors += [bits[c] << 7 | bits[c + 3] << 6 | (bits[c + 6] << 5 if c < 2 else 0) for c in range(3)]
+    return colors
 
 
 def _annotation(name: str, drawn: Scene) -> ElementTree.Element:

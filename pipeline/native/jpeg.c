@@ -39,8 +39,8 @@ static void refuse_warnings(j_common_ptr info, int level) {
 }
 
 /* Writes rows top..top+height, columns left..left+width of the JPEG image at `data` to `out`: RGB, 3 * width bytes a row.
- * Colours in the first and last column may differ from the whole image's, where they are not its own edge: libjpeg has
- * no neighbour there to interpolate with; so may all those of less than 5 columns of a wider image, which it does not
+ * Colors in the first and last column may differ from the whole image's, where they are not its own edge: libjpeg has
+ * no neighbor there to interpolate with; so may all those of less than 5 columns of a wider image, which it does not
  * interpolate. Fastest where `left` is a multiple of 16, as blocks begin there.
  * Returns 0, or 1 where the image is not one of image_height by image_width, or anything about it is not in order. */
 int decode_rectangle(const uint8_t *data, size_t size, int image_height, int image_width, int top, int left, int height,

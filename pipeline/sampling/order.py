@@ -18,7 +18,7 @@ _CHUNKS = 0x6368756E6B
 
 Order = Literal["random", "chunked"]
 CHUNK, WINDOW = 16, 2048
-"""Of `chunked_order`: neighbours in the file that stay together, some 1.7 MB of ImageNet, and how many such chunks are
+"""Of `chunked_order`: neighbors in the file that stay together, some 1.7 MB of ImageNet, and how many such chunks are
 read at a time, some 3.5 GB."""
 
 
@@ -32,9 +32,9 @@ def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 def chunked_order(seed: int, epoch: int, n: int, chunk: int = CHUNK, window: int = WINDOW) -> np.ndarray:
-    """Return a permutation of 0..n-1, int64 [n], that reads a file a few chunks of neighbours at a time.
+    """Return a permutation of 0..n-1, int64 [n], that reads a file a few chunks of neighbors at a time.
 
-    For sets larger than memory: the file is cut into chunks of `chunk` neighbours, the chunks are permuted, and the
+    For sets larger than memory: the file is cut into chunks of `chunk` neighbors, the chunks are permuted, and the
     samples of each `window` of them in turn are permuted. With a window that holds all chunks it is a full shuffle. A
     pure function of its arguments.
     """

@@ -2,7 +2,7 @@
 
 `open_source` lists the images of a source; each is an `Item` that any process can read on its own (a range of bytes in
 a file, a member of a zip, or a number to draw). Classes are the folders the images stand in, in sorted order; images
-that stand in no folder are unlabelled.
+that stand in no folder are unlabeled.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pipeline.system.errors import InputError
 from pipeline.system.limits import LARGEST_FILE, MOST_FILES, open_regular
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
-SUBSETS = frozenset({"train", "val", "valid", "validation", "test", "extra", "unlabeled", "unlabelled"})
+SUBSETS = frozenset({"train", "val", "valid", "validation", "test", "extra", "unlabeled"})
 _SYNTHETIC_SEED = 0
 _ZIP_HEADER = 30  # bytes before the name in a zip member's header
 _RATIO = 200  # of a zip's images, uncompressed, to what the zip takes

@@ -2,9 +2,9 @@
 
 An image shows one repeating pattern (stripes, checker, dots, ...) inside a large soft-edged patch on a plain
 background, with thin lines and blobs in front, slow waves of light over all of it, and mild noise on top. The
-class is the kind of pattern and nothing else: colours, contrast, place, scale, rotation, share of inked
-pixels, shading and clutter are drawn from one distribution for all classes. So neither colour nor raw pixels
-tell the classes apart, while local structure, which survives random crops and colour jitter, does.
+class is the kind of pattern and nothing else: colors, contrast, place, scale, rotation, share of inked
+pixels, shading and clutter are drawn from one distribution for all classes. So neither color nor raw pixels
+tell the classes apart, while local structure, which survives random crops and color jitter, does.
 
 Each image is a function of `(seed, index, size)` alone. Its random numbers are the raw output of the
 counter-based generator Philox4x64-10 keyed by `(seed, index)`, so images can be drawn in any process and in
@@ -41,7 +41,7 @@ MIN_SIZE = 16
 """Smallest side in pixels at which the patterns can still be told apart."""
 
 _SCALARS = 64  # random scalars an image may use before its pixel noise
-_NOISE = 16  # width of the uniform pixel noise, in grey levels
+_NOISE = 16  # width of the uniform pixel noise, in gray levels
 _KEY_LIMIT = 2**64
 
 _Array = npt.NDArray[np.float32]
@@ -102,26 +102,26 @@ def _compose(dice: _Dice, field: _Field, size: int) -> _Array:
     """Paint the layers back to front; returns RGB in about 0..1, float32 [size, size, 3]."""
     line = np.linspace(-1.0, 1.0, size, dtype=np.float32)
     x, y = line[None, :], line[:, None]
-    paper, ink = _colours(dice)
+    paper, ink = _colors(dice)
     cover = _pattern(dice, field, x, y) * _patch(dice, x, y)
     image = paper + cover[..., None] * (ink - paper)
     for clutter in (_stroke, _stroke, _blob, _blob):
         cover = clutter(dice, x, y)
-        image += cover[..., None] * (_colour(dice, dice.uniform(0.1, 0.9)) - image)
+        image += cover[..., None] * (_color(dice, dice.uniform(0.1, 0.9)) - image)
     image += _shade(dice, x, y)[..., None]
     return image
 
 
-def _colours(dice: _Dice) -> tuple[_Array, _Array]:
-    """Two colours of clearly different lightness, either of them the lighter one."""
+def _colors(dice: _Dice) -> tuple[_Array, _Array]:
+    """Two colors of clearly different lightness, either of them the lighter one."""
     middle, half = dice.uniform(0.4, 0.6), dice.uniform(0.16, 0.28)
     if dice.uniform(0.0, 1.0) < 0.5:
         half = -half
-    return _colour(dice, middle - half), _colour(dice, middle + half)
+    return _color(dice, middle - half), _color(dice, middle + half)
 
 
-def _colour(dice: _Dice, lightness: float) -> _Array:
-    """A muted colour of random hue, RGB [3]."""
+def _color(dice: _Dice, lightness: float) -> _Array:
+    """A muted color of random hue, RGB [3]."""
     hue, chroma = dice.uniform(0.0, 2.0 * math.pi), dice.uniform(0.0, 0.12)
     third = 2.0 * math.pi / 3.0
     return np.array([lightness + chroma * math.cos(hue + k * third) for k in range(3)], dtype=np.float32)

@@ -72,7 +72,7 @@ def _decode_box(data: Any, height: Any, width: Any, box: Any, pixels: Any) -> bo
     return bool(decode_rectangle_symbol(source, data.size, height, width, box[0], box[1], box[2], box[3], to) == 0)
 
 
-_BLOCK = 16  # columns, where colours have half the resolution; else 8
+_BLOCK = 16  # columns, where colors have half the resolution; else 8
 _NARROWEST = 8
 _IN_PART = decode_rectangle_symbol is not None
 JIT: dict[str, Any] = {"variant": "in part" if _IN_PART else "whole", "nogil": True, "boundscheck": False}

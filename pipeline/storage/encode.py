@@ -133,7 +133,7 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _storable(data: bytes, image: Image.Image, settings: Settings) -> bool:
-    """Whether a file can stand in the beton as it is: an upright RGB or grey JPEG that the loader's decoder reads."""
+    """Whether a file can stand in the beton as it is: an upright RGB or gray JPEG that the loader's decoder reads."""
     if image.format != "JPEG" or image.mode not in ("RGB", "L"):
         return False
     if len(data) > _BESIDES + 6 * image.width * image.height:

@@ -3,7 +3,7 @@
 An index takes the place of the beton's tables: where each JPEG's bytes stand and how large its image is, from the
 headers alone, read once and kept in the user's cache. A single tar is then read by every backend as a beton is, from
 its memory map; folders and several tars by the DALI backend. There is no manifest, so that a record is checked by its
-decoding alone. What is not an RGB or grey JPEG needs `pipeline.prepare`. As by torchvision's loader, EXIF orientation
+decoding alone. What is not an RGB or gray JPEG needs `pipeline.prepare`. As by torchvision's loader, EXIF orientation
 is ignored.
 """
 
@@ -43,7 +43,7 @@ class Direct(Beton):
 
     source: a folder, a .tar, or several by a pattern such as `shards/train-*.tar` or `train-{000..127}.tar`.
     tolerate: as `Beton`'s. Raises InputError where there is no image, and BadRecords for images that are not RGB or
-    grey JPEGs.
+    gray JPEGs.
     """
 
     def __init__(self, source: Path | str, *, tolerate: bool = False) -> None:
@@ -111,9 +111,9 @@ class Direct(Beton):
         forged = (pixels // PIXELS_A_BYTE > self.sizes.astype(np.int64)) | (pixels > LARGEST_IMAGE)
         bad = np.flatnonzero((sides <= 0).any(axis=1) | forged)
         if len(bad) and not (self._tolerate and len(bad) < len(items)):
-            faults = [(int(index), "not an RGB or grey JPEG") for index in bad]
+            faults = [(int(index), "not an RGB or gray JPEG") for index in bad]
             raise BadRecords(
-                f"{self.path}: {self._names[bad[0]]} is not an RGB or grey JPEG ({len(bad)} such images): write a "
+                f"{self.path}: {self._names[bad[0]]} is not an RGB or gray JPEG ({len(bad)} such images): write a "
                 "beton of them with python -m pipeline.prepare, or pass over them with --data.on_bad skip",
                 faults,
             )
@@ -171,16 +171,16 @@ def _listed(source: str) -> Source:
     items = [item for found in listed for item in found.items]
     labels = _class_files(paths, items)
     if labels is not None:
-        return _relabelled(items, labels, [str(number) for number in range(max(labels) + 1)])
+        return _relabeled(items, labels, [str(number) for number in range(max(labels) + 1)])
     if len(listed) == 1:
         return listed[0]
     classes = sorted({name for found in listed for name in found.classes})
     number = {name: label for label, name in enumerate(classes)}
     labels = [number[found.classes[i.label]] if i.label >= 0 else -1 for found in listed for i in found.items]
-    return _relabelled(items, labels, classes)
+    return _relabeled(items, labels, classes)
 
 
-def _relabelled(items: list[Item], labels: list[int], classes: list[str]) -> Source:
+def _relabeled(items: list[Item], labels: list[int], classes: list[str]) -> Source:
     return Source([replace(item, label=label) for item, label in zip(items, labels, strict=True)], classes)
 
 

@@ -14,7 +14,7 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def mix(z: Any) -> np.ndarray:
-    """Return SplitMix64's finaliser of `z`, uint64 of any shape: a bijection that mixes all bits."""
+    """Return SplitMix64's finalizer of `z`, uint64 of any shape: a bijection that mixes all bits."""
     z = np.asarray(z, dtype=np.uint64)
     with np.errstate(over="ignore"):
         z = (z + GOLDEN) & np.uint64(0xFFFFFFFFFFFFFFFF)

@@ -82,11 +82,11 @@ def test_distances_are_between_linear_classifiers_alone(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = ["--json", str(tmp_path / "r.json"), "--markdown", str(tmp_path / "r.md")]
-    only = ["--only", "kNN", "fast, centre crops", "moco", "moco_v3"]
+    only = ["--only", "kNN", "fast, center crops", "moco", "moco_v3"]
     assert main(monkeypatch, Evaluations(), "--out", str(tmp_path / "out"), *only, *files) == 0
     lines = (tmp_path / "r.md").read_text().splitlines()
     rows = {cells[0]: cells for line in lines if line.startswith("| ") for cells in [line.strip("| ").split(" | ")]}
-    assert rows["fast, centre crops"][4:] == ["+1.0", "+3.0", "3"]
+    assert rows["fast, center crops"][4:] == ["+1.0", "+3.0", "3"]
     assert rows["moco"][4:] == ["+0.0", "+2.0", "3"]
     assert [cell.strip() for cell in rows["kNN"][4:]] == ["", "", "3"]
     assert json.loads((tmp_path / "r.json").read_text())["protocols"]["moco_v3"]["top1"] == 0.38

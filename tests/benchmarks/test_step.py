@@ -40,7 +40,7 @@ def test_ways_and_parts_are_measured_and_written_down(tmp_path: Path, monkeypatc
     assert set(result["ways"]) == {"eager", "official", "official-amp"}
     for taken in (*result["ways"].values(), *result["parts"].values()):
         assert 0 <= taken["wall"]["min"] <= taken["wall"]["median"] <= taken["wall"]["max"]
-    assert {"encoder, queries", "encoder, keys", "moving average", "queue", "optimiser"} < set(result["parts"])
+    assert {"encoder, queries", "encoder, keys", "moving average", "queue", "optimizer"} < set(result["parts"])
     for name in ("pairs_per_second", "ratio_to_official", "tflops"):
         assert set(result[name]) == set(result["ways"])
     assert result["ratio_to_official"]["official"] == {"median": 1, "min": 1, "max": 1}

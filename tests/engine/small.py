@@ -65,7 +65,7 @@ def everything(model: Model) -> dict[str, torch.Tensor]:
     found = {f"{n}.{k}": v for n, m in modules.items() if m is not None for k, v in m.state_dict().items()}
     found |= {
         f"{index}|{key}": value
-        for index, state in enumerate(model.optimiser.state.values())
+        for index, state in enumerate(model.optimizer.state.values())
         for key, value in state.items()
     }
     return {key: value.clone() for key, value in found.items() if key != "at.skipped"}

@@ -45,7 +45,7 @@ def test_a_dry_run_of_moco_v2_says_what_is_known(capsys: pytest.CaptureFixture[s
     parameters = 23_508_032 + 2048 * 2048 + 2048 + 2048 * 128 + 128
     assert (found["backbone"], found["trained"]) == (23_508_032, parameters)
     assert found["flops_a_pair"] == pytest.approx(4 * 2 * 4.09e9, rel=0.02)
-    held = 4 * (4 * parameters + 65536 * 128)  # weights, momentum weights, gradients, momentum of the optimiser
+    held = 4 * (4 * parameters + 65536 * 128)  # weights, momentum weights, gradients, momentum of the optimizer
     batch = 256 * (found["activation_bytes_a_pair"] + 2 * 4 * 3 * 224**2)
     assert found["memory"][1] == pytest.approx(held + batch, rel=0.02)
     assert found["memory"][8] == pytest.approx(held + batch / 8, rel=0.1)

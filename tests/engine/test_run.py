@@ -112,7 +112,7 @@ def test_killed_in_mid_epoch_and_resumed_equals_undisturbed(drawn: Path, tmp_pat
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed from" in resumed.stderr
     assert metrics(out) == metrics(tmp_path / "whole")
-    for name in ("model", "optimiser"):
+    for name in ("model", "optimizer"):
         ends = [
             load_file(p / "checkpoints" / "step_00000015" / f"{name}.safetensors") for p in (tmp_path / "whole", out)
         ]

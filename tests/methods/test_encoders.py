@@ -93,7 +93,7 @@ def _written_out(w: dict[str, torch.Tensor], x: torch.Tensor, stem: str) -> torc
 
 
 def test_convolutions_begin_as_torchvisions() -> None:
-    """He initialisation by fan-out: the standard deviation is sqrt(2 / (out channels * kernel area))."""
+    """He initialization by fan-out: the standard deviation is sqrt(2 / (out channels * kernel area))."""
     weight = resnet("resnet50").layer2[0].conv2.weight
     assert weight.std().item() == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.02)
     strided = resnet("resnet50").layer2[0].conv1.weight  # 256 to 128 channels: fan-in and fan-out differ

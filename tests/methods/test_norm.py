@@ -10,7 +10,7 @@ from methods.norm import SplitBatchNorm
 
 
 @pytest.mark.parametrize(("batch", "groups"), [(16, 8), (12, 8), (7, 4), (2, 8)])
-def test_each_part_is_normalised_by_its_own_statistics(batch: int, groups: int) -> None:
+def test_each_part_is_normalized_by_its_own_statistics(batch: int, groups: int) -> None:
     torch.manual_seed(0)
     layer = SplitBatchNorm(5, groups).double()
     nn.init.uniform_(layer.weight)

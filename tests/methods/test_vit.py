@@ -1,4 +1,4 @@
-"""Vision transformers: timm's keys, and moco-v3's forward pass and initialisation written out."""
+"""Vision transformers: timm's keys, and moco-v3's forward pass and initialization written out."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ def test_forward_equals_the_transformer_written_out() -> None:
     w = model.state_dict()
 
     def norm(t: torch.Tensor, name: str) -> torch.Tensor:
-        centred = t - t.mean(-1, keepdim=True)
+        centered = t - t.mean(-1, keepdim=True)
         return (
-            centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
+            centered / (centered.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"{name}.weight"]
+            + w[f"{name}.bias"]
         )
 
     def linear(t: torch.Tensor, name: str) -> torch.Tensor:

@@ -20,7 +20,7 @@ KINDS = ("folder", "tar", "zip", "deflated zip")
 
 
 def picture(width: int = 40, height: int = 24, seed: int = 0) -> Image.Image:
-    """A smooth coloured picture that JPEG changes little; another for each seed."""
+    """A smooth colored picture that JPEG changes little; another for each seed."""
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)

@@ -391,26 +391,26 @@ def _thread_counts() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_thread_counts")
 @pytest.mark.parametrize(("mode", "number"), [("jpg", JPEG), ("raw", RAW)])
-@pytest.mark.parametrize("labelled", [True, False])
-def test_a_beton_written_by_ffcv_opens_and_decodes(mode: str, number: int, labelled: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("labeled", [True, False])
+def test_a_beton_written_by_ffcv_opens_and_decodes(mode: str, number: int, labeled: bool, tmp_path: Path) -> None:
     assert libffcv  # before ffcv itself: it keeps the number of threads
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
 
     images = [np.asarray(picture(24 + i, 40 - 3 * i, i)) for i in range(5)]
-    label = {"label": IntField()} if labelled else {}
-    dataset = [(image, 7 - i) if labelled else (image,) for i, image in enumerate(images)]
+    label = {"label": IntField()} if labeled else {}
+    dataset = [(image, 7 - i) if labeled else (image,) for i, image in enumerate(images)]
     path = tmp_path / "theirs.beton"
     fields = (
         {**label, "image": RGBImageField(write_mode=mode)}
-        if not labelled
+        if not labeled
         else {"image": RGBImageField(write_mode=mode), **label}
     )
     DatasetWriter(str(path), fields, num_workers=1).from_indexed_dataset(dataset)
     beton = Beton(path)
     assert (len(beton), beton.manifest) == (5, None)
     assert beton.modes.tolist() == [number] * 5
-    assert beton.labels.tolist() == ([7, 6, 5, 4, 3] if labelled else [-1] * 5)
+    assert beton.labels.tolist() == ([7, 6, 5, 4, 3] if labeled else [-1] * 5)
     for index, image in enumerate(images):
         assert check_record(beton, index) is None
         difference = np.abs(decode(beton, index) - image.astype(float)).mean()

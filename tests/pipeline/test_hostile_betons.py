@@ -148,7 +148,7 @@ def test_damaged_jpegs_are_decoded_within_their_buffers(record_property: Callabl
 
 
 def _many_scans(count: int) -> bytes:
-    """A grey progressive JPEG of 2048 by 2048 pixels and so many scans, up to 883, with which nothing is wrong.
+    """A gray progressive JPEG of 2048 by 2048 pixels and so many scans, up to 883, with which nothing is wrong.
 
     One for the blocks' means, of a bit each; one for each other coefficient's highest bit, and for each lower bit, of
     four runs of 16384 blocks without any.

@@ -66,7 +66,7 @@ def test_the_description_shows_a_few_of_many_classes(drawn: Path) -> None:
     )
 
 
-def test_the_description_of_unlabelled_images_says_so(tmp_path: Path) -> None:
+def test_the_description_of_unlabeled_images_says_so(tmp_path: Path) -> None:
     prepare(str(pack("tar", {"1.jpg": saved(picture())}, tmp_path)), tmp_path / "x.beton", workers=1, quiet=True)
     assert "labels     none" in describe(Beton(tmp_path / "x.beton"))
 

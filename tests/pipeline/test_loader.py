@@ -23,7 +23,7 @@ from pipeline.augment.draws import draw_view
 from pipeline.augment.plan import Plan
 from pipeline.backends.ffcv import FfcvBackend
 from pipeline.beton import Beton, manifest_path
-from pipeline.loader import Batch, CentreLoader, Loader, Shuffle
+from pipeline.loader import Batch, CenterLoader, Loader, Shuffle
 from pipeline.prepare import prepare
 from pipeline.sampling.order import epoch_order, shuffled_rows
 from pipeline.storage.decode import decode
@@ -35,7 +35,7 @@ from tests.conftest import Figure
 _SIZE, _BATCH, _SAMPLES = 16, 32, 200
 _STEPS = _SAMPLES // _BATCH
 _LEVELS = Statistics((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))  # leaves 0..255 as it is
-_CROP_ONLY = View(jitter=0.0, grey=0.0, blur=0.0)
+_CROP_ONLY = View(jitter=0.0, gray=0.0, blur=0.0)
 _SHAPES = [(1, 1), (1, 90), (90, 2), (32, 32), (37, 50), (64, 41), (120, 200), (7, 9), (48, 47), (3, 100), (31, 17)]
 
 
@@ -506,7 +506,7 @@ def test_an_unknown_backend_is_refused(drawn: Path) -> None:
     with pytest.raises(InputError, match=r"data\.backend 'tape' is not one of .*ffcv.*: choose one of these"):
         _loader(drawn, backend="tape")
     with pytest.raises(InputError, match=r"data\.backend 'tape' is not one of"):
-        CentreLoader(Beton(drawn), size=_SIZE, batch=8, backend="tape")
+        CenterLoader(Beton(drawn), size=_SIZE, batch=8, backend="tape")
 
 
 # ---- running ahead, without growing ----
@@ -592,9 +592,9 @@ def test_views_on_the_gpu_are_those_on_the_cpu(drawn: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [1.0, 0.875])
-def test_centre_crops_are_pillow_s(odd: Path, share: float) -> None:
+def test_center_crops_are_pillow_s(odd: Path, share: float) -> None:
     beton = Beton(odd)
-    with closing(CentreLoader(beton, size=24, batch=4, share=share, workers=1, statistics=_LEVELS)) as loader:
+    with closing(CenterLoader(beton, size=24, batch=4, share=share, workers=1, statistics=_LEVELS)) as loader:
         found = list(loader)
         assert len(loader) == len(found) == 3
     assert [ids.tolist() for _, ids in found] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
@@ -607,13 +607,13 @@ def test_centre_crops_are_pillow_s(odd: Path, share: float) -> None:
             assert np.abs(image - _pillow(beton, sample, box, 24)).max() < 1.01
 
 
-def _centre(path: Path, **settings: Any) -> Any:
+def _center(path: Path, **settings: Any) -> Any:
     chosen: dict[str, Any] = {"size": _SIZE, "batch": 32, "workers": 2, **settings}
-    return closing(CentreLoader(Beton(path), **chosen))
+    return closing(CenterLoader(Beton(path), **chosen))
 
 
 def test_every_sample_comes_once_in_order_each_time(drawn: Path) -> None:
-    with _centre(drawn) as loader:
+    with _center(drawn) as loader:
         once, again = list(loader), list(loader)
     for found in (once, again):
         assert [len(ids) for _, ids in found] == [32] * 6 + [8]
@@ -623,14 +623,14 @@ def test_every_sample_comes_once_in_order_each_time(drawn: Path) -> None:
 
 @pytest.mark.parametrize("batch", [7, 64, 200, 1000])
 @pytest.mark.parametrize("ahead", [1, 3])
-def test_centre_crops_do_not_depend_on_the_batch(drawn: Path, batch: int, ahead: int) -> None:
-    with _centre(drawn) as plain, _centre(drawn, batch=batch, ahead=ahead) as other:
+def test_center_crops_do_not_depend_on_the_batch(drawn: Path, batch: int, ahead: int) -> None:
+    with _center(drawn) as plain, _center(drawn, batch=batch, ahead=ahead) as other:
         assert torch.equal(torch.cat([images for images, _ in plain]), torch.cat([images for images, _ in other]))
 
 
 def test_chosen_samples_come_in_the_order_given(drawn: Path) -> None:
     chosen = np.array([150, 3, 77, 3, 199])
-    with _centre(drawn) as whole, _centre(drawn, batch=2, indices=chosen) as some, _centre(drawn) as none:
+    with _center(drawn) as whole, _center(drawn, batch=2, indices=chosen) as some, _center(drawn) as none:
         everything = torch.cat([images for images, _ in whole])
         found = list(some)
         none.indices = chosen[:0]
@@ -639,15 +639,15 @@ def test_chosen_samples_come_in_the_order_given(drawn: Path) -> None:
     assert torch.equal(torch.cat([images for images, _ in found]), everything[chosen])
 
 
-def test_a_centre_loader_that_was_left_starts_anew(drawn: Path) -> None:
-    with _centre(drawn, batch=16) as loader, _centre(drawn, batch=16) as other:
+def test_a_center_loader_that_was_left_starts_anew(drawn: Path) -> None:
+    with _center(drawn, batch=16) as loader, _center(drawn, batch=16) as other:
         next(iter(loader))
         for (images, ids), (expected, expected_ids) in zip(loader, other, strict=True):
             assert ids.tolist() == expected_ids.tolist()
             assert torch.equal(images, expected)
 
 
-def test_a_damaged_record_is_named_by_the_centre_loader(copied: Path) -> None:
+def test_a_damaged_record_is_named_by_the_center_loader(copied: Path) -> None:
     _flip_byte(copied, 40)
-    with _centre(copied) as loader, pytest.raises(DamagedRecord, match="sample 40 "):
+    with _center(copied) as loader, pytest.raises(DamagedRecord, match="sample 40 "):
         list(loader)

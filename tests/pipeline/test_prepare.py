@@ -72,7 +72,7 @@ def _turned(orientation: int) -> Image.Exif:
         saved(picture(), exif=_turned(1)),
         saved(picture()) + b"trailing bytes, as some cameras write",
     ],
-    ids=["baseline", "progressive", "grey", "as long as allowed", "upright", "trailing bytes"],
+    ids=["baseline", "progressive", "gray", "as long as allowed", "upright", "trailing bytes"],
 )
 def test_a_small_upright_jpeg_is_stored_byte_for_byte(data: bytes) -> None:
     record = encode(data, 0, Settings(max_side=500))
@@ -115,7 +115,7 @@ def test_quality_is_that_of_the_encoded_image() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "kind", "colour", "expected"),
+    ("mode", "kind", "color", "expected"),
     [
         ("L", "png", 77, (77, 77, 77)),
         ("L", "jpeg", 77, (77, 77, 77)),
@@ -135,9 +135,9 @@ def test_quality_is_that_of_the_encoded_image() -> None:
     ],
 )
 def test_every_kind_of_pixel_comes_out_as_rgb(
-    mode: str, kind: str, colour: object, expected: tuple[int, int, int] | None
+    mode: str, kind: str, color: object, expected: tuple[int, int, int] | None
 ) -> None:
-    data = saved(Image.new(mode, (9, 7), colour), kind)  # type: ignore[arg-type]
+    data = saved(Image.new(mode, (9, 7), color), kind)  # type: ignore[arg-type]
     pixels = _raw(data).astype(int)
     assert pixels.shape == (7, 9, 3)
     assert np.abs(pixels - (expected or np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))).max() <= 2
@@ -168,7 +168,7 @@ def test_sixteen_bit_shades_keep_their_order_and_distance() -> None:
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_exif_orientation_is_honoured(kind: str, orientation: int) -> None:
+def test_the_exif_orientation_is_honored(kind: str, orientation: int) -> None:
     data = saved(picture(), kind, exif=_turned(orientation))
     with Image.open(io.BytesIO(data)) as image:
         expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))

@@ -4,7 +4,7 @@ As MoCo's on PASCAL VOC (1911.05722, section 4.2.1; facebookresearch/moco `detec
 `engine/transfer/`): trained on VOC07+12 trainval for 24,000 iterations of 16, rate 0.02 after 100 iterations of
 warm-up, times 0.1 after 18,000 and 22,000, decay 0.0001, shorter sides of 480 to 800 pixels; tested on VOC07 test at
 800, by the eleven-point metric of 2007, at overlaps of 0.5 to 0.95. Ours: torchvision's detector (`faster_rcnn.py` says
-how it differs), synchronised BatchNorm with its running statistics, the rate grows with the batch.
+how it differs), synchronized BatchNorm with its running statistics, the rate grows with the batch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from engine.evaluate.detection.voc_ap import Boxes, precision
 from engine.evaluate.evaluation import Trial, share_of, start
 from engine.evaluate.trainer import Kept, check_batch, sgd, train_by_steps
 from engine.parallel import collectives
-from engine.parallel.sync_batchnorm import synchronise
+from engine.parallel.sync_batchnorm import synchronize
 from methods.encoders import ResNet, place
 from pipeline.dense.sample_loader import Samples
 from pipeline.dense.voc_boxes import Boxed, Objects, open_boxed
@@ -136,9 +136,9 @@ def train(trial: Detection, batch: int, settings: dict[str, object]) -> tuple[nn
     torch.manual_seed(args.seed)  # the parts that are new
     model = faster_rcnn(trial.backbone, len(trial.train.classes), tuple(args.sizes), args.largest)
     if collectives.world() > 1:
-        synchronise(model, trial.device)
+        synchronize(model, trial.device)
     place(model, trial.device)
-    optimiser = sgd([{"params": list(model.parameters())}], weight_decay=_DECAY)
+    optimizer = sgd([{"params": list(model.parameters())}], weight_decay=_DECAY)
     samples = Samples(
         trial.train.path,
         len(trial.train),
@@ -156,9 +156,9 @@ def train(trial: Detection, batch: int, settings: dict[str, object]) -> tuple[nn
     try:
         seconds = train_by_steps(
             trial,
-            Kept(trial, "detect", model, optimiser, settings),
+            Kept(trial, "detect", model, optimizer, settings),
             model,
-            optimiser,
+            optimizer,
             batches,
             lambda wrapped, some: losses(wrapped, some, trial.device),
             lambda step: rate(args.lr * batch / BATCH, step, args.iterations),

@@ -1,8 +1,8 @@
 """The fully convolutional network of MoCo's segmentations (1911.05722, appendix A.5: FCN-16s, 1411.4038).
 
 The paper's: 3x3 convolutions of conv5 of dilation 2 and stride 1; two 3x3 convolutions of 256 channels and dilation 6,
-with BatchNorm and ReLU; a 1x1 convolution. Ours, since the paper is silent: their initialisation (He's; the classifier
-from N(0, 0.01)), and bilinear upsampling that puts each cell of the maps at the pixel it is centred on, which at crops
+with BatchNorm and ReLU; a 1x1 convolution. Ours, since the paper is silent: their initialization (He's; the classifier
+from N(0, 0.01)), and bilinear upsampling that puts each cell of the maps at the pixel it is centered on, which at crops
 of 513 pixels is what interpolation with aligned corners does. Transformers, of which the paper has none, give their
 patches' features, without dilation.
 """
@@ -40,14 +40,14 @@ class Fcn(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         height, width = images.shape[2:]
-        centred = isinstance(self.backbone, VisionTransformer)
-        if centred:
+        centered = isinstance(self.backbone, VisionTransformer)
+        if centered:
             images = F.pad(images, (0, -width % PATCH, 0, -height % PATCH))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             maps = self.backbone.maps(images)
         logits = self.head(maps)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return upsampled(logits, self.stride, centred=centred)[..., :height, :width]
+        return upsampled(logits, self.stride, centered=centered)[..., :height, :width]
 
 
 def dilate(backbone: ResNet) -> int:
@@ -75,13 +75,14 @@ def head(features: int, classes: int, seed: int) -> nn.Sequential:
     return nn.Sequential(*layers, classifier)
 
 
-def upsampled(maps: torch.Tensor, stride: int, *, centred: bool) -> torch.Tensor:
+def upsampled(maps: torch.Tensor, stride: int, *, centered: bool) -> torch.Tensor:
     """Return maps [B, C, h, w] bilinearly at every pixel: [B, C, stride h, stride w].
 
-    Cell i of a ResNet's maps is centred on pixel stride * i; of a transformer's (`centred`) on the middle of its patch.
+    Cell i of a ResNet's maps is centered on pixel stride * i; of a transformer's (`centered`) on the middle of its
+    patch.
     """
     height, width = (stride * cells for cells in maps.shape[2:])
-    if centred:
+    if centered:
         return F.interpolate(maps, (height, width), mode="bilinear", align_corners=False)
     beyond = F.pad(maps, (0, 1, 0, 1), mode="replicate")
     whole = F.interpolate(beyond, (height + 1, width + 1), mode="bilinear", align_corners=True)

@@ -3,7 +3,7 @@
 As MoCo's on PASCAL VOC (1911.05722, appendix A.5; the network is in `fcn.py`): crops of 513 pixels, scaled by 0.5 to 2
 and flipped, 30,000 iterations of 16, rate 0.003, times 0.1 after 70 and 90 % of them, decay 0.0001, the whole network
 tuned, tested at the images' own size; the paper's figures are means of five runs. Ours: scales are drawn uniformly,
-BatchNorm is synchronised over processes, the rate grows with the batch, and `--frozen` trains the head alone.
+BatchNorm is synchronized over processes, the rate grows with the batch, and `--frozen` trains the head alone.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from engine.evaluate.segmentation.miou import count, overlap
 from engine.evaluate.trainer import Kept, check_batch, sgd, train_by_steps
 from engine.parallel import collectives
 from engine.parallel.consensus import from_all
-from engine.parallel.sync_batchnorm import synchronise
+from engine.parallel.sync_batchnorm import synchronize
 from methods.encoders import place
-from pipeline.augment.color import normalise
+from pipeline.augment.color import normalize
 from pipeline.dense.masks import IGNORED, Masked, classes_in, is_voc, open_masked
 from pipeline.dense.scale_crops import SCALES, ScaleCrops
 from pipeline.dense.voc_boxes import CLASSES
@@ -136,16 +136,16 @@ def train(trial: Segmentation, classes: int, batch: int, name: str, settings: di
     model = Fcn(trial.backbone, classes, frozen=args.frozen, seed=args.seed)
     own = model.head if args.frozen else model
     if trial.accelerator.num_processes > 1:
-        synchronise(own, trial.device)
+        synchronize(own, trial.device)
     place(model, trial.device)
-    optimiser = sgd([{"params": list(own.parameters())}], weight_decay=_DECAY)
+    optimizer = sgd([{"params": list(own.parameters())}], weight_decay=_DECAY)
     crops = ScaleCrops(trial.train, size=args.size, batch=batch, seed=args.seed, **trial.sharing)
     try:
         seconds = train_by_steps(
             trial,
-            Kept(trial, name, own, optimiser, settings),
+            Kept(trial, name, own, optimizer, settings),
             model,
-            optimiser,
+            optimizer,
             lambda first, last: crops.crops(first, last, trial.device),
             lambda wrapped, one: pixel_loss(wrapped(one[0]), one[1]),
             lambda step: rate(args.lr * batch / BATCH, step / args.iterations),
@@ -185,7 +185,7 @@ def tested(trial: Segmentation, model: Fcn, classes: int) -> np.ndarray:
             images, masks = zip(*islice(found, len(batch)), strict=True)
             pixels, known = (to_device(np.stack([*map(np.asarray, some)]), trial.device) for some in (images, masks))
             with trial.accelerator.autocast():
-                predicted = model(normalise(pixels)).argmax(dim=1)
+                predicted = model(normalize(pixels)).argmax(dim=1)
             counts[batch - own[0]] = count(predicted, known.long(), classes)
     finally:
         workers.close()

@@ -52,7 +52,7 @@ def slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Slot]:
         f"{side}.backbone.{name}": value.clone() for side in ("online", "target") for name, value in backbone.items()
     }
     about = {"loader": {}, "monitor": {}, "settings": settings.as_dict()}
-    saved_at = storage.write(run / "checkpoints", 10, {"model": state, "optimiser": {"a|b": torch.zeros(2)}}, about)
+    saved_at = storage.write(run / "checkpoints", 10, {"model": state, "optimizer": {"a|b": torch.zeros(2)}}, about)
     settings.write(run / "config.yaml")
     (run / "metrics.jsonl").write_text('{"step": 1, "epoch": 1}\n')
     (run / "evaluation").mkdir()
@@ -68,7 +68,7 @@ def slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Slot]:
     np.lib.format.open_memmap(partial, "w+", np.float32, (40, 8)).flush()
 
     bench.backbone, bench.train = SimpleNamespace(features=8), range(40)
-    kept_pass = run / "evaluation" / "linear_fast" / "centre.safetensors"
+    kept_pass = run / "evaluation" / "linear_fast" / "center.safetensors"
     feature_cache.keep(bench, kept_pass, {}, torch.zeros(40, 8, dtype=torch.bfloat16), torch.arange(40))  # type: ignore[arg-type]
 
     def reopened() -> None:
@@ -81,7 +81,7 @@ def slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Slot]:
 
     return {
         "checkpoint: model": (saved_at / "model.safetensors", resumed),
-        "checkpoint: optimiser": (saved_at / "optimiser.safetensors", resumed),
+        "checkpoint: optimizer": (saved_at / "optimizer.safetensors", resumed),
         "checkpoint: state": (saved_at / "state.json", resumed),
         "checkpoint: latest": (run / "checkpoints" / "latest", resumed),
         "run: model": (saved_at / "model.safetensors", lambda: load_encoder(run)),

@@ -18,7 +18,7 @@ def tensors_of(step: int) -> dict[str, dict[str, torch.Tensor]]:
     torch.manual_seed(step)
     return {
         "model": {"w": torch.randn(3, 4), "n": torch.tensor(step), "half": torch.randn(5).bfloat16()},
-        "optimiser": {"w|momentum_buffer": torch.randn(3, 4).to(memory_format=torch.contiguous_format)},
+        "optimizer": {"w|momentum_buffer": torch.randn(3, 4).to(memory_format=torch.contiguous_format)},
     }
 
 
@@ -35,7 +35,7 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     assert torch.equal(tensors["model"]["w"], torch.randn(3, 4))
     assert tensors["model"]["half"].dtype == torch.bfloat16
     assert (tensors["model"]["n"].item(), state["step"], state["loader"], state["note"]) == (7, 7, {"epoch": 1}, "ü")
-    assert set(tensors["optimiser"]) == {"w|momentum_buffer"}
+    assert set(tensors["optimizer"]) == {"w|momentum_buffer"}
 
 
 def test_newest_is_found_and_older_ones_are_removed(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_none_where_there_is_none(tmp_path: Path) -> None:
     assert storage.newest(tmp_path / "nowhere") == (None, [])
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimiser.safetensors", "state.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "delete", "junk"])
 def test_a_damaged_file_is_named_and_the_previous_checkpoint_taken(tmp_path: Path, name: str, damage: str) -> None:
     good, bad = write(tmp_path, 1), write(tmp_path, 2)

@@ -144,7 +144,7 @@ def test_a_run_goes_on_where_a_save_fails(
     fsync, opened = os.fsync, open
 
     def fails(path: Any) -> bool:
-        failing = str(path).endswith("step_00000004.writing/optimiser.safetensors")
+        failing = str(path).endswith("step_00000004.writing/optimizer.safetensors")
         if failing:
             then.append(storage.newest(checkpoints))
             storage.load(checkpoints / "step_00000002")

@@ -16,12 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch.nn import functional as F
 
-import engine.evaluate.nearest_neighbors as neighbours_module
+import engine.evaluate.nearest_neighbors as neighbors_module
 from engine.evaluate import linear, linear_fast, semi_supervised, svm
 from engine.evaluate.__main__ import run
 from engine.evaluate.accuracy import interval, score
 from engine.evaluate.linear import PROTOCOLS, Protocol
-from engine.evaluate.nearest_neighbors import neighbours, vote
+from engine.evaluate.nearest_neighbors import neighbors, vote
 from methods.encoders import resnet
 from pipeline.beton import Beton
 from pipeline.storage.subset import Subset
@@ -59,7 +59,7 @@ def test_knn_equals_scikit_learns_exactly(k: int, temperature: float) -> None:
     means = random.normal(size=(7, 16))
     features = F.normalize(torch.from_numpy(means[labels] + 2 * random.normal(size=(900, 16))), dim=1)
     bank, queries, known = features[:600], features[600:], torch.from_numpy(labels[:600])
-    similarity, near = neighbours(queries, bank, known, k)
+    similarity, near = neighbors(queries, bank, known, k)
     ranked = vote(similarity, near, temperature, 7)
 
     def weights(distances: np.ndarray) -> np.ndarray:
@@ -85,9 +85,9 @@ def test_a_small_temperature_takes_the_nearest() -> None:
 def test_knn_is_the_same_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     bank, queries = (F.normalize(torch.randn(n, 8), dim=1) for n in (50, 31))
     labels = torch.arange(50) % 3
-    whole = neighbours(queries, bank, labels, 5)
+    whole = neighbors(queries, bank, labels, 5)
     monkeypatch.setattr("engine.evaluate.nearest_neighbors._ELEMENTS", 200)
-    parts = neighbours(queries, bank, labels, 5)
+    parts = neighbors(queries, bank, labels, 5)
     assert torch.allclose(whole[0], parts[0])
     assert torch.equal(whole[1], parts[1])
 
@@ -96,10 +96,10 @@ def _merged_of_two() -> None:
     accelerator = Accelerator(cpu=True)
     generator = torch.Generator().manual_seed(0)
     queries, bank = (F.normalize(torch.randn(n, 8, generator=generator), dim=1) for n in (50, 81))
-    whole = neighbours(queries, bank, torch.arange(81), 5)
-    neighbours_module._ELEMENTS = 120  # blocks of 3 queries for a share of 40, and of 2 for one of 41
+    whole = neighbors(queries, bank, torch.arange(81), 5)
+    neighbors_module._ELEMENTS = 120  # blocks of 3 queries for a share of 40, and of 2 for one of 41
     own = slice(0, 40) if accelerator.is_main_process else slice(40, 81)
-    found = neighbours(queries, bank[own], torch.arange(81)[own], 5, merged=True)
+    found = neighbors(queries, bank[own], torch.arange(81)[own], 5, merged=True)
     torch.testing.assert_close(found[0], whole[0])
     assert torch.equal(found[1], whole[1])
 
@@ -122,7 +122,7 @@ def _knn_of_two(encoder: str, drawn: str) -> None:
 
 
 def test_two_processes_find_what_one_finds(encoder: Path, drawn: Path) -> None:
-    """Of 150 neighbours neither process's 90 are enough: the nearest are those of both."""
+    """Of 150 neighbors neither process's 90 are enough: the nearest are those of both."""
     alone = evaluate("knn", encoder, drawn, "--k", "10", "150")
     on_ranks(2, _knn_of_two, str(encoder), str(drawn))
     both = json.loads((encoder.parent / "out" / "knn.json").read_text())
@@ -204,14 +204,14 @@ def test_heads_side_by_side_are_those_trained_alone_by_torchs_sgd() -> None:
         torch.nn.init.zeros_(head.weight)
         torch.nn.init.zeros_(head.bias)
         groups = [{"params": [head.weight], "weight_decay": decay}, {"params": [head.bias], "weight_decay": 0.0}]
-        optimiser, generator, step = torch.optim.SGD(groups, rate, 0.9), torch.Generator().manual_seed(3), 0
+        optimizer, generator, step = torch.optim.SGD(groups, rate, 0.9), torch.Generator().manual_seed(3), 0
         for _ in range(2):
             for rows in torch.randperm(len(train), generator=generator).split(batch)[: len(train) // batch]:
-                for group in optimiser.param_groups:
+                for group in optimizer.param_groups:
                     group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / (2 * (len(train) // batch))))
-                optimiser.zero_grad()
+                optimizer.zero_grad()
                 F.cross_entropy(head(train[rows] / 5), labels[rows]).backward()
-                optimiser.step()
+                optimizer.step()
                 step += 1
         assert torch.allclose(together[0][number], head.weight, atol=1e-5)
         assert torch.allclose(together[1][number], head.bias, atol=1e-5)
@@ -380,7 +380,7 @@ def test_fast_computes_features_anew_where_they_do_not_fit(
 ) -> None:
     options = ["--protocol", "fast", "--passes", "0", "--epochs", "1"]
     evaluate("linear", encoder, drawn, *options)
-    file = encoder.parent / "out" / "linear_fast" / "centre.safetensors"
+    file = encoder.parent / "out" / "linear_fast" / "center.safetensors"
     good, calls = file.read_bytes(), _count_embedded(monkeypatch)
     evaluate("linear", encoder, drawn, *options, "--lr", "0.1")
     assert calls[0] == 1  # the test images alone

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("k", "temperature", "rows"), [(1, 0.1, 7), (5, 0.07, 100), (20, 1.0, 1), (500, 0.1, 16)])
-def test_prediction_equals_a_loop_over_neighbours(k: int, temperature: float, rows: int) -> None:
+def test_prediction_equals_a_loop_over_neighbors(k: int, temperature: float, rows: int) -> None:
     generator = torch.Generator().manual_seed(k)
     bank = F.normalize(torch.randn(120, 6, generator=generator), dim=1)
     queries = F.normalize(torch.randn(33, 6, generator=generator), dim=1)
@@ -71,7 +71,7 @@ def test_of_one_file_every_tenth_image_of_a_class_is_classified_by_the_others(dr
 
 
 @pytest.mark.parametrize("labels", [np.arange(50), np.repeat(np.arange(10), 5), np.tile(np.arange(7), 9)])
-def test_classes_of_few_images_keep_neighbours(labels: np.ndarray) -> None:
+def test_classes_of_few_images_keep_neighbors(labels: np.ndarray) -> None:
     chosen = held_out(labels)
     assert chosen.sum() == -(-len(labels) // 10)
     assert max(np.bincount(labels[chosen])) <= -(-max(np.bincount(labels)) // 10)
@@ -101,7 +101,7 @@ def test_raw_pixels_find_the_image_itself(drawn: Path, tmp_path: Path) -> None:
     assert knn.top1(RawPixels()) == 1.0
 
 
-def test_unlabelled_or_differently_labelled_images_are_refused(drawn: Path, tmp_path: Path) -> None:
+def test_unlabeled_or_differently_labeled_images_are_refused(drawn: Path, tmp_path: Path) -> None:
     for name, folder in (("flat", ""), ("other", "cats")):
         place = tmp_path / name / folder
         place.mkdir(parents=True)

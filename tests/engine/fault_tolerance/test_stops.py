@@ -27,7 +27,7 @@ from engine.evaluate import online_knn
 from engine.evaluate.online_knn import Knn
 from engine.fault_tolerance import preemption
 from engine.training import loop
-from pipeline.loader import CentreLoader
+from pipeline.loader import CenterLoader
 from tests.conftest import Figure
 from tests.engine.test_run import SMALL, metrics
 from tests.gloo import on_ranks
@@ -121,9 +121,9 @@ IN_KNN = ["--save_every", "1000", "--knn.limit", "121"]  # of 11 images: on two 
 
 def evaluated(arguments: list[str], said: str, stop_in: int = 0) -> None:
     """Train; the last process is asked to stop at the second batch of the kNN of that epoch. Counts its batches."""
-    counted, read, first = [0], CentreLoader.__iter__, os.environ.get("RANK", "0") == "0"
+    counted, read, first = [0], CenterLoader.__iter__, os.environ.get("RANK", "0") == "0"
 
-    def read_on(images: CentreLoader) -> Any:
+    def read_on(images: CenterLoader) -> Any:
         for batch in read(images):
             counted[0] += 1
             if counted[0] == 2 and stop_in == -(-counted[-1] // STEPS):
@@ -138,7 +138,7 @@ def evaluated(arguments: list[str], said: str, stop_in: int = 0) -> None:
 
     engine.training.datasets.Knn = lambda *sets, **options: Knn(*sets, **{**options, "batch": 11})  # type: ignore[assignment, misc]
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not first:
-        online_knn.CentreLoader.__iter__ = read_on  # type: ignore[method-assign]
+        online_knn.CenterLoader.__iter__ = read_on  # type: ignore[method-assign]
     loop.train_on = trained
     began = time.monotonic()
     train(arguments)

@@ -71,12 +71,12 @@ def test_simclr_has_no_teacher_and_so_no_gap() -> None:
 
 
 def test_collapse_begins_at_a_fifth_of_the_deviation_on_the_sphere() -> None:
-    centre = torch.zeros(1, 64)
-    centre[0, 0] = 1
+    center = torch.zeros(1, 64)
+    center[0, 0] = 1
     torch.manual_seed(0)
     noise = torch.randn(512, 64) / 8
     for share, collapsed in ((0.15, True), (0.25, False)):
         watch = CollapseWatch(torch.device("cpu"))
         for _ in range(100):
-            watch.add(F.normalize(centre + share * noise, dim=1))
+            watch.add(F.normalize(center + share * noise, dim=1))
         assert (watch.warning() is not None) == collapsed

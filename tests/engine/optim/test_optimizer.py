@@ -1,4 +1,4 @@
-"""The optimiser's update and the learning-rate schedule."""
+"""The optimizer's update and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import nn
 
 from engine.config.settings import Method, Optim
 from engine.optim.lars import LARS
-from engine.optim.optimizer import build_optimiser
+from engine.optim.optimizer import build_optimizer
 from engine.optim.schedule import learning_rate, momentum_after, peak_rate
 
 
 def test_update_is_sgd_with_momentum_and_decay_on_all_parameters() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-    optimiser = build_optimiser(model, Optim(lr=0.1, momentum=0.9, weight_decay=0.01))
+    optimizer = build_optimizer(model, Optim(lr=0.1, momentum=0.9, weight_decay=0.01))
     expected = [p.detach().clone() for p in model.parameters()]
     velocity = [torch.zeros_like(p) for p in expected]
     for _ in range(3):
@@ -25,7 +25,7 @@ def test_update_is_sgd_with_momentum_and_decay_on_all_parameters() -> None:
             p.grad = torch.randn_like(p)
             velocity[i] = 0.9 * velocity[i] + p.grad + 0.01 * expected[i]
             expected[i] = expected[i] - 0.1 * velocity[i]
-        optimiser.step()
+        optimizer.step()
     for p, e in zip(model.parameters(), expected, strict=True):
         assert torch.allclose(p, e, atol=1e-6)
 
@@ -34,16 +34,16 @@ def test_adamw_is_torchs_with_decay_on_all_parameters() -> None:
     torch.manual_seed(0)
     ours, theirs = (nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
-    optimisers = [
-        build_optimiser(ours, Optim(name="adamw", lr=0.1, weight_decay=0.3)),
+    optimizers = [
+        build_optimizer(ours, Optim(name="adamw", lr=0.1, weight_decay=0.3)),
         torch.optim.AdamW(theirs.parameters(), lr=0.1, weight_decay=0.3),
     ]
     for _ in range(3):
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
             a.grad = torch.randn_like(a)
             b.grad = a.grad.clone()
-        for optimiser in optimisers:
-            optimiser.step()
+        for optimizer in optimizers:
+            optimizer.step()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
 
@@ -52,7 +52,7 @@ def test_frozen_parameters_are_left_out() -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
     model[0].requires_grad_(False)
     for name in ("sgd", "lars", "adamw"):
-        groups = build_optimiser(model, Optim(name=name)).param_groups  # type: ignore[arg-type]
+        groups = build_optimizer(model, Optim(name=name)).param_groups  # type: ignore[arg-type]
         assert sum(p.numel() for group in groups for p in group["params"]) == 6
 
 
@@ -61,7 +61,7 @@ def test_lars_is_moco_v3s() -> None:
     torch.manual_seed(0)
     weights = [torch.randn(4, 3), torch.randn(5), torch.zeros(2, 2), torch.randn(2, 2), torch.randn(2, 1, 3, 3)]
     parameters = [nn.Parameter(w.double()) for w in weights]
-    optimiser = LARS(parameters, lr=0.5, momentum=0.9, weight_decay=0.125, trust=0.02)
+    optimizer = LARS(parameters, lr=0.5, momentum=0.9, weight_decay=0.125, trust=0.02)
     expected = [w.double().clone() for w in weights]
     velocity = [torch.zeros_like(e) for e in expected]
     for step in range(3):
@@ -77,16 +77,16 @@ def test_lars_is_moco_v3s() -> None:
                     g = g * 0.02 * w.norm() / g.norm()
             velocity[i] = 0.9 * velocity[i] + g
             expected[i] = w - 0.5 * velocity[i]
-        optimiser.step()
+        optimizer.step()
     for p, e in zip(parameters, expected, strict=True):
         assert torch.allclose(p, e, atol=1e-13, rtol=0)
 
 
 def test_lars_leaves_parameters_without_a_gradient() -> None:
     a, b = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
-    optimiser = LARS([a, b], lr=1.0)
+    optimizer = LARS([a, b], lr=1.0)
     a.grad = torch.ones(2, 2)
-    optimiser.step()
+    optimizer.step()
     assert not torch.equal(a, torch.ones(2, 2))
     assert torch.equal(b, torch.ones(2, 2))
 

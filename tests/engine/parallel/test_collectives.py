@@ -44,7 +44,7 @@ CANNOT = {"simclr": {"residual", "all"}, "byol": {"dcl", "all"}}
 
 
 def cases() -> dict[str, Settings]:
-    """Return settings by name: each base alone and with each of its terms, BatchNorm synchronised; and other kinds."""
+    """Return settings by name: each base alone and with each of its terms, BatchNorm synchronized; and other kinds."""
     found = {}
     for name in ("moco_v1", "moco_v2", "moco_v3", "simclr", "byol"):
         found[name] = settings(name, bn="sync")
@@ -92,7 +92,7 @@ def trained(chosen: Settings, accelerator: Accelerator) -> dict[str, torch.Tenso
             if p.grad is not None:
                 found[f"gradient {step} {name}"] = p.grad.clone()
 
-    model.optimiser.optimizer.register_step_pre_hook(record)
+    model.optimizer.optimizer.register_step_pre_hook(record)
     for step in range(STEPS):
         parts = model.step(rank_batch(chosen, step)).parts
         found |= {f"part {step} {name}": collectives.mean(value) for name, value in parts.items()}
@@ -184,17 +184,17 @@ def twenty() -> dict[str, Settings]:
 
 
 def run_twenty(out: str) -> None:
-    """Train with BatchNorm synchronised, and with none: in evaluation mode it is an affine layer."""
+    """Train with BatchNorm synchronized, and with none: in evaluation mode it is an affine layer."""
     accelerator, results = Accelerator(cpu=True), {}
     for name, chosen in twenty().items():
-        for normalised in (True, False):
+        for normalized in (True, False):
             model = built(chosen, accelerator)
             for module in (model.step.encoder, model.target):
                 if module is not None:
-                    module.train(normalised)
+                    module.train(normalized)
             losses = [collectives.mean(model.step(rank_batch(chosen, step)).parts["loss"]) for step in range(20)]
             queue = model.queue.keys if model.queue else torch.empty(0)
-            case = name if normalised else f"{name}, no BatchNorm"
+            case = name if normalized else f"{name}, no BatchNorm"
             results[case] = {"losses": torch.stack(losses), "queue": queue}
     torch.save(results, Path(out) / f"{collectives.world()} {collectives.rank()}.pt")
 
@@ -287,7 +287,7 @@ def run_compressed(out: str) -> None:
             model = built(exchanged, build_accelerator(exchanged))
             assert model.online.static_graph == (accumulate == 1)
             gradients: list[torch.Tensor] = []
-            model.optimiser.optimizer.register_step_pre_hook(
+            model.optimizer.optimizer.register_step_pre_hook(
                 lambda *_, model=model, gradients=gradients: gradients.append(
                     torch.cat([p.grad.flatten() for p in model.online.parameters()])
                 )

@@ -132,7 +132,7 @@ def classify(out: str) -> None:
     nearest(out)
 
 
-def test_neighbours_are_found_over_all_processes(tmp_path: Path) -> None:
+def test_neighbors_are_found_over_all_processes(tmp_path: Path) -> None:
     on_ranks(3, classify, str(tmp_path))
     assert len(list(tmp_path.iterdir())) == 3
 

@@ -1,4 +1,4 @@
-"""The page on runs: its numbers against the files, neighbours against a loop, whatever state a run is in."""
+"""The page on runs: its numbers against the files, neighbors against a loop, whatever state a run is in."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_rates_are_over_the_whole_time(tmp_path: Path) -> None:
     assert found.data_wait_fraction == pytest.approx(waited / sum(seconds))
 
 
-def test_seeds_are_summarised_and_the_best_is_sought_among_means(tmp_path: Path) -> None:
+def test_seeds_are_summarized_and_the_best_is_sought_among_means(tmp_path: Path) -> None:
     shifts = (0.0, 0.05, 0.02)
     seeds = [write_run(tmp_path / f"s{i}", settings(seed=i), shift=shift) for i, shift in enumerate(shifts)]
     other = write_run(tmp_path / "other", settings(method="simclr"), shift=0.04)
@@ -185,24 +185,24 @@ def test_charts_are_of_what_runs_have(tmp_path: Path) -> None:
 
 
 def _contrast(one: str, other: str) -> float:
-    """Return the contrast of two colours (WCAG 2.2)."""
+    """Return the contrast of two colors (WCAG 2.2)."""
     both = []
-    for colour in (one, other):
-        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    for color in (one, other):
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
         both.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
     return (max(both) + 0.05) / (min(both) + 0.05)
 
 
-def test_colours_stand_out_from_their_background() -> None:
+def test_colors_stand_out_from_their_background() -> None:
     for theme in (LIGHT, DARK):
-        assert all(_contrast(colour, theme.background) >= 3 for colour in theme.colours)
+        assert all(_contrast(color, theme.background) >= 3 for color in theme.colors)
         assert _contrast(theme.ink, theme.background) >= 7
     style = (Path(page.__file__).with_name("page.html")).read_text()
-    for theme, colours in zip(
+    for theme, colors in zip(
         (LIGHT, DARK), re.findall(r"--muted: (\S+); --tint: (\S+); --right: (\S+);", style), strict=True
     ):
-        assert all(_contrast(colour, theme.background) >= 4.5 for colour in (colours[0], colours[2]))
+        assert all(_contrast(color, theme.background) >= 4.5 for color in (colors[0], colors[2]))
     assert len(MARKS) == len(MARKERS)
 
 
@@ -216,7 +216,7 @@ def test_a_name_is_drawn_as_it_stands() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 5, 39])
-def test_neighbours_are_those_of_a_loop(k: int) -> None:
+def test_neighbors_are_those_of_a_loop(k: int) -> None:
     found = F.normalize(torch.randn(40, 6, generator=torch.Generator().manual_seed(k)), dim=1)
     labels = np.arange(40) % 3
     queries = np.array([7, 0, 39])
@@ -252,19 +252,19 @@ def test_a_sample_has_enough_of_each_class_and_the_pictures_are_of_many(drawn: P
     beton.labels[:] = np.arange(200) // 2  # two images of each of 100 classes
     assert np.unique(sample(beton, 60, 1.0, 0).labels, return_counts=True)[1].tolist() == [2] * 30
     beton.labels[:] = -1
-    assert not sample(beton, 60, 1.0, 0).labelled
+    assert not sample(beton, 60, 1.0, 0).labeled
 
 
 @pytest.mark.usefixtures("rendered")
-def test_maps_show_the_most_frequent_classes_and_keep_neighbours_together(drawn: Path) -> None:
+def test_maps_show_the_most_frequent_classes_and_keep_neighbors_together(drawn: Path) -> None:
     beton = Beton(drawn)
     beton.labels[:] = np.minimum(np.arange(200) % 40, 20)  # the last of 21 has half of all
     of = sample(beton, 1000, 1.0, 0)
     assert tsne.frequent(of) == [20, *range(14)]
     assert len(tsne.shown(of)) == 100 + 14 * 5
-    centres = 10 * torch.eye(4)[torch.arange(80) % 4]
+    centers = 10 * torch.eye(4)[torch.arange(80) % 4]
     places = tsne.project(
-        F.normalize(centres + torch.randn(80, 4, generator=torch.Generator().manual_seed(0)), dim=1), 0
+        F.normalize(centers + torch.randn(80, 4, generator=torch.Generator().manual_seed(0)), dim=1), 0
     )
     distances = np.linalg.norm(places[:, None] - places[None], axis=-1) + 1e9 * np.eye(80)
     assert (distances.argmin(axis=1) % 4 == np.arange(80) % 4).all()
@@ -284,7 +284,7 @@ def whole(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> page.Report:
         return page.report(read_runs(runs), wanted())
 
 
-def test_the_page_shows_images_and_their_neighbours(whole: page.Report) -> None:
+def test_the_page_shows_images_and_their_neighbors(whole: page.Report) -> None:
     assert sorted(whole.pictures) == ["curves", "map"]
     for content in whole.pictures.values():
         assert min(Image.open(BytesIO(content)).size) > 500
@@ -519,7 +519,7 @@ def test_the_page_and_its_pictures_are_written_side_by_side(tmp_path: Path, monk
     [
         (["--out", "x.txt"], "ends in .html"),
         (["--out", "no/x.html"], "cannot be written"),
-        (["--neighbours", "0"], "choose 1 to 100"),
+        (["--neighbors", "0"], "choose 1 to 100"),
         (["--limit", "3"], "choose 10"),
         (["--seed", "-1"], "0 or more"),
     ],

@@ -42,8 +42,8 @@ FORGED: dict[str, Forge] = {
     "statistics of others": _tensor("ranks", running_statistics=torch.zeros(2, 3)),
     "no statistics": _tensor("ranks", other=torch.zeros(2, 3)),
     "a parameter more": _tensor("model", other=torch.zeros(2)),
-    "a momentum more": _tensor("optimiser", other=torch.zeros(2)),
-    "no optimiser": lambda saved, tensors: tensors.pop("optimiser"),
+    "a momentum more": _tensor("optimizer", other=torch.zeros(2)),
+    "no optimizer": lambda saved, tensors: tensors.pop("optimizer"),
     "nothing": lambda saved, tensors: tensors.clear(),
 }
 

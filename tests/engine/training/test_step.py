@@ -223,7 +223,7 @@ def overflowed(gradient: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("at", [0, 2])
 @pytest.mark.parametrize("cause", ["loss", "gradient", "scaled gradient"])
 @pytest.mark.parametrize(
-    ("name", "optimiser", "accumulate"),
+    ("name", "optimizer", "accumulate"),
     [
         ("moco_v2", "sgd", 1),
         ("moco_v2", "sgd", 2),
@@ -233,10 +233,10 @@ def overflowed(gradient: torch.Tensor) -> torch.Tensor:
     ],
 )
 def test_a_step_that_is_not_finite_leaves_everything(
-    name: str, optimiser: Any, accumulate: int, cause: str, at: int
+    name: str, optimizer: Any, accumulate: int, cause: str, at: int
 ) -> None:
     """By its loss or one gradient, with fp16's scaler or without: and training goes on as if it had not been."""
-    optim = Optim(name=optimiser, lr=0.1, epochs=6, warmup_epochs=2, clip=1.0)
+    optim = Optim(name=optimizer, lr=0.1, epochs=6, warmup_epochs=2, clip=1.0)
     momentum = {} if name == "simclr" else {"momentum_schedule": "cosine"}
     chosen = replace(settings(name, **momentum), optim=optim, accumulate=accumulate)
     ends = []

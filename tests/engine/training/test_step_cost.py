@@ -47,10 +47,10 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def counted(arch: str, optimiser: str) -> Counter[str]:
-    """The operators of the guard's check, the optimiser's second step and the moving average."""
+def counted(arch: str, optimizer: str) -> Counter[str]:
+    """The operators of the guard's check, the optimizer's second step and the moving average."""
     chosen = settings("moco_v2")
-    chosen = replace(chosen, model=replace(chosen.model, arch=arch), optim=Optim(name=optimiser, lr=0.1))  # type: ignore[arg-type]
+    chosen = replace(chosen, model=replace(chosen.model, arch=arch), optim=Optim(name=optimizer, lr=0.1))  # type: ignore[arg-type]
     model = built(chosen)
     assert model.target is not None
     model.step(batch_of(*views(0)))
@@ -63,11 +63,11 @@ def counted(arch: str, optimiser: str) -> Counter[str]:
     return counting.calls
 
 
-@pytest.mark.parametrize("optimiser", ["sgd", "adamw", "lars"])
-def test_optimiser_and_moving_average_are_as_many_operators_at_any_depth(optimiser: str) -> None:
-    shallow, deep = counted("resnet18", optimiser), counted("resnet34", optimiser)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lars"])
+def test_optimizer_and_moving_average_are_as_many_operators_at_any_depth(optimizer: str) -> None:
+    shallow, deep = counted("resnet18", optimizer), counted("resnet34", optimizer)
     assert shallow == deep
-    assert sum(deep.values()) <= {"sgd": 12, "adamw": 14, "lars": 26}[optimiser]
+    assert sum(deep.values()) <= {"sgd": 12, "adamw": 14, "lars": 26}[optimizer]
 
 
 class Layouts(TorchDispatchMode):
@@ -185,7 +185,7 @@ def test_a_step_sends_gradients_and_keys_and_nothing_else(tmp_path: Path) -> Non
             assert sum(sums[len(others) :]) == gradients, case
 
 
-def run_synchronised(out: str) -> None:
+def run_synchronized(out: str) -> None:
     chosen = replace(settings("moco_v2", bn="sync"), cpu=True, tracker="none")
     model = built(chosen, build_accelerator(chosen))
     half = [v.chunk(collectives.world())[collectives.rank()] for v in views(0)]
@@ -198,9 +198,9 @@ def run_synchronised(out: str) -> None:
     Path(out, f"{collectives.rank()}.json").write_text(json.dumps({"given": traffic.given, **told}))
 
 
-def test_synchronised_batchnorm_sends_its_statistics_once_a_layer_and_pass(tmp_path: Path) -> None:
+def test_synchronized_batchnorm_sends_its_statistics_once_a_layer_and_pass(tmp_path: Path) -> None:
     """A gather forward, of query and key encoder, and a sum backward of the query encoder: as the plan counts them."""
-    on_ranks(2, run_synchronised, str(tmp_path))
+    on_ranks(2, run_synchronized, str(tmp_path))
     everyone = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert everyone[0] == everyone[1]
     given, layers, channels = (everyone[0][key] for key in ("given", "layers", "channels"))

@@ -122,7 +122,7 @@ def test_a_wide_first_layer_alone_builds_nothing(tmp_path: Path) -> None:
         lambda value: value.to_sparse(),
         lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8),
     ],
-    ids=["meta", "sparse", "quantised"],
+    ids=["meta", "sparse", "quantized"],
 )
 def test_tensors_without_plain_numbers_are_missing(
     make: Callable[[torch.Tensor], torch.Tensor], tmp_path: Path

@@ -100,9 +100,9 @@ def test_official_checkpoints_are_matched_whole(
         _, side, rest = (*name.split(".", 2), "")[:3]
         if side in prefix and rest in encoder:
             content[name] = encoder[rest]
-    optimiser = {"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": [{"lr": 0.03, "params": [0]}]}
+    optimizer = {"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": [{"lr": 0.03, "params": [0]}]}
     file = tmp_path / "checkpoint_0199.pth.tar"
-    torch.save({"epoch": 200, "arch": arch, "state_dict": content, "optimizer": optimiser}, file)
+    torch.save({"epoch": 200, "arch": arch, "state_dict": content, "optimizer": optimizer}, file)
     loaded = load_encoder(file, which)  # type: ignore[arg-type]
     assert kind in loaded.kind
     assert loaded.architecture.arch == arch

@@ -14,8 +14,8 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from pipeline.augment import color as operations
-from pipeline.augment.color import IMAGENET, Statistics, augment, gaussian_blur, normalise
-from pipeline.augment.draws import Colour, draw_view
+from pipeline.augment.color import IMAGENET, Statistics, augment, gaussian_blur, normalize
+from pipeline.augment.draws import Color, draw_view
 from pipeline.sources.synthetic import draw
 from pipeline.views import AUGMENTATIONS, View
 
@@ -56,21 +56,21 @@ def _pixels(x: torch.Tensor) -> npt.NDArray[np.float32]:
     return out
 
 
-def _colour(n: int = _N, **chosen: object) -> Colour:
+def _color(n: int = _N, **chosen: object) -> Color:
     """No operation on any sample but for what is `chosen`."""
     off, one = np.zeros(n, bool), np.ones(n, np.float32)
-    colour = Colour(off, np.tile(np.arange(4), (n, 1)), one, one, one, 0 * one, off, off, one, off)
-    return replace(colour, **chosen)  # type: ignore[arg-type]
+    color = Color(off, np.tile(np.arange(4), (n, 1)), one, one, one, 0 * one, off, off, one, off)
+    return replace(color, **chosen)  # type: ignore[arg-type]
 
 
-def _augmented(images: Pixels, colour: Colour) -> npt.NDArray[np.float32]:
-    """The views with levels 0..255, not normalised."""
-    return _pixels(augment(torch.from_numpy(images), colour, _PLAIN))
+def _augmented(images: Pixels, color: Color) -> npt.NDArray[np.float32]:
+    """The views with levels 0..255, not normalized."""
+    return _pixels(augment(torch.from_numpy(images), color, _PLAIN))
 
 
-def _drawn_colour(view: View, n: int = _N, seed: int = 5) -> Colour:
+def _drawn_color(view: View, n: int = _N, seed: int = 5) -> Color:
     sides = np.full(n, 96)
-    return draw_view(view, 0, seed=seed, epoch=0, ids=np.arange(n), heights=sides, widths=sides).colour
+    return draw_view(view, 0, seed=seed, epoch=0, ids=np.arange(n), heights=sides, widths=sides).color
 
 
 # ---- the references ----
@@ -95,7 +95,7 @@ def _pil(name: str, image: Pixels, factor: float) -> Pixels:
     return np.asarray(_PIL[name](Image.fromarray(image), float(factor)))
 
 
-def _pil_grey(image: Image.Image) -> Image.Image:
+def _pil_gray(image: Image.Image) -> Image.Image:
     return image.convert("L").convert("RGB")
 
 
@@ -114,20 +114,20 @@ def _direct_blur(image: npt.NDArray[np.floating] | Pixels, sigma: float) -> Floa
     return out
 
 
-def _pil_chain(pixels: Pixels, colour: Colour, i: int) -> Pixels:
+def _pil_chain(pixels: Pixels, color: Color, i: int) -> Pixels:
     """Sample i's whole chain, as torchvision composes it; the blur is the direct one, rounded."""
     image = Image.fromarray(pixels)
-    if colour.grey_first and colour.grey[i]:
-        image = _pil_grey(image)
-    if colour.jitter[i]:
-        for number in colour.order[i]:
+    if color.gray_first and color.gray[i]:
+        image = _pil_gray(image)
+    if color.jitter[i]:
+        for number in color.order[i]:
             name = list(_PIL)[number]
-            image = _PIL[name](image, float(getattr(colour, name)[i]))
-    if not colour.grey_first and colour.grey[i]:
-        image = _pil_grey(image)
-    if colour.blur[i]:
-        image = Image.fromarray(np.rint(_direct_blur(np.asarray(image), float(colour.sigma[i]))).astype(np.uint8))
-    if colour.solarise[i]:
+            image = _PIL[name](image, float(getattr(color, name)[i]))
+    if not color.gray_first and color.gray[i]:
+        image = _pil_gray(image)
+    if color.blur[i]:
+        image = Image.fromarray(np.rint(_direct_blur(np.asarray(image), float(color.sigma[i]))).astype(np.uint8))
+    if color.solarize[i]:
         image = ImageOps.solarize(image, 128)
     return np.asarray(image)
 
@@ -148,7 +148,7 @@ def _pil_chain(pixels: Pixels, colour: Colour, i: int) -> Pixels:
         ("hue", -0.1, 0.1),
     ],
 )
-def test_colour_operations_are_pillow_s(name: str, low: float, high: float) -> None:
+def test_color_operations_are_pillow_s(name: str, low: float, high: float) -> None:
     """Measured: brightness, contrast and saturation equal; hue differs by one level in 1 of a million values."""
     images, rng = _images(), np.random.default_rng(len(name))
     for _ in range(2):
@@ -161,8 +161,8 @@ def test_colour_operations_are_pillow_s(name: str, low: float, high: float) -> N
         assert gap.mean() < 1e-4
 
 
-def test_hue_of_every_colour_of_a_coarse_cube_is_pillow_s() -> None:
-    """All of 52^3 colours, greys, primaries and hue ties among them, by shifts that wrap around either way."""
+def test_hue_of_every_color_of_a_coarse_cube_is_pillow_s() -> None:
+    """All of 52^3 colors, grays, primaries and hue ties among them, by shifts that wrap around either way."""
     levels = np.arange(0, 256, 5, dtype=np.uint8)
     cube = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(52, 52 * 52, 3)
     for turns in (0.0, 0.1, -0.1, 0.4, -0.4, 0.5, -0.5):
@@ -178,15 +178,15 @@ def test_a_factor_of_one_or_no_shift_changes_little() -> None:
         assert np.array_equal(_pixels(getattr(operations, name)(_planes(images), one)), images)
 
 
-def test_greyscale_is_pillow_s() -> None:
-    want = np.stack([np.asarray(_pil_grey(Image.fromarray(image))) for image in _images()])
-    assert np.array_equal(_pixels(operations.greyscale(_planes(_images()))), want)
+def test_grayscale_is_pillow_s() -> None:
+    want = np.stack([np.asarray(_pil_gray(Image.fromarray(image))) for image in _images()])
+    assert np.array_equal(_pixels(operations.grayscale(_planes(_images()))), want)
 
 
-def test_solarise_is_pillow_s() -> None:
+def test_solarize_is_pillow_s() -> None:
     levels = np.tile(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), (1, 1, 3))
     for image in (levels, *_images()):
-        got = _pixels(operations.solarise(_planes(image[None])))[0]
+        got = _pixels(operations.solarize(_planes(image[None])))[0]
         assert np.array_equal(got, np.asarray(ImageOps.solarize(Image.fromarray(image), 128)))
 
 
@@ -217,14 +217,14 @@ def test_blur_looks_like_pillow_s_on_drawn_images() -> None:
 # ---- whole chains ----
 
 
-@pytest.mark.parametrize("grey_first", [False, True])
+@pytest.mark.parametrize("gray_first", [False, True])
 @pytest.mark.parametrize("name", ["moco_v1", "moco_v2", "moco_v3", "simclr"])
-def test_whole_chains_are_pillow_s(name: str, grey_first: bool) -> None:
+def test_whole_chains_are_pillow_s(name: str, gray_first: bool) -> None:
     """Every sample with its own operations in its own order, likelier than published so that all of them meet."""
-    view = replace(AUGMENTATIONS[name][-1], grey=0.3, blur=0.5, solarise=0.3, grey_first=grey_first)
-    colour = _drawn_colour(view)
-    got = _augmented(_images(), colour)
-    gap = np.abs(got - np.stack([_pil_chain(image, colour, i) for i, image in enumerate(_images())]))
+    view = replace(AUGMENTATIONS[name][-1], gray=0.3, blur=0.5, solarize=0.3, gray_first=gray_first)
+    color = _drawn_color(view)
+    got = _augmented(_images(), color)
+    gap = np.abs(got - np.stack([_pil_chain(image, color, i) for i, image in enumerate(_images())]))
     per_sample = gap.reshape(_N, -1).mean(axis=1)
     assert per_sample.max() < 2
     assert np.median(per_sample) < 0.1
@@ -237,28 +237,28 @@ def test_operations_follow_each_sample_s_order(order: list[int]) -> None:
     strong: dict[str, Any] = {key: np.full(_N, value, np.float32) for key, value in factors.items()}
     orders = np.tile(np.arange(4), (_N, 1))
     orders[::2] = order
-    colour = _colour(jitter=np.ones(_N, bool), order=orders, **strong)
-    want = np.stack([_pil_chain(image, colour, i) for i, image in enumerate(_images())])
-    assert np.abs(_augmented(_images(), colour) - want).mean() < 0.1
+    color = _color(jitter=np.ones(_N, bool), order=orders, **strong)
+    want = np.stack([_pil_chain(image, color, i) for i, image in enumerate(_images())])
+    assert np.abs(_augmented(_images(), color) - want).mean() < 0.1
 
 
-def test_greyscale_before_jitter_leaves_the_hue_of_grey() -> None:
+def test_grayscale_before_jitter_leaves_the_hue_of_gray() -> None:
     """Before the jitter, whose saturation and hue then change nothing; after it, it undoes them."""
     on = np.ones(_N, bool)
-    colour = _colour(jitter=on, grey=on, hue=np.full(_N, 0.3, np.float32), saturation=np.full(_N, 1.9, np.float32))
-    first, last = (_augmented(_images(), replace(colour, grey_first=first)) for first in (True, False))
-    grey = _augmented(_images(), _colour(grey=on))
-    assert np.array_equal(first, grey)
-    assert np.abs(last - grey).mean() > 1
+    color = _color(jitter=on, gray=on, hue=np.full(_N, 0.3, np.float32), saturation=np.full(_N, 1.9, np.float32))
+    first, last = (_augmented(_images(), replace(color, gray_first=first)) for first in (True, False))
+    gray = _augmented(_images(), _color(gray=on))
+    assert np.array_equal(first, gray)
+    assert np.abs(last - gray).mean() > 1
     for image in (first, last):
         assert np.ptp(image, axis=-1).max() == 0
 
 
-def test_a_solarised_view_was_blurred_before() -> None:
+def test_a_solarized_view_was_blurred_before() -> None:
     on = np.ones(_N, bool)
-    colour = _colour(blur=on, solarise=on, sigma=np.full(_N, 2.0, np.float32))
-    blurred = _augmented(_images(), replace(colour, solarise=~on))
-    assert np.array_equal(_augmented(_images(), colour), np.where(blurred < 128, blurred, 255 - blurred))
+    color = _color(blur=on, solarize=on, sigma=np.full(_N, 2.0, np.float32))
+    blurred = _augmented(_images(), replace(color, solarize=~on))
+    assert np.array_equal(_augmented(_images(), color), np.where(blurred < 128, blurred, 255 - blurred))
 
 
 # ---- samples on their own ----
@@ -267,41 +267,41 @@ def test_a_solarised_view_was_blurred_before() -> None:
 _PART = np.arange(_N) % 3 == 1
 
 
-@pytest.mark.parametrize("chosen", ["jitter", "grey", "blur", "solarise"])
+@pytest.mark.parametrize("chosen", ["jitter", "gray", "blur", "solarize"])
 def test_samples_that_are_not_chosen_are_untouched(chosen: str) -> None:
     half = np.full(_N, 0.5, np.float32)
     factors: dict[str, Any] = {"brightness": half, "contrast": half, "saturation": half, "hue": half, "sigma": 4 * half}
-    got = _augmented(_images(), _colour(**factors, **{chosen: _PART}))
+    got = _augmented(_images(), _color(**factors, **{chosen: _PART}))
     changed = (got != _images()).any(axis=(1, 2, 3))
     assert changed.tolist() == _PART.tolist()
 
 
 def test_parameters_are_each_sample_s_own() -> None:
     """The batch gives what each sample gives alone (blur: to one level, as sums may be taken in another order)."""
-    view = replace(AUGMENTATIONS["simclr"][0], grey=0.3, solarise=0.3)
-    images, colour = _images(32), _drawn_colour(view)
-    together = _augmented(images, colour)
+    view = replace(AUGMENTATIONS["simclr"][0], gray=0.3, solarize=0.3)
+    images, color = _images(32), _drawn_color(view)
+    together = _augmented(images, color)
     for i in range(_N):
-        rows = {name: value[i : i + 1] for name, value in vars(colour).items() if name != "grey_first"}
-        alone = Colour(**rows)
+        rows = {name: value[i : i + 1] for name, value in vars(color).items() if name != "gray_first"}
+        alone = Color(**rows)
         gap = np.abs(together[i] - _augmented(images[i : i + 1], alone)[0])
-        assert gap.mean() <= (0.01 if colour.blur[i] else 0)
+        assert gap.mean() <= (0.01 if color.blur[i] else 0)
 
 
 def test_no_operation_leaves_the_crops_as_they_are() -> None:
-    assert np.array_equal(_augmented(_images(), _colour()), _images())
+    assert np.array_equal(_augmented(_images(), _color()), _images())
 
 
 # ---- what comes out ----
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_views_are_channels_last_and_normalised_by_imagenet(dtype: torch.dtype) -> None:
+def test_views_are_channels_last_and_normalized_by_imagenet(dtype: torch.dtype) -> None:
     crops = torch.from_numpy(_images())
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     want = (_images() / 255 - mean) / std
     assert (IMAGENET.mean, IMAGENET.std) == (tuple(mean), tuple(std))
-    for views in (augment(crops, _colour(), dtype=dtype), normalise(crops, dtype=dtype)):
+    for views in (augment(crops, _color(), dtype=dtype), normalize(crops, dtype=dtype)):
         assert views.dtype == dtype
         assert views.shape == (_N, 3, 96, 96)
         assert views.is_contiguous(memory_format=torch.channels_last)
@@ -310,20 +310,20 @@ def test_views_are_channels_last_and_normalised_by_imagenet(dtype: torch.dtype) 
 
 
 def test_bfloat16_views_are_the_rounded_float32_ones() -> None:
-    crops, colour = torch.from_numpy(_images()), _drawn_colour(AUGMENTATIONS["moco_v2"][0])
-    assert torch.equal(augment(crops, colour).bfloat16(), augment(crops, colour, dtype=torch.bfloat16))
+    crops, color = torch.from_numpy(_images()), _drawn_color(AUGMENTATIONS["moco_v2"][0])
+    assert torch.equal(augment(crops, color).bfloat16(), augment(crops, color, dtype=torch.bfloat16))
 
 
 def test_the_crops_are_left_as_they_were() -> None:
     crops = torch.from_numpy(_images())
-    augment(crops, _drawn_colour(AUGMENTATIONS["moco_v1"][0]))
-    normalise(crops)
+    augment(crops, _drawn_color(AUGMENTATIONS["moco_v1"][0]))
+    normalize(crops)
     assert np.array_equal(crops.numpy(), _images())
 
 
 @pytest.mark.gpu
 def test_views_on_the_gpu_are_those_on_the_cpu() -> None:
-    view = replace(AUGMENTATIONS["simclr"][0], grey=0.3, solarise=0.3)
-    crops, colour = torch.from_numpy(_images()), _drawn_colour(view)
-    gap = (augment(crops.cuda(), colour, _PLAIN).cpu() - augment(crops, colour, _PLAIN)).abs()
+    view = replace(AUGMENTATIONS["simclr"][0], gray=0.3, solarize=0.3)
+    crops, color = torch.from_numpy(_images()), _drawn_color(view)
+    gap = (augment(crops.cuda(), color, _PLAIN).cpu() - augment(crops, color, _PLAIN)).abs()
     assert gap.mean() < 0.01

@@ -14,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pipeline.augment.draws import TRIES, Colour, ViewDraws, centre_boxes, crop_boxes, draw_view
+from pipeline.augment.draws import TRIES, Color, ViewDraws, center_boxes, crop_boxes, draw_view
 from pipeline.views import AUGMENTATIONS, View, view_sizes
 
 N = 100_000
 _SHAPES = [(1, 1), (1, 500), (500, 2), (32, 32), (375, 500), (500, 375), (3, 7)]
-_VIEW = View(flip=0.3, jitter=0.6, grey=0.1, blur=0.7, solarise=0.45, brightness=0.8, contrast=0.4, saturation=0.2)
+_VIEW = View(flip=0.3, jitter=0.6, gray=0.1, blur=0.7, solarize=0.45, brightness=0.8, contrast=0.4, saturation=0.2)
 
 Floats = npt.NDArray[np.float64]
 
@@ -45,8 +45,8 @@ def many() -> ViewDraws:
 
 
 def _arrays(draws: ViewDraws) -> dict[str, np.ndarray]:
-    colour = {f.name: getattr(draws.colour, f.name) for f in fields(Colour) if f.name != "grey_first"}
-    return {"boxes": draws.boxes, "flips": draws.flips, **colour}
+    color = {f.name: getattr(draws.color, f.name) for f in fields(Color) if f.name != "gray_first"}
+    return {"boxes": draws.boxes, "flips": draws.flips, **color}
 
 
 def _same(a: ViewDraws, b: ViewDraws) -> bool:
@@ -101,7 +101,7 @@ def test_another_seed_epoch_id_or_view_gives_other_draws(change: dict[str, int])
     for name in ("brightness", "contrast", "saturation", "hue", "sigma"):
         assert not (before[name] == after[name]).any()
     assert (before["boxes"] == after["boxes"]).all(axis=1).sum() <= 1  # a whole image may come up twice
-    for name in ("flips", "jitter", "grey", "blur", "solarise", "order"):
+    for name in ("flips", "jitter", "gray", "blur", "solarize", "order"):
         assert not np.array_equal(before[name], after[name])
 
 
@@ -114,14 +114,14 @@ def test_seed_epoch_id_and_view_are_not_exchangeable() -> None:
 def test_draws_never_change() -> None:
     """Pinned: a change here means that no earlier run can be resumed or repeated."""
     draws = _draw([0, 1, 2, 1281166], AUGMENTATIONS["moco_v2"][0])
-    colour = draws.colour
+    color = draws.color
     assert draws.boxes.tolist() == [[52, 62, 262, 210], [13, 109, 281, 263], [0, 22, 371, 466], [33, 40, 315, 386]]
     assert draws.flips.tolist() == [False, True, False, False]
-    assert colour.jitter.tolist() == [True, True, True, False]
-    assert colour.order.tolist() == [[3, 0, 2, 1], [2, 1, 3, 0], [3, 1, 2, 0], [3, 1, 0, 2]]
-    assert colour.blur.tolist() == [False, True, False, True]
-    assert not colour.grey.any()
-    assert not colour.solarise.any()
+    assert color.jitter.tolist() == [True, True, True, False]
+    assert color.order.tolist() == [[3, 0, 2, 1], [2, 1, 3, 0], [3, 1, 2, 0], [3, 1, 0, 2]]
+    assert color.blur.tolist() == [False, True, False, True]
+    assert not color.gray.any()
+    assert not color.solarize.any()
     for name, expected in {
         "brightness": [1.110457, 1.220045, 1.267943, 1.364785],
         "contrast": [0.8702056, 1.043517, 1.210065, 1.323405],
@@ -129,12 +129,12 @@ def test_draws_never_change() -> None:
         "hue": [-0.08667979, -0.0334649, 0.005975596, -0.09805781],
         "sigma": [1.150473, 0.8773643, 0.3772389, 0.5551665],
     }.items():
-        np.testing.assert_allclose(getattr(colour, name), expected, rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose(getattr(color, name), expected, rtol=1e-6, err_msg=name)
     second = _draw(np.arange(30), AUGMENTATIONS["moco_v3"][1], 1)
     assert second.boxes[9].tolist() == [26, 20, 258, 339]
-    assert np.flatnonzero(second.colour.grey).tolist() == [3, 7, 9, 20, 22, 23, 24, 28]
-    assert np.flatnonzero(second.colour.solarise).tolist() == [9, 14, 17, 18, 19, 22, 24]
-    assert np.flatnonzero(second.colour.blur).tolist() == [16]
+    assert np.flatnonzero(second.color.gray).tolist() == [3, 7, 9, 20, 22, 23, 24, 28]
+    assert np.flatnonzero(second.color.solarize).tolist() == [9, 14, 17, 18, 19, 22, 24]
+    assert np.flatnonzero(second.color.blur).tolist() == [16]
 
 
 @pytest.mark.parametrize(
@@ -146,10 +146,10 @@ def test_draws_never_change() -> None:
         ({"contrast": 0.1}, {"contrast"}),
         ({"saturation": 0.1}, {"saturation"}),
         ({"hue": 0.4}, {"hue"}),
-        ({"grey": 0.9}, {"grey"}),
+        ({"gray": 0.9}, {"gray"}),
         ({"blur": 0.1}, {"blur"}),
         ({"sigma": (1.0, 1.5)}, {"sigma"}),
-        ({"solarise": 0.9}, {"solarise"}),
+        ({"solarize": 0.9}, {"solarize"}),
         ({"scale": (0.5, 0.6)}, {"boxes"}),
         ({"ratio": (0.9, 1.0)}, {"boxes"}),
     ],
@@ -161,7 +161,7 @@ def test_a_setting_moves_its_own_draw_alone(setting: dict[str, float], moved: se
 
 def test_draws_have_the_documented_types(many: ViewDraws) -> None:
     kinds = {name: (values.dtype, values.shape) for name, values in _arrays(many).items()}
-    for name in ("flips", "jitter", "grey", "blur", "solarise"):
+    for name in ("flips", "jitter", "gray", "blur", "solarize"):
         assert kinds[name] == (np.bool_, (N,))
     for name in ("brightness", "contrast", "saturation", "hue", "sigma"):
         assert kinds[name] == (np.float32, (N,))
@@ -183,20 +183,20 @@ def test_draws_have_the_documented_types(many: ViewDraws) -> None:
     ],
 )
 def test_factors_are_uniform_in_their_range(many: ViewDraws, name: str, low: float, high: float) -> None:
-    values = getattr(many.colour, name)
+    values = getattr(many.color, name)
     assert low - 1e-6 <= values.min() < values.max() <= high + 1e-6
     assert _distance_from_uniform(values, low, high) < 2.23
 
 
 def test_factors_are_never_negative() -> None:
-    colour = _draw(np.arange(1000), replace(_VIEW, brightness=1.5, contrast=1.5, saturation=1.5)).colour
-    for values in (colour.brightness, colour.contrast, colour.saturation):
+    color = _draw(np.arange(1000), replace(_VIEW, brightness=1.5, contrast=1.5, saturation=1.5)).color
+    for values in (color.brightness, color.contrast, color.saturation):
         assert values.min() >= 0.0
         assert _distance_from_uniform(values, 0.0, 2.5) < 2.23
 
 
 @pytest.mark.parametrize(
-    ("name", "share"), [("flips", 0.3), ("jitter", 0.6), ("grey", 0.1), ("blur", 0.7), ("solarise", 0.45)]
+    ("name", "share"), [("flips", 0.3), ("jitter", 0.6), ("gray", 0.1), ("blur", 0.7), ("solarize", 0.45)]
 )
 def test_operations_are_chosen_with_their_probability(many: ViewDraws, name: str, share: float) -> None:
     chosen = _arrays(many)[name].mean()
@@ -205,14 +205,14 @@ def test_operations_are_chosen_with_their_probability(many: ViewDraws, name: str
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_probabilities_of_zero_and_one_are_exact(share: float) -> None:
-    view = View(flip=share, jitter=share, grey=share, blur=share, solarise=share)
+    view = View(flip=share, jitter=share, gray=share, blur=share, solarize=share)
     for name, values in _arrays(_draw(np.arange(5000), view)).items():
         if values.dtype == np.bool_:
             assert set(values.tolist()) == {bool(share)}, name
 
 
 def test_all_24_orders_of_operations_are_equally_likely(many: ViewDraws) -> None:
-    counts = Counter(map(tuple, many.colour.order.tolist()))
+    counts = Counter(map(tuple, many.color.order.tolist()))
     assert all(sorted(order) == [0, 1, 2, 3] for order in counts)
     assert len(counts) == 24
     expected = N / 24
@@ -231,7 +231,7 @@ def test_accepted_boxes_have_uniform_area_and_log_aspect() -> None:
 
 def test_draws_of_one_sample_are_uncorrelated(many: ViewDraws) -> None:
     values = [np.asarray(v, np.float64) for v in _arrays(many).values() if v.ndim == 1]
-    rows = np.stack([*values, *many.colour.order[:, :1].T, *many.boxes[:, :2].T])
+    rows = np.stack([*values, *many.color.order[:, :1].T, *many.boxes[:, :2].T])
     correlations = np.corrcoef(rows) - np.eye(len(rows))
     correlations[-2:, -2:] = 0  # top and left both depend on the box's size
     assert np.abs(correlations).max() < 4.2 / math.sqrt(N)
@@ -304,19 +304,19 @@ def test_boxes_of_images_of_several_sizes_are_those_of_each() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "centred"),
+    ("shape", "centered"),
     [
         ((20, 500), [0, 236, 20, 27]),
         ((500, 20), [236, 0, 27, 20]),
         ((1, 500), [0, 249, 1, 1]),
     ],
 )
-def test_extreme_shapes_fall_back_to_the_centre(shape: tuple[int, int], centred: list[int]) -> None:
+def test_extreme_shapes_fall_back_to_the_center(shape: tuple[int, int], centered: list[int]) -> None:
     u = np.random.default_rng(0).random((200, TRIES, 4))
     height, width = (np.full(200, side, np.int32) for side in shape)
     boxes = crop_boxes(u, height, width, (0.2, 1.0), (3 / 4, 4 / 3))
     assert all(_get_params(tries, *shape, (0.2, 1.0), (3 / 4, 4 / 3))[1] for tries in u.tolist())
-    assert boxes.tolist() == [centred] * 200
+    assert boxes.tolist() == [centered] * 200
 
 
 def test_a_late_try_is_taken_before_the_fallback() -> None:
@@ -347,9 +347,9 @@ def test_drawn_boxes_have_torchvision_s_distribution(height: int, width: int) ->
 
 
 @pytest.mark.parametrize("share", [1.0, 0.875, 0.01])
-def test_centre_boxes_are_centred_squares_inside_the_image(share: float) -> None:
+def test_center_boxes_are_centered_squares_inside_the_image(share: float) -> None:
     heights, widths = (np.array(sides, np.int32) for sides in zip(*_SHAPES, strict=True))
-    boxes = centre_boxes(heights, widths, share)
+    boxes = center_boxes(heights, widths, share)
     top, left, high, wide = boxes.T
     assert boxes.dtype == np.int32
     assert (high == wide).all()
@@ -364,7 +364,7 @@ def test_centre_boxes_are_centred_squares_inside_the_image(share: float) -> None
 def test_augmentations_are_the_published_ones() -> None:
     def settings(view: View) -> tuple[object, ...]:
         jitter = (view.brightness, view.contrast, view.saturation, view.hue)
-        return view.scale, view.jitter, jitter, view.grey, view.blur, view.solarise, view.grey_first
+        return view.scale, view.jitter, jitter, view.gray, view.blur, view.solarize, view.gray_first
 
     v2 = ((0.2, 1.0), 0.8, (0.4, 0.4, 0.4, 0.1), 0.2, 0.5, 0.0, False)
     published = {

@@ -58,13 +58,13 @@ def test_fused_augmentation_is_the_plain_one(name: str, view: int) -> None:
     crops = torch.from_numpy(rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)).to(DEVICE)
     one = np.full(batch, 64)
     drawn = draw_view(AUGMENTATIONS[name][view], view, seed=1, epoch=0, ids=np.arange(batch), heights=one, widths=one)
-    expected = stepwise(crops, drawn.colour, IMAGENET, torch.float32)
-    found = fused(crops, drawn.colour, IMAGENET, torch.float32)
+    expected = stepwise(crops, drawn.color, IMAGENET, torch.float32)
+    found = fused(crops, drawn.color, IMAGENET, torch.float32)
     assert found.is_contiguous(memory_format=torch.channels_last)
     levels = (found - expected).abs() * (torch.tensor(IMAGENET.std, device=DEVICE).view(3, 1, 1) * 255)
     assert levels.max() < 1.01
     assert (levels > 0.01).float().mean() < 1e-3
-    sharp = torch.from_numpy(~drawn.colour.blur)
+    sharp = torch.from_numpy(~drawn.color.blur)
     assert torch.equal(found[sharp], expected[sharp])
 
 
@@ -74,8 +74,8 @@ def test_views_come_in_the_type_asked_for(dtype: torch.dtype) -> None:
     crops = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)).to(DEVICE)
     one = np.full(6, 64)
     drawn = draw_view(AUGMENTATIONS["moco_v2"][0], 0, seed=1, epoch=0, ids=np.arange(6), heights=one, widths=one)
-    exact = fused(crops, drawn.colour, IMAGENET, torch.float32)
-    found = fused(crops, drawn.colour, IMAGENET, dtype)
+    exact = fused(crops, drawn.color, IMAGENET, torch.float32)
+    found = fused(crops, drawn.color, IMAGENET, dtype)
     assert found.dtype == dtype
     unit = torch.finfo(dtype).eps * exact.abs().clamp_min(2**-6)
     assert ((found.float() - exact).abs() <= unit).all()
@@ -88,9 +88,9 @@ from triton.compiler import ASTSource
 from pipeline.augment import triton_kernels as kernels
 
 types = {"starts": "*i64", "widths": "*i64", "boxes": "*i32", "flips": "*i1", "parameters": "*fp32", "sums": "*i32"}
-types |= {"blurs": "*i64", "rows": "*fp32", "pixels": "*u8", "crops": "*u8", "coloured": "*u8"}
-values = {"SIZE": 224, "PIXELS": 224 * 224, "BLOCK": 256, "RADIUS": 6, "GREY_FIRST": False}
-outs = {"crop_view": "*u8", "sum_luma": "", "colour": "*bf16", "blur_rows": "", "blur_columns": "*bf16"}
+types |= {"blurs": "*i64", "rows": "*fp32", "pixels": "*u8", "crops": "*u8", "colored": "*u8"}
+values = {"SIZE": 224, "PIXELS": 224 * 224, "BLOCK": 256, "RADIUS": 6, "GRAY_FIRST": False}
+outs = {"crop_view": "*u8", "sum_luma": "", "color": "*bf16", "blur_rows": "", "blur_columns": "*bf16"}
 for name, out in outs.items():
     kernel = getattr(kernels, "_" + name)
     known = types | {"out": out}

@@ -28,7 +28,7 @@ from pipeline.backends import BACKENDS, ffcv_gpu, resident, select_backend
 from pipeline.backends.base import Wanted
 from pipeline.backends.select_backend import choose, decoding_rate
 from pipeline.beton import Beton, manifest_path
-from pipeline.loader import Batch, CentreLoader, Loader
+from pipeline.loader import Batch, CenterLoader, Loader
 from pipeline.native.libffcv import JPEG, RAW
 from pipeline.native.libjpeg import decode_rectangle
 from pipeline.prepare import prepare
@@ -41,7 +41,7 @@ from pipeline.views import AUGMENTATIONS, View, view_sizes
 from tests import ROOT
 
 SIZE, BATCH = 16, 32
-PLAIN = View(jitter=0.0, grey=0.0, blur=0.0)
+PLAIN = View(jitter=0.0, gray=0.0, blur=0.0)
 LEVELS = Statistics((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))  # leaves 0..255 as it is
 OTHERS = [name for name in BACKENDS if name != "ffcv"]
 SAME_DECODER = [name for name in OTHERS if name != "dali" or decode_rectangle is not None]
@@ -240,7 +240,7 @@ def test_dalis_views_are_pillows(views: str, ragged: Path) -> None:
     """The same ids, boxes and flips as FFCV's; pixels that PIL decodes, crops and resizes, to one level."""
     beton = Beton(ragged)
     assert (beton.modes == RAW).any()
-    plain = tuple(replace(view, jitter=0.0, grey=0.0, blur=0.0) for view in AUGMENTATIONS[views])
+    plain = tuple(replace(view, jitter=0.0, gray=0.0, blur=0.0) for view in AUGMENTATIONS[views])
     with loader(beton.path, "dali", views=plain, batch=25, statistics=LEVELS) as one:
         batches = take(one, 3)
     for batch in batches:
@@ -285,10 +285,10 @@ def test_all_ranks_together_give_the_batches_of_one(backend: str, world: int, dr
 
 
 @pytest.mark.parametrize("backend", SAME_DECODER)
-def test_centre_crops_are_the_same(backend: str, ragged: Path) -> None:
+def test_center_crops_are_the_same(backend: str, ragged: Path) -> None:
     found = []
     for name in ("ffcv", backend):
-        with closing(CentreLoader(Beton(ragged), size=SIZE, batch=7, workers=1, backend=name)) as images:
+        with closing(CenterLoader(Beton(ragged), size=SIZE, batch=7, workers=1, backend=name)) as images:
             found.append([(image.clone(), ids.tolist()) for image, ids in images])
     for (a, ids_a), (b, ids_b) in zip(*found, strict=True):
         assert ids_a == ids_b
@@ -480,13 +480,13 @@ def test_damaged_records_are_passed_over_for_the_next_whole_one(backend: str, dr
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_centre_crops_pass_over_damaged_records_too(backend: str, drawn: Path, tmp_path: Path) -> None:
+def test_center_crops_pass_over_damaged_records_too(backend: str, drawn: Path, tmp_path: Path) -> None:
     path = damage(drawn, 40, "flipped", tmp_path / "bad.beton")
     options: dict[str, Any] = {"size": SIZE, "batch": 32, "workers": 1, "backend": backend}
-    with closing(CentreLoader(Beton(path), on_bad="skip", **options)) as images:
+    with closing(CenterLoader(Beton(path), on_bad="skip", **options)) as images:
         found = [ids.tolist() for _, ids in images]
     assert [i for ids in found for i in ids] == [41 if i == 40 else i for i in range(200)]
-    with pytest.raises(DamagedRecord, match="sample 40 "), closing(CentreLoader(Beton(path), **options)) as images:
+    with pytest.raises(DamagedRecord, match="sample 40 "), closing(CenterLoader(Beton(path), **options)) as images:
         list(images)
 
 

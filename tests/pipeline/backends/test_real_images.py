@@ -24,7 +24,7 @@ from tests.pipeline.backends.test_backends import pillow
 IMAGES = os.environ.get("MILLRACE_TEST_IMAGES", "")
 pytestmark = pytest.mark.skipif(not IMAGES, reason="MILLRACE_TEST_IMAGES is not set")
 LEVELS = Statistics((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))
-PLAIN = View(jitter=0.0, grey=0.0, blur=0.0)
+PLAIN = View(jitter=0.0, gray=0.0, blur=0.0)
 COUNT = 200
 
 
@@ -63,10 +63,10 @@ def test_augmented_views_are_pillow_s(name: str, images: Beton) -> None:
         [decode(images, int(index))[:size, :size] for index in ids if min(decode(images, int(index)).shape[:2]) >= size]
     )
     device, one = torch.device("cuda" if torch.cuda.is_available() else "cpu"), np.full(len(crops), size)
-    view = replace(AUGMENTATIONS[name][1], solarise=0.2)
-    colour = draw_view(view, 1, seed=0, epoch=0, ids=ids[: len(crops)], heights=one, widths=one).colour
-    found = augment(torch.from_numpy(crops).to(device), colour, LEVELS, torch.float32).cpu().permute(0, 2, 3, 1).numpy()
-    gaps = [np.abs(found[i] - _pil_chain(crop, colour, i)) for i, crop in enumerate(crops)]
+    view = replace(AUGMENTATIONS[name][1], solarize=0.2)
+    color = draw_view(view, 1, seed=0, epoch=0, ids=ids[: len(crops)], heights=one, widths=one).color
+    found = augment(torch.from_numpy(crops).to(device), color, LEVELS, torch.float32).cpu().permute(0, 2, 3, 1).numpy()
+    gaps = [np.abs(found[i] - _pil_chain(crop, color, i)) for i, crop in enumerate(crops)]
     print(f"{name}: mean {np.mean(gaps):.2e}, largest {np.max(gaps):.2f}, of {len(crops)} images")
     assert len(crops) > COUNT / 2
     assert np.mean(gaps) <= 2

@@ -38,7 +38,7 @@ def workers() -> Iterator[Workers]:
 
 
 def _as_folders(voc: Path) -> Path:
-    """The same images as two folders, masks as grey levels."""
+    """The same images as two folders, masks as gray levels."""
     (voc / "JPEGImages").rename(voc / "images")
     (voc / "masks").mkdir()
     for file in (voc / "SegmentationClass").iterdir():
@@ -77,7 +77,7 @@ def _resized(voc: Path) -> None:
     Image.open(path).resize((64, 60), Image.Resampling.NEAREST).save(path)
 
 
-def _coloured(voc: Path) -> None:
+def _colored(voc: Path) -> None:
     path = voc / "SegmentationClass" / "000002.png"
     Image.open(path).convert("RGB").save(path)
 
@@ -90,7 +90,7 @@ def _junk(voc: Path) -> None:
     ("spoil", "message"),
     [
         (_resized, r"000002.png: 64 x 60 pixels, but .*000002.jpg has 64 x 64: give the mask that was drawn on it"),
-        (_coloured, r"000002.png: is RGB, not class numbers: save it as"),
+        (_colored, r"000002.png: is RGB, not class numbers: save it as"),
         (_junk, r"000002.jpg: cannot be read .*: replace it"),
         (lambda voc: (voc / "SegmentationClass" / "000003.png").unlink(), r"000003.png: is not there, nor are 0 other"),
         (lambda voc: (voc / "ImageSets/Segmentation/train.txt").unlink(), r"sets there are val: name one"),

@@ -51,12 +51,12 @@ def part(data: bytes, sides: tuple[int, int], box: tuple[int, ...]) -> tuple[int
 
 
 @pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
-@pytest.mark.parametrize("grey", [False, True], ids=["RGB", "grey"])
-def test_a_part_is_what_pillow_decodes_there(options: dict[str, object], grey: bool) -> None:
+@pytest.mark.parametrize("gray", [False, True], ids=["RGB", "gray"])
+def test_a_part_is_what_pillow_decodes_there(options: dict[str, object], gray: bool) -> None:
     rng = np.random.default_rng(0)
     for seed, (width, height) in enumerate([(97, 61), (160, 128), (33, 200), (7, 5), (1, 1)]):
         image = noisy(width, height, seed)
-        data = saved(image.convert("L") if grey else image, **({} if grey else options))
+        data = saved(image.convert("L") if gray else image, **({} if gray else options))
         expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
         for _ in range(20):
             top, left = int(rng.integers(height)), int(rng.integers(width))

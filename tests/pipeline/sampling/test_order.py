@@ -109,14 +109,14 @@ def test_order_never_changes(seed: int, epoch: int, n: int, first: list[int]) ->
 
 
 def test_order_equals_a_plain_sort_by_splitmix64_keys() -> None:
-    def finalise(z: int) -> int:
+    def finalize(z: int) -> int:
         z = (z + 0x9E3779B97F4A7C15) % 2**64
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
         z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
         return z ^ (z >> 31)
 
-    key = finalise(finalise(int.from_bytes(b"order", "big") ^ 11) ^ 5)
-    keys = [finalise((key + i * 0x9E3779B97F4A7C15) % 2**64) for i in range(300)]
+    key = finalize(finalize(int.from_bytes(b"order", "big") ^ 11) ^ 5)
+    keys = [finalize((key + i * 0x9E3779B97F4A7C15) % 2**64) for i in range(300)]
     assert epoch_order(11, 5, 300).tolist() == sorted(range(300), key=lambda i: (keys[i], i))
 
 

@@ -44,7 +44,7 @@ def test_folders_are_classes_in_sorted_order_and_bytes_are_the_files_own(kind: s
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_images_in_no_folder_are_unlabelled(kind: str, tmp_path: Path) -> None:
+def test_images_in_no_folder_are_unlabeled(kind: str, tmp_path: Path) -> None:
     assert _found(pack(kind, _files("b.jpg", "a.jpg"), tmp_path)) == ({"a.jpg": -1, "b.jpg": -1}, [])
 
 
@@ -90,7 +90,7 @@ def test_a_subset_is_taken_when_asked_for(kind: str, wrapped: bool, tmp_path: Pa
     assert _found(source, "test") == ({names[2]: 0, names[3]: 1}, ["cat", "dog"])
 
 
-def test_a_flat_subset_is_unlabelled(tmp_path: Path) -> None:
+def test_a_flat_subset_is_unlabeled(tmp_path: Path) -> None:
     source = pack("folder", _files("train/cat/1.jpg", "train/dog/2.jpg", "unlabeled/3.jpg"), tmp_path)
     assert _found(source, "unlabeled") == ({"unlabeled/3.jpg": -1}, [])
 

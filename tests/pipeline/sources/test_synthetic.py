@@ -1,4 +1,4 @@
-"""Tests of the synthetic images: pure, balanced, and telling nothing of the class by colour or raw pixels."""
+"""Tests of the synthetic images: pure, balanced, and telling nothing of the class by color or raw pixels."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test() -> tuple[Images, npt.NDArray[np.int64]]:
     return _many(100_000, 500)
 
 
-def _neighbour_accuracy(
+def _neighbor_accuracy(
     train: Floats,
     train_labels: npt.NDArray[np.int64],
     test: Floats,
@@ -127,36 +127,36 @@ def test_jpeg_decodes_to_the_drawn_image() -> None:
     assert len(synthetic.jpeg(2, 14, quality=30)[0]) < len(data)
 
 
-def test_mean_colour_does_not_tell_the_class(train: tuple[Images, npt.NDArray[np.int64]]) -> None:
-    """Class means and spreads of the mean colour lie within 4.5 standard errors of the common ones."""
+def test_mean_color_does_not_tell_the_class(train: tuple[Images, npt.NDArray[np.int64]]) -> None:
+    """Class means and spreads of the mean color lie within 4.5 standard errors of the common ones."""
     images, labels = train
-    colour = images.mean(axis=(1, 2))
-    centre, spread = colour.mean(axis=0), colour.std(axis=0)
+    color = images.mean(axis=(1, 2))
+    center, spread = color.mean(axis=0), color.std(axis=0)
     for label in range(10):
-        own = colour[labels == label]
-        assert np.all(np.abs(own.mean(axis=0) - centre) < 4.5 * spread / np.sqrt(len(own)))
+        own = color[labels == label]
+        assert np.all(np.abs(own.mean(axis=0) - center) < 4.5 * spread / np.sqrt(len(own)))
         assert np.all(np.abs(own.std(axis=0) / spread - 1.0) < 4.5 / np.sqrt(2 * len(own)))
 
 
-def test_colour_histogram_neighbours_are_near_chance(
+def test_color_histogram_neighbors_are_near_chance(
     train: tuple[Images, npt.NDArray[np.int64]], test: tuple[Images, npt.NDArray[np.int64]]
 ) -> None:
     def histogram(images: Images) -> Floats:
         cell = (images >> 5).reshape(len(images), -1, 3).astype(np.int64) @ np.array([64, 8, 1])
         return np.sqrt(np.stack([np.bincount(row, minlength=512) for row in cell])).astype(np.float32)
 
-    assert _neighbour_accuracy(histogram(train[0]), train[1], histogram(test[0]), test[1]) < 0.16
+    assert _neighbor_accuracy(histogram(train[0]), train[1], histogram(test[0]), test[1]) < 0.16
 
 
-def test_raw_pixel_neighbours_stay_below_a_quarter(
+def test_raw_pixel_neighbors_stay_below_a_quarter(
     train: tuple[Images, npt.NDArray[np.int64]], test: tuple[Images, npt.NDArray[np.int64]]
 ) -> None:
     def pixels(images: Images) -> Floats:
         halved: Floats = images.reshape(len(images), 24, 2, 24, 2, 3).mean(axis=(2, 4), dtype=np.float32)
         return halved.reshape(len(images), -1)
 
-    centre = pixels(train[0]).mean(axis=0)
-    assert _neighbour_accuracy(pixels(train[0]) - centre, train[1], pixels(test[0]) - centre, test[1]) < 0.25
+    center = pixels(train[0]).mean(axis=0)
+    assert _neighbor_accuracy(pixels(train[0]) - center, train[1], pixels(test[0]) - center, test[1]) < 0.25
 
 
 @pytest.mark.parametrize(

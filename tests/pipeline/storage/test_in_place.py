@@ -137,7 +137,7 @@ def test_other_images_are_refused_with_the_remedy_or_passed_over(folder: Path) -
     (folder / names[3]).unlink()
     Image.new("CMYK", (9, 9)).save(folder / names[8], "jpeg")
     (folder / names[20]).write_bytes(b"")
-    with pytest.raises(BadRecords, match=r"not an RGB or grey JPEG \(3 such images\): write a beton"):
+    with pytest.raises(BadRecords, match=r"not an RGB or gray JPEG \(3 such images\): write a beton"):
         Direct(folder)
     tolerant = Direct(folder, tolerate=True)
     assert tolerant.unreadable == {3, 8, 20}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import sys
-from collections.abc import Iterator
 
 import pytest
 
@@ -13,10 +12,9 @@ from pipeline.system import logs
 
 
 @pytest.fixture(autouse=True)
-def configured() -> Iterator[None]:
+def configured() -> None:
     logs.configure()
     logs.configure()
-    yield
 
 
 def test_a_line_is_written_once_and_says_its_level(capsys: pytest.CaptureFixture[str]) -> None:

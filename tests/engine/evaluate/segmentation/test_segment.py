@@ -21,7 +21,7 @@ from engine.evaluate.segmentation import segment
 from engine.evaluate.segmentation.fcn import Fcn, upsampled
 from engine.evaluate.segmentation.miou import count, overlap
 from engine.parallel import collectives
-from engine.parallel.sync_batchnorm import synchronise
+from engine.parallel.sync_batchnorm import synchronize
 from engine.weights.load import digest, load_encoder
 from methods.encoders import resnet
 from methods.vit import VisionTransformer
@@ -114,19 +114,19 @@ def test_the_interval_is_the_bootstraps_over_images() -> None:
 
 def test_maps_are_upsampled_to_the_pixels_that_they_are_of() -> None:
     ramp = torch.arange(5.0).view(1, 1, 5, 1).expand(1, 1, 5, 3)
-    rows = upsampled(16 * ramp, 16, centred=False)[0, 0, :, 0]
-    assert torch.allclose(rows[:65], torch.arange(65.0), atol=1e-4)  # a ResNet's cell i is centred on pixel 16 i
-    rows = upsampled(16 * ramp, 16, centred=True)[0, 0, :, 0]
+    rows = upsampled(16 * ramp, 16, centered=False)[0, 0, :, 0]
+    assert torch.allclose(rows[:65], torch.arange(65.0), atol=1e-4)  # a ResNet's cell i is centered on pixel 16 i
+    rows = upsampled(16 * ramp, 16, centered=True)[0, 0, :, 0]
     assert torch.allclose(rows[8:72], torch.arange(8.0, 72) - 7.5, atol=1e-4)  # a patch's, on its middle
     maps = torch.randn(1, 2, 33, 33)
     papers = F.interpolate(maps, (513, 513), mode="bilinear", align_corners=True)
-    assert torch.allclose(upsampled(maps, 16, centred=False)[..., :513, :513], papers, atol=1e-4)
+    assert torch.allclose(upsampled(maps, 16, centered=False)[..., :513, :513], papers, atol=1e-4)
 
 
 @pytest.mark.parametrize(("stem", "stride"), [("imagenet", 16), ("small", 4)])
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 def test_the_last_stage_is_dilated(arch: str, stem: Any, stride: int) -> None:
-    """Its first block by hand: 3x3 convolutions of dilation 2, none of stride 2; a cell is centred on its pixel."""
+    """Its first block by hand: 3x3 convolutions of dilation 2, none of stride 2; a cell is centered on its pixel."""
     backbone = resnet(arch, stem=stem, width=0.25).eval()
     before = digest(backbone)
     model = Fcn(backbone, 3, frozen=True, seed=0).eval()
@@ -244,13 +244,13 @@ def _steps(data: Path, to: Path) -> None:
     torch.manual_seed(0)
     model = Fcn(resnet("resnet18", stem="small", width=0.25), 2, frozen=False, seed=0).double()
     if world > 1:
-        synchronise(model, torch.device("cpu"))
-    wrapped, optimiser = accelerator.prepare(model), torch.optim.SGD(model.parameters(), lr=0.1)
+        synchronize(model, torch.device("cpu"))
+    wrapped, optimizer = accelerator.prepare(model), torch.optim.SGD(model.parameters(), lr=0.1)
     crops = ScaleCrops(open_masked(data), size=49, batch=4, rank=collectives.rank(), world=world, workers=1)
     for images, masks in crops.crops(0, 3, torch.device("cpu")):
         accelerator.backward(segment.pixel_loss(wrapped.train()(images.double()), masks))
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     crops.close()
     if collectives.rank() == 0:
         torch.save(model.state_dict(), to)
