@@ -113,9 +113,9 @@ def parts(settings: Settings, model: Model, accelerator: Accelerator) -> dict[st
     online, buffers = model.step.encoder, model.step.buffers
 
     def guard() -> None:
-        kept = buffers.kept()
+        before = buffers.snapshot()
         norm = get_total_norm([p.grad for p in online.parameters() if p.grad is not None])
-        buffers.restore_unless(norm.isfinite(), kept)
+        buffers.restore_unless(norm.isfinite(), before)
 
     crops = torch.randint(0, 256, (count, settings.data.size, settings.data.size, 3), dtype=torch.uint8, device=device)
     colors = [

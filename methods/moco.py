@@ -15,9 +15,9 @@ from methods.similarity import similarities
 
 @full_precision
 def info_nce(q: torch.Tensor, k: torch.Tensor, queue: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Return -log e^{q.k/t} / (e^{q.k/t} + sum over n in queue of e^{q.n/t}), the mean over the batch (equation 1).
+    """Return -log e^{q.k/t} / (e^{q.k/t} + sum over n in queue of e^{q.n/t}), the batch mean (equation 1).
 
-    q [B, C] with gradient, k [B, C] its positives, queue [K, C] the negatives; all of norm 1.
+    q [B, C] with gradient, positives k [B, C], negatives queue [K, C]; all of norm 1.
     """
     positive = (q * k.detach()).sum(dim=1, keepdim=True)  # [B, 1]
     logits = torch.cat([positive, similarities(q, queue.detach())], dim=1) / temperature  # [B, 1 + K]
@@ -27,10 +27,10 @@ def info_nce(q: torch.Tensor, k: torch.Tensor, queue: torch.Tensor, temperature:
 
 @dataclass(frozen=True)
 class MoCo:
-    """MoCo's loss; on a symmetric base the mean over both views as queries, while view 2's keys alone are enqueued."""
+    """InfoNCE against the queue. A symmetric base averages it over both views as queries, and enqueues k2 alone."""
 
     def needs(self, base: Base) -> frozenset[str]:
-        """Return the names of queries and keys."""
+        """Return queries and keys."""
         return needs_of(base, "qk")
 
     def __call__(self, e: Embeddings, base: Base) -> dict[str, Part]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
-from methods.base import Base, CannotCarry
+from methods.base import Base, IncompatibleTerm
 from methods.norm import SHUFFLED
 from methods.registry import BASES, Terms, build_objective
 from methods.vit import PATCH, VITS
@@ -362,11 +362,11 @@ class Settings:
         for key, value, has, why in (
             ("method.queue", method.queue, base.queue, f"{base.name} has no queue"),
             ("method.queue_dtype", queue_dtype, base.queue, f"{base.name} has no queue"),
-            ("method.momentum", method.momentum, base.teacher, f"{base.name} has no momentum encoder"),
+            ("method.momentum", method.momentum, base.momentum_encoder, f"{base.name} has no momentum encoder"),
             (
                 "method.momentum_schedule",
                 method.momentum_schedule,
-                base.teacher,
+                base.momentum_encoder,
                 f"{base.name} has no momentum encoder",
             ),
             ("method.temperature", method.temperature, base.contrastive, f"{base.name} has no softmax"),
@@ -384,7 +384,7 @@ class Settings:
         _require(keys <= 2**30, "method.queue", self.method.queue, remedy)
         if not base.symmetric and not base.queue:
             raise InputError(f"method.symmetric False: {base.name} is symmetric: leave it out, or null")
-        if self.model.bn in SHUFFLED and not base.teacher:
+        if self.model.bn in SHUFFLED and not base.momentum_encoder:
             raise InputError(f"model.bn {self.model.bn!r}: {base.name} has no keys to shuffle: choose plain or sync")
         if self.model.arch in VITS and self.data.size % PATCH:
             remedy = f"{self.model.arch} has patches of {PATCH} pixels: choose a multiple of {PATCH}"
@@ -399,7 +399,7 @@ class Settings:
             )
         try:
             needs = build_objective(base, self.terms).needs
-        except CannotCarry as error:
+        except IncompatibleTerm as error:
             raise InputError(f"terms.{error}") from None
         for key, value, parts in (("accumulate", self.accumulate, 1), ("micro_batch", self.micro_batch, 0)):
             if value > parts and any(name[0] == "Q" for name in needs):

@@ -51,7 +51,7 @@ def build_model(settings: Settings, accelerator: Accelerator, steps_an_epoch: in
     online = _online(settings, accelerator, accumulate)
     if settings.model.bn == "sync" and accelerator.num_processes > 1:
         synchronize(online, device)
-    target = place(momentum_copy(online), device) if base.teacher else None
+    target = place(momentum_copy(online), device) if base.momentum_encoder else None
     place(online, device)
     if settings.compile:
         _compile(online, target, device)
@@ -88,13 +88,13 @@ def _online(settings: Settings, accelerator: Accelerator, accumulate: int) -> En
         width=model.width,
         bn=model.bn,
         groups=groups,
-        zero_init=bool(model.zero_init),
+        zero_init_residual=bool(model.zero_init),
         size=settings.data.size,
-        frozen_patch=model.frozen_patch,
+        stop_grad_conv1=model.frozen_patch,
     )
     if settings.recompute:
         recompute(backbone)
-    return build_encoder(settings.base, backbone, dim=model.dim, hidden=model.hidden, bn=model.bn, groups=groups)
+    return build_encoder(settings.base, backbone, dim=model.dim, mlp_dim=model.hidden, bn=model.bn, groups=groups)
 
 
 def _compile(online: Encoder, target: Encoder | None, device: torch.device) -> None:

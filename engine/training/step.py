@@ -108,7 +108,7 @@ class Step:
     def _take(self, inputs: Inputs, measured: bool = False) -> Result:
         """Take the step."""
         self.schedule.begin()
-        kept = self.buffers.kept()
+        kept = self.buffers.snapshot()
         keys, all_keys = self._encode_keys(inputs)
         enqueued = self._to_enqueue(keys, all_keys)
         results = []
@@ -211,9 +211,9 @@ class Step:
         """Return the measures. The gap's key shares its query's batch statistics in every run: shuffled keys do not."""
         a, _ = self.objective.base.pairs[0]
         if self._target is not None and (shuffled or f"k{a}" not in e.named):
-            kept = self.buffers.kept()
+            kept = self.buffers.snapshot()
             with torch.no_grad(), self._accelerator.autocast():
-                e = Embeddings({**e.named, f"k{a}": self._target(views[a])[0]}, e.queue, e.first)
+                e = Embeddings({**e.named, f"k{a}": self._target(views[a])[0]}, e.queue, e.offset)
             self.buffers.restore(kept)
         found = embedding_metrics.measure(e, self.objective.base)
         return {**found, **(self._gradient_shares(e, parts) if self._shares else {})}

@@ -81,7 +81,7 @@ class Architecture:
         """Return the backbone with random weights, all of it trainable."""
         if self.transformer:
             dim, depth = next((dim, depth) for dim, (name, depth, _) in _TRANSFORMERS.items() if name == self.arch)
-            return VisionTransformer(dim, depth, self.heads, size=self.size, frozen_patch=False)
+            return VisionTransformer(dim, depth, self.heads, size=self.size, stop_grad_conv1=False)
         block = BasicBlock if self.arch in ("resnet18", "resnet34") else Bottleneck
         depths: tuple[int, int, int, int] = _DEPTHS[self.arch]  # type: ignore[assignment]
         return ResNet(block, depths, stem=self.stem, width=self.width)

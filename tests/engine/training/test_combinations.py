@@ -33,7 +33,7 @@ def settings(base: str, subset: tuple[str, ...], beton: Path, out: Path) -> Sett
     return Settings(
         data=Data(train=str(beton), size=16, batch=20, augmentation="moco_v2_32", workers=1),
         model=Model("resnet18", "small", 0.125, 16, None if base == "moco_v1" else 24),
-        method=Method(name=base, momentum=0.9 if BASES[base].teacher else None, **queue),  # type: ignore[arg-type]
+        method=Method(name=base, momentum=0.9 if BASES[base].momentum_encoder else None, **queue),  # type: ignore[arg-type]
         terms=Terms(**{name: TERMS[name] for name in subset}),
         optim=Optim(name=optimizer, lr=0.01, warmup_epochs=0, epochs=2),  # type: ignore[arg-type]
         out=str(out),

@@ -42,7 +42,7 @@ def test_guard_and_checkpoints_cost_less_than_a_hundredth(
         return call
 
     monkeypatch.setattr(engine.training.step, "get_total_norm", timed(engine.training.step.get_total_norm))
-    for name in ("kept", "restore_unless"):
+    for name in ("snapshot", "restore_unless"):
         monkeypatch.setattr(Buffers, name, timed(getattr(Buffers, name)))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
