@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-def write_whole(path: Path, content: bytes | str) -> None:
+def write_atomic(path: Path, content: bytes | str) -> None:
     """Write a file, text as UTF-8. Raises OSError; what was there before then stays, and nothing lies beside it."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.writing")
     try:
@@ -20,4 +20,4 @@ def write_whole(path: Path, content: bytes | str) -> None:
 
 def write_json(path: Path, document: Any) -> None:
     """Write plain values as JSON of one value a line. Raises OSError."""
-    write_whole(path, json.dumps(document, indent=1) + "\n")
+    write_atomic(path, json.dumps(document, indent=1) + "\n")
