@@ -59,7 +59,7 @@ def command(main: Callable[[], int | None]) -> Callable[[], None]:
             if error.errno not in DISK_ERRORS:
                 raise
             where = f"{error.filename}: " if error.filename else ""
-            status = report(RunFailed(f"{where}{reason(error)}: make room, and give the same command again"), 1)
+            status = report(RunFailed(f"{where}{describe_error(error)}: make room, and give the same command again"), 1)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             status = 130
@@ -87,7 +87,7 @@ def report(error: Exception, status: int) -> int:
     return status
 
 
-def reason(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Return what an error says in one line of at most 200 characters; of the system's, without number and path."""
     said = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
     return said if len(said) <= _LONGEST else said[:_LONGEST] + " ..."
