@@ -80,7 +80,7 @@ def tell(line: str) -> None:
 def report(error: Exception, status: int) -> int:
     """Print one line that says what went wrong, where it did; return `status`."""
     rank = os.environ.get("RANK", "0")
-    if rank != "0" and getattr(error, "told", False):
+    if rank != "0" and getattr(error, "reported", False):
         return status  # the first process says it
     who = "error" if rank == "0" else f"error in process {rank}"
     print(printable(f"{who}: {' '.join(str(error).split())}"), file=sys.stderr)
