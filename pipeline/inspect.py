@@ -19,7 +19,7 @@ from pipeline.augment.color import IMAGENET, augment
 from pipeline.augment.draws import draw_views
 from pipeline.augment.plan import Plan
 from pipeline.backends import build
-from pipeline.backends.base import Wanted
+from pipeline.backends.base import BackendConfig
 from pipeline.beton import Beton
 from pipeline.native.libffcv import RAW
 from pipeline.sampling.order import epoch_order
@@ -86,7 +86,7 @@ def preview(
     count = len(ids)
     sides = {"heights": beton.heights[ids], "widths": beton.widths[ids]}
     drawn = draw_views(views, seed=seed, epoch=epoch, ids=ids, **sides)
-    backend = build("ffcv", beton, Wanted(view_sizes(views, size), count, 1, 1, torch.device("cpu")))
+    backend = build("ffcv", beton, BackendConfig(view_sizes(views, size), count, 1, 1, torch.device("cpu")))
     try:
         backend.submit(Plan.of(ids, drawn, view_sizes(views, size)))
         crops = backend.receive(timeout=60)

@@ -21,8 +21,8 @@ import torch
 from pipeline.augment.color import IMAGENET, Statistics, augment, normalize
 from pipeline.augment.draws import Color, center_boxes, draw_color, draw_views
 from pipeline.augment.plan import Plan
-from pipeline.backends.base import Wanted
-from pipeline.backends.prefetch import Supply
+from pipeline.backends.base import BackendConfig
+from pipeline.backends.prefetch import PrefetchQueue
 from pipeline.beton import Beton
 from pipeline.sampling.order import Order, ordered, rank_slice, shuffled_rows, steps_per_epoch
 from pipeline.sampling.substitutes import OnBad
@@ -136,8 +136,8 @@ class Loader:
         self._staged: Batch | Exception | None = None
         self._orders: dict[int, np.ndarray] = {}  # of this epoch and, near its end, the next
         self._epoch, self._step = 0, 0  # of the next batch to hand out
-        wanted = Wanted(self._sizes_of(None), batch // world, workers, ahead, self.device, hardware_load)
-        self._supply: Supply[_UnderWay] = Supply(backend, beton, on_bad, wanted)
+        config = BackendConfig(self._sizes_of(None), batch // world, workers, ahead, self.device, hardware_load)
+        self._queue: PrefetchQueue[_UnderWay] = PrefetchQueue(backend, beton, on_bad, config)
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
@@ -175,13 +175,13 @@ class Loader:
                     "with the settings and the data the run was started with"
                 )
         self._staged = None
-        if len(self._supply):
-            self._supply.forget()
+        if len(self._queue):
+            self._queue.forget()
         self._epoch, self._step = int(state["epoch"]), int(state["step"])
 
     def close(self) -> None:
         """End the workers and forget the batches under way."""
-        self._supply.close()
+        self._queue.close()
 
     def _next(self) -> Batch:
         """Return the next batch, and begin the views of the one after it, where its crops are there already."""
@@ -195,7 +195,7 @@ class Loader:
                 if view is not None:
                     view.record_stream(stream)
         self._epoch, self._step = self._after(1)
-        if self._stages and self._supply.backend.ready():
+        if self._stages and self._queue.backend.ready():
             try:
                 self._staged = self._made()
             except Exception as error:  # for whoever asks for that batch
@@ -210,7 +210,7 @@ class Loader:
     def _from_crops(self) -> Batch:
         self._refill()
         start = time.perf_counter()
-        crops, of = self._supply.receive(self.stall_timeout, self._refill)
+        crops, of = self._queue.receive(self.stall_timeout, self._refill)
         waited = time.perf_counter() - start
         shuffled, order = self._shuffled(crops, of.epoch, of.step)
         left_out = self._shuffle.only if self._shuffle else ()
@@ -218,13 +218,13 @@ class Loader:
             None if index in left_out else augment(crop, color, self._statistics, self.dtype)
             for index, (crop, color) in enumerate(zip(crops, of.colors, strict=True))
         )
-        self._submit(*self._after(len(self._supply) + 1))
+        self._submit(*self._after(len(self._queue) + 1))
         return Batch(views, of.ids, of.epoch, of.step, waited, of.substituted, shuffled, order)
 
     def _refill(self) -> None:
         """Submit the batches after those under way."""
-        while len(self._supply) < self._supply.depth:
-            self._submit(*self._after(len(self._supply)))
+        while len(self._queue) < self._queue.depth:
+            self._submit(*self._after(len(self._queue)))
 
     def _shuffled(
         self, crops: tuple[torch.Tensor, ...], epoch: int, step: int
@@ -259,11 +259,11 @@ class Loader:
 
     def _submit(self, epoch: int, step: int) -> None:
         ids = rank_slice(self._order_of(epoch), step, self.batch, self.rank, self.world)
-        records = self._supply.substitutes.resolve(ids)  # draws stay those of the sample
+        records = self._queue.substitutes.resolve(ids)  # draws stay those of the sample
         heights, widths = self.beton.heights[records], self.beton.widths[records]
         drawn = draw_views(self.views, seed=self.seed, epoch=epoch, ids=ids, heights=heights, widths=widths)
         note = _UnderWay(epoch, step, records, int((records != ids).sum()), [d.color for d in drawn])
-        self._supply.submit(Plan.of(records, drawn, self._sizes_of(epoch)), note)
+        self._queue.submit(Plan.of(records, drawn, self._sizes_of(epoch)), note)
 
 
 class CenterLoader:
@@ -297,31 +297,31 @@ class CenterLoader:
         self.batch = min(batch, max(len(self.indices), 1))
         self._statistics = statistics
         self._device = numbered(device)
-        wanted = Wanted((size,), self.batch, workers, ahead, self._device, hardware_load)
-        self._supply: Supply[np.ndarray] = Supply(backend, beton, on_bad, wanted)
+        config = BackendConfig((size,), self.batch, workers, ahead, self._device, hardware_load)
+        self._queue: PrefetchQueue[np.ndarray] = PrefetchQueue(backend, beton, on_bad, config)
 
     def __len__(self) -> int:
         """Return the number of batches."""
         return -(-len(self.indices) // self.batch)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
-        if len(self._supply):  # left over from an iteration that was broken off
-            self._supply.forget()
+        if len(self._queue):  # left over from an iteration that was broken off
+            self._queue.forget()
         for number in range(len(self)):
             with current(self._device):
-                crops, ids = self._supply.receive(self.stall_timeout, partial(self._refill, number))
+                crops, ids = self._queue.receive(self.stall_timeout, partial(self._refill, number))
                 images = normalize(crops[0], self._statistics, self.dtype)
             self._refill(number + 1)
             yield images, ids
 
     def _refill(self, first: int) -> None:
         """Submit the batches after those under way, of which the oldest is number `first`."""
-        for number in range(first + len(self._supply), min(first + self._supply.depth, len(self))):
+        for number in range(first + len(self._queue), min(first + self._queue.depth, len(self))):
             ids = self.indices[number * self.batch : (number + 1) * self.batch]
-            records = self._supply.substitutes.resolve(ids)
+            records = self._queue.substitutes.resolve(ids)
             boxes = center_boxes(self.beton.heights[records], self.beton.widths[records], self.share)
-            self._supply.submit(Plan(records, boxes[None], np.zeros((1, len(records)), bool), (self.size,)), records)
+            self._queue.submit(Plan(records, boxes[None], np.zeros((1, len(records)), bool), (self.size,)), records)
 
     def close(self) -> None:
         """End the workers and forget the batches under way."""
-        self._supply.close()
+        self._queue.close()

@@ -440,13 +440,13 @@ def test_the_first_of_several_damaged_records_is_named(copied: Path) -> None:
 @pytest.fixture
 def stalled(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Has workers hang until the event is set."""
-    go_on, crop = threading.Event(), FfcvBackend._crop
+    go_on, crop = threading.Event(), FfcvBackend._fill
 
     def hang(*args: Any) -> None:
         assert go_on.wait(20)
         crop(*args)
 
-    monkeypatch.setattr(FfcvBackend, "_crop", hang)
+    monkeypatch.setattr(FfcvBackend, "_fill", hang)
     yield go_on
     go_on.set()
 
@@ -480,7 +480,7 @@ def test_any_other_error_of_a_worker_comes_through(
     def fail(*args: Any) -> None:
         raise error("as it was raised")
 
-    monkeypatch.setattr(FfcvBackend, "_crop", fail)
+    monkeypatch.setattr(FfcvBackend, "_fill", fail)
     with _loader(drawn) as loader, pytest.raises(error, match="as it was raised"):
         _take(loader, 1)
 
@@ -527,7 +527,7 @@ def test_no_more_batches_than_asked_for_are_under_way(drawn: Path, monkeypatch: 
     def counted(self: FfcvBackend, plan: Plan) -> None:
         nonlocal most
         submit(self, plan)
-        most = max(most, len(self._ahead._pending))
+        most = max(most, len(self._pending))
 
     monkeypatch.setattr(FfcvBackend, "submit", counted)
     with _loader(drawn, ahead=2) as loader:
