@@ -25,8 +25,9 @@ from pipeline.native.libffcv import RAW
 from pipeline.sampling.order import epoch_order
 from pipeline.storage.decode import check_record, decode
 from pipeline.system.cores import available_cores
-from pipeline.system.errors import BadRecords, InputError, command, printable
+from pipeline.system.errors import BadRecords, InputError, command
 from pipeline.system.progress import progress
+from pipeline.system.text import printable
 from pipeline.views import AUGMENTATIONS, View, view_sizes
 
 _CHUNK = 64  # records a thread checks at a time
@@ -88,7 +89,7 @@ def preview(
     drawn = draw_views(views, seed=seed, epoch=epoch, ids=ids, **sides)
     backend = build("ffcv", beton, BackendConfig(view_sizes(views, size), count, 1, 1, torch.device("cpu")))
     try:
-        backend.submit(Plan.of(ids, drawn, view_sizes(views, size)))
+        backend.submit(Plan.from_draws(ids, drawn, view_sizes(views, size)))
         crops = backend.receive(timeout=60)
         seen = [_pixels(augment(crop, d.color)) for crop, d in zip(crops, drawn, strict=True)]
         seen = [view if view.shape[1] == size else np.stack([_fit(image, size) for image in view]) for view in seen]

@@ -51,7 +51,7 @@ def _plans(beton: Beton, size: int, views: int, batch: int) -> list[Plan]:
         ids = epoch_order(0, epoch, len(beton))[place * batch : (place + 1) * batch]
         sides = {"heights": beton.heights[ids], "widths": beton.widths[ids]}
         drawn = draw_views([_VIEW] * views, seed=0, epoch=0, ids=ids, **sides)
-        found.append(Plan.of(ids, drawn, (size,) * views))
+        found.append(Plan.from_draws(ids, drawn, (size,) * views))
     return found
 
 
