@@ -36,7 +36,8 @@ from pipeline.beton import Beton
 from pipeline.inspect import preview
 from pipeline.prepare import prepare
 from pipeline.sources.archives import open_source
-from pipeline.system.errors import InputError, command, printable
+from pipeline.system.errors import InputError, command
+from pipeline.system.text import printable
 from pipeline.views import AUGMENTATIONS
 
 _TRAIN, _TEST = 5000, 1000  # drawn images

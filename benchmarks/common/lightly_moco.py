@@ -33,7 +33,7 @@ from pipeline.augment.color import IMAGENET, normalize
 from pipeline.beton import Beton
 from pipeline.storage.decode import decode
 from pipeline.system.errors import InputError, command
-from pipeline.system.files import write_json, write_whole
+from pipeline.system.files import write_atomic, write_json
 
 _K, _TEMPERATURE = 200, 0.1  # of kNN
 _MOMENTUM, _SOFTMAX = 0.99, 0.1
@@ -167,7 +167,7 @@ def begin(args: argparse.Namespace) -> None:
         "data": {"train": args.train, "eval": args.test, "batch": args.batch, "size": 32},
         "optim": {"epochs": args.epochs},
     }
-    write_whole(args.out / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+    write_atomic(args.out / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
 
 
 @command

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialized
 
-from pipeline.system.errors import InputError, RunFailed, reason, tell
+from pipeline.system.errors import InputError, RunFailed, describe_error, tell
 from pipeline.system.limits import check_levels, read_bytes
 
 FORMAT = 5
@@ -80,7 +80,7 @@ class Writer:
             write(self._folder, step, tensors, state)
             self.problem = ""
         except Exception as error:  # whatever it is: the run is worth more than one checkpoint of it
-            self.problem = reason(error)
+            self.problem = describe_error(error)
             left = _all(self._folder)
             kept = f"the newest is {left[0].name}" if left else "there is none yet"
             tell(
@@ -90,7 +90,7 @@ class Writer:
         try:
             settle(self._folder, step, self._keep, self._keep_every)
         except OSError as error:
-            says = f"earlier checkpoints could not be tidied up ({reason(error)})"
+            says = f"earlier checkpoints could not be tidied up ({describe_error(error)})"
             tell(f"warning: step {step}: the checkpoint is written, but {says}: training goes on")
 
 

@@ -18,7 +18,7 @@ from methods.norm import SHUFFLED
 from methods.registry import BASES, Terms, build_objective
 from methods.vit import PATCH, VITS
 from pipeline.system.errors import InputError
-from pipeline.system.files import write_whole
+from pipeline.system.files import write_atomic
 from pipeline.views import AUGMENTATIONS
 
 
@@ -451,4 +451,4 @@ class Settings:
 
     def write(self, path: Path) -> None:
         """Write all settings to `path`, YAML that `--config` takes."""
-        write_whole(path, yaml.safe_dump(self.as_dict(), sort_keys=False))
+        write_atomic(path, yaml.safe_dump(self.as_dict(), sort_keys=False))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from engine.evaluate.classification import Bench
 from engine.parallel import collectives
 from engine.parallel.consensus import from_first
-from pipeline.system.errors import reason
+from pipeline.system.errors import describe_error
 
 Pass = tuple[torch.Tensor, torch.Tensor]
 """Features bfloat16 [n, F] and ids int64 [n] of the images they are of."""
@@ -44,7 +44,7 @@ def keep(bench: Bench, path: Path, settings: dict[str, Any], features: torch.Ten
             os.fsync(file.fileno())
         os.replace(beside, path)
     except (OSError, SafetensorError) as error:
-        bench.say(f"warning: {path}: features are not kept ({reason(error)})")
+        bench.say(f"warning: {path}: features are not kept ({describe_error(error)})")
     finally:
         beside.unlink(missing_ok=True)
 
@@ -58,7 +58,7 @@ def _read(bench: Bench, path: Path, settings: dict[str, Any], into: dict[str, to
             known = (file.metadata() or {}).get("settings") == json.dumps(settings, sort_keys=True)
         found = load_file(path) if known else {}
     except (OSError, SafetensorError, ValueError) as error:
-        bench.say(f"warning: {path}: cannot be read ({reason(error)}): computed anew")
+        bench.say(f"warning: {path}: cannot be read ({describe_error(error)}): computed anew")
         return None
     if not known:
         bench.say(f"features in {path} are of other settings: computed anew")

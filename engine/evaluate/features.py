@@ -19,7 +19,7 @@ from engine.parallel import collectives
 from engine.parallel.consensus import together
 from pipeline.loader import CenterLoader
 from pipeline.system.errors import InputError
-from pipeline.system.files import write_json, write_whole
+from pipeline.system.files import write_atomic, write_json
 from pipeline.system.limits import LIST_BYTES, read_json
 
 
@@ -114,7 +114,7 @@ def _read(position: Path, settings: dict[str, object], images: int, most: int) -
 
 
 def _note(position: Path, settings: dict[str, object], read: list[int]) -> None:
-    write_whole(position, json.dumps({"settings": settings, "read": read}))
+    write_atomic(position, json.dumps({"settings": settings, "read": read}))
 
 
 def _finish(bench: Bench, partial: Path, to: Path, ids: np.ndarray) -> None:

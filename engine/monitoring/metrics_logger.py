@@ -23,7 +23,7 @@ from engine.monitoring.collapse import CollapseWatch
 from engine.monitoring.loss_spikes import SpikeWatch
 from engine.monitoring.step_result import Result
 from engine.parallel import collectives
-from pipeline.system.errors import InputError, reason, tell
+from pipeline.system.errors import InputError, describe_error, tell
 from pipeline.system.limits import json_lines
 from pipeline.system.progress import tqdm
 
@@ -205,7 +205,9 @@ class Monitor:
             self._unwritten.discard(where)
         except OSError as error:
             if where not in self._unwritten:
-                says = f"{where}: could not be written ({reason(error)}): training goes on, its metrics have a gap"
+                says = (
+                    f"{where}: could not be written ({describe_error(error)}): training goes on, its metrics have a gap"
+                )
                 tell(f"warning: step {step}: {says}")
             self._unwritten.add(where)
 

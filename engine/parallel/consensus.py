@@ -26,7 +26,7 @@ _meetings = 0
 class Told(InputError):
     """A problem of one process that all were told of; the first one reports it."""
 
-    told = True
+    reported = True
 
 
 def together(

@@ -19,7 +19,7 @@ from engine.report.plotting import DARK, LIGHT, MARKS, uri
 from engine.report.run_folder import RunFiles
 from engine.report.sample import by_chance
 from pipeline.system.errors import InputError
-from pipeline.system.files import write_whole
+from pipeline.system.files import write_atomic
 
 _TEMPLATES = Path(__file__).parent
 
@@ -132,7 +132,7 @@ def write(made: Report, to: Path) -> list[Path]:
     files[to] = made.html.encode("utf-8", "backslashreplace")
     for path, content in files.items():
         try:
-            write_whole(path, content)
+            write_atomic(path, content)
         except OSError as error:
             raise InputError(
                 f"--out {to}: cannot be written ({error.strerror or error}): choose another place"

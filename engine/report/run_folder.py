@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 
 from engine.config.cli import flat
-from pipeline.system.errors import InputError, reason
+from pipeline.system.errors import InputError, describe_error
 from pipeline.system.limits import RESULT_BYTES, SETTINGS_BYTES, open_regular, parse_yaml
 
 _LARGEST = {".yaml": SETTINGS_BYTES, ".jsonl": 1 << 30, ".json": RESULT_BYTES}  # bytes: more is no such file
@@ -130,7 +130,7 @@ def _read_settings(run: RunFiles) -> None:
     except FileNotFoundError:
         run.missing.append("There is no config.yaml, and so no settings to compare.")
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
-        run.missing.append(f"config.yaml cannot be read ({reason(error)}).")
+        run.missing.append(f"config.yaml cannot be read ({describe_error(error)}).")
 
 
 def _read_object(run: RunFiles, file: Path) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def _read_object(run: RunFiles, file: Path) -> dict[str, Any]:
         found = mapping(_text(file))
         problem = "" if found else "it is not a whole JSON object"
     except (OSError, ValueError) as error:
-        found, problem = {}, reason(error)
+        found, problem = {}, describe_error(error)
     if problem:
         run.missing.append(f"{file.relative_to(run.path)} cannot be read ({problem}).")
     return found
@@ -152,7 +152,7 @@ def read_metrics(path: Path) -> tuple[list[Line], str]:
     except FileNotFoundError:
         return [], "There is no metrics.jsonl: nothing has been logged yet."
     except (OSError, ValueError) as error:
-        return [], f"metrics.jsonl cannot be read ({reason(error)})."
+        return [], f"metrics.jsonl cannot be read ({describe_error(error)})."
     rows = text.split("\n")
     found = [_line(row) for row in rows if row.strip()]
     lines = [line for line in found if line is not None]

@@ -23,7 +23,7 @@ from pipeline.beton import Beton
 from pipeline.storage.decode import decode
 from pipeline.storage.subset import Subset
 from pipeline.system.cores import available_cores
-from pipeline.system.errors import printable
+from pipeline.system.text import printable
 
 SHOWN = 8
 """Images whose neighbors are shown."""

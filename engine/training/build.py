@@ -120,7 +120,7 @@ def _loader(settings: Settings, train_set: Beton, accelerator: Accelerator, back
         seed=settings.seed,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
-        ahead=data.ahead,
+        prefetch_factor=data.ahead,
         shuffle=_shuffle(settings, accelerator.num_processes),
         backend=backend,
         order=data.order,

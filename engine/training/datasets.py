@@ -117,6 +117,6 @@ def loading(settings: Settings, accelerator: Accelerator) -> Mapping[str, Any]:
         "device": accelerator.device,
         "workers": data.workers or cores_here(),
         "stall_timeout": data.stall_timeout,
-        "hardware_load": data.hardware_load,
+        "hw_decoder_load": data.hardware_load,
         "on_bad": data.on_bad,
     }

@@ -25,7 +25,7 @@ from engine.training.build import Run, build
 from engine.training.resume import refuse_divergence, restore, save
 from engine.training.run_folder import begin, check_out
 from pipeline.loader import Batch
-from pipeline.system.errors import LoaderStalled, RunFailed, reason
+from pipeline.system.errors import LoaderStalled, RunFailed, describe_error
 from pipeline.system.files import write_json
 
 _ALIKE = (Stopped, Told, FloatingPointError)  # what all processes meet, each at its own time
@@ -65,7 +65,7 @@ def train(settings: Settings) -> dict[str, Any]:
 
 
 def _memory(error: BaseException) -> str:
-    said = reason(error).partition(". ")[0]
+    said = describe_error(error).partition(". ")[0]
     remedy = "compute less at once (--micro_batch, or --recompute true); --dry-run estimates what a run takes"
     return f"memory of the GPU is full ({said}): {remedy}"
 

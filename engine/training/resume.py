@@ -55,7 +55,7 @@ def save(run: Run) -> None:
 class Diverged(FloatingPointError):
     """A training of which nothing good can come any more. All processes meet it, and the first says so."""
 
-    told = True
+    reported = True
 
 
 def refuse_divergence(run: Run, patience: int = PATIENCE) -> None:

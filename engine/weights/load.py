@@ -24,7 +24,8 @@ from engine.weights.key_maps import ours
 from engine.weights.readers import Contents, read
 from methods.encoders import RESNETS, BasicBlock, Bottleneck, ResNet, Stem, base_channels
 from methods.vit import PATCH, VITS, VisionTransformer
-from pipeline.system.errors import InputError, printable
+from pipeline.system.errors import InputError
+from pipeline.system.text import printable
 
 Which = Literal["online", "momentum"]
 _COUNTER = "num_batches_tracked"  # which older files lack, and nothing is computed from

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from engine.checkpoint import provenance, storage
-from pipeline.system.errors import InputError, reason
+from pipeline.system.errors import InputError, describe_error
 from pipeline.system.limits import open_regular, parse_json
 
 METADATA = "millrace"
@@ -97,7 +97,7 @@ def _read_torch(path: Path) -> dict[str, Any]:
     except InputError:
         raise
     except Exception as error:  # torch's readers raise whatever a damaged file makes them stumble over
-        raise InputError(f"{path}: cannot be read ({reason(error)}): fetch it again") from None
+        raise InputError(f"{path}: cannot be read ({describe_error(error)}): fetch it again") from None
     if not isinstance(found, dict):
         raise InputError(f"{path}: holds {type(found).__name__}, not a state dict: have its state dict saved")
     return found

@@ -16,7 +16,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from pipeline.native.libffcv import JPEG, RAW, decode_jpeg
 from pipeline.storage.decode import jpeg_frame
 from pipeline.system.counter_rng import mix
-from pipeline.system.errors import InputError, reason
+from pipeline.system.errors import InputError, describe_error
 from pipeline.system.limits import LARGEST_IMAGE, MOST_SCANNED, MOST_SCANS
 
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "PPM", "TIFF")  # Pillow has others, one of which runs a program
@@ -122,7 +122,7 @@ def _open(data: bytes) -> Image.Image:
     except UnidentifiedImageError:
         raise Unreadable("not an image") from None
     except Exception as error:  # of any kind: Pillow's decoders meet bytes they were not written for
-        raise Unreadable(reason(error)) from None
+        raise Unreadable(describe_error(error)) from None
     for width, height in (image.size, tile):
         if width * height > LARGEST_IMAGE:
             raise Unreadable(f"{width} by {height} pixels, more than {LARGEST_IMAGE}: shrink it first")
@@ -160,7 +160,7 @@ def _to_rgb(image: Image.Image, settings: Settings) -> Image.Image:
             image = _sixteen_to_eight(image)
         return image.convert("RGB")
     except Exception as error:  # of any kind, as in `_open`
-        raise Unreadable(reason(error)) from None
+        raise Unreadable(describe_error(error)) from None
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

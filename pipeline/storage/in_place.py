@@ -27,7 +27,7 @@ from pipeline.sources.archives import Item, Source, open_source, tar_files
 from pipeline.storage.decode import jpeg_frame
 from pipeline.system.cores import available_cores
 from pipeline.system.errors import BadRecords, InputError
-from pipeline.system.files import write_whole
+from pipeline.system.files import write_atomic
 from pipeline.system.limits import LARGEST_FILE, LARGEST_IMAGE, MOST_CLASSES, open_regular, read_bytes
 from pipeline.system.progress import progress
 
@@ -136,7 +136,7 @@ def _cache(path: Path, sides: np.ndarray) -> None:
     """Keep the sizes for the next time; where that cannot be, they are read again."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, sides.tobytes())
+        write_atomic(path, sides.tobytes())
     except OSError:
         return
 

@@ -25,7 +25,7 @@ from pipeline.augment.color import Statistics
 from pipeline.augment.draws import draw_view
 from pipeline.augment.plan import Plan
 from pipeline.backends import BACKENDS, ffcv_gpu, resident, select_backend
-from pipeline.backends.base import Wanted
+from pipeline.backends.base import BackendConfig
 from pipeline.backends.select_backend import choose, decoding_rate
 from pipeline.beton import Beton, manifest_path
 from pipeline.loader import Batch, CenterLoader, Loader
@@ -156,10 +156,10 @@ def test_another_process_goes_on_bit_for_bit(drawn: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_batches_under_way_are_forgotten_without_building_anew(backend: str, drawn: Path) -> None:
     with loader(drawn, backend) as one:
-        first, built = take(one, 3), one._supply.backend
+        first, built = take(one, 3), one._queue.backend
         one.load_state_dict({**one.state_dict(), "step": 0})
         assert same(take(one, 3), first)
-        assert one._supply.backend is built
+        assert one._queue.backend is built
 
 
 def test_gpu_crops_take_the_room_of_the_batches_met(drawn: Path) -> None:
@@ -167,26 +167,26 @@ def test_gpu_crops_take_the_room_of_the_batches_met(drawn: Path) -> None:
     beton = Beton(drawn)
     with loader(drawn, "ffcv_gpu") as one:
         take(one, 20)
-        rooms = [len(room.bytes) for room in one._supply.backend._ahead._buffers]  # type: ignore[attr-defined]
+        rooms = [len(room.bytes) for room in one._queue.backend._buffers]  # type: ignore[attr-defined]
     image = 3 * int(beton.heights[0]) * int(beton.widths[0])
     assert all(0 < room <= 1.25 * BATCH * image for room in rooms)
-    room = ffcv_gpu._Room(False)
+    room = ffcv_gpu.GrowingBuffer(False)
     for count, kept in ((100, 125), (110, 125), (200, 250), (1, 250)):
-        room.grow(ffcv_gpu._LaidOut(*[np.zeros(0)] * 3, (), np.zeros(0), np.array([0, count])))
+        room.reserve(count)
         assert len(room.bytes) == kept
 
 
 def test_resident_images_are_decoded_in_blocks(ragged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    beton, wanted = Beton(ragged), Wanted((SIZE,), 8, 2, 1, torch.device("cpu"), left_out=frozenset({3, 59}))
-    monkeypatch.setattr(resident, "_BLOCK", 20_000)
-    monkeypatch.setattr(resident, "_CHUNK", 3)
-    pixels, starts = resident.decode_all(beton, wanted)
+    beton, config = Beton(ragged), BackendConfig((SIZE,), 8, 2, 1, torch.device("cpu"), skipped=frozenset({3, 59}))
+    monkeypatch.setattr(resident, "_BLOCK_BYTES", 20_000)
+    monkeypatch.setattr(resident, "_CHUNK_SAMPLES", 3)
+    pixels, starts = resident.decode_all(beton, config)
     ends = [*starts[1:], len(pixels)]
     blocks = resident._blocks(np.array([*starts, ends[-1]]))
     assert len(blocks) > 5
     assert [first for first, _ in blocks] == [0, *[end for _, end in blocks[:-1]]]
     for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        if index not in wanted.left_out:
+        if index not in config.skipped:
             assert np.array_equal(pixels[start:end].numpy(), decode(beton, index).ravel())
 
 
@@ -213,7 +213,7 @@ def test_batches_staged_ahead_are_the_same(backend: str, drawn: Path) -> None:
         staging._stages = True
         found, staged = [], 0
         for state in states:
-            staging._supply.backend.ready = lambda: True  # type: ignore[method-assign]
+            staging._queue.backend.ready = lambda: True  # type: ignore[method-assign]
             found += take(staging, 1)
             staged += isinstance(staging._staged, Batch)
             assert staging.state_dict() == state
@@ -229,7 +229,7 @@ def test_a_damaged_record_met_while_staging_is_named_in_its_turn(backend: str, d
         pytest.skip("it meets all records at the start")
     path = damage(drawn, int(epoch_order(3, 0, 200)[3 * BATCH]), "flipped", tmp_path / "bad.beton")
     with loader(path, backend) as one:
-        one._stages, one._supply.backend.ready = True, lambda: True  # type: ignore[method-assign]
+        one._stages, one._queue.backend.ready = True, lambda: True  # type: ignore[method-assign]
         take(one, 3)
         with pytest.raises(DamagedRecord):
             take(one, 1)
@@ -463,10 +463,10 @@ def test_damaged_records_are_passed_over_for_the_next_whole_one(backend: str, dr
         sides = {"heights": beton.heights[batch.ids], "widths": beton.widths[batch.ids]}
         drawn_ = draw_view(PLAIN, 1, seed=3, epoch=batch.epoch, ids=order, **sides)
         with loader(drawn, backend) as whole:
-            whole._supply.backend.submit(
+            whole._queue.backend.submit(
                 Plan(batch.ids, np.stack([drawn_.boxes] * 2), np.stack([drawn_.flips] * 2), (SIZE,) * 2)
             )
-            expected = whole._supply.backend.receive(60)[0]
+            expected = whole._queue.backend.receive(60)[0]
         assert torch.equal(batch.views[1].permute(0, 2, 3, 1), expected.float())
     assert sum(batch.substituted for batch in batches) >= 4
     for rank in (0, 1):

@@ -7,28 +7,28 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.system.files import write_json, write_whole
+from pipeline.system.files import write_atomic, write_json
 
 
 def test_a_file_takes_the_place_of_another_and_nothing_lies_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "x"
-    write_whole(path, b"\xff\n")
+    write_atomic(path, b"\xff\n")
     assert path.read_bytes() == b"\xff\n"
-    write_whole(path, "ä\n")
+    write_atomic(path, "ä\n")
     assert path.read_bytes() == "ä\n".encode()
     assert os.listdir(tmp_path) == ["x"]
 
 
 def test_a_file_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x"
-    write_whole(path, "old")
+    write_atomic(path, "old")
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="No space"):
-        write_whole(path, "new")
+        write_atomic(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["x"]
 
