@@ -168,6 +168,8 @@ class Loader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`, exactly. Raises InputError where seed, batch or data set are not the state's."""
         own = self.state_dict()
+        if state.get("order") == "chunked":  # its former name
+            state = state | {"order": "quasi_random"}
         for key in ("seed", "batch", "order", "samples", "fingerprint"):
             if state.get(key) != own[key]:
                 raise InputError(
