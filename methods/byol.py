@@ -41,10 +41,10 @@ BYOL_BASE = Base(
     symmetric=True,
     contrastive=False,
     published={
-        "method.momentum": 0.996,
-        "method.momentum_schedule": "cosine",
+        "method.ema_momentum": 0.996,
+        "method.ema_schedule": "cosine",
         "model.dim": 256,
         "model.bn": "sync",
-        "model.zero_init": True,
+        "model.zero_init_residual": True,
     },
 )

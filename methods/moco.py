@@ -41,12 +41,12 @@ class MoCo:
 
 
 _SHARED = {
-    "method.momentum": 0.999,
-    "method.momentum_schedule": "constant",
-    "method.queue": 65536,
+    "method.ema_momentum": 0.999,
+    "method.ema_schedule": "constant",
+    "method.queue_size": 65536,
     "model.dim": 128,
     "model.bn": "shuffle",
-    "model.zero_init": False,
+    "model.zero_init_residual": False,
 }
 V1 = Base("moco_v1", linear_head, MoCo, symmetric=False, queue=True, published={"method.temperature": 0.07, **_SHARED})
 V2 = Base("moco_v2", moco_v2_head, MoCo, symmetric=False, queue=True, published={"method.temperature": 0.2, **_SHARED})

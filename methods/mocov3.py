@@ -43,10 +43,10 @@ V3 = Base(
     symmetric=True,
     published={
         "method.temperature": 1.0,
-        "method.momentum": 0.99,
-        "method.momentum_schedule": "cosine",
+        "method.ema_momentum": 0.99,
+        "method.ema_schedule": "cosine",
         "model.dim": 256,
         "model.bn": "sync",
-        "model.zero_init": True,
+        "model.zero_init_residual": True,
     },
 )

@@ -52,6 +52,6 @@ SIMCLR = Base(
         "method.temperature": 0.1,
         "model.dim": 128,
         "model.bn": "sync",
-        "model.zero_init": True,
+        "model.zero_init_residual": True,
     },
 )

@@ -193,6 +193,8 @@ class Loader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state`, exactly. Raises InputError where seed, batch, order or data set differ."""
         current_state = self.state_dict()
+        if state.get("order") == "chunked":  # its former name
+            state = state | {"order": "quasi_random"}
         for key in ("seed", "batch", "order", "samples", "fingerprint"):
             if state.get(key) != current_state[key]:
                 raise InputError(

@@ -97,9 +97,9 @@ def learning_rate(settings: Optim, step: Numbers, steps_per_epoch: int, batch: i
     `factor` for each milestone reached. Epochs are whole ones for `by: epoch`.
     """
     peak, epoch, warmup = peak_rate(settings, batch), np.asarray(step) / steps_per_epoch, settings.warmup_epochs
-    counted = np.floor(epoch) if settings.by == "epoch" else epoch
+    counted = np.floor(epoch) if settings.schedule_interval == "epoch" else epoch
     if settings.schedule == "steps":
-        rates = peak * settings.factor ** np.searchsorted(settings.milestones, counted, side="right")
+        rates = peak * settings.gamma ** np.searchsorted(settings.milestones, counted, side="right")
     elif settings.schedule == "constant":
         rates = np.full_like(epoch, peak)
     else:
@@ -114,6 +114,6 @@ def momentum_after(settings: Method, step: Numbers, steps: int) -> Numbers:
     The keys of step s + 1 then come from an update by the momentum of s + 1, as where facebookresearch/moco-v3 updates
     at the beginning of each step (its first update changes nothing).
     """
-    if settings.momentum is None or settings.momentum_schedule == "constant":
-        return settings.momentum or 0.0
-    return cosine_momentum(settings.momentum, (step + 1) / steps)
+    if settings.ema_momentum is None or settings.ema_schedule == "constant":
+        return settings.ema_momentum or 0.0
+    return cosine_momentum(settings.ema_momentum, (step + 1) / steps)

@@ -106,7 +106,7 @@ def _backend(settings: Settings, train_set: Beton, accelerator: Accelerator) -> 
     """Return the backend that all processes take."""
     data = settings.data
     shares = {"processes": processes_here(), "cores": loading(settings, accelerator)["workers"]}
-    wanted = from_all(lambda: choose(data.backend, data.crop_on, train_set, accelerator.device, **shares))
+    wanted = from_all(lambda: choose(data.backend, train_set, accelerator.device, **shares))
     return agreed([Choice(*choice) for choice in wanted])
 
 
@@ -120,7 +120,7 @@ def _loader(settings: Settings, train_set: Beton, accelerator: Accelerator, back
         seed=settings.seed,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
-        prefetch_factor=data.ahead,
+        prefetch_factor=data.prefetch_factor,
         shuffle=_shuffle(settings, accelerator.num_processes),
         backend=backend,
         order=data.order,
@@ -165,10 +165,10 @@ def _check_samples(settings: Settings, train_set: Beton, accelerator: Accelerato
         raise InputError(
             f"{train_set.path}: a batch of {batch} from {samples} samples: choose data.batch from 1 to {samples}"
         )
-    if (settings.method.queue or 0) > samples and accelerator.is_main_process:
+    if (settings.method.queue_size or 0) > samples and accelerator.is_main_process:
         print(
-            f"warning: method.queue {settings.method.queue} is larger than the data set's {samples} images, so that "
-            f"a sample meets its own older keys as negatives: choose at most {samples // 2}",
+            f"warning: method.queue_size {settings.method.queue_size} is larger than the data set's {samples} images, "
+            f"so that a sample meets its own older keys as negatives: choose at most {samples // 2}",
             file=sys.stderr,
         )
 
@@ -180,7 +180,11 @@ def check_batch(settings: Settings, accelerator: Accelerator) -> None:
         raise InputError(f"data.batch {batch}: does not divide among {world} processes: choose a multiple of {world}")
     local, accumulate = batch // world, settings.parts(world)
     if local % accumulate or local // accumulate < 2:
-        key, value = ("micro_batch", settings.micro_batch) if settings.micro_batch else ("accumulate", accumulate)
+        key, value = (
+            ("micro_batch", settings.micro_batch)
+            if settings.micro_batch
+            else ("gradient_accumulation_steps", accumulate)
+        )
         raise InputError(
             f"{key} {value}: does not divide the {local} samples a process has of a batch into equal parts of two or "
             "more: choose another number"

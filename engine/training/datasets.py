@@ -16,7 +16,6 @@ from engine.config.settings import Settings
 from engine.evaluate.online_knn import Knn
 from engine.parallel.consensus import from_all, together
 from engine.parallel.rendezvous import cores_here, rank
-from pipeline.backends.select_backend import choose
 from pipeline.beton import Beton
 from pipeline.inspect import verify
 from pipeline.sampling.substitutes import Substitutes
@@ -95,16 +94,18 @@ def _refuse(message: str) -> None:
 def build_knn(settings: Settings, train_set: Beton, eval_set: Beton, accelerator: Accelerator) -> Knn:
     """Return what classifies the images of `eval_set` by their neighbors of `train_set`."""
     knn = settings.knn
-    backend = "ffcv" if train_set.in_one_file and eval_set.in_one_file else "dali"  # each image once: no residence
+    backend = "ffcv_gpu" if accelerator.device.type == "cuda" and settings.data.backend != "ffcv" else "ffcv"
+    if not (train_set.in_one_file and eval_set.in_one_file):
+        backend = "dali"
     return Knn(
         train_set,
         eval_set,
-        backend=choose(backend, settings.data.crop_on, train_set, accelerator.device).name,
+        backend=backend,  # never resident: each image is read once
         k=knn.k,
         temperature=knn.temperature,
         limit=knn.limit,
         batch=max(256, settings.data.batch),
-        share=settings.data.eval_share,
+        share=settings.data.eval_crop_ratio,
         **loading(settings, accelerator),
     )
 
@@ -117,6 +118,6 @@ def loading(settings: Settings, accelerator: Accelerator) -> Mapping[str, Any]:
         "device": accelerator.device,
         "workers": data.workers or cores_here(),
         "stall_timeout": data.stall_timeout,
-        "hw_decoder_load": data.hardware_load,
+        "hw_decoder_load": data.hw_decoder_load,
         "on_bad": data.on_bad,
     }

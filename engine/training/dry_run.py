@@ -53,7 +53,9 @@ def estimate(settings: Settings) -> dict[str, Any]:
     length = _length(settings)
     accelerator = build_accelerator(replace(settings, tracker="none"), emulate=True)
     check_batch(settings, accelerator)
-    model = build_model(replace(settings, accumulate=1, micro_batch=0, compile=False), accelerator)  # one part
+    model = build_model(
+        replace(settings, gradient_accumulation_steps=1, micro_batch=0, compile=False), accelerator
+    )  # one part
     small, _, passes = _step(settings, model, _STUB)
     large, flops, _ = _step(settings, model, 2 * _STUB)
     slope = (large - small) / _STUB

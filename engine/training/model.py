@@ -68,7 +68,7 @@ def build_model(settings: Settings, accelerator: Accelerator, steps_an_epoch: in
         optimizer,
         Schedule(settings, steps_an_epoch, device),
         accumulate=accumulate,
-        clip=settings.optim.clip,
+        clip=settings.optim.clip_grad_norm,
         gradient_shares=settings.gradient_shares,
         graph=settings.cuda_graph,
     )
@@ -88,13 +88,13 @@ def _online(settings: Settings, accelerator: Accelerator, accumulate: int) -> En
         width=model.width,
         bn=model.bn,
         groups=groups,
-        zero_init_residual=bool(model.zero_init),
+        zero_init_residual=bool(model.zero_init_residual),
         size=settings.data.size,
-        stop_grad_conv1=model.frozen_patch,
+        stop_grad_conv1=model.stop_grad_conv1,
     )
-    if settings.recompute:
+    if settings.activation_checkpointing:
         recompute(backbone)
-    return build_encoder(settings.base, backbone, dim=model.dim, mlp_dim=model.hidden, bn=model.bn, groups=groups)
+    return build_encoder(settings.base, backbone, dim=model.dim, mlp_dim=model.mlp_dim, bn=model.bn, groups=groups)
 
 
 def _compile(online: Encoder, target: Encoder | None, device: torch.device) -> None:
@@ -108,9 +108,9 @@ def _compile(online: Encoder, target: Encoder | None, device: torch.device) -> N
 
 def _queue(settings: Settings, device: torch.device) -> KeyQueue:
     method, dim = settings.method, settings.model.dim
-    assert method.queue is not None
+    assert method.queue_size is not None
     assert dim is not None
-    return KeyQueue(method.queue, dim, settings.seed, getattr(torch, method.queue_dtype)).to(device)
+    return KeyQueue(method.queue_size, dim, settings.seed, getattr(torch, method.queue_dtype)).to(device)
 
 
 def _exchange_in_bfloat16(wrapped: nn.Module) -> None:

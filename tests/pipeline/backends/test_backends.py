@@ -351,29 +351,28 @@ def test_what_auto_takes_is_not_refused_once_a_model_has_its_memory(
 ) -> None:
     bytes_needed = resident.needed(Beton(drawn))
     monkeypatch.setattr(resident, "free", lambda device: 2 * bytes_needed)
-    assert choose("auto", "auto", Beton(drawn), torch.device("cpu")).name == "resident"
+    assert choose("auto", Beton(drawn), torch.device("cpu")).name == "resident"
     monkeypatch.setattr(resident, "free", lambda device: 2 * bytes_needed - bytes_needed // 2)
     with loader(drawn, "resident"):
         pass
 
 
 @pytest.mark.parametrize(
-    ("backend", "crop_on", "device", "room", "processes", "name"),
+    ("backend", "device", "room", "processes", "name"),
     [
-        ("auto", "auto", "cpu", 2, 1, "resident"),
-        ("auto", "auto", "cpu", 2, 2, "ffcv"),
-        ("auto", "auto", "cpu", 1, 1, "ffcv"),
-        ("auto", "auto", "cuda", 1, 1, "ffcv_gpu"),
-        ("auto", "cpu", "cuda", 1, 1, "ffcv"),
-        ("auto", "auto", "cuda", 2, 8, "resident"),
-        ("ffcv", "auto", "cpu", 9, 1, "ffcv"),
-        ("ffcv", "gpu", "cuda", 9, 1, "ffcv_gpu"),
-        ("resident", "auto", "cpu", 1, 1, "resident"),
+        ("auto", "cpu", 2, 1, "resident"),
+        ("auto", "cpu", 2, 2, "ffcv"),
+        ("auto", "cpu", 1, 1, "ffcv"),
+        ("auto", "cuda", 1, 1, "ffcv_gpu"),
+        ("auto", "cuda", 2, 8, "resident"),
+        ("ffcv", "cpu", 9, 1, "ffcv"),
+        ("ffcv", "cuda", 1, 1, "ffcv"),
+        ("ffcv_gpu", "cuda", 9, 1, "ffcv_gpu"),
+        ("resident", "cpu", 1, 1, "resident"),
     ],
 )
 def test_the_choice_depends_on_device_and_room_and_says_why(
     backend: str,
-    crop_on: Any,
     device: str,
     room: float,
     processes: int,
@@ -382,28 +381,27 @@ def test_the_choice_depends_on_device_and_room_and_says_why(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(resident, "free", lambda device: int(room * resident.needed(Beton(drawn))))
-    select_backend = choose(backend, crop_on, Beton(drawn), torch.device(device), processes=processes, cores=64)
+    select_backend = choose(backend, Beton(drawn), torch.device(device), processes=processes, cores=64)
     assert select_backend.name == name
     assert ("asked for" in select_backend.why) == (backend != "auto")
 
 
 def test_crops_on_a_gpu_that_is_not_there_are_refused(drawn: Path) -> None:
-    with pytest.raises(InputError, match=r"data\.crop_on 'gpu': this machine has no GPU"):
-        choose("ffcv", "gpu", Beton(drawn), torch.device("cpu"))
+    with pytest.raises(InputError, match=r"data\.backend 'ffcv_gpu': this machine has no GPU"):
+        choose("ffcv_gpu", Beton(drawn), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
-    ("cores", "crop_on", "device", "mode", "name"),
+    ("cores", "device", "mode", "name"),
     [
-        (4, "auto", "cuda", JPEG, "dali"),
-        (64, "auto", "cuda", JPEG, "ffcv_gpu"),
-        (4, "cpu", "cuda", JPEG, "ffcv"),
-        (4, "auto", "cpu", JPEG, "ffcv"),
-        (4, "auto", "cuda", RAW, "ffcv_gpu"),
+        (4, "cuda", JPEG, "dali"),
+        (64, "cuda", JPEG, "ffcv_gpu"),
+        (4, "cpu", JPEG, "ffcv"),
+        (4, "cuda", RAW, "ffcv_gpu"),
     ],
 )
 def test_few_cores_for_a_gpu_leave_the_decoding_to_it(
-    cores: int, crop_on: Any, device: str, mode: int, name: str, drawn: Path, monkeypatch: pytest.MonkeyPatch
+    cores: int, device: str, mode: int, name: str, drawn: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of records as ImageNet's at 500 pixels, of which one core decodes some 900 a second."""
     monkeypatch.setattr(resident, "free", lambda device: 0)
@@ -413,14 +411,14 @@ def test_few_cores_for_a_gpu_leave_the_decoding_to_it(
     beton.sizes, beton.modes = np.full(count, 90_000, np.uint64), np.full(count, mode, np.uint8)
     if mode == JPEG:
         assert 700 < decoding_rate(beton, 1) < 1100
-    assert choose("auto", crop_on, beton, torch.device(device), cores=cores).name == name
+    assert choose("auto", beton, torch.device(device), cores=cores).name == name
 
 
 def test_without_dali_the_cores_decode(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resident, "free", lambda device: 0)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     monkeypatch.setattr(select_backend, "PACE", 1e9)
-    assert choose("auto", "auto", Beton(drawn), torch.device("cuda")).name == "ffcv_gpu"
+    assert choose("auto", Beton(drawn), torch.device("cuda")).name == "ffcv_gpu"
 
 
 def test_processes_agree_on_the_backend_that_asks_for_least() -> None:
