@@ -1,4 +1,4 @@
-"""The reliability table says of each fault what its tests recorded, and which failed."""
+"""The fault table: recorded figures, and failed tests."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_skipped(record_property):
 """
 
 
-def test_figures_are_those_that_tests_recorded(tmp_path: Path) -> None:
+def test_the_table_has_the_recorded_faults_and_figures(tmp_path: Path) -> None:
     first, second, *others = EXPECTED
     (tmp_path / "test_suite.py").write_text(SUITE.format(faults=(first, second)))
     xml = tmp_path / "report.xml"
