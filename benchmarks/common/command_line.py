@@ -10,7 +10,7 @@ from pipeline.system.errors import InputError
 
 
 def benchmark_parser(module: str, description: str) -> ArgumentParser:
-    """Return a parser for `python -m benchmarks.MODULE` with options for the result's files."""
+    """Return the parser of a benchmark's module, with options for the result's files."""
     parser = ArgumentParser(prog=f"python -m benchmarks.{module}", description=description)
     files = parser.add_argument_group("result files")
     files.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
