@@ -88,7 +88,7 @@ def report(result: dict[str, Any]) -> Report:
 
 
 def parser() -> ArgumentParser:
-    """Return the command's parser."""
+    """Return the parser of the command line."""
     parser = benchmark_parser("crops", "Time crops and augmentation.")
     parser.add_argument("--data", required=True, help="beton")
     parser.add_argument("--size", type=int, default=224, help="side of a crop, pixels (default %(default)s)")

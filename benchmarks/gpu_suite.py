@@ -156,7 +156,7 @@ def _drawn(path: Path, count: int, side: int) -> Path:
 
 
 def parser() -> ArgumentParser:
-    """Return the command's parser."""
+    """Return the parser of the command line."""
     parser = ArgumentParser(prog="python -m benchmarks.gpu_suite", description="Run all GPU tests and benchmarks.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument("--data", type=Path, help="beton of large images (default: drawn ones)")

@@ -377,7 +377,7 @@ def _notes(settings: Settings, row: dict[str, Any]) -> list[str]:
 
 
 def parser() -> ArgumentParser:
-    """Return the command's parser."""
+    """Return the parser of the command line."""
     parser = benchmark_parser("plan", "Plan a run on another machine.")
     parser.add_argument("machines", nargs="+", metavar="MACHINE", help="name or file of a machine")
     parser.add_argument("--loader", type=Path, help="JSON of benchmarks.loader (default: the newest in results/)")

@@ -77,7 +77,7 @@ def report(result: dict[str, Any]) -> Report:
 
 
 def parser() -> ArgumentParser:
-    """Return the command's parser."""
+    """Return the parser of the command line."""
     parser = benchmark_parser("protocols", "Compare evaluation protocols.")
     parser.add_argument("encoder", metavar="ENCODER", help="a run, a checkpoint, or a file of weights")
     parser.add_argument("--train", required=True, metavar="F", help="images to train on, or the kNN bank")

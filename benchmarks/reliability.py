@@ -113,7 +113,7 @@ def report(result: dict[str, Any]) -> Report:
 
 
 def parser() -> ArgumentParser:
-    """Return the command's parser."""
+    """Return the parser of the command line."""
     parser = benchmark_parser("reliability", "Provoke every fault.")
     parser.add_argument("--quick", action="store_true", help="leave out the slow tests")
     return parser

@@ -158,7 +158,7 @@ def with_table(readme: str, table: str) -> str:
 
 
 def parser() -> ArgumentParser:
-    """Return the command's parser."""
+    """Return the parser of the command line."""
     parser = ArgumentParser(prog="python -m benchmarks.report", description="All results on one page.")
     default = Path(__file__).parent / "results"
     parser.add_argument("--results", type=Path, default=default, metavar="DIR", help="folder of dated results")

@@ -210,7 +210,7 @@ def report(result: dict[str, Any]) -> Report:
 
 
 def parser() -> ArgumentParser:
-    """Return the command's parser."""
+    """Return the parser of the command line."""
     parser = benchmark_parser("scaling", "Time training on several processes.")
     parser.add_argument("--processes", default="1,2", help="numbers of processes (default %(default)s)")
     parser.add_argument("--threads", default="1,2", help="loader threads of a process (default %(default)s)")

@@ -18,6 +18,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,23 +68,20 @@ def batch_of(settings: Settings, device: torch.device) -> Batch:
 def build_steps(settings: Settings, compared: list[str], accelerator: Accelerator) -> tuple[dict[str, Call], Model]:
     """Return the steps to compare, by name, and our eager model."""
     device, batch = accelerator.device, batch_of(settings, accelerator.device)
-    a, b = batch.views
-    assert a is not None
-    assert b is not None
+    pair = tuple(view.float().contiguous() for view in batch.views if view is not None)
     ours = build_model(replace(settings, compile=False, cuda_graph=False), accelerator)
     half = torch.float16 if settings.precision == "fp16" else torch.bfloat16
     steps: dict[str, Call] = {}
     for name in compared:
         if name == "eager":
-            steps[name] = lambda: ours.step(batch)
+            steps[name] = partial(ours.step, batch)
         elif name in OURS:
             model = build_model(replace(settings, compile=True, cuda_graph=name == "graph"), accelerator)
-            steps[name] = lambda model=model: model.step(batch)  # type: ignore[misc]
+            steps[name] = partial(model.step, batch)
         else:
             peer, _, amp = name.partition("-")
-            other = PEERS[peer](ours.step.encoder, settings, device, half if amp else None)
-            pair = a.float().contiguous(), b.float().contiguous()
-            steps[name] = lambda other=other, pair=pair: other.step(pair)  # type: ignore[misc]
+            other: Any = PEERS[peer](ours.step.encoder, settings, device, half if amp else None)
+            steps[name] = partial(other.step, pair)
     return steps, ours
 
 
@@ -287,7 +285,7 @@ def report(result: dict[str, Any]) -> Report:
 
 
 def parser() -> ArgumentParser:
-    """Return the command's parser."""
+    """Return the parser of the command line."""
     parser = benchmark_parser("step", "Time training steps.")
     default = "eager,compiled,official,official-amp"
     parser.add_argument("--compare", default=default, help=f"some of {', '.join(COMPARED)} (default %(default)s)")

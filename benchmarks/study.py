@@ -309,7 +309,7 @@ def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
 
 
 def parser() -> ArgumentParser:
-    """Return the command's parser."""
+    """Return the parser of the command line."""
     parser = benchmark_parser("study", "Train and compare methods.")
     parser.add_argument("study", metavar="STUDY", help="name or file of a study")
     parser.add_argument("--train", required=True, metavar="DATA", help="labeled beton to train on")

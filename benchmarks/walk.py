@@ -99,7 +99,7 @@ def take(step: Step, clone: Path, out: Path) -> dict[str, Any]:
 
 
 def parser() -> ArgumentParser:
-    """Return the command's parser."""
+    """Return the parser of the command line."""
     parser = benchmark_parser("walk", "Time every command on the way of a new user.")
     parser.add_argument("source", metavar="SOURCE", help="tar, zip or folder of images")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the clone and the logs")

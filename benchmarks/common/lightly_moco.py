@@ -179,7 +179,7 @@ def begin(args: argparse.Namespace) -> None:
 
 
 def parser() -> ArgumentParser:
-    """Return the command's parser."""
+    """Return the parser of the command line."""
     parser = ArgumentParser(prog="python -m benchmarks.common.lightly_moco", description="Train lightly's MoCo.")
     parser.add_argument("--train", required=True, metavar="BETON", help="labeled images of 32 pixels to train on")
     parser.add_argument("--test", required=True, metavar="BETON", help="labeled images of 32 pixels to test on")

@@ -40,25 +40,25 @@ def plan_with(**changed: Any) -> dict[str, Any]:
 
 
 def test_the_slowest_part_limits_the_step() -> None:
-    found = plan_with()
-    seconds = found["seconds"]
+    row = plan_with()
+    seconds = row["seconds"]
     assert seconds["compute"] == pytest.approx(1024 / 8 * 1e10 / 2e13)
     assert seconds["decode"] == pytest.approx(512 / (500 * 16 * CORE_SCALING))
-    assert seconds["disk"] == pytest.approx(512 * 1e5 / 2e9)  # 100 GB, of which 75 GiB stay in memory
+    assert seconds["disk"] == pytest.approx(512 * 1e5 / 2e9)  # 100 GB, 75 GiB of them cached
     assert IMAGES * 1e5 > CACHE_SHARE * 100 * 2**30
     assert seconds["gradients"] == pytest.approx(2 * 3 / 4 * 1e8 / 100e9 + 2 * 1 / 2 * 1e8 / 10e9)
     assert seconds["copy"] == pytest.approx(128 * 2e5 / 10e9)
     assert seconds["exchange"] == 0  # hidden
-    assert found["limit"] == "decode"
+    assert row["limit"] == "decode"
     step, keys = 512 / (500 * 16 * CORE_SCALING), 1024 * 128 * 4
-    assert found["busy"]["GPU link"] == pytest.approx(3 / 4 * (2e8 + keys) / 100e9 / step)
-    assert found["busy"]["network"] == pytest.approx(1 / 2 * (2e8 + keys) / 10e9 / step)
-    assert found["pairs_per_second"] == pytest.approx(500 * 16 * CORE_SCALING * 2)
-    assert found["hours"] == pytest.approx(IMAGES * 200 / found["pairs_per_second"] / 3600)
-    assert found["gpu_hours"] == pytest.approx(8 * found["hours"])
-    assert found["cores_a_gpu"] == pytest.approx(128 / seconds["compute"] / (500 * CORE_SCALING))
-    assert found["memory_by_batch_gib"][128] == pytest.approx(5)
-    assert "data.backend dali" in found["first"]
+    assert row["busy"]["GPU link"] == pytest.approx(3 / 4 * (2e8 + keys) / 100e9 / step)
+    assert row["busy"]["network"] == pytest.approx(1 / 2 * (2e8 + keys) / 10e9 / step)
+    assert row["pairs_per_second"] == pytest.approx(500 * 16 * CORE_SCALING * 2)
+    assert row["hours"] == pytest.approx(IMAGES * 200 / row["pairs_per_second"] / 3600)
+    assert row["gpu_hours"] == pytest.approx(8 * row["hours"])
+    assert row["cores_a_gpu"] == pytest.approx(128 / seconds["compute"] / (500 * CORE_SCALING))
+    assert row["memory_by_batch_gib"][128] == pytest.approx(5)
+    assert "data.backend dali" in row["first"]
 
 
 def test_more_of_the_limiting_resource_changes_the_limit() -> None:
@@ -86,15 +86,15 @@ def test_batches_too_large_for_the_gpu_are_computed_in_parts() -> None:
     run = RUN | {"held_bytes": 2 * 2**30}  # 128 pairs take 6.25 GiB more
     node = replace(NODE, cores=1000)
     for gib, parts in ((9.0, 1), (8.9, 2), (6.0, 2), (5.0, 4), (2.2, 0)):
-        found = plan.plan(replace(node, gpu_memory_gib=gib), RATES, settings(), run, IMAGES)
-        assert found["parts"] == parts
+        row = plan.plan(replace(node, gpu_memory_gib=gib), RATES, settings(), run, IMAGES)
+        assert row["parts"] == parts
         if parts:
-            assert found["memory_gib"] == pytest.approx(2 + 6.25 / parts)
-            assert found["hours"] > 0
+            assert row["memory_gib"] == pytest.approx(2 + 6.25 / parts)
+            assert row["hours"] > 0
         else:
-            assert math.isnan(found["hours"])
-            assert "activation_checkpointing" in found["first"]
-    assert found["memory_by_batch_gib"][64] == pytest.approx(2 + 6.25 / 2)
+            assert math.isnan(row["hours"])
+            assert "activation_checkpointing" in row["first"]
+    assert row["memory_by_batch_gib"][64] == pytest.approx(2 + 6.25 / 2)
 
 
 def test_every_constant_is_listed_in_the_notes() -> None:
@@ -108,15 +108,15 @@ def test_every_constant_is_listed_in_the_notes() -> None:
     constants -= {"GLOO_BYTES_PER_SECOND", "OURS"}
     assert len(constants) == 8
     assert not [name for name in constants if f"({name})" not in notes]
-    found = plan_with() | {"sources": RATES.sources}
-    report = plan.report(settings(), [found])
+    row = plan_with() | {"sources": RATES.sources}
+    report = plan.report(settings(), [row])
     assert report.notes[-len(plan.assumptions()) :] == plan.assumptions()
-    (row,) = report.rows
-    shown = dict(zip(report.headings, row, strict=True))
-    exchange = sum(found["seconds"][name] for name in ("gradients", "keys", "crops", "norms"))
+    (cells,) = report.rows
+    shown = dict(zip(report.headings, cells, strict=True))
+    exchange = sum(row["seconds"][name] for name in ("gradients", "keys", "crops", "norms"))
     assert shown["exchange, ms a step"] == f"{1e3 * exchange:.2f}"
     assert shown["of it not hidden"] == "0.00"
-    assert shown["network busy"] == f"{found['busy']['network']:.1%}"
+    assert shown["network busy"] == f"{row['busy']['network']:.1%}"
 
 
 def test_machine_files_are_validated(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_machine_files_are_validated(tmp_path: Path) -> None:
         assert load_machine(name).name == name
     assert load_machine("h100x8x4").world == 32
     text = (Path(plan.__file__).parent / "machines" / "h100x8.yaml").read_text()
-    for changed, says in (
+    for changed, message in (
         (text.replace("cores: 96", "cores: 0"), "cores 0: give an integer above 0"),
         (text.replace("gpu: H100\n", ""), "give gpu, gpus"),
         (text.replace("gpu_link_gbytes: 450", "gpu_link_gbytes: 0"), "the rate between its 8 GPUs"),
@@ -143,7 +143,7 @@ def test_machine_files_are_validated(tmp_path: Path) -> None:
         (text.replace("network_gbits: 200", "network_gbits: -1"), "network_gbits -1"),
     ):
         (tmp_path / "m.yaml").write_text(changed)
-        with pytest.raises(InputError, match=says):
+        with pytest.raises(InputError, match=message):
             load_machine(str(tmp_path / "m.yaml"))
     with pytest.raises(InputError, match="choose one of a100x8"):
         load_machine("cray")
@@ -161,8 +161,8 @@ def test_rates_come_from_the_benchmarks(tmp_path: Path) -> None:
             }
         )
     )
-    found = load_rates(NODE, tmp_path / "loader.json", tmp_path / "step.json")
-    assert (found.decode, found.record_bytes, found.sent_bytes, found.flops) == (700.0, 9e4, 3e5, 7e12)
+    rates = load_rates(NODE, tmp_path / "loader.json", tmp_path / "step.json")
+    assert (rates.decode, rates.record_bytes, rates.sent_bytes, rates.flops) == (700.0, 9e4, 3e5, 7e12)
     assumed = load_rates(NODE, None, None)
     assert assumed.flops == pytest.approx(plan.COMPUTE_SHARE * 1e14)
     assert assumed.sources[1].startswith("assumed")
@@ -173,7 +173,7 @@ def test_rates_come_from_the_benchmarks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "found",
+    "content",
     [
         [],
         5,
@@ -186,11 +186,11 @@ def test_rates_come_from_the_benchmarks(tmp_path: Path) -> None:
         {"paths": {"a": {"name": "decode-only", "threads": 1, "cpu": [1], "read_bytes": 1}}},
     ],
 )
-def test_other_files_are_rejected(found: object, tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_text(json.dumps(found))
+def test_other_files_are_rejected(content: object, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match=r"x\.json: .*give the JSON of a benchmark"):
         load_rates(NODE, tmp_path / "x.json", None)
-    (tmp_path / "x.json").write_text(json.dumps({"tflops": found}))
+    (tmp_path / "x.json").write_text(json.dumps({"tflops": content}))
     with pytest.raises(InputError, match=r"x\.json: .*give the JSON of a benchmark"):
         load_rates(NODE, None, tmp_path / "x.json")
 

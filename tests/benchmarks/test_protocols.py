@@ -35,9 +35,9 @@ class Evaluations:
             return SimpleNamespace(returncode=1)
         out = Path(call[call.index("--out") + 1])
         out.mkdir(parents=True)
-        found = {"top1": TOP1[kind], "top5": 0.9, "interval": [0.1, 0.5], "seconds": 3.2}
-        found |= {"architecture": "resnet18", "checkpoint": call[4], "images": 20, "train": "a", "test": "b"}
-        (out / "x.json").write_text(json.dumps(found))
+        result = {"top1": TOP1[kind], "top5": 0.9, "interval": [0.1, 0.5], "seconds": 3.2}
+        result |= {"architecture": "resnet18", "checkpoint": call[4], "images": 20, "train": "a", "test": "b"}
+        (out / "x.json").write_text(json.dumps(result))
         return SimpleNamespace(returncode=0)
 
 
@@ -66,11 +66,11 @@ def test_results_of_other_data_or_encoders_are_rejected(
     assert compare(Evaluations(), *out) == 0
     file = tmp_path / "out" / "kNN" / "x.json"
     for key in ("checkpoint", "train", "test"):
-        found = json.loads(file.read_text())
-        file.write_text(json.dumps(found | {key: "other"}))
+        result = json.loads(file.read_text())
+        file.write_text(json.dumps(result | {key: "other"}))
         assert compare(Evaluations(), *out) == 2
         assert "choose another --out" in capsys.readouterr().err
-        file.write_text(json.dumps(found))
+        file.write_text(json.dumps(result))
 
 
 def test_a_failed_evaluation_ends_the_command_and_runs_again_next_time(

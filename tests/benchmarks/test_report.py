@@ -17,8 +17,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 REMEDY = "run python -m benchmarks.report --readme README.md"
 
 
-def write(folder: Path, name: str, found: dict[str, Any]) -> None:
-    (folder / name).write_text(json.dumps(found))
+def write(folder: Path, name: str, result: dict[str, Any]) -> None:
+    (folder / name).write_text(json.dumps(result))
 
 
 @pytest.fixture
@@ -45,19 +45,19 @@ def folder(tmp_path: Path) -> Path:
     ],
 )
 def test_goals_are_judged_by_the_newest_result(goal: Goal, measured: str | None, verdict: str, folder: Path) -> None:
-    found = goal.judge(Results(folder))
-    assert found[1] == verdict
-    assert measured is None or found[0] == measured
-    assert f"| g | {goal.bound_text} | {found[0]} | {verdict} |" in goal_table(Results(folder), [goal])
+    text, judged = goal.judge(Results(folder))
+    assert judged == verdict
+    assert measured is None or text == measured
+    assert f"| g | {goal.bound_text} | {text} | {verdict} |" in goal_table(Results(folder), [goal])
 
 
 def test_the_page_shows_the_newest_result_and_links_the_others(folder: Path) -> None:
     results = Results(folder)
     assert results.series() == ["speed"]
-    made = page(results, embedded)
-    assert "## Speed\n\nNew.\n\n    python -m speed\n\n| | x |" in made
-    assert "Earlier: [2026-01-01-speed.json](2026-01-01-speed.json)." in made
-    html = as_html(made)
+    markdown = page(results, embedded)
+    assert "## Speed\n\nNew.\n\n    python -m speed\n\n| | x |" in markdown
+    assert "Earlier: [2026-01-01-speed.json](2026-01-01-speed.json)." in markdown
+    html = as_html(markdown)
     assert "<td" in html
     assert "<h2>Speed</h2>" in html
     assert "http" not in html.replace("https://", "")

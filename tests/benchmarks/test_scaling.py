@@ -38,14 +38,14 @@ def test_rate_and_limit_on_cores(
 @pytest.mark.slow
 def test_all_setups_are_timed(drawn: Path, tmp_path: Path, run: Run) -> None:
     out = ["--json", str(tmp_path / "r.json"), "--markdown", str(tmp_path / "r.md")]
-    given = ["--data.train", str(drawn), "--data.backend", "ffcv", "--steps", "3", "--runs", "2"]
-    assert run(scaling, *SMALL, *given, *out) == 0
+    settings = ["--data.train", str(drawn), "--data.backend", "ffcv", "--steps", "3", "--runs", "2"]
+    assert run(scaling, *SMALL, *settings, *out) == 0
     result = json.loads((tmp_path / "r.json").read_text())
     assert len(result["scaling"]) == len(result["prediction"]) == 4
-    for found in (*result["scaling"].values(), *result["prediction"].values()):
-        assert 0 < found["rate"]["min"] <= found["rate"]["median"] <= found["rate"]["max"]
-    for found in result["prediction"].values():
-        assert found["ratio"] == pytest.approx(found["predicted"] / found["rate"]["median"])
+    for row in (*result["scaling"].values(), *result["prediction"].values()):
+        assert 0 < row["rate"]["min"] <= row["rate"]["median"] <= row["rate"]["max"]
+    for row in result["prediction"].values():
+        assert row["ratio"] == pytest.approx(row["predicted"] / row["rate"]["median"])
     medians = {name: spread["median"] for name, spread in result["efficiency"].items()}
     assert medians.pop("in all") == pytest.approx(math.prod(medians.values()), rel=0.5)  # medians of two runs
     assert "| 2 processes, 2 cores |" in (tmp_path / "r.md").read_text()

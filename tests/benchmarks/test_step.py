@@ -108,13 +108,13 @@ def test_the_official_loop_is_moco() -> None:
 
 
 def test_lightlys_loop_is_moco() -> None:
-    """Its second loss by hand, from its own networks and memory bank."""
+    """Its second loss by hand, from its networks and memory bank."""
     pytest.importorskip("lightly.loss")
     chosen = settings("moco_v2")
     encoder = step.build_model(chosen, step.Accelerator(cpu=True)).step.encoder
     theirs = peers.Lightly(encoder, chosen, torch.device("cpu"), None)
     views = (torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8))
-    theirs.step(views)  # its bank is made at the first step
+    theirs.step(views)  # the first step creates the bank
     bank = theirs._criterion.memory_bank.bank.clone()
     online = copy.deepcopy((theirs._backbone, theirs._head))
     momentum = copy.deepcopy((theirs._backbone_momentum, theirs._head_momentum))

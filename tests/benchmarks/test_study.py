@@ -86,8 +86,8 @@ def test_runs_are_timed_to_the_final_score_of_another(tmp_path: Path) -> None:
     peers = [finished_job(tmp_path / f"p{i}", i, [0.1, end], None) for i, end in enumerate((0.2, 0.3))]
     jobs += [replace(job, name="peer") for job in peers]
     rows = {row["name"]: row for row in gather(jobs, "peer")}
-    assert [found["reached"] for found in rows["a"]["every"]] == [pytest.approx(4.0), pytest.approx(6.0)]  # s, to 0.25
-    assert [found["reached"] for found in rows["peer"]["every"]] == [None, pytest.approx(4.0)]
+    assert [seed["reached"] for seed in rows["a"]["every"]] == [pytest.approx(4.0), pytest.approx(6.0)]  # s, to 0.25
+    assert [seed["reached"] for seed in rows["peer"]["every"]] == [None, pytest.approx(4.0)]
     result = {"study": "s", "reach": "peer", "at_once": 1, "device": "2 cores", "problems": {}, "left_out": []}
     table = report(result | {"rows": list(rows.values())})
     assert table.headings[-1] == "s to peer"
@@ -117,11 +117,11 @@ def test_a_peers_folder_has_its_training_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "studies").glob("*.yaml")), ids=lambda path: path.stem)
 def test_studies_name_existing_recipes_and_settings(path: Path) -> None:
-    found = load_study(path.stem)
-    for run in found.runs.values():
-        settings = {**found.settings, **run.get("settings", {})}
-        given = [part for key, value in settings.items() for part in (f"--{key}", study._as_argument(value))]
-        parse(["--config", str(ROOT / "engine" / "recipes" / f"{run['recipe']}.yaml"), *given])
+    loaded = load_study(path.stem)
+    for run in loaded.runs.values():
+        settings = {**loaded.settings, **run.get("settings", {})}
+        overrides = [part for key, value in settings.items() for part in (f"--{key}", study._as_argument(value))]
+        parse(["--config", str(ROOT / "engine" / "recipes" / f"{run['recipe']}.yaml"), *overrides])
 
 
 @pytest.mark.parametrize(
@@ -157,8 +157,8 @@ def test_a_stopped_run_is_not_evaluated(tmp_path: Path) -> None:
 def test_a_launcher_starts_runs_and_evaluations(tmp_path: Path) -> None:
     args = argparse.Namespace(out=tmp_path, at_once=1, launch="accelerate launch", only=None, seeds="3")
     args.train, args.test = "train.beton", "test.beton"
-    found = study.Study({"a": {"recipe": "moco_v2_cifar10"}}, linear=["--passes", 0])
-    (job,) = study.jobs_of(found, args, [])
+    described = study.Study({"a": {"recipe": "moco_v2_cifar10"}}, linear=["--passes", 0])
+    (job,) = study.jobs_of(described, args, [])
     for call in (job.train, job.evaluate):
         assert call[:2] == ["accelerate", "launch"]
     assert job.train[job.train.index("--data.workers") + 1] == "0"
@@ -177,22 +177,22 @@ def test_a_study_trains_evaluates_and_resumes(drawn: Path, tmp_path: Path) -> No
     described = {"runs": runs, "settings": shared, "linear": ["--protocol", "fast", "--passes", 0], "peers": peers}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(described))
     command = [sys.executable, "-m", "benchmarks.study", str(tmp_path / "tiny.yaml"), "--train", str(drawn)]
-    command += ["--test", str(drawn), "--out", str(tmp_path / "out"), "--json", str(tmp_path / "found.json")]
-    command += ["--png", str(tmp_path / "found.png"), "--markdown", str(tmp_path / "found.md")]
+    command += ["--test", str(drawn), "--out", str(tmp_path / "out"), "--json", str(tmp_path / "result.json")]
+    command += ["--png", str(tmp_path / "result.png"), "--markdown", str(tmp_path / "result.md")]
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert first.returncode == 1, first.stderr
     assert "moco, seed 0: training done" in first.stderr
     assert "moco, seed 0: evaluation done" in first.stderr
     assert "a batch of 3000 from 200 samples" in first.stdout
-    found = json.loads((tmp_path / "found.json").read_text())
-    moco, wrong = found["rows"]
+    result = json.loads((tmp_path / "result.json").read_text())
+    moco, wrong = result["rows"]
     summary = json.loads((tmp_path / "out" / "moco-0" / "summary.json").read_text())
     assert moco["every"][0]["knn"] == summary["knn_top1"]
     assert 0 <= moco["every"][0]["linear"] <= 1
     assert wrong["seeds"] == []
-    assert found["left_out"] == ["a peer"]
-    assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
-    assert "| moco | 1 |" in (tmp_path / "found.md").read_text()
+    assert result["left_out"] == ["a peer"]
+    assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
+    assert "| moco | 1 |" in (tmp_path / "result.md").read_text()
     again = subprocess.run([*command, "--only", "moco"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     assert "training" not in again.stderr

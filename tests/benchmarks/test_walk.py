@@ -16,8 +16,8 @@ def test_a_command_runs_in_the_clone_with_its_output_in_a_log(tmp_path: Path) ->
     clone, out = tmp_path / "clone", tmp_path / "out"
     clone.mkdir()
     out.mkdir()
-    found = take(Step("a b, c", "pwd; echo no >&2; exit 3", status=3), clone, out)
-    assert (found["status"], found["as_expected"], found["log"]) == (3, True, "a-b-c.log")
+    row = take(Step("a b, c", "pwd; echo no >&2; exit 3", status=3), clone, out)
+    assert (row["status"], row["as_expected"], row["log"]) == (3, True, "a-b-c.log")
     assert (out / "a-b-c.log").read_text() == f"{clone}\nno\n"
     assert not take(Step("d", "exit 3"), clone, out)["as_expected"]
 
@@ -36,7 +36,7 @@ def test_a_command_is_interrupted_in_its_second_epoch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tests", [False, True])
 def test_every_command_runs_once(tests: bool) -> None:
-    found = walk.steps(Namespace(minutes=1.0, tests=tests, source="x.tar", size=224))
-    assert len({step.name for step in found}) == len(found)
-    assert ("./millrace test" in [step.call for step in found]) == tests
-    assert json.dumps([step.call for step in found]).count("--resume auto") == 1
+    steps = walk.steps(Namespace(minutes=1.0, tests=tests, source="x.tar", size=224))
+    assert len({step.name for step in steps}) == len(steps)
+    assert ("./millrace test" in [step.call for step in steps]) == tests
+    assert json.dumps([step.call for step in steps]).count("--resume auto") == 1
