@@ -120,12 +120,12 @@ def test_a_fingerprint_is_the_files_own_and_tells_others_apart(small: Path, bare
     ("data", "says"),
     [
         (None, "no such file: write it with python -m pipeline.prepare"),
-        (b"", "ends before its header: not a whole beton"),
-        (b"\x02", "ends before its header: not a whole beton"),
-        (np.random.default_rng(0).bytes(5000), "not a whole beton"),
-        (bytes(5000), "not a whole beton"),
-        (b"\xff" * 5000, "not a whole beton"),
-        (saved(picture(300, 300)), "not a whole beton"),
+        (b"", "ends before its header: not an intact beton"),
+        (b"\x02", "ends before its header: not an intact beton"),
+        (np.random.default_rng(0).bytes(5000), "not an intact beton"),
+        (bytes(5000), "not an intact beton"),
+        (b"\xff" * 5000, "not an intact beton"),
+        (saved(picture(300, 300)), "not an intact beton"),
     ],
     ids=["missing", "empty", "one byte", "random", "zeros", "ones", "a JPEG"],
 )
@@ -177,12 +177,12 @@ BIG = 2**64 - 1
         (0, "<H", 3, "format version 2"),
         (2, "<H", 0, "format version 2"),
         (2, "<H", 65535, "format version 2"),
-        (2, "<H", 1, "not a whole beton"),
-        (2, "<H", 64, "not a whole beton"),
-        (8, "<Q", 0, "it holds no sample"),
+        (2, "<H", 1, "not an intact beton"),
+        (2, "<H", 64, "not an intact beton"),
+        (8, "<Q", 0, "it has no sample"),
         (8, "<Q", BIG, "ends before its metadata"),
         (8, "<Q", 2**60, "ends before its metadata"),
-        (8, "<Q", 9, "not a whole beton"),
+        (8, "<Q", 9, "not an intact beton"),
         (16, "<Q", 0, "allocation table is not where"),
         (16, "<Q", ROWS, "allocation table is not where"),
         (16, "<Q", 2**40, "allocation table is not where"),
@@ -192,7 +192,7 @@ BIG = 2**64 - 1
         (HEADER.size, "<B", 1, "it has no image field"),
         (HEADER.size, "<B", 4, "field whose description cannot be read"),
         (HEADER.size + FIELD, "<B", 4, "field whose description cannot be read"),
-        (HEADER.size + FIELD, "<B", 3, "not a whole beton"),
+        (HEADER.size + FIELD, "<B", 3, "not an intact beton"),
     ],
 )
 @pytest.mark.usefixtures("_memory")
@@ -315,12 +315,12 @@ def _change_manifest(beton: Path, **changes: object) -> None:
         ({"format": 2}, "manifest format 2, this version reads 1: write it again"),
         ({"format": None}, "manifest format None"),
         ({"count": 7}, "must list 7 values"),
-        ({"count": 7, "crc32": [0] * 7, "names": ["x"] * 7}, "holds 8 samples in .* its manifest .* says 7"),
+        ({"count": 7, "crc32": [0] * 7, "names": ["x"] * 7}, "has 8 samples in .* its manifest .* says 7"),
         ({"count": "8"}, "must be integers"),
         ({"count": 8.0}, "must be integers"),
         ({"count": None}, "must be integers"),
         ({"file_size": 10}, "its manifest .* says 8 in 10"),
-        ({"header_crc32": 1}, "header or metadata are not those its manifest was made for"),
+        ({"header_crc32": 1}, "header or metadata do not match its manifest"),
         ({"header_crc32": True}, "must be integers"),
         ({"crc32": [0] * 7}, "crc32 must list 8 values of type int"),
         ({"crc32": [0.5] * 8}, "crc32 must list 8 values of type int"),
@@ -366,7 +366,7 @@ def test_another_betons_manifest_is_refused(small: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("change", [lambda path: _row(path, 2, label=1), lambda path: _entry(path, 2, sample=5)])
 def test_changed_metadata_is_found_by_the_manifest(change: Callable[[Path], None], small: Path) -> None:
     change(small)
-    with pytest.raises(InputError, match="header or metadata are not those"):
+    with pytest.raises(InputError, match="header or metadata do not match"):
         Beton(small)
 
 

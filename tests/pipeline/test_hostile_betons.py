@@ -23,7 +23,7 @@ from pipeline.inspect import main as inspect_main
 from pipeline.native.libffcv import JPEG
 from pipeline.native.libjpeg import decode_rectangle
 from pipeline.prepare import prepare
-from pipeline.storage.decode import _decode_whole, check_record
+from pipeline.storage.decode import _decode_full, check_record
 from pipeline.storage.encode import Settings, Unreadable, encode
 from pipeline.storage.writer import BetonWriter
 from pipeline.system.errors import InputError
@@ -172,7 +172,7 @@ def test_a_jpeg_of_many_scans_is_given_up_early() -> None:
         assert len(data) < 30_000
         source = fenced(len(data), data)
         assert decode_part(source, sides, box) == (0 if scanned or decode_rectangle is None else 1), count
-        assert _decode_whole(source, *sides, None, np.zeros(3 << 22, np.uint8)) == scanned, count
+        assert _decode_full(source, *sides, None, np.zeros(3 << 22, np.uint8)) == scanned, count
         if scanned:
             encode(data, 0, Settings())
         else:

@@ -16,7 +16,7 @@ from pipeline.beton import Beton
 from pipeline.native.libffcv import RAW
 from pipeline.native.libjpeg import decode_rectangle
 from pipeline.prepare import prepare
-from pipeline.storage.decode import records_of, rectangles, whole
+from pipeline.storage.decode import full_rectangles, records_of, rectangles
 from pipeline.storage.encode import Settings
 from tests import ROOT
 from tests.pipeline.conftest import pack, picture, saved
@@ -124,14 +124,14 @@ def test_the_rectangle_holds_all_boxes_and_little_more(tmp_path: Path) -> None:
     records, ids = records_of(_beton(tmp_path, Settings())), np.arange(4)
     assert rectangles(records, ids, BOXES).tolist() == [PART] * 4
     at_the_edges = np.array([[[0, 0, 61, 1]] * 4, [[0, 96, 61, 1]] * 4], np.int32)
-    assert rectangles(records, ids, at_the_edges).tolist() == whole(records, ids).tolist()
+    assert rectangles(records, ids, at_the_edges).tolist() == full_rectangles(records, ids).tolist()
 
 
 def test_without_checksums_a_jpeg_is_decoded_whole(tmp_path: Path) -> None:
     """Else damage outside the crops would be an error in some epochs and none in others."""
     beton, ids = _beton(tmp_path, Settings()), np.arange(4)
     records = records_of(beton)._replace(crc32=np.zeros(0, np.uint32))
-    assert rectangles(records, ids, BOXES).tolist() == whole(records, ids).tolist() == [[0, 0, 61, 97]] * 4
+    assert rectangles(records, ids, BOXES).tolist() == full_rectangles(records, ids).tolist() == [[0, 0, 61, 97]] * 4
     raw = records._replace(modes=np.full(4, RAW, np.uint8))
     assert rectangles(raw, ids, BOXES).tolist() == [PART] * 4
 

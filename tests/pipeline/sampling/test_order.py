@@ -7,12 +7,13 @@ import itertools
 import numpy as np
 import pytest
 
+from pipeline.sampling import order as order_module
 from pipeline.sampling.order import (
     CHUNK,
     WINDOW,
-    chunked_order,
     epoch_order,
     ordered,
+    quasi_random_order,
     rank_slice,
     shuffled_rows,
     steps_per_epoch,
@@ -198,34 +199,39 @@ def test_parts_that_do_not_divide_the_batch_are_refused() -> None:
         shuffled_rows(0, 0, 10, 4)
 
 
-# ---- chunks ----
+# ---- quasi-random order ----
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 1000, 40_000])
 @pytest.mark.parametrize(("chunk", "window"), [(16, 4), (7, 30), (CHUNK, WINDOW)])
-def test_chunked_order_is_a_permutation_that_depends_on_seed_and_epoch_alone(n: int, chunk: int, window: int) -> None:
-    order = chunked_order(3, 5, n, chunk, window)
+def test_quasi_random_order_depends_on_seed_and_epoch_alone(
+    n: int, chunk: int, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(order_module, "CHUNK", chunk)
+    monkeypatch.setattr(order_module, "WINDOW", window)
+    order = quasi_random_order(3, 5, n)
     assert order.dtype == np.int64
     assert sorted(order.tolist()) == list(range(n))
-    assert order.tolist() == chunked_order(3, 5, n, chunk, window).tolist()
+    assert order.tolist() == quasi_random_order(3, 5, n).tolist()
     if n >= 1000:
         for seed, epoch in ((3, 6), (4, 5)):
-            assert order.tolist() != chunked_order(seed, epoch, n, chunk, window).tolist()
+            assert order.tolist() != quasi_random_order(seed, epoch, n).tolist()
 
 
-def test_a_window_reads_few_places_of_the_file_and_each_place_is_read_once() -> None:
-    chunk, window, n = 16, 10, 20_000
-    order = chunked_order(0, 0, n, chunk, window)
-    parts = [order[i : i + chunk * window] // chunk for i in range(0, n, chunk * window)]
+def test_a_window_reads_few_chunks_and_each_chunk_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    window, n = 10, 20_000
+    monkeypatch.setattr(order_module, "WINDOW", window)
+    order = quasi_random_order(0, 0, n)
+    parts = [order[i : i + CHUNK * window] // CHUNK for i in range(0, n, CHUNK * window)]
     assert all(len(np.unique(part)) <= window + 1 for part in parts)
-    again = [set(a.tolist()) & set(b.tolist()) for a, b in itertools.combinations(parts, 2)]
-    assert sum(map(len, again)) <= 2  # where the file's last, shorter chunk lies
+    repeated = [set(a.tolist()) & set(b.tolist()) for a, b in itertools.combinations(parts, 2)]
+    assert sum(map(len, repeated)) <= 2  # by the file's last, shorter chunk
     distances = np.abs(np.diff(np.concatenate([np.unique(part) for part in parts])))
-    assert np.median(distances) > 10  # the chunks themselves lie anywhere
+    assert np.median(distances) > 10  # the chunks of a window are spread over the file
 
 
-def test_chunked_order_mixes_imagenet_nearly_as_well_as_a_full_shuffle() -> None:
-    """Sorted by class: classes in a batch of 256 and in a queue of 65536, and batch-mates of one place in the file."""
+def test_quasi_random_order_mixes_imagenet_nearly_as_well_as_a_full_shuffle() -> None:
+    """Sorted by class: classes in a batch of 256 and in a queue of 65536; pairs in a batch from one chunk."""
     n = 1_281_167
     classes, found = np.arange(n) // 1282, {}
     for kind in ("random", "chunked"):

@@ -102,7 +102,7 @@ def test_the_only_subset_needs_no_asking_and_may_be_asked_for(tmp_path: Path) ->
 
 def test_several_subsets_are_refused_unless_one_is_chosen(tmp_path: Path) -> None:
     source = pack("folder", _files(*SPLIT), tmp_path)
-    with pytest.raises(InputError, match=r"holds test, train: choose one of them with --subset") as error:
+    with pytest.raises(InputError, match=r"has test, train: choose one of them with --subset") as error:
         open_source(str(source))
     assert str(source) in str(error.value)
 
@@ -203,13 +203,13 @@ def _empty_tar(folder: Path) -> Path:
         (_empty_folder, "no image in it: give"),
         (_folder_without_images, "no image in it: give"),
         (_gzipped, "decompress it to a plain .tar"),
-        (_gzipped_but_named_tar, "not a whole, uncompressed tar file .*: fetch it again or decompress it"),
+        (_gzipped_but_named_tar, "not an intact, uncompressed tar file .*: fetch it again or decompress it"),
         (_text_file, "not a folder, .tar or .zip: unpack it"),
-        (_cut_zip, "not a whole zip file .*: fetch it again"),
-        (_empty_zip, "not a whole zip file .*: fetch it again"),
+        (_cut_zip, "not an intact zip file .*: fetch it again"),
+        (_empty_zip, "not an intact zip file .*: fetch it again"),
         (_encrypted_zip, "cat/1.jpg is encrypted or not deflated: unpack it"),
         (_lzma_zip, "cat/1.jpg is encrypted or not deflated: unpack it"),
-        (_empty_tar, "not a whole, uncompressed tar file .*: fetch it again"),
+        (_empty_tar, "not an intact, uncompressed tar file .*: fetch it again"),
     ],
 )
 def test_what_is_no_source_is_refused_with_its_name_and_the_remedy(
@@ -238,7 +238,7 @@ def test_a_damaged_tar_is_refused_not_taken_for_a_shorter_one(nested: bool, faul
         damaged[at + 1] ^= 0x55
     path = tmp_path / "images.tar"
     path.write_bytes(tar_bytes({"n01.tar": bytes(damaged)}) if nested else damaged)
-    with pytest.raises(InputError, match=r"images\.tar: not a whole, uncompressed tar file .*: fetch it again"):
+    with pytest.raises(InputError, match=r"images\.tar: not an intact, uncompressed tar file .*: fetch it again"):
         open_source(str(path))
 
 

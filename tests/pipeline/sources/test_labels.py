@@ -105,9 +105,9 @@ def test_the_command_prepares_a_flat_tar_with_the_classes_of_another_beton(
     assert beton.labels.tolist() == [2, 1, 0, 2, 1]
 
 
-def test_classes_of_another_beton_want_a_list(
+def test_classes_of_another_beton_need_a_list(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     call = ["synthetic:4", str(tmp_path / "a.beton"), "--classes-of", "b.beton"]
     assert run_command(prepare.main, monkeypatch, *call) == 2
-    assert "--labels, which is not given" in capsys.readouterr().err
+    assert "it needs --labels" in capsys.readouterr().err

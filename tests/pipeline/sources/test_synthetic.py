@@ -108,7 +108,7 @@ def test_every_class_draws_two_tones(label: int, size: int) -> None:
 def test_fields_differ_between_classes() -> None:
     line = np.linspace(-2.0, 2.0, 64, dtype=np.float32)
     masks = []
-    for field in synthetic._FIELDS:
+    for field in synthetic._FIELDS.values():
         values = field(line[None, :] + 0 * line[:, None], line[:, None] + 0 * line[None, :])
         masks.append(values < np.median(values))
     for first in range(10):
