@@ -20,7 +20,7 @@ from pipeline.system.thread_pool import Workers
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Scenes in VOC's layout, four for training and two for testing. Not to be changed: copy them first."""
     folder = tmp_path_factory.mktemp("scenes") / "voc"
-    write(folder, 4, 2, size=64, quiet=True)
+    write(folder, 4, 2, size=64)
     return folder
 
 
@@ -92,8 +92,8 @@ def _junk(voc: Path) -> None:
         (_resized, r"000002.png: 64 x 60 pixels, but .*000002.jpg has 64 x 64: give the mask that was drawn on it"),
         (_colored, r"000002.png: is RGB, not class numbers: save it as"),
         (_junk, r"000002.jpg: cannot be read .*: replace it"),
-        (lambda voc: (voc / "SegmentationClass" / "000003.png").unlink(), r"000003.png: is not there, nor are 0 other"),
-        (lambda voc: (voc / "ImageSets/Segmentation/train.txt").unlink(), r"sets there are val: name one"),
+        (lambda voc: (voc / "SegmentationClass" / "000003.png").unlink(), r"000003.png: is missing, and 0 other"),
+        (lambda voc: (voc / "ImageSets/Segmentation/train.txt").unlink(), r"the sets are val: name one"),
         (lambda voc: (voc / "ImageSets/Segmentation/train.txt").write_text("\n"), r"train.txt: names no image"),
         (lambda voc: (voc / "JPEGImages").rename(voc / "pictures"), r"neither VOC's layout .* nor folders images"),
     ],
@@ -107,7 +107,7 @@ def test_what_cannot_belong_together_is_refused_by_name(spoil: Callable[[Path], 
 @pytest.mark.parametrize(("folder", "other"), [("images", "masks"), ("masks", "images")])
 def test_a_file_without_its_counterpart_is_refused(folder: str, other: str, voc: Path) -> None:
     next((_as_folders(voc) / other).glob("000003.*")).unlink()
-    with pytest.raises(InputError, match=rf"{folder}/000003\.\w+: has no counterpart in .*{other}, nor have 0 others"):
+    with pytest.raises(InputError, match=rf"{folder}/000003\.\w+: has no counterpart in .*{other}, like 0 others"):
         open_masked(voc)
 
 
@@ -120,7 +120,7 @@ def test_two_images_of_one_name_are_refused(voc: Path) -> None:
 
 def test_class_numbers_out_of_range_and_damaged_masks_are_found(voc: Path, workers: Workers) -> None:
     data, path = open_masked(voc), voc / "SegmentationClass" / "000003.png"
-    with pytest.raises(InputError, match=r"\.png: has class \d+, and there are 2, 0 to 1, besides 255"):
+    with pytest.raises(InputError, match=r"\.png: has class \d+, and there are 2, 0 to 1, except 255"):
         classes_in(data, range(4), 2, workers)
     content = path.read_bytes()
     path.write_bytes(content[:-60])

@@ -21,7 +21,7 @@ from pipeline.system.errors import InputError
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Masked:
     """Seven scenes."""
     folder = tmp_path_factory.mktemp("scenes") / "voc"
-    write(folder, 7, 1, size=64, quiet=True)
+    write(folder, 7, 1, size=64)
     return open_masked(folder)
 
 
@@ -111,7 +111,7 @@ def test_an_epoch_has_each_image_once_but_for_those_over(drawn: Masked) -> None:
 
 def test_a_damaged_image_is_named(drawn: Masked, tmp_path: Path) -> None:
     folder = tmp_path / "voc"
-    write(folder, 2, 1, size=64, quiet=True)
+    write(folder, 2, 1, size=64)
     image = folder / "JPEGImages" / "000002.jpg"
     image.write_bytes(image.read_bytes()[:700])
     loader = ScaleCrops(open_masked(folder), size=49, batch=2, workers=1)

@@ -46,7 +46,7 @@ def test_all_classes_occur_about_equally() -> None:
 
 def test_files_are_in_vocs_layout(tmp_path: Path) -> None:
     folder = tmp_path / "voc"
-    write(folder, 3, 2, seed=5, size=64, quiet=True)
+    write(folder, 3, 2, seed=5, size=64)
     sets = {path.stem: path.read_text().split() for path in folder.glob("ImageSets/*/*.txt")}
     assert sets["train"] == sets["trainval"] == ["000001", "000002", "000003"]
     assert sets["val"] == sets["test"] == ["000004", "000005"]

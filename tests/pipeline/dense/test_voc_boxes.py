@@ -18,7 +18,7 @@ from pipeline.system.errors import InputError
 @pytest.fixture
 def voc(tmp_path: Path) -> Path:
     """Three scenes for training and two for testing."""
-    write(tmp_path / "voc", 3, 2, size=64, quiet=True)
+    write(tmp_path / "voc", 3, 2, size=64)
     return tmp_path / "voc"
 
 
@@ -29,7 +29,7 @@ def _edit(file: Path, pattern: str, replacement: str) -> None:
 
 
 def test_images_of_several_folders_come_with_their_boxes(voc: Path, tmp_path: Path) -> None:
-    write(tmp_path / "other", 1, 1, seed=9, size=64, quiet=True)
+    write(tmp_path / "other", 1, 1, seed=9, size=64)
     _edit(voc / "Annotations" / "000002.xml", "<difficult>0", "<difficult>1")
     data = open_boxed([(voc, "trainval"), (tmp_path / "other", "test")], CLASSES)
     assert len(data) == 4
@@ -60,9 +60,9 @@ def test_classes_are_vocs_or_those_that_occur(voc: Path) -> None:
     [
         (
             lambda voc: (voc / "JPEGImages" / "000002.jpg").unlink(),
-            r"trainval.txt: .*000002.jpg and 0 other files are not",
+            r"trainval.txt: .*000002.jpg and 0 other files are missing",
         ),
-        (lambda voc: (voc / "ImageSets/Main/trainval.txt").unlink(), r"sets there are test: give FOLDER:SET"),
+        (lambda voc: (voc / "ImageSets/Main/trainval.txt").unlink(), r"the sets are test: give FOLDER:SET"),
         (lambda voc: (voc / "ImageSets/Main/trainval.txt").write_text(""), r"trainval.txt: it names no image"),
         (lambda voc: (voc / "Annotations/000002.xml").write_text("<annotation>"), r"000002.xml: not an annotation"),
         (lambda voc: _edit(voc / "Annotations/000002.xml", "<xmin>.*?</xmin>", ""), r"000002.xml: not an annotation"),
