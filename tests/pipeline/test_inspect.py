@@ -80,7 +80,7 @@ def test_the_description_lists_what_was_left_out_even_of_names_that_are_no_text(
     name = b"caf\xe9.jpg".decode("utf-8", "surrogateescape")
     source = pack("folder", {name: b"", "whole.jpg": saved(picture())}, tmp_path)
     prepare(str(source), tmp_path / "x.beton", skip_bad=1, workers=1, quiet=True)
-    assert "left out   caf\\udce9.jpg: the file is empty" in describe(Beton(tmp_path / "x.beton"))
+    assert "skipped    caf\\udce9.jpg: the file is empty" in describe(Beton(tmp_path / "x.beton"))
 
 
 @pytest.mark.parametrize("label", [2**62, -(2**62)])
@@ -137,14 +137,14 @@ def test_the_command_lists_damaged_records_and_exits_with_1(
     assert len(lines) == 4
     for line, index in zip(lines, DAMAGED, strict=False):
         assert line.startswith(f"bad: sample {index} (drawn/{index:08d}.jpg): its bytes are not those")
-    assert lines[-1] == "verified: 197 of 200 records are whole"
+    assert lines[-1] == "verified: 197 of 200 records are intact"
 
 
 def test_the_command_exits_with_0_for_a_whole_file(
     drawn: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_command(main, monkeypatch, drawn, "--verify") == 0
-    assert "verified: 200 of 200 records are whole" in capsys.readouterr().out
+    assert "verified: 200 of 200 records are intact" in capsys.readouterr().out
 
 
 def test_the_command_draws_a_preview(
@@ -152,7 +152,7 @@ def test_the_command_draws_a_preview(
 ) -> None:
     png = tmp_path / "views.png"
     assert run_command(main, monkeypatch, small, "--preview", png, "--size", 32, "--count", 4) == 0
-    assert f"preview: {png} (each original beside its 2 views)" in capsys.readouterr().out
+    assert f"preview: {png} (each original with its 2 views)" in capsys.readouterr().out
     picture = Image.open(png)
     assert picture.format == "PNG"
     cell = 3 * 32 + 6  # small views are shown three times as large

@@ -20,22 +20,22 @@ from pipeline.system.errors import InputError
 
 
 def test_a_copy_is_the_same_and_is_made_once(drawn: Path, tmp_path: Path) -> None:
-    copy = stage(drawn, tmp_path / "disk", quiet=True)
+    copy = stage(drawn, tmp_path / "disk")
     assert copy == tmp_path / "disk" / drawn.name
     assert copy.read_bytes() == drawn.read_bytes()
     assert manifest_path(copy).read_bytes() == manifest_path(drawn).read_bytes()
     assert sorted(p.name for p in copy.parent.iterdir()) == sorted([copy.name, manifest_path(copy).name])
     written = copy.stat().st_mtime_ns
-    assert stage(drawn, tmp_path / "disk", quiet=True) == copy
+    assert stage(drawn, tmp_path / "disk") == copy
     assert copy.stat().st_mtime_ns == written
     assert stage(copy, copy.parent) == copy
 
 
 def test_another_or_broken_copy_is_replaced(drawn: Path, tmp_path: Path) -> None:
     prepare("synthetic:30", tmp_path / drawn.name, workers=1, quiet=True)
-    assert stage(drawn, tmp_path, quiet=True).read_bytes() == drawn.read_bytes()
+    assert stage(drawn, tmp_path).read_bytes() == drawn.read_bytes()
     os.truncate(tmp_path / drawn.name, 5000)
-    assert Beton(stage(drawn, tmp_path, quiet=True)).fingerprint == Beton(drawn).fingerprint
+    assert Beton(stage(drawn, tmp_path)).fingerprint == Beton(drawn).fingerprint
 
 
 def test_a_crash_or_a_full_disk_leaves_what_was_there(
@@ -54,7 +54,7 @@ def test_a_crash_or_a_full_disk_leaves_what_was_there(
         with monkeypatch.context() as patched:
             patched.setattr(module.os, "fsync", _failing_at(last))
             with pytest.raises(InputError, match=f"{tmp_path}: No space left"):
-                stage(drawn, tmp_path, quiet=True)
+                stage(drawn, tmp_path)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -83,7 +83,7 @@ def test_a_stale_manifest_does_not_outlive_its_beton(drawn: Path, tmp_path: Path
     bare.parent.mkdir()
     bare.write_bytes(drawn.read_bytes())
     prepare("synthetic:30", tmp_path / drawn.name, workers=1, quiet=True)
-    assert Beton(stage(bare, tmp_path, quiet=True)).manifest is None
+    assert Beton(stage(bare, tmp_path)).manifest is None
 
 
 def test_what_cannot_be_read_is_named(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +94,7 @@ def test_what_cannot_be_read_is_named(drawn: Path, tmp_path: Path, monkeypatch: 
     read = module._read
     monkeypatch.setattr(module, "_read", lambda file, source: read(Broken(), source))  # type: ignore[arg-type]
     with pytest.raises(InputError, match=f"{drawn}: Input/output error"):
-        stage(drawn, tmp_path, quiet=True)
+        stage(drawn, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
