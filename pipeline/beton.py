@@ -125,7 +125,8 @@ class Beton:
     """A beton opened for reading.
 
     heights, widths: int32 [n]; modes: uint8 [n] (JPEG 0, RAW 1); pointers, sizes: uint64 [n], bytes;
-    labels: int64 [n], -1 where there are none; crc32: uint32 [n] or None without a manifest; data: uint8, the file.
+    labels: int64 [n], -1 for none; classes: class names by label, [] if unknown;
+    crc32: uint32 [n] or None without a manifest; data: uint8, the file.
 
     tolerate: list records of impossible place or size in `unreadable` instead of raising BadRecords. They are never
     read, and appear as images of one pixel.
@@ -133,9 +134,12 @@ class Beton:
     Raises InputError for a file that is missing, truncated or forged, or that does not match its manifest.
     """
 
+    in_one_file = True
+    """Whether all records are in `data`."""
+    unreadable: frozenset[int] = frozenset()
+
     def __init__(self, path: Path | str, *, tolerate: bool = False) -> None:
         self.path, self._tolerate = Path(path), tolerate
-        self.unreadable: frozenset[int] = frozenset()
         if os.path.isdir(self.path):
             raise InputError(
                 f"{path}: is a folder: write a beton from it with python -m pipeline.prepare {path} OUT.beton"
@@ -150,20 +154,11 @@ class Beton:
             self.data: np.ndarray = np.memmap(self.path, dtype=np.uint8, mode="r")
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror or error}): make it readable") from None
+        self.classes = self.manifest.classes if self.manifest else []
         self.crc32 = np.array(self.manifest.crc32, dtype=np.uint32) if self.manifest else None
 
     def __len__(self) -> int:
         return len(self.sizes)
-
-    @property
-    def in_one_file(self) -> bool:
-        """Whether all records are in `data`, as those of a beton are."""
-        return True
-
-    @property
-    def classes(self) -> list[str]:
-        """Class names by label; empty where unknown."""
-        return self.manifest.classes if self.manifest else []
 
     @property
     def longest_side(self) -> int:

@@ -48,7 +48,7 @@ class Direct(Beton):
     def __init__(self, source: Path | str, *, tolerate: bool = False) -> None:
         self.path, self._tolerate = Path(source), tolerate
         images = _listed(str(source))
-        items, self._classes = images.items, images.classes
+        items, self.classes = images.items, images.classes
         self._names = [item.name for item in items]
         self._files = sorted({item.path for item in items})
         number = {path: i for i, path in enumerate(self._files)}
@@ -56,23 +56,12 @@ class Direct(Beton):
         self._loose = any(item.offset < 0 for item in items)  # each image is a file
         self.labels = np.array([item.label for item in items], np.int64)
         self.manifest = self.crc32 = None
-        self.unreadable: frozenset[int] = frozenset()
         self._index(items)
         self.modes = np.full(len(self), JPEG, np.uint8)
-        single = len(self._files) == 1 and not self._loose
-        self.data: np.ndarray = np.memmap(self._files[0], np.uint8, "r") if single else np.zeros(0, np.uint8)
+        self.in_one_file = len(self._files) == 1 and not self._loose
+        self.data: np.ndarray = np.memmap(self._files[0], np.uint8, "r") if self.in_one_file else np.zeros(0, np.uint8)
         self.file_size = 0 if self._loose else sum(os.path.getsize(path) for path in self._files)
-        self._maps: dict[int, np.ndarray] = {0: self.data} if single else {}
-
-    @property
-    def in_one_file(self) -> bool:
-        """Whether all records are in one file, so that every backend can read them."""
-        return len(self.data) > 0
-
-    @property
-    def classes(self) -> list[str]:
-        """Class names by label; empty where unknown."""
-        return self._classes
+        self._maps: dict[int, np.ndarray] = {0: self.data} if self.in_one_file else {}
 
     def record(self, index: int) -> np.ndarray:
         """Return the stored bytes of sample `index`: uint8 [size]."""
@@ -87,11 +76,6 @@ class Direct(Beton):
     def name(self, index: int) -> str:
         """Return the path of sample `index` in the source."""
         return self._names[index]
-
-    @property
-    def fingerprint(self) -> str:  # type: ignore[override]
-        """A hash of names, places and image sizes, which identifies the source."""
-        return self._hash
 
     def _index(self, items: list[Item]) -> None:
         """Set places, sizes and sides of the images, as a beton's tables do, and list the unreadable ones."""
@@ -118,7 +102,8 @@ class Direct(Beton):
         self.unreadable = frozenset(int(index) for index in bad)
         sides[bad] = 1
         self.heights, self.widths = sides[:, 0].copy(), sides[:, 1].copy()
-        self._hash = f"direct-{hashlib.sha256(places + sides.tobytes()).hexdigest()[:16]}-{len(items)}"
+        # Of names, places and image sizes.
+        self.fingerprint = f"direct-{hashlib.sha256(places + sides.tobytes()).hexdigest()[:16]}-{len(items)}"
 
 
 def _load_cached(path: Path, count: int) -> np.ndarray | None:

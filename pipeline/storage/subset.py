@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import cached_property
 
 import numpy as np
 
@@ -14,22 +15,12 @@ class Subset(Beton):
 
     def __init__(self, parent: Beton, indices: np.ndarray) -> None:
         self.parent, self.indices = parent, indices
-        for name in ("path", "manifest", "file_size", "data"):
+        for name in ("path", "manifest", "file_size", "data", "classes", "in_one_file"):
             setattr(self, name, getattr(parent, name))
         for name in ("heights", "widths", "modes", "pointers", "sizes", "labels"):
             setattr(self, name, getattr(parent, name)[indices])
         self.crc32 = None if parent.crc32 is None else parent.crc32[indices]
         self.unreadable = frozenset(np.flatnonzero(np.isin(indices, list(parent.unreadable))).tolist())
-
-    @property
-    def in_one_file(self) -> bool:
-        """Whether all records are in one file."""
-        return self.parent.in_one_file
-
-    @property
-    def classes(self) -> list[str]:
-        """Class names by label."""
-        return self.parent.classes
 
     def record(self, index: int) -> np.ndarray:
         """Return the stored bytes of sample `index`: uint8 [size]."""
@@ -39,7 +30,7 @@ class Subset(Beton):
         """Return where sample `index` came from, or its number in the parent."""
         return self.parent.name(int(self.indices[index]))
 
-    @property
-    def fingerprint(self) -> str:  # type: ignore[override]
+    @cached_property
+    def fingerprint(self) -> str:
         """The parent's fingerprint, and a hash of the indices."""
         return f"{self.parent.fingerprint}-{hashlib.sha256(self.indices.astype(np.int64).tobytes()).hexdigest()[:8]}"
