@@ -34,14 +34,13 @@ _HEADERS = "apt-get install libopencv-dev libturbojpeg0-dev libjpeg-dev pkg-conf
 _CUDA_PATTERN = re.compile(r"CUDA (?:\w+ )?Version\s*:\s*(\d+)\.(\d+)")
 _OTHER_PACKAGES = {
     "accelerate": "accelerate",
-    "docstring-parser": "docstring_parser",
     "jinja2": "jinja2",
-    "jsonargparse": "jsonargparse",
     "markdown": "markdown",
     "matplotlib": "matplotlib",
     "numpy": "numpy",
     "pillow": "PIL",
     "psutil": "psutil",
+    "pydantic": "pydantic",
     "PyYAML": "yaml",
     "rich": "rich",
     "safetensors": "safetensors",
@@ -49,6 +48,7 @@ _OTHER_PACKAGES = {
     "setuptools": "setuptools",
     "tensorboard": "tensorboard",
     "tqdm": "tqdm",
+    "typing-extensions": "typing_extensions",
 }
 
 

@@ -27,7 +27,6 @@ from tests.documents import PACKAGES, ROOT, Line, module_of
 
 _RECIPE = str(ROOT / "engine" / "recipes" / "moco_v2_in1k.yaml")
 _RUN = "engine/run.py"
-_SETTINGS = cache(cli._parser)  # which takes a quarter of a second to make
 LAUNCHERS = {"accelerate": launch_command_parser(), "torchrun": get_args_parser()}
 
 
@@ -108,8 +107,7 @@ def settings(words: Sequence[str]) -> list[str]:
 @cache
 def _parsed(given: tuple[str, ...]) -> list[str]:
     try:
-        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
-            patch.setattr(cli, "_parser", _SETTINGS)
+        with contextlib.redirect_stdout(io.StringIO()):
             cli.parse(given)
     except InputError as error:
         return [str(error)]
