@@ -50,7 +50,7 @@ def _refusal(source: Path | str, *, mebibytes: int = 50, seconds: int = 20) -> s
     outcome = survived(lambda _: _read_all(source), seconds=seconds)
     assert outcome.kinds == {"refused": 1}, outcome
     assert outcome.mebibytes < mebibytes
-    return outcome.said[0]
+    return outcome.messages[0]
 
 
 # ---- zips ----
@@ -376,7 +376,7 @@ def test_decompression_bombs_are_refused_before_memory_is_taken(record_property:
     outcome = survived(one, len(BOMBS), seconds=20)
     record(record_property, f"{len(BOMBS)} decompression bombs: {outcome.kinds['refused']} refused")
     assert outcome.kinds == {"refused": len(BOMBS)}, outcome
-    assert all("pixels" in said or "not an image" in said for said in outcome.said), outcome.said
+    assert all("pixels" in message or "not an image" in message for message in outcome.messages), outcome.messages
     assert outcome.mebibytes < 60
 
 
