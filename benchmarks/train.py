@@ -66,7 +66,7 @@ def _measure(run: Run, steps: int, rounds: int) -> dict[str, Any]:
     pairs = steps * run.settings.data.batch
     return {
         "device": run.accelerator.device.type,
-        "backend": f"{run.backend.name} ({run.backend.why})",
+        "backend": f"{run.data.backend.name} ({run.data.backend.why})",
         "log_every": run.settings.log_every,
         "training": machine.spread([pairs / taken for taken in trained]),
         "step": machine.spread([pairs / taken for taken in bare]),
