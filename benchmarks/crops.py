@@ -58,7 +58,7 @@ def measure(beton: Beton, *, size: int, batch: int, augmentation: str, runs: int
     ids = np.resize(epoch_order(0, 0, len(beton)), batch)
     sides = {"heights": beton.heights[ids], "widths": beton.widths[ids]}
     drawn = draw_views(views, seed=0, epoch=0, ids=ids, **sides)
-    plan = Plan.of(ids, drawn, view_sizes(views, size))
+    plan = Plan.from_draws(ids, drawn, view_sizes(views, size))
     decoded = [decode(beton, int(index)) for index in ids]
     starts = np.cumsum([0] + [image.size for image in decoded])[:-1]
     pixels = torch.from_numpy(np.concatenate([image.ravel() for image in decoded])).to(device)

@@ -220,7 +220,7 @@ def plan(node: Node, rates: Rates, settings: Settings, run: dict[str, Any], imag
         "pairs_per_second": rate if parts else float("nan"),
         "hours": hours if parts else float("nan"),
         "gpu_hours": hours * n if parts else float("nan"),
-        "backend": "resident" if resident else "ffcv, data.crop_on gpu",
+        "backend": "resident" if resident else "ffcv_gpu",
         "cores_a_gpu": 0.0 if resident else wanted / (rates.decode * SCALING),
         "memory_gib": memory,
         "memory_by_batch_gib": {size: memory_of(run, size) / 2**30 for size in (32, 64, 128, 256, 512, 1024)},
@@ -309,7 +309,9 @@ def _parts(settings: Settings, run: dict[str, Any], node: Node) -> int:
 
 def _advice(limit: str, seconds: dict[str, float], node: Node, cores: float, memory: float, parts: int) -> str:
     if not parts:
-        return f"memory: {memory:.0f} GiB of {node.gpu_memory_gib:g} needed: recompute true, or more GPUs"
+        return (
+            f"memory: {memory:.0f} GiB of {node.gpu_memory_gib:g} needed: activation_checkpointing true, or more GPUs"
+        )
     if seconds["norms"] > 0.1 * seconds["compute"]:
         return "BatchNorm's collectives, one for each layer and pass: a larger batch a GPU, or another model.bn"
     if limit == "GPU" and seconds["compute"] == LAUNCHES:
@@ -322,7 +324,7 @@ def _advice(limit: str, seconds: dict[str, float], node: Node, cores: float, mem
     if limit == "disk":
         return "the disk: stage the beton on local NVMe (python -m pipeline.stage), or prepare --max-side 400"
     if limit == "copy":
-        return "the link to the GPU: data.crop_on cpu, or data.backend dali"
+        return "the link to the GPU: data.backend ffcv or dali"
     if seconds["exchange"] > 0.1 * seconds["compute"]:
         return "the exchange: gradient_dtype bfloat16, a larger batch, or model.bn plain in place of shuffle"
     return "the GPU: compile true, cuda_graph true; data.sizes [160, 192, 224] takes about 0.8 of the time"

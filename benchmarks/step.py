@@ -113,9 +113,9 @@ def parts(settings: Settings, model: Model, accelerator: Accelerator) -> dict[st
     online, buffers = model.step.encoder, model.step.buffers
 
     def guard() -> None:
-        kept = buffers.kept()
+        before = buffers.snapshot()
         norm = get_total_norm([p.grad for p in online.parameters() if p.grad is not None])
-        buffers.restore_unless(norm.isfinite(), kept)
+        buffers.restore_unless(norm.isfinite(), before)
 
     crops = torch.randint(0, 256, (count, settings.data.size, settings.data.size, 3), dtype=torch.uint8, device=device)
     colors = [
@@ -193,8 +193,12 @@ def as_graphs(calls: dict[str, Call], model: Model, device: torch.device) -> dic
 
 
 def flops_a_step(settings: Settings, ours: Model, accelerator: Accelerator) -> int:
-    """Return the operations of a step; what `recompute` does once more is not counted."""
-    plain = settings if not settings.recompute else replace(settings, recompute=False, compile=False, cuda_graph=False)
+    """Return the operations of a step; what `activation_checkpointing` does once more is not counted."""
+    plain = (
+        settings
+        if not settings.activation_checkpointing
+        else replace(settings, activation_checkpointing=False, compile=False, cuda_graph=False)
+    )
     model = ours if plain is settings else build_model(plain, accelerator)
     with FlopCounterMode(display=False) as counter:
         model.step(batch_of(settings, accelerator.device))

@@ -29,7 +29,7 @@ from pipeline.system.errors import InputError, command
 
 _ROOT = Path(__file__).parent.parent
 _RUN = "engine/run.py --config engine/recipes/moco_v2_in1k.yaml --data.train walk/train.beton --out walk/run"
-_SMALL = "--data.batch 16 --model.arch resnet18 --method.queue 256 --optim.epochs 2 --log_every 1 --save_every 10"
+_SMALL = "--data.batch 16 --model.arch resnet18 --method.queue_size 256 --optim.epochs 2 --log_every 1 --save_every 10"
 
 
 @dataclass(frozen=True)

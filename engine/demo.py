@@ -36,7 +36,8 @@ from pipeline.beton import Beton
 from pipeline.inspect import preview
 from pipeline.prepare import prepare
 from pipeline.sources.archives import open_source
-from pipeline.system.errors import InputError, command, printable
+from pipeline.system.errors import InputError, command
+from pipeline.system.text import printable
 from pipeline.views import AUGMENTATIONS
 
 _TRAIN, _TEST = 5000, 1000  # drawn images
@@ -104,7 +105,7 @@ def _settings(train: Path, evaluation: Path, out: Path) -> Settings:
             augmentation="moco_v2_32" if small else "moco_v2",
             size=32 if small else 96,
             batch=batch,
-            eval_share=1.0 if small else 0.875,
+            eval_crop_ratio=1.0 if small else 0.875,
         ),
         model=Model(
             arch="resnet18",
@@ -112,8 +113,10 @@ def _settings(train: Path, evaluation: Path, out: Path) -> Settings:
             width=1.0 if gpu else 0.25,
             bn="shuffle",
         ),
-        method=Method(temperature=0.1, momentum=0.99, queue=max(batch, min(4096, len(beton) // 2))),
-        optim=Optim(lr=0.12 * math.sqrt(batch / 256), weight_decay=5e-4, epochs=1, schedule="cosine", by="step"),
+        method=Method(temperature=0.1, ema_momentum=0.99, queue_size=max(batch, min(4096, len(beton) // 2))),
+        optim=Optim(
+            lr=0.12 * math.sqrt(batch / 256), weight_decay=5e-4, epochs=1, schedule="cosine", schedule_interval="step"
+        ),
         knn=Knn(every=1, k=20, limit=_KNN_LIMIT),
         out=str(out / "run"),
         log_every=max(1, len(beton) // batch // 2),
@@ -148,7 +151,7 @@ def _baselines(settings: Settings) -> dict[str, float]:
     """Return kNN top-1 of raw pixels and of the untrained encoder."""
     data, knn = settings.data, settings.knn
     device = _device()
-    loading: dict[str, Any] = {"size": data.size, "batch": 256, "share": data.eval_share, "device": device}
+    loading: dict[str, Any] = {"size": data.size, "batch": 256, "share": data.eval_crop_ratio, "device": device}
     options: dict[str, Any] = {"k": knn.k, "temperature": knn.temperature, "limit": knn.limit}
     evaluation = KnnEvaluation(Beton(data.train), Beton(data.eval), **options, **loading)
     set_seed(settings.seed)

@@ -1,1 +1,1 @@
-"""Contrastive methods: encoders, heads, momentum copies, the key queue, losses. Knows no data, no launching."""
+"""Contrastive methods: encoders, heads, momentum encoder, key queue, losses. Independent of data and launch."""

@@ -1,4 +1,4 @@
-"""BYOL (2006.07733): the online network predicts the momentum network's embedding; no negatives."""
+"""BYOL (2006.07733): the online network predicts the momentum encoder's embedding; no negatives."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from methods.precision import full_precision
 
 
 @full_precision
-def regression(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """Return |q - k|^2 = 2 - 2 q.k for rows of norm 1, the mean over the batch (equation 2).
+def regression_loss(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Return |q - k|^2 = 2 - 2 q.k for rows of norm 1, the batch mean (equation 2).
 
     q [B, C] with gradient, k [B, C] without.
     """
@@ -22,15 +22,15 @@ def regression(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class BYOL:
-    """The sum of both views' regressions."""
+    """The regression loss, summed over both views."""
 
     def needs(self, base: Base) -> frozenset[str]:
-        """Return the names of queries and keys."""
+        """Return queries and keys."""
         return needs_of(base, "qk")
 
     def __call__(self, e: Embeddings, base: Base) -> dict[str, Part]:
         """Return the loss as `regression`."""
-        losses = [regression(e[f"q{a}"], e[f"k{b}"]) for a, b in base.pairs]
+        losses = [regression_loss(e[f"q{a}"], e[f"k{b}"]) for a, b in base.pairs]
         return {"regression": Part(1.0, torch.stack(losses).sum())}
 
 
@@ -41,10 +41,10 @@ BYOL_BASE = Base(
     symmetric=True,
     contrastive=False,
     published={
-        "method.momentum": 0.996,
-        "method.momentum_schedule": "cosine",
+        "method.ema_momentum": 0.996,
+        "method.ema_schedule": "cosine",
         "model.dim": 256,
         "model.bn": "sync",
-        "model.zero_init": True,
+        "model.zero_init_residual": True,
     },
 )

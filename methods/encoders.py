@@ -1,6 +1,6 @@
 """ResNets (1512.03385) with torchvision's key names, for ImageNet or (`stem="small"`) for images of 32 to 64 pixels.
 
-Their state dicts load into torchvision's models and back (all but `fc`, which a pretrained backbone does not have).
+State dicts load into torchvision's models and back, except for `fc`, which a pretrained backbone lacks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _conv(n_in: int, n_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
 
 
 class _Block(Recomputable):
-    """What the two residual blocks share: relu(residual(x) + shortcut(x))."""
+    """A residual block: relu(residual(x) + shortcut(x))."""
 
     downsample: nn.Module | None
     relu: nn.Module
@@ -51,7 +51,7 @@ class BasicBlock(_Block):
 
 
 class Bottleneck(_Block):
-    """1x1, 3x3 (with the stride, as torchvision's), 1x1 to four times the width (ResNet-50 and 101)."""
+    """1x1, 3x3 (with the stride, as in torchvision), 1x1 to four times the width (ResNet-50 and 101)."""
 
     expansion = 4
 
@@ -70,23 +70,23 @@ class Bottleneck(_Block):
 
 
 class _Mean(nn.Module):
-    """The mean over all places of the maps, [B, C, H, W] to [B, C], whose gradient is channels-last too."""
+    """Global average pooling, [B, C, H, W] to [B, C], with a channels-last gradient."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.permute(0, 2, 3, 1).flatten(1, 2).mean(dim=1)
 
 
 def base_channels(width: float) -> int:
-    """Return the channels of a ResNet's first layer, of which the others have multiples."""
+    """Return the channels of a ResNet's first layer; the other layers have multiples of them."""
     return max(8, int(64 * width))
 
 
 class ResNet(nn.Module):
     """A ResNet without its classifier: images [B, 3, H, W] to features [B, `features`].
 
-    width: share of the published channel counts (0.25: 16 to 128 for basic blocks). stem: `imagenet` (7x7 stride 2 and
-    max-pooling) or `small` (3x3, no pooling). zero_init: each block's last BatchNorm begins with scale 0, so that the
-    block begins as the identity (1706.02677, section 5.1).
+    stem: `imagenet` (7x7, stride 2, max-pooling) or `small` (3x3, no pooling).
+    width: factor on the published channel counts (0.25: 16 to 128 channels for basic blocks).
+    zero_init_residual: each block's last BatchNorm starts at scale 0, the block as the identity (1706.02677, 5.1).
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class ResNet(nn.Module):
         stem: Stem = "imagenet",
         width: float = 1.0,
         norm: Norm = nn.BatchNorm2d,
-        zero_init: bool = False,
+        zero_init_residual: bool = False,
     ) -> None:
         super().__init__()
         base = base_channels(width)
@@ -116,24 +116,24 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if zero_init and isinstance(module, (BasicBlock, Bottleneck)):
+            if zero_init_residual and isinstance(module, (BasicBlock, Bottleneck)):
                 nn.init.zeros_((module.bn2 if isinstance(module, BasicBlock) else module.bn3).weight)
 
     def _stage(
         self, block: type[BasicBlock] | type[Bottleneck], width: int, depth: int, stride: int, norm: Norm
     ) -> nn.Sequential:
         blocks = []
-        for number in range(depth):
-            step, out = stride if number == 0 else 1, width * block.expansion
+        for index in range(depth):
+            block_stride, n_out = stride if index == 0 else 1, width * block.expansion
             downsample = None
-            if step != 1 or self._channels != out:
-                downsample = nn.Sequential(_conv(self._channels, out, 1, step), norm(out))
-            blocks.append(block(self._channels, width, step, downsample, norm))
-            self._channels = out
+            if block_stride != 1 or self._channels != n_out:
+                downsample = nn.Sequential(_conv(self._channels, n_out, 1, block_stride), norm(n_out))
+            blocks.append(block(self._channels, width, block_stride, downsample, norm))
+            self._channels = n_out
         return nn.Sequential(*blocks)
 
     def maps(self, x: torch.Tensor) -> torch.Tensor:
-        """Return what `forward` takes the mean of: [B, `features`, h, w]."""
+        """Return the last feature maps, before pooling: [B, `features`, h, w]."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
@@ -155,16 +155,16 @@ def resnet(
     stem: Stem = "imagenet",
     width: float = 1.0,
     norm: Norm = nn.BatchNorm2d,
-    zero_init: bool = False,
+    zero_init_residual: bool = False,
 ) -> ResNet:
     """Return `resnet18`, `resnet34`, `resnet50` or `resnet101`, initialized as torchvision's; options of `ResNet`."""
     block, depths = RESNETS[arch]
-    return ResNet(block, depths, stem=stem, width=width, norm=norm, zero_init=zero_init)
+    return ResNet(block, depths, stem=stem, width=width, norm=norm, zero_init_residual=zero_init_residual)
 
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def place(module: M, device: torch.device) -> M:
-    """Return `module` on the device, its convolutions' weights channels-last."""
+    """Move `module` to the device, with channels-last convolution weights, and return it."""
     return module.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -1,7 +1,7 @@
-"""Projectors and predictors as published, and the encoder that ends in them.
+"""Projectors and predictors as published, and the encoder: backbone plus heads.
 
-A head is built from the backbone's features, the hidden width (None: as published), the embedding's dimensions, the
-factory of its BatchNorm layers, and whether the backbone is a transformer.
+Heads are built from `features` (of the backbone), `mlp_dim` (hidden width; None: as published), `dim` (of the
+embedding), `norm` (factory of BatchNorm layers) and `transformer` (whether the backbone is one).
 """
 
 from __future__ import annotations
@@ -20,44 +20,45 @@ HeadPair = tuple[nn.Module, "nn.Module | None"]
 """Projector and predictor."""
 
 
-def linear_head(features: int, hidden: int | None, dim: int, norm: Norm, transformer: bool) -> HeadPair:
+def linear_head(features: int, mlp_dim: int | None, dim: int, norm: Norm, transformer: bool) -> HeadPair:
     """Return MoCo's projector (1911.05722), one linear layer."""
     return nn.Linear(features, dim), None
 
 
-def moco_v2_head(features: int, hidden: int | None, dim: int, norm: Norm, transformer: bool) -> HeadPair:
+def moco_v2_head(features: int, mlp_dim: int | None, dim: int, norm: Norm, transformer: bool) -> HeadPair:
     """Return MoCo v2's projector (2003.04297): Linear(features, features), ReLU, Linear(features, dim)."""
-    hidden = hidden or features
-    return nn.Sequential(nn.Linear(features, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim)), None
+    mlp_dim = mlp_dim or features
+    return nn.Sequential(nn.Linear(features, mlp_dim), nn.ReLU(inplace=True), nn.Linear(mlp_dim, dim)), None
 
 
-def moco_v3_heads(features: int, hidden: int | None, dim: int, norm: Norm, transformer: bool) -> HeadPair:
+def moco_v3_heads(features: int, mlp_dim: int | None, dim: int, norm: Norm, transformer: bool) -> HeadPair:
     """Return MoCo v3's projector and predictor (2104.02057; facebookresearch/moco-v3 `builder.py`).
 
-    ResNets: two layers each, BatchNorm without affine at the projector's end, none at the predictor's. Transformers:
-    a projector of three layers, that BatchNorm at both ends.
+    ResNets: two layers each; the projector ends in BatchNorm without affine, the predictor in its linear layer.
+    Transformers: three layers and two; both end in BatchNorm without affine.
     """
-    hidden = hidden or 4096
+    mlp_dim = mlp_dim or 4096
     layers = 3 if transformer else 2
-    projector = _mlp([features, *[hidden] * (layers - 1), dim], norm, last="whiten")
-    return projector, _mlp([dim, hidden, dim], norm, last="whiten" if transformer else "linear")
+    projector = _mlp([features, *[mlp_dim] * (layers - 1), dim], norm, last="whiten")
+    return projector, _mlp([dim, mlp_dim, dim], norm, last="whiten" if transformer else "linear")
 
 
-def simclr_head(features: int, hidden: int | None, dim: int, norm: Norm, transformer: bool) -> HeadPair:
-    """Return SimCLR's projector (2002.05709; google-research/simclr): BatchNorm everywhere, the last without bias."""
-    return _mlp([features, hidden or features, dim], norm, last="scale"), None
+def simclr_head(features: int, mlp_dim: int | None, dim: int, norm: Norm, transformer: bool) -> HeadPair:
+    """Return SimCLR's projector (2002.05709; google-research/simclr): BatchNorm after each layer, the last unbiased."""
+    return _mlp([features, mlp_dim or features, dim], norm, last="scale"), None
 
 
-def byol_heads(features: int, hidden: int | None, dim: int, norm: Norm, transformer: bool) -> HeadPair:
-    """Return BYOL's projector and predictor (2006.07733; deepmind-research/byol): biases in the hidden layers alone."""
-    hidden = hidden or 4096
-    return _mlp([features, hidden, dim], norm, bias=True), _mlp([dim, hidden, dim], norm, bias=True)
+def byol_heads(features: int, mlp_dim: int | None, dim: int, norm: Norm, transformer: bool) -> HeadPair:
+    """Return BYOL's projector and predictor (2006.07733; deepmind-research/byol): only hidden layers have biases."""
+    mlp_dim = mlp_dim or 4096
+    return _mlp([features, mlp_dim, dim], norm, bias=True), _mlp([dim, mlp_dim, dim], norm, bias=True)
 
 
 def _mlp(sizes: list[int], norm: Norm, *, last: Last = "linear", bias: bool = False) -> nn.Sequential:
-    """Return linear layers with BatchNorm and ReLU between; `bias` is the hidden layers', the last has none.
+    """Return linear layers with BatchNorm and ReLU between them. The last layer has no bias.
 
-    last: what follows the last layer: nothing, BatchNorm without affine, or BatchNorm with a scale alone.
+    last: after the last layer, `linear`: nothing; `whiten`: BatchNorm without affine; `scale`: BatchNorm without bias.
+    bias: biases of the hidden layers.
     """
     layers: list[nn.Module] = []
     for n_in, n_out in pairwise(sizes[:-1]):
@@ -71,10 +72,10 @@ def _mlp(sizes: list[int], norm: Norm, *, last: Last = "linear", bias: bool = Fa
 
 
 class Encoder(nn.Module):
-    """A backbone, a projector and perhaps a predictor: views to L2-normalized embeddings.
+    """Backbone, projector and optional predictor: views to L2-normalized embeddings.
 
-    All views go through one call, so that a wrapper such as DistributedDataParallel sees one forward pass a step; each
-    view has its own batch statistics, but for `joint`, where all views are one batch.
+    One call takes all views: a wrapper such as DistributedDataParallel needs one forward pass a step.
+    joint: all views form one batch; otherwise each view has its own batch statistics.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Encoder(nn.Module):
         self.backbone, self.projector, self.predictor, self.joint = backbone, projector, predictor, joint
 
     def forward(self, *views: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return embeddings [B, C] of norm 1, in float32 at least, one for each of the views [B, 3, H, W]."""
+        """Return an embedding [B, C] of norm 1, in float32 or better, for each view [B, 3, H, W]."""
         if self.joint:
             return self._embed(torch.cat(views)).chunk(len(views))
         return tuple(self._embed(view) for view in views)

@@ -15,9 +15,9 @@ from methods.similarity import similarities
 
 @full_precision
 def info_nce(q: torch.Tensor, k: torch.Tensor, queue: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Return -log e^{q.k/t} / (e^{q.k/t} + sum over n in queue of e^{q.n/t}), the mean over the batch (equation 1).
+    """Return -log e^{q.k/t} / (e^{q.k/t} + sum over n in queue of e^{q.n/t}), the batch mean (equation 1).
 
-    q [B, C] with gradient, k [B, C] its positives, queue [K, C] the negatives; all of norm 1.
+    q [B, C] with gradient, positives k [B, C], negatives queue [K, C]; all of norm 1.
     """
     positive = (q * k.detach()).sum(dim=1, keepdim=True)  # [B, 1]
     logits = torch.cat([positive, similarities(q, queue.detach())], dim=1) / temperature  # [B, 1 + K]
@@ -27,10 +27,10 @@ def info_nce(q: torch.Tensor, k: torch.Tensor, queue: torch.Tensor, temperature:
 
 @dataclass(frozen=True)
 class MoCo:
-    """MoCo's loss; on a symmetric base the mean over both views as queries, while view 2's keys alone are enqueued."""
+    """InfoNCE against the queue. A symmetric base averages it over both views as queries, and enqueues k2 alone."""
 
     def needs(self, base: Base) -> frozenset[str]:
-        """Return the names of queries and keys."""
+        """Return queries and keys."""
         return needs_of(base, "qk")
 
     def __call__(self, e: Embeddings, base: Base) -> dict[str, Part]:
@@ -41,12 +41,12 @@ class MoCo:
 
 
 _SHARED = {
-    "method.momentum": 0.999,
-    "method.momentum_schedule": "constant",
-    "method.queue": 65536,
+    "method.ema_momentum": 0.999,
+    "method.ema_schedule": "constant",
+    "method.queue_size": 65536,
     "model.dim": 128,
     "model.bn": "shuffle",
-    "model.zero_init": False,
+    "model.zero_init_residual": False,
 }
 V1 = Base("moco_v1", linear_head, MoCo, symmetric=False, queue=True, published={"method.temperature": 0.07, **_SHARED})
 V2 = Base("moco_v2", moco_v2_head, MoCo, symmetric=False, queue=True, published={"method.temperature": 0.2, **_SHARED})

@@ -1,4 +1,4 @@
-"""MoCo v3 (2104.02057): symmetric contrast with the keys of the global batch, and a predictor."""
+"""MoCo v3 (2104.02057): symmetric contrast against the keys of the global batch, with a predictor."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from methods.precision import full_precision
 
 
 @full_precision
-def contrast(q: torch.Tensor, keys: torch.Tensor, temperature: float, first: int = 0) -> torch.Tensor:
-    """Return the mean cross entropy of q.keys/t to each query's own key.
+def contrastive_loss(q: torch.Tensor, keys: torch.Tensor, temperature: float, offset: int = 0) -> torch.Tensor:
+    """Return the cross entropy of q.keys/t against each query's own key, the batch mean (equation 1).
 
-    q [B, C] with gradient, keys [G, C] of the global batch; all of norm 1. Query i's own key is row first + i.
+    q [B, C] with gradient, keys [G, C] of the global batch; all of norm 1. Query i's own key is row offset + i.
     """
-    target = torch.arange(first, first + len(q), device=q.device)
+    target = torch.arange(offset, offset + len(q), device=q.device)
     return F.cross_entropy(q @ keys.detach().T / temperature, target)
 
 
 @dataclass(frozen=True)
 class MoCoV3:
-    """2 t [CE(q1 k2', diag) + CE(q2 k1', diag)], as facebookresearch/moco-v3's `ctr_loss`."""
+    """2 t [CE(q1 k2'/t, diag) + CE(q2 k1'/t, diag)], as `ctr_loss` of facebookresearch/moco-v3's `builder.py`."""
 
     def needs(self, base: Base) -> frozenset[str]:
-        """Return the names of queries and all processes' keys."""
+        """Return queries and gathered keys."""
         return needs_of(base, "qK")
 
     def __call__(self, e: Embeddings, base: Base) -> dict[str, Part]:
         """Return the loss as `info_nce`."""
-        losses = [contrast(e[f"q{a}"], e[f"K{b}"], base.temperature, e.first) for a, b in base.pairs]
+        losses = [contrastive_loss(e[f"q{a}"], e[f"K{b}"], base.temperature, e.offset) for a, b in base.pairs]
         return {"info_nce": Part(2 * base.temperature, torch.stack(losses).sum())}
 
 
@@ -43,10 +43,10 @@ V3 = Base(
     symmetric=True,
     published={
         "method.temperature": 1.0,
-        "method.momentum": 0.99,
-        "method.momentum_schedule": "cosine",
+        "method.ema_momentum": 0.99,
+        "method.ema_schedule": "cosine",
         "model.dim": 256,
         "model.bn": "sync",
-        "model.zero_init": True,
+        "model.zero_init_residual": True,
     },
 )

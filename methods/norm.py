@@ -1,9 +1,12 @@
-"""BatchNorm for contrastive learning: statistics over the whole batch or over parts of it.
+"""BatchNorm for contrastive learning: statistics of the full batch or of parts of it.
 
-plain: each process's batch. sync: the batches of all processes together. split: GROUPS equal parts of each process's
-batch, the keys' samples shuffled within it. shuffle: GROUPS equal parts of the global batch (one a process, where there
-are more processes), the keys' samples shuffled over all of it, on whichever process they were loaded. By a part's
-statistics a network could otherwise tell which key belongs to which query (1911.05722, section 3.3).
+- plain: each rank's batch.
+- sync: the global batch.
+- split: GROUPS equal parts of each rank's batch, with the keys' samples shuffled within that batch.
+- shuffle: GROUPS equal parts of the global batch (one a rank, if there are more ranks), with the keys' samples shuffled
+  across all of it.
+
+Without shuffling, a network could match key and query by their part's statistics (1911.05722, section 3.3).
 """
 
 from __future__ import annotations
@@ -24,10 +27,10 @@ SHUFFLED = ("shuffle", "split")
 
 
 class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm over [B, C] or [B, C, H, W] whose training statistics are those of `groups` equal parts of the batch.
+    """BatchNorm over [B, C] or [B, C, H, W] with training statistics of `groups` equal parts of the batch.
 
-    Running statistics move as far as those of one update over the whole batch. A batch that cannot be split into
-    `groups` equal parts of two or more is split into as many as can be.
+    Running statistics move as far as in one update by the full batch. A batch that does not divide into `groups` parts
+    of two samples or more is split into the most parts that are possible.
     """
 
     def __init__(self, channels: int, groups: int = GROUPS, *, affine: bool = True) -> None:
@@ -42,7 +45,7 @@ class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training:
             return super().forward(x)
         groups = next(g for g in range(max(1, min(self.groups, len(x) // 2)), 0, -1) if len(x) % g == 0)
-        momentum = 1 - (1 - (self.momentum or 0.0)) ** (1 / groups)
+        momentum = 1 - (1 - (self.momentum or 0.0)) ** (1 / groups)  # `groups` updates make one of self.momentum
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         parts = [
@@ -53,9 +56,9 @@ class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def norm_layers(kind: BatchNormKind, groups: int = GROUPS) -> tuple[Norm, Norm]:
-    """Return the BatchNorm layers of that kind for images and for vectors.
+    """Return the BatchNorm layers for images and for vectors.
 
-    `plain` and `sync` differ only once converted for several processes.
+    `sync` layers are plain ones, to be converted where there are several ranks.
     """
     if kind in SHUFFLED:
         split = partial(SplitBatchNorm, groups=groups)

@@ -1,4 +1,4 @@
-"""Losses are computed in float32 at least, whatever the autocast type."""
+"""Losses in float32 or better, whatever the autocast dtype."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ _STORED = ("queue", "negatives")
 
 
 def full_precision(function: Callable[P, torch.Tensor]) -> Callable[P, torch.Tensor]:
-    """Return `function`, whose first argument is a tensor, run outside autocast on float32 in place of half precision.
+    """Run `function`, whose first argument is a tensor, outside autocast, with half-precision arguments in float32.
 
-    All float16 and bfloat16 arguments are cast but `queue` and `negatives`, which may be large: `similarities` takes
-    these as they are stored.
+    `queue` and `negatives`, which may be large, are not cast: `similarities` reads them as stored.
     """
     names = tuple(inspect.signature(function).parameters)
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> torch.Tensor:
-        given: dict[str, Any] = dict(zip(names, args, strict=False)) | kwargs
-        raised = {name: value if name in _STORED else _raised(value) for name, value in given.items()}
-        with torch.autocast(raised[names[0]].device.type, enabled=False):
-            return function(**raised)  # type: ignore[call-arg, arg-type]
+        arguments: dict[str, Any] = dict(zip(names, args, strict=False)) | kwargs
+        arguments = {name: value if name in _STORED else _upcast(value) for name, value in arguments.items()}
+        with torch.autocast(arguments[names[0]].device.type, enabled=False):
+            return function(**arguments)  # type: ignore[call-arg, arg-type]
 
     return run
 
 
-def _raised(value: Any) -> Any:
-    low = isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16)
-    return value.float() if low else value
+def _upcast(value: Any) -> Any:
+    half = isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if half else value

@@ -8,39 +8,39 @@ from torch.nn import functional as F
 
 
 class KeyQueue(nn.Module):
-    """The last `length` keys, [length, dim], rows of norm 1, oldest overwritten first.
+    """The newest K = `queue_size` keys [K, dim], rows of norm 1; the oldest are overwritten first.
 
-    Any length with any batch: it wraps. It starts as random directions, the same on every rank. Keys and write position
-    lie on the device, so that writing, or not writing, waits for nothing.
+    Wraps around, so any size works with any batch. Starts as random directions, the same on every rank. Keys and write
+    position stay on the device: no host-device synchronization.
 
-    dtype: bfloat16 halves the memory; a similarity to a key is then off by at most 2^-9, the relative rounding error of
-    its components (random keys of 128 dimensions, measured: 1e-4 on average, 8e-4 at most), a logit by that over the
-    temperature.
+    dtype: bfloat16 halves the memory. A similarity is then off by at most 2^-9, the relative rounding error of a key's
+    components (measured on random keys of 128 dimensions: 1e-4 on average, 8e-4 at most), a logit by that divided by
+    the temperature.
     """
 
     keys: torch.Tensor
     position: torch.Tensor
-    """int64 [1]: the row of the next key."""
+    """Row of the next key, int64 [1]."""
 
-    def __init__(self, length: int, dim: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, queue_size: int, dim: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.register_buffer("keys", F.normalize(torch.randn(length, dim, generator=generator), dim=1).to(dtype))
+        self.register_buffer("keys", F.normalize(torch.randn(queue_size, dim, generator=generator), dim=1).to(dtype))
         self.register_buffer("position", torch.zeros(1, dtype=torch.int64))
 
     @torch.no_grad()
     def write(self, keys: torch.Tensor, condition: torch.Tensor | None = None) -> None:
-        """Overwrite the oldest rows by `keys` [N, dim]; of more than the queue's length the last remain.
+        """Overwrite the oldest rows with `keys` [N, dim], the last K of them if N > K.
 
-        condition: one bool on the device; where it is false nothing changes. Call it after the backward pass, which
-        still reads the rows.
+        Call it after the backward pass, which still reads the rows.
+        condition: a bool tensor [] on the device; if false, nothing changes.
         """
-        length, count = len(self.keys), len(keys)
-        left_out = max(0, count - length)
-        rows = (self.position + torch.arange(left_out, count, device=keys.device)) % length
-        fresh, moved = keys[left_out:].to(self.keys.dtype), (self.position + count) % length
+        size, count = len(self.keys), len(keys)
+        skipped = max(0, count - size)
+        rows = (self.position + torch.arange(skipped, count, device=keys.device)) % size
+        new_keys, new_position = keys[skipped:].to(self.keys.dtype), (self.position + count) % size
         if condition is not None:
-            fresh = torch.where(condition, fresh, self.keys[rows])
-            moved = torch.where(condition, moved, self.position)
-        self.keys.index_copy_(0, rows, fresh)
-        self.position.copy_(moved)
+            new_keys = torch.where(condition, new_keys, self.keys[rows])
+            new_position = torch.where(condition, new_position, self.position)
+        self.keys.index_copy_(0, rows, new_keys)
+        self.position.copy_(new_position)

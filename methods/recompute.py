@@ -1,4 +1,4 @@
-"""Blocks whose activations are computed again in the backward pass instead of being kept (1604.06174)."""
+"""Activation checkpointing (1604.06174): blocks that recompute their activations in the backward pass."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Recomputable(nn.Module):
-    """A block that keeps only its input for the backward pass where `recompute` is set; subclasses define `compute`.
+    """A block that, with `recompute` set, saves only its input for the backward pass. Subclasses define `compute`.
 
-    Running statistics move once, in the forward pass.
+    Running statistics are updated once, in the forward pass.
     """
 
     recompute = False
@@ -27,22 +27,22 @@ class Recomputable(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not (self.recompute and torch.is_grad_enabled()):
             return self.compute(x)
-        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here is random
-        if not torch.compiler.is_compiling():  # there the compiler sees to the statistics
-            options["context_fn"] = lambda: (contextlib.nullcontext(), _statistics_stay(self))
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # blocks draw nothing
+        if not torch.compiler.is_compiling():  # compiled code updates the statistics only once
+            options["context_fn"] = lambda: (contextlib.nullcontext(), _frozen_statistics(self))
         return checkpoint(self.compute, x, **options)
 
 
 def recompute(module: nn.Module) -> None:
-    """Set `recompute` in all blocks of the module."""
+    """Turn on recomputing in all blocks of the module."""
     for block in module.modules():
         if isinstance(block, Recomputable):
             block.recompute = True
 
 
 @contextlib.contextmanager
-def _statistics_stay(module: nn.Module) -> Iterator[None]:
-    """A context in which running statistics move by nothing, and steps are counted elsewhere."""
+def _frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """A context without updates of running statistics and of their step count."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
     before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm, _, count in before:

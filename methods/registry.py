@@ -1,4 +1,4 @@
-"""What there is to choose from, by name. A new base method, architecture or term is a file and a line here."""
+"""Base methods, architectures and terms by name. A new one is a file, and a line here."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BASES: dict[str, Base] = {base.name: base for base in (moco.V1, moco.V2, mocov3.
 
 @dataclass(frozen=True)
 class Terms:
-    """Terms beside the base's own loss; those that are set are computed."""
+    """Regularizers added to the base's own loss; None leaves one out."""
 
     co2: CO2 | None = None
     """Consistency of the similarities to the negatives (2010.02217)."""
@@ -31,13 +31,13 @@ class Terms:
     residual: Residual | None = None
     """Student-teacher gap on one view (2211.09861)."""
     dcl: DCL | None = None
-    """Decoupled contrast in place of the base's InfoNCE (2110.06848)."""
+    """Decoupled InfoNCE in place of the base's own loss (2110.06848)."""
 
 
 def build_objective(base: Base, terms: Terms) -> Objective:
-    """Return the base's loss with those terms. Raises CannotCarry for a term that the base cannot carry."""
-    chosen = {field.name: getattr(terms, field.name) for field in fields(terms)}
-    return Objective(base, base.loss(), {name: term for name, term in chosen.items() if term is not None})
+    """Return the base's loss with these terms. Raises IncompatibleTerm."""
+    by_name = {field.name: getattr(terms, field.name) for field in fields(terms)}
+    return Objective(base, base.loss(), {name: term for name, term in by_name.items() if term is not None})
 
 
 def build_backbone(
@@ -47,25 +47,25 @@ def build_backbone(
     width: float = 1.0,
     bn: BatchNormKind = "plain",
     groups: int = GROUPS,
-    zero_init: bool = False,
+    zero_init_residual: bool = False,
     size: int = 224,
-    frozen_patch: bool = True,
+    stop_grad_conv1: bool = True,
 ) -> nn.Module:
-    """Return the backbone of that name, random weights from torch's current seed; `features` are its outputs.
+    """Return the backbone of that name, weights drawn by torch's global generator. `features`: its output dimensions.
 
-    stem, width, bn and zero_init are of ResNets; size and frozen_patch of transformers.
+    ResNets take stem, width, bn, groups and zero_init_residual; transformers take size and stop_grad_conv1.
     """
     if arch in VITS:
-        return vit(arch, size=size, frozen_patch=frozen_patch)
+        return vit(arch, size=size, stop_grad_conv1=stop_grad_conv1)
     norm, _ = norm_layers(bn, groups)
-    return resnet(arch, stem=stem, width=width, norm=norm, zero_init=zero_init)
+    return resnet(arch, stem=stem, width=width, norm=norm, zero_init_residual=zero_init_residual)
 
 
 def build_encoder(
-    base: Base, backbone: nn.Module, *, dim: int, hidden: int | None, bn: BatchNormKind, groups: int
+    base: Base, backbone: nn.Module, *, dim: int, mlp_dim: int | None, bn: BatchNormKind, groups: int
 ) -> Encoder:
-    """Return the online encoder of `base`: the backbone and heads to `dim` dimensions."""
+    """Return the online encoder of `base`: the backbone with heads to `dim` dimensions."""
     _, norm = norm_layers(bn, groups)
     transformer = isinstance(backbone, VisionTransformer)
-    projector, predictor = base.heads(backbone.features, hidden, dim, norm, transformer)
+    projector, predictor = base.heads(backbone.features, mlp_dim, dim, norm, transformer)
     return Encoder(backbone, projector, predictor, joint=base.joint)

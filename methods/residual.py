@@ -1,12 +1,10 @@
-"""Residual momentum (2211.09861): the student's embedding of a view follows the teacher's embedding of that same view.
+"""Residual momentum (2211.09861): the student's embedding of a view follows the teacher's of the same view.
 
-The intra-representation gap 1 - cos(q, k), q and k the online and the momentum network's embeddings of one view, is
-what a momentum encoder leaves between student and teacher; contrast across views does not close it. The loss is
-L_base + lambda L_res with L_res = mean (1 - cos(q1, sg k1)), on symmetric bases the mean over both views, whose keys
-are there already; on others it costs a momentum forward of view 1.
+The intra-representation gap 1 - cos(q, k) lies between the online and the momentum encoder's embeddings of one view;
+contrast across views does not close it. The loss is L_base + lambda L_res with L_res = mean (1 - cos(q1, sg k1)).
+Symmetric bases average it over both views, whose keys they have already; others pay a momentum forward pass of view 1.
 
-Gap and cosine are in the paper's abstract; that q is taken after the predictor, where there is one, and lambda 1, are
-ours.
+Gap and cosine are the paper's, by its abstract. Ours: q is taken after the predictor, if any; lambda is 1.
 """
 
 from __future__ import annotations
@@ -16,13 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from methods.base import Base, CannotCarry, Embeddings, Part
+from methods.base import Base, Embeddings, IncompatibleTerm, Part
 from methods.precision import full_precision
 
 
 @full_precision
 def gap(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """Return 1 - cos(q, k), the mean over the batch: q [B, C] with gradient, k [B, C] without, of the same view."""
+    """Return 1 - cos(q, k), the batch mean: q [B, C] with gradient, k [B, C] without, of the same view."""
     return 1 - F.cosine_similarity(q, k.detach(), dim=1).mean()
 
 
@@ -31,12 +29,12 @@ class Residual:
     """The student-teacher gap on one view (2211.09861)."""
 
     weight: float = 1.0
-    """Factor of the term."""
+    """Weight of the term, lambda."""
 
     def needs(self, base: Base) -> frozenset[str]:
-        """Return the names of both networks' embeddings of the queries' views."""
-        if not base.teacher:
-            raise CannotCarry(f"residual: {base.name} has no momentum encoder, and so no gap: leave the term out")
+        """Return queries, and keys of the queries' views."""
+        if not base.momentum_encoder:
+            raise IncompatibleTerm(f"residual: {base.name} has no momentum encoder, so no gap: leave the term out")
         return frozenset(f"{kind}{a}" for kind in "qk" for a, _ in base.pairs)
 
     def __call__(self, e: Embeddings, base: Base) -> dict[str, Part]:

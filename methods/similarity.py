@@ -1,4 +1,4 @@
-"""What several terms do with rows of similarities."""
+"""Rows of similarities, shared by several losses."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import torch
 
 
 def similarities(q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Return q.k of all pairs, [B, N], in the type of q [B, C], without gradient to keys [N, C] of a lower type.
+    """Return q.k of all pairs [B, N], in the dtype of q [B, C]. Keys [N, C] of another dtype get no gradient.
 
-    Keys that are stored in bfloat16 are cast for the moment of each product; no copy of them is kept for the backward
-    pass.
+    Keys stored in bfloat16 are cast anew for each product; no cast copy is saved for the backward pass.
     """
     if keys.dtype == q.dtype:
         return q @ keys.T
@@ -30,23 +29,20 @@ class _Cast(torch.autograd.Function):
         return gradients[0] @ keys.to(gradients[0].dtype), None
 
 
-def others(similarity: torch.Tensor, first: int | None) -> torch.Tensor:
-    """Return `similarity` [B, N] without each row's own column, [B, N - 1]; as it is where `first` is None.
-
-    first: the own column of row 0; that of row i is first + i.
-    """
-    if first is None:
+def drop_own_column(similarity: torch.Tensor, offset: int | None) -> torch.Tensor:
+    """Return `similarity` [B, N] without column offset + i of each row i, [B, N - 1]; unchanged if `offset` is None."""
+    if offset is None:
         return similarity
     rows, columns = similarity.shape
-    own = torch.arange(first, first + rows, device=similarity.device)[:, None]
-    kept = torch.arange(columns - 1, device=similarity.device).expand(rows, -1)
-    return similarity.gather(1, kept + (kept >= own))
+    own = torch.arange(offset, offset + rows, device=similarity.device)[:, None]
+    column = torch.arange(columns - 1, device=similarity.device).expand(rows, -1)
+    return similarity.gather(1, column + (column >= own))
 
 
 def symmetric_kl(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return the mean over rows of (KL(A || B) + KL(B || A)) / 2, A and B the softmaxes of logits a, b [B, N].
+    """Return (KL(A || B) + KL(B || A)) / 2, the mean over rows; A and B are the softmaxes of logits a, b [B, N].
 
-    Which is the sum over columns of (A - B)(log A - log B) / 2.
+    Computed as the sum over columns of (A - B)(log A - log B) / 2.
     """
     log_a, log_b = a.log_softmax(dim=1), b.log_softmax(dim=1)
     return 0.5 * ((log_a.exp() - log_b.exp()) * (log_a - log_b)).sum(dim=1).mean()

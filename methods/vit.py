@@ -1,7 +1,7 @@
 """MoCo v3's vision transformers (2104.02057), with timm's key names.
 
-Fixed two-dimensional sine-cosine positions and, as an option, a patch projection that stays as initialized, which is
-what makes their training stable (section 4). Both follow facebookresearch/moco-v3 `vits.py`, whose ViT-S has 12 heads.
+Fixed two-dimensional sine-cosine positions and, optionally, a frozen random patch projection, which makes training
+stable (section 4). Both follow facebookresearch/moco-v3 `vits.py`, whose ViT-S has 12 heads.
 """
 
 from __future__ import annotations
@@ -60,11 +60,14 @@ class _Patches(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """A ViT without its classifier: images [B, 3, size, size] to the class token [B, `features`]."""
+    """A ViT without its classifier: images [B, 3, size, size] to the class token [B, `features`].
+
+    stop_grad_conv1: freeze the patch projection as initialized.
+    """
 
     pos_embed: torch.Tensor
 
-    def __init__(self, dim: int, depth: int, heads: int, *, size: int = 224, frozen_patch: bool = True) -> None:
+    def __init__(self, dim: int, depth: int, heads: int, *, size: int = 224, stop_grad_conv1: bool = True) -> None:
         super().__init__()
         self.features, self.size = dim, size
         self.patch_embed = _Patches(dim)
@@ -73,10 +76,10 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.Sequential(*(_Block(dim, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self._initialize()
-        self.patch_embed.requires_grad_(not frozen_patch)
+        self.patch_embed.requires_grad_(not stop_grad_conv1)
 
     def _initialize(self) -> None:
-        """Xavier-uniform weights, the query, key and value matrices each on its own; biases 0."""
+        """Draw Xavier-uniform weights, query, key and value matrices separately; set biases to 0."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 rows = module.out_features // (3 if name.endswith("qkv") else 1)
@@ -92,9 +95,9 @@ class VisionTransformer(nn.Module):
         return self._tokens(x, self.pos_embed)[:, 0]
 
     def maps(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the patches' features [B, `features`, H / 16, W / 16] of images whose sides are multiples of 16.
+        """Return the patches' features [B, `features`, H / 16, W / 16] of images with sides of multiples of 16.
 
-        At another size than the network's the positions are interpolated.
+        Positions are interpolated for images of another size than the network's.
         """
         height, width = x.shape[2] // PATCH, x.shape[3] // PATCH
         tokens = self._tokens(x, positions_at(self.pos_embed, height, width))[:, 1:]
@@ -108,7 +111,7 @@ class VisionTransformer(nn.Module):
 
 
 def positions_at(positions: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Return positions [1, 1 + side^2, dim] for height x width patches: those of the patches bicubic, as DeiT's are."""
+    """Return positions [1, 1 + height * width, dim] from positions [1, 1 + side^2, dim], bicubic as in DeiT."""
     side = math.isqrt(positions.shape[1] - 1)
     if (height, width) == (side, side):
         return positions
@@ -120,12 +123,12 @@ def positions_at(positions: torch.Tensor, height: int, width: int) -> torch.Tens
 def sine_cosine_positions(side: int, dim: int) -> torch.Tensor:
     """Return positions of the class token (zeros) and of side x side patches, row by row: [1, 1 + side^2, dim].
 
-    A quarter each of sines and cosines of one coordinate, then of the other, at dim / 4 frequencies from 1 down to
-    nearly 1/10000. As in moco-v3 the first half is that of the patch's row.
+    Four quarters: sines and cosines of one coordinate, then of the other, at dim / 4 frequencies from 1 down to nearly
+    1/10000. As in moco-v3 the first half belongs to the patch's row.
     """
     frequency = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float32) / (dim // 4))
-    at = torch.arange(side, dtype=torch.float32)
-    rows, columns = torch.meshgrid(at, at, indexing="ij")
+    index = torch.arange(side, dtype=torch.float32)
+    rows, columns = torch.meshgrid(index, index, indexing="ij")
     angles = [coordinate.flatten()[:, None] * frequency for coordinate in (rows, columns)]  # [side^2, dim / 4]
     positions = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
     return torch.cat([torch.zeros(1, dim), positions])[None]
@@ -134,8 +137,8 @@ def sine_cosine_positions(side: int, dim: int) -> torch.Tensor:
 VITS = {"vit_small": (384, 12, 12), "vit_base": (768, 12, 12)}
 
 
-def vit(arch: str, *, size: int = 224, frozen_patch: bool = True) -> VisionTransformer:
-    """Return `vit_small` or `vit_base`, patches of 16 pixels, for images of `size` (a multiple of 16) pixels a side."""
+def vit(arch: str, *, size: int = 224, stop_grad_conv1: bool = True) -> VisionTransformer:
+    """Return `vit_small` or `vit_base` for images of `size` pixels a side, a multiple of 16 (else ValueError)."""
     if size % PATCH:
         raise ValueError(f"data.size {size}: {arch} has patches of {PATCH} pixels: choose a multiple of {PATCH}")
-    return VisionTransformer(*VITS[arch], size=size, frozen_patch=frozen_patch)
+    return VisionTransformer(*VITS[arch], size=size, stop_grad_conv1=stop_grad_conv1)

@@ -29,8 +29,9 @@ from pipeline.native.libffcv import (
     RGBImageField,
     get_metadata_type,
 )
-from pipeline.system.errors import BadRecords, InputError, printable
+from pipeline.system.errors import BadRecords, InputError
 from pipeline.system.limits import LARGEST_IMAGE, MOST_CLASSES, read_json
+from pipeline.system.text import printable
 
 MANIFEST_FORMAT = 1
 _MAX_FIELDS = 64

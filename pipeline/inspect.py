@@ -19,14 +19,15 @@ from pipeline.augment.color import IMAGENET, augment
 from pipeline.augment.draws import draw_views
 from pipeline.augment.plan import Plan
 from pipeline.backends import build
-from pipeline.backends.base import Wanted
+from pipeline.backends.base import BackendConfig
 from pipeline.beton import Beton
 from pipeline.native.libffcv import RAW
 from pipeline.sampling.order import epoch_order
 from pipeline.storage.decode import check_record, decode
 from pipeline.system.cores import available_cores
-from pipeline.system.errors import BadRecords, InputError, command, printable
+from pipeline.system.errors import BadRecords, InputError, command
 from pipeline.system.progress import progress
+from pipeline.system.text import printable
 from pipeline.views import AUGMENTATIONS, View, view_sizes
 
 _CHUNK = 64  # records a thread checks at a time
@@ -86,9 +87,9 @@ def preview(
     count = len(ids)
     sides = {"heights": beton.heights[ids], "widths": beton.widths[ids]}
     drawn = draw_views(views, seed=seed, epoch=epoch, ids=ids, **sides)
-    backend = build("ffcv", beton, Wanted(view_sizes(views, size), count, 1, 1, torch.device("cpu")))
+    backend = build("ffcv", beton, BackendConfig(view_sizes(views, size), count, 1, 1, torch.device("cpu")))
     try:
-        backend.submit(Plan.of(ids, drawn, view_sizes(views, size)))
+        backend.submit(Plan.from_draws(ids, drawn, view_sizes(views, size)))
         crops = backend.receive(timeout=60)
         seen = [_pixels(augment(crop, d.color)) for crop, d in zip(crops, drawn, strict=True)]
         seen = [view if view.shape[1] == size else np.stack([_fit(image, size) for image in view]) for view in seen]

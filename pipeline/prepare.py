@@ -35,9 +35,10 @@ from pipeline.sources.labels import relabel
 from pipeline.storage.encode import Record, Settings, Unreadable, encode
 from pipeline.storage.writer import BetonWriter
 from pipeline.system.cores import available_cores
-from pipeline.system.errors import InputError, command, printable
+from pipeline.system.errors import InputError, command
 from pipeline.system.packages import version
 from pipeline.system.progress import progress
+from pipeline.system.text import printable
 
 _AHEAD = 32  # images a worker may be ahead of the writer
 _large: Any = contextlib.nullcontext()  # in workers a lock: over all of them, one large image is decoded at a time

@@ -293,8 +293,8 @@ def test_contributings_regularizer_passes_the_tests_of_losses(
         test_losses.test_value_equals_the_formula(case, batch, dim, length)
     test_losses.test_gradient_equals_central_differences_of_the_formula(case)
     test_losses.test_gradcheck(case)
-    test_losses.test_gradient_reaches_the_queries_and_neither_keys_nor_queue(case)
-    test_losses.test_is_computed_in_float32_under_autocast(case)
+    test_losses.test_gradient_reaches_queries_but_neither_keys_nor_queue(case)
+    test_losses.test_loss_is_float32_under_autocast(case)
 
 
 # ---- messages ----

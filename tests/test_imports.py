@@ -1,4 +1,4 @@
-"""Tests of the tree's layering: who imports whom, what files may be called, and that no import needs a GPU."""
+"""The tree's layering: which package may import which, no import circles, no hidden modules, no import needs a GPU."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -30,18 +31,22 @@ def _module(file: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+_MODULES = {_module(file): file for package in _PACKAGES[:-1] for file in _files(package)}
+
+
 def _imported(source: str, package: str) -> set[str]:
-    """The top-level names that `source`, a file of `package`, imports anywhere, by name through importlib too."""
+    """Dotted names that `source`, a file of `package`, imports anywhere, also by name through importlib."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             above = package.split(".")[: 1 - node.level or None] if node.level else []
-            names.add(".".join([*above, node.module or ""]).split(".")[0])
+            module = ".".join([*above, *filter(None, [node.module])])
+            names |= {f"{module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Call) and "import" in ast.unparse(node.func):
             parts = [part for argument in node.args for part in ast.walk(argument) if isinstance(part, ast.Constant)]
-            names |= {part.value.split(".")[0] for part in parts if isinstance(part.value, str)}
+            names |= {part.value for part in parts if isinstance(part.value, str)}
     return names
 
 
@@ -49,57 +54,85 @@ def _imports_of(file: Path) -> set[str]:
     return _imported(file.read_text(), ".".join(file.relative_to(ROOT).parent.parts))
 
 
+def _packages(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
 @pytest.mark.parametrize(
     ("source", "name"),
     [
-        ("import engine.loop", "engine"),
+        ("import engine.loop", "engine.loop"),
         ("import os, engine", "engine"),
-        ("from engine import loop", "engine"),
-        ("from engine.training.loop import train", "engine"),
-        ("def f():\n    from engine import loop", "engine"),
-        ("import importlib\nimportlib.import_module('engine.loop')", "engine"),
-        ("import importlib\nimportlib.import_module(f'engine.{x}')", "engine"),
+        ("from engine import loop", "engine.loop"),
+        ("from engine.training.loop import train", "engine.training.loop.train"),
+        ("def f():\n    from engine import loop", "engine.loop"),
+        ("import importlib\nimportlib.import_module('engine.loop')", "engine.loop"),
+        ("import importlib\nimportlib.import_module(f'engine.{x}')", "engine."),
         ("__import__('engine')", "engine"),
-        ("from . import views", "pipeline"),
-        ("from ..augment import augment", "pipeline"),
+        ("from . import views", "pipeline.backends.views"),
+        ("from ..augment import augment", "pipeline.augment.augment"),
     ],
 )
-def test_every_way_to_import_is_seen(source: str, name: str) -> None:
+def test_every_kind_of_import_is_found(source: str, name: str) -> None:
     assert name in _imported(source, "pipeline.backends")
 
 
-def test_every_package_was_found() -> None:
+def test_every_package_has_files() -> None:
     assert all(_files(package) for package in _PACKAGES)
 
 
 @pytest.mark.parametrize(
     "file", [f for package in _FORBIDDEN for f in _files(package)], ids=lambda f: str(f.relative_to(ROOT))
 )
-def test_imports_point_from_pipeline_and_methods_to_engine_to_benchmarks_and_tests(file: Path) -> None:
+def test_packages_import_only_those_before_them(file: Path) -> None:
     package = file.relative_to(ROOT).parts[0]
-    assert not _imports_of(file) & _FORBIDDEN[package]
+    assert not _packages(_imports_of(file)) & _FORBIDDEN[package]
+
+
+def _room(module: str) -> str:
+    """A module's folder in its package, `engine.training`; the module itself where it lies in the package's folder."""
+    return ".".join(module.split(".")[:2])
+
+
+def _circle(graph: dict[str, set[str]]) -> list[str]:
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1][::-1]
+    return []
+
+
+def test_neither_modules_nor_rooms_import_in_circles() -> None:
+    modules = {
+        module: {part for name in _imports_of(file) for part in (name, name.rpartition(".")[0])} & {*_MODULES}
+        for module, file in _MODULES.items()
+    }
+    rooms: dict[str, set[str]] = {}
+    for module, targets in modules.items():
+        rooms.setdefault(_room(module), set()).update({_room(target) for target in targets} - {_room(module)})
+    assert sum(map(len, modules.values())) > len(modules)
+    assert not _circle({module: targets - {module} for module, targets in modules.items()})
+    assert not _circle(rooms)
 
 
 @pytest.fixture(scope="module")
-def taken() -> frozenset[str]:
-    """The names of all modules that are not ours."""
-    outside = set().union(*(_imports_of(f) for package in _PACKAGES for f in _files(package))) - set(_PACKAGES)
-    return sys.stdlib_module_names | outside | _DEPENDENCIES
+def foreign() -> frozenset[str]:
+    """Names of all modules outside this project."""
+    imported = set().union(*(_packages(_imports_of(f)) for package in _PACKAGES for f in _files(package)))
+    return sys.stdlib_module_names | (imported - set(_PACKAGES)) | _DEPENDENCIES
 
 
 @pytest.mark.parametrize("file", _files("engine"), ids=lambda f: f.name)
-def test_no_file_of_the_engine_hides_another_module(file: Path, taken: frozenset[str]) -> None:
-    """Run as a script, engine/run.py has its own folder first on the search path."""
-    assert file.stem not in taken
-    assert not any(part in taken for part in file.relative_to(ROOT / "engine").parts[:-1])
+def test_no_file_of_engine_hides_another_module(file: Path, foreign: frozenset[str]) -> None:
+    """As a script, engine/run.py has its own folder first on the search path."""
+    assert not {*file.relative_to(ROOT / "engine").with_suffix("").parts} & foreign
 
 
-def test_every_module_can_be_imported_without_a_gpu() -> None:
-    modules = [_module(file) for package in _PACKAGES[:-1] for file in _files(package)]
+def test_every_module_imports_without_a_gpu() -> None:
     code = f"""
 import importlib, traceback, torch
 failed = 0
-for name in {[name for name in modules if not name.endswith("__main__")]!r}:
+for name in {[name for name in _MODULES if not name.endswith("__main__")]!r}:
     try:
         importlib.import_module(name)
     except BaseException:

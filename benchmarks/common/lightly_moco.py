@@ -162,7 +162,12 @@ def begin(args: argparse.Namespace) -> None:
     model = {"arch": "resnet18", "stem": "small", "width": args.width, "dim": 128, "bn": "split"}
     settings = {
         "seed": args.seed,
-        "method": {"name": "lightly's MoCo", "queue": args.bank, "momentum": _MOMENTUM, "temperature": _SOFTMAX},
+        "method": {
+            "name": "lightly's MoCo",
+            "queue_size": args.bank,
+            "ema_momentum": _MOMENTUM,
+            "temperature": _SOFTMAX,
+        },
         "model": model,
         "data": {"train": args.train, "eval": args.test, "batch": args.batch, "size": 32},
         "optim": {"epochs": args.epochs},

@@ -20,7 +20,7 @@ from pipeline.augment.color import IMAGENET
 from pipeline.augment.draws import draw_view, draw_views
 from pipeline.augment.plan import Plan
 from pipeline.backends import build
-from pipeline.backends.base import Wanted
+from pipeline.backends.base import BackendConfig
 from pipeline.beton import Beton
 from pipeline.native.libffcv import JPEG
 from pipeline.sampling.order import epoch_order
@@ -51,7 +51,7 @@ def _plans(beton: Beton, size: int, views: int, batch: int) -> list[Plan]:
         ids = epoch_order(0, epoch, len(beton))[place * batch : (place + 1) * batch]
         sides = {"heights": beton.heights[ids], "widths": beton.widths[ids]}
         drawn = draw_views([_VIEW] * views, seed=0, epoch=0, ids=ids, **sides)
-        found.append(Plan.of(ids, drawn, (size,) * views))
+        found.append(Plan.from_draws(ids, drawn, (size,) * views))
     return found
 
 
@@ -81,11 +81,11 @@ def _run(backend: Any, plans: list[Plan], receive: Callable[[], Any]) -> Callabl
 def ours(name: str, **more: Any) -> Callable[..., Feed]:
     """Return the way of backend `name`; draws are made beforehand, as they cost the same everywhere.
 
-    more: of `Wanted`.
+    more: of `BackendConfig`.
     """
 
     def make(beton: Beton, size: int, views: int, batch: int, threads: int, device: torch.device) -> Feed:
-        backend = build(name, beton, Wanted((size,) * views, batch, threads, _AHEAD, device, **more))
+        backend = build(name, beton, BackendConfig((size,) * views, batch, threads, _AHEAD, device, **more))
         plans = _plans(beton, size, views, batch)
         crops = float(3 * size * size * views)
         sent = {"ffcv": crops, "ffcv_gpu": _decoded(beton, plans), "dali": float(beton.sizes.mean()), "resident": 0.0}
@@ -96,9 +96,9 @@ def ours(name: str, **more: Any) -> Callable[..., Feed]:
 
 def decode_only(beton: Beton, size: int, views: int, batch: int, threads: int, device: torch.device) -> Feed:
     """What is left for the CPU where ffcv's crops are made on the GPU: each record decoded once, what is in a crop."""
-    backend = build("ffcv_gpu", beton, Wanted((size,) * views, batch, threads, _AHEAD, torch.device("cpu")))
+    backend = build("ffcv_gpu", beton, BackendConfig((size,) * views, batch, threads, _AHEAD, torch.device("cpu")))
     plans = _plans(beton, size, views, batch)
-    receive = lambda: backend._ahead.finish(600)  # type: ignore[attr-defined]  # noqa: E731
+    receive = lambda: backend.take_filled(600)  # type: ignore[attr-defined]  # noqa: E731
     return Feed(_run(backend, plans, receive), _decoded(beton, plans))
 
 
@@ -247,7 +247,7 @@ class _Endless(torch.utils.data.Sampler[int]):
             yield from torch.randperm(self._count).tolist()
 
 
-HARDWARE_LOADS = {f"dali-{load}": ours("dali", hardware_load=load / 100) for load in (0, 65, 100)}
+HARDWARE_LOADS = {f"dali-{load}": ours("dali", hw_decoder_load=load / 100) for load in (0, 65, 100)}
 """With other shares, in hundredths, for the GPU's JPEG decoder."""
 COMPARED: dict[str, Callable[..., Feed]] = {
     "ffcv": ours("ffcv"),

@@ -21,7 +21,7 @@ class Official:
         self._online = _plain(encoder).to(device)
         self._target = copy.deepcopy(self._online).requires_grad_(False)
         assert settings.model.dim is not None
-        self._length, self._temperature = settings.method.queue or 65536, settings.method.temperature or 0.2
+        self._length, self._temperature = settings.method.queue_size or 65536, settings.method.temperature or 0.2
         self._queue = F.normalize(torch.randn(settings.model.dim, self._length, device=device), dim=0)
         self._position = torch.zeros(1, dtype=torch.long)
         optim = settings.optim
@@ -78,11 +78,11 @@ class Lightly:
 
         features, dim = encoder.backbone.features, settings.model.dim
         self._backbone = _plain(encoder).to(device).backbone
-        self._head = MoCoProjectionHead(features, settings.model.hidden or features, dim).to(device)
+        self._head = MoCoProjectionHead(features, settings.model.mlp_dim or features, dim).to(device)
         self._backbone_momentum, self._head_momentum = copy.deepcopy(self._backbone), copy.deepcopy(self._head)
         for module in (self._backbone_momentum, self._head_momentum):
             deactivate_requires_grad(module)
-        self._criterion = NTXentLoss(settings.method.temperature, memory_bank_size=(settings.method.queue, dim))
+        self._criterion = NTXentLoss(settings.method.temperature, memory_bank_size=(settings.method.queue_size, dim))
         self._criterion.to(device)
         parameters = [*self._backbone.parameters(), *self._head.parameters()]
         optim = settings.optim

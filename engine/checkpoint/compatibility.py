@@ -8,22 +8,25 @@ from typing import Any
 
 from engine.checkpoint import storage
 from engine.config.cli import flat
+from engine.config.renamed import translate
 from engine.config.settings import Settings
 from pipeline.system.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 FREE = {"out", "resume", "allow_change", "log_every", "save_every", "keep", "keep_every", "tracker", "gradient_shares"}
-FREE |= {"cpu", "compile", "cuda_graph", "recompute", "collective_timeout", "step_timeout"}
-FREE |= {f"data.{key}" for key in ("train", "eval", "eval_share", "verify", "on_bad", "samples", "stall_timeout")}
-FREE |= {f"data.{key}" for key in ("workers", "ahead", "backend", "crop_on", "hardware_load")}
+FREE |= {"cpu", "compile", "cuda_graph", "activation_checkpointing", "collective_timeout", "step_timeout"}
+FREE |= {f"data.{key}" for key in ("train", "eval", "eval_crop_ratio", "verify", "on_bad", "samples", "stall_timeout")}
+FREE |= {f"data.{key}" for key in ("workers", "prefetch_factor", "backend", "hw_decoder_load")}
 FREE |= {f"knn.{key}" for key in ("every", "k", "temperature", "limit")}
 """Settings that may differ: they do not change the training.
 
 Of `data.train` and `data.eval` the path alone: the images are compared too.
 """
-FIXED = {"method.name", "method.queue", "method.queue_dtype", "optim.name", "data.batch", "data.order", "seed"}
-FIXED |= {f"model.{key}" for key in ("arch", "stem", "width", "dim", "hidden", "bn", "zero_init", "frozen_patch")}
+FIXED = {"method.name", "method.queue_size", "method.queue_dtype", "optim.name", "data.batch", "data.order", "seed"}
+FIXED |= {
+    f"model.{key}" for key in ("arch", "stem", "width", "dim", "mlp_dim", "bn", "zero_init_residual", "stop_grad_conv1")
+}
 """Settings that may never differ: the saved state would not fit."""
 
 
@@ -64,7 +67,7 @@ def compare(
 
 def compare_settings(settings: Settings, saved: dict[str, Any], *, warn: bool = True) -> None:
     """Raise InputError for a setting that differs and is neither free nor allowed to change."""
-    then, now = flat(saved), flat(settings.as_dict())
+    then, now = flat(translate(saved)), flat(settings.as_dict())
     differing = [key for key in {**now, **then} if key not in FREE and then.get(key) != now.get(key)]
     for key in sorted(differing, key=lambda key: key != "method.name"):  # other defaults follow from the method
         if key in FIXED:

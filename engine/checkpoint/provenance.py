@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.beton import Beton, count_classes
-from pipeline.system.errors import printable
 from pipeline.system.packages import version
+from pipeline.system.text import printable
 
 _ROOT = Path(__file__).resolve().parents[2]
 _MAX_CHARACTERS = 100  # of a value read from a checkpoint

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import functools
+import logging
+import os
 import re
 import sys
 from argparse import ArgumentError
@@ -15,11 +17,13 @@ import jsonargparse
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+from engine.config.renamed import RENAMED, refuse_former, translate
 from engine.config.settings import LONGEST, Settings
 from methods.registry import Terms
 from pipeline.system.errors import InputError
 from pipeline.system.limits import parse_yaml, read_yaml
 
+logger = logging.getLogger(__name__)
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
@@ -42,6 +46,12 @@ def _read_recipe(path: str) -> dict[str, Any]:
     found = read_yaml(path, f"give a recipe, such as {_EXAMPLE}, or correct it")
     if not isinstance(found, dict):
         raise InputError(f"--config {path}: not a mapping of settings: write lines such as optim: {{lr: 0.03}}")
+    former = [key for key in RENAMED if _has(found, key)]
+    if len(former) == len(RENAMED):  # complete: a run of an earlier version wrote it
+        if os.environ.get("RANK", "0") == "0":
+            listed = ", ".join(f"{key} -> {RENAMED[key]}" for key in former)
+            logger.warning("%s: of an earlier version: settings renamed: %s", path, listed)
+        found = translate(found)
     if found.get("precision") is False:
         found["precision"] = "no"  # which YAML takes for false
     if "terms" in found:
@@ -58,6 +68,12 @@ def _read_recipe(path: str) -> dict[str, Any]:
     return {name: given for name, given in found.items() if given is not None or name not in _SECTIONS}
 
 
+def _has(settings: dict[str, Any], key: str) -> bool:
+    section, _, name = key.rpartition(".")
+    within = settings.get(section) if section else settings
+    return isinstance(within, dict) and name in within
+
+
 def _terms(given: Any) -> Any:
     """Return terms as a mapping, however a recipe lists them."""
     given = [given] if isinstance(given, str) else given or {}
@@ -70,6 +86,7 @@ def _terms(given: Any) -> Any:
 def _check_names(given: dict[Any, Any], within: str, known: list[str], choice: str = _HELP) -> None:
     """Raise InputError for a name that is none of the known ones."""
     for name in given:
+        refuse_former(f"{within}{name}", given[name])
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1)
             hint = f", did you mean {within}{close[0]}" if close else ""
@@ -132,7 +149,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     return Settings(**chosen)
 
 
-_OWN = ("data.train", "data.eval", "data.workers", "data.ahead", "data.stall_timeout")
+_OWN = ("data.train", "data.eval", "data.workers", "data.prefetch_factor", "data.stall_timeout")
 
 
 def shared(settings: Settings) -> dict[str, Any]:
@@ -172,6 +189,7 @@ def _check_arguments(given: list[str]) -> None:
     _check_sizes(given)
     for argument, following in zip(given, [*given[1:], ""], strict=False):
         name, assigned, value = argument.partition("=")
+        refuse_former(name.removeprefix("--").replace("-", "_"), value if assigned else following)
         section, _, field = name.removeprefix("--").rstrip("+").partition(".")
         term, _, parameter = field.partition(".")
         if not name.startswith("--") or section not in _SECTIONS:

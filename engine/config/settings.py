@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
-from methods.base import Base, CannotCarry
+from methods.base import Base, IncompatibleTerm
 from methods.norm import SHUFFLED
 from methods.registry import BASES, Terms, build_objective
 from methods.vit import PATCH, VITS
@@ -63,15 +63,13 @@ class Data:
     eval: str = ""
     """Labeled beton for kNN, with neighbors from `train`; where both are one file, every tenth image of a class is
     classified by the others. Empty: no kNN."""
-    backend: Literal["auto", "ffcv", "dali", "resident"] = "auto"
-    """What decodes: ffcv, on the CPU's cores; dali, on the GPU where there is one; resident, all images once, into the
-    device's memory. auto: resident where the images take at most half of what is free there, else ffcv, or dali where
-    there are too few cores for a GPU."""
-    hardware_load: float = 0.9
+    backend: Literal["auto", "ffcv", "ffcv_gpu", "dali", "resident"] = "auto"
+    """Decoder: ffcv decodes and crops on the CPU; ffcv_gpu decodes on the CPU and crops on the GPU; dali decodes on the
+    GPU where there is one; resident decodes all images once, into the device's memory. auto: resident where the images
+    take at most half of the free memory; else ffcv without a GPU, ffcv_gpu with one, or dali with too few cores."""
+    hw_decoder_load: float = 0.9
     """Share of the JPEGs that dali gives to the GPU's hardware decoder, where it has one; its other cores take the
     rest."""
-    crop_on: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where ffcv's crops are made: by the cores that decode, or by the GPU; auto: the GPU, where there is one."""
     on_bad: Literal["error", "skip"] = "error"
     """What a damaged record is: an error that names it; or passed over, for the next whole one in the file, and counted
     in the metrics as `substituted`."""
@@ -80,9 +78,9 @@ class Data:
     full: every record first, on all cores, so that damage in the last of them does not show after days."""
     augmentation: str = "moco_v2"
     """Two-view augmentation: moco_v1, moco_v2, moco_v3, simclr, byol; with _32 (no blur) for small images."""
-    order: Literal["random", "chunked"] = "random"
-    """Of an epoch's samples: random, or, for sets larger than memory, chunked: those of two thousand places in the file
-    at a time, each place read once."""
+    order: Literal["random", "quasi_random"] = "random"
+    """Of an epoch's samples: random; or, for sets larger than memory, quasi_random, which shuffles within windows of
+    2,048 chunks of 16 neighbors in the file, each chunk read once."""
     size: int = 224
     """Side of a view, pixels."""
     sizes: list[int] = field(default_factory=list)
@@ -92,11 +90,11 @@ class Data:
     """Images a step, over all processes and accumulated parts."""
     workers: int = 0
     """Loader threads a process; 0: its share of the machine's cores."""
-    ahead: int = 3
+    prefetch_factor: int = 3
     """Batches prepared in advance."""
     stall_timeout: float = 60.0
     """Seconds without a batch after which the run ends with an error."""
-    eval_share: float = 0.875
+    eval_crop_ratio: float = 0.875
     """Center crop for evaluation, as a share of the shorter side; 1 for small images."""
     samples: int = 0
     """Images that --dry-run counts steps with where `train` is not set."""
@@ -118,12 +116,21 @@ class Data:
         sensible = 2 <= self.batch <= 2**20
         _require(sensible, "data.batch", self.batch, "choose 2 or more, contrast needs other samples, to 1048576")
         _require(0 <= self.workers <= 1024, "data.workers", self.workers, "choose 0 (automatic) to 1024")
-        _require(1 <= self.ahead <= 64, "data.ahead", self.ahead, "choose 1 to 64 batches")
+        _require(
+            1 <= self.prefetch_factor <= 64, "data.prefetch_factor", self.prefetch_factor, "choose 1 to 64 batches"
+        )
         remedy = f"choose a number of seconds above 0, up to {_LONGEST_WAIT}"
         _require(0 < self.stall_timeout <= _LONGEST_WAIT, "data.stall_timeout", self.stall_timeout, remedy)
-        _require(0 <= self.hardware_load <= 1, "data.hardware_load", self.hardware_load, "choose a share from 0 to 1")
+        _require(
+            0 <= self.hw_decoder_load <= 1, "data.hw_decoder_load", self.hw_decoder_load, "choose a share from 0 to 1"
+        )
         _require(self.samples >= 0, "data.samples", self.samples, "choose a number of images, or 0 for unknown")
-        _require(0 < self.eval_share <= 1, "data.eval_share", self.eval_share, "choose a share above 0, up to 1")
+        _require(
+            0 < self.eval_crop_ratio <= 1,
+            "data.eval_crop_ratio",
+            self.eval_crop_ratio,
+            "choose a share above 0, up to 1",
+        )
 
 
 @dataclass
@@ -138,24 +145,24 @@ class Model:
     """Share of a ResNet's published channel counts."""
     dim: int | None = None
     """Dimensions of the embeddings."""
-    hidden: int | None = None
+    mlp_dim: int | None = None
     """Width of the heads' hidden layers."""
     bn: Literal["plain", "shuffle", "split", "sync"] | None = None
     """BatchNorm statistics: of each process's batch; of 8 parts of the global batch, keys' samples shuffled over all of
     it; of 8 parts of each process's batch, shuffled within it; or of all processes' batches."""
-    zero_init: bool | None = None
+    zero_init_residual: bool | None = None
     """Begin a ResNet's blocks as the identity: scale 0 in their last BatchNorm."""
-    frozen_patch: bool = True
+    stop_grad_conv1: bool = True
     """Leave a transformer's patch projection as initialized."""
 
     def __post_init__(self) -> None:
         _require(0.05 <= self.width <= 8, "model.width", self.width, "choose 0.05 to 8")
-        for key in ("dim", "hidden"):
+        for key in ("dim", "mlp_dim"):
             value = getattr(self, key)
             _require(value is None or 2 <= value <= 65536, f"model.{key}", value, "choose 2 to 65536")
-        largest = (self.dim or 0) * (self.hidden or 0)
-        remedy = f"{self.hidden} by {self.dim} parameters a layer are more than 2^28: choose fewer"
-        _require(largest <= 2**28, "model.hidden", self.hidden, remedy)
+        largest = (self.dim or 0) * (self.mlp_dim or 0)
+        remedy = f"{self.mlp_dim} by {self.dim} parameters a layer are more than 2^28: choose fewer"
+        _require(largest <= 2**28, "model.mlp_dim", self.mlp_dim, remedy)
         if self.arch in VITS:
             plain = self.stem == "imagenet" and self.width == 1
             _require(plain, "model.arch", self.arch, "model.stem and model.width are of ResNets: leave them out")
@@ -169,11 +176,11 @@ class Method:
     """Base method."""
     temperature: float | None = None
     """Softmax temperature (not byol)."""
-    momentum: float | None = None
+    ema_momentum: float | None = None
     """Of the momentum encoder: the share of itself it keeps each step (not simclr)."""
-    momentum_schedule: Literal["constant", "cosine"] | None = None
+    ema_schedule: Literal["constant", "cosine"] | None = None
     """Whether that share stays, or rises to 1 by a cosine over the run."""
-    queue: int | None = None
+    queue_size: int | None = None
     """Keys in the queue (moco_v1, moco_v2)."""
     queue_dtype: Literal["float32", "bfloat16"] = "float32"
     """How they are stored; bfloat16 changes a similarity by at most 0.002."""
@@ -181,15 +188,15 @@ class Method:
     """Whether the loss is the mean over both views as queries (a choice for moco_v1, moco_v2)."""
 
     def __post_init__(self) -> None:
-        for key in ("temperature", "momentum"):
+        for key in ("temperature", "ema_momentum"):
             if getattr(self, key) is not None:
                 _finite(**{f"method__{key}": getattr(self, key)})
         positive = self.temperature is None or self.temperature > 0
         _require(positive, "method.temperature", self.temperature, "choose a number above 0, such as 0.2")
-        share = self.momentum is None or 0 <= self.momentum <= 1
-        _require(share, "method.momentum", self.momentum, "choose 0 to 1, such as 0.999")
-        sensible = self.queue is None or 0 < self.queue <= 2**24
-        _require(sensible, "method.queue", self.queue, "choose a number of keys above 0, such as 65536")
+        share = self.ema_momentum is None or 0 <= self.ema_momentum <= 1
+        _require(share, "method.ema_momentum", self.ema_momentum, "choose 0 to 1, such as 0.999")
+        sensible = self.queue_size is None or 0 < self.queue_size <= 2**24
+        _require(sensible, "method.queue_size", self.queue_size, "choose a number of keys above 0, such as 65536")
 
 
 @dataclass
@@ -206,9 +213,9 @@ class Optim:
     """Of sgd and lars; adamw has 0.9 and 0.999."""
     weight_decay: float = 1e-4
     """Of the optimizer's parameters."""
-    trust: float = 0.001
+    trust_coefficient: float = 0.001
     """Trust coefficient of lars."""
-    clip: float = 0.0
+    clip_grad_norm: float = 0.0
     """Largest norm of the whole gradient, which is scaled down to it; 0: any."""
     epochs: int = 200
     """Epochs to train."""
@@ -217,21 +224,35 @@ class Optim:
     schedule: Literal["cosine", "steps", "constant"] = "cosine"
     """Learning rate after warm-up."""
     milestones: list[float] = field(default_factory=list)
-    """Epochs from which on schedule steps multiplies the rate by `factor`."""
-    factor: float = 0.1
+    """Epochs from which on schedule steps multiplies the rate by `gamma`."""
+    gamma: float = 0.1
     """See milestones."""
-    by: Literal["epoch", "step"] = "epoch"
+    schedule_interval: Literal["epoch", "step"] = "epoch"
     """The schedule after warm-up moves once an epoch or every step."""
 
     def __post_init__(self) -> None:
         _finite(optim__lr=self.lr, optim__weight_decay=self.weight_decay, optim__warmup_epochs=self.warmup_epochs)
-        _finite(optim__clip=self.clip, optim__trust=self.trust, optim__factor=self.factor)
+        _finite(
+            optim__clip_grad_norm=self.clip_grad_norm,
+            optim__trust_coefficient=self.trust_coefficient,
+            optim__gamma=self.gamma,
+        )
         _require(self.lr > 0, "optim.lr", self.lr, "choose a number above 0, such as 0.03")
         _require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "choose 0 or more, below 1, such as 0.9")
         _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "choose 0 or more, such as 1e-4")
-        _require(self.trust > 0, "optim.trust", self.trust, "choose a number above 0, such as 0.001")
-        _require(self.clip >= 0, "optim.clip", self.clip, "choose a norm above 0, or 0 for none")
-        _require(self.factor > 0, "optim.factor", self.factor, "choose a number above 0, such as 0.1")
+        _require(
+            self.trust_coefficient > 0,
+            "optim.trust_coefficient",
+            self.trust_coefficient,
+            "choose a number above 0, such as 0.001",
+        )
+        _require(
+            self.clip_grad_norm >= 0,
+            "optim.clip_grad_norm",
+            self.clip_grad_norm,
+            "choose a norm above 0, or 0 for none",
+        )
+        _require(self.gamma > 0, "optim.gamma", self.gamma, "choose a number above 0, such as 0.1")
         _require(1 <= self.epochs <= 100_000, "optim.epochs", self.epochs, "choose 1 to 100000")
         fits = 0 <= self.warmup_epochs < self.epochs
         remedy = f"choose 0 or more, below optim.epochs {self.epochs}"
@@ -289,13 +310,13 @@ class Settings:
     cuda_graph: bool = False
     """Replay each step as one CUDA graph, on one GPU, so that Python and launches cost nothing; steps that are logged
     run as usual, and need as much memory again."""
-    accumulate: int = 1
+    gradient_accumulation_steps: int = 1
     """Parts in which a process computes its share of a batch, one after another, to save memory. Each part has its own
     batch statistics, and meets the keys of the whole batch."""
     micro_batch: int = 0
-    """Samples a process computes at once, at most: `accumulate` then follows from the number of processes. 0: as
-    given."""
-    recompute: bool = False
+    """Samples a process computes at once, at most: `gradient_accumulation_steps` then follows from the number of
+    processes. 0: as given."""
+    activation_checkpointing: bool = False
     """Keep only the inputs of the backbone's blocks for the backward pass, and compute the rest again: for ResNet-50
     0.4 of the activations' memory, and a quarter more time."""
     gradient_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -323,7 +344,12 @@ class Settings:
         _check_bounds("", self.as_dict())
         _require(0 <= self.seed < 2**32, "seed", self.seed, "choose 0 to 4294967295")
         _require(bool(self.out), "out", self.out, "name a folder")
-        _require(self.accumulate >= 1, "accumulate", self.accumulate, "choose 1 or more")
+        _require(
+            self.gradient_accumulation_steps >= 1,
+            "gradient_accumulation_steps",
+            self.gradient_accumulation_steps,
+            "choose 1 or more",
+        )
         waits, remedy = (self.step_timeout, self.collective_timeout), f"up to {_LONGEST_WAIT}"
         _require(0 <= waits[0] <= _LONGEST_WAIT, "step_timeout", waits[0], f"choose a number of seconds {remedy}, or 0")
         _require(0 < waits[1] <= _LONGEST_WAIT, "collective_timeout", waits[1], f"choose a number above 0, {remedy}")
@@ -352,7 +378,7 @@ class Settings:
         base, transformer = BASES[self.method.name], self.model.arch in VITS
         for dotted, value in {**base.published, "method.symmetric": base.symmetric}.items():
             section, key = dotted.split(".")
-            if getattr(getattr(self, section), key) is None and not (transformer and key == "zero_init"):
+            if getattr(getattr(self, section), key) is None and not (transformer and key == "zero_init_residual"):
                 setattr(getattr(self, section), key, value)
 
     def _refuse_without_effect(self) -> None:
@@ -360,18 +386,23 @@ class Settings:
         base, method, model = self.base, self.method, self.model
         queue_dtype = method.queue_dtype if method.queue_dtype != "float32" else None
         for key, value, has, why in (
-            ("method.queue", method.queue, base.queue, f"{base.name} has no queue"),
+            ("method.queue_size", method.queue_size, base.queue, f"{base.name} has no queue"),
             ("method.queue_dtype", queue_dtype, base.queue, f"{base.name} has no queue"),
-            ("method.momentum", method.momentum, base.teacher, f"{base.name} has no momentum encoder"),
+            ("method.ema_momentum", method.ema_momentum, base.momentum_encoder, f"{base.name} has no momentum encoder"),
             (
-                "method.momentum_schedule",
-                method.momentum_schedule,
-                base.teacher,
+                "method.ema_schedule",
+                method.ema_schedule,
+                base.momentum_encoder,
                 f"{base.name} has no momentum encoder",
             ),
             ("method.temperature", method.temperature, base.contrastive, f"{base.name} has no softmax"),
-            ("model.hidden", model.hidden, base.name != "moco_v1", f"{base.name}'s head is one layer"),
-            ("model.zero_init", model.zero_init, model.arch not in VITS, f"{model.arch} has no such blocks"),
+            ("model.mlp_dim", model.mlp_dim, base.name != "moco_v1", f"{base.name}'s head is one layer"),
+            (
+                "model.zero_init_residual",
+                model.zero_init_residual,
+                model.arch not in VITS,
+                f"{model.arch} has no such blocks",
+            ),
         ):
             if value is not None and not has:
                 raise InputError(f"{key} {value!r}: {why}: leave it out, or null")
@@ -379,12 +410,12 @@ class Settings:
     def _refuse_impossible(self) -> None:
         """Raise InputError for combinations that cannot work."""
         base = self.base
-        keys = (self.method.queue or 0) * (self.model.dim or 0)
+        keys = (self.method.queue_size or 0) * (self.model.dim or 0)
         remedy = f"{self.model.dim} numbers a key are more than 2^30 in all: choose fewer keys"
-        _require(keys <= 2**30, "method.queue", self.method.queue, remedy)
+        _require(keys <= 2**30, "method.queue_size", self.method.queue_size, remedy)
         if not base.symmetric and not base.queue:
             raise InputError(f"method.symmetric False: {base.name} is symmetric: leave it out, or null")
-        if self.model.bn in SHUFFLED and not base.teacher:
+        if self.model.bn in SHUFFLED and not base.momentum_encoder:
             raise InputError(f"model.bn {self.model.bn!r}: {base.name} has no keys to shuffle: choose plain or sync")
         if self.model.arch in VITS and self.data.size % PATCH:
             remedy = f"{self.model.arch} has patches of {PATCH} pixels: choose a multiple of {PATCH}"
@@ -399,9 +430,12 @@ class Settings:
             )
         try:
             needs = build_objective(base, self.terms).needs
-        except CannotCarry as error:
+        except IncompatibleTerm as error:
             raise InputError(f"terms.{error}") from None
-        for key, value, parts in (("accumulate", self.accumulate, 1), ("micro_batch", self.micro_batch, 0)):
+        for key, value, parts in (
+            ("gradient_accumulation_steps", self.gradient_accumulation_steps, 1),
+            ("micro_batch", self.micro_batch, 0),
+        ):
             if value > parts and any(name[0] == "Q" for name in needs):
                 own = any(name[0] == "Q" for name in base.loss().needs(base))
                 who = base.name if own else "terms.xmoco.cross"
@@ -442,7 +476,7 @@ class Settings:
         """Return the parts in which each of `world` processes computes its share of a batch."""
         share = self.data.batch // world
         if not self.micro_batch:
-            return self.accumulate
+            return self.gradient_accumulation_steps
         return next((n for n in range(1, share + 1) if share % n == 0 and share // n <= self.micro_batch), 1)
 
     def as_dict(self) -> dict[str, Any]:

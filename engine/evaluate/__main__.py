@@ -10,6 +10,7 @@ from types import ModuleType
 from engine.evaluate import classification, features, knn, linear, semi_supervised, svm
 from engine.evaluate.detection import detect
 from engine.evaluate.segmentation import segment
+from pipeline.backends import BACKENDS
 from pipeline.system.errors import command
 
 _COMMANDS: dict[str, tuple[ModuleType, str]] = {
@@ -66,7 +67,7 @@ def _add_betons(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test", metavar="DATA", help="the same (default: every tenth of each class of --train)")
     parser.add_argument("--size", type=int, help="side of the views, pixels (default: the encoder's)")
     parser.add_argument("--share", type=float, help="test crop over the shorter side (default: the run's, or 0.875)")
-    parser.add_argument("--backend", choices=["auto", "ffcv", "dali", "resident"], default="auto")
+    parser.add_argument("--backend", choices=["auto", *BACKENDS], default="auto")
     parser.add_argument("--on-bad", choices=["error", "skip"], default="error", help="what a damaged record is")
 
 

@@ -47,7 +47,7 @@ class Bench(Trial):
     @property
     def share(self) -> float:
         """Side of the test crop over the image's shorter side."""
-        stated = self.encoder.settings.get("data", {}).get("eval_share", 0.875)
+        stated = self.encoder.settings.get("data", {}).get("eval_crop_ratio", 0.875)
         return float(self.args.share or stated)
 
     @property
@@ -59,7 +59,7 @@ class Bench(Trial):
         """Return the loaders' options."""
         if beton.fingerprint not in self.backends:
             sharing = {"processes": local_world(), "cores": self.workers}
-            wanted = all_gather_object(lambda: choose(self.args.backend, "auto", beton, self.device, **sharing))
+            wanted = all_gather_object(lambda: choose(self.args.backend, beton, self.device, **sharing))
             self.backends[beton.fingerprint] = agreed([Choice(*choice) for choice in wanted]).name
         return {
             "size": self.size,

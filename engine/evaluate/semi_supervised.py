@@ -27,8 +27,9 @@ from methods.encoders import place
 from pipeline.beton import Beton
 from pipeline.storage.subset import Subset
 from pipeline.system.device import to_device
-from pipeline.system.errors import InputError, printable
+from pipeline.system.errors import InputError
 from pipeline.system.limits import LIST_BYTES, read_text
+from pipeline.system.text import printable
 
 _RATES = {0.01: (0.02, 5.0), 0.1: (0.01, 0.2)}
 _STEPS, _FACTOR = (0.6, 0.8), 0.2

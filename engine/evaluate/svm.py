@@ -19,8 +19,9 @@ from engine.evaluate.accuracy import bounds
 from engine.evaluate.classification import Bench
 from engine.parallel import collectives
 from pipeline.beton import Beton
-from pipeline.system.errors import InputError, printable
+from pipeline.system.errors import InputError
 from pipeline.system.limits import LIST_BYTES, read_text
+from pipeline.system.text import printable
 
 COSTS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
 _LABELS = {"1": 1, "0": 0, "-1": -1}

@@ -11,9 +11,10 @@ import yaml
 from engine.checkpoint.provenance import commit
 from engine.weights.load import DIMENSIONS, Architecture, Loaded, digest
 from pipeline.augment.color import IMAGENET
-from pipeline.system.errors import InputError, printable
+from pipeline.system.errors import InputError
 from pipeline.system.limits import RESULT_BYTES, json_lines, read_json
 from pipeline.system.packages import version
+from pipeline.system.text import printable
 
 _FIGURES = {"top1": "top-1", "map": "mAP", "miou": "mIoU", "ap": "AP"}
 """Of evaluations, by the key that holds the one for a table."""

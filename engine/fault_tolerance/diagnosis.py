@@ -16,7 +16,9 @@ from engine.parallel.rendezvous import rank
 from pipeline.system.errors import LoaderStalled, RunFailed, describe_error
 
 _ON_ALL_RANKS = (Stopped, PeerError, FloatingPointError)
-_LESS_MEMORY = "compute less at once (--micro_batch, or --recompute true); --dry-run estimates what a run takes"
+_LESS_MEMORY = (
+    "compute less at once (--micro_batch, or --activation_checkpointing true); --dry-run estimates what a run takes"
+)
 
 
 @contextlib.contextmanager

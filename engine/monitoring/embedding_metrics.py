@@ -58,7 +58,7 @@ def measure(e: Embeddings, base: Base) -> dict[str, torch.Tensor]:
         "uniformity": uniformity(q),
         "effective_rank": effective_rank(q),
     }
-    if base.teacher:
+    if base.momentum_encoder:
         measures["student_teacher_gap"] = gap(q, e[f"k{a}"])
     return measures
 

@@ -76,7 +76,7 @@ class SpikeWatch:
             return ""
         return (
             f"the loss leapt to {loss:.4g} from {usual:.4g}, {(loss - usual) / sigma:.0f} times its usual deviation: "
-            "where this continues, resume from an earlier checkpoint with a lower optim.lr, or optim.clip 1"
+            "where this continues, resume from an earlier checkpoint with a lower optim.lr, or optim.clip_grad_norm 1"
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def build_optimizer(model: nn.Module, settings: Optim) -> torch.optim.Optimizer:
         return adamw
     if settings.name == "lars":
         sgd: torch.optim.SGD = LARS(
-            parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=decay, trust=settings.trust
+            parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=decay, trust=settings.trust_coefficient
         )
     else:
         sgd = torch.optim.SGD(parameters, settings.lr, settings.momentum, weight_decay=decay, fused=True)

@@ -93,13 +93,13 @@ def learning_rate(settings: Optim, step: Numbers, steps_per_epoch: int, batch: i
     """Return the learning rate of `step`, counted over the whole run, for global batches of that size.
 
     Linear from 0 over the warm-up. Then for `cosine` the peak times (1 + cos(pi t)) / 2, t the finished share of the
-    epochs after warm-up (facebookresearch/moco and moco-v3 `adjust_learning_rate`); for `steps` the peak times `factor`
-    for each milestone reached. `by: epoch` counts finished epochs, `step` fractions too.
+    epochs after warm-up (facebookresearch/moco and moco-v3 `adjust_learning_rate`); for `steps` the peak times `gamma`
+    for each milestone reached. `schedule_interval: epoch` counts finished epochs, `step` fractions too.
     """
     peak, epoch, warmup = peak_rate(settings, batch), np.asarray(step) / steps_per_epoch, settings.warmup_epochs
-    progress = np.floor(epoch) if settings.by == "epoch" else epoch
+    progress = np.floor(epoch) if settings.schedule_interval == "epoch" else epoch
     if settings.schedule == "steps":
-        rates = peak * settings.factor ** np.searchsorted(settings.milestones, progress, side="right")
+        rates = peak * settings.gamma ** np.searchsorted(settings.milestones, progress, side="right")
     elif settings.schedule == "constant":
         rates = np.full_like(epoch, peak)
     else:
@@ -114,6 +114,6 @@ def momentum_after(settings: Method, step: Numbers, steps: int) -> Numbers:
     The keys of step s + 1 then follow an update by the momentum of s + 1, as in facebookresearch/moco-v3, which updates
     at the beginning of each step (its first update changes nothing).
     """
-    if settings.momentum is None or settings.momentum_schedule == "constant":
-        return settings.momentum or 0.0
-    return cosine_momentum(settings.momentum, (step + 1) / steps)
+    if settings.ema_momentum is None or settings.ema_schedule == "constant":
+        return settings.ema_momentum or 0.0
+    return cosine_momentum(settings.ema_momentum, (step + 1) / steps)

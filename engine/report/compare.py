@@ -13,7 +13,7 @@ import numpy as np
 from engine.checkpoint.compatibility import FREE
 from engine.report.run_folder import RunFiles, number
 
-_BEARING = {"data.train", "data.eval", "data.eval_share", "knn.k", "knn.temperature", "knn.limit"}
+_BEARING = {"data.train", "data.eval", "data.eval_crop_ratio", "knn.k", "knn.temperature", "knn.limit"}
 _FREE = FREE - _BEARING | {"seed"}
 """Settings in which runs of one group may differ: nothing that is compared depends on them, but by chance."""
 _OWN = {"out", "resume", "allow_change"}

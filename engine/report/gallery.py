@@ -115,7 +115,7 @@ def _from_start(run: RunFiles, name: str) -> str:
 
 
 def _share(run: RunFiles) -> float:
-    share = number(run.settings.get("data.eval_share"))
+    share = number(run.settings.get("data.eval_crop_ratio"))
     return share if share and 0 < share <= 1 else _CENTER
 
 

@@ -23,7 +23,7 @@ from pipeline.beton import Beton
 from pipeline.storage.decode import decode
 from pipeline.storage.subset import Subset
 from pipeline.system.cores import available_cores
-from pipeline.system.errors import printable
+from pipeline.system.text import printable
 
 SHOWN = 8
 """Images whose neighbors are shown."""
@@ -115,7 +115,7 @@ def embed(loaded: Loaded, of: Sample, share: float, device: torch.device) -> tup
     """Return an encoder's features of the sample, float32 [n, F] of norm 1, on the CPU, and which records are whole."""
     part, cores = Subset(of.beton, of.ids), available_cores()
     loading: dict[str, Any] = {"size": loaded.architecture.size, "batch": 128, "share": share, "device": device}
-    loading |= {"backend": choose("auto", "auto", part, device, cores=cores).name, "workers": cores, "on_bad": "skip"}
+    loading |= {"backend": choose("auto", part, device, cores=cores).name, "workers": cores, "on_bad": "skip"}
     place(loaded.backbone, device)
     asked = np.arange(len(part))
     found, read = features(loaded.backbone, part, indices=asked, **loading)

@@ -144,7 +144,8 @@ def check_batch(settings: Settings) -> None:
         raise InputError(f"data.batch {batch}: does not divide among {world()} ranks: choose a multiple of {world()}")
     share, accumulate = batch // world(), settings.parts(world())
     if share % accumulate or share // accumulate < 2:
-        key, value = ("micro_batch", settings.micro_batch) if settings.micro_batch else ("accumulate", accumulate)
+        micro = settings.micro_batch
+        key, value = ("micro_batch", micro) if micro else ("gradient_accumulation_steps", accumulate)
         raise InputError(
             f"{key} {value}: does not divide the {share} samples a rank has of a batch into equal parts of two or "
             "more: choose another number"
@@ -153,7 +154,7 @@ def check_batch(settings: Settings) -> None:
 
 def list_warnings(settings: Settings, device: torch.device, samples: int | None = None) -> list[str]:
     """Return warnings of settings that work, but not well; samples: images to train on, where they are known."""
-    model, batch, queue = settings.model, settings.data.batch, settings.method.queue or 0
+    model, batch, queue = settings.model, settings.data.batch, settings.method.queue_size or 0
     warnings = []
     parts = GROUPS * world() if model.bn == "split" else max(GROUPS, world())
     if model.bn in SHUFFLED and batch % parts:
@@ -171,7 +172,7 @@ def list_warnings(settings: Settings, device: torch.device, samples: int | None 
         )
     if samples is not None and queue > samples:
         warnings.append(
-            f"method.queue {queue} is larger than the data set's {samples} images, so that "
+            f"method.queue_size {queue} is larger than the data set's {samples} images, so that "
             f"a sample meets its own older keys as negatives: choose at most {samples // 2}"
         )
     return warnings

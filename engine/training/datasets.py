@@ -79,7 +79,7 @@ def _open_all(settings: Settings, device: torch.device) -> Datasets:
     if rank() == 0:
         compatibility.check(settings, train.fingerprint, knn.fingerprint if knn else None)
     cores = loading(settings, device)["workers"]
-    backend = choose(data.backend, data.crop_on, train, device, processes=local_world(), cores=cores)
+    backend = choose(data.backend, train, device, processes=local_world(), cores=cores)
     return Datasets(train, evaluated, knn, backend)
 
 
@@ -93,16 +93,18 @@ def _open(settings: Settings, name: str) -> Beton:
 def _build_knn(settings: Settings, train: Beton, evaluated: Beton, device: torch.device) -> Knn:
     """Return the kNN classifier of the images of `evaluated` by their neighbors in `train`."""
     knn = settings.knn
-    backend = "ffcv" if train.in_one_file and evaluated.in_one_file else "dali"  # each image once: not resident
+    backend = "ffcv_gpu" if device.type == "cuda" and settings.data.backend != "ffcv" else "ffcv"
+    if not (train.in_one_file and evaluated.in_one_file):
+        backend = "dali"
     return Knn(
         train,
         evaluated,
-        backend=choose(backend, settings.data.crop_on, train, device).name,
+        backend=backend,  # never resident: each image is read once
         k=knn.k,
         temperature=knn.temperature,
         limit=knn.limit,
         batch=max(256, settings.data.batch),
-        share=settings.data.eval_share,
+        share=settings.data.eval_crop_ratio,
         **loading(settings, device),
     )
 
@@ -157,7 +159,7 @@ def build_loader(settings: Settings, data: Datasets, accelerator: Accelerator) -
         seed=settings.seed,
         rank=rank(),
         world=world(),
-        ahead=settings.data.ahead,
+        prefetch_factor=settings.data.prefetch_factor,
         shuffle=_shuffle(settings),
         backend=data.backend.name,
         order=settings.data.order,
@@ -183,6 +185,6 @@ def loading(settings: Settings, device: torch.device) -> Mapping[str, Any]:
         "device": device,
         "workers": data.workers or cores_per_rank(),
         "stall_timeout": data.stall_timeout,
-        "hardware_load": data.hardware_load,
+        "hw_decoder_load": data.hw_decoder_load,
         "on_bad": data.on_bad,
     }

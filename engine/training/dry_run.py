@@ -58,7 +58,8 @@ def estimate(settings: Settings) -> dict[str, Any]:
     check_batch(settings)
     for warning in list_warnings(settings, accelerator.device):
         logger.warning(warning)
-    model = build_model(replace(settings, accumulate=1, micro_batch=0, compile=False), accelerator)  # one part
+    undivided = replace(settings, gradient_accumulation_steps=1, micro_batch=0, compile=False)
+    model = build_model(undivided, accelerator)
     small, _, passes = _step(settings, model, _STUB_SAMPLES)
     large, flops, _ = _step(settings, model, 2 * _STUB_SAMPLES)
     slope = (large - small) / _STUB_SAMPLES

@@ -55,7 +55,7 @@ def build_model(settings: Settings, accelerator: Accelerator, steps_per_epoch: i
     online = _build_online(settings, accumulate)
     if settings.model.bn == "sync" and world() > 1:
         synchronize(online, device)
-    target = place(momentum_copy(online), device) if base.teacher else None
+    target = place(momentum_copy(online), device) if base.momentum_encoder else None
     place(online, device)
     if settings.compile:
         _compile(online, target, device)
@@ -72,7 +72,7 @@ def build_model(settings: Settings, accelerator: Accelerator, steps_per_epoch: i
         optimizer,
         Schedule(settings, steps_per_epoch, device),
         accumulate=accumulate,
-        clip=settings.optim.clip,
+        clip=settings.optim.clip_grad_norm,
         gradient_shares=settings.gradient_shares,
         graph=settings.cuda_graph,
     )
@@ -91,13 +91,13 @@ def _build_online(settings: Settings, accumulate: int) -> Encoder:
         width=model.width,
         bn=model.bn,
         groups=groups,
-        zero_init=bool(model.zero_init),
+        zero_init_residual=bool(model.zero_init_residual),
         size=settings.data.size,
-        frozen_patch=model.frozen_patch,
+        stop_grad_conv1=model.stop_grad_conv1,
     )
-    if settings.recompute:
+    if settings.activation_checkpointing:
         recompute(backbone)
-    return build_encoder(settings.base, backbone, dim=model.dim, hidden=model.hidden, bn=model.bn, groups=groups)
+    return build_encoder(settings.base, backbone, dim=model.dim, mlp_dim=model.mlp_dim, bn=model.bn, groups=groups)
 
 
 def _compile(online: Encoder, target: Encoder | None, device: torch.device) -> None:
@@ -119,9 +119,9 @@ def check_compiler(device: torch.device) -> None:
 
 def _build_queue(settings: Settings, device: torch.device) -> KeyQueue:
     method, dim = settings.method, settings.model.dim
-    assert method.queue is not None
+    assert method.queue_size is not None
     assert dim is not None
-    return KeyQueue(method.queue, dim, settings.seed, getattr(torch, method.queue_dtype)).to(device)
+    return KeyQueue(method.queue_size, dim, settings.seed, getattr(torch, method.queue_dtype)).to(device)
 
 
 def _exchange_in_bfloat16(wrapped: nn.Module) -> None:

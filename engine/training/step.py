@@ -94,7 +94,7 @@ class Step:
     def _train_step(self, inputs: Inputs, measured: bool = False) -> Result:
         # Learning rate and EMA share of this step, looked up on the device; a copy of the running statistics.
         self.schedule.begin()
-        statistics = self.buffers.kept()
+        statistics = self.buffers.snapshot()
 
         # Keys of the whole batch: one momentum forward pass a view, without gradient.
         keys, all_keys = self._encode_keys(inputs)
@@ -227,9 +227,9 @@ class Step:
         """Return the measures; the gap's key shares its query's batch statistics, unlike shuffled keys."""
         a, _ = self.objective.base.pairs[0]
         if self._target is not None and (shuffled or f"k{a}" not in e.named):
-            statistics = self.buffers.kept()
+            statistics = self.buffers.snapshot()
             with torch.no_grad(), self._accelerator.autocast():
-                e = Embeddings({**e.named, f"k{a}": self._target(views[a])[0]}, e.queue, e.first)
+                e = Embeddings({**e.named, f"k{a}": self._target(views[a])[0]}, e.queue, e.offset)
             self.buffers.restore(statistics)
         measures = embedding_metrics.measure(e, self.objective.base)
         return {**measures, **(self._gradient_shares(e, parts) if self._shares else {})}

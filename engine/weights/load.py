@@ -24,7 +24,8 @@ from engine.weights.key_maps import ours
 from engine.weights.readers import Contents, read
 from methods.encoders import RESNETS, BasicBlock, Bottleneck, ResNet, Stem, base_channels
 from methods.vit import PATCH, VITS, VisionTransformer
-from pipeline.system.errors import InputError, printable
+from pipeline.system.errors import InputError
+from pipeline.system.text import printable
 
 Which = Literal["online", "momentum"]
 _COUNTER = "num_batches_tracked"  # which older files lack, and nothing is computed from
@@ -81,7 +82,7 @@ class Architecture:
         """Return the backbone with random weights, all of it trainable."""
         if self.transformer:
             dim, depth = next((dim, depth) for dim, (name, depth, _) in _TRANSFORMERS.items() if name == self.arch)
-            return VisionTransformer(dim, depth, self.heads, size=self.size, frozen_patch=False)
+            return VisionTransformer(dim, depth, self.heads, size=self.size, stop_grad_conv1=False)
         block = BasicBlock if self.arch in ("resnet18", "resnet34") else Bottleneck
         depths: tuple[int, int, int, int] = _DEPTHS[self.arch]  # type: ignore[assignment]
         return ResNet(block, depths, stem=self.stem, width=self.width)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from engine.checkpoint import provenance, storage
+from engine.config.renamed import translate
 from pipeline.system.errors import InputError, describe_error
 from pipeline.system.limits import open_regular, parse_json
 
@@ -55,7 +56,7 @@ def _read_checkpoint(path: Path) -> Contents:
             path = found
             break
     tensors, state = storage.load(path)
-    settings = state["settings"]
+    settings = translate(state["settings"])
     try:
         model, data = settings["model"], settings["data"]
         described = {"arch": model["arch"], "stem": model["stem"], "width": model["width"], "size": data["size"]}

@@ -1,4 +1,4 @@
-"""The plan of one batch: which records, which crops of them."""
+"""The plan of one batch: its records, and the crops of each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.augment.draws import ViewDraws
 
 @dataclass(frozen=True)
 class Plan:
-    """What one batch shall hold."""
+    """Records, boxes and flips of one batch: all that a backend needs to make its crops."""
 
     ids: np.ndarray
     """int64 [B]."""
@@ -24,6 +24,6 @@ class Plan:
     """Side of each view's crops, pixels."""
 
     @staticmethod
-    def of(ids: np.ndarray, drawn: Sequence[ViewDraws], sizes: tuple[int, ...]) -> Plan:
-        """Return the plan of records `ids` (int64 [B]) by the draws of their views."""
-        return Plan(ids, np.stack([d.boxes for d in drawn]), np.stack([d.flips for d in drawn]), sizes)
+    def from_draws(ids: np.ndarray, draws: Sequence[ViewDraws], sizes: tuple[int, ...]) -> Plan:
+        """Return the plan of records `ids` (int64 [B]) with the draws of each view."""
+        return Plan(ids, np.stack([d.boxes for d in draws]), np.stack([d.flips for d in draws]), sizes)

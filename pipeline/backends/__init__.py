@@ -1,18 +1,18 @@
-"""Backends: records to cropped, resized and flipped uint8 views. One file each, one `build` each, found by name."""
+"""Backends: records to cropped, resized and flipped uint8 views. A file each, with a `build`, found by its name."""
 
 from __future__ import annotations
 
 import importlib
 
-from pipeline.backends.base import Backend, Wanted
+from pipeline.backends.base import Backend, BackendConfig
 from pipeline.beton import Beton
 from pipeline.system.errors import InputError
 
 BACKENDS = ("ffcv", "ffcv_gpu", "dali", "resident")
 
 
-def build(name: str, beton: Beton, wanted: Wanted) -> Backend:
-    """Return backend `name`. Raises InputError where there is none of that name, or it cannot read this data."""
+def build(name: str, beton: Beton, config: BackendConfig) -> Backend:
+    """Return backend `name`. Raises InputError for an unknown name, or data that this backend cannot read."""
     if name not in BACKENDS:
         raise InputError(f"data.backend {name!r} is not one of {', '.join(BACKENDS)}: choose one of these")
     if not beton.in_one_file and name != "dali":
@@ -20,4 +20,4 @@ def build(name: str, beton: Beton, wanted: Wanted) -> Backend:
             f"data.backend {name!r}: {beton.path} is not one file, which only dali reads directly: choose dali, or "
             "write a beton with python -m pipeline.prepare"
         )
-    return importlib.import_module(f"pipeline.backends.{name}").build(beton, wanted)
+    return importlib.import_module(f"pipeline.backends.{name}").build(beton, config)

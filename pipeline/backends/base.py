@@ -1,7 +1,7 @@
 """The interface of a backend.
 
-A backend is used as: `submit(plan)` for up to `depth` batches ahead, then `receive(timeout)` for each in the order
-of submission. What `receive` returns stays valid until the next `submit`.
+Call `submit(plan)` for up to `depth` batches ahead, then `receive(timeout)` for each in the order of submission. The
+crops that `receive` returns stay valid until the next `submit`.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from pipeline.augment.plan import Plan
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What is asked of a backend."""
+class BackendConfig:
+    """Settings of a backend."""
 
     sizes: tuple[int, ...]
     """Largest side of each view's crops, pixels."""
     batch: int
-    """Samples at a time, at most."""
+    """Largest number of samples in a batch."""
     workers: int
-    """Threads; 0: as many as there are cores."""
+    """Threads; 0: one for each core."""
     depth: int
-    """Batches ahead."""
+    """Batches under way at most."""
     device: torch.device
-    hardware_load: float = 0.9
-    """Share of the JPEGs for a GPU's hardware decoder, where DALI decodes and there is one."""
-    left_out: frozenset[int] = frozenset()
-    """Samples that will not be asked for."""
+    hw_decoder_load: float = 0.9
+    """DALI only: share of the JPEGs for the GPU's hardware decoder, where it has one."""
+    skipped: frozenset[int] = frozenset()
+    """Samples that no plan will ask for."""
 
 
 class Backend(Protocol):
@@ -39,20 +39,20 @@ class Backend(Protocol):
     depth: int
 
     def submit(self, plan: Plan) -> None:
-        """Begin a batch; at most `depth` may be under way."""
+        """Start a batch; at most `depth` may be under way."""
 
     def receive(self, timeout: float) -> tuple[torch.Tensor, ...]:
         """Return the crops of the oldest batch under way: uint8 [B, S, S, 3] for each view, on the device.
 
-        Raises DamagedRecord, naming the sample, and LoaderStalled after `timeout` seconds; that batch then stays the
-        oldest.
+        Raises DamagedRecord, which names the sample, and LoaderStalled after `timeout` seconds; the batch then remains
+        the oldest.
         """
 
     def ready(self) -> bool:
-        """Return whether the oldest batch under way is there, or will be without the CPU."""
+        """Return whether the oldest batch needs no more work of the CPU."""
 
     def forget(self) -> bool:
-        """Forget the batches under way; return whether others may be submitted, else build another in its place."""
+        """Drop the batches under way; return False where this backend can take no more and must be rebuilt."""
 
     def close(self) -> None:
-        """Give back threads and buffers."""
+        """Free threads and buffers."""

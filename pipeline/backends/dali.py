@@ -1,10 +1,10 @@
-"""The DALI backend: records decoded by DALI, on the GPU where there is one, and cropped where they then lie.
+"""The DALI backend: DALI decodes, on the GPU where there is one; crops are made there, by the code of all backends.
 
-JPEG bytes go straight from the beton's memory map into DALI's decoder (nvJPEG on a GPU, libjpeg-turbo, with PIL's very
-pixels, on the CPU), once a sample. Its output is not copied: `pipeline.augment.crop` reads it in place, so that crops
-are the same as every other backend's. One thread of ours drives DALI, which has `workers` of its own; as many read and
-check the records. DALI takes damaged JPEGs for whole, so that those that no CRC32 stands for are decoded once on the
-CPU, the first time they are met. Ids and draws being ours, a restart is exact.
+JPEG bytes go from the beton's memory map into DALI's decoder once for each sample: nvJPEG on a GPU; on the CPU
+libjpeg-turbo, whose pixels equal PIL's. `pipeline.augment.crop` reads DALI's output in place, without a copy. One
+thread drives DALI, which has `workers` threads of its own; as many more read and check the records. DALI accepts
+damaged JPEGs, so records without a CRC32 are first decoded once on the CPU. Ids and draws come from the loader: a
+restart is exact.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from nvidia import dali
 
 from pipeline.augment.crop import Ragged, crop_views
 from pipeline.augment.plan import Plan
-from pipeline.backends.base import Wanted
+from pipeline.backends.base import BackendConfig
 from pipeline.backends.threaded import abandon, stalled
 from pipeline.beton import Beton
 from pipeline.native.libffcv import RAW
-from pipeline.storage.decode import check_record, damaged
+from pipeline.storage.decode import UNDECODABLE, check_record, damaged
 from pipeline.system.cores import available_cores
 from pipeline.system.thread_pool import Workers
 
@@ -33,21 +33,21 @@ types: Any = dali.types
 
 
 class DaliBackend:
-    """See `pipeline.backends.Backend`."""
+    """See `pipeline.backends.base.Backend`."""
 
-    def __init__(self, beton: Beton, wanted: Wanted) -> None:
-        self.depth = wanted.depth
-        self._beton, self._device = beton, wanted.device
-        self._stream = torch.cuda.Stream(wanted.device) if wanted.device.type == "cuda" else None
-        self._decoder = _decoder(wanted)
+    def __init__(self, beton: Beton, config: BackendConfig) -> None:
+        self.depth = config.depth
+        self._beton, self._device = beton, config.device
+        self._stream = torch.cuda.Stream(config.device) if config.device.type == "cuda" else None
+        self._decoder = _decoder(config)
         self._pending: deque[tuple[Plan, Future]] = deque()
-        self._failed, self._kept = False, list[np.ndarray]()
-        self._workers = Workers(1, lambda: None)
-        self._readers = Workers(wanted.workers or available_cores(), lambda: None)
+        self._failed_input: list[np.ndarray] | None = None
+        self._driver = Workers(1, lambda: None)
+        self._readers = Workers(config.workers or available_cores(), lambda: None)
         self._unchecked = np.full(len(beton), beton.crc32 is None) & (beton.modes != RAW)
 
     def submit(self, plan: Plan) -> None:
-        self._pending.append((plan, self._workers.submit(self._views, plan)))
+        self._pending.append((plan, self._driver.submit(self._views, plan)))
 
     def receive(self, timeout: float) -> tuple[torch.Tensor, ...]:
         plan, future = self._pending[0]
@@ -56,27 +56,27 @@ class DaliBackend:
         views = future.result()
         self._pending.popleft()
         if self._stream is not None:
-            for view in views:  # made on a stream of ours, and whole: `_views` waited
+            for view in views:  # made on this backend's stream; complete, as `_views` waited for it
                 view.record_stream(torch.cuda.current_stream(self._device))
         return views
 
     def _views(self, state: None, plan: Plan) -> tuple[torch.Tensor, ...]:
-        reading = [self._readers.submit(self._encoded, index) for index in plan.ids.tolist()]
-        encoded = [future.result() for future in reading]
+        records = [self._readers.submit(self._encoded, index) for index in plan.ids.tolist()]
+        encoded = [future.result() for future in records]
         try:
             (images,) = self._decoder.run(encoded=encoded)
         except RuntimeError as error:
-            self._failed, self._kept = True, encoded  # it runs no more, and may still be reading
-            raise self._explained(plan, error) from None
+            self._failed_input = encoded  # the decoder cannot run again, and may still be reading these
+            raise self._decode_error(plan, error) from None
         if self._stream is None:
-            return crop_views(self._lying(images, plan), plan)
+            return crop_views(self._in_place(images, plan), plan)
         with torch.cuda.stream(self._stream):
-            views = crop_views(self._lying(images, plan), plan)
-        self._stream.synchronize()  # DALI's buffers are free again
+            views = crop_views(self._in_place(images, plan), plan)
+        self._stream.synchronize()  # before DALI overwrites its output
         return views
 
     def _encoded(self, state: None, index: int) -> np.ndarray:
-        """Return the record's bytes; of a raw one as a PNM, which DALI reads too. Raises DamagedRecord."""
+        """Return the record's bytes; a raw record as a PNM, which DALI reads too. Raises DamagedRecord."""
         beton = self._beton
         data = np.asarray(beton.record(index))
         if beton.crc32 is not None and zlib.crc32(data.data) != beton.crc32[index]:
@@ -90,24 +90,20 @@ class DaliBackend:
         header = f"P6 {beton.widths[index]} {beton.heights[index]} 255\n".encode()
         return np.concatenate([np.frombuffer(header, np.uint8), data])
 
-    def _lying(self, images: Any, plan: Plan) -> Ragged:
-        """Return where DALI's images lie: distances from the first in memory, in a tensor that spans them all."""
-        beton = self._beton
+    def _in_place(self, images: Any, plan: Plan) -> Ragged:
+        """Return DALI's images where they lie in memory, as offsets into one tensor that spans them all."""
+        heights, widths = self._beton.heights[plan.ids], self._beton.widths[plan.ids].astype(np.int64)
         parts = [images[i] for i in range(len(plan.ids))]
-        for index, part in zip(plan.ids, parts, strict=True):
-            if tuple(part.shape()) != (beton.heights[index], beton.widths[index], 3):
-                raise damaged(
-                    self._beton, int(index), "its JPEG does not decode, or not to the stored height and width"
-                )
-        places = np.array([part.data_ptr() for part in parts], np.int64)
-        first = int(places.min())
-        widths = beton.widths[plan.ids].astype(np.int64)
-        bytes_ = 3 * beton.heights[plan.ids].astype(np.int64) * widths
-        span = int((places - first + bytes_).max())
-        return Ragged(_memory(first, span, self._device), places - first, widths)
+        for index, part, height, width in zip(plan.ids, parts, heights, widths, strict=True):
+            if tuple(part.shape()) != (height, width, 3):
+                raise damaged(self._beton, int(index), UNDECODABLE)
+        addresses = np.array([part.data_ptr() for part in parts], np.int64)
+        first = int(addresses.min())
+        span = int((addresses - first + 3 * heights.astype(np.int64) * widths).max())
+        return Ragged(_memory(first, span, self._device), addresses - first, widths)
 
-    def _explained(self, plan: Plan, error: RuntimeError) -> Exception:
-        """Return the error that names the sample DALI could not decode, or DALI's own where all of them decode."""
+    def _decode_error(self, plan: Plan, error: RuntimeError) -> Exception:
+        """Return the error that names the sample DALI could not decode, or DALI's error where all of them decode."""
         for index in plan.ids:
             if fault := check_record(self._beton, int(index)):
                 return damaged(self._beton, int(index), fault)
@@ -119,49 +115,49 @@ class DaliBackend:
     def forget(self) -> bool:
         futures = [future for _, future in self._pending]
         self._pending.clear()
-        return abandon(futures) and not self._failed
+        return abandon(futures) and self._failed_input is None
 
     def close(self) -> None:
         self._pending.clear()
-        self._workers.close()
+        self._driver.close()
         self._readers.close()
 
 
-def _memory(address: int, span: int, device: torch.device) -> torch.Tensor:
-    """Return `span` bytes of memory from `address` on as a tensor, without owning them: uint8."""
-    lent = _Lent({"data": (address, False), "shape": (span,), "typestr": "|u1", "version": 3})
-    return torch.as_tensor(lent, device=device) if device.type == "cuda" else torch.from_numpy(np.asarray(lent))
+def _memory(address: int, size: int, device: torch.device) -> torch.Tensor:
+    """Return `size` bytes of memory from `address` on as a tensor that does not own them: uint8."""
+    borrowed = _Borrowed({"data": (address, False), "shape": (size,), "typestr": "|u1", "version": 3})
+    return torch.as_tensor(borrowed, device=device) if device.type == "cuda" else torch.from_numpy(np.asarray(borrowed))
 
 
-class _Lent:
-    """Memory as NumPy and torch take it."""
+class _Borrowed:
+    """Memory by the array interface of NumPy and of torch."""
 
     def __init__(self, interface: dict[str, Any]) -> None:
         self.__array_interface__ = self.__cuda_array_interface__ = interface
 
 
-def _decoder(wanted: Wanted) -> Any:
-    """Return a DALI pipeline from `encoded` to images, which is run a batch at a time."""
-    on_gpu = wanted.device.type == "cuda"
+def _decoder(config: BackendConfig) -> Any:
+    """Return a DALI pipeline that decodes one batch, `encoded`, at each run."""
+    on_gpu = config.device.type == "cuda"
 
     @dali.pipeline_def(
-        batch_size=wanted.batch,
-        num_threads=wanted.workers or available_cores(),
-        device_id=cast(int, wanted.device.index if on_gpu else None),
+        batch_size=config.batch,
+        num_threads=config.workers or available_cores(),
+        device_id=cast(int, config.device.index if on_gpu else None),
         prefetch_queue_depth=1,
         exec_async=False,
         exec_pipelined=False,
     )
     def decode() -> Any:
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=not on_gpu)
-        # as the CPU interpolates colors, and Pillow
-        more = {"hw_decoder_load": wanted.hardware_load, "jpeg_fancy_upsampling": True} if on_gpu else {}
+        # Fancy upsampling: colors interpolated as on the CPU and by Pillow.
+        gpu_options = {"hw_decoder_load": config.hw_decoder_load, "jpeg_fancy_upsampling": True} if on_gpu else {}
         kind = "mixed" if on_gpu else "cpu"
-        return fn.decoders.image(encoded, device=kind, output_type=types.RGB, adjust_orientation=False, **more)
+        return fn.decoders.image(encoded, device=kind, output_type=types.RGB, adjust_orientation=False, **gpu_options)
 
-    made = decode()
-    made.build()
-    return made
+    pipeline = decode()
+    pipeline.build()
+    return pipeline
 
 
 build = DaliBackend

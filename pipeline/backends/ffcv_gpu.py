@@ -1,7 +1,7 @@
-"""The FFCV backend with crops on the GPU: the CPU decodes once a sample, ragged into one pinned buffer, and no more.
+"""The FFCV backend with crops on the GPU: the CPU only decodes, once for each sample, into one pinned buffer.
 
-One copy a batch goes to the device, on a stream of its own; there `pipeline.augment.crop` makes the views. Without a
-GPU the crops are made by compiled code on the thread that receives them.
+One copy of each batch goes to the device, on a separate stream; there `pipeline.augment.crop` makes the views. Without
+a GPU, compiled code makes the crops on the thread that receives them.
 """
 
 from __future__ import annotations
@@ -13,80 +13,72 @@ import torch
 
 from pipeline.augment.crop import Ragged, crop_views
 from pipeline.augment.plan import Plan
-from pipeline.backends.base import Wanted
-from pipeline.backends.threaded import Ahead
-from pipeline.beton import Beton
-from pipeline.storage.decode import WHOLE, Records, damaged, decode_chunk, records_of, rectangles
+from pipeline.backends.threaded import ThreadedBackend
+from pipeline.storage.decode import WHOLE, Records, damaged, decode_chunk, rectangles
 
 
 @dataclass(frozen=True)
-class _LaidOut(Plan):
-    """A plan, and what of each image lies where in the buffer."""
+class PackedPlan(Plan):
+    """A plan whose images' parts are packed one after another into a buffer."""
 
     parts: np.ndarray
-    """int32 [B, 4]: of `rectangles`."""
+    """int32 [B, 4]: the part of each image to decode, as `rectangles` returns."""
     starts: np.ndarray
-    """int64 [B + 1]: each part's first byte, and the end of the last."""
+    """int64 [B + 1]: first byte of each part, and the end of the last."""
 
     @staticmethod
-    def within(plan: Plan, records: Records) -> _LaidOut:
-        """Return `plan` with its images' parts one after another."""
+    def pack(plan: Plan, records: Records) -> PackedPlan:
+        """Return `plan` with the parts of its images and their positions."""
         parts = rectangles(records, plan.ids, plan.boxes)
         ends = np.cumsum(3 * parts[:, 2].astype(np.int64) * parts[:, 3])
-        return _LaidOut(plan.ids, plan.boxes, plan.flips, plan.sizes, parts, np.concatenate([[0], ends]))
+        return PackedPlan(plan.ids, plan.boxes, plan.flips, plan.sizes, parts, np.concatenate([[0], ends]))
 
-    def inside(self) -> np.ndarray:
-        """Return the boxes as they lie in the parts."""
+    def boxes_in_parts(self) -> np.ndarray:
+        """Return the boxes relative to the parts: int32 [V, B, 4]."""
         boxes = self.boxes.copy()
         boxes[:, :, :2] -= self.parts[:, :2]
         return boxes
 
 
-class _Room:
-    """A buffer that grows to the largest batch met: images of many sizes differ less by batches than one by one."""
+class GrowingBuffer:
+    """Bytes for one batch, as many as the largest batch so far took.
+
+    Batches of images of many sizes differ less in size than single images do, so that this takes far less memory than
+    room for a batch of the largest image would.
+    """
 
     def __init__(self, pinned: bool) -> None:
         self._pinned, self.bytes = pinned, torch.empty(0, dtype=torch.uint8)
 
-    def grow(self, plan: _LaidOut) -> None:
-        if len(self.bytes) < (needed := int(plan.starts[-1])):
-            self.bytes = torch.empty(needed + needed // 4, dtype=torch.uint8, pin_memory=self._pinned)
+    def reserve(self, size: int) -> None:
+        """Make room for `size` bytes; a new buffer is a quarter larger than that."""
+        if len(self.bytes) < size:
+            self.bytes = torch.empty(size + size // 4, dtype=torch.uint8, pin_memory=self._pinned)
 
 
-class FfcvGpuBackend:
-    """See `pipeline.backends.Backend`."""
+class FfcvGpuBackend(ThreadedBackend[GrowingBuffer]):
+    """See `ThreadedBackend`."""
 
-    def __init__(self, beton: Beton, wanted: Wanted) -> None:
-        self.depth = wanted.depth
-        self._beton, self._records = beton, records_of(beton)
-        self._ahead: Ahead[_Room] = Ahead(
-            beton, wanted, self._decode, state=lambda: None, buffer=_Room, room=_Room.grow
-        )
+    def _new_buffer(self, pinned: bool) -> GrowingBuffer:
+        return GrowingBuffer(pinned)
 
-    def submit(self, plan: Plan) -> None:
-        self._ahead.begin(_LaidOut.within(plan, self._records))
+    def _prepare(self, plan: Plan, buffer: GrowingBuffer) -> PackedPlan:
+        packed = PackedPlan.pack(plan, self._records)
+        buffer.reserve(int(packed.starts[-1]))
+        return packed
 
-    def _decode(self, state: None, plan: _LaidOut, start: int, stop: int, room: _Room) -> None:
-        place = plan.ids, plan.parts, plan.starts, start, stop, room.bytes.numpy()
-        fault, at = decode_chunk(self._records, *place)
+    def _fill(self, state: None, plan: Plan, start: int, stop: int, buffer: GrowingBuffer) -> None:
+        assert isinstance(plan, PackedPlan)
+        span = plan.ids, plan.parts, plan.starts, start, stop
+        fault, position = decode_chunk(self._records, *span, buffer.bytes.numpy())
         if fault != WHOLE:
-            raise damaged(self._beton, int(plan.ids[at]), fault)
+            raise damaged(self._beton, int(plan.ids[position]), fault)
 
-    def receive(self, timeout: float) -> tuple[torch.Tensor, ...]:
-        plan, room, slot = self._ahead.finish(timeout)
-        assert isinstance(plan, _LaidOut)
-        (pixels,) = self._ahead.on_device([room.bytes[: plan.starts[-1]]], slot)
+    def _crops(self, plan: Plan, buffer: GrowingBuffer, slot: int) -> tuple[torch.Tensor, ...]:
+        assert isinstance(plan, PackedPlan)
+        (pixels,) = self._to_device([buffer.bytes[: plan.starts[-1]]], slot)
         images = Ragged(pixels, plan.starts[:-1], plan.parts[:, 3].astype(np.int64))
-        return crop_views(images, replace(plan, boxes=plan.inside()))
-
-    def ready(self) -> bool:
-        return self._ahead.ready()
-
-    def forget(self) -> bool:
-        return self._ahead.forget()
-
-    def close(self) -> None:
-        self._ahead.close()
+        return crop_views(images, replace(plan, boxes=plan.boxes_in_parts()))
 
 
 build = FfcvGpuBackend

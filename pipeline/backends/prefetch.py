@@ -1,4 +1,4 @@
-"""Crops of one batch after another from a backend, several under way; damaged records are passed over where asked."""
+"""A backend with several batches under way, and substitutes for damaged records where these are skipped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from pipeline import backends
 from pipeline.augment.plan import Plan
-from pipeline.backends.base import Backend, Wanted
+from pipeline.backends.base import Backend, BackendConfig
 from pipeline.beton import Beton
 from pipeline.sampling.substitutes import OnBad, Substitutes
 from pipeline.system.errors import DamagedRecord
@@ -19,11 +19,11 @@ from pipeline.system.errors import DamagedRecord
 Note = TypeVar("Note")
 
 
-class Supply(Generic[Note]):
-    """A backend and the batches under way in it, each with a note of whoever asked for it."""
+class PrefetchQueue(Generic[Note]):
+    """A backend and its batches under way, each with a note from the caller."""
 
-    def __init__(self, backend: str, beton: Beton, on_bad: OnBad, wanted: Wanted) -> None:
-        self._name, self._beton, self._wanted = backend, beton, wanted
+    def __init__(self, backend: str, beton: Beton, on_bad: OnBad, config: BackendConfig) -> None:
+        self._name, self._beton, self._config = backend, beton, config
         self._notes: deque[Note] = deque()
         self.substitutes = Substitutes(beton, on_bad)
         self.backend = self._build()
@@ -34,19 +34,19 @@ class Supply(Generic[Note]):
 
     @property
     def depth(self) -> int:
-        """Batches that may be under way."""
-        return self.backend.depth
+        """Batches under way at most."""
+        return self._config.depth
 
     def submit(self, plan: Plan, note: Note) -> None:
-        """Begin a batch."""
+        """Start a batch."""
         self.backend.submit(plan)
         self._notes.append(note)
 
     def receive(self, timeout: float, refill: Callable[[], None]) -> tuple[tuple[torch.Tensor, ...], Note]:
-        """Return the oldest batch's crops, as `Backend.receive`, and its note; what raises leaves it the oldest.
+        """Return the oldest batch's crops and its note. Raises as `Backend.receive`; the batch then stays the oldest.
 
-        refill: submits what is to be under way; called again where a damaged record is found and passed over, with
-        which all batches under way are forgotten.
+        refill: submits batches up to `depth`. Called first, and again after a damaged record that is skipped, which
+        drops all batches under way.
         """
         while True:
             refill()
@@ -59,22 +59,22 @@ class Supply(Generic[Note]):
                 return crops, self._notes.popleft()
 
     def forget(self) -> None:
-        """Forget the batches under way."""
+        """Drop the batches under way."""
         self._notes.clear()
         if not self.backend.forget():
             self.backend.close()
             self.backend = self._build()
 
     def close(self) -> None:
-        """End the workers and forget the batches under way."""
+        """Drop the batches under way and end the workers."""
         self._notes.clear()
         self.backend.close()
 
     def _build(self) -> Backend:
-        """Return the backend; one that reads all records at once may meet damaged ones here."""
+        """Return a new backend. One that reads all records at once may find damaged ones here."""
         while True:
             try:
-                left_out = frozenset(self.substitutes.bad)
-                return backends.build(self._name, self._beton, replace(self._wanted, left_out=left_out))
+                skipped = frozenset(self.substitutes.bad)
+                return backends.build(self._name, self._beton, replace(self._config, skipped=skipped))
             except DamagedRecord as error:
                 self.substitutes.add(error)

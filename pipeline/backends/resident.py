@@ -1,7 +1,7 @@
-"""The resident backend: all images decoded once into one uint8 buffer on the device, and cropped there ever after.
+"""The resident backend: decodes all images once into one uint8 buffer on the device, and crops them there.
 
-For sets that fit: CIFAR, STL, Tiny-ImageNet, ImageNet at reduced size. On a GPU the CPU has nothing left to do; without
-one it is the FFCV backend without the decoding.
+For sets that fit: CIFAR, STL, Tiny-ImageNet, ImageNet at reduced size. On a GPU the CPU then has no work left; on the
+CPU this is the FFCV backend without the decoding.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from pipeline.augment.crop import Ragged, crop_views
 from pipeline.augment.plan import Plan
-from pipeline.backends.base import Backend, Wanted
+from pipeline.backends.base import Backend, BackendConfig
 from pipeline.backends.ffcv import FfcvBackend
 from pipeline.beton import Beton
 from pipeline.native.libffcv import RAW
@@ -23,11 +23,11 @@ from pipeline.system.cores import available_cores, free_memory
 from pipeline.system.errors import InputError
 
 SHARE = 0.5
-"""Of the free memory that the images may take for `auto` to choose this backend, before there is a model."""
+"""Share of the free memory that the images may take for `auto` to choose this backend, before a model is built."""
 MOST = 0.8
-"""Of the free memory that they may take when they are decoded: more is refused."""
-_CHUNK = 64  # samples a task
-_BLOCK = 1 << 28  # bytes that are decoded, then copied to the device
+"""Share of the free memory that they may take at all."""
+_CHUNK_SAMPLES = 64  # in a call of a worker
+_BLOCK_BYTES = 1 << 28  # decoded, then copied to the device
 
 
 def needed(beton: Beton) -> int:
@@ -45,87 +45,84 @@ def fits(beton: Beton, device: torch.device) -> bool:
     return needed(beton) <= MOST * free(device)
 
 
-def decode_all(beton: Beton, wanted: Wanted) -> tuple[torch.Tensor, np.ndarray]:
-    """Return all images on the device, uint8, flat, and each one's first byte, int64 [N].
+def decode_all(beton: Beton, config: BackendConfig) -> tuple[torch.Tensor, np.ndarray]:
+    """Return all images on the device, uint8, flat, and the first byte of each, int64 [N].
 
-    They pass through two buffers of the host, a block at a time. Those of `left_out` are not decoded. Raises
-    DamagedRecord, of all damaged ones.
+    For a GPU, blocks pass in turn through two pinned buffers, so that one is decoded while the other is copied. Skipped
+    samples are not decoded. Raises one DamagedRecord for all damaged samples.
     """
     starts = np.concatenate([[0], np.cumsum(_bytes(beton))])
-    blocks, decoding = _blocks(starts), _Decoding(beton, starts, sorted(wanted.left_out))
-    out = torch.empty(int(starts[-1]), dtype=torch.uint8, device=wanted.device)
-    on_gpu = wanted.device.type == "cuda"
-    most = max(int(starts[end] - starts[first]) for first, end in blocks)
-    staging = [torch.empty(most, dtype=torch.uint8, pin_memory=True) for _ in range(2)] if on_gpu else []
+    blocks, decoder = _blocks(starts), _Decoder(beton, starts, sorted(config.skipped))
+    out = torch.empty(int(starts[-1]), dtype=torch.uint8, device=config.device)
+    on_gpu = config.device.type == "cuda"
+    largest = max(int(starts[end] - starts[first]) for first, end in blocks)
+    staging = [torch.empty(largest, dtype=torch.uint8, pin_memory=True) for _ in range(2)] if on_gpu else []
     copied: list[Any] = [None, None]
-    with ThreadPoolExecutor(wanted.workers or available_cores()) as pool:
+    with ThreadPoolExecutor(config.workers or available_cores()) as pool:
         for number, (first, end) in enumerate(blocks):
-            to, slot = out[int(starts[first]) : int(starts[end])], number % 2
+            block, slot = out[int(starts[first]) : int(starts[end])], number % 2
             if copied[slot] is not None:
                 copied[slot].synchronize()
-            into = staging[slot] if on_gpu else to
-            spans = [(at, min(at + _CHUNK, end)) for at in range(first, end, _CHUNK)]
-            for done in [pool.submit(decoding.decode, *span, into, first) for span in spans]:
-                done.result()
+            target = staging[slot] if on_gpu else block
+            spans = [(start, min(start + _CHUNK_SAMPLES, end)) for start in range(first, end, _CHUNK_SAMPLES)]
+            for future in [pool.submit(decoder.decode, *span, target, first) for span in spans]:
+                future.result()
             if on_gpu:
-                to.copy_(into[: len(to)], non_blocking=True)
+                block.copy_(target[: len(block)], non_blocking=True)
                 copied[slot] = torch.cuda.Event()
-                copied[slot].record(torch.cuda.current_stream(wanted.device))
+                copied[slot].record(torch.cuda.current_stream(config.device))
     if on_gpu:
-        torch.cuda.synchronize(wanted.device)
-    if decoding.faults:
-        at, *others = sorted(decoding.faults)
-        raise damaged(beton, at, decoding.faults[at], tuple(others))
+        torch.cuda.synchronize(config.device)
+    if decoder.faults:
+        first_bad, *others = sorted(decoder.faults)
+        raise damaged(beton, first_bad, decoder.faults[first_bad], tuple(others))
     return out, starts[:-1]
 
 
-class _Decoding:
-    """Decodes runs of samples, one after another in memory, in several threads; keeps count of what is damaged."""
+class _Decoder:
+    """Decodes runs of samples into memory, one after another, from several threads; collects the faults."""
 
-    def __init__(self, beton: Beton, starts: np.ndarray, left_out: list[int]) -> None:
-        self._records, self._ids, self._starts, self._left_out = (
-            records_of(beton),
-            np.arange(len(beton)),
-            starts,
-            left_out,
-        )
+    def __init__(self, beton: Beton, starts: np.ndarray, skipped: list[int]) -> None:
+        self._records, self._ids = records_of(beton), np.arange(len(beton))
+        self._starts, self._skipped = starts, skipped
         self._boxes = whole(self._records, self._ids)
         self.faults: dict[int, int] = {}
         """By sample."""
 
-    def decode(self, first: int, end: int, to: torch.Tensor, base: int) -> None:
-        """Decode samples first..end to where they belong in `to`, which begins with sample `base`."""
-        for stop in [*(index for index in self._left_out if first <= index < end), end]:
-            while first < stop:  # on to the next that is left out
-                places = self._starts[first : stop + 1] - self._starts[base]
-                given = self._records, self._ids[first:stop], self._boxes[first:stop], places
-                fault, at = decode_chunk(*given, 0, stop - first, to.numpy())
+    def decode(self, first: int, end: int, target: torch.Tensor, base: int) -> None:
+        """Decode samples first..end to their places in `target`, which begins with sample `base`."""
+        for stop in [*(index for index in self._skipped if first <= index < end), end]:
+            while first < stop:  # up to the next skipped sample
+                starts = self._starts[first : stop + 1] - self._starts[base]
+                samples = self._records, self._ids[first:stop], self._boxes[first:stop], starts
+                fault, position = decode_chunk(*samples, 0, stop - first, target.numpy())
                 if fault == WHOLE:
                     break
-                self.faults[first + int(at)] = fault
-                first += int(at) + 1
+                self.faults[first + int(position)] = fault
+                first += int(position) + 1
             first = stop + 1
 
 
 def _blocks(starts: np.ndarray) -> list[tuple[int, int]]:
-    """Return first and end of runs of samples of at most `_BLOCK` bytes, or of one sample."""
+    """Return first and end of runs of samples of at most `_BLOCK_BYTES`, or of one sample."""
     blocks, first = [], 0
     while first < len(starts) - 1:
-        end = max(int(np.searchsorted(starts, starts[first] + _BLOCK, "right")) - 1, first + 1)
+        end = max(int(np.searchsorted(starts, starts[first] + _BLOCK_BYTES, "right")) - 1, first + 1)
         blocks.append((first, end))
         first = end
     return blocks
 
 
 def _bytes(beton: Beton) -> np.ndarray:
+    """Return the bytes of each decoded image: int64 [N]."""
     return 3 * beton.heights.astype(np.int64) * beton.widths
 
 
 class ResidentBackend:
-    """See `pipeline.backends.Backend`; on a GPU."""
+    """See `pipeline.backends.base.Backend`. On a GPU: every crop is one kernel, so that no batch is ever waited for."""
 
-    def __init__(self, beton: Beton, wanted: Wanted, pixels: torch.Tensor, starts: np.ndarray) -> None:
-        self.depth, self._widths = wanted.depth, beton.widths.astype(np.int64)
+    def __init__(self, beton: Beton, config: BackendConfig, pixels: torch.Tensor, starts: np.ndarray) -> None:
+        self.depth, self._widths = config.depth, beton.widths.astype(np.int64)
         self._starts, self._pixels = starts, pixels
         self._pending: list[Plan] = []
 
@@ -146,20 +143,21 @@ class ResidentBackend:
 
     def close(self) -> None:
         self._pending.clear()
-        self._pixels = self._pixels[:0].clone()  # gives the memory back
+        self._pixels = self._pixels[:0].clone()  # frees the memory
 
 
-def build(beton: Beton, wanted: Wanted) -> Backend:
+def build(beton: Beton, config: BackendConfig) -> Backend:
     """Return the backend. Raises InputError where the images take more than `MOST` of the free memory."""
-    device = wanted.device
+    device = config.device
     if not fits(beton, device):
         raise InputError(
             f"data.backend 'resident': the images of {beton.path} take {needed(beton) / 2**30:.1f} GiB, more than "
             f"{MOST:.0%} of the {free(device) / 2**30:.1f} GiB free on {device.type}: choose another backend"
         )
-    pixels, starts = decode_all(beton, wanted)
+    pixels, starts = decode_all(beton, config)
     if device.type == "cuda":
-        return ResidentBackend(beton, wanted, pixels, starts)
+        return ResidentBackend(beton, config, pixels, starts)
+    # The decoded images, as raw records that need no check.
     stored = records_of(beton)
     raw = stored._replace(
         data=pixels.numpy(),
@@ -168,4 +166,4 @@ def build(beton: Beton, wanted: Wanted) -> Backend:
         modes=np.full_like(stored.modes, RAW),
         crc32=np.zeros(0, np.uint32),
     )
-    return FfcvBackend(beton, wanted, raw)
+    return FfcvBackend(beton, config, raw)

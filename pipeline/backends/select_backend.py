@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,8 +13,6 @@ from pipeline.beton import Beton
 from pipeline.native.libffcv import JPEG
 from pipeline.system.errors import InputError
 from pipeline.system.packages import installed
-
-CropOn = Literal["auto", "cpu", "gpu"]
 
 PACE = 5000
 """Samples a second that a GPU may take: an H200 trains a ResNet-50 on somewhat fewer, at 224 pixels."""
@@ -36,18 +34,16 @@ def decoding_rate(beton: Beton, cores: int) -> float:
     return float(cores / seconds.mean())
 
 
-def choose(
-    backend: str, crop_on: CropOn, beton: Beton, device: torch.device, *, processes: int = 1, cores: int = 1
-) -> Choice:
-    """Return the backend that settings `backend` and `crop_on` mean for this data on this device.
+def choose(backend: str, beton: Beton, device: torch.device, *, processes: int = 1, cores: int = 1) -> Choice:
+    """Return the backend for this data on this device: the one asked for, or, for `auto`, the fastest.
 
-    processes: how many share the machine's memory. cores: those of this process. Raises InputError for crops on a GPU
-    that is not there.
+    processes: ranks that share the machine's memory. cores: those of this rank. Raises InputError for crops on a GPU
+    where there is none.
     """
-    if crop_on == "gpu" and device.type != "cuda":
-        raise InputError("data.crop_on 'gpu': this machine has no GPU that torch can use: choose auto or cpu")
+    if backend == "ffcv_gpu" and device.type != "cuda":
+        raise InputError("data.backend 'ffcv_gpu': this machine has no GPU that torch can use: choose auto or ffcv")
     if backend != "auto":
-        return _ffcv(crop_on, device, "asked for") if backend == "ffcv" else Choice(backend, "asked for")
+        return Choice(backend, "asked for")
     if not beton.in_one_file:
         return Choice("dali", "the images are not in one file, which it alone reads")
     size = f"the decoded images take {resident.needed(beton) / 2**30:.2f} GiB"
@@ -57,12 +53,12 @@ def choose(
         return Choice("resident", f"{size}, at most {room}")
     why = f"{size}, more than {room}"
     if device.type != "cuda":
-        return _ffcv(crop_on, device, why)
+        return Choice("ffcv", why)
     rate = decoding_rate(beton, cores)
     why += f"; {cores} cores decode about {rate:.0f} images/s"
-    if rate < PACE and crop_on != "cpu" and (beton.modes == JPEG).any() and installed("nvidia.dali"):
+    if rate < PACE and (beton.modes == JPEG).any() and installed("nvidia.dali"):
         return Choice("dali", f"{why}, less than the {PACE} a GPU may take")
-    return _ffcv(crop_on, device, why)
+    return Choice("ffcv_gpu", why)
 
 
 def agreed(choices: Sequence[Choice]) -> Choice:
@@ -71,8 +67,3 @@ def agreed(choices: Sequence[Choice]) -> Choice:
     The least demanding one, with the reason of the first process that wants it.
     """
     return min(choices, key=lambda choice: _DEMANDS.index(choice.name))
-
-
-def _ffcv(crop_on: CropOn, device: torch.device, why: str) -> Choice:
-    on_gpu = crop_on == "gpu" or (crop_on == "auto" and device.type == "cuda")
-    return Choice("ffcv_gpu" if on_gpu else "ffcv", f"{why}; crops on the {'GPU' if on_gpu else 'CPU'}")

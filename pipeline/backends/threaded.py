@@ -1,30 +1,29 @@
-"""Batches under way on worker threads, each in a buffer of its own; what backends that decode on the CPU share."""
+"""The base of backends that decode on the CPU: worker threads fill one buffer for each batch under way."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from typing import Any, Generic, TypeVar
 
 import torch
 
 from pipeline.augment.plan import Plan
-from pipeline.backends.base import Wanted
+from pipeline.backends.base import BackendConfig
 from pipeline.beton import Beton
+from pipeline.storage.decode import Records, records_of
 from pipeline.system.cores import available_cores
 from pipeline.system.errors import LoaderStalled
 from pipeline.system.thread_pool import Workers
 
-_CHUNKS = 4  # chunks a worker and batch: small enough to share out evenly, large enough to cost nothing
-_PATIENCE = 5.0
+_CHUNKS_PER_WORKER = 4  # of a batch: enough to share out evenly, few enough to cost nothing
+_ABANDON_SECONDS = 5.0
 Buffer = TypeVar("Buffer")
-Work = Callable[[Any, Any, int, int, Buffer], None]
-"""(a worker's own state, plan, first sample, end, buffer): fills the buffer for these samples, or raises."""
 
 
 def stalled(beton: Beton, plan: Plan, timeout: float) -> LoaderStalled:
-    """Return the error that says which batch did not come in time."""
+    """Return the error for a batch that did not arrive in time."""
     return LoaderStalled(
         f"{beton.path}: no batch for {timeout:g} s (samples {plan.ids[0]} and following): check the disk or network "
         "the file is on, or allow more with --data.stall_timeout"
@@ -32,73 +31,60 @@ def stalled(beton: Beton, plan: Plan, timeout: float) -> LoaderStalled:
 
 
 def abandon(futures: Sequence[Future]) -> bool:
-    """Cancel what has not begun, and return whether the rest ended within a few seconds."""
+    """Cancel the calls that have not begun; return whether the others ended within a few seconds."""
     running = [future for future in futures if not future.cancel()]
-    return not wait(running, _PATIENCE).not_done
+    return not wait(running, _ABANDON_SECONDS).not_done
 
 
-class Ahead(Generic[Buffer]):
-    """Up to `depth` batches, cut into chunks that worker threads fill; buffers are made once and come round.
+class ThreadedBackend(Generic[Buffer]):
+    """See `pipeline.backends.base.Backend`. A subclass says how a buffer is made, filled and turned into crops.
 
-    state: of each thread. buffer: makes one from whether it is to be pinned, as for a GPU, which copies on a stream of
-    its own; a buffer is not filled anew before its copy is done. room: makes room in a buffer for a batch.
+    Each batch is cut into chunks, which the workers fill. There are depth + 1 buffers, made once and used in turn: the
+    caller may still read the last batch's. For a GPU buffers are pinned and copied on a stream of this backend; a
+    buffer is filled again only after its copy.
+
+    records: where they are not the beton's own.
     """
 
-    def __init__(
-        self,
-        beton: Beton,
-        wanted: Wanted,
-        work: Work,
-        *,
-        state: Callable[[], Any],
-        buffer: Callable[[bool], Buffer],
-        room: Callable[[Buffer, Any], None] = lambda buffer, plan: None,
-    ) -> None:
-        self._beton, self._work, self._room, self._device = beton, work, room, wanted.device
-        self._stream = torch.cuda.Stream(wanted.device) if wanted.device.type == "cuda" else None
-        self._buffers = [buffer(self._stream is not None) for _ in range(wanted.depth + 1)]
+    def __init__(self, beton: Beton, config: BackendConfig, records: Records | None = None) -> None:
+        self.depth = config.depth
+        self._beton, self._config, self._records = beton, config, records or records_of(beton)
+        self._stream = torch.cuda.Stream(config.device) if config.device.type == "cuda" else None
+        self._buffers = [self._new_buffer(pinned=self._stream is not None) for _ in range(config.depth + 1)]
         self._copied: list[torch.cuda.Event | None] = [None] * len(self._buffers)
         self._pending: deque[tuple[Plan, int, list[Future]]] = deque()
         self._next = 0
-        self._count = wanted.workers or available_cores()
-        self._workers = Workers(self._count, state)
+        self._worker_count = config.workers or available_cores()
+        self._workers = Workers(self._worker_count, self._worker_state)
 
-    def begin(self, plan: Plan) -> None:
-        """Begin a batch."""
-        slot = self._next
-        self._next = (slot + 1) % len(self._buffers)
-        if (copied := self._copied[slot]) is not None:
-            copied.synchronize()  # the copy of depth + 1 batches ago: over long since
-        self._room(self._buffers[slot], plan)
-        n = len(plan.ids)
-        chunk = max(1, -(-n // (self._count * _CHUNKS)))
-        spans = [(start, min(start + chunk, n)) for start in range(0, n, chunk)]
-        futures = [self._workers.submit(self._work, plan, *span, self._buffers[slot]) for span in spans]
-        self._pending.append((plan, slot, futures))
+    # ---- for subclasses ----
 
-    def finish(self, timeout: float) -> tuple[Plan, Buffer, int]:
-        """Return the oldest batch's plan and buffer, and the buffer's number. Raises as `Backend.receive`."""
-        plan, slot, futures = self._pending[0]
-        under_way = wait(futures, timeout).not_done
-        for future in futures:
-            if future not in under_way:
-                future.result()  # raises what the worker raised
-        if under_way:
-            raise stalled(self._beton, plan, timeout)
-        self._pending.popleft()
-        return plan, self._buffers[slot], slot
+    def _new_buffer(self, pinned: bool) -> Buffer:
+        raise NotImplementedError
 
-    def ready(self) -> bool:
-        """Return whether the oldest batch is filled."""
-        return bool(self._pending) and all(future.done() for future in self._pending[0][2])
+    def _worker_state(self) -> Any:
+        """Return the first argument of `_fill`, made once for each worker."""
 
-    def on_device(self, tensors: Sequence[torch.Tensor], slot: int) -> tuple[torch.Tensor, ...]:
-        """Return tensors of buffer `slot` on the device, without waiting for it; themselves, where that is the CPU."""
+    def _prepare(self, plan: Plan, buffer: Buffer) -> Plan:
+        """Make room in the buffer for a batch; return its plan, with additions where `_fill` needs them."""
+        return plan
+
+    def _fill(self, state: Any, plan: Plan, start: int, stop: int, buffer: Buffer) -> None:
+        """Fill the buffer for samples start..stop of the plan. Raises DamagedRecord."""
+        raise NotImplementedError
+
+    def _crops(self, plan: Plan, buffer: Buffer, slot: int) -> tuple[torch.Tensor, ...]:
+        """Return the crops of a filled buffer, number `slot`, on the device."""
+        raise NotImplementedError
+
+    def _to_device(self, tensors: Sequence[torch.Tensor], slot: int) -> tuple[torch.Tensor, ...]:
+        """Return tensors of buffer `slot` on the device, without waiting for the copy; on the CPU, unchanged."""
         if self._stream is None:
             return tuple(tensors)
-        current = torch.cuda.current_stream(self._device)
+        device = self._config.device
+        current = torch.cuda.current_stream(device)
         with torch.cuda.stream(self._stream):
-            copies = tuple(tensor.to(self._device, non_blocking=True) for tensor in tensors)
+            copies = tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
             self._copied[slot] = event = torch.cuda.Event()
             event.record()
         current.wait_event(event)
@@ -106,13 +92,43 @@ class Ahead(Generic[Buffer]):
             copy.record_stream(current)
         return copies
 
+    # ---- the interface ----
+
+    def submit(self, plan: Plan) -> None:
+        slot = self._next
+        self._next = (slot + 1) % len(self._buffers)
+        if (copied := self._copied[slot]) is not None:
+            copied.synchronize()  # no wait in practice: the copy is depth + 1 batches old
+        buffer = self._buffers[slot]
+        plan = self._prepare(plan, buffer)
+        n = len(plan.ids)
+        chunk = max(1, -(-n // (self._worker_count * _CHUNKS_PER_WORKER)))
+        spans = [(start, min(start + chunk, n)) for start in range(0, n, chunk)]
+        self._pending.append((plan, slot, [self._workers.submit(self._fill, plan, *span, buffer) for span in spans]))
+
+    def receive(self, timeout: float) -> tuple[torch.Tensor, ...]:
+        return self._crops(*self.take_filled(timeout))
+
+    def take_filled(self, timeout: float) -> tuple[Plan, Buffer, int]:
+        """Return the oldest batch's plan, its filled buffer and the buffer's number. Raises as `receive`."""
+        plan, slot, futures = self._pending[0]
+        under_way = wait(futures, timeout).not_done
+        for future in futures:
+            if future not in under_way:
+                future.result()  # raises the worker's error
+        if under_way:
+            raise stalled(self._beton, plan, timeout)
+        self._pending.popleft()
+        return plan, self._buffers[slot], slot
+
+    def ready(self) -> bool:
+        return bool(self._pending) and all(future.done() for future in self._pending[0][2])
+
     def forget(self) -> bool:
-        """Forget the batches under way; return whether none of them is stuck, so that others may follow."""
         futures = [future for _, _, futures in self._pending for future in futures]
         self._pending.clear()
         return abandon(futures)
 
     def close(self) -> None:
-        """Forget the batches under way and end the threads."""
         self._pending.clear()
         self._workers.close()

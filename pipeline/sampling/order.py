@@ -16,7 +16,7 @@ _ORDER = 0x6F72646572
 _SHUFFLE = 0x73687566
 _CHUNKS = 0x6368756E6B
 
-Order = Literal["random", "chunked"]
+Order = Literal["random", "quasi_random"]
 CHUNK, WINDOW = 16, 2048
 """Of `chunked_order`: neighbors in the file that stay together, some 1.7 MB of ImageNet, and how many such chunks are
 read at a time, some 3.5 GB."""

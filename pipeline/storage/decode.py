@@ -13,10 +13,10 @@ from pipeline.native.numba_cache import compiled
 from pipeline.system.errors import DamagedRecord
 from pipeline.system.limits import MOST_SCANNED, MOST_SCANS
 
-WHOLE, _CHANGED, _UNDECODABLE = range(3)
+WHOLE, _CHANGED, UNDECODABLE = range(3)
 _FAULTS = {
     _CHANGED: "its bytes are not those that were written (CRC32 differs)",
-    _UNDECODABLE: "its JPEG does not decode, or not to the stored height and width",
+    UNDECODABLE: "its JPEG does not decode, or not to the stored height and width",
 }
 
 
@@ -98,7 +98,7 @@ def decode_record(records: Any, sample: int, box: Any, pixels: Any) -> tuple[int
     if records.modes[sample] != JPEG:
         return WHOLE, data, 0, 0, width
     well = _decode(data, height, width, box, pixels)
-    return (WHOLE if well else _UNDECODABLE), pixels, np.int64(box[0]), np.int64(box[1]), np.int64(box[3])
+    return (WHOLE if well else UNDECODABLE), pixels, np.int64(box[0]), np.int64(box[1]), np.int64(box[3])
 
 
 @compiled(**JIT)

@@ -1,24 +1,27 @@
-"""Errors that a user can mend, and how a command reports them."""
+"""Errors that a user can fix, and how a command reports them."""
 
 from __future__ import annotations
 
-import errno
 import functools
+import logging
 import os
 import sys
-import unicodedata
 from collections.abc import Callable
 
-_LONGEST = 200  # characters of an error that another one quotes
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
+from pipeline.system import logs
+from pipeline.system.files import DISK_ERRORS
+from pipeline.system.text import printable
+
+logger = logging.getLogger(__name__)
+_MAX_QUOTED = 200  # characters of an error that another one quotes
 
 
 class InputError(ValueError):
-    """Input that a user can mend. The message says what is wrong, where, and the remedy, in one line."""
+    """Invalid input. The message says in one line what is wrong, where, and the remedy."""
 
 
 class BadRecords(InputError):
-    """Records whose place or size cannot be right; `faults` lists sample ids and what is wrong with each."""
+    """Records whose place or size cannot be right. `faults`: sample id and fault of each."""
 
     def __init__(self, message: str, faults: list[tuple[int, str]]) -> None:
         super().__init__(message)
@@ -26,7 +29,7 @@ class BadRecords(InputError):
 
 
 class DamagedRecord(InputError):
-    """Records whose bytes are not the ones that were written, or do not decode: the message is of the first."""
+    """Records whose bytes differ from those written, or do not decode. The message names the first of `samples`."""
 
     def __init__(self, message: str, samples: tuple[int, ...]) -> None:
         super().__init__(message)
@@ -34,7 +37,7 @@ class DamagedRecord(InputError):
 
 
 class RunFailed(RuntimeError):
-    """A failure of the run itself, which nothing in its input explains. The message says what happened, in one line."""
+    """A failure of the run itself, not of its input. The message says in one line what happened."""
 
 
 class LoaderStalled(RunFailed):
@@ -42,13 +45,14 @@ class LoaderStalled(RunFailed):
 
 
 def command(main: Callable[[], int | None]) -> Callable[[], None]:
-    """Make `main` a command, whose failures are one line on stderr.
+    """Make `main` a command: log lines go to stderr, and a failure is one line there.
 
-    Exit status 2 for an `InputError`, 1 for a failure of the run itself or of a disk, 130 for Ctrl-C.
+    Exit codes: 0 success, or what `main` returns; 1 runtime failure, also of a disk; 2 invalid input; 130 Ctrl-C.
     """
 
     @functools.wraps(main)
     def run() -> None:
+        logs.configure()
         try:
             status = main() or 0
         except InputError as error:
@@ -61,7 +65,7 @@ def command(main: Callable[[], int | None]) -> Callable[[], None]:
             where = f"{error.filename}: " if error.filename else ""
             status = report(RunFailed(f"{where}{describe_error(error)}: make room, and give the same command again"), 1)
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+            logger.info("interrupted")
             status = 130
         sys.exit(status)
 
@@ -69,7 +73,7 @@ def command(main: Callable[[], int | None]) -> Callable[[], None]:
 
 
 def tell(line: str) -> None:
-    """Print a line to stderr; where the disk that takes it is full, the line is lost, and nothing else."""
+    """Print a line to stderr; where the disk behind it is full, drop the line."""
     try:
         print(line, file=sys.stderr, flush=True)
     except OSError as error:
@@ -78,26 +82,18 @@ def tell(line: str) -> None:
 
 
 def report(error: Exception, status: int) -> int:
-    """Print one line that says what went wrong, where it did; return `status`."""
+    """Print the error as one line on stderr, with the rank unless it is 0; return `status`.
+
+    An error with the attribute `reported` is printed by rank 0 alone.
+    """
     rank = os.environ.get("RANK", "0")
-    if rank != "0" and getattr(error, "reported", False):
-        return status  # the first process says it
-    who = "error" if rank == "0" else f"error in process {rank}"
-    print(printable(f"{who}: {' '.join(str(error).split())}"), file=sys.stderr)
+    if rank == "0" or not getattr(error, "reported", False):
+        source = "error" if rank == "0" else f"error in rank {rank}"
+        print(printable(f"{source}: {' '.join(str(error).split())}"), file=sys.stderr)
     return status
 
 
 def describe_error(error: BaseException) -> str:
-    """Return what an error says in one line of at most 200 characters; of the system's, without number and path."""
-    said = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
-    return said if len(said) <= _LONGEST else said[:_LONGEST] + " ..."
-
-
-def printable(text: str) -> str:
-    """Return `text` in one line, with all that is not text escaped: control characters, bytes that are not UTF-8."""
-    if text.isprintable():
-        return text
-    return "".join(
-        letter if letter.isprintable() or unicodedata.category(letter) == "Zs" else ascii(letter)[1:-1]
-        for letter in text
-    )
+    """Return an error's message in one line of at most 200 characters; of an OSError, without number and path."""
+    message = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+    return message if len(message) <= _MAX_QUOTED else message[:_MAX_QUOTED] + " ..."

@@ -1,8 +1,8 @@
-"""Log lines of commands: information plain, anything worse with its level before it, all on stderr.
+"""Log lines on stderr: information plain, anything worse after its level.
 
-Modules log through `logging.getLogger(__name__)`, those of `engine` that run on several ranks through
-`accelerate.logging.get_logger(__name__)`. Commands call `configure`; as a library the packages leave the output to
-whoever imports them.
+Modules log through `logging.getLogger(__name__)`; those of `engine` that run on several ranks through
+`accelerate.logging.get_logger(__name__)`. Commands call `configure`. A program that imports the packages decides about
+their log itself.
 """
 
 from __future__ import annotations
@@ -10,18 +10,20 @@ from __future__ import annotations
 import logging
 import sys
 
-from pipeline.system.errors import DISK_ERRORS, printable
+from pipeline.system.files import DISK_ERRORS
 from pipeline.system.progress import tqdm
+from pipeline.system.text import printable
 
 _LOGGERS = ("pipeline", "methods", "engine", "benchmarks", "__main__")
 
 
 class _StderrHandler(logging.Handler):
-    """Writes above any progress bar. A line that a full disk refuses is dropped: the run is worth more than its log."""
+    """Writes above any progress bar. A line that a full disk refuses is dropped: the run matters more than its log."""
 
     def emit(self, record: logging.LogRecord) -> None:
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        line = printable(f"{level}{record.getMessage()}")
+        message = record.getMessage().removeprefix("[RANK 0] ")  # which accelerate.logging adds
+        line = printable(f"{level}{message}")
         try:
             tqdm.write(line, file=sys.stderr)
             sys.stderr.flush()

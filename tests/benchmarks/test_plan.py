@@ -93,7 +93,7 @@ def test_what_does_not_fit_is_planned_in_parts_or_not_at_all() -> None:
             assert found["hours"] > 0
         else:
             assert math.isnan(found["hours"])
-            assert "recompute" in found["first"]
+            assert "activation_checkpointing" in found["first"]
     assert found["memory_by_batch_gib"][64] == pytest.approx(2 + 6.25 / 2)
 
 

@@ -19,7 +19,7 @@ from benchmarks.common import peers
 from tests.engine.small import settings
 
 SMALL = ["--model.arch", "resnet18", "--model.stem", "small", "--model.width", "0.25", "--data.size", "16"]
-SMALL += ["--data.batch", "8", "--method.queue", "32", "--model.bn", "plain", "--data.augmentation", "moco_v2_32"]
+SMALL += ["--data.batch", "8", "--method.queue_size", "32", "--model.bn", "plain", "--data.augmentation", "moco_v2_32"]
 
 
 def main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -80,8 +80,8 @@ def test_recomputing_is_not_counted_as_work() -> None:
     chosen = replace(settings("moco_v2"), data=replace(settings().data, augmentation="moco_v2_32"))
     accelerator, counts = step.Accelerator(cpu=True), []
     for recompute in (False, True):
-        model = step.build_model(replace(chosen, recompute=recompute), accelerator)
-        counts.append(step.flops_a_step(replace(chosen, recompute=recompute), model, accelerator))
+        model = step.build_model(replace(chosen, activation_checkpointing=recompute), accelerator)
+        counts.append(step.flops_a_step(replace(chosen, activation_checkpointing=recompute), model, accelerator))
     assert counts[0] == counts[1] > 0
 
 

@@ -22,7 +22,7 @@ def settings(data: Path | str = "", **more: Any) -> Settings:
     """Return settings of a small run of four epochs."""
     name = more.pop("method", "moco_v2")
     chosen = small(name)
-    chosen.data = Data(train=str(data), size=32, batch=20, eval_share=1.0)
+    chosen.data = Data(train=str(data), size=32, batch=20, eval_crop_ratio=1.0)
     chosen.model = Model("resnet18", "small", 0.125, 16)
     chosen.optim.epochs = EPOCHS
     for key, value in more.items():

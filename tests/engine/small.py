@@ -21,8 +21,8 @@ def settings(
     name: str = "moco_v2", terms: Terms | None = None, bn: str = "plain", batch: int = BATCH, **method: Any
 ) -> Settings:
     """Return settings of a run so small that float64 is quick: no terms, momentum 0.9, a constant learning rate."""
-    method = {"momentum": 0.9, "momentum_schedule": "constant"} | method if name != "simclr" else method
-    queue = {"queue": LENGTH} if name in ("moco_v1", "moco_v2") else {}
+    method = {"ema_momentum": 0.9, "ema_schedule": "constant"} | method if name != "simclr" else method
+    queue = {"queue_size": LENGTH} if name in ("moco_v1", "moco_v2") else {}
     return Settings(
         data=Data(size=SIZE, batch=batch),
         model=ModelSettings("resnet18", "small", 0.125, 16, None if name == "moco_v1" else 24, bn),  # type: ignore[arg-type]

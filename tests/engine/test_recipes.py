@@ -69,7 +69,7 @@ def test_an_estimate_is_the_same_where_products_are_not_computed(arch: str, monk
     ("arguments", "says"),
     [
         (["--data.samples", "100", "--data.batch", "128"], "more than the 100 images"),
-        (["--accumulate", "3"], "accumulate 3"),
+        (["--gradient_accumulation_steps", "3"], "gradient_accumulation_steps 3"),
         (["--data.train", "nowhere.beton"], "no such file"),
     ],
 )

@@ -27,13 +27,13 @@ from tests import ROOT
 RUN = ROOT / "engine" / "run.py"
 LAUNCHER = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch")
 SMALL = [
-    *("--data.augmentation", "moco_v2_32", "--data.size", "16", "--data.batch", "40", "--data.eval_share", "1"),
+    *("--data.augmentation", "moco_v2_32", "--data.size", "16", "--data.batch", "40", "--data.eval_crop_ratio", "1"),
     *("--data.workers", "1", "--model.arch", "resnet18", "--model.stem", "small", "--model.width", "0.125"),
-    *("--model.dim", "16", "--method.queue", "70", "--method.momentum", "0.9", "--optim.lr", "0.32"),
+    *("--model.dim", "16", "--method.queue_size", "70", "--method.ema_momentum", "0.9", "--optim.lr", "0.32"),
     *(
         "--optim.lr_rule",
         "linear",
-        "--optim.by",
+        "--optim.schedule_interval",
         "step",
         "--log_every",
         "1",
@@ -208,7 +208,7 @@ def main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     ("arguments", "says"),
     [
         ([], "already holds a run: add --resume auto"),
-        (["--resume", "auto", "--method.queue", "50"], "method.queue 50: the checkpoint has 70"),
+        (["--resume", "auto", "--method.queue_size", "50"], "method.queue_size 50: the checkpoint has 70"),
         (["--resume", "auto", "--model.width", "0.25"], "model.width 0.25: the checkpoint has 0.125"),
         (["--resume", "auto", "--seed", "1"], "seed 1: the checkpoint has 0"),
         (["--resume", "{first}"], "holds step_00000010, later than"),
@@ -295,10 +295,10 @@ def test_an_out_that_is_a_file_is_refused(
         (["--data.bach", "3"], "did you mean data.batch"),
         (["--data.batch", "many"], "wrong type"),
         (["--data.train", "{drawn}", "--data.batch", "400"], "a batch of 400 from 200 samples"),
-        (["--data.train", "{drawn}", "--method.queue", "0"], "method.queue 0"),
+        (["--data.train", "{drawn}", "--method.queue_size", "0"], "method.queue_size 0"),
         (["--data.train", "{drawn}", "--precision", "fp16"], "fp16"),
         (["--data.train", "{drawn}", "--resume", "{empty}"], "not a checkpoint"),
-        (["--data.train", "{drawn}", "--accumulate", "30"], "accumulate 30"),
+        (["--data.train", "{drawn}", "--gradient_accumulation_steps", "30"], "gradient_accumulation_steps 30"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_status_2(
@@ -333,5 +333,5 @@ def test_a_queue_larger_than_the_data_set_is_a_warning(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--data.train", str(drawn), "--optim.epochs", "1", "--out", str(tmp_path / "out")]
-    assert main(monkeypatch, *SMALL, *options, "--method.queue", "300") == 0
-    assert "warning: method.queue 300 is larger than the data set's 200 images" in capsys.readouterr().err
+    assert main(monkeypatch, *SMALL, *options, "--method.queue_size", "300") == 0
+    assert "warning: method.queue_size 300 is larger than the data set's 200 images" in capsys.readouterr().err

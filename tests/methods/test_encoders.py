@@ -1,4 +1,4 @@
-"""ResNets: torchvision's keys and parameter counts, and a forward pass written out by hand."""
+"""ResNets: torchvision's keys and parameter counts, and the forward pass by plain functions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from methods.encoders import resnet
 
-PARAMETERS = {  # torchvision's models without fc
+PARAMETERS = {  # of torchvision's models without fc
     "resnet18": 11_689_512 - 513_000,
     "resnet34": 21_797_672 - 513_000,
     "resnet50": 25_557_032 - 2_049_000,
@@ -20,7 +20,7 @@ DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4,
 
 
 def torchvision_keys(arch: str) -> list[str]:
-    """Return the state-dict keys of torchvision's model, in its order, without fc."""
+    """Return the state-dict keys of torchvision's model in order, without fc."""
 
     def norm(name: str) -> list[str]:
         return [f"{name}.{k}" for k in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
@@ -37,27 +37,27 @@ def torchvision_keys(arch: str) -> list[str]:
     return keys
 
 
-def test_keys_of_resnet50_are_torchvisions_own_list() -> None:
-    recorded = Path(__file__).with_name("torchvision_resnet50_keys.txt").read_text().split()
-    assert list(resnet("resnet50").state_dict()) == recorded
+def test_resnet50_keys_equal_torchvisions() -> None:
+    keys = Path(__file__).with_name("torchvision_resnet50_keys.txt").read_text().split()
+    assert list(resnet("resnet50").state_dict()) == keys
 
 
 @pytest.mark.parametrize("arch", PARAMETERS)
-def test_keys_and_parameter_counts_are_torchvisions(arch: str) -> None:
+def test_keys_and_parameter_counts_equal_torchvisions(arch: str) -> None:
     model = resnet(arch)
     assert list(model.state_dict()) == torchvision_keys(arch)
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[arch]
 
 
 @pytest.mark.parametrize(("arch", "features"), [("resnet18", 512), ("resnet50", 2048)])
-def test_features_are_as_many_as_said(arch: str, features: int) -> None:
+def test_output_has_features_dimensions(arch: str, features: int) -> None:
     model = resnet(arch, width=0.25)
     assert model.features == features // 4
     assert model(torch.zeros(2, 3, 64, 64)).shape == (2, features // 4)
 
 
 @pytest.mark.parametrize("stem", ["imagenet", "small"])
-def test_forward_equals_the_paper_written_out(stem: str) -> None:
+def test_forward_equals_plain_functions(stem: str) -> None:
     torch.manual_seed(0)
     model = resnet("resnet18", stem=stem, width=0.25).double().eval()
     for name, buffer in model.named_buffers():
@@ -67,10 +67,10 @@ def test_forward_equals_the_paper_written_out(stem: str) -> None:
             buffer.uniform_(-0.1, 0.1)
     x = torch.randn(2, 3, 40, 40, dtype=torch.float64)
     assert model(x).std() > 0.01  # not dead, or any two models would agree
-    assert torch.allclose(model(x), _written_out(model.state_dict(), x, stem), atol=1e-12, rtol=0)
+    assert torch.allclose(model(x), _forward(model.state_dict(), x, stem), atol=1e-12, rtol=0)
 
 
-def _written_out(w: dict[str, torch.Tensor], x: torch.Tensor, stem: str) -> torch.Tensor:
+def _forward(w: dict[str, torch.Tensor], x: torch.Tensor, stem: str) -> torch.Tensor:
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
         shape = (1, -1, 1, 1)
         scale = w[f"{name}.weight"] / (w[f"{name}.running_var"] + 1e-5).sqrt()
@@ -92,7 +92,7 @@ def _written_out(w: dict[str, torch.Tensor], x: torch.Tensor, stem: str) -> torc
     return x.mean(dim=(2, 3))
 
 
-def test_convolutions_begin_as_torchvisions() -> None:
+def test_convolutions_are_initialized_as_torchvisions() -> None:
     """He initialization by fan-out: the standard deviation is sqrt(2 / (out channels * kernel area))."""
     weight = resnet("resnet50").layer2[0].conv2.weight
     assert weight.std().item() == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.02)
@@ -100,9 +100,9 @@ def test_convolutions_begin_as_torchvisions() -> None:
     assert strided.std().item() == pytest.approx((2 / 128) ** 0.5, rel=0.03)
 
 
-def test_zero_init_begins_with_blocks_that_change_nothing() -> None:
+def test_zero_init_residual_starts_blocks_as_the_identity() -> None:
     for arch in ("resnet18", "resnet50"):
-        block = resnet(arch, width=0.125, zero_init=True).layer1[1]
+        block = resnet(arch, width=0.125, zero_init_residual=True).layer1[1]
         x = torch.randn(4, block.conv1.in_channels, 8, 8).relu()
         assert torch.equal(block(x), x)
         assert not torch.equal(resnet(arch, width=0.125).layer1[1](x), x)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from methods.flat import Buffers, flatten, refuse_strays
+from methods.flat import Buffers, check_views, flatten
 
 
-def test_values_shapes_and_strides_stay_and_the_buffer_reaches_all() -> None:
+def test_flatten_preserves_values_shapes_and_strides() -> None:
     net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     before = copy.deepcopy(net)
     flat = flatten(net.parameters())
@@ -29,7 +29,7 @@ def test_values_shapes_and_strides_stay_and_the_buffer_reaches_all() -> None:
     )
 
 
-def test_flat_parameters_are_trained_and_loaded_as_others() -> None:
+def test_flat_parameters_train_and_load() -> None:
     net = nn.Linear(3, 2)
     flat = flatten(net.parameters())
     net(torch.ones(1, 3)).sum().backward()
@@ -39,13 +39,13 @@ def test_flat_parameters_are_trained_and_loaded_as_others() -> None:
     assert flat.sum() == 8
 
 
-def test_nothing_and_several_dtypes() -> None:
+def test_flatten_accepts_nothing_and_rejects_several_dtypes() -> None:
     assert flatten([]).numel() == 0
     with pytest.raises(ValueError, match="several dtypes"):
         flatten([torch.zeros(2), torch.zeros(2, dtype=torch.int64)])
 
 
-def test_what_has_gaps_is_refused() -> None:
+def test_flatten_rejects_tensors_with_gaps() -> None:
     for tensor in (torch.zeros(4, 4)[:, :2], torch.zeros(8)[::2]):
         with pytest.raises(ValueError, match="has gaps"):
             flatten([tensor])
@@ -53,7 +53,7 @@ def test_what_has_gaps_is_refused() -> None:
 
 
 @pytest.mark.parametrize("moved", ["cast", "assigned", "flattened again", None])
-def test_tensors_that_have_left_their_buffer_are_found(moved: str | None) -> None:
+def test_check_views_detects_new_memory(moved: str | None) -> None:
     net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
     flat = flatten(net.parameters())
     if moved == "cast":
@@ -65,24 +65,24 @@ def test_tensors_that_have_left_their_buffer_are_found(moved: str | None) -> Non
     else:
         net.load_state_dict({name: value.clone() for name, value in net.state_dict().items()})
     if moved is None:
-        refuse_strays(net.parameters(), flat)
+        check_views(net.parameters(), flat)
         return
     with pytest.raises(RuntimeError, match=r"[24] tensors have left their common buffer"):
-        refuse_strays(net.parameters(), flat)
+        check_views(net.parameters(), flat)
 
 
-def test_buffers_are_put_back_unless_the_condition_holds() -> None:
+def test_buffers_are_restored_unless_the_condition_is_true() -> None:
     net = nn.BatchNorm1d(3)
     buffers = Buffers(net, nn.Linear(2, 2))
-    kept, before = buffers.kept(), copy.deepcopy(net.state_dict())
+    snapshot, before = buffers.snapshot(), copy.deepcopy(net.state_dict())
     net(torch.full((4, 3), torch.nan))
     moved = copy.deepcopy(net.state_dict())
-    buffers.restore_unless(torch.tensor(True), kept)
+    buffers.restore_unless(torch.tensor(True), snapshot)
     assert net.running_mean is not None
     assert net.running_mean.isnan().all()
     assert net.num_batches_tracked == moved["num_batches_tracked"] == 1
-    buffers.restore_unless(torch.tensor(False), kept)
+    buffers.restore_unless(torch.tensor(False), snapshot)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     net(torch.ones(4, 3))
-    buffers.restore(kept)
+    buffers.restore(snapshot)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())

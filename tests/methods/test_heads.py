@@ -1,4 +1,4 @@
-"""Projectors and predictors: layer by layer as published; the encoder that ends in them."""
+"""Projectors and predictors, layer by layer as published, and the encoder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from methods.registry import BASES
 R50, VIT = 2048, 384
 
 
-def described(module: nn.Module | None) -> list[str]:
+def layers_of(module: nn.Module | None) -> list[str]:
     """Return a head's layers: `a-b` linear, `+` with bias, `BN`, `BN/scale`, `BN/plain`, `relu`."""
     layers = []
     for layer in module.modules() if module is not None else []:
@@ -45,16 +45,16 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize(("name", "transformer"), PUBLISHED)
-def test_layers_are_the_published_ones(name: str, transformer: bool) -> None:
+def test_layers_are_as_published(name: str, transformer: bool) -> None:
     base: Base = BASES[name]
     heads = base.heads(VIT if transformer else R50, None, base.published["model.dim"], nn.BatchNorm1d, transformer)
-    assert tuple(map(described, heads)) == PUBLISHED[name, transformer]
+    assert tuple(map(layers_of, heads)) == PUBLISHED[name, transformer]
 
 
-def test_hidden_width_is_a_choice() -> None:
+def test_mlp_dim_sets_the_hidden_width() -> None:
     projector, predictor = BASES["byol"].heads(64, 32, 8, nn.BatchNorm1d, False)
-    assert described(projector) == ["64-32+", "BN", "relu", "32-8"]
-    assert described(predictor) == ["8-32+", "BN", "relu", "32-8"]
+    assert layers_of(projector) == ["64-32+", "BN", "relu", "32-8"]
+    assert layers_of(predictor) == ["8-32+", "BN", "relu", "32-8"]
 
 
 def encoder(name: str) -> Encoder:
@@ -65,7 +65,7 @@ def encoder(name: str) -> Encoder:
 
 
 @pytest.mark.parametrize("name", ["moco_v2", "byol"])
-def test_each_view_is_embedded_on_its_own_with_norm_one(name: str) -> None:
+def test_each_view_is_its_own_batch_with_embeddings_of_norm_one(name: str) -> None:
     model = encoder(name)
     a, b = torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16)
     together = model(a, b)
@@ -74,7 +74,7 @@ def test_each_view_is_embedded_on_its_own_with_norm_one(name: str) -> None:
     assert torch.allclose(together[0].norm(dim=1), torch.ones(4), atol=1e-6)
 
 
-def test_simclrs_views_are_one_batch() -> None:
+def test_simclr_views_are_one_batch() -> None:
     model = encoder("simclr")
     a, b = torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16)
     together = torch.cat(model(a, b))

@@ -15,7 +15,7 @@ def small() -> Encoder:
     return Encoder(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), nn.Linear(4, 2), nn.Linear(2, 2)).double()
 
 
-def test_copy_is_equal_apart_and_without_gradient_or_predictor() -> None:
+def test_copy_has_equal_parameters_without_gradient_and_predictor() -> None:
     online = small()
     target = momentum_copy(online)
     assert [name for name, _ in online.named_parameters() if name not in dict(target.named_parameters())] == [
@@ -28,7 +28,7 @@ def test_copy_is_equal_apart_and_without_gradient_or_predictor() -> None:
     assert not any(p.requires_grad for p in target.parameters())
 
 
-def test_frozen_parameters_are_not_followed() -> None:
+def test_frozen_parameters_are_left_out() -> None:
     online = small()
     online.backbone[0].requires_grad_(False)
     target = momentum_copy(online)
@@ -47,10 +47,10 @@ def test_cosine_momentum_rises_to_one() -> None:
 
 
 @pytest.mark.parametrize("share", [0.01, torch.tensor(0.01, dtype=torch.float64)])
-def test_update_is_the_moving_average_of_parameters_and_leaves_buffers(share: float | torch.Tensor) -> None:
+def test_update_averages_parameters_and_leaves_buffers(share: float | torch.Tensor) -> None:
     online = small()
     target = momentum_copy(online)
-    online(torch.randn(8, 3, dtype=torch.float64))  # moves the online running statistics only
+    online(torch.randn(8, 3, dtype=torch.float64))  # changes the online running statistics alone
     with torch.no_grad():
         for p in online.parameters():
             p.normal_()

@@ -10,7 +10,7 @@ from methods.norm import SplitBatchNorm
 
 
 @pytest.mark.parametrize(("batch", "groups"), [(16, 8), (12, 8), (7, 4), (2, 8)])
-def test_each_part_is_normalized_by_its_own_statistics(batch: int, groups: int) -> None:
+def test_each_part_has_its_own_statistics(batch: int, groups: int) -> None:
     torch.manual_seed(0)
     layer = SplitBatchNorm(5, groups).double()
     nn.init.uniform_(layer.weight)
@@ -41,7 +41,7 @@ def test_evaluation_equals_plain_batchnorm() -> None:
     assert torch.equal(layer.eval()(x), plain.eval()(x))
 
 
-def test_vectors_are_split_as_images_are() -> None:
+def test_vectors_are_split_like_images() -> None:
     torch.manual_seed(0)
     layer = SplitBatchNorm(5, 2, affine=False).double()
     x = torch.randn(8, 5, dtype=torch.float64)

@@ -10,11 +10,11 @@ import torch
 from methods.queue import KeyQueue
 
 
-@pytest.mark.parametrize("length", [1, 5, 8, 13, 64])
+@pytest.mark.parametrize("size", [1, 5, 8, 13, 64])
 @pytest.mark.parametrize("batch", [1, 4, 5, 8, 20])
-def test_rows_are_the_newest_keys_for_any_length_and_batch(length: int, batch: int) -> None:
-    queue = KeyQueue(length, 3)
-    newest: deque[tuple[float, ...]] = deque((tuple(row.tolist()) for row in queue.keys), maxlen=length)
+def test_rows_are_the_newest_keys_for_any_size_and_batch(size: int, batch: int) -> None:
+    queue = KeyQueue(size, 3)
+    newest: deque[tuple[float, ...]] = deque((tuple(row.tolist()) for row in queue.keys), maxlen=size)
     for _ in range(7):
         keys = torch.randn(batch, 3)
         queue.write(keys)
@@ -22,7 +22,7 @@ def test_rows_are_the_newest_keys_for_any_length_and_batch(length: int, batch: i
         assert sorted(tuple(row.tolist()) for row in queue.keys) == sorted(newest)
 
 
-def test_oldest_are_overwritten_in_place_from_the_write_position() -> None:
+def test_oldest_rows_are_overwritten_in_place() -> None:
     queue = KeyQueue(5, 2)
     storage = queue.keys.data_ptr()
     first, second = torch.full((3, 2), 1.0), torch.full((3, 2), 2.0)
@@ -32,7 +32,7 @@ def test_oldest_are_overwritten_in_place_from_the_write_position() -> None:
     assert (queue.position.item(), queue.keys.data_ptr()) == (1, storage)
 
 
-def test_begins_as_directions_that_depend_on_the_seed_alone() -> None:
+def test_initial_keys_depend_on_the_seed_alone() -> None:
     a, b, c = KeyQueue(50, 8, seed=1), KeyQueue(50, 8, seed=1), KeyQueue(50, 8, seed=2)
     assert torch.equal(a.keys, b.keys)
     assert not torch.equal(a.keys, c.keys)
@@ -40,7 +40,7 @@ def test_begins_as_directions_that_depend_on_the_seed_alone() -> None:
 
 
 @pytest.mark.parametrize("batch", [3, 8, 13])
-def test_nothing_is_written_where_the_condition_is_false(batch: int) -> None:
+def test_false_condition_writes_nothing(batch: int) -> None:
     queue, other = KeyQueue(8, 2), KeyQueue(8, 2)
     for step in range(5):
         keys = torch.randn(batch, 2)
@@ -51,14 +51,14 @@ def test_nothing_is_written_where_the_condition_is_false(batch: int) -> None:
         assert queue.position.item() == other.position.item() == (step + 1) * batch % 8
 
 
-def test_write_position_is_in_the_state() -> None:
+def test_state_includes_the_write_position() -> None:
     queue, other = KeyQueue(8, 2), KeyQueue(8, 2)
     queue.write(torch.randn(3, 2))
     other.load_state_dict(queue.state_dict())
     assert other.position.item() == 3
 
 
-def test_bfloat16_storage_changes_a_similarity_by_at_most_its_stated_error() -> None:
+def test_bfloat16_error_stays_within_the_documented_bound() -> None:
     torch.manual_seed(0)
     full, half = KeyQueue(4096, 128), KeyQueue(4096, 128, dtype=torch.bfloat16)
     keys = torch.nn.functional.normalize(torch.randn(3000, 128), dim=1)

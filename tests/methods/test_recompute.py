@@ -1,4 +1,4 @@
-"""Blocks that are computed again in the backward pass."""
+"""Activation checkpointing of backbone blocks."""
 
 from __future__ import annotations
 
@@ -25,45 +25,45 @@ def backbones() -> dict[str, nn.Module]:
     }
 
 
-def kept_and_gradients(backbone: nn.Module) -> tuple[int, list[torch.Tensor]]:
-    """Return the bytes kept for the backward pass, and output, gradients and buffers."""
-    kept: dict[int, Any] = {}
-    own = {p.data_ptr() for p in backbone.parameters()}
+def saved_bytes_and_results(backbone: nn.Module) -> tuple[int, list[torch.Tensor]]:
+    """Return the bytes saved for the backward pass, and output, gradients and buffers."""
+    saved: dict[int, Any] = {}
+    parameters = {p.data_ptr() for p in backbone.parameters()}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in parameters:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
     x = torch.randn(4, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        found = backbone(x)
-    size = sum(storage.nbytes() for storage in kept.values())
-    found.square().sum().backward()
-    return size, [found.detach(), *(p.grad for p in backbone.parameters() if p.grad is not None), *backbone.buffers()]
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        output = backbone(x)
+    size = sum(storage.nbytes() for storage in saved.values())
+    output.square().sum().backward()
+    return size, [output.detach(), *(p.grad for p in backbone.parameters() if p.grad is not None), *backbone.buffers()]
 
 
 @pytest.mark.parametrize("name", backbones())
-def test_gradients_and_statistics_are_the_same_from_less_memory(name: str) -> None:
+def test_recomputing_saves_memory_and_changes_no_result(name: str) -> None:
     plain = backbones()[name]
-    again = copy.deepcopy(plain)
-    recompute(again)
-    (plain_kept, expected), (kept, found) = kept_and_gradients(plain), kept_and_gradients(again)
-    assert kept < 0.4 * plain_kept
-    assert len(found) == len(expected)
-    assert all(torch.allclose(a, b, atol=1e-13, rtol=1e-12) for a, b in zip(found, expected, strict=True))
-    norms = [m for m in again.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    recomputing = copy.deepcopy(plain)
+    recompute(recomputing)
+    plain_bytes, expected = saved_bytes_and_results(plain)
+    recomputing_bytes, results = saved_bytes_and_results(recomputing)
+    assert recomputing_bytes < 0.4 * plain_bytes
+    assert all(torch.allclose(a, b, atol=1e-13, rtol=1e-12) for a, b in zip(results, expected, strict=True))
+    norms = [m for m in recomputing.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert all((m.momentum, m.num_batches_tracked.item()) == (0.1, 1) for m in norms)
 
 
-def test_nothing_is_computed_again_without_gradient_or_where_it_is_not_asked_for() -> None:
-    asked = backbones()["resnet18"]
-    recompute(asked)
+def test_blocks_recompute_only_with_gradient() -> None:
+    backbone = backbones()["resnet18"]
+    recompute(backbone)
     calls = list[int]()
-    asked.layer1[0].conv1.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[index,union-attr]
+    backbone.layer1[0].conv1.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[index,union-attr]
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     with torch.no_grad():
-        asked(x)
+        backbone(x)
     assert len(calls) == 1
-    asked(x).sum().backward()
+    backbone(x).sum().backward()
     assert len(calls) == 3

@@ -1,4 +1,4 @@
-"""Vision transformers: timm's keys, and moco-v3's forward pass and initialization written out."""
+"""Vision transformers: timm's keys, and moco-v3's initialization and forward pass by plain functions."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from methods.vit import sine_cosine_positions, vit
 
 
 @pytest.mark.parametrize(("arch", "dim", "count"), [("vit_small", 384, 21_665_664), ("vit_base", 768, 85_798_656)])
-def test_keys_are_timms_and_the_parameters_as_many(arch: str, dim: int, count: int) -> None:
+def test_keys_and_parameter_counts_equal_timms(arch: str, dim: int, count: int) -> None:
     model = vit(arch)
     assert list(model.state_dict()) == Path(__file__).with_name("timm_vit_keys.txt").read_text().split()
-    assert sum(tensor.numel() for tensor in model.state_dict().values()) == count  # timm's, positions among them
+    assert sum(tensor.numel() for tensor in model.state_dict().values()) == count  # timm's, including positions
     assert model.features == dim
 
 
-def test_forward_equals_the_transformer_written_out() -> None:
+def test_forward_equals_plain_functions() -> None:
     torch.manual_seed(0)
     model = vit("vit_small", size=32).double().eval()
     for parameter in model.parameters():
@@ -69,20 +69,20 @@ def test_positions_are_sines_and_cosines_of_row_and_column() -> None:
             assert positions[1 + 3 * row + column].tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_frozen_patch_projection_is_the_only_thing_without_gradient() -> None:
+def test_stop_grad_conv1_freezes_the_patch_projection_alone() -> None:
     assert [n for n, p in vit("vit_small", size=32).named_parameters() if not p.requires_grad] == [
         "patch_embed.proj.weight",
         "patch_embed.proj.bias",
     ]
-    assert all(p.requires_grad for p in vit("vit_small", size=32, frozen_patch=False).parameters())
+    assert all(p.requires_grad for p in vit("vit_small", size=32, stop_grad_conv1=False).parameters())
 
 
-def test_begins_as_moco_v3s() -> None:
+def test_initialization_is_moco_v3s() -> None:
     torch.manual_seed(0)
     model = vit("vit_small", size=32)
     attention = model.blocks[0].attn
     for weight, bound in (
-        (attention.qkv.weight, math.sqrt(6 / (384 + 384))),  # query, key and value each on its own
+        (attention.qkv.weight, math.sqrt(6 / (384 + 384))),  # query, key and value separately
         (attention.proj.weight, math.sqrt(6 / (384 + 384))),
         (model.blocks[0].mlp.fc1.weight, math.sqrt(6 / (384 + 1536))),
         (model.patch_embed.proj.weight, math.sqrt(6 / (3 * 256 + 384))),
@@ -93,12 +93,12 @@ def test_begins_as_moco_v3s() -> None:
     assert 0 < model.cls_token.abs().max() < 1e-5
 
 
-def test_size_that_is_no_multiple_of_the_patch_is_refused() -> None:
+def test_size_must_be_a_multiple_of_the_patch() -> None:
     with pytest.raises(ValueError, match="choose a multiple of 16"):
         vit("vit_small", size=40)
 
 
-def test_reads_every_patch() -> None:
+def test_every_patch_gets_gradient() -> None:
     torch.manual_seed(0)
     model = vit("vit_small", size=32).eval()
     x = torch.randn(1, 3, 32, 32, requires_grad=True)

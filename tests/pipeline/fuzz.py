@@ -148,7 +148,7 @@ def use(beton: Path, number: int = 0) -> None:
     found.data = fenced(found.file_size, found.data)
     verify(found, quiet=True)
     options: dict[str, Any] = {"stall_timeout": 600, "backend": backend, "on_bad": "skip" if skips else "error"}
-    loader = Loader(found, AUGMENTATIONS["moco_v2"], size=16, batch=len(found), workers=1, ahead=1, **options)
+    loader = Loader(found, AUGMENTATIONS["moco_v2"], size=16, batch=len(found), workers=1, prefetch_factor=1, **options)
     try:
         for batch in loader:
             assert batch.ids.tolist() != []

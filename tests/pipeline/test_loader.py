@@ -189,7 +189,7 @@ def test_any_number_of_views_can_be_had(drawn: Path, count: int) -> None:
 # ---- the same again ----
 
 
-@pytest.mark.parametrize("other", [{}, {"workers": 2}, {"workers": 5}, {"ahead": 1}, {"ahead": 7}])
+@pytest.mark.parametrize("other", [{}, {"workers": 2}, {"workers": 5}, {"prefetch_factor": 1}, {"prefetch_factor": 7}])
 def test_same_seed_gives_the_same_batches_however_they_are_made(drawn: Path, other: dict[str, int]) -> None:
     with _loader(drawn) as a, _loader(drawn, **other) as b:
         assert _equal(_take(a, _STEPS + 3), _take(b, _STEPS + 3))
@@ -307,7 +307,7 @@ def test_an_epoch_that_was_left_is_gone_on_with(drawn: Path) -> None:
 
 
 def test_a_state_goes_on_with_another_number_of_ranks_and_workers(drawn: Path) -> None:
-    with _loader(drawn) as one, _loader(drawn, rank=1, world=2, workers=2, ahead=2) as two:
+    with _loader(drawn) as one, _loader(drawn, rank=1, world=2, workers=2, prefetch_factor=2) as two:
         _take(one, 2)
         two.load_state_dict(one.state_dict())
         (whole,), (half,) = _take(one, 1), _take(two, 1)
@@ -440,13 +440,13 @@ def test_the_first_of_several_damaged_records_is_named(copied: Path) -> None:
 @pytest.fixture
 def stalled(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Has workers hang until the event is set."""
-    go_on, crop = threading.Event(), FfcvBackend._crop
+    go_on, crop = threading.Event(), FfcvBackend._fill
 
     def hang(*args: Any) -> None:
         assert go_on.wait(20)
         crop(*args)
 
-    monkeypatch.setattr(FfcvBackend, "_crop", hang)
+    monkeypatch.setattr(FfcvBackend, "_fill", hang)
     yield go_on
     go_on.set()
 
@@ -480,7 +480,7 @@ def test_any_other_error_of_a_worker_comes_through(
     def fail(*args: Any) -> None:
         raise error("as it was raised")
 
-    monkeypatch.setattr(FfcvBackend, "_crop", fail)
+    monkeypatch.setattr(FfcvBackend, "_fill", fail)
     with _loader(drawn) as loader, pytest.raises(error, match="as it was raised"):
         _take(loader, 1)
 
@@ -498,7 +498,7 @@ def test_a_batch_of_all_samples_is_an_epoch(drawn: Path) -> None:
 
 
 def test_a_batch_that_does_not_divide_among_the_ranks_is_refused(drawn: Path) -> None:
-    with pytest.raises(InputError, match=r"data\.batch 32 does not divide among 3 processes: choose a multiple of 3"):
+    with pytest.raises(InputError, match=r"data\.batch 32 does not divide among 3 ranks: choose a multiple of 3"):
         _loader(drawn, world=3)
 
 
@@ -514,7 +514,7 @@ def test_an_unknown_backend_is_refused(drawn: Path) -> None:
 
 @pytest.mark.parametrize("ahead", [1, 3])
 def test_the_next_epoch_is_under_way_when_one_ends(drawn: Path, plans: list[Plan], ahead: int) -> None:
-    with _loader(drawn, ahead=ahead) as loader:
+    with _loader(drawn, prefetch_factor=ahead) as loader:
         for number, _ in enumerate(loader, 1):
             assert len(plans) == number + ahead
     order = epoch_order(3, 1, _SAMPLES)
@@ -527,10 +527,10 @@ def test_no_more_batches_than_asked_for_are_under_way(drawn: Path, monkeypatch: 
     def counted(self: FfcvBackend, plan: Plan) -> None:
         nonlocal most
         submit(self, plan)
-        most = max(most, len(self._ahead._pending))
+        most = max(most, len(self._pending))
 
     monkeypatch.setattr(FfcvBackend, "submit", counted)
-    with _loader(drawn, ahead=2) as loader:
+    with _loader(drawn, prefetch_factor=2) as loader:
         _take(loader, 2 * _STEPS)
     assert most == 2
 
@@ -545,7 +545,7 @@ def test_buffers_are_made_once(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> 
         return crops
 
     monkeypatch.setattr(FfcvBackend, "receive", watched)
-    with _loader(drawn, ahead=3) as loader:
+    with _loader(drawn, prefetch_factor=3) as loader:
         _take(loader, 4 * _STEPS)
     assert len(set(places)) == 4
     assert set(places[:_STEPS]) == set(places[-_STEPS:])
@@ -624,7 +624,7 @@ def test_every_sample_comes_once_in_order_each_time(drawn: Path) -> None:
 @pytest.mark.parametrize("batch", [7, 64, 200, 1000])
 @pytest.mark.parametrize("ahead", [1, 3])
 def test_center_crops_do_not_depend_on_the_batch(drawn: Path, batch: int, ahead: int) -> None:
-    with _center(drawn) as plain, _center(drawn, batch=batch, ahead=ahead) as other:
+    with _center(drawn) as plain, _center(drawn, batch=batch, prefetch_factor=ahead) as other:
         assert torch.equal(torch.cat([images for images, _ in plain]), torch.cat([images for images, _ in other]))
 
 

@@ -28,13 +28,13 @@ from tests.engine.test_run import SMALL, main
 SAVED = flat(Settings(terms=Terms(co2=CO2(), xmoco=XMoCo(), residual=Residual(), dcl=DCL())).as_dict())
 FREE = set(  # how and where the same is computed, told and kept
     """out resume allow_change log_every save_every keep keep_every tracker gradient_shares cpu compile cuda_graph
-    recompute collective_timeout step_timeout data.train data.eval data.eval_share data.verify data.on_bad data.samples
-    data.stall_timeout data.workers data.ahead data.backend data.crop_on data.hardware_load knn.every knn.k
-    knn.temperature knn.limit""".split()  # noqa: SIM905 - a list of words
+    activation_checkpointing collective_timeout step_timeout data.train data.eval data.eval_crop_ratio data.verify
+    data.on_bad data.samples data.stall_timeout data.workers data.prefetch_factor data.backend data.hw_decoder_load
+    knn.every knn.k knn.temperature knn.limit""".split()  # noqa: SIM905 - a list of words
 )
 FIXED = set(  # what is saved would not fit
-    """method.name method.queue method.queue_dtype optim.name data.batch data.order seed model.arch model.stem
-    model.width model.dim model.hidden model.bn model.zero_init model.frozen_patch""".split()  # noqa: SIM905
+    """method.name method.queue_size method.queue_dtype optim.name data.batch data.order seed model.arch model.stem
+    model.width model.dim model.mlp_dim model.bn model.zero_init_residual model.stop_grad_conv1""".split()  # noqa: SIM905
 )
 
 

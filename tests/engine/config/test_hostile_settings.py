@@ -142,8 +142,10 @@ def test_several_recipes_win_over_each_other_in_turn_and_the_command_line_over_a
     first, second = tmp_path / "1.yaml", tmp_path / "2.yaml"
     first.write_text("\ufeffoptim: {lr: 0.5, epochs: 7}\nterms: {co2: {weight: 2}}\nmodel:\n")
     second.write_text("optim: {lr: 0.25}\nterms: {residual: {}}\nout: 2001-01-01\n")
-    found = parse(["--optim.clip", "2", "--config", str(first), f"--config={second}", "--terms.co2.temperature", "0.5"])
-    assert (found.optim.lr, found.optim.epochs, found.optim.clip, found.out) == (0.25, 7, 2, "2001-01-01")
+    found = parse(
+        ["--optim.clip_grad_norm", "2", "--config", str(first), f"--config={second}", "--terms.co2.temperature", "0.5"]
+    )
+    assert (found.optim.lr, found.optim.epochs, found.optim.clip_grad_norm, found.out) == (0.25, 7, 2, "2001-01-01")
     assert found.terms.co2 is not None
     assert (found.terms.co2.weight, found.terms.co2.temperature) == (2, 0.5)
     assert found.terms.residual is not None

@@ -21,7 +21,11 @@ RECIPES = sorted((ROOT / "engine" / "recipes").glob("*.yaml"))
 def test_defaults_are_moco_v2_on_imagenet() -> None:
     settings = parse([])
     assert settings == Settings()
-    assert (settings.method.queue, settings.method.temperature, settings.method.momentum) == (65536, 0.2, 0.999)
+    assert (settings.method.queue_size, settings.method.temperature, settings.method.ema_momentum) == (
+        65536,
+        0.2,
+        0.999,
+    )
     assert (settings.optim.lr, settings.data.batch, settings.optim.epochs) == (0.03, 256, 200)
 
 
@@ -79,9 +83,9 @@ def test_recipes_are_valid(recipe: Path) -> None:
         (["--cuda_graph", "true", "--log_every", "1"], "cuda_graph true: log_every 1", "choose 2"),
         (["--gradient_dtype", "float16"], "gradient_dtype 'float16'", "bfloat16"),
         (["--data.backend", "lmdb"], "data.backend 'lmdb'", "ffcv"),
-        (["--method.queue", "0"], "method.queue 0", "above 0"),
+        (["--method.queue_size", "0"], "method.queue_size 0", "above 0"),
         (["--method.temperature", "-1"], "method.temperature -1", "above 0"),
-        (["--method.momentum", "1.5"], "method.momentum 1.5", "0 to 1"),
+        (["--method.ema_momentum", "1.5"], "method.ema_momentum 1.5", "0 to 1"),
         (["--optim.lr", "-1"], "optim.lr -1", "above 0"),
         (["--optim.lr", ".inf"], "optim.lr", "finite"),
         (["--optim.warmup_epochs", "300"], "optim.warmup_epochs 300", "below optim.epochs"),
@@ -98,13 +102,17 @@ def test_recipes_are_valid(recipe: Path) -> None:
         (["--terms", "{co2: {weight: 1}}"], "terms '{co2: {weight: 1}}'", "[co2, residual]"),
         (["--terms.xmoco.cross", "0", "--terms.xmoco.uniformity", "0"], "terms.xmoco", "both 0"),
         (["--method.temperature", "nan"], "method.temperature", "number"),
-        (["--method.queue", "1.5"], "method.queue '1.5'", "a whole number, or null"),
+        (["--method.queue_size", "1.5"], "method.queue_size '1.5'", "a whole number, or null"),
         (["--model.bn", "groupnorm"], "model.bn 'groupnorm'", "'shuffle'"),
         (["--method.name", "byol", "--method.temperature", "1"], "method.temperature 1.0", "no softmax"),
-        (["--method.name", "simclr", "--method.momentum", "0.9"], "method.momentum 0.9", "no momentum encoder"),
-        (["--method.name", "moco_v1", "--model.hidden", "9"], "model.hidden 9", "one layer"),
-        (["--method.name", "simclr", "--accumulate", "2"], "accumulate 2", "choose 1"),
-        (["--terms.xmoco.cross", "1", "--accumulate", "2"], "terms.xmoco.cross", "choose 1"),
+        (["--method.name", "simclr", "--method.ema_momentum", "0.9"], "method.ema_momentum 0.9", "no momentum encoder"),
+        (["--method.name", "moco_v1", "--model.mlp_dim", "9"], "model.mlp_dim 9", "one layer"),
+        (
+            ["--method.name", "simclr", "--gradient_accumulation_steps", "2"],
+            "gradient_accumulation_steps 2",
+            "choose 1",
+        ),
+        (["--terms.xmoco.cross", "1", "--gradient_accumulation_steps", "2"], "terms.xmoco.cross", "choose 1"),
         (["--dry_run"], "dry_run", "--dry-run"),
         (["--gradient-shares", "true"], "gradient-shares", "did you mean gradient_shares"),
         (
@@ -118,14 +126,14 @@ def test_recipes_are_valid(recipe: Path) -> None:
         (["--method.name", "simclr", "--terms", "[residual]"], "terms.residual", "no momentum encoder"),
         (["--method.name", "byol", "--terms", "[dcl]"], "terms.dcl", "no contrastive loss"),
         (["--method.name", "moco_v3", "--terms.xmoco.negatives", "queue"], "xmoco.negatives 'queue'", "choose batch"),
-        (["--method.name", "moco_v3", "--method.queue", "9"], "method.queue 9", "has no queue"),
+        (["--method.name", "moco_v3", "--method.queue_size", "9"], "method.queue_size 9", "has no queue"),
         (["--method.name", "byol", "--method.symmetric", "false"], "method.symmetric False", "is symmetric"),
         (["--method.name", "simclr", "--model.bn", "shuffle"], "model.bn 'shuffle'", "choose plain or sync"),
         (["--model.arch", "vit_small", "--data.size", "40"], "data.size 40", "multiple of 16"),
         (["--model.arch", "vit_small", "--model.width", "0.5"], "model.arch 'vit_small'", "of ResNets"),
         (["--optim.milestones", "[3]"], "optim.milestones [3.0]", "schedule steps"),
         (["--optim.schedule", "steps"], "optim.milestones []", "give epochs"),
-        (["--optim.clip", "-1"], "optim.clip -1", "0 for none"),
+        (["--optim.clip_grad_norm", "-1"], "optim.clip_grad_norm -1", "0 for none"),
     ],
 )
 def test_a_wrong_setting_is_refused_with_key_and_remedy(arguments: list[str], key: str, remedy: str) -> None:
@@ -165,10 +173,18 @@ def test_what_is_left_open_is_as_published(name: str) -> None:
         "byol": (None, 0.996, "cosine", None, True, 256, "sync", True),
     }
     s = parse(["--method.name", name])
-    method = (s.method.temperature, s.method.momentum, s.method.momentum_schedule, s.method.queue, s.method.symmetric)
-    assert (*method, s.model.dim, s.model.bn, s.model.zero_init) == published[name]
-    given = parse(["--method.name", name, "--model.zero_init", "true", "--model.dim", "7", "--model.bn", "plain"])
-    assert (given.model.zero_init, given.model.dim, given.model.bn) == (True, 7, "plain")
+    method = (
+        s.method.temperature,
+        s.method.ema_momentum,
+        s.method.ema_schedule,
+        s.method.queue_size,
+        s.method.symmetric,
+    )
+    assert (*method, s.model.dim, s.model.bn, s.model.zero_init_residual) == published[name]
+    given = parse(
+        ["--method.name", name, "--model.zero_init_residual", "true", "--model.dim", "7", "--model.bn", "plain"]
+    )
+    assert (given.model.zero_init_residual, given.model.dim, given.model.bn) == (True, 7, "plain")
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_the_first_process_is_named_where_it_and_the_store_are_gone() -> None:
             survivor.wait(GRACE - 1)
         text, _ = ended(survivor, 25)
         assert survivor.returncode == 1
-        assert re.search(r"error in process 1: process 1 on \S+, step 5: the first process did not answer", text), text
+        assert re.search(r"error in rank 1: process 1 on \S+, step 5: the first process did not answer", text), text
     finally:
         for process in started:
             process.kill()

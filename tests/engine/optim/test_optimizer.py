@@ -113,7 +113,7 @@ def test_steps_are_moco_v1s() -> None:
 
 
 def test_warm_up_is_linear_and_meets_the_cosine() -> None:
-    settings = Optim(lr=1.0, epochs=10, warmup_epochs=2, by="step")
+    settings = Optim(lr=1.0, epochs=10, warmup_epochs=2, schedule_interval="step")
     assert [learning_rate(settings, s, 10, 256) for s in (0, 5, 10)] == pytest.approx([0, 0.25, 0.5])
     assert learning_rate(settings, 20, 10, 256) == pytest.approx(1.0)
     assert learning_rate(settings, 60, 10, 256) == pytest.approx(0.5)
@@ -125,7 +125,7 @@ def test_constant_stays() -> None:
 
 
 def test_momentum_stays_or_rises_to_one() -> None:
-    constant = Method(momentum=0.9, momentum_schedule="constant")
-    rising = Method(momentum=0.9, momentum_schedule="cosine")
+    constant = Method(ema_momentum=0.9, ema_schedule="constant")
+    rising = Method(ema_momentum=0.9, ema_schedule="cosine")
     assert [momentum_after(constant, s, 10) for s in (0, 9)] == [0.9, 0.9]
     assert [momentum_after(rising, s, 10) for s in (-1, 4, 9)] == pytest.approx([0.9, 0.95, 1.0])

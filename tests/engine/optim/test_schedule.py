@@ -15,17 +15,17 @@ from tests.engine.small import settings
 CPU, YES, NO = torch.device("cpu"), torch.tensor(True), torch.tensor(False)
 OPTIMS: dict[str, dict[str, Any]] = {
     "cosine": {"warmup_epochs": 1.5, "lr_rule": "linear"},
-    "cosine by step": {"by": "step"},
-    "steps": {"schedule": "steps", "milestones": [2, 3.5], "factor": 0.5},
+    "cosine by step": {"schedule_interval": "step"},
+    "steps": {"schedule": "steps", "milestones": [2, 3.5], "gamma": 0.5},
     "constant": {"schedule": "constant", "warmup_epochs": 1},
 }
 
 
 @pytest.mark.parametrize("name", OPTIMS)
-@pytest.mark.parametrize("momentum_schedule", ["constant", "cosine"])
-def test_the_numbers_of_each_step(name: str, momentum_schedule: Any) -> None:
+@pytest.mark.parametrize("ema_schedule", ["constant", "cosine"])
+def test_the_numbers_of_each_step(name: str, ema_schedule: Any) -> None:
     optim = Optim(lr=0.3, epochs=4, **OPTIMS[name])
-    method = Method(name="moco_v3", momentum=0.9, momentum_schedule=momentum_schedule)
+    method = Method(name="moco_v3", ema_momentum=0.9, ema_schedule=ema_schedule)
     schedule = Schedule(replace(settings("moco_v3"), optim=optim, method=method), 5, CPU)
     lr, share = schedule.lr, schedule.share
     for step in range(20):
@@ -39,7 +39,7 @@ def test_the_numbers_of_each_step(name: str, momentum_schedule: Any) -> None:
 
 
 def test_skipped_steps_do_not_count_and_many_in_a_row_end_the_run() -> None:
-    optim = Optim(lr=0.3, epochs=40, by="step")
+    optim = Optim(lr=0.3, epochs=40, schedule_interval="step")
     schedule = Schedule(replace(settings(), optim=optim), 1, CPU)
     for condition in (YES, YES, NO, NO):
         schedule.begin()

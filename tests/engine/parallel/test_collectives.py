@@ -61,10 +61,10 @@ def cases() -> dict[str, Settings]:
     )
     found["moco_v3, shuffle"] = settings("moco_v3", bn="shuffle", batch=32)
     found["moco_v3 + all but cross, accumulated"] = replace(
-        settings("moco_v3", replace(TERMS["all"], xmoco=XMoCo(cross=0)), bn="plain"), accumulate=2
+        settings("moco_v3", replace(TERMS["all"], xmoco=XMoCo(cross=0)), bn="plain"), gradient_accumulation_steps=2
     )
     found["moco_v3, clipped"] = settings("moco_v3", bn="sync")
-    found["moco_v3, clipped"].optim.clip = 0.1
+    found["moco_v3, clipped"].optim.clip_grad_norm = 0.1
     return found
 
 
@@ -83,7 +83,7 @@ def trained(chosen: Settings, accelerator: Accelerator) -> dict[str, torch.Tenso
     """Train a few steps; return losses, gradients, buffers and queue by name."""
     model = built(chosen, accelerator)
     encoder, found = model.step.encoder, {}
-    if chosen.accumulate > 1:  # batch statistics would be those of other parts
+    if chosen.gradient_accumulation_steps > 1:  # batch statistics would be those of other parts
         encoder.eval()
         model.target.eval()
 
@@ -281,7 +281,7 @@ def test_a_batch_that_is_not_finite_on_one_rank_skips_the_step_on_all(tmp_path: 
 def run_compressed(out: str) -> None:
     """Compare the gradients that two ways of exchanging them give, in buckets and in parts."""
     for accumulate in (1, 2):
-        chosen, found = replace(settings(), accumulate=accumulate, cpu=True, tracker="none"), []
+        chosen, found = replace(settings(), gradient_accumulation_steps=accumulate, cpu=True, tracker="none"), []
         for dtype in ("float32", "bfloat16"):
             exchanged = replace(chosen, gradient_dtype=dtype)  # type: ignore[arg-type]
             model = built(exchanged, build_accelerator(exchanged))

@@ -85,7 +85,7 @@ def done(folder: Path, pieces: list[tuple[int, int]], *arguments: str, exact: bo
         ([(1, 3), (2, 6), (1, 6)], ["--model.bn", "shuffle"]),
         pytest.param(
             [(4, 7), (2, 8)],
-            ["--model.bn", "shuffle", "--data.order", "chunked", "--micro_batch", "10"],
+            ["--model.bn", "shuffle", "--data.order", "quasi_random", "--micro_batch", "10"],
             marks=pytest.mark.slow,
         ),
     ],

@@ -34,7 +34,7 @@ def settings(beton: Path, bn: str, terms: Terms | None = None, **method: object)
     return Settings(
         data=Data(train=str(beton), size=16, batch=32, augmentation="moco_v2_32", workers=1),
         model=Model("resnet18", "small", 0.125, 16, bn=bn),  # type: ignore[arg-type]
-        method=Method(queue=70, momentum=0.9, **method),  # type: ignore[arg-type]
+        method=Method(queue_size=70, ema_momentum=0.9, **method),  # type: ignore[arg-type]
         terms=terms or Terms(),
         optim=Optim(lr=0.05, epochs=1),
         precision="no",
@@ -159,7 +159,9 @@ def test_what_is_refused_is_not_warned_of(monkeypatch: pytest.MonkeyPatch, capsy
 def test_settings_reach_the_networks(drawn: Path) -> None:
     chosen = settings(drawn, "plain")
     chosen = replace(
-        chosen, model=replace(chosen.model, zero_init=True), method=replace(chosen.method, queue_dtype="bfloat16")
+        chosen,
+        model=replace(chosen.model, zero_init_residual=True),
+        method=replace(chosen.method, queue_dtype="bfloat16"),
     )
     run = build(chosen)
     run.loader.close()
@@ -169,7 +171,7 @@ def test_settings_reach_the_networks(drawn: Path) -> None:
     vit = replace(
         chosen,
         data=replace(chosen.data, size=32),
-        model=Model("vit_small", dim=16, frozen_patch=False),
+        model=Model("vit_small", dim=16, stop_grad_conv1=False),
         method=replace(chosen.method, queue_dtype="float32"),
     )
     run = build(vit)
@@ -191,13 +193,13 @@ def test_a_batch_that_batchnorms_parts_do_not_divide_is_warned_of(
 
 
 def test_parts_of_a_single_sample_are_refused(drawn: Path) -> None:
-    with pytest.raises(InputError, match="accumulate 32"):
-        check_batch(replace(settings(drawn, "plain"), accumulate=32), Accelerator(cpu=True))
+    with pytest.raises(InputError, match="gradient_accumulation_steps 32"):
+        check_batch(replace(settings(drawn, "plain"), gradient_accumulation_steps=32), Accelerator(cpu=True))
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "precision": ({"precision": "fp16"}, "precision 'fp16': needs a GPU"),
-    "parts": ({"accumulate": 32}, "accumulate 32: does not divide"),
+    "parts": ({"gradient_accumulation_steps": 32}, "gradient_accumulation_steps 32: does not divide"),
     "batch": ({"data.batch": 201}, "a batch of 201 from 200 samples"),
     "a file": ({"out": "{file}/run"}, "out '{file}/run': Not a directory: choose another folder"),
     "a run": ({"out": "{run}"}, "already holds a run: add --resume auto"),

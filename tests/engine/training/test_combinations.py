@@ -28,12 +28,12 @@ CARRIED = [(base, subset) for base in BASES for subset in SUBSETS if CANNOT.get(
 
 def settings(base: str, subset: tuple[str, ...], beton: Path, out: Path) -> Settings:
     """Return settings of a small run, each base with another optimizer."""
-    queue = {"queue": 35} if BASES[base].queue else {}
+    queue = {"queue_size": 35} if BASES[base].queue else {}
     optimizer = {"moco_v1": "sgd", "moco_v2": "sgd", "moco_v3": "lars", "simclr": "adamw", "byol": "lars"}[base]
     return Settings(
         data=Data(train=str(beton), size=16, batch=20, augmentation="moco_v2_32", workers=1),
         model=Model("resnet18", "small", 0.125, 16, None if base == "moco_v1" else 24),
-        method=Method(name=base, momentum=0.9 if BASES[base].teacher else None, **queue),  # type: ignore[arg-type]
+        method=Method(name=base, ema_momentum=0.9 if BASES[base].momentum_encoder else None, **queue),  # type: ignore[arg-type]
         terms=Terms(**{name: TERMS[name] for name in subset}),
         optim=Optim(name=optimizer, lr=0.01, warmup_epochs=0, epochs=2),  # type: ignore[arg-type]
         out=str(out),
@@ -118,11 +118,13 @@ def test_settings_of_every_combination_are_complete_and_reread(every: int, tmp_p
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("more", [{"precision": "bf16"}, {"precision": "fp16"}, {"precision": "bf16", "accumulate": 2}])
+@pytest.mark.parametrize(
+    "more", [{"precision": "bf16"}, {"precision": "fp16"}, {"precision": "bf16", "gradient_accumulation_steps": 2}]
+)
 @pytest.mark.parametrize("base", BASES)
 def test_a_step_on_the_gpu_waits_for_nothing(base: str, more: dict[str, Any], drawn: Path, tmp_path: Path) -> None:
     """Each base with its optimizer and all terms it carries; those with queries of all processes do not accumulate."""
-    alone = {"xmoco", "dcl"} if "accumulate" in more else set[str]()
+    alone = {"xmoco", "dcl"} if "gradient_accumulation_steps" in more else set[str]()
     if alone and base == "simclr":
         pytest.skip("refused: SimCLR's queries serve as keys")
     subset = tuple(term for term in TERMS if CANNOT.get(base) != term and term not in alone)

@@ -57,7 +57,7 @@ def check_same(a: Model, b: Model, rtol: float, atol: float) -> None:
 def test_compiled_backbones_train_as_eager_ones(name: str, terms: Terms, recompute: bool) -> None:
     """In float64, over 20 steps: losses, parameters, momentum parameters, running statistics."""
     chosen = settings(name, terms)
-    eager, compiled = built(chosen), built(replace(chosen, compile=True, recompute=recompute))
+    eager, compiled = built(chosen), built(replace(chosen, compile=True, activation_checkpointing=recompute))
     assert train(compiled, 20) == pytest.approx(train(eager, 20), rel=1e-9)
     check_same(eager, compiled, 1e-8, 1e-10)
 
@@ -99,7 +99,7 @@ def test_compiled_and_graph_train_as_eager_on_a_gpu(
     name: str, terms: Terms, recompute: bool, way: dict[str, bool], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In float64, over 20 steps; and that it was a graph that ran."""
-    chosen = replace(settings(name, terms), recompute=recompute)
+    chosen = replace(settings(name, terms), activation_checkpointing=recompute)
     accelerator = Accelerator()
     eager, other = built(chosen, accelerator), built(replace(chosen, **way), accelerator)  # type: ignore[arg-type]
     assert train(other, 20) == pytest.approx(train(eager, 20), rel=1e-7)

@@ -99,15 +99,20 @@ def test_without_a_gpu_a_run_says_so_and_trains(capsys: pytest.CaptureFixture[st
         assert torch.equal(*results)
 
 
-SGD = Optim(lr=0.1, epochs=9, schedule="cosine", by="step", warmup_epochs=2)
+SGD = Optim(lr=0.1, epochs=9, schedule="cosine", schedule_interval="step", warmup_epochs=2)
 STEPS = [
     ("moco_v2", Terms(residual=Residual(), xmoco=XMoCo()), SGD, {}),
     ("moco_v2", Terms(co2=CO2()), SGD, {"bn": "shuffle"}),
-    ("moco_v2", Terms(), replace(SGD, clip=0.5), {"accumulate": 2, "bn": "split"}),
-    ("moco_v2", Terms(residual=Residual()), SGD, {"recompute": True}),
+    ("moco_v2", Terms(), replace(SGD, clip_grad_norm=0.5), {"gradient_accumulation_steps": 2, "bn": "split"}),
+    ("moco_v2", Terms(residual=Residual()), SGD, {"activation_checkpointing": True}),
     ("moco_v3", Terms(residual=Residual()), replace(SGD, name="lars", lr=3.0), {"scaler": True}),
     ("simclr", Terms(xmoco=XMoCo()), replace(SGD, name="adamw", lr=0.01), {}),
-    ("byol", Terms(), replace(SGD, name="adamw", lr=0.01, clip=0.5), {"accumulate": 2, "scaler": True}),
+    (
+        "byol",
+        Terms(),
+        replace(SGD, name="adamw", lr=0.01, clip_grad_norm=0.5),
+        {"gradient_accumulation_steps": 2, "scaler": True},
+    ),
 ]
 
 
@@ -128,9 +133,10 @@ def test_a_recorded_step_trains_as_a_plain_one(
     """
     on_cpu, tape = device == "cpu", Tape()
     batch, bn = 16 if more.get("bn") else 8, more.get("bn", "plain")
-    momentum = {} if name == "simclr" else {"momentum_schedule": "cosine"}
+    momentum = {} if name == "simclr" else {"ema_schedule": "cosine"}
     chosen = replace(settings(name, terms, bn, batch, **momentum), optim=optim, gradient_shares=True)
-    chosen = replace(chosen, accumulate=more.get("accumulate", 1), recompute=more.get("recompute", False))
+    memory = {key: more[key] for key in ("gradient_accumulation_steps", "activation_checkpointing") if key in more}
+    chosen = replace(chosen, **memory)
     models = []
     for graph in (False, not on_cpu):
         accelerator = Accelerator(cpu=on_cpu)

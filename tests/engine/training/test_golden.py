@@ -46,7 +46,7 @@ def losses(beton: Path) -> list[float]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     terms = Terms(co2=CO2(weight=0.3), xmoco=XMoCo(), residual=Residual())
-    chosen = settings("moco_v2", terms, batch=BATCH, momentum=0.99)
+    chosen = settings("moco_v2", terms, batch=BATCH, ema_momentum=0.99)
     model = build_model(replace(chosen, cpu=True), Accelerator(cpu=True))
     found: list[float] = []
     loader = Loader(Beton(beton), AUGMENTATIONS["moco_v2_32"], size=16, batch=BATCH, workers=1)

@@ -42,11 +42,11 @@ def test_guard_and_checkpoints_cost_less_than_a_hundredth(
         return call
 
     monkeypatch.setattr(engine.training.step, "get_total_norm", timed(engine.training.step.get_total_norm))
-    for name in ("kept", "restore_unless"):
+    for name in ("snapshot", "restore_unless"):
         monkeypatch.setattr(Buffers, name, timed(getattr(Buffers, name)))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    larger = {"--data.batch": "32", "--data.size": "32", "--model.width": "1", "--method.queue": "1024"}
+    larger = {"--data.batch": "32", "--data.size": "32", "--model.width": "1", "--method.queue_size": "1024"}
     given = dict(zip(SMALL[::2], SMALL[1::2], strict=True)) | larger | {"--data.train": str(drawn)}
     run = build(parse([part for pair in given.items() for part in pair] + ["--out", str(tmp_path / "out")]))
     try:

@@ -108,7 +108,7 @@ def moco_v3_transcribed(base: nn.Module, momentum: nn.Module, settings: Optim, s
 
 def test_three_steps_of_moco_v3_with_lars_equal_the_published_algorithm() -> None:
     optim = Optim(name="lars", lr=3.0, weight_decay=1e-2, epochs=3, schedule="constant")
-    chosen = replace(settings("moco_v3", temperature=TEMPERATURE, momentum_schedule="cosine"), optim=optim)
+    chosen = replace(settings("moco_v3", temperature=TEMPERATURE, ema_schedule="cosine"), optim=optim)
     model = built(chosen)
     base, momentum = copy.deepcopy((model.online, model.target))
     before = [p.detach().clone() for p in base.parameters()]
@@ -189,7 +189,7 @@ def test_accumulated_parts_are_the_whole_batch(name: str, terms: Terms) -> None:
     """With BatchNorm in evaluation mode, since batch statistics are those of a part."""
     ends = []
     for accumulate in (1, 4):
-        model = built(replace(settings(name, terms), accumulate=accumulate))
+        model = built(replace(settings(name, terms), gradient_accumulation_steps=accumulate))
         model.online.eval()
         model.target.eval()
         loss = model.step(batch_of(*views(0))).parts["loss"].item()
@@ -205,7 +205,7 @@ def test_accumulated_parts_are_the_whole_batch_in_float32() -> None:
     """To 1e-6, as training has it; the queue moves once."""
     ends = []
     for accumulate in (1, 4):
-        chosen = replace(settings("moco_v2", Terms(co2=CO2())), accumulate=accumulate)
+        chosen = replace(settings("moco_v2", Terms(co2=CO2())), gradient_accumulation_steps=accumulate)
         model = build_model(chosen, Accelerator(cpu=True))
         model.online.eval()
         model.target.eval()
@@ -236,9 +236,9 @@ def test_a_step_that_is_not_finite_leaves_everything(
     name: str, optimizer: Any, accumulate: int, cause: str, at: int
 ) -> None:
     """By its loss or one gradient, with fp16's scaler or without: and training goes on as if it had not been."""
-    optim = Optim(name=optimizer, lr=0.1, epochs=6, warmup_epochs=2, clip=1.0)
-    momentum = {} if name == "simclr" else {"momentum_schedule": "cosine"}
-    chosen = replace(settings(name, **momentum), optim=optim, accumulate=accumulate)
+    optim = Optim(name=optimizer, lr=0.1, epochs=6, warmup_epochs=2, clip_grad_norm=1.0)
+    momentum = {} if name == "simclr" else {"ema_schedule": "cosine"}
+    chosen = replace(settings(name, **momentum), optim=optim, gradient_accumulation_steps=accumulate)
     ends = []
     for disturbed in (True, False):
         accelerator = Accelerator(cpu=True)
@@ -290,7 +290,10 @@ def test_shuffled_keys_return_to_their_own_samples(symmetric: bool) -> None:
 
 
 def test_gradient_is_scaled_down_to_the_norm_asked_for() -> None:
-    plain, clipped = built(settings()), built(replace(settings(), optim=Optim(lr=0.1, weight_decay=0, clip=0.01)))
+    plain, clipped = (
+        built(settings()),
+        built(replace(settings(), optim=Optim(lr=0.1, weight_decay=0, clip_grad_norm=0.01))),
+    )
     before = [p.detach().clone() for p in plain.online.parameters()]
     moves = []
     for model in (plain, clipped):

@@ -132,7 +132,7 @@ METHODS: dict[str, tuple[str, Terms, dict[str, Any]]] = {
     "moco_v2, co2, residual": ("moco_v2", Terms(co2=CO2(), residual=Residual()), {}),
     "moco_v2, xmoco": ("moco_v2", Terms(xmoco=XMoCo()), {}),
     "moco_v2, in bfloat16": ("moco_v2", Terms(), {"gradient_dtype": "bfloat16"}),
-    "moco_v2, accumulated": ("moco_v2", Terms(), {"accumulate": 2}),
+    "moco_v2, accumulated": ("moco_v2", Terms(), {"gradient_accumulation_steps": 2}),
     "moco_v3": ("moco_v3", Terms(), {}),
     "simclr": ("simclr", Terms(), {}),
     "byol": ("byol", Terms(), {}),

@@ -25,7 +25,7 @@ from pipeline.augment.color import Statistics
 from pipeline.augment.draws import draw_view
 from pipeline.augment.plan import Plan
 from pipeline.backends import BACKENDS, ffcv_gpu, resident, select_backend
-from pipeline.backends.base import Wanted
+from pipeline.backends.base import BackendConfig
 from pipeline.backends.select_backend import choose, decoding_rate
 from pipeline.beton import Beton, manifest_path
 from pipeline.loader import Batch, CenterLoader, Loader
@@ -156,10 +156,10 @@ def test_another_process_goes_on_bit_for_bit(drawn: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_batches_under_way_are_forgotten_without_building_anew(backend: str, drawn: Path) -> None:
     with loader(drawn, backend) as one:
-        first, built = take(one, 3), one._supply.backend
+        first, built = take(one, 3), one._queue.backend
         one.load_state_dict({**one.state_dict(), "step": 0})
         assert same(take(one, 3), first)
-        assert one._supply.backend is built
+        assert one._queue.backend is built
 
 
 def test_gpu_crops_take_the_room_of_the_batches_met(drawn: Path) -> None:
@@ -167,26 +167,26 @@ def test_gpu_crops_take_the_room_of_the_batches_met(drawn: Path) -> None:
     beton = Beton(drawn)
     with loader(drawn, "ffcv_gpu") as one:
         take(one, 20)
-        rooms = [len(room.bytes) for room in one._supply.backend._ahead._buffers]  # type: ignore[attr-defined]
+        rooms = [len(room.bytes) for room in one._queue.backend._buffers]  # type: ignore[attr-defined]
     image = 3 * int(beton.heights[0]) * int(beton.widths[0])
     assert all(0 < room <= 1.25 * BATCH * image for room in rooms)
-    room = ffcv_gpu._Room(False)
+    room = ffcv_gpu.GrowingBuffer(False)
     for count, kept in ((100, 125), (110, 125), (200, 250), (1, 250)):
-        room.grow(ffcv_gpu._LaidOut(*[np.zeros(0)] * 3, (), np.zeros(0), np.array([0, count])))
+        room.reserve(count)
         assert len(room.bytes) == kept
 
 
 def test_resident_images_are_decoded_in_blocks(ragged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    beton, wanted = Beton(ragged), Wanted((SIZE,), 8, 2, 1, torch.device("cpu"), left_out=frozenset({3, 59}))
-    monkeypatch.setattr(resident, "_BLOCK", 20_000)
-    monkeypatch.setattr(resident, "_CHUNK", 3)
-    pixels, starts = resident.decode_all(beton, wanted)
+    beton, config = Beton(ragged), BackendConfig((SIZE,), 8, 2, 1, torch.device("cpu"), skipped=frozenset({3, 59}))
+    monkeypatch.setattr(resident, "_BLOCK_BYTES", 20_000)
+    monkeypatch.setattr(resident, "_CHUNK_SAMPLES", 3)
+    pixels, starts = resident.decode_all(beton, config)
     ends = [*starts[1:], len(pixels)]
     blocks = resident._blocks(np.array([*starts, ends[-1]]))
     assert len(blocks) > 5
     assert [first for first, _ in blocks] == [0, *[end for _, end in blocks[:-1]]]
     for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        if index not in wanted.left_out:
+        if index not in config.skipped:
             assert np.array_equal(pixels[start:end].numpy(), decode(beton, index).ravel())
 
 
@@ -213,7 +213,7 @@ def test_batches_staged_ahead_are_the_same(backend: str, drawn: Path) -> None:
         staging._stages = True
         found, staged = [], 0
         for state in states:
-            staging._supply.backend.ready = lambda: True  # type: ignore[method-assign]
+            staging._queue.backend.ready = lambda: True  # type: ignore[method-assign]
             found += take(staging, 1)
             staged += isinstance(staging._staged, Batch)
             assert staging.state_dict() == state
@@ -229,7 +229,7 @@ def test_a_damaged_record_met_while_staging_is_named_in_its_turn(backend: str, d
         pytest.skip("it meets all records at the start")
     path = damage(drawn, int(epoch_order(3, 0, 200)[3 * BATCH]), "flipped", tmp_path / "bad.beton")
     with loader(path, backend) as one:
-        one._stages, one._supply.backend.ready = True, lambda: True  # type: ignore[method-assign]
+        one._stages, one._queue.backend.ready = True, lambda: True  # type: ignore[method-assign]
         take(one, 3)
         with pytest.raises(DamagedRecord):
             take(one, 1)
@@ -351,29 +351,28 @@ def test_what_auto_takes_is_not_refused_once_a_model_has_its_memory(
 ) -> None:
     bytes_needed = resident.needed(Beton(drawn))
     monkeypatch.setattr(resident, "free", lambda device: 2 * bytes_needed)
-    assert choose("auto", "auto", Beton(drawn), torch.device("cpu")).name == "resident"
+    assert choose("auto", Beton(drawn), torch.device("cpu")).name == "resident"
     monkeypatch.setattr(resident, "free", lambda device: 2 * bytes_needed - bytes_needed // 2)
     with loader(drawn, "resident"):
         pass
 
 
 @pytest.mark.parametrize(
-    ("backend", "crop_on", "device", "room", "processes", "name"),
+    ("backend", "device", "room", "processes", "name"),
     [
-        ("auto", "auto", "cpu", 2, 1, "resident"),
-        ("auto", "auto", "cpu", 2, 2, "ffcv"),
-        ("auto", "auto", "cpu", 1, 1, "ffcv"),
-        ("auto", "auto", "cuda", 1, 1, "ffcv_gpu"),
-        ("auto", "cpu", "cuda", 1, 1, "ffcv"),
-        ("auto", "auto", "cuda", 2, 8, "resident"),
-        ("ffcv", "auto", "cpu", 9, 1, "ffcv"),
-        ("ffcv", "gpu", "cuda", 9, 1, "ffcv_gpu"),
-        ("resident", "auto", "cpu", 1, 1, "resident"),
+        ("auto", "cpu", 2, 1, "resident"),
+        ("auto", "cpu", 2, 2, "ffcv"),
+        ("auto", "cpu", 1, 1, "ffcv"),
+        ("auto", "cuda", 1, 1, "ffcv_gpu"),
+        ("auto", "cuda", 2, 8, "resident"),
+        ("ffcv", "cpu", 9, 1, "ffcv"),
+        ("ffcv", "cuda", 1, 1, "ffcv"),
+        ("ffcv_gpu", "cuda", 9, 1, "ffcv_gpu"),
+        ("resident", "cpu", 1, 1, "resident"),
     ],
 )
 def test_the_choice_depends_on_device_and_room_and_says_why(
     backend: str,
-    crop_on: Any,
     device: str,
     room: float,
     processes: int,
@@ -382,28 +381,27 @@ def test_the_choice_depends_on_device_and_room_and_says_why(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(resident, "free", lambda device: int(room * resident.needed(Beton(drawn))))
-    select_backend = choose(backend, crop_on, Beton(drawn), torch.device(device), processes=processes, cores=64)
+    select_backend = choose(backend, Beton(drawn), torch.device(device), processes=processes, cores=64)
     assert select_backend.name == name
     assert ("asked for" in select_backend.why) == (backend != "auto")
 
 
 def test_crops_on_a_gpu_that_is_not_there_are_refused(drawn: Path) -> None:
-    with pytest.raises(InputError, match=r"data\.crop_on 'gpu': this machine has no GPU"):
-        choose("ffcv", "gpu", Beton(drawn), torch.device("cpu"))
+    with pytest.raises(InputError, match=r"data\.backend 'ffcv_gpu': this machine has no GPU"):
+        choose("ffcv_gpu", Beton(drawn), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
-    ("cores", "crop_on", "device", "mode", "name"),
+    ("cores", "device", "mode", "name"),
     [
-        (4, "auto", "cuda", JPEG, "dali"),
-        (64, "auto", "cuda", JPEG, "ffcv_gpu"),
-        (4, "cpu", "cuda", JPEG, "ffcv"),
-        (4, "auto", "cpu", JPEG, "ffcv"),
-        (4, "auto", "cuda", RAW, "ffcv_gpu"),
+        (4, "cuda", JPEG, "dali"),
+        (64, "cuda", JPEG, "ffcv_gpu"),
+        (4, "cpu", JPEG, "ffcv"),
+        (4, "cuda", RAW, "ffcv_gpu"),
     ],
 )
 def test_few_cores_for_a_gpu_leave_the_decoding_to_it(
-    cores: int, crop_on: Any, device: str, mode: int, name: str, drawn: Path, monkeypatch: pytest.MonkeyPatch
+    cores: int, device: str, mode: int, name: str, drawn: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of records as ImageNet's at 500 pixels, of which one core decodes some 900 a second."""
     monkeypatch.setattr(resident, "free", lambda device: 0)
@@ -413,14 +411,14 @@ def test_few_cores_for_a_gpu_leave_the_decoding_to_it(
     beton.sizes, beton.modes = np.full(count, 90_000, np.uint64), np.full(count, mode, np.uint8)
     if mode == JPEG:
         assert 700 < decoding_rate(beton, 1) < 1100
-    assert choose("auto", crop_on, beton, torch.device(device), cores=cores).name == name
+    assert choose("auto", beton, torch.device(device), cores=cores).name == name
 
 
 def test_without_dali_the_cores_decode(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resident, "free", lambda device: 0)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     monkeypatch.setattr(select_backend, "PACE", 1e9)
-    assert choose("auto", "auto", Beton(drawn), torch.device("cuda")).name == "ffcv_gpu"
+    assert choose("auto", Beton(drawn), torch.device("cuda")).name == "ffcv_gpu"
 
 
 def test_processes_agree_on_the_backend_that_asks_for_least() -> None:
@@ -463,10 +461,10 @@ def test_damaged_records_are_passed_over_for_the_next_whole_one(backend: str, dr
         sides = {"heights": beton.heights[batch.ids], "widths": beton.widths[batch.ids]}
         drawn_ = draw_view(PLAIN, 1, seed=3, epoch=batch.epoch, ids=order, **sides)
         with loader(drawn, backend) as whole:
-            whole._supply.backend.submit(
+            whole._queue.backend.submit(
                 Plan(batch.ids, np.stack([drawn_.boxes] * 2), np.stack([drawn_.flips] * 2), (SIZE,) * 2)
             )
-            expected = whole._supply.backend.receive(60)[0]
+            expected = whole._queue.backend.receive(60)[0]
         assert torch.equal(batch.views[1].permute(0, 2, 3, 1), expected.float())
     assert sum(batch.substituted for batch in batches) >= 4
     for rank in (0, 1):

@@ -141,7 +141,7 @@ import sys
 sys.modules["pipeline.native._jpeg"] = None
 import numpy as np, torch
 from pipeline.augment.plan import Plan
-from pipeline.backends.base import Wanted
+from pipeline.backends.base import BackendConfig
 from pipeline.backends import build
 from pipeline.beton import Beton
 from pipeline.native.libjpeg import decode_rectangle
@@ -149,7 +149,7 @@ from pipeline.native.libjpeg import decode_rectangle
 assert decode_rectangle is None
 boxes = np.array([[[5, 27, 10, 20]] * 4, [[12, 23, 30, 9]] * 4], np.int32)
 for name in ("ffcv", "ffcv_gpu", "resident"):
-    backend = build(name, Beton(sys.argv[1]), Wanted((16, 16), 4, 1, 1, torch.device("cpu")))
+    backend = build(name, Beton(sys.argv[1]), BackendConfig((16, 16), 4, 1, 1, torch.device("cpu")))
     backend.submit(Plan(np.arange(4), boxes, np.zeros((2, 4), bool), (16, 16)))
     np.save(sys.argv[1] + "." + name, torch.stack(backend.receive(60)).numpy())
 """

@@ -228,7 +228,7 @@ def test_chunked_order_mixes_imagenet_nearly_as_well_as_a_full_shuffle() -> None
     """Sorted by class: classes in a batch of 256 and in a queue of 65536, and batch-mates of one place in the file."""
     n = 1_281_167
     classes, found = np.arange(n) // 1282, {}
-    for kind in ("random", "chunked"):
+    for kind in ("random", "quasi_random"):
         order = ordered(kind, 0, 0, n)  # type: ignore[arg-type]
         batches = [order[i : i + 256] for i in range(0, n - 256, 256 * 25)]
         found[kind] = (
@@ -237,6 +237,6 @@ def test_chunked_order_mixes_imagenet_nearly_as_well_as_a_full_shuffle() -> None
             np.mean([256 - len(np.unique(batch // CHUNK)) for batch in batches]),
         )
     assert found["random"] == pytest.approx((226, 1000, 0.4), rel=0.5)
-    assert found["chunked"][0] > 0.93 * found["random"][0]
-    assert found["chunked"][1] > 0.97 * found["random"][1]
-    assert found["chunked"][2] < 17
+    assert found["quasi_random"][0] > 0.93 * found["random"][0]
+    assert found["quasi_random"][1] > 0.97 * found["random"][1]
+    assert found["quasi_random"][2] < 17

@@ -88,7 +88,7 @@ def test_a_folder_is_read_by_dali(folder: Path, tmp_path: Path) -> None:
     direct = Direct(folder)
     assert direct.classes == Beton(tmp_path / "x.beton").classes
     assert same(views(Beton(tmp_path / "x.beton"), "dali"), views(direct, "dali"))
-    assert choose("auto", "auto", direct, torch.device("cpu")).name == "dali"
+    assert choose("auto", direct, torch.device("cpu")).name == "dali"
     with pytest.raises(InputError, match="choose dali"):
         views(direct, "ffcv")
 

@@ -185,7 +185,7 @@ def test_options_that_cannot_work_are_refused(
 
 def test_transformers_are_refused_with_the_reason(tmp_path: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(detect, "torchvision", lambda: None)
-    vit = VisionTransformer(384, 12, 12, size=32, frozen_patch=False)
+    vit = VisionTransformer(384, 12, 12, size=32, stop_grad_conv1=False)
     torch.save(vit.state_dict(), tmp_path / "vit.pth")
     with pytest.raises(InputError, match="R50-C4 is made of a ResNet's stages"):
         evaluate(tmp_path / "vit.pth", drawn, "--heads", "12")

@@ -1,0 +1,63 @@
+"""Former names of settings: refused in recipes and on the command line, translated in the files of earlier runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pipeline.system.errors import InputError
+
+RENAMED = {
+    "accumulate": "gradient_accumulation_steps",
+    "recompute": "activation_checkpointing",
+    "data.ahead": "data.prefetch_factor",
+    "data.eval_share": "data.eval_crop_ratio",
+    "data.hardware_load": "data.hw_decoder_load",
+    "model.frozen_patch": "model.stop_grad_conv1",
+    "model.hidden": "model.mlp_dim",
+    "model.zero_init": "model.zero_init_residual",
+    "method.momentum": "method.ema_momentum",
+    "method.momentum_schedule": "method.ema_schedule",
+    "method.queue": "method.queue_size",
+    "optim.by": "optim.schedule_interval",
+    "optim.clip": "optim.clip_grad_norm",
+    "optim.factor": "optim.gamma",
+    "optim.trust": "optim.trust_coefficient",
+}
+"""Former to present name."""
+_CROP_ON = {"cpu": "write data.backend ffcv", "gpu": "write data.backend ffcv_gpu"}
+
+
+def refuse_former(key: str, value: Any = None) -> None:
+    """Raise InputError for a former name or value, naming the present one."""
+    if key in RENAMED:
+        raise InputError(f"{key}: renamed to {RENAMED[key]}")
+    if key == "data.order" and value == "chunked":
+        raise InputError("data.order 'chunked': renamed to quasi_random")
+    if key == "data.crop_on":
+        raise InputError(f"data.crop_on: now part of data.backend: {_CROP_ON.get(str(value), 'leave it out')}")
+
+
+def translate(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the nested settings of a run or checkpoint under their present names and values."""
+    present = {key: _renamed(value, f"{key}.") if isinstance(value, dict) else value for key, value in settings.items()}
+    present, data = _renamed(present), present.get("data")
+    if isinstance(data, dict):
+        if data.get("order") == "chunked":
+            data["order"] = "quasi_random"
+        if "crop_on" in data:
+            data["backend"] = _backend(data.get("backend"), data.pop("crop_on"), bool(settings.get("cpu")))
+    return present
+
+
+def _renamed(values: dict[str, Any], section: str = "") -> dict[str, Any]:
+    names = {key: RENAMED.get(f"{section}{key}", "").rpartition(".")[2] or key for key in values}
+    return {names[key]: value for key, value in values.items()}
+
+
+def _backend(backend: Any, crop_on: Any, cpu: bool) -> Any:
+    """Return the present backend for the former pair. `ffcv` on its own cropped on the GPU where there was one."""
+    if backend == "ffcv" and crop_on != "cpu" and not cpu and torch.cuda.is_available():
+        return "ffcv_gpu"
+    return "ffcv" if backend == "auto" and crop_on == "cpu" else backend
