@@ -81,7 +81,7 @@ def _remedy(run: Run) -> str:
     last, _ = storage.newest(run.folder.checkpoints)
     if last is None:
         return (
-            "there is no checkpoint of it: begin anew with a lower optim.lr, a longer warm-up or optim.clip_grad_norm 1"
+            "there is no checkpoint of it: start anew with a lower optim.lr, a longer warm-up or optim.clip_grad_norm 1"
         )
     return f"resume from {last}, the last good one, at a lower rate: --resume auto --allow-change optim.lr --optim.lr N"
 
