@@ -90,7 +90,7 @@ class Manifest:
             if not isinstance(values, list) or len(values) != self.count or not all(type(v) is kind for v in values):
                 return f"{name} must list {self.count} values of type {kind.__name__}"
         if not all(0 <= value < 2**32 for value in self.crc32):
-            return "crc32 holds a value outside 32 bits"
+            return "crc32 has a value outside 32 bits"
         if not isinstance(self.classes, list) or not all(isinstance(name, str) for name in self.classes):
             return "classes must be a list of names"
         for mapping in (self.settings, self.versions):
@@ -117,7 +117,7 @@ def count_classes(*betons: Beton) -> int:
     """Return the number of classes, from 0 to the largest label. Raises InputError for a label too large."""
     largest = max(betons, key=lambda beton: beton.labels.max())
     if (label := int(largest.labels.max())) >= MAX_CLASSES:
-        raise InputError(f"{largest.path}: holds label {label}: give less than {MAX_CLASSES}")
+        raise InputError(f"{largest.path}: has label {label}: give less than {MAX_CLASSES}")
     return label + 1
 
 

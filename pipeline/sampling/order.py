@@ -51,7 +51,7 @@ def ordered(kind: Order, seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 def evenly(n: int, limit: int) -> np.ndarray:
-    """Return `limit` of 0..n-1, evenly spread, ascending, or all for 0 and where there are fewer: int64 [m]."""
+    """Return at most `limit` of 0..n-1, evenly spread, ascending; 0 for all: int64 [m]."""
     count = min(limit or n, n)
     return np.arange(count) * n // max(count, 1)
 

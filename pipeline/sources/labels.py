@@ -40,7 +40,7 @@ def relabel(source: Source, file: Path, classes: Sequence[str] = ()) -> Source:
     for item, name in zip(source.items, image_classes, strict=True):
         if name not in number:
             raise InputError(
-                f"{file}: class {name} of {item.name} is none of the {len(names)}, as {names[0]}: {_REMEDY}"
+                f"{file}: class {name} of {item.name} is none of the {len(names)}, such as {names[0]}: {_REMEDY}"
             )
     return Source([replace(i, label=number[name]) for i, name in zip(source.items, image_classes, strict=True)], names)
 

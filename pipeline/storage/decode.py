@@ -15,7 +15,7 @@ from pipeline.system.limits import MAX_SCANNED_PIXELS, MAX_SCANS
 
 INTACT, _CHANGED, UNDECODABLE = range(3)  # the state of a record; all but INTACT are faults
 _FAULTS = {
-    _CHANGED: "its bytes are not those that were written (CRC32 differs)",
+    _CHANGED: "its bytes changed since they were written (CRC32 differs)",
     UNDECODABLE: "its JPEG does not decode, or not to the stored height and width",
 }
 

@@ -186,7 +186,7 @@ def _sixteen_to_eight(image: Image.Image) -> Image.Image:
 def _shrink(image: Image.Image, max_side: int) -> Image.Image:
     longest = max(image.size)
     if longest > _MAX_SIDE and not max_side:
-        raise Unreadable(f"{longest} pixels a side, the format holds {_MAX_SIDE}: use --max-side")
+        raise Unreadable(f"{longest} pixels a side, the format allows {_MAX_SIDE}: use --max-side")
     if not max_side or longest <= max_side:
         return image
     width, height = (max(1, round(side * max_side / longest)) for side in image.size)

@@ -182,7 +182,7 @@ def _paths(source: str) -> list[str]:
         raise InputError(f"{source}: not read directly: write a beton with python -m pipeline.prepare")
     tars = glob.glob(os.path.join(glob.escape(source), "*.tar")) if os.path.isdir(source) else []
     if tars and next(Path(source).rglob("*.jp*g"), None) is None:
-        raise InputError(f"{source}: holds no image but {len(tars)} tars: name these, {source.rstrip('/')}/*.tar")
+        raise InputError(f"{source}: has no image but {len(tars)} tars: name these, {source.rstrip('/')}/*.tar")
     return paths
 
 
@@ -215,7 +215,7 @@ def _class_files(paths: Iterable[str], items: list[Item]) -> list[int] | None:
                 text = item.read().strip()
                 if text.isdigit():
                     if int(text) >= MAX_CLASSES:
-                        raise InputError(f"{path}: {item.name} holds label {int(text)}: give less than {MAX_CLASSES}")
+                        raise InputError(f"{path}: {item.name} has label {int(text)}: give less than {MAX_CLASSES}")
                     numbers[path, item.name[: -len(".cls")]] = int(text)
     labels = [numbers.get((item.path, str(PurePosixPath(item.name).with_suffix(""))), -1) for item in items]
     return labels if numbers else None

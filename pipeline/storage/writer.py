@@ -51,7 +51,7 @@ class BetonWriter:
         while page < size:
             page *= 2
         if page > _MAX_PAGE_BYTES:
-            raise Unreadable(f"{size} bytes, the format holds {_MAX_PAGE_BYTES}: use --max-side or --mode jpg")
+            raise Unreadable(f"{size} bytes, the format allows {_MAX_PAGE_BYTES}: use --max-side or --mode jpg")
         if self._end // page != (self._end + size - 1) // page:  # start on the next page
             self._end = -(-self._end // page) * page
         self._page = max(self._page, page)

@@ -69,7 +69,7 @@ def read_text(path: Path | str, most: int, remedy: str, errors: str = "strict") 
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}): {remedy}") from None
     if "\0" in text:
-        raise InputError(f"{path}: not text (it holds a NUL): {remedy}")
+        raise InputError(f"{path}: not text (it contains a NUL): {remedy}")
     return text
 
 

@@ -13,14 +13,13 @@ import pytest
 
 from pipeline import doctor
 from pipeline.doctor import GIB, Finding, Gpu
-from pipeline.system import cores as cores_module
 from tests import ROOT
 
 H200 = Gpu("NVIDIA H200", 141 * GIB)
 
 
 def answer(monkeypatch: pytest.MonkeyPatch, **probes: Any) -> None:
-    """Make the probes named give fixed answers."""
+    """Give probes fixed answers."""
     shared = {"cores": "available_cores", "free_memory": "free_memory"}
     for name, value in probes.items():
         monkeypatch.setattr(doctor, shared.get(name, f"_{name}"), lambda *_, value=value: value)
@@ -46,7 +45,7 @@ def fake_torch(cuda: str | None, available: bool = True) -> SimpleNamespace:
     )
 
 
-# The checks
+# ---- the checks ----
 
 
 @pytest.mark.parametrize(
@@ -61,7 +60,7 @@ def test_headers(monkeypatch: pytest.MonkeyPatch, missing: list[str], built: boo
     assert ("apt-get install" in finding.remedy) == bool(missing)
 
 
-def test_missing_headers_names_each(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_headers_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tools = {"pkg-config": "/bin/pkg-config", "g++": None}
     monkeypatch.setattr(doctor.shutil, "which", tools.get)
     monkeypatch.setattr(doctor, "_output", lambda *command: "" if command[-1] == "opencv4" else None)
@@ -94,7 +93,7 @@ def test_ffcv_and_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "libopencv-dev" in finding.remedy
 
 
-def test_without_the_jpeg_decoder_there_is_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_jpeg_decoder_is_a_warning_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     offer(monkeypatch, **{"pipeline.native._jpeg": ModuleType("_jpeg")})
     assert doctor.check_jpeg().state == "ok"
     offer(monkeypatch)
@@ -224,7 +223,7 @@ def test_open_files(monkeypatch: pytest.MonkeyPatch, limit: int | None, state: s
     assert ("ulimit -n 65536" in finding.remedy) == (state == "warning")
 
 
-# The probes
+# ---- the probes ----
 
 
 def test_output_of_a_failing_or_missing_command() -> None:
@@ -263,22 +262,6 @@ def test_driver_cuda(monkeypatch: pytest.MonkeyPatch, text: str | None, version:
     assert doctor._driver_cuda() == version
 
 
-@pytest.mark.parametrize(
-    ("limit", "cores"),
-    [
-        ([], 8),
-        (["max", "100000"], 8),
-        (["1600000", "100000"], 8),
-        (["250000", "100000"], 2),
-        (["50000", "100000"], 1),
-    ],
-)
-def test_cores_under_a_container_limit(monkeypatch: pytest.MonkeyPatch, limit: list[str], cores: int) -> None:
-    monkeypatch.setattr(cores_module.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    monkeypatch.setattr(cores_module, "control_group", lambda _: limit)
-    assert cores_module.available_cores() == cores
-
-
 def test_it_runs_without_any_package() -> None:
     """Python without its site-packages: every missing package is reported."""
     command = [sys.executable, "-S", "-m", "pipeline.doctor"]
@@ -297,7 +280,7 @@ def test_open_files_without_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor._open_files() == 1024
 
 
-# The command
+# ---- the command ----
 
 
 @pytest.mark.parametrize(
@@ -315,7 +298,7 @@ def test_exit_status(
     status: int,
     summary: str,
 ) -> None:
-    findings = [Finding(f"thing {place}", ok, "as found", "" if ok else "mend") for place, ok in enumerate(oks)]
+    findings = [Finding(f"thing {number}", ok, "as found", "" if ok else "mend") for number, ok in enumerate(oks)]
     monkeypatch.setattr(doctor, "examine", lambda _: findings)
     assert doctor.main([]) == status
     printed = capsys.readouterr().out

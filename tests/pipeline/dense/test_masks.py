@@ -1,4 +1,4 @@
-"""Images with masks: both layouts, and each wrong file refused by its name."""
+"""Tests of images with masks: both layouts, and invalid files, which are named."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.system.thread_pool import Workers
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Scenes in VOC's layout, four for training and two for testing. Not to be changed: copy them first."""
+    """Scenes in VOC's layout, four for training and two for testing. Copy them before a change."""
     folder = tmp_path_factory.mktemp("scenes") / "voc"
     write(folder, 4, 2, size=64)
     return folder
@@ -38,7 +38,7 @@ def workers() -> Iterator[Workers]:
 
 
 def _as_folders(voc: Path) -> Path:
-    """The same images as two folders, masks as gray levels."""
+    """Return the same images as two folders, masks as gray levels."""
     (voc / "JPEGImages").rename(voc / "images")
     (voc / "masks").mkdir()
     for file in (voc / "SegmentationClass").iterdir():
@@ -65,7 +65,7 @@ def test_both_layouts_give_the_images_and_their_masks(voc: Path, workers: Worker
     assert len({rest.fingerprint, tenth.fingerprint, folders.fingerprint}) == 3
 
 
-def test_the_augmented_sets_lines_of_two_paths_are_read(voc: Path) -> None:
+def test_lines_of_two_paths_are_read(voc: Path) -> None:
     (voc / "SegmentationClass").rename(voc / "SegmentationClassAug")
     lines = "/JPEGImages/000002.jpg /SegmentationClassAug/000002.png\n"
     (voc / "ImageSets" / "Segmentation" / "train_aug.txt").write_text(lines)
@@ -98,7 +98,7 @@ def _junk(voc: Path) -> None:
         (lambda voc: (voc / "JPEGImages").rename(voc / "pictures"), r"neither VOC's layout .* nor folders images"),
     ],
 )
-def test_what_cannot_belong_together_is_refused_by_name(spoil: Callable[[Path], None], message: str, voc: Path) -> None:
+def test_mismatched_images_and_masks_are_named(spoil: Callable[[Path], None], message: str, voc: Path) -> None:
     spoil(voc)
     with pytest.raises(InputError, match=message):
         open_masked(voc)
