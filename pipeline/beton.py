@@ -1,8 +1,8 @@
-"""Reading a beton (FFCV's file format, version 2) and its manifest, trusting neither.
+"""Reader of betons (FFCV's file format, version 2) and their manifests; neither is trusted.
 
-Layout: header, field descriptors, metadata (one row a sample), records, allocation table. `Beton` checks every size
-and pointer against the file before anything is allocated or read by it, so that a forged or truncated file is an
-error and never a read out of bounds.
+Layout: header, field descriptors, metadata (a row for each sample), records, allocation table. `Beton` checks every
+size and pointer against the file before it allocates or reads by it: a forged or truncated file is an error, never a
+read out of bounds.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from pipeline.native.libffcv import (
     get_metadata_type,
 )
 from pipeline.system.errors import BadRecords, InputError
-from pipeline.system.limits import LARGEST_IMAGE, MOST_CLASSES, read_json
+from pipeline.system.limits import MAX_CLASSES, MAX_IMAGE_PIXELS, read_json
 from pipeline.system.text import printable
 
 MANIFEST_FORMAT = 1
 _MAX_FIELDS = 64
-_MANIFEST_BYTES, _SAMPLE_BYTES = 1 << 24, 2048  # of a manifest: at most, and what each sample adds to that
-PIXELS_A_BYTE = 512  # at most, in a JPEG: a block of 64 takes a bit or more
+_MANIFEST_BYTES, _MANIFEST_SAMPLE_BYTES = 1 << 24, 2048  # limit of a manifest's size: a constant, and more a sample
+MAX_PIXELS_PER_BYTE = 512  # of a JPEG: a block of 64 pixels takes a bit or more
 _PREPARE_AGAIN = "write it again with python -m pipeline.prepare"
 
 
 @dataclass
 class Manifest:
-    """What `pipeline.prepare` says of the beton it wrote; stands beside it as `NAME.beton.json`."""
+    """The description of a beton by `pipeline.prepare`, stored next to it as `NAME.beton.json`."""
 
     count: int
     classes: list[str]
-    """Class names by label; empty where the images are unlabeled."""
+    """Class names by label; empty for unlabeled images."""
     header_crc32: int
     """CRC32 of the header, the metadata and the allocation table."""
     file_size: int
@@ -54,11 +54,11 @@ class Manifest:
     settings: dict[str, Any]
     versions: dict[str, str]
     crc32: list[int]
-    """CRC32 of each record's bytes, by sample id."""
+    """CRC32 of each record, by sample id."""
     names: list[str]
-    """Where each record came from, by sample id."""
+    """Source path of each record, by sample id."""
     skipped: list[list[str]] = field(default_factory=list)
-    """Name and reason of each image that was left out."""
+    """Name and reason of each skipped image."""
     format: int = MANIFEST_FORMAT
 
     def write(self, path: Path) -> None:
@@ -67,11 +67,11 @@ class Manifest:
 
     @staticmethod
     def read(path: Path, samples: int) -> Manifest:
-        """Read the manifest at `path`, of a beton of so many samples. Raises InputError where it is not one."""
-        remedy = f"{_PREPARE_AGAIN}, or delete it to go on without CRCs"
-        said = read_json(path, _MANIFEST_BYTES + _SAMPLE_BYTES * samples, remedy, "surrogateescape")
+        """Return the manifest at `path`, of a beton of so many samples. Raises InputError for anything else."""
+        remedy = f"{_PREPARE_AGAIN}, or delete it to read without CRCs"
+        fields = read_json(path, _MANIFEST_BYTES + _MANIFEST_SAMPLE_BYTES * samples, remedy, "surrogateescape")
         try:
-            manifest = Manifest(**said)
+            manifest = Manifest(**fields)
         except TypeError as error:
             raise InputError(f"{path}: not a manifest ({error}): {remedy}") from None
         problem = manifest._problem()
@@ -90,11 +90,11 @@ class Manifest:
             if not isinstance(values, list) or len(values) != self.count or not all(type(v) is kind for v in values):
                 return f"{name} must list {self.count} values of type {kind.__name__}"
         if not all(0 <= value < 2**32 for value in self.crc32):
-            return "crc32 holds a value outside 32 bits"
+            return "crc32 has a value outside 32 bits"
         if not isinstance(self.classes, list) or not all(isinstance(name, str) for name in self.classes):
             return "classes must be a list of names"
-        for said in (self.settings, self.versions):
-            if not isinstance(said, dict) or any(isinstance(value, dict | list) for value in said.values()):
+        for mapping in (self.settings, self.versions):
+            if not isinstance(mapping, dict) or any(isinstance(value, dict | list) for value in mapping.values()):
                 return "settings and versions must be objects of plain values"
         pairs = self.skipped if isinstance(self.skipped, list) else [None]
         if not all(isinstance(pair, list) and [type(text) for text in pair] == [str, str] for pair in pairs):
@@ -103,21 +103,21 @@ class Manifest:
 
 
 def manifest_path(beton: Path | str) -> Path:
-    """Return where the manifest of `beton` stands: the same name with `.json` after it."""
+    """Return the path of a beton's manifest: the same name with `.json` appended."""
     return Path(f"{beton}.json")
 
 
-def own_manifest(beton: Path) -> Path:
-    """Return where the manifest of a beton that is there stands: beside it, or beside the file that a link leads to."""
-    beside = manifest_path(beton)
-    return beside if beside.exists() or not beton.is_symlink() else manifest_path(beton.resolve())
+def find_manifest(beton: Path) -> Path:
+    """Return the path of an existing beton's manifest: next to it, or next to the file that it links to."""
+    path = manifest_path(beton)
+    return path if path.exists() or not beton.is_symlink() else manifest_path(beton.resolve())
 
 
 def count_classes(*betons: Beton) -> int:
-    """Return the number of classes, from 0 to the largest label. Raises InputError for one beyond belief."""
+    """Return the number of classes, from 0 to the largest label. Raises InputError for a label too large."""
     largest = max(betons, key=lambda beton: beton.labels.max())
-    if (label := int(largest.labels.max())) >= MOST_CLASSES:
-        raise InputError(f"{largest.path}: holds label {label}: give less than {MOST_CLASSES}")
+    if (label := int(largest.labels.max())) >= MAX_CLASSES:
+        raise InputError(f"{largest.path}: has label {label}: give less than {MAX_CLASSES}")
     return label + 1
 
 
@@ -125,17 +125,21 @@ class Beton:
     """A beton opened for reading.
 
     heights, widths: int32 [n]; modes: uint8 [n] (JPEG 0, RAW 1); pointers, sizes: uint64 [n], bytes;
-    labels: int64 [n], -1 where there are none; crc32: uint32 [n] or None without a manifest; data: uint8, the file.
+    labels: int64 [n], -1 for none; classes: class names by label, [] if unknown;
+    crc32: uint32 [n] or None without a manifest; data: uint8, the file.
 
-    tolerate: records whose place or size cannot be right, or that are no JPEG's size, are not refused but listed in
-    `unreadable`; they are never read, and pass for images of one pixel.
+    tolerate: list records of impossible place or size in `unreadable` instead of raising BadRecords. They are never
+    read, and appear as images of one pixel.
 
-    Raises InputError where the file is missing, truncated, forged or does not fit its manifest.
+    Raises InputError for a file that is missing, truncated or forged, or that does not match its manifest.
     """
+
+    in_one_file = True
+    """Whether all records are in `data`."""
+    unreadable: frozenset[int] = frozenset()
 
     def __init__(self, path: Path | str, *, tolerate: bool = False) -> None:
         self.path, self._tolerate = Path(path), tolerate
-        self.unreadable: frozenset[int] = frozenset()
         if os.path.isdir(self.path):
             raise InputError(
                 f"{path}: is a folder: write a beton from it with python -m pipeline.prepare {path} OUT.beton"
@@ -150,20 +154,11 @@ class Beton:
             self.data: np.ndarray = np.memmap(self.path, dtype=np.uint8, mode="r")
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror or error}): make it readable") from None
+        self.classes = self.manifest.classes if self.manifest else []
         self.crc32 = np.array(self.manifest.crc32, dtype=np.uint32) if self.manifest else None
 
     def __len__(self) -> int:
         return len(self.sizes)
-
-    @property
-    def in_one_file(self) -> bool:
-        """Whether all records stand in `data`, as a beton's do."""
-        return True
-
-    @property
-    def classes(self) -> list[str]:
-        """Class names by label; empty where unknown."""
-        return self.manifest.classes if self.manifest else []
 
     @property
     def longest_side(self) -> int:
@@ -176,21 +171,21 @@ class Beton:
         return self.data[start : start + int(self.sizes[index])]
 
     def name(self, index: int) -> str:
-        """Return where sample `index` came from, or its number."""
+        """Return the source path of sample `index`, or its number."""
         return printable(self.manifest.names[index]) if self.manifest else f"number {index}"
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of header, tables and, where there is a manifest, the records' CRCs: tells two betons apart."""
+        """A hash that identifies the beton: of header, tables and, with a manifest, the records' CRCs."""
         records = "" if self.crc32 is None else f"-{zlib.crc32(self.crc32.tobytes()):08x}"
         return f"{self._header_crc32():08x}-{self.file_size}-{len(self)}{records}"
 
-    def _broken(self, what: str) -> InputError:
-        return InputError(f"{self.path}: {what}: not a whole beton, {_PREPARE_AGAIN}")
+    def _broken(self, fault: str) -> InputError:
+        return InputError(f"{self.path}: {fault}: not an intact beton, {_PREPARE_AGAIN}")
 
-    def _read(self, kind: np.dtype, count: int, offset: int, what: str) -> np.ndarray:
+    def _read(self, kind: np.dtype, count: int, offset: int, part: str) -> np.ndarray:
         if offset + count * kind.itemsize > self.file_size:
-            raise self._broken(f"ends before its {what}")
+            raise self._broken(f"ends before its {part}")
         return np.fromfile(self.path, dtype=kind, count=count, offset=offset)
 
     def _read_header(self) -> None:
@@ -199,13 +194,13 @@ class Beton:
         if header["version"] != CURRENT_VERSION or not 0 < fields <= _MAX_FIELDS:
             raise self._broken(f"its header is not that of FFCV's format version {CURRENT_VERSION}")
         if count == 0:
-            raise self._broken("it holds no sample")
+            raise self._broken("it has no sample")
         descriptors = self._read(FieldDescType, fields, HeaderType.itemsize, "field descriptors")
         if not set(descriptors["type_id"].tolist()) <= set(TYPE_ID_HANDLER) - {255}:
             raise self._broken("it has a field of an unknown type")
         try:
             handlers = [TYPE_ID_HANDLER[int(d["type_id"])].from_binary(d["arguments"]) for d in descriptors]
-        except Exception:  # FFCV's parsing of a field's arguments, which trusts them
+        except Exception:  # FFCV's parsing trusts a field's arguments
             raise self._broken("it has a field whose description cannot be read") from None
         row = get_metadata_type(handlers)
         self._images = self._first(handlers, RGBImageField)
@@ -233,13 +228,14 @@ class Beton:
         self.modes, self.pointers = images["mode"].copy(), images["data_ptr"].copy()
         count = len(self.metadata)
         self.labels = self.metadata[self._labels].astype(np.int64) if self._labels else np.full(count, -1)
+        # The sizes are those of the allocation table's entries with the same pointers.
         order = np.argsort(self._table["ptr"], kind="stable")
         starts = self._table["ptr"][order]
-        found = np.searchsorted(starts, self.pointers)
-        listed = found < len(starts)
-        listed[listed] = starts[found[listed]] == self.pointers[listed]
+        entries = np.searchsorted(starts, self.pointers)
+        listed = entries < len(starts)
+        listed[listed] = starts[entries[listed]] == self.pointers[listed]
         self.sizes = np.zeros(count, np.uint64)
-        self.sizes[listed] = self._table["size"][order][found[listed]]
+        self.sizes[listed] = self._table["size"][order][entries[listed]]
         self._check_records(listed)
 
     def _check_records(self, listed: np.ndarray) -> None:
@@ -252,40 +248,38 @@ class Beton:
             | (self.pointers > end - size),
             "an empty record": size == 0,
             "an image of no pixels": pixels == 0,
-            "a JPEG too short for its image": (self.modes == JPEG) & (pixels // np.uint64(PIXELS_A_BYTE) > size),
+            "a JPEG too short for its image": (self.modes == JPEG) & (pixels // np.uint64(MAX_PIXELS_PER_BYTE) > size),
             "an unknown storage mode": (self.modes != JPEG) & (self.modes != RAW),
             "a raw record whose size is not that of its image": (self.modes == RAW) & (size != pixels * np.uint64(3)),
-            f"an image of more than {LARGEST_IMAGE} pixels": pixels > LARGEST_IMAGE,
+            f"an image of more than {MAX_IMAGE_PIXELS} pixels": pixels > MAX_IMAGE_PIXELS,
         }
-        found = [(int(index), what) for what, wrong in faults.items() for index in np.flatnonzero(wrong)]
-        if found and self._tolerate and len(dict(found)) < len(self):
-            self.unreadable = frozenset(index for index, _ in found)
-            bad = sorted(self.unreadable)
-            self.heights[bad] = self.widths[bad] = self.sizes[bad] = 1
-            self.pointers[bad] = 0
-        elif found:
-            first = dict(reversed(found))
-            index = min(first)
+        # Of several faults of a sample the first one counts.
+        bad = {int(index): fault for fault in reversed(faults) for index in np.flatnonzero(faults[fault])}
+        if bad and self._tolerate and len(bad) < len(self):
+            self.unreadable = frozenset(bad)
+            ids = sorted(bad)
+            self.heights[ids] = self.widths[ids] = self.sizes[ids] = 1
+            self.pointers[ids] = 0
+        elif bad:
+            first = min(bad)
             raise BadRecords(
-                f"{self.path}: sample {index} has {first[index]} ({len(first)} such samples): not a whole beton, "
-                f"{_PREPARE_AGAIN}, or pass over them with --data.on_bad skip (in Python: Beton(path, tolerate=True))",
-                sorted(first.items()),
+                f"{self.path}: sample {first} has {bad[first]} ({len(bad)} such samples): not an intact beton, "
+                f"{_PREPARE_AGAIN}, or skip them with --data.on_bad skip (in Python: Beton(path, tolerate=True))",
+                sorted(bad.items()),
             )
 
     def _read_manifest(self) -> Manifest | None:
-        path = own_manifest(self.path)
+        path = find_manifest(self.path)
         if not path.exists():
             return None
         manifest = Manifest.read(path, len(self))
         if (manifest.count, manifest.file_size) != (len(self), self.file_size):
             raise InputError(
-                f"{self.path}: holds {len(self)} samples in {self.file_size} bytes, its manifest {path.name} says "
+                f"{self.path}: has {len(self)} samples in {self.file_size} bytes, its manifest {path.name} says "
                 f"{manifest.count} in {manifest.file_size}: {_PREPARE_AGAIN}"
             )
         if manifest.header_crc32 != self._header_crc32():
-            raise InputError(
-                f"{self.path}: its header or metadata are not those its manifest was made for: {_PREPARE_AGAIN}"
-            )
+            raise InputError(f"{self.path}: its header or metadata do not match its manifest: {_PREPARE_AGAIN}")
         if manifest.classes and self.labels.max() >= len(manifest.classes):
             raise InputError(
                 f"{self.path}: has label {self.labels.max()}, and {path.name} {len(manifest.classes)} classes: "

@@ -58,7 +58,7 @@ class LoaderOptions:
     """A damaged record raises an error, or is skipped: the next intact record is read in its place."""
 
     def queue(self, beton: Beton, sizes: tuple[int, ...], batch: int) -> PrefetchQueue:
-        """Return the queue of a loader whose views have those sides at most, and its batches so many samples."""
+        """Return a queue for batches of `batch` samples and views of at most `sizes` pixels a side."""
         depth, device = self.prefetch_factor, numbered(self.device)
         config = BackendConfig(sizes, batch, self.workers, depth, device, self.hw_decoder_load)
         return PrefetchQueue(self.backend, beton, self.on_bad, config)
@@ -157,7 +157,7 @@ class Loader:
         self._views, self._batch, self._seed, self._rank, self._world = views, batch, seed, rank, world
         self._order, self._shuffle, self._device = order, shuffle, numbered(chosen.device)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        # A view is staged when its crops happen to be there. Not where ranks exchange views: they must do so together.
+        # Begin the views of the next batch early, where its crops are ready; not where ranks exchange views.
         self._stages = self._stream is not None and shuffle is None
         self._staged: Batch | Exception | None = None
         self._orders: dict[int, np.ndarray] = {}  # of this epoch and, near its end, the next

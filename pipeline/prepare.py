@@ -1,18 +1,18 @@
-"""Images to a beton file with its manifest.
+"""Write images to a beton file with its manifest.
 
     python -m pipeline.prepare SOURCE OUT.beton [--max-side 500] [--quality 90] [--encode-all]
                                 [--mode jpg|raw|proportion] [--labels LIST [--classes-of train.beton]]
 
 SOURCE is a folder (with class folders, or flat and unlabeled), a tar or zip of one, ILSVRC2012's tar of tars, or
-synthetic:N. Classes are its folders, or those of a list of names, as for ImageNet's flat tar of validation images. A
-JPEG that is small enough and upright is stored byte for byte. The output is the same, byte for byte, whatever the
-number of workers; it is written beside OUT and renamed, so that OUT is whole or not there.
+synthetic:N. Classes are its folders, or those of a list of names, as for ImageNet's flat tar of validation images. An
+upright JPEG that is small enough is stored byte for byte. The output does not depend on the number of workers. It is
+written to a temporary file and renamed: OUT is complete or absent.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import logging
 import multiprocessing
 import os
 import platform
@@ -34,34 +34,36 @@ from pipeline.sources.archives import Item, Source, open_source
 from pipeline.sources.labels import relabel
 from pipeline.storage.encode import Record, Settings, Unreadable, encode
 from pipeline.storage.writer import BetonWriter
+from pipeline.system.cli import ArgumentParser
 from pipeline.system.cores import available_cores
 from pipeline.system.errors import InputError, command
+from pipeline.system.files import replacing
 from pipeline.system.packages import version
 from pipeline.system.progress import progress
-from pipeline.system.text import printable
 
-_AHEAD = 32  # images a worker may be ahead of the writer
-_large: Any = contextlib.nullcontext()  # in workers a lock: over all of them, one large image is decoded at a time
+logger = logging.getLogger(__name__)
+_IMAGES_AHEAD = 32  # of a worker, before the writer
+_large_lock: Any = contextlib.nullcontext()  # in workers a lock: one large image is decoded at a time, over all of them
 
 
-def _work(item: Item, index: int, settings: Settings) -> Record | str:
-    """What a worker process does for one image: its record, or the reason it has none."""
+def _encode_item(item: Item, index: int, settings: Settings) -> Record | str:
+    """Return the record of one image, or the reason why it has none; run by the workers."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's on odd EXIF, palettes and large images, which are no errors
-            return encode(item.read(), index, settings, _large)
+            warnings.simplefilter("ignore")  # Pillow's, of odd EXIF, palettes and large images
+            return encode(item.read(), index, settings, _large_lock)
     except Unreadable as error:
         return str(error)
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
 
 
-def _start_worker(large: Any) -> None:
-    global _large
-    _large = large
+def _start_worker(large_lock: Any) -> None:
+    global _large_lock
+    _large_lock = large_lock
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers,
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_follow_parent, daemon=True).start()  # or, killed, takes them with it
+    threading.Thread(target=_follow_parent, daemon=True).start()  # and if it is killed, they end themselves
 
 
 def _follow_parent() -> None:
@@ -74,17 +76,17 @@ def _follow_parent() -> None:
 def _records(items: list[Item], settings: Settings, workers: int) -> Generator[Record | str, None, None]:
     """Yield the items' records in order, from `workers` processes."""
     if workers == 1:
-        yield from (_work(item, index, settings) for index, item in enumerate(items))
+        yield from (_encode_item(item, index, settings) for index, item in enumerate(items))
         return
-    # Forked workers are ready at once, where no thread of ours could hold a lock; spawned ones take seconds to import.
+    # Forked workers start at once; with other threads, which may hold locks, spawned ones, which import for seconds.
     context = multiprocessing.get_context("fork" if threading.active_count() == 1 else "spawn")
-    _work(items[0], 0, settings)  # compiled here, once, for all that are forked
+    _encode_item(items[0], 0, settings)  # compiles once, for all forked workers
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(context.Lock(),))
     try:
         under_way: deque[Future] = deque()
         for index, item in enumerate(items):
-            under_way.append(pool.submit(_work, item, index, settings))
-            if len(under_way) >= workers * _AHEAD:
+            under_way.append(pool.submit(_encode_item, item, index, settings))
+            if len(under_way) >= workers * _IMAGES_AHEAD:
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()
@@ -107,12 +109,13 @@ def prepare(
     skip_bad: int = 0,
     quiet: bool = False,
 ) -> Manifest:
-    """Write the images of `source` to the beton `out` and its manifest beside it; return the manifest.
+    """Write the images of `source` to the beton `out` and its manifest; return the manifest.
 
-    labels, classes: a list of the images' classes, and these by label; see `pipeline.sources.labels.relabel`.
+    workers: processes, 0 for one on each core. limit: images at most, spread evenly over the source, 0 for all.
+    subset: as for `open_source`. labels, classes: a list of the images' classes, and the classes by label, as for
+    `relabel`. skip_bad: unreadable images to skip at most.
 
-    Raises InputError, leaving `out` as it was, where the source or an image cannot be read; up to `skip_bad`
-    unreadable images are left out instead.
+    Raises InputError, leaving `out` unchanged, where the source or an image cannot be read or `out` be written.
     """
     settings, out = settings or Settings(), Path(out)
     if not out.parent.is_dir():
@@ -122,30 +125,24 @@ def prepare(
     images = open_source(source, subset)
     if labels is not None:
         images = relabel(images, labels, classes)
-    if limit:  # all classes keep their share
+    if limit:  # the items are sorted by class: each class retains its share
         images = Source([images.items[i] for i in evenly(len(images.items), limit)], images.classes)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.writing")
     try:
-        temporary.unlink(missing_ok=True)  # of a process of that number that was killed
-        manifest = _write(source, images, temporary, settings, workers or available_cores(), skip_bad, quiet)
-        manifest.write(temporary.with_suffix(".json"))
-        manifest_path(out).unlink(missing_ok=True)  # never an old manifest beside a new file
-        os.replace(temporary, out)
-        os.replace(temporary.with_suffix(".json"), manifest_path(out))
+        with replacing(manifest_path(out)) as manifest_file, replacing(out) as beton_file:
+            manifest = _write(source, images, beton_file, settings, workers or available_cores(), skip_bad, quiet)
+            manifest.write(manifest_file)
+            manifest_path(out).unlink(missing_ok=True)  # an old manifest never accompanies a new beton
     except OSError as error:
         raise InputError(
             f"{out}: cannot be written: {error.strerror or error}: free space or choose another place"
         ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-            temporary.with_suffix(".json").unlink(missing_ok=True)
     return manifest
 
 
 def _write(
     source: str, images: Source, path: Path, settings: Settings, workers: int, skip_bad: int, quiet: bool
 ) -> Manifest:
+    """Write the beton to `path`; return its manifest."""
     writer = BetonWriter(path, len(images.items))
     crcs: list[int] = []
     names: list[str] = []
@@ -184,63 +181,45 @@ def _write(
 
 
 def _versions() -> dict[str, str]:
-    found = {package: version(package) for package in ("millrace", "ffcv", "numpy", "pillow")}
-    return {"python": platform.python_version(), **{name: known for name, known in found.items() if known}}
+    packages = {package: version(package) for package in ("millrace", "ffcv", "numpy", "pillow")}
+    return {"python": platform.python_version(), **{name: number for name, number in packages.items() if number}}
 
 
 def _unreadable(source: str, skipped: list[list[str]]) -> InputError:
     name, reason = skipped[-1]
-    allowed = f" ({len(skipped) - 1} before it were left out)" if len(skipped) > 1 else ""
+    before = f" ({len(skipped) - 1} before it were skipped)" if len(skipped) > 1 else ""
     return InputError(
-        f"{source}: image {name} cannot be stored: {reason}{allowed}: mend or remove it, or leave such images out with "
+        f"{source}: image {name} cannot be stored: {reason}{before}: mend or remove it, or skip such images with "
         f"--skip-bad {max(10, 2 * len(skipped))}"
     )
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def parser() -> ArgumentParser:
+    """Return the parser of the command line."""
+    parser = ArgumentParser(
         prog="python -m pipeline.prepare", description="Write images to a beton file with its manifest."
     )
     add = parser.add_argument
     add("source", metavar="SOURCE", help="folder, .tar (ILSVRC2012's tar of tars too), .zip, or synthetic:N")
     add("out", metavar="OUT.beton", type=Path, help="file to write")
-    add("--max-side", type=int, default=500, help="longest side, pixels; 0: as they are (default %(default)s)")
-    add("--quality", type=int, default=90, help="JPEG quality of those encoded (default %(default)s)")
+    add("--max-side", type=int, default=500, help="longest side, pixels; 0: no limit (default %(default)s)")
+    add("--quality", type=int, default=90, help="JPEG quality of encoded images (default %(default)s)")
     add(
         "--encode-all",
         action="store_true",
-        help="encode anew what could be stored as it is, too: of ImageNet smaller and faster to decode, a little lossy",
+        help="encode all images again: for ImageNet smaller and faster to decode, with a small loss",
     )
-    add(
-        "--mode",
-        choices=("jpg", "raw", "proportion"),
-        default="jpg",
-        help="how images are stored (default %(default)s)",
-    )
-    add(
-        "--jpeg-share",
-        type=float,
-        default=0.5,
-        help="share of JPEGs in --mode proportion (default %(default)s)",
-    )
-    add("--workers", type=int, default=0, help="processes (default: all cores)")
-    add("--limit", type=int, default=0, help="take only this many images, spread evenly over the source")
-    add("--subset", help="take only what stands in this folder of SOURCE, such as train")
-    add("--labels", type=Path, metavar="LIST", help="file of NAME CLASS lines, in place of class folders")
-    add("--classes-of", type=Path, metavar="BETON", help="whose class names and numbers those of --labels are")
-    add(
-        "--ignore-exif",
-        action="store_true",
-        help="do not turn images upright (torchvision's loader does not)",
-    )
-    add(
-        "--skip-bad",
-        type=int,
-        default=0,
-        metavar="N",
-        help="leave out up to N unreadable images and list them",
-    )
-    return parser.parse_args()
+    modes = ("jpg", "raw", "proportion")
+    add("--mode", choices=modes, default="jpg", help="how images are stored (default %(default)s)")
+    add("--jpeg-share", type=float, default=0.5, help="share of JPEGs in --mode proportion (default %(default)s)")
+    add("--workers", type=int, default=0, help="processes (default: one for each core)")
+    add("--limit", type=int, default=0, help="images to take at most, spread evenly over the source (default: all)")
+    add("--subset", help="take only the images in this folder of SOURCE, such as train")
+    add("--labels", type=Path, metavar="LIST", help="file of NAME CLASS lines, instead of class folders")
+    add("--classes-of", type=Path, metavar="BETON", help="number the classes of --labels as in this beton")
+    add("--ignore-exif", action="store_true", help="do not turn images upright, like torchvision's loader")
+    add("--skip-bad", type=int, default=0, metavar="N", help="skip up to N unreadable images, and list them")
+    return parser
 
 
 def _classes(path: Path) -> list[str]:
@@ -253,25 +232,29 @@ def _classes(path: Path) -> list[str]:
 
 @command
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaving nothing half written
-    args = _arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # deletes the temporary file
+    args = parser().parse_args()
     if min(args.workers, args.limit, args.skip_bad) < 0:
         raise InputError("--workers, --limit and --skip-bad must not be negative: give 0 or more")
     settings = Settings(args.max_side, args.quality, args.mode, args.jpeg_share, args.ignore_exif, args.encode_all)
     if args.classes_of and not args.labels:
-        raise InputError(
-            f"--classes-of {args.classes_of}: is of --labels, which is not given: leave it out or give both"
-        )
-    classes = _classes(args.classes_of) if args.classes_of else []
-    options = {"workers": args.workers, "limit": args.limit, "subset": args.subset, "skip_bad": args.skip_bad}
-    options |= {"labels": args.labels, "classes": classes}
-    manifest = prepare(args.source, args.out, settings, **options)
+        raise InputError(f"--classes-of {args.classes_of}: it needs --labels: give both or neither")
+    manifest = prepare(
+        args.source,
+        args.out,
+        settings,
+        workers=args.workers,
+        limit=args.limit,
+        subset=args.subset,
+        labels=args.labels,
+        classes=_classes(args.classes_of) if args.classes_of else (),
+        skip_bad=args.skip_bad,
+    )
     for name, reason in manifest.skipped:
-        print(printable(f"left out: {name}: {reason}"), file=sys.stderr)
-    unlabeled = manifest.classes and not args.labels
-    alone = sum("/" not in name for name in manifest.names) if unlabeled else 0
-    if alone:
-        print(f"warning: {alone} images stand in no class folder and have no label", file=sys.stderr)
+        logger.info("skipped: %s: %s", name, reason)
+    unlabeled = sum("/" not in name for name in manifest.names) if manifest.classes and not args.labels else 0
+    if unlabeled:
+        logger.warning("%d images are in no class folder and have no label", unlabeled)
     kind = f"{len(manifest.classes)} classes" if manifest.classes else "unlabeled"
     print(f"{args.out}: {manifest.count} images, {kind}, {manifest.file_size / 2**20:.1f} MiB")
 

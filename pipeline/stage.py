@@ -1,12 +1,11 @@
 """Copy a beton and its manifest to a local disk, once:  python -m pipeline.stage /shared/train.beton /local/disk
 
-For data on a shared file system that many machines read again and again. A copy that is there already, of the same
-size, table and CRCs, is kept; any other is replaced once the new one is whole.
+For data on a shared file system that many machines read again and again. An existing copy of the same size, tables and
+CRCs is reused; any other is replaced once the new copy is complete.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import fcntl
 import os
@@ -16,75 +15,66 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from pipeline.beton import Beton, manifest_path, own_manifest
+from pipeline.beton import Beton, find_manifest, manifest_path
+from pipeline.system.cli import ArgumentParser
 from pipeline.system.errors import InputError, command
+from pipeline.system.files import replacing
 from pipeline.system.progress import tqdm
 
-_BLOCK = 1 << 24
+_BLOCK_BYTES = 1 << 24
 
 
-def stage(source: Path, folder: Path, *, quiet: bool = False) -> Path:
+def stage(source: Path, folder: Path) -> Path:
     """Copy the beton `source` and its manifest into `folder`; return the copy's path.
 
-    Written beside and renamed: a crash leaves no half a copy under its name. Of several processes that stage into one
-    folder at once, the first copies and the others wait for it. Raises InputError where the source is no beton or
-    cannot be read, or there is no room.
+    A crash leaves no partial copy under its name. Of several processes with one folder, the first copies and the others
+    wait. Raises InputError where the source is no beton or cannot be read, and for lack of space.
     """
-    wanted, target = Beton(source), folder / source.name
+    original, target = Beton(source), folder / source.name
     if target.exists() and target.resolve() == source.resolve():
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
-            if not _same(wanted, target):
-                _replace(source, target, quiet=quiet)
+            if not _same(original, target):
+                _replace(source, target)
     except OSError as error:
-        where, other = (source, "see to it") if _is_of(error, source) else (folder, "choose another folder")
-        raise InputError(f"{where}: {error.strerror or error}: {other}") from None
-    if not _same(wanted, target):
-        raise InputError(f"{target}: is not the same as {source}, which changed meanwhile: stage it again")
+        of_source = getattr(error, "filename", None) in (str(source), str(find_manifest(source)))
+        where, remedy = (source, "make it readable") if of_source else (folder, "choose another folder")
+        raise InputError(f"{where}: {error.strerror or error}: {remedy}") from None
+    if not _same(original, target):
+        raise InputError(f"{target}: differs from {source}, which changed during the copy: stage it again")
     return target
 
 
-def _same(wanted: Beton, path: Path) -> bool:
-    """Return whether there is a beton at `path` with the same size, header, tables and records' CRCs."""
+def _same(original: Beton, path: Path) -> bool:
+    """Return whether the beton at `path` has the same size, header, tables and CRCs of records."""
     try:
-        return path.stat().st_size == wanted.path.stat().st_size and Beton(path).fingerprint == wanted.fingerprint
+        return path.stat().st_size == original.path.stat().st_size and Beton(path).fingerprint == original.fingerprint
     except (OSError, InputError):
         return False
 
 
-def _replace(source: Path, target: Path, *, quiet: bool) -> None:
-    """Put copies of a beton and its manifest in the place of what is there, once both are whole."""
-    pairs = [(source, target)]
-    if own_manifest(source).exists():
-        pairs.append((own_manifest(source), manifest_path(target)))
-    besides = [_beside(copy) for _, copy in pairs]
-    try:
-        for path in {_beside(target), _beside(manifest_path(target))}:
-            path.unlink(missing_ok=True)  # of a process that was killed
+def _replace(source: Path, target: Path) -> None:
+    """Replace `target` and its manifest by copies of the source's, once both copies are complete."""
+    manifest = find_manifest(source)
+    pairs = [(manifest, manifest_path(target))] if manifest.exists() else []
+    pairs.append((source, target))  # last, and therefore renamed first
+    with contextlib.ExitStack() as stack:
+        temporaries = [stack.enter_context(replacing(copy, unique=False)) for _, copy in pairs]
         needed, free = sum(path.stat().st_size for path, _ in pairs), shutil.disk_usage(target.parent).free
         if free < needed:
             raise InputError(
                 f"{target.parent}: {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free: choose another folder"
             )
-        for (path, _), beside in zip(pairs, besides, strict=True):
-            _copy(path, beside, quiet=quiet)
-        manifest_path(target).unlink(missing_ok=True)  # it does not fit the new one
-        for (_, copy), beside in zip(pairs, besides, strict=True):
-            os.replace(beside, copy)
-    finally:
-        for beside in besides:
-            beside.unlink(missing_ok=True)
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.writing")
+        for (path, _), temporary in zip(pairs, temporaries, strict=True):
+            _copy(path, temporary)
+        manifest_path(target).unlink(missing_ok=True)  # an old manifest never accompanies a new beton
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes that stage into `folder` waiting meanwhile."""
+    """Let other processes that stage into `folder` wait during the block."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -93,15 +83,11 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _is_of(error: OSError, source: Path) -> bool:
-    return getattr(error, "filename", None) in (str(source), str(own_manifest(source)))
-
-
-def _copy(source: Path, beside: Path, *, quiet: bool) -> None:
-    with source.open("rb") as read, beside.open("xb") as write:  # never through a link that was planted
-        every = 0.1 if sys.stderr.isatty() else 30.0  # seconds between two states of progress
+def _copy(source: Path, target: Path) -> None:
+    with source.open("rb") as read, target.open("xb") as write:  # x: never through a planted link
+        interval = 0.1 if sys.stderr.isatty() else 30.0  # seconds between two lines of progress
         size = source.stat().st_size
-        with tqdm(total=size, unit="B", unit_scale=True, desc=source.name, disable=quiet, mininterval=every) as bar:
+        with tqdm(total=size, unit="B", unit_scale=True, desc=source.name, mininterval=interval) as bar:
             while block := _read(read, source):
                 write.write(block)
                 bar.update(len(block))
@@ -110,18 +96,24 @@ def _copy(source: Path, beside: Path, *, quiet: bool) -> None:
 
 
 def _read(file: IO[bytes], source: Path) -> bytes:
+    """Return the next block. Raises OSError with the source's name, so that it is not taken for one of the copy."""
     try:
-        return file.read(_BLOCK)
+        return file.read(_BLOCK_BYTES)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(source)) from None
 
 
-@command
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.stage", description="Copy a beton to a local disk.")
+def parser() -> ArgumentParser:
+    """Return the parser of the command line."""
+    parser = ArgumentParser(prog="python -m pipeline.stage", description="Copy a beton to a local disk.")
     parser.add_argument("source", type=Path, metavar="BETON", help="beton on a shared file system")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="on a local disk")
-    args = parser.parse_args()
+    return parser
+
+
+@command
+def main() -> None:
+    args = parser().parse_args()
     print(stage(args.source, args.folder))
 
 

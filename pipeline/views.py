@@ -1,9 +1,9 @@
-"""What a view is drawn from: the published two-view augmentations as data.
+"""The published augmentations, as data: the distribution of each view.
 
 Sources: moco_v1 and moco_v2, facebookresearch/moco `main_moco.py`; moco_v3, facebookresearch/moco-v3 `main_moco.py`
-(its crop scale of 0.2 for ResNets); simclr, 2002.05709 appendix A; byol, 2006.07733 appendix B, which moco-v3 takes for
-its transformers; swav, 2006.09882 (facebookresearch/swav `main_swav.py`), two views and six small ones. On images of 32
-pixels blur is left out, as in SimCLR's CIFAR-10 appendix B.9: the names ending in `_32`.
+(the crop scale of 0.2 is for ResNets); simclr, 2002.05709 appendix A; byol, 2006.07733 appendix B, which moco-v3 uses
+for transformers; swav, 2006.09882 (facebookresearch/swav `main_swav.py`), two views and six small ones. Names ending
+in `_32` are without blur, for images of 32 pixels, as in SimCLR's CIFAR-10 appendix B.9.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class View:
-    """The distribution one view is drawn from, in torchvision's terms (RandomResizedCrop, ColorJitter, ...)."""
+    """The distribution of one view, in torchvision's terms (RandomResizedCrop, ColorJitter, ...)."""
 
     scale: tuple[float, float] = (0.2, 1.0)
-    """Range of the crop's area, as a share of the image's."""
+    """Range of the crop's area as a share of the image's."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Range of the crop's aspect ratio, drawn log-uniformly."""
     flip: float = 0.5
@@ -39,7 +39,7 @@ class View:
     solarize: float = 0.0
     """Probability of solarizing at 128."""
     size: int | None = None
-    """Side of the view, pixels; None: that of the run."""
+    """Side of the view, pixels; None: the run's."""
 
 
 _V1 = View(jitter=1.0, hue=0.4, blur=0.0, gray_first=True)
@@ -50,7 +50,7 @@ _SIMCLR = View(scale=(0.08, 1.0), brightness=0.8, contrast=0.8, saturation=0.8, 
 
 
 def view_sizes(views: Sequence[View], size: int) -> tuple[int, ...]:
-    """Return each view's side, pixels, where the run's is `size`."""
+    """Return each view's side, pixels, in a run of side `size`."""
     return tuple(view.size or size for view in views)
 
 

@@ -1,1 +1,1 @@
-"""Augmentation: random draws, crop and resize, color, on the CPU and by Triton."""
+"""Augmentation: random draws, crop and resize, color; compiled code on the CPU, Triton kernels on the GPU."""

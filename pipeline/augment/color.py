@@ -1,11 +1,11 @@
 """Augmentation on the device: uint8 crops to normalized, channels-last views.
 
-Batched, with each sample's own parameters and its own order of operations. Every operation has PIL's meaning, on
-values that are rounded to 0..255 where PIL rounds them: torchvision's transforms on PIL images are the reference
-(ImageEnhance for brightness, contrast and saturation; its HSV conversion for hue; ITU-R 601 grayscale; ImageOps for
-solarize). Only blur is not PIL's, whose own is made of boxes, but torchvision's: a Gaussian kernel, reflected edges.
+Batched; each sample has its own parameters and order of operations. The reference is torchvision's transforms on PIL
+images: values are rounded to 0..255 where PIL rounds them (ImageEnhance for brightness, contrast and saturation; the
+HSV conversion for hue; ITU-R 601 grayscale; ImageOps for solarize). Only the blur is not PIL's, which approximates by
+boxes, but torchvision's: a Gaussian kernel with reflected edges.
 
-All sizes come from the host's draws, so that nothing here waits for the device.
+All shapes follow from draws on the host: nothing here synchronizes with the device.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from pipeline.system.device import to_device
 
 
 class Statistics(NamedTuple):
-    """Channel means and standard deviations, on a scale of 0 to 1."""
+    """Channel means and standard deviations, for values of 0 to 1."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
 
 IMAGENET = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_SOLARIZE_AT = 128
-_RADIUS = 6  # of the blur's kernel, pixels: three of the largest standard deviation that is drawn, 2.0
+_SOLARIZE_THRESHOLD = 128
+_RADIUS = 6  # of the blur's kernel, pixels: three times the largest standard deviation, 2.0
 
 
 def augment(
@@ -39,13 +39,13 @@ def augment(
 ) -> torch.Tensor:
     """Return the views of crops, uint8 [B, S, S, 3], after `color`: dtype [B, 3, S, S], channels-last.
 
-    On a GPU by Triton kernels in four passes at most; elsewhere by the operations below, which are their reference.
+    On a GPU by Triton kernels, in at most four passes; elsewhere by `stepwise`, their reference.
     """
     return (fused if crops.device.type == "cuda" else stepwise)(crops, color, statistics, dtype)
 
 
 def fused(crops: torch.Tensor, color: Color, statistics: Statistics, dtype: torch.dtype) -> torch.Tensor:
-    """Return what `augment` does, by `triton_kernels`: equal to `stepwise` but for roundings of the blur."""
+    """Return the result of `augment`, by Triton kernels: equal to `stepwise` except for rounding in the blur."""
     from pipeline.augment.triton_kernels import augment_view
 
     batch, size, _, _ = crops.shape
@@ -58,7 +58,7 @@ def fused(crops: torch.Tensor, color: Color, statistics: Statistics, dtype: torc
 
 
 def pack(color: Color, statistics: Statistics) -> np.ndarray:
-    """Return the parameters of `pipeline.augment.triton_kernels.augment_view`, a row a sample: float32 [B, 20]."""
+    """Return the parameters of `triton_kernels.augment_view`, one row for each sample: float32 [B, 20]."""
     scale = np.float32(1) / (np.array(statistics.std, np.float32) * np.float32(255))
     columns = [
         color.jitter,
@@ -79,8 +79,8 @@ def pack(color: Color, statistics: Statistics) -> np.ndarray:
 
 
 def stepwise(crops: torch.Tensor, color: Color, statistics: Statistics, dtype: torch.dtype) -> torch.Tensor:
-    """Return what `augment` does, one operation after another."""
-    x = crops.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)  # planes: [B, 3, S, S]
+    """Return the result of `augment`, one operation after another."""
+    x = crops.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)  # [B, 3, S, S]
     if color.gray_first:
         _apply(x, color.gray, grayscale)
     _jitter(x, color)
@@ -114,32 +114,32 @@ def _on_device(statistics: Statistics, device: torch.device) -> tuple[torch.Tens
 def _apply(
     x: torch.Tensor, chosen: np.ndarray, operation: Callable[..., torch.Tensor], *parameters: np.ndarray
 ) -> None:
-    """Replace the chosen samples (bool [B]) of x by `operation(samples, *their parameters)`, in place."""
+    """Apply `operation(samples, *their parameters)` in place to the chosen samples (bool [B]) of x."""
     index = np.flatnonzero(chosen)
     if len(index) == 0:
         return
-    where = to_device(index, x.device)
-    x[where] = operation(x[where], *(to_device(parameter[index], x.device) for parameter in parameters))
+    samples = to_device(index, x.device)
+    x[samples] = operation(x[samples], *(to_device(parameter[index], x.device) for parameter in parameters))
 
 
 def _jitter(x: torch.Tensor, color: Color) -> None:
     operations = (brightness, contrast, saturation, hue)
     parameters = (color.brightness, color.contrast, color.saturation, color.hue)
-    for place in range(4):
+    for position in range(4):
         for number, (operation, parameter) in enumerate(zip(operations, parameters, strict=True)):
-            _apply(x, color.jitter & (color.order[:, place] == number), operation, parameter)
+            _apply(x, color.jitter & (color.order[:, position] == number), operation, parameter)
 
 
 def _blend(x: torch.Tensor, other: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Return other + factor (x - other), rounded down to 0..255: PIL's Image.blend with its clipping.
+    """Return other + factor (x - other), rounded down to 0..255: PIL's Image.blend with clipping.
 
-    Summed in this order, as by PIL: where x is other, it stays, and is not rounded to the level below.
+    Summed in PIL's order: where x equals other, the result does too, and is not rounded to the level below.
     """
     return (x - other).mul_(factor.view(-1, 1, 1, 1)).add_(other).clamp_(0, 255).floor_()
 
 
 def luma(x: torch.Tensor) -> torch.Tensor:
-    """Return ITU-R 601 luma as PIL rounds it: [B, 1, H, W] of x [B, 3, H, W]."""
+    """Return the ITU-R 601 luma of x [B, 3, H, W], with PIL's rounding: [B, 1, H, W]."""
     r, g, b = x.split(1, dim=1)
     return (r * (19595 / 65536)).add_(g, alpha=38470 / 65536).add_(b, alpha=7471 / 65536).add_(0.5).floor_()
 
@@ -160,14 +160,14 @@ def saturation(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
 
 def hue(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-    """Turn the hue of x [B, 3, H, W] by turns [B] (-0.5..0.5), with PIL's 8-bit HSV in between."""
+    """Shift the hue of x [B, 3, H, W] by turns [B] (-0.5..0.5), through PIL's 8-bit HSV."""
     h, s, v = _rgb_to_hsv(x)
     shift = (turns * 255).trunc_().view(-1, 1, 1)  # torchvision: np.int32(factor * 255), added as uint8
     return _hsv_to_rgb(_wrap(_wrap(h.add_(shift), 256).add_(256), 256), s, v)
 
 
 def _wrap(x: torch.Tensor, period: float) -> torch.Tensor:
-    """Take `period` off the values of x, in place, that reach it; remainder costs ten times as much on a CPU."""
+    """Subtract `period` in place from the values that reach it; `remainder` costs ten times as much on a CPU."""
     return x.sub_((x >= period).to(x.dtype), alpha=period)
 
 
@@ -177,7 +177,7 @@ def _rgb_to_hsv(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     chroma = high - low
     safe = chroma.clamp(min=1)
     rc, gc, bc = ((high - channel).div_(safe).double() for channel in (r, g, b))
-    # PIL's sixths of a turn, rounded as its floats and doubles round them: a tie that falls the other way is 6 levels.
+    # Sixths of a turn, rounded like PIL's floats and doubles: a tie rounded the other way would be off by 6 levels.
     sixths = torch.where(r == high, bc - gc, torch.where(g == high, (rc - bc).add_(2), (gc - rc).add_(4))).float()
     turn = _wrap(sixths.double().div_(6).add_(1), 1).float()
     h = turn.double().mul_(255).floor_().float().mul_(chroma > 0)
@@ -201,11 +201,11 @@ def grayscale(x: torch.Tensor) -> torch.Tensor:
 
 def solarize(x: torch.Tensor) -> torch.Tensor:
     """Invert the values of x [B, 3, H, W] at or above 128."""
-    return torch.where(x < _SOLARIZE_AT, x, 255 - x)
+    return torch.where(x < _SOLARIZE_THRESHOLD, x, 255 - x)
 
 
 def gaussian_blur(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Blur x [B, 3, H, W], 0..255, by a Gaussian of standard deviation sigma [B], pixels, cut at 6; edges reflected."""
+    """Blur x [B, 3, H, W], 0..255, by Gaussians of sigma [B] pixels, cut off at 6 pixels; edges are reflected."""
     radius = min(_RADIUS, x.shape[-1] - 1, x.shape[-2] - 1)
     offsets = torch.arange(-radius, radius + 1, device=x.device, dtype=torch.float32)
     kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)  # [B, 2 radius + 1]

@@ -1,6 +1,6 @@
-"""Crops of decoded images that lie one after another in one buffer: antialiased bilinear, PIL's, to 1/255.
+"""Crops of decoded images from one buffer: antialiased bilinear, equal to PIL's to 1/255.
 
-On a GPU one Triton kernel a view reads the pixels where they are; on the CPU compiled code does the same.
+On a GPU, one Triton kernel for each view reads the pixels in place; on the CPU, compiled code does.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from pipeline.system.device import to_device
 
 
 class Ragged(NamedTuple):
-    """Images of any sizes in one buffer."""
+    """Images of different sizes in one buffer."""
 
     pixels: torch.Tensor
-    """uint8, flat: RGB, row by row, image after image."""
+    """uint8, flat: RGB, each image row by row."""
     starts: np.ndarray
-    """int64 [B]: first byte of each."""
+    """int64 [B]: first byte of each image."""
     widths: np.ndarray
     """int64 [B], pixels."""
 
 
 def crop_views(images: Ragged, plan: Plan) -> tuple[torch.Tensor, ...]:
-    """Return the crops of `plan`, whose samples are the images in their order: uint8 [B, S, S, 3] for each view."""
+    """Return the crops of `plan`, whose samples are these images: uint8 [B, S, S, 3] for each view."""
     if images.pixels.device.type == "cpu":
         return tuple(_compiled(images, boxes, flips, size) for boxes, flips, size in _views(plan))
     from pipeline.augment.triton_kernels import crop_view

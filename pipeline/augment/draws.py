@@ -1,7 +1,7 @@
-"""Every random number of the augmentation, as a pure function of (seed, epoch, sample id, view).
+"""The random numbers of the augmentation: pure functions of (seed, epoch, sample id, view).
 
-No draw depends on rank, world size, workers, backend, batch size or on where a run was resumed. Each draw has a
-fixed place in the stream of its (seed, epoch, id, view), so that adding one never moves another.
+No draw depends on rank, world size, workers, backend, batch size or the point of a resume. Each has a fixed position in
+the random stream of (seed, epoch, id, view): a new draw never changes another.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 from pipeline.system.counter_rng import keyed, uniforms
 from pipeline.views import View
 
-TRIES = 10  # RandomResizedCrop's, before it takes the center
-_COLUMNS = 16  # places 0..15 hold the draws that are not the crop's; the crop's tries follow, four each
+TRIES = 10  # of RandomResizedCrop, before it takes the center
+_COLUMNS = 16  # positions 0..15: flip and color, named below; after them the crop's tries, four numbers each
 (_FLIP, _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _OPERATIONS, _GRAY, _BLUR, _SIGMA, _SOLARIZE) = range(11)
 _ORDERS = np.array(
     [[a, b, c, 6 - a - b - c] for a in range(4) for b in range(4) for c in range(4) if len({a, b, c}) == 3]
@@ -24,14 +24,14 @@ _ORDERS = np.array(
 
 @dataclass(frozen=True)
 class Color:
-    """The color operations of one view of n samples; arrays of [n] but `order`."""
+    """The color operations of one view of n samples: arrays [n], except `order`."""
 
     jitter: np.ndarray
-    """bool: color jitter is applied."""
+    """bool: apply color jitter."""
     order: np.ndarray
     """int64 [n, 4]: the order of brightness (0), contrast (1), saturation (2) and hue (3)."""
     brightness: np.ndarray
-    """float32 factors, as are contrast and saturation."""
+    """float32 factor, like contrast and saturation."""
     contrast: np.ndarray
     saturation: np.ndarray
     hue: np.ndarray
@@ -45,7 +45,7 @@ class Color:
     solarize: np.ndarray
     """bool."""
     gray_first: bool = False
-    """Grayscale comes before the jitter, not after it."""
+    """Apply grayscale before the jitter, not after it."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ViewDraws:
 def draw_view(
     view: View, index: int, *, seed: int, epoch: int, ids: np.ndarray, heights: np.ndarray, widths: np.ndarray
 ) -> ViewDraws:
-    """Draw view number `index` of samples `ids` (int64 [n]) whose images are `heights` by `widths` pixels ([n])."""
+    """Draw view number `index` of samples `ids` (int64 [n]), images of `heights` by `widths` pixels ([n])."""
     u = uniforms(keyed(seed, epoch, ids, index), _COLUMNS + 4 * TRIES)  # [n, 16 + 40]
     boxes = crop_boxes(u[:, _COLUMNS:].reshape(-1, TRIES, 4), heights, widths, view.scale, view.ratio)
     return ViewDraws(boxes, u[:, _FLIP] < view.flip, _color(view, u))
@@ -71,13 +71,13 @@ def draw_view(
 def draw_views(
     views: Sequence[View], *, seed: int, epoch: int, ids: np.ndarray, heights: np.ndarray, widths: np.ndarray
 ) -> list[ViewDraws]:
-    """Draw all views of samples `ids`, as `draw_view` does each."""
+    """Draw all views of samples `ids`, each as `draw_view` does."""
     sides = {"heights": heights, "widths": widths}
     return [draw_view(view, index, seed=seed, epoch=epoch, ids=ids, **sides) for index, view in enumerate(views)]
 
 
 def draw_color(view: View, index: int, *, seed: int, epoch: int, ids: np.ndarray) -> Color:
-    """Draw the color operations of view number `index` of samples `ids` (int64 [n]) alone, as `draw_view` would."""
+    """Draw only the color operations of view number `index` of samples `ids` (int64 [n]), as `draw_view` does."""
     return _color(view, uniforms(keyed(seed, epoch, ids, index), _COLUMNS))
 
 
@@ -101,7 +101,7 @@ def _color(view: View, u: np.ndarray) -> Color:
 
 
 def between(u: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Return `u` from U[0, 1) moved to U[low, high)."""
+    """Map `u` from U[0, 1) to U[low, high)."""
     return low + u * (high - low)
 
 
@@ -114,7 +114,7 @@ def crop_boxes(
 ) -> np.ndarray:
     """Return RandomResizedCrop's boxes, int32 [n, 4] (top, left, height, width), from uniforms u [n, tries, 4].
 
-    The first of the tries that fits; where none does, the largest centered box within `ratio`
+    The first try that fits; if none does, the largest centered box within `ratio`
     (torchvision.transforms.RandomResizedCrop.get_params).
     """
     high, wide = heights.astype(np.float64)[:, None], widths.astype(np.float64)[:, None]
@@ -139,6 +139,6 @@ def _largest_centered(heights: np.ndarray, widths: np.ndarray, ratio: tuple[floa
 
 
 def center_boxes(heights: np.ndarray, widths: np.ndarray, share: float) -> np.ndarray:
-    """Return centered square boxes, int32 [n, 4], whose side is `share` of the shorter side (0.875 is 224 of 256)."""
+    """Return centered square boxes, int32 [n, 4], of `share` of the image's shorter side (0.875 is 224 of 256)."""
     side = np.maximum(np.rint(np.minimum(heights, widths) * share), 1).astype(np.int32)
     return np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=-1).astype(np.int32)

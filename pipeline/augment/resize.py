@@ -1,9 +1,9 @@
-"""Antialiased bilinear crop and resize on the CPU, compiled: PIL's `Image.resize(BILINEAR)` of a crop, to 1/255.
+"""Antialiased bilinear crop and resize on the CPU, compiled: equal to PIL's `Image.resize(BILINEAR)` to 1/255.
 
-The triangle filter is separable. Each output row is first summed over the source rows it touches (contiguous, so the
-compiler vectorizes it), then over columns with four lanes a pixel: three channels and one lane that the next pixel
-overwrites. The column pass is unrolled for the number of taps, rounded up to one of `_TAPS`; more taps take a loop.
-Float32 throughout, rounded once; PIL rounds between its two passes, hence the last 1/255.
+The triangle filter is separable. Each output row is first a sum over source rows, which are contiguous, so that the
+compiler vectorizes it; then a sum over columns with four lanes for each pixel: three channels and one that the next
+pixel overwrites. The column pass is unrolled for the number of taps, rounded up to one of `_TAPS`; more taps take a
+loop. All in float32, rounded once; PIL also rounds between the passes, hence the 1/255.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.native.numba_cache import compiled
 
-# Numba leaves LLVM's straight-line vectorizer off; the column pass is three times as fast with it.
+# LLVM's straight-line vectorizer, which Numba turns off, makes the column pass three times as fast.
 numba.config.SLP_VECTORIZE = 1  # type: ignore[attr-defined]
 _JIT: dict[str, Any] = {
     "nogil": True,
@@ -29,25 +29,26 @@ _ONE, _TWO, _THREE = np.uint64(1), np.uint64(2), np.uint64(3)  # unsigned: no wr
 
 
 class Scratch(NamedTuple):
-    """One worker's buffers for `crop_resize`."""
+    """Buffers of one worker for `crop_resize`."""
 
     row: np.ndarray
     """float32: one output row before the column pass."""
     packed: np.ndarray
-    """float32: one output row after it."""
+    """float32: one output row after the column pass."""
     top: np.ndarray
     """int64 [size]: first source row of each output row."""
     rows: np.ndarray
-    """int64 [size]: number of source rows of each."""
+    """int64 [size]: number of source rows of each output row."""
     row_weights: np.ndarray
     """float32 [size, taps]."""
     left: np.ndarray
+    """Like the three above, for columns."""
     columns: np.ndarray
     column_weights: np.ndarray
 
 
 def scratch(sizes: tuple[int, ...], longest: int) -> Scratch:
-    """Return buffers for crops of images of at most `longest` pixels a side to squares of any of `sizes`."""
+    """Return buffers for crops, to squares of any of `sizes`, of images with sides of at most `longest` pixels."""
     size = max(sizes)
     taps = int(2 * max(longest / min(sizes), 1.0)) + 3 + max(_TAPS)
 
@@ -60,7 +61,7 @@ def scratch(sizes: tuple[int, ...], longest: int) -> Scratch:
 
 @compiled(**_JIT)
 def _triangle(n_in: int, n_out: int, mirrored: bool, start: Any, count: Any, weights: Any) -> int:
-    """Fill the filter's first source index, number of taps and weights for each output; return the most taps."""
+    """Compute first source index, number of taps and weights for each output; return the largest number of taps."""
     scale = n_in / n_out
     support = max(scale, 1.0)
     most = 0
@@ -115,7 +116,7 @@ def _sum_rows(image: Any, base: int, stride: int, n: int, count: int, w: Any, ro
 
 
 def _sum_columns(taps: int) -> Callable[..., None]:
-    """Return the column pass for exactly `taps` taps a pixel (those beyond a pixel's own have weight 0)."""
+    """Return the column pass with `taps` taps for each pixel; a pixel's unneeded taps have weight 0."""
     rest = tuple(np.uint64(k) for k in range(1, taps))
 
     def pass_(row: Any, left: Any, weights: Any, out: Any, size: int) -> None:
@@ -155,10 +156,10 @@ def _columns_any(row: Any, left: Any, count: Any, weights: Any, out: Any, size: 
 
 @compiled(**_JIT)
 def crop_resize(image: Any, width: int, box: Any, mirrored: bool, out: Any, buffers: Any) -> None:
-    """Write the crop `box` of `image`, resized and mirrored where asked, to `out`.
+    """Write the crop `box` of `image`, resized and, if asked, mirrored, to `out`.
 
     image: uint8, flat, rows of `width` RGB pixels. box: top, left, height, width, inside the image.
-    out: uint8 [size, size, 3], contiguous. buffers: a `Scratch` for this size and the longest side at hand.
+    out: uint8 [size, size, 3], contiguous. buffers: a `Scratch` for this size and image.
     """
     row, packed, top, rows, row_weights, left, columns, column_weights = buffers
     size = out.shape[0]

@@ -1,4 +1,4 @@
-"""Triton kernels of the data path. They run on CPU tensors too, slowly, where TRITON_INTERPRET=1 is set."""
+"""Triton kernels of the data path. With TRITON_INTERPRET=1 they also run on CPU tensors, slowly."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-_BLOCK = 256
+_BLOCK = 256  # pixels of one program
 
 
 def crop_view(
@@ -19,10 +19,10 @@ def crop_view(
     flips: torch.Tensor,
     size: int,
 ) -> torch.Tensor:
-    """Return crops of the images in `pixels`, resized antialiased and mirrored: uint8 [B, size, size, 3].
+    """Return crops of the images in `pixels`, resized with antialiasing and mirrored: uint8 [B, size, size, 3].
 
-    pixels: uint8, flat; starts, widths int64 [B]: each image's first byte and its width in pixels; boxes int32 [B, 4]:
-    top, left, height, width; flips bool [B].
+    pixels: uint8, flat, RGB. starts, widths: int64 [B], first byte of each image, and its width in pixels. boxes: int32
+    [B, 4], top, left, height, width. flips: bool [B].
     """
     out = torch.empty((len(boxes), size, size, 3), dtype=torch.uint8, device=pixels.device)
     grid = (triton.cdiv(size * size, _BLOCK), len(boxes))
@@ -31,8 +31,8 @@ def crop_view(
 
 
 @triton.jit
-def _crop_view(pixels, starts, widths, boxes, flips, out, SIZE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Fill BLOCK pixels of one crop: the triangle filter's weighted sum of the source pixels under each, directly."""
+def _crop_view(pixels, starts, widths, boxes, flips, out, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Fill BLOCK pixels of one crop, each the triangle filter's weighted sum over its source pixels, in one pass."""
     sample = tl.program_id(1)
     box = boxes + 4 * sample
     top, left, height, width = tl.load(box), tl.load(box + 1), tl.load(box + 2), tl.load(box + 3)
@@ -43,6 +43,7 @@ def _crop_view(pixels, starts, widths, boxes, flips, out, SIZE: tl.constexpr, BL
     x = index % SIZE
     x = tl.where(tl.load(flips + sample) != 0, SIZE - 1 - x, x)
 
+    # The filter of each output pixel: its center, half its width, and its first source row and column.
     scale_y, scale_x = height.to(tl.float32) / SIZE, width.to(tl.float32) / SIZE
     support_y, support_x = tl.maximum(scale_y, 1.0), tl.maximum(scale_x, 1.0)
     center_y = ((index // SIZE).to(tl.float32) + 0.5) * scale_y
@@ -50,10 +51,7 @@ def _crop_view(pixels, starts, widths, boxes, flips, out, SIZE: tl.constexpr, BL
     first_y = tl.maximum((center_y - support_y + 0.5).to(tl.int32), 0)
     first_x = tl.maximum((center_x - support_x + 0.5).to(tl.int32), 0)
 
-    red = tl.zeros((BLOCK,), tl.float32)
-    green = tl.zeros((BLOCK,), tl.float32)
-    blue = tl.zeros((BLOCK,), tl.float32)
-    weights = tl.zeros((BLOCK,), tl.float32)
+    r, g, b, weights = _zeros(BLOCK), _zeros(BLOCK), _zeros(BLOCK), _zeros(BLOCK)
     for tap_y in range((2 * support_y).to(tl.int32) + 2):
         y = first_y + tap_y
         weight_y = tl.maximum(1.0 - tl.abs((y.to(tl.float32) - center_y + 0.5) / support_y), 0.0)
@@ -63,17 +61,37 @@ def _crop_view(pixels, starts, widths, boxes, flips, out, SIZE: tl.constexpr, BL
             column = first_x + tap_x
             weight = tl.maximum(1.0 - tl.abs((column.to(tl.float32) - center_x + 0.5) / support_x), 0.0)
             weight = tl.where(column < width, weight, 0.0) * weight_y
-            used = inside & (weight > 0)
-            at = pixels + row + 3 * column
-            red += weight * tl.load(at, mask=used, other=0).to(tl.float32)
-            green += weight * tl.load(at + 1, mask=used, other=0).to(tl.float32)
-            blue += weight * tl.load(at + 2, mask=used, other=0).to(tl.float32)
+            source_r, source_g, source_b = _load(pixels + row + 3 * column, inside & (weight > 0))
+            r += weight * source_r
+            g += weight * source_g
+            b += weight * source_b
             weights += weight
     weights = tl.where(inside, weights, 1.0)
-    to = out + 3 * (sample.to(tl.int64) * SIZE * SIZE + index)
-    tl.store(to, (red / weights + 0.5).to(tl.uint8), mask=inside)
-    tl.store(to + 1, (green / weights + 0.5).to(tl.uint8), mask=inside)
-    tl.store(to + 2, (blue / weights + 0.5).to(tl.uint8), mask=inside)
+    pointers = out + 3 * (sample.to(tl.int64) * SIZE * SIZE + index)
+    _store(pointers, r / weights + 0.5, g / weights + 0.5, b / weights + 0.5, inside)
+
+
+@triton.jit
+def _zeros(BLOCK: tl.constexpr):
+    return tl.zeros((BLOCK,), tl.float32)
+
+
+@triton.jit
+def _load(pointers, mask):
+    """Return the three channels of the RGB pixels at `pointers`, as float32."""
+    r = tl.load(pointers, mask=mask, other=0).to(tl.float32)
+    g = tl.load(pointers + 1, mask=mask, other=0).to(tl.float32)
+    b = tl.load(pointers + 2, mask=mask, other=0).to(tl.float32)
+    return r, g, b
+
+
+@triton.jit
+def _store(pointers, r, g, b, mask):
+    """Write RGB pixels to `pointers`, in the type of that memory."""
+    kind = pointers.dtype.element_ty
+    tl.store(pointers, r.to(kind), mask=mask)
+    tl.store(pointers + 1, g.to(kind), mask=mask)
+    tl.store(pointers + 2, b.to(kind), mask=mask)
 
 
 def augment_view(
@@ -87,8 +105,8 @@ def augment_view(
 ) -> None:
     """Write the augmented views of crops, uint8 [B, S, S, 3], into `out` [B, 3, S, S], channels-last.
 
-    parameters: float32 [B, 20], of `color.pack`; blurs int64 [M]: the samples that are blurred, by kernels
-    of `radius` pixels.
+    parameters: float32 [B, 20], as `color.pack` returns. blurs: int64 [M], the samples to blur, by kernels of `radius`
+    pixels.
     """
     batch, size = crops.shape[0], crops.shape[1]
     sums = torch.zeros(batch, dtype=torch.int32, device=crops.device)
@@ -104,30 +122,30 @@ def augment_view(
         _blur_columns[grid](rows, parameters, blurs, out, SIZE=size, RADIUS=radius, **common)
 
 
-# A sample's parameters: their number, and the columns of each, in the order of `pipeline.augment.color.pack`.
+# Columns of a row of parameters, and their number, as in `pipeline.augment.color.pack`.
 _ROW = tl.constexpr(20)
 _JITTER, _ORDER, _BRIGHTNESS, _CONTRAST, _SATURATION, _SHIFT = (tl.constexpr(i) for i in (0, 1, 5, 6, 7, 8))
 _GRAY, _BLUR, _SIGMA, _SOLARIZE, _MEAN, _SCALE = (tl.constexpr(i) for i in (9, 10, 11, 12, 13, 16))
 
 
 @triton.jit
-def _luma(r, g, b):  # type: ignore[no-untyped-def]
+def _luma(r, g, b):
     return tl.floor(r * (19595 / 65536) + g * (38470 / 65536) + b * (7471 / 65536) + 0.5)
 
 
 @triton.jit
-def _blend(x, other, factor):  # type: ignore[no-untyped-def]
+def _blend(x, other, factor):
     return tl.floor(tl.minimum(tl.maximum((x - other) * factor + other, 0.0), 255.0))
 
 
 @triton.jit
-def _wrapped(x, period):  # type: ignore[no-untyped-def]
+def _wrap(x, period):
     return tl.where(x >= period, x - period, x)
 
 
 @triton.jit
-def _turned(r, g, b, shift):  # type: ignore[no-untyped-def]
-    """Turn the hue by `shift` levels of 256, with PIL's 8-bit HSV in between, as `augment.hue` does."""
+def _hue(r, g, b, shift):
+    """Shift the hue by `shift` levels of 256 through PIL's 8-bit HSV, as `color.hue` does."""
     high, low = tl.maximum(tl.maximum(r, g), b), tl.minimum(tl.minimum(r, g), b)
     chroma = high - low
     safe = tl.maximum(chroma, 1.0)
@@ -135,12 +153,12 @@ def _turned(r, g, b, shift):  # type: ignore[no-untyped-def]
     gc = tl.div_rn(high - g, safe).to(tl.float64)
     bc = tl.div_rn(high - b, safe).to(tl.float64)
     sixths = tl.where(r == high, bc - gc, tl.where(g == high, (rc - bc) + 2.0, (gc - rc) + 4.0)).to(tl.float32)
-    turn = _wrapped(sixths.to(tl.float64) / 6.0 + 1.0, 1.0).to(tl.float32)
+    turn = _wrap(sixths.to(tl.float64) / 6.0 + 1.0, 1.0).to(tl.float32)
     h = tl.where(chroma > 0, tl.floor(turn.to(tl.float64) * 255.0).to(tl.float32), 0.0)
     s = tl.floor(tl.div_rn(chroma * 255.0, tl.maximum(high, 1.0)))
-    h6 = _wrapped(_wrapped(h + shift, 256.0) + 256.0, 256.0) * (6 / 255)
+    h6 = _wrap(_wrap(h + shift, 256.0) + 256.0, 256.0) * (6 / 255)
     vs = s * high * (1 / 255)
-    red, green, blue = _wrapped(h6 + 5.0, 6.0), _wrapped(h6 + 3.0, 6.0), _wrapped(h6 + 1.0, 6.0)
+    red, green, blue = _wrap(h6 + 5.0, 6.0), _wrap(h6 + 3.0, 6.0), _wrap(h6 + 1.0, 6.0)
     red = tl.floor(high - vs * tl.minimum(tl.maximum(tl.minimum(red, 4.0 - red), 0.0), 1.0) + 0.5)
     green = tl.floor(high - vs * tl.minimum(tl.maximum(tl.minimum(green, 4.0 - green), 0.0), 1.0) + 0.5)
     blue = tl.floor(high - vs * tl.minimum(tl.maximum(tl.minimum(blue, 4.0 - blue), 0.0), 1.0) + 0.5)
@@ -148,8 +166,8 @@ def _turned(r, g, b, shift):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _jittered(r, g, b, row, operation, mean):  # type: ignore[no-untyped-def]
-    """Apply one of brightness (0), contrast (1), saturation (2) and hue (3); a scalar says which."""
+def _jittered(r, g, b, row, operation, mean):
+    """Apply operation 0 (brightness), 1 (contrast), 2 (saturation) or 3 (hue)."""
     if operation == 0:
         factor = tl.load(row + _BRIGHTNESS)
         r = tl.floor(tl.minimum(tl.maximum(r * factor, 0.0), 255.0))
@@ -163,49 +181,54 @@ def _jittered(r, g, b, row, operation, mean):  # type: ignore[no-untyped-def]
         gray = _luma(r, g, b)
         r, g, b = _blend(r, gray, factor), _blend(g, gray, factor), _blend(b, gray, factor)
     else:
-        r, g, b = _turned(r, g, b, tl.load(row + _SHIFT))
+        r, g, b = _hue(r, g, b, tl.load(row + _SHIFT))
     return r, g, b
 
 
 @triton.jit
-def _load(crops, sample, PIXELS, BLOCK):  # type: ignore[no-untyped-def]
-    """Return a block of a sample's pixels in three channels, their places, and which of them there are."""
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < PIXELS
-    at = (sample.to(tl.int64) * PIXELS + index) * 3
-    r = tl.load(crops + at, mask=inside, other=0).to(tl.float32)
-    g = tl.load(crops + at + 1, mask=inside, other=0).to(tl.float32)
-    b = tl.load(crops + at + 2, mask=inside, other=0).to(tl.float32)
-    return r, g, b, at, inside
+def _to_gray(r, g, b, row):
+    """Replace the channels of a sample that becomes gray by their luma."""
+    if tl.load(row + _GRAY) != 0:
+        level = _luma(r, g, b)
+        r, g, b = level, level, level
+    return r, g, b
 
 
 @triton.jit
-def _store_view(r, g, b, out, at, inside, row):  # type: ignore[no-untyped-def]
-    """Solarize where asked, normalize and write."""
+def _load_block(crops, sample, PIXELS, BLOCK):
+    """Return a block of a sample's pixels: three channels, their offset, and the mask of existing pixels."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < PIXELS
+    offset = (sample.to(tl.int64) * PIXELS + index) * 3
+    r, g, b = _load(crops + offset, inside)
+    return r, g, b, offset, inside
+
+
+@triton.jit
+def _store_view(r, g, b, pointers, inside, row):
+    """Solarize where drawn, normalize and write."""
     if tl.load(row + _SOLARIZE) != 0:
         r = tl.where(r < 128, r, 255 - r)
         g = tl.where(g < 128, g, 255 - g)
         b = tl.where(b < 128, b, 255 - b)
-    kind = out.dtype.element_ty
-    tl.store(out + at, ((r - tl.load(row + _MEAN)) * tl.load(row + _SCALE)).to(kind), mask=inside)
-    tl.store(out + at + 1, ((g - tl.load(row + _MEAN + 1)) * tl.load(row + _SCALE + 1)).to(kind), mask=inside)
-    tl.store(out + at + 2, ((b - tl.load(row + _MEAN + 2)) * tl.load(row + _SCALE + 2)).to(kind), mask=inside)
+    r = (r - tl.load(row + _MEAN)) * tl.load(row + _SCALE)
+    g = (g - tl.load(row + _MEAN + 1)) * tl.load(row + _SCALE + 1)
+    b = (b - tl.load(row + _MEAN + 2)) * tl.load(row + _SCALE + 2)
+    _store(pointers, r, g, b, inside)
 
 
 @triton.jit
-def _sum_luma(crops, parameters, sums, GRAY_FIRST: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Add up each sample's luma as it is before its contrast; whole numbers, so that the order does not matter."""
+def _sum_luma(crops, parameters, sums, GRAY_FIRST: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum each sample's luma as it enters the contrast operation; of integers, so that any order gives the same."""
     sample = tl.program_id(1)
     row = parameters + sample * _ROW
     if tl.load(row + _JITTER) != 0:
-        r, g, b, _, inside = _load(crops, sample, PIXELS, BLOCK)
+        r, g, b, _, inside = _load_block(crops, sample, PIXELS, BLOCK)
         if GRAY_FIRST:
-            if tl.load(row + _GRAY) != 0:
-                gray = _luma(r, g, b)
-                r, g, b = gray, gray, gray
+            r, g, b = _to_gray(r, g, b, row)
         before = 1
-        for place in range(4):
-            operation = tl.load(row + _ORDER + place)
+        for position in range(4):
+            operation = tl.load(row + _ORDER + position)
             if operation == 1:
                 before = 0
             if before == 1:
@@ -215,51 +238,41 @@ def _sum_luma(crops, parameters, sums, GRAY_FIRST: tl.constexpr, PIXELS: tl.cons
 
 
 @triton.jit
-def _color(crops, parameters, sums, colored, out, GRAY_FIRST: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Apply a sample's color operations; write its view, or, where a blur is to come, its pixels."""
+def _color(crops, parameters, sums, colored, out, GRAY_FIRST: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr):
+    """Apply a sample's color operations; write its view or, if it is blurred later, its pixels."""
     sample = tl.program_id(1)
     row = parameters + sample * _ROW
-    r, g, b, at, inside = _load(crops, sample, PIXELS, BLOCK)
-    gray = tl.load(row + _GRAY)
+    r, g, b, offset, inside = _load_block(crops, sample, PIXELS, BLOCK)
     if GRAY_FIRST:
-        if gray != 0:
-            level = _luma(r, g, b)
-            r, g, b = level, level, level
+        r, g, b = _to_gray(r, g, b, row)
     if tl.load(row + _JITTER) != 0:
         mean = tl.floor(tl.load(sums + sample).to(tl.float64) / PIXELS + 0.5).to(tl.float32)
-        for place in range(4):
-            r, g, b = _jittered(r, g, b, row, tl.load(row + _ORDER + place), mean)
+        for position in range(4):
+            r, g, b = _jittered(r, g, b, row, tl.load(row + _ORDER + position), mean)
     if not GRAY_FIRST:
-        if gray != 0:
-            level = _luma(r, g, b)
-            r, g, b = level, level, level
+        r, g, b = _to_gray(r, g, b, row)
     if tl.load(row + _BLUR) != 0:
-        tl.store(colored + at, r.to(tl.uint8), mask=inside)
-        tl.store(colored + at + 1, g.to(tl.uint8), mask=inside)
-        tl.store(colored + at + 2, b.to(tl.uint8), mask=inside)
+        _store(colored + offset, r, g, b, inside)
     else:
-        _store_view(r, g, b, out, at, inside, row)
+        _store_view(r, g, b, out + offset, inside, row)
 
 
 @triton.jit
-def _reflected(at, SIZE):  # type: ignore[no-untyped-def]
-    at = tl.abs(at)
-    return tl.where(at >= SIZE, 2 * SIZE - 2 - at, at)
+def _reflected(position, SIZE):
+    position = tl.abs(position)
+    return tl.where(position >= SIZE, 2 * SIZE - 2 - position, position)
 
 
 @triton.jit
-def _blurred(line, step, position, inside, sigma, SIZE: tl.constexpr, RADIUS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the Gaussian mean of three channels along lines of pixels `step` apart, around `position`, reflected."""
-    r = tl.zeros((BLOCK,), tl.float32)
-    g = tl.zeros((BLOCK,), tl.float32)
-    b = tl.zeros((BLOCK,), tl.float32)
-    total = 0.0
+def _blurred(line, step, position, inside, sigma, SIZE: tl.constexpr, RADIUS: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the Gaussian mean around `position` of lines of pixels `step` apart, three channels, edges reflected."""
+    r, g, b, total = _zeros(BLOCK), _zeros(BLOCK), _zeros(BLOCK), 0.0
     for tap in range(-RADIUS, RADIUS + 1):
         weight = tl.exp(-0.5 * (tap / sigma) * (tap / sigma))
-        at = line + _reflected(position + tap, SIZE) * step
-        r += weight * tl.load(at, mask=inside, other=0).to(tl.float32)
-        g += weight * tl.load(at + 1, mask=inside, other=0).to(tl.float32)
-        b += weight * tl.load(at + 2, mask=inside, other=0).to(tl.float32)
+        tap_r, tap_g, tap_b = _load(line + _reflected(position + tap, SIZE) * step, inside)
+        r += weight * tap_r
+        g += weight * tap_g
+        b += weight * tap_b
         total += weight
     return r / total, g / total, b / total
 
@@ -274,8 +287,8 @@ def _blur_rows(
     RADIUS: tl.constexpr,
     PIXELS: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # type: ignore[no-untyped-def]
-    """Blur the chosen samples along rows."""
+):
+    """Blur the samples `blurs` along rows."""
     number = tl.program_id(1)
     sample = tl.load(blurs + number)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -283,17 +296,14 @@ def _blur_rows(
     line = colored + (sample.to(tl.int64) * PIXELS + index // SIZE * SIZE) * 3
     sigma = tl.load(parameters + sample * _ROW + _SIGMA)
     r, g, b = _blurred(line, 3, index % SIZE, inside, sigma, SIZE, RADIUS, BLOCK)
-    to = rows + (number.to(tl.int64) * PIXELS + index) * 3
-    tl.store(to, r, mask=inside)
-    tl.store(to + 1, g, mask=inside)
-    tl.store(to + 2, b, mask=inside)
+    _store(rows + (number.to(tl.int64) * PIXELS + index) * 3, r, g, b, inside)
 
 
 @triton.jit
 def _blur_columns(
     rows, parameters, blurs, out, SIZE: tl.constexpr, RADIUS: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr
-):  # type: ignore[no-untyped-def]
-    """Blur what `_blur_rows` wrote along columns, round, and write the views."""
+):
+    """Blur the result of `_blur_rows` along columns, round, and write the views."""
     number = tl.program_id(1)
     sample = tl.load(blurs + number)
     row = parameters + sample * _ROW
@@ -301,5 +311,5 @@ def _blur_columns(
     inside = index < PIXELS
     line = rows + (number.to(tl.int64) * PIXELS + index % SIZE) * 3
     r, g, b = _blurred(line, 3 * SIZE, index // SIZE, inside, tl.load(row + _SIGMA), SIZE, RADIUS, BLOCK)
-    to = (sample.to(tl.int64) * PIXELS + index) * 3
-    _store_view(tl.floor(r + 0.5), tl.floor(g + 0.5), tl.floor(b + 0.5), out, to, inside, row)
+    pointers = out + (sample.to(tl.int64) * PIXELS + index) * 3
+    _store_view(tl.floor(r + 0.5), tl.floor(g + 0.5), tl.floor(b + 0.5), pointers, inside, row)

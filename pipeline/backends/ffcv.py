@@ -20,7 +20,7 @@ from pipeline.augment.plan import Plan
 from pipeline.augment.resize import Scratch, crop_resize, scratch
 from pipeline.backends.threaded import ThreadedBackend
 from pipeline.native.numba_cache import compiled
-from pipeline.storage.decode import JIT, WHOLE, damaged, decode_record, rectangles
+from pipeline.storage.decode import INTACT, JIT, damaged, decode_record, rectangles
 
 Views = tuple[torch.Tensor, ...]
 
@@ -41,17 +41,17 @@ def _crop_chunk(
     """Fill outs, one [B, S, S, 3] for each view, for samples start..stop.
 
     parts: int32 [stop - start, 4], as `rectangles` returns. Returns the first fault and its position in `ids`, or
-    (WHOLE, 0).
+    (INTACT, 0).
     """
     for i in range(start, stop):
         fault, image, top, left, width = decode_record(records, ids[i], parts[i - start], pixels)
-        if fault != WHOLE:
+        if fault != INTACT:
             return fault, i
         for view in range(len(boxes)):
             box = boxes[view, i]
             inside = (box[0] - top, box[1] - left, np.int64(box[2]), np.int64(box[3]))
             crop_resize(image, width, inside, flips[view, i], outs[view][i], buffers)
-    return WHOLE, 0
+    return INTACT, 0
 
 
 class FfcvBackend(ThreadedBackend[Views]):
@@ -73,7 +73,7 @@ class FfcvBackend(ThreadedBackend[Views]):
         parts = rectangles(self._records, plan.ids[chunk], plan.boxes[:, chunk])
         samples = self._records, plan.ids, parts, plan.boxes, plan.flips, start, stop
         fault, position = _crop_chunk(*samples, outs, pixels, scratch_for(plan.sizes))
-        if fault != WHOLE:
+        if fault != INTACT:
             raise damaged(self._beton, int(plan.ids[position]), fault)
 
     def _crops(self, plan: Plan, buffer: Views, slot: int) -> Views:

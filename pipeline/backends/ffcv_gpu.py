@@ -14,7 +14,7 @@ import torch
 from pipeline.augment.crop import Ragged, crop_views
 from pipeline.augment.plan import Plan
 from pipeline.backends.threaded import ThreadedBackend
-from pipeline.storage.decode import WHOLE, Records, damaged, decode_chunk, rectangles
+from pipeline.storage.decode import INTACT, Records, damaged, decode_chunk, rectangles
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class FfcvGpuBackend(ThreadedBackend[GrowingBuffer]):
         assert isinstance(plan, PackedPlan)
         span = plan.ids, plan.parts, plan.starts, start, stop
         fault, position = decode_chunk(self._records, *span, buffer.bytes.numpy())
-        if fault != WHOLE:
+        if fault != INTACT:
             raise damaged(self._beton, int(plan.ids[position]), fault)
 
     def _crops(self, plan: Plan, buffer: GrowingBuffer, slot: int) -> tuple[torch.Tensor, ...]:

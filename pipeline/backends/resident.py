@@ -18,7 +18,7 @@ from pipeline.backends.base import Backend, BackendConfig
 from pipeline.backends.ffcv import FfcvBackend
 from pipeline.beton import Beton
 from pipeline.native.libffcv import RAW
-from pipeline.storage.decode import WHOLE, damaged, decode_chunk, records_of, whole
+from pipeline.storage.decode import INTACT, damaged, decode_chunk, full_rectangles, records_of
 from pipeline.system.cores import available_cores, free_memory
 from pipeline.system.errors import InputError
 
@@ -85,7 +85,7 @@ class _Decoder:
     def __init__(self, beton: Beton, starts: np.ndarray, skipped: list[int]) -> None:
         self._records, self._ids = records_of(beton), np.arange(len(beton))
         self._starts, self._skipped = starts, skipped
-        self._boxes = whole(self._records, self._ids)
+        self._boxes = full_rectangles(self._records, self._ids)
         self.faults: dict[int, int] = {}
         """By sample."""
 
@@ -96,7 +96,7 @@ class _Decoder:
                 starts = self._starts[first : stop + 1] - self._starts[base]
                 samples = self._records, self._ids[first:stop], self._boxes[first:stop], starts
                 fault, position = decode_chunk(*samples, 0, stop - first, target.numpy())
-                if fault == WHOLE:
+                if fault == INTACT:
                     break
                 self.faults[first + int(position)] = fault
                 first += int(position) + 1

@@ -1,4 +1,4 @@
-"""Single image files, by PIL: their headers and their pixels."""
+"""Files of images with masks or boxes: their headers, their pixels, and VOC's lists of their names."""
 
 from __future__ import annotations
 
@@ -10,19 +10,31 @@ from pipeline.system.errors import InputError
 
 
 def header(file: Path) -> Image.Image:
-    """Return an image whose size and mode are known, and nothing else. Raises InputError where it cannot be read."""
+    """Return an image with its size and mode, but without pixels. Raises InputError where it cannot be read."""
     try:
-        with Image.open(file) as opened:
-            return opened
-    except Exception as error:  # PIL's readers raise whatever a damaged file makes them stumble over
+        with Image.open(file) as image:
+            return image
+    except Exception as error:  # of any kind: PIL's readers fail on damaged files in many ways
         raise InputError(f"{file}: cannot be read ({error}): replace it, or leave it out") from None
 
 
 def decoded(file: Path) -> Image.Image:
     """Return an image with its pixels. Raises InputError where it cannot be decoded."""
     try:
-        with Image.open(file) as opened:
-            opened.load()
-            return opened
-    except Exception as error:  # as above
+        with Image.open(file) as image:
+            image.load()
+            return image
+    except Exception as error:  # of any kind, as above
         raise InputError(f"{file}: cannot be decoded ({error}): replace it, or leave it out") from None
+
+
+def read_set(file: Path, remedy: str) -> list[str]:
+    """Return the first word of each line of a set in VOC's `ImageSets/*/`. Raises InputError if it cannot be read."""
+    try:
+        return [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        names = sorted(path.stem for path in file.parent.glob("*.txt"))
+        if file.parent.name == "Main":  # which also has sets of each class, such as cat_train
+            names = [name for name in names if "_" not in name]
+        sets = ", ".join(names) or "none"
+        raise InputError(f"{file}: cannot be read ({error}): the sets are {sets}: {remedy}") from None

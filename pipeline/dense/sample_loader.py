@@ -1,6 +1,6 @@
-"""Samples that worker threads read and crop one by one, some ahead: global batches in an order of the seed alone.
+"""A loader of samples that worker threads read one by one, for images with masks or boxes, which no beton contains.
 
-For data that no beton holds, because something belongs to each image: masks, boxes.
+Global batches come in an order that depends on the seed alone.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from pipeline.system.errors import InputError, LoaderStalled
 from pipeline.system.thread_pool import Workers
 
 S = TypeVar("S")
-_STALLED = 60.0  # seconds
+_STALL_SECONDS = 60.0
+_BATCHES_AHEAD = 3
 _order_of = lru_cache(maxsize=4)(epoch_order)
 
 
 class Samples(Generic[S]):
-    """Every one of `count` samples once an epoch; what is over from whole global batches is left out of it.
+    """Each of `count` samples once an epoch, except those beyond the last full global batch.
 
-    read: epoch and id to a sample, called in `workers` threads (0 for one a core). batch: of all `world` processes.
-    path: of the data, for messages. Raises InputError where there are fewer samples than a batch.
+    path: of the data, for messages. read: (epoch, id) to a sample, called in `workers` threads (0: one for each core).
+    batch: over all `world` ranks. Raises InputError where there are fewer samples than in a batch.
     """
 
     def __init__(
@@ -42,31 +43,30 @@ class Samples(Generic[S]):
         rank: int = 0,
         world: int = 1,
         workers: int = 0,
-        ahead: int = 3,
     ) -> None:
         if not 0 < batch <= count:
             raise InputError(f"{path}: a batch of {batch} from {count} images: choose --batch 1 to {count}")
         self._path, self._count, self._read = path, count, read
         self._batch, self._seed, self._rank, self._world = batch, seed, rank, world
-        self._ahead = ahead * batch // world
+        self._samples_ahead = _BATCHES_AHEAD * batch // world
         self._workers = Workers(workers or available_cores(), lambda: None)
         self.steps = steps_per_epoch(count, batch)
 
     def ids(self, step: int) -> np.ndarray:
-        """Return the samples of this process at a step, counted over all epochs: int64 [B]."""
+        """Return the ids of this rank's samples at a step, counted over all epochs: int64 [B]."""
         epoch, step = divmod(step, self.steps)
         return rank_slice(_order_of(self._seed, epoch, self._count), step, self._batch, self._rank, self._world)
 
     def batches(self, first: int, last: int) -> Iterator[list[S]]:
-        """Yield this process's samples at each of the steps from `first` to before `last`."""
-        wanted = ((step // self.steps, index) for step in range(first, last) for index in self.ids(step).tolist())
-        found = self._workers.in_order(lambda _, one: self._read(*one), wanted, self._ahead, _STALLED)
+        """Yield this rank's samples at each step from `first` to before `last`. Raises LoaderStalled."""
+        calls = ((step // self.steps, index) for step in range(first, last) for index in self.ids(step).tolist())
+        samples = self._workers.in_order(lambda _, call: self._read(*call), calls, self._samples_ahead, _STALL_SECONDS)
         for step in range(first, last):
             try:
-                yield list(islice(found, self._batch // self._world))
+                yield list(islice(samples, self._batch // self._world))
             except futures.TimeoutError:
                 raise LoaderStalled(
-                    f"{self._path}: no image for {_STALLED:g} s (step {step}): check the disk or network it is on"
+                    f"{self._path}: no image for {_STALL_SECONDS:g} s (step {step}): check the disk or network it is on"
                 ) from None
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
-"""Crops of images and their masks for training a segmentation: scaled, cropped or padded, flipped, normalized.
+"""Crops of images and masks for training a segmentation: scaled, cropped or padded, flipped, normalized.
 
-Scale, place and flip of a sample are a pure function of (seed, epoch, id), and so is the order: global batches are the
-same on any number of processes, and after a resume.
+Scale, position and flip of a sample are a pure function of (seed, epoch, id), and so is the order: global batches are
+the same with any number of ranks, and after a resume.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from pipeline.system.counter_rng import keyed, uniforms
 from pipeline.system.device import to_device
 
 SCALES = (0.5, 2.0)
-"""Of 1911.05722, appendix A.5; drawn uniformly, which it leaves open."""
-_SCALED = 0x7363616C6564  # keeps these random numbers apart from those of other modules
+"""Range of scales, from 1911.05722, appendix A.5. Drawn uniformly, which the paper does not specify."""
+_SCALED = 0x7363616C6564  # separates these random numbers from those of other modules
 _FILL = tuple(round(255 * mean) for mean in IMAGENET.mean)  # nearly 0 once normalized
 
 
 class Draw(NamedTuple):
-    """Where a crop lies in its scaled image."""
+    """A crop's position in its scaled image."""
 
     height: int
-    """Of the scaled image, pixels, as is `width`."""
+    """Of the scaled image, pixels; like `width`."""
     width: int
     top: int
-    """First row of the scaled image in the crop; below 0 where the crop is larger, and padded above it. `left` too."""
+    """Row of the scaled image at the crop's top. Below 0 the crop is padded there. `left`: the same for columns."""
     left: int
     flip: bool
 
 
 def draw_crop(shape: tuple[int, int], size: int, *, seed: int, epoch: int, index: int) -> Draw:
-    """Draw the crop, of `size` pixels a side, of sample `index`, an image of `shape` (height, width)."""
+    """Draw the crop, `size` pixels a side, of sample `index`, an image of `shape` (height, width)."""
     scale, *places, flip = uniforms(keyed(_SCALED ^ seed, epoch, index), 4).tolist()
     scaled = [max(round(side * (SCALES[0] + scale * (SCALES[1] - SCALES[0]))), 1) for side in shape]
     first = [_within(length - size, u) for length, u in zip(scaled, places, strict=True)]
@@ -46,14 +46,14 @@ def draw_crop(shape: tuple[int, int], size: int, *, seed: int, epoch: int, index
 
 
 def _within(free: int, u: float) -> int:
-    """Return a whole number from 0 to `free`, which may be below 0, evenly, from u of U[0, 1)."""
+    """Map u of U[0, 1) evenly to an integer from 0 to `free`, or from `free` to 0 where it is negative."""
     return int(u * (free + 1)) if free >= 0 else -int(u * (1 - free))
 
 
 def crop(pair: Pair, draw: Draw, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the crop of an image, uint8 [S, S, 3], antialiased bilinear, and of its mask, uint8 [S, S], nearest.
 
-    Only what is in the crop is scaled. Where the image does not reach, it is of ImageNet's mean color, the mask 255.
+    Only the cropped part is scaled. Padding has ImageNet's mean color, and 255 in the mask.
     """
     image, mask = pair
     rows, columns = _span(draw.top, draw.height, size), _span(draw.left, draw.width, size)
@@ -68,29 +68,29 @@ def crop(pair: Pair, draw: Draw, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _span(first: int, length: int, size: int) -> range:
-    """Return the rows or columns of a scaled image that are in a crop from `first` on."""
+    """Return the rows or columns of a scaled image in a crop that starts at `first`."""
     return range(max(first, 0), min(first + size, length))
 
 
 def _nearest(span: range, length: int, scaled: int) -> np.ndarray:
-    """Return the rows or columns of an image, int64, that those of the scaled image have their centers in."""
+    """Return the rows or columns of an image, int64, that contain the centers of those of the scaled image."""
     return (2 * np.asarray(span) + 1) * length // (2 * scaled)
 
 
 class ScaleCrops(Samples[tuple[np.ndarray, np.ndarray]]):
-    """Crops of images and masks, `size` pixels a side, as `Samples` has them: its other options are `more`."""
+    """Crops of images and masks, `size` pixels a side. options: those of `Samples`."""
 
-    def __init__(self, data: Masked, *, size: int, seed: int = 0, **more: Any) -> None:
+    def __init__(self, data: Masked, *, size: int, seed: int = 0, **options: Any) -> None:
         def read(epoch: int, index: int) -> tuple[np.ndarray, np.ndarray]:
             height, width = data.shapes[index].tolist()
             return crop(data.read(index), draw_crop((height, width), size, seed=seed, epoch=epoch, index=index), size)
 
-        super().__init__(data.path, len(data), read, seed=seed, **more)
+        super().__init__(data.path, len(data), read, seed=seed, **options)
 
     def crops(self, first: int, last: int, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield images [B, 3, S, S], normalized and channels-last, and masks int64 [B, S, S], 255 where there is none.
+        """Yield images [B, 3, S, S], normalized and channels-last, and masks int64 [B, S, S], 255 for padding.
 
-        Of the steps from `first` to before `last`, counted over all epochs; on the device.
+        For each step from `first` to before `last`, counted over all epochs; on the device.
         """
         for samples in self.batches(first, last):
             images, masks = (to_device(np.stack(parts), device) for parts in zip(*samples, strict=True))

@@ -1,22 +1,19 @@
-"""Drawn scenes with masks and boxes, in PASCAL VOC's layout.
+"""Synthetic scenes with masks and boxes, in PASCAL VOC's layout.
 
     python -m pipeline.dense.scenes FOLDER --train 800 --test 200
 
-A scene shows up to four of `pipeline.sources.synthetic`'s patterns, cut out as ellipses, on a background of slow
-colors. The class of an object is its kind of pattern and nothing else, so that an encoder of `synthetic:N` has
-something to bring.
+A scene shows up to four patterns of `pipeline.sources.synthetic`, cut out as ellipses, on a background of smooth
+colors. The class of an object is its kind of pattern alone, so that an encoder pretrained on `synthetic:N` is of use.
 
-Each scene is a function of `(seed, index, size)` alone. Masks hold 0 for the background, 1 to 10 for the classes, and
-VOC's 255 on the outlines; boxes are VOC's: pixels counted from 1, the last one included.
+Each scene is a function of `(seed, index, size)` alone. Masks have 0 for the background, 1 to 10 for the classes, and
+VOC's 255 on the outlines. Boxes are VOC's: pixels counted from 1, the last one included.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
@@ -24,21 +21,22 @@ from PIL import Image
 
 from pipeline.dense.masks import IGNORED
 from pipeline.sources.synthetic import CLASSES, MIN_SIZE, draw
+from pipeline.system.cli import ArgumentParser
 from pipeline.system.counter_rng import keyed, mix, uniforms
 from pipeline.system.errors import InputError, command
 from pipeline.system.progress import progress
 
 OBJECTS = 4
-"""Objects in a scene at most: one that finds no room in ten tries is left out."""
+"""Objects in a scene at most; one without room in ten tries is left out."""
 SMALLEST = 64
 """Side of the smallest scene, pixels."""
 _TRIES = 10
-_SCENES = 0x7363656E65  # keeps these random numbers apart from those of other modules
-_NOISE = 12  # width of the background's noise, in gray levels
+_SCENES = 0x7363656E65  # separates these random numbers from those of other modules
+_NOISE_LEVELS = 12  # width of the background's noise, gray levels
 
 
 class Object(NamedTuple):
-    """One object: a place in `CLASSES`, and its box (left, top, right, bottom)."""
+    """One object: an index of `CLASSES`, and a box (left, top, right, bottom)."""
 
     label: int
     box: tuple[int, int, int, int]
@@ -46,7 +44,7 @@ class Object(NamedTuple):
 
 @dataclass(frozen=True)
 class Scene:
-    """An image uint8 [S, S, 3], its mask uint8 [S, S], and what is in it."""
+    """An image uint8 [S, S, 3], its mask uint8 [S, S], and its objects."""
 
     image: np.ndarray
     mask: np.ndarray
@@ -62,31 +60,33 @@ def scene(seed: int, index: int, size: int = 128) -> Scene:
     objects: list[Object] = []
     for number, u in enumerate(uniforms(mix(key), OBJECTS * (2 + 5 * _TRIES)).reshape(OBJECTS, -1)):
         label = int(u[0] * len(CLASSES))
-        found = _place(u[2:].reshape(_TRIES, 5), size, [other.box for other in objects])
-        if found is None:
+        place = _free_place(u[2:].reshape(_TRIES, 5), size, [item.box for item in objects])
+        if place is None:
             continue
-        left, top, width, height = found
+        left, top, width, height = place
         pattern, _ = draw(seed, len(CLASSES) * (index * OBJECTS + number) + label, max(width, height, MIN_SIZE))
         inside, outline = _ellipse(width, height)
-        where = np.s_[top : top + height, left : left + width]
-        image[where][inside] = pattern[:height, :width][inside]
-        mask[where][inside] = label + 1
-        mask[where][outline] = IGNORED
+        box = np.s_[top : top + height, left : left + width]
+        image[box][inside] = pattern[:height, :width][inside]
+        mask[box][inside] = label + 1
+        mask[box][outline] = IGNORED
         objects.append(Object(label, (left + 1, top + 1, left + width, top + height)))
     return Scene(image, mask, objects)
 
 
 def _background(key: np.ndarray, size: int) -> np.ndarray:
-    """Return slow waves of muted colors under mild noise, uint8 [size, size, 3]."""
+    """Return smooth muted colors with mild noise, uint8 [size, size, 3]."""
     coarse = 60 + 130 * uniforms(mix(key ^ np.uint64(1)), 16).reshape(4, 4, 1)
     coarse = coarse + 40 * uniforms(mix(key ^ np.uint64(2)), 48).reshape(4, 4, 3)
     slow = Image.fromarray(coarse.astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
-    noise = uniforms(mix(key ^ np.uint64(3)), size * size * 3).reshape(size, size, 3) * _NOISE
+    noise = uniforms(mix(key ^ np.uint64(3)), size * size * 3).reshape(size, size, 3) * _NOISE_LEVELS
     return np.clip(np.asarray(slow) + noise, 0, 255).astype(np.uint8)
 
 
-def _place(tries: np.ndarray, size: int, taken: list[tuple[int, int, int, int]]) -> tuple[int, int, int, int] | None:
-    """Return the first of the tries [T, 5] that touches no box: left, top, width, height; None where all do."""
+def _free_place(
+    tries: np.ndarray, size: int, taken: list[tuple[int, int, int, int]]
+) -> tuple[int, int, int, int] | None:
+    """Return the first of the tries [T, 5] that touches no taken box: left, top, width, height; None if all do."""
     for u in tries:
         side = size * (0.25 + 0.3 * u[0])
         width, height = (int(side * (0.7 + 0.3 * share)) for share in u[1:3])
@@ -99,17 +99,17 @@ def _place(tries: np.ndarray, size: int, taken: list[tuple[int, int, int, int]])
 
 
 def _ellipse(width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return which pixels are inside the ellipse that touches all sides, and which of them on its outline: bool."""
+    """Return the pixels inside the ellipse that touches all sides, and those on its outline: bool [height, width]."""
     x, y = (2 * (np.arange(side) + 0.5) / side - 1 for side in (width, height))
     distance = x[None, :] ** 2 + y[:, None] ** 2
     inner = x[None, :] ** 2 / (1 - 3 / width) ** 2 + y[:, None] ** 2 / (1 - 3 / height) ** 2
     return distance <= 1, (distance <= 1) & (inner > 1)
 
 
-def write(folder: Path, train: int, test: int, *, seed: int = 0, size: int = 128, quiet: bool = False) -> None:
-    """Write scenes into `folder` as VOC has its images, masks and boxes: sets train and val, trainval and test.
+def write(folder: Path, train: int, test: int, *, seed: int = 0, size: int = 128) -> None:
+    """Write scenes into `folder` in VOC's layout: sets train and val for masks, trainval and test for boxes.
 
-    Raises InputError where the folder holds anything already.
+    Raises InputError where the folder is not empty.
     """
     if train < 1 or test < 1:
         raise InputError(f"--train {train} --test {test}: choose one scene or more of each")
@@ -123,17 +123,17 @@ def write(folder: Path, train: int, test: int, *, seed: int = 0, size: int = 128
             (lists / f"{name}.txt").write_text("\n".join(part) + "\n")
     for place in ("JPEGImages", "SegmentationClass", "Annotations"):
         (folder / place).mkdir()
-    for index in progress(range(len(names)), "scenes", quiet=quiet):
-        drawn, name = scene(seed, index, size), names[index]
-        Image.fromarray(drawn.image).save(folder / "JPEGImages" / f"{name}.jpg", quality=92)
-        mask = Image.fromarray(drawn.mask).convert("P")
+    for index in progress(range(len(names)), "scenes"):
+        one, name = scene(seed, index, size), names[index]
+        Image.fromarray(one.image).save(folder / "JPEGImages" / f"{name}.jpg", quality=92)
+        mask = Image.fromarray(one.mask).convert("P")
         mask.putpalette(_palette())
         mask.save(folder / "SegmentationClass" / f"{name}.png")
-        ElementTree.ElementTree(_annotation(name, drawn)).write(folder / "Annotations" / f"{name}.xml")
+        ElementTree.ElementTree(_annotation(name, one)).write(folder / "Annotations" / f"{name}.xml")
 
 
 def _palette() -> list[int]:
-    """Return VOC's colors, whose bits are those of the class number, 768 values."""
+    """Return VOC's colors, 768 values: their bits are those of the class number."""
     colors = []
     for number in range(256):
         bits = [number >> place & 1 for place in range(8)]
@@ -142,43 +142,37 @@ def _palette() -> list[int]:
 
 
 def _annotation(name: str, drawn: Scene) -> ElementTree.Element:
+    """Return VOC's annotation of a scene."""
     root = ElementTree.Element("annotation")
-    ElementTree.SubElement(root, "filename").text = f"{name}.jpg"
-    size = ElementTree.SubElement(root, "size")
-    for key, value in zip(("height", "width", "depth"), drawn.image.shape, strict=True):
-        ElementTree.SubElement(size, key).text = str(value)
-    for one in drawn.objects:
+    _add(root, {"filename": f"{name}.jpg"})
+    _add(ElementTree.SubElement(root, "size"), dict(zip(("height", "width", "depth"), drawn.image.shape, strict=True)))
+    for item in drawn.objects:
         element = ElementTree.SubElement(root, "object")
-        for key, text in _fields(one):
-            ElementTree.SubElement(element, key).text = text
-        box = ElementTree.SubElement(element, "bndbox")
-        for key, value in zip(("xmin", "ymin", "xmax", "ymax"), one.box, strict=True):
-            ElementTree.SubElement(box, key).text = str(value)
+        _add(element, {"name": CLASSES[item.label], "pose": "Unspecified", "truncated": 0, "difficult": 0})
+        box = dict(zip(("xmin", "ymin", "xmax", "ymax"), item.box, strict=True))
+        _add(ElementTree.SubElement(element, "bndbox"), box)
     return root
 
 
-def _fields(one: Object) -> Iterator[tuple[str, str]]:
-    yield "name", CLASSES[one.label]
-    yield "pose", "Unspecified"
-    yield "truncated", "0"
-    yield "difficult", "0"
+def _add(parent: ElementTree.Element, values: dict[str, Any]) -> None:
+    for key, value in values.items():
+        ElementTree.SubElement(parent, key).text = str(value)
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.dense.scenes", description="Draw scenes with masks and boxes."
-    )
-    parser.add_argument("folder", type=Path, help="where to write them")
-    parser.add_argument("--train", type=int, default=800, help="scenes (default: %(default)s)")
-    parser.add_argument("--test", type=int, default=200, help="scenes (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=128, help="side, pixels (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+def parser() -> ArgumentParser:
+    """Return the parser of the command line."""
+    parser = ArgumentParser(prog="python -m pipeline.dense.scenes", description="Draw scenes with masks and boxes.")
+    parser.add_argument("folder", type=Path, help="folder to write, absent or empty")
+    parser.add_argument("--train", type=int, default=800, help="scenes for training (default: %(default)s)")
+    parser.add_argument("--test", type=int, default=200, help="scenes for testing (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=128, help="side of a scene, pixels (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    return parser
 
 
 @command
 def main() -> None:
-    args = _arguments()
+    args = parser().parse_args()
     write(args.folder, args.train, args.test, seed=args.seed, size=args.size)
     print(f"written: {args.folder}, {args.train} scenes for training and {args.test} for testing")
 

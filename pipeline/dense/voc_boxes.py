@@ -1,4 +1,4 @@
-"""Images and their boxes in PASCAL VOC's layout: `JPEGImages/`, `Annotations/`, `ImageSets/Main/SET.txt`."""
+"""Images with boxes in PASCAL VOC's layout: `JPEGImages/`, `Annotations/`, `ImageSets/Main/SET.txt`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from pipeline.dense.image_files import decoded, header
+from pipeline.dense.image_files import decoded, header, read_set
 from pipeline.system.errors import InputError
 
 CLASSES = (
@@ -40,14 +40,14 @@ _SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
 class Objects(NamedTuple):
-    """What is in an image."""
+    """The objects in an image."""
 
     boxes: np.ndarray
     """float32 [n, 4]: left, top, right, bottom, in pixels from the image's corner (VOC counts from 1, inclusively)."""
     labels: np.ndarray
-    """int64 [n]: places in the classes."""
+    """int64 [n]: indices of the classes."""
     difficult: np.ndarray
-    """bool [n]: left out of scores."""
+    """bool [n]: not scored."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Boxed:
     objects: tuple[Objects, ...]
     classes: tuple[str, ...]
     fingerprint: str
-    """Of names, boxes and classes."""
+    """A hash of names, boxes and classes."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -69,57 +69,53 @@ class Boxed:
         return np.array(decoded(self.images[index]).convert("RGB"))
 
     def part(self, count: int) -> Boxed:
-        """Return the first images alone."""
-        about = hashlib.sha256(f"{self.fingerprint} {count}".encode()).hexdigest()
-        return replace(self, images=self.images[:count], objects=self.objects[:count], fingerprint=about)
+        """Return the first `count` images."""
+        fingerprint = hashlib.sha256(f"{self.fingerprint} {count}".encode()).hexdigest()
+        return replace(self, images=self.images[:count], objects=self.objects[:count], fingerprint=fingerprint)
 
 
 def open_boxed(parts: Sequence[tuple[Path, str]], classes: Sequence[str] | None = None) -> Boxed:
-    """Return the images of sets in `ImageSets/Main`, each of a folder of its own, such as VOC2007's and VOC2012's.
+    """Return the images of sets in `ImageSets/Main`. parts: (folder, set), such as VOC2007's and VOC2012's trainval.
 
-    classes: their names; None for VOC's, or, where there are others, all that occur. Raises InputError where a file is
-    missing or has no such content, or a box is not in its image.
+    classes: their names; None for VOC's, or all that occur where some are not VOC's. Raises InputError where a file is
+    missing or invalid, or a box is not in its image.
     """
-    files = [file for folder, which in parts for file in _listed(folder, which)]
-    read = [_annotated(image, annotation) for image, annotation in files]
-    occurring = {name for names, _, _ in read for name in names}
-    known = tuple(classes or (CLASSES if occurring <= set(CLASSES) else sorted(occurring)))
-    places = {name: place for place, name in enumerate(known)}
-    objects, about = [], hashlib.sha256(repr(known).encode())
-    for (image, annotation), (names, boxes, difficult) in zip(files, read, strict=True):
-        strange = sorted(set(names) - places.keys())
-        if strange:
-            raise InputError(f"{annotation}: has {strange[0]!r}, which the training images have not: mend it")
-        objects.append(Objects(boxes, np.array([places[name] for name in names], np.int64), difficult))
-        about.update(f"{image.name} {names}".encode() + boxes.tobytes() + difficult.tobytes())
-    return Boxed(parts[0][0], tuple(image for image, _ in files), tuple(objects), known, about.hexdigest())
+    files = [file for folder, which in parts for file in _set_files(folder, which)]
+    annotations = [_read_annotation(image, annotation) for image, annotation in files]
+    occurring = {name for names, _, _ in annotations for name in names}
+    classes = tuple(classes or (CLASSES if occurring <= set(CLASSES) else sorted(occurring)))
+    number = {name: label for label, name in enumerate(classes)}
+    objects, digest = [], hashlib.sha256(repr(classes).encode())
+    for (image, annotation), (names, boxes, difficult) in zip(files, annotations, strict=True):
+        unknown = sorted(set(names) - number.keys())
+        if unknown:
+            raise InputError(f"{annotation}: has {unknown[0]!r}, which no training image has: mend it")
+        objects.append(Objects(boxes, np.array([number[name] for name in names], np.int64), difficult))
+        digest.update(f"{image.name} {names}".encode() + boxes.tobytes() + difficult.tobytes())
+    return Boxed(parts[0][0], tuple(image for image, _ in files), tuple(objects), classes, digest.hexdigest())
 
 
-def _listed(folder: Path, which: str) -> Iterable[tuple[Path, Path]]:
+def _set_files(folder: Path, which: str) -> Iterable[tuple[Path, Path]]:
     """Return the image and the annotation of each name in a set."""
     listed = folder / "ImageSets" / "Main" / f"{which}.txt"
-    try:
-        names = [line.split()[0] for line in listed.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        there = ", ".join(sorted(p.stem for p in listed.parent.glob("*.txt") if "_" not in p.stem)) or "none"
-        raise InputError(f"{listed}: cannot be read ({error}): sets there are {there}: give FOLDER:SET") from None
+    names = read_set(listed, "give FOLDER:SET")
     files = [(folder / "JPEGImages" / f"{name}.jpg", folder / "Annotations" / f"{name}.xml") for name in names]
     missing = [file for pair in files for file in pair if not file.is_file()]
     if missing or not files:
-        what = f"{missing[0]} and {len(missing) - 1} other files are not there" if missing else "it names no image"
-        raise InputError(f"{listed}: {what}: unpack the data again, or name another set")
+        fault = f"{missing[0]} and {len(missing) - 1} other files are missing" if missing else "it names no image"
+        raise InputError(f"{listed}: {fault}: unpack the data again, or name another set")
     return files
 
 
-def _annotated(image: Path, annotation: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
+def _read_annotation(image: Path, annotation: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Return names, boxes and difficulty of the objects in an image."""
     try:
-        found = ElementTree.parse(annotation).getroot().findall("object")
-        names = [str(one.findtext("name")) for one in found]
-        difficult = np.array([one.findtext("difficult", "0").strip() == "1" for one in found], bool)
-        corners = [[float(one.findtext(f"bndbox/{side}", "")) for side in _SIDES] for one in found]
+        objects = ElementTree.parse(annotation).getroot().findall("object")
+        names = [str(element.findtext("name")) for element in objects]
+        difficult = np.array([element.findtext("difficult", "0").strip() == "1" for element in objects], bool)
+        corners = [[float(element.findtext(f"bndbox/{side}", "")) for side in _SIDES] for element in objects]
     except (OSError, ValueError, ElementTree.ParseError) as error:
-        raise InputError(f"{annotation}: not an annotation as VOC has it ({error}): fetch it again") from None
+        raise InputError(f"{annotation}: not an annotation in VOC's format ({error}): fetch it again") from None
     boxes = np.array(corners, np.float32).reshape(-1, 4) - np.array([1, 1, 0, 0], np.float32)
     width, height = header(image).size
     inside = (boxes[:, :2] >= 0).all(axis=1) & (boxes[:, 2] <= width) & (boxes[:, 3] <= height)

@@ -1,8 +1,8 @@
-/* Decodes a rectangle of a JPEG image to RGB: tjDecompress2's pixels, but no more of them than are wanted.
+/* Decodes a rectangle of a JPEG image to RGB: the pixels of tjDecompress2, but of the rectangle only.
  *
- * Rows below the rectangle are not read; those above it and columns beside it go through the Huffman decoder alone, as
- * what follows them depends on it. Of a pair of random crops of at least a fifth of the image that saves a tenth of
- * the time. Needs libjpeg-turbo; callable from many threads.
+ * Rows below the rectangle are not read. Rows above it and columns to its sides pass through the Huffman decoder only,
+ * on which later rows depend. This saves a tenth of the time for the rectangle of two random crops of at least a fifth
+ * of the image. Needs libjpeg-turbo; callable from many threads.
  */
 #include <Python.h>
 
@@ -15,10 +15,10 @@
 
 #include <jpeglib.h>
 
-#define ROWS 16 /* asked for at a time */
-/* Of a progressive image, each of whose scans goes over all of it, and may take but a few bytes: as in limits.py. */
-#define MOST_SCANS 100
-#define MOST_SCANNED (UINT64_C(1) << 31) /* pixels, over all scans */
+#define ROWS 16 /* requested at a time */
+/* Limits of a progressive image: a scan of a few bytes goes over all its pixels. As in limits.py. */
+#define MAX_SCANS 100
+#define MAX_SCANNED_PIXELS (UINT64_C(1) << 31) /* pixels, over all scans */
 
 typedef struct {
     struct jpeg_error_mgr errors; /* first: libjpeg hands out its address */
@@ -31,18 +31,18 @@ static void fail(j_common_ptr info) { longjmp(((decoder *)info->err)->failed, 1)
 static void limit_scans(j_common_ptr common) {
     j_decompress_ptr info = (j_decompress_ptr)common;
     uint64_t scans = (uint64_t)info->input_scan_number;
-    if (scans > MOST_SCANS || scans * info->image_width * info->image_height > MOST_SCANNED) fail(common);
+    if (scans > MAX_SCANS || scans * info->image_width * info->image_height > MAX_SCANNED_PIXELS) fail(common);
 }
 
 static void refuse_warnings(j_common_ptr info, int level) {
     if (level < 0) fail(info);
 }
 
-/* Writes rows top..top+height, columns left..left+width of the JPEG image at `data` to `out`: RGB, 3 * width bytes a row.
- * Colors in the first and last column may differ from the whole image's, where they are not its own edge: libjpeg has
- * no neighbor there to interpolate with; so may all those of less than 5 columns of a wider image, which it does not
- * interpolate. Fastest where `left` is a multiple of 16, as blocks begin there.
- * Returns 0, or 1 where the image is not one of image_height by image_width, or anything about it is not in order. */
+/* Writes rows top..top+height, columns left..left+width of the JPEG at `data` to `out`: RGB, 3 * width bytes a row.
+ * Colors may differ from those of the fully decoded image in the first and the last column, unless they are the image's
+ * own: libjpeg lacks the neighbor to interpolate with. So may all colors of a rectangle of less than 5 columns, which
+ * libjpeg does not interpolate. Fastest where `left` is a multiple of 16, the start of a block.
+ * Returns 0, or 1 for another size than image_height by image_width and for any error or warning. */
 int decode_rectangle(const uint8_t *data, size_t size, int image_height, int image_width, int top, int left, int height,
                      int width, uint8_t *out) {
     struct jpeg_decompress_struct info;
@@ -65,19 +65,19 @@ int decode_rectangle(const uint8_t *data, size_t size, int image_height, int ima
     jpeg_start_decompress(&info);
 
     JDIMENSION first = (JDIMENSION)left, columns = (JDIMENSION)width;
-    jpeg_crop_scanline(&info, &first, &columns); /* moves `first` to where a block begins */
+    jpeg_crop_scanline(&info, &first, &columns); /* moves `first` to the start of a block */
     size_t before = 3 * ((size_t)left - first), row = 3 * (size_t)width;
     if (before && !(line = malloc(before + row))) goto end;
     if (top > 0) jpeg_skip_scanlines(&info, (JDIMENSION)top);
     for (int done = 0; done < height;) {
         JSAMPROW rows[ROWS];
-        int wanted = line ? 1 : height - done < ROWS ? height - done : ROWS;
-        for (int i = 0; i < wanted; i++) rows[i] = line ? line : out + row * (size_t)(done + i);
-        int got = (int)jpeg_read_scanlines(&info, rows, (JDIMENSION)wanted);
-        if (line && got) memcpy(out + row * (size_t)done, line + before, row);
-        done += got;
+        int requested = line ? 1 : height - done < ROWS ? height - done : ROWS;
+        for (int i = 0; i < requested; i++) rows[i] = line ? line : out + row * (size_t)(done + i);
+        int count = (int)jpeg_read_scanlines(&info, rows, (JDIMENSION)requested);
+        if (line && count) memcpy(out + row * (size_t)done, line + before, row);
+        done += count;
     }
-    if (top + height == image_height) jpeg_finish_decompress(&info); /* reads on to the end: warns where it is missing */
+    if (top + height == image_height) jpeg_finish_decompress(&info); /* reads to the end: warns of a truncated file */
     status = 0;
 end:
     jpeg_destroy_decompress(&info);
@@ -85,7 +85,7 @@ end:
     return status;
 }
 
-/* An empty module: how compiled code finds the file that holds the function. */
+/* An empty module, by which Python finds the library file. */
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, .m_name = "_jpeg", .m_size = -1};
 
 PyMODINIT_FUNC PyInit__jpeg(void) { return PyModule_Create(&module); }

@@ -1,8 +1,8 @@
-"""FFCV's file types and compiled C functions, imported without its side effects.
+"""FFCV's file types and compiled C functions, imported without side effects.
 
-Importing ffcv sets torch's and numba's thread counts to one for the whole process; both are put back here. It also
-compiles a numba dictionary of two entries, for seconds; a plain one serves. Every other module of the project takes
-what it needs of FFCV from this one.
+`import ffcv` sets torch's and numba's thread counts to one for the process; both are restored here. It also compiles a
+numba dictionary of two entries, which takes seconds; a plain dictionary replaces it. All other modules take what they
+need of FFCV from this one.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pipeline.native.numba_cache import compiled, external
 _torch_threads, _numba_threads, _typed_dict = torch.get_num_threads(), numba.get_num_threads(), numba.typed.Dict
 numba.typed.Dict = dict
 
-from ffcv.fields import IntField, RGBImageField  # noqa: E402
+from ffcv.fields import IntField, RGBImageField  # noqa: E402, F401
 from ffcv.libffcv import lib  # noqa: E402
-from ffcv.types import (  # noqa: E402
+from ffcv.types import (  # noqa: E402, F401
     ALLOC_TABLE_TYPE,
     CURRENT_VERSION,
     TYPE_ID_HANDLER,
@@ -34,25 +34,10 @@ numba.typed.Dict = _typed_dict
 torch.set_num_threads(_torch_threads)
 numba.set_num_threads(_numba_threads)
 
-__all__ = [
-    "ALLOC_TABLE_TYPE",
-    "CURRENT_VERSION",
-    "JPEG",
-    "RAW",
-    "TYPE_ID_HANDLER",
-    "FieldDescType",
-    "HeaderType",
-    "IntField",
-    "RGBImageField",
-    "crc32",
-    "decode_jpeg",
-    "get_metadata_type",
-]
-
 JPEG, RAW = 0, 1  # a record's `mode`
 
 crc32 = external("millrace_crc32", lib.crc32, types.uint64(types.uint64, types.uintp, types.uint32))
-"""zlib's `crc32(begin, address, size)`, which FFCV's library is linked with, for compiled code."""
+"""zlib's `crc32(begin, address, size)` for compiled code, from FFCV's library."""
 
 _imdecode = external(
     "millrace_imdecode",
@@ -63,6 +48,6 @@ _imdecode = external(
 
 @compiled(nogil=True, boundscheck=False)
 def decode_jpeg(source: Any, pixels: Any, height: int, width: int) -> int:
-    """Decode a JPEG of that height and width, uint8 [size], to `pixels`, uint8, RGB; 0 unless it errs or warns."""
+    """Decode a JPEG, uint8 [size], of that size to `pixels`, uint8, RGB; return 0 unless it errs or warns."""
     at, to = source.ctypes.data, pixels.ctypes.data
     return _imdecode(at, source.size, height, width, to, height, width, 0, 0, 1, 1, 0, 0)

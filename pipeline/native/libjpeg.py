@@ -1,4 +1,4 @@
-"""jpeg.c's function; it is built at installation, where libjpeg-turbo's headers are at hand."""
+"""The function of jpeg.c, which is built at installation where libjpeg-turbo's headers are installed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from numba import types
 
 from pipeline.native.numba_cache import external
 
-__all__ = ["decode_rectangle", "decode_rectangle_symbol"]
-
 decode_rectangle: Any = None
 """`decode_rectangle(data, size, image_height, image_width, top, left, height, width, out)`; 0 unless it errs or warns.
 
-data and out are addresses. None where it was not built: JPEGs are decoded whole then. It is called without the GIL.
+data and out are addresses. It is called without the GIL. None where it was not built: JPEGs are then decoded in full.
 """
 decode_rectangle_symbol: Any = None
 """The same for compiled code."""

@@ -1,11 +1,12 @@
-"""Compiled functions kept on disk, safely: several processes may meet an empty cache at once, and one may be killed.
+"""An on-disk cache of compiled functions that several processes can share, even where one of them is killed.
 
-Numba (0.68) gives a function's compiled code a symbol by its qualified name and its number in the process that compiled
-it. Two variants made by one closure, each compiled in another process, then have one symbol, and whoever loads both
-runs one for the other ever after. So each function here has a name of its own. Numba also names the files of a cache by
-counting those there are, without a lock, and takes what it finds under a name for what was to be there. So one process
-at a time reads or writes, and names hold a hash of every source the compiled code is made of: the function's file,
-the files of this package that it imports, and the C code. A stale entry is never loaded.
+It works around two defects of numba's cache (0.68):
+- The symbol of compiled code is the function's qualified name and a number that counts within the process. Two variants
+  of one closure, compiled by two processes, get one symbol; a third process that loads both runs one for the other. So
+  each function here needs a unique name.
+- Cache files are numbered without a lock, and a wrong file under a number is loaded unnoticed. So one process at a time
+  reads or writes, and file names contain a hash of all sources of the compiled code: the function's file, the files of
+  this package that it imports, and the C code. A stale entry is never loaded.
 """
 
 from __future__ import annotations
@@ -32,16 +33,15 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 def compiled(variant: str = "", **options: Any) -> Callable[[Callable[..., Any]], Any]:
     """Return a decorator: `numba.njit(cache=True, **options)`, with a cache that processes share safely.
 
-    variant: to be another where the same source calls other functions, as where some C code is not there.
-
-    It raises ValueError for a function within a function whose qualified name was not set to one of its own.
+    variant: distinguishes builds in which the same source calls other functions, as where some C code is missing.
+    The decorator raises ValueError for a nested function whose `__qualname__` was not set to a unique one.
     """
 
     def compile_(function: Callable[..., Any]) -> Any:
         if "<locals>" in function.__qualname__:
             raise ValueError(f"{function.__qualname__}: set its __qualname__ to one that no other variant has")
         dispatcher = numba.njit(**options)(function)
-        with contextlib.suppress(RuntimeError):  # nowhere to write: compiled anew each time
+        with contextlib.suppress(RuntimeError):  # no writable folder: compiled in each process
             dispatcher._cache = _Cache(function, variant)
         return dispatcher
 
@@ -49,10 +49,10 @@ def compiled(variant: str = "", **options: Any) -> Callable[[Callable[..., Any]]
 
 
 def external(name: str, function: Any, signature: Any) -> Any:
-    """Return a C function, as ctypes has it, for compiled code to call; it holds on to no GIL.
+    """Return a C function, given by ctypes, for compiled code to call; it does not take the GIL.
 
-    By its name, which is to be one that nothing else has: what knows it by its address, as numba knows functions of
-    ctypes, cannot be kept on disk. Addresses are passed as integers, truth values as uint32.
+    Compiled code refers to it by `name`, which must be unique: an address, as numba uses for ctypes functions, cannot
+    be cached on disk. Addresses are passed as integers, truth values as uint32.
     """
     llvmlite.binding.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
     return numba.types.ExternalFunction(name, signature)
@@ -61,7 +61,7 @@ def external(name: str, function: Any, signature: Any) -> Any:
 def _imported_sources(path: Path) -> set[Path]:
     """Return `path` and every file of the pipeline package that it imports, directly or not.
 
-    Compiled code holds its callees and the constants of their modules, so it is stale once any of these files changes.
+    Compiled code contains its callees and the constants of their modules: it is stale once any of these files changes.
     """
     files: set[Path] = set()
     pending = [path]
@@ -75,7 +75,7 @@ def _imported_sources(path: Path) -> set[Path]:
 
 @cache
 def _imports(path: Path) -> list[Path]:
-    """Return where the modules of the pipeline package that `path` imports would be."""
+    """Return the possible files of the pipeline modules that `path` imports."""
     imported = []
     for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == _PACKAGE.name:
@@ -103,16 +103,16 @@ class _Cache(FunctionCache):
         self._lock = Path(self._cache_path) / f".{name}.lock"
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        with self._alone():
+        with self._locked():
             return super().load_overload(sig, target_context)
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        with self._alone():
+        with self._locked():
             super().save_overload(sig, data)
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Keep other processes from these files meanwhile; where the lock cannot be written, nor can they."""
+    def _locked(self) -> Iterator[None]:
+        """Lock these files during the block; where the lock cannot be written, nor can the files."""
         try:
             self._lock.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o644)

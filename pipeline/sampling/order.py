@@ -11,15 +11,14 @@ import numpy as np
 
 from pipeline.system.counter_rng import keyed, mix, stream
 
-# These keep the random numbers apart from those of the augmentation, and from each other.
+# Separate these random numbers from those of the augmentation, and from each other.
 _ORDER = 0x6F72646572
 _SHUFFLE = 0x73687566
 _CHUNKS = 0x6368756E6B
 
 Order = Literal["random", "quasi_random"]
 CHUNK, WINDOW = 16, 2048
-"""Of `chunked_order`: neighbors in the file that stay together, some 1.7 MB of ImageNet, and how many such chunks are
-read at a time, some 3.5 GB."""
+"""Of `quasi_random_order`: samples in a chunk (1.7 MB of ImageNet), and chunks in a window (3.5 GB)."""
 
 
 def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
@@ -31,41 +30,41 @@ def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
     return np.argsort(stream(key, n), kind="stable")
 
 
-def chunked_order(seed: int, epoch: int, n: int, chunk: int = CHUNK, window: int = WINDOW) -> np.ndarray:
-    """Return a permutation of 0..n-1, int64 [n], that reads a file a few chunks of neighbors at a time.
+def quasi_random_order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """Return a permutation of 0..n-1, int64 [n], a pure function of its arguments, for sets larger than memory.
 
-    For sets larger than memory: the file is cut into chunks of `chunk` neighbors, the chunks are permuted, and the
-    samples of each `window` of them in turn are permuted. With a window that holds all chunks it is a full shuffle. A
-    pure function of its arguments.
+    The file is cut into chunks of `CHUNK` neighbors. The chunks are permuted, then the samples within each window of
+    `WINDOW` chunks: at any time one window is read, each chunk of it in one piece. A window of all chunks gives a full
+    shuffle.
     """
     key = keyed(_CHUNKS ^ seed, epoch)
-    chunks = np.argsort(stream(key, -(-n // chunk)), kind="stable")
-    order = (chunks[:, None] * chunk + np.arange(chunk)).reshape(-1)
+    chunks = np.argsort(stream(key, -(-n // CHUNK)), kind="stable")
+    order = (chunks[:, None] * CHUNK + np.arange(CHUNK)).reshape(-1)
     order = order[order < n]
-    at = np.arange(n) // (chunk * window)  # the last chunk of the file is shorter: windows are of samples
-    return order[np.lexsort((stream(mix(key), n), at))]
+    windows = np.arange(n) // (CHUNK * WINDOW)  # counted in samples, as the file's last chunk may be shorter
+    return order[np.lexsort((stream(mix(key), n), windows))]
 
 
 def ordered(kind: Order, seed: int, epoch: int, n: int) -> np.ndarray:
-    """Return the permutation of an epoch, of `epoch_order` or `chunked_order`."""
-    return epoch_order(seed, epoch, n) if kind == "random" else chunked_order(seed, epoch, n)
+    """Return the permutation of an epoch, by `epoch_order` or `quasi_random_order`."""
+    return epoch_order(seed, epoch, n) if kind == "random" else quasi_random_order(seed, epoch, n)
 
 
 def evenly(n: int, limit: int) -> np.ndarray:
-    """Return at most `limit` of 0..n-1, evenly spread, ascending, or all of them for 0: int64 [m]."""
+    """Return at most `limit` of 0..n-1, evenly spread, ascending; 0 for all: int64 [m]."""
     count = min(limit or n, n)
     return np.arange(count) * n // max(count, 1)
 
 
 def steps_per_epoch(n: int, global_batch: int) -> int:
-    """Return the number of whole global batches in an epoch; the remainder is left out of that epoch."""
+    """Return the number of full global batches in an epoch; the remainder is left out."""
     return n // global_batch
 
 
 def rank_slice(order: np.ndarray, step: int, global_batch: int, rank: int, world: int) -> np.ndarray:
-    """Return the ids that `rank` of `world` loads for global batch `step`: int64 [global_batch / world].
+    """Return the ids of global batch `step` that `rank` of `world` loads: int64 [global_batch / world].
 
-    Raises ValueError where the world does not divide the global batch.
+    Raises ValueError where `world` does not divide the global batch.
     """
     if global_batch % world:
         raise ValueError(
@@ -77,10 +76,10 @@ def rank_slice(order: np.ndarray, step: int, global_batch: int, rank: int, world
 
 
 def shuffled_rows(seed: int, number: int, global_batch: int, parts: int = 1) -> np.ndarray:
-    """Return a permutation of the rows of a global batch, int64 [global_batch], within each of `parts` equal parts.
+    """Return a permutation of a global batch's rows, int64 [global_batch], within each of `parts` equal parts.
 
-    A pure function of its arguments; `number` is that of the batch, counted over the whole run. Raises ValueError where
-    the parts do not divide the batch.
+    A pure function of its arguments. number: of the batch, counted over the run. Raises ValueError where `parts` does
+    not divide the batch.
     """
     if global_batch % parts:
         raise ValueError(f"{parts} parts do not divide a global batch of {global_batch}")

@@ -1,1 +1,1 @@
-"""Images before they are written: folders, archives, label lists, synthetic classes."""
+"""Sources of images: folders, archives, label lists, synthetic classes."""

@@ -1,8 +1,8 @@
-"""Where images come from: a folder, a tar, ILSVRC2012's tar of tars, a zip, or drawn ones. Nothing is unpacked.
+"""Sources of images: a folder, a tar, ILSVRC2012's tar of tars, a zip, or synthetic ones. Nothing is unpacked.
 
-`open_source` lists the images of a source; each is an `Item` that any process can read on its own (a range of bytes in
-a file, a member of a zip, or a number to draw). Classes are the folders the images stand in, in sorted order; images
-that stand in no folder are unlabeled.
+`open_source` lists the images of a source. Each is an `Item` that any process can read alone: a range of bytes in a
+file, a member of a zip, or a number to draw. Classes are the images' folders in sorted order; images in no folder are
+unlabeled.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from pathlib import Path, PurePosixPath
 
 from pipeline.sources import synthetic
 from pipeline.system.errors import InputError
-from pipeline.system.limits import LARGEST_FILE, MOST_FILES, open_regular
+from pipeline.system.limits import MAX_FILE_BYTES, MAX_FILES, open_regular
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
 SUBSETS = frozenset({"train", "val", "valid", "validation", "test", "extra", "unlabeled"})
 _SYNTHETIC_SEED = 0
-_ZIP_HEADER = 30  # bytes before the name in a zip member's header
-_RATIO = 200  # of a zip's images, uncompressed, to what the zip takes
-_LONGEST_HEADER = 1 << 20  # bytes of a tar's
-_LONGEST_NAME = 512  # bytes
+_ZIP_HEADER_BYTES = 30  # before the name in a zip member's header
+_MAX_ZIP_RATIO = 200  # of the images' uncompressed bytes to the zip's
+_MAX_TAR_HEADER_BYTES = 1 << 20
+_MAX_NAME_BYTES = 512
 
 
 @dataclass(frozen=True)
@@ -34,37 +34,37 @@ class Item:
     """One image of a source."""
 
     name: str
-    """Its path inside the source."""
+    """Path inside the source."""
     path: str
-    """The file that holds it; empty for a drawn image."""
+    """File that contains it; empty for a synthetic image."""
     label: int = -1
-    """-1 where there is none."""
+    """-1 for none."""
     offset: int = -1
-    """Bytes into `path`, of a zip member's header; -1 for a whole file. The number of a drawn image."""
+    """First byte in `path`, of a zip member's header; -1 if the image is the file. The number of a synthetic image."""
     size: int = 0
     """Bytes, compressed."""
     method: int = -1
-    """A zip member's compression; -1 outside a zip."""
+    """Compression of a zip member; -1 outside a zip."""
     crc32: int = 0
-    """A zip member's, uncompressed."""
+    """CRC32 of a zip member, uncompressed."""
     expanded: int = 0
-    """A zip member's bytes, uncompressed."""
+    """Bytes of a zip member, uncompressed."""
 
     def read(self) -> bytes:
-        """Return the image file's bytes. Raises OSError, for more than `LARGEST_FILE` too."""
+        """Return the image file's bytes. Raises OSError, also for more than `MAX_FILE_BYTES`."""
         if not self.path:
             return synthetic.jpeg(_SYNTHETIC_SEED, self.offset)[0]
         with open_regular(self.path) as file:
             size = self.size if self.offset >= 0 else os.fstat(file.fileno()).st_size
-            if max(size, self.expanded) > LARGEST_FILE:
-                raise OSError(f"{max(size, self.expanded)} bytes, more than {LARGEST_FILE}")
+            if max(size, self.expanded) > MAX_FILE_BYTES:
+                raise OSError(f"{max(size, self.expanded)} bytes, more than {MAX_FILE_BYTES}")
             if self.method < 0:
                 return os.pread(file.fileno(), size, max(self.offset, 0))
             return self._unzip(file.fileno())
 
     def _unzip(self, file: int) -> bytes:
-        # Not with zipfile: its place in the file would be shared with forked processes, its directory held by each.
-        header = os.pread(file, _ZIP_HEADER, self.offset)  # ends in the lengths of name and extra field
+        # Without zipfile: forked processes would share its file position, and each would load the zip's directory.
+        header = os.pread(file, _ZIP_HEADER_BYTES, self.offset)  # ends with the lengths of name and extra field
         skip = len(header) + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
         data = os.pread(file, self.size, self.offset + skip)
         if self.method == zipfile.ZIP_DEFLATED:
@@ -88,26 +88,26 @@ class Source:
 def open_source(source: str, subset: str | None = None) -> Source:
     """List the images of `source`: a folder, .tar, .zip or `synthetic:N`, or `synthetic:FIRST:N`.
 
-    subset: take only what stands in this folder of the source. Raises InputError, with the remedy, where there is no
-    such source, no image in it, or several subsets to choose from.
+    subset: take only the images in this folder of the source. Raises InputError for a source that is missing or has no
+    image, and for several subsets to choose from.
     """
     if source.startswith("synthetic:"):
-        return _drawn(source)
+        return _synthetic(source)
     path = Path(source)
     if os.path.isdir(path):
-        found = _walk(path)
+        items = _walk(path)
     elif not os.path.isfile(path):
         raise InputError(f"{source}: no such file or folder: give an image folder, a .tar, a .zip or synthetic:N")
     elif path.suffix == ".zip":
-        found = _zip_members(path)
+        items = _zip_members(path)
     elif path.suffix == ".tar":
-        found = _tar_members(path)
+        items = _tar_members(path)
     else:
         raise InputError(f"{source}: not a folder, .tar or .zip: unpack it, or decompress it to a plain .tar")
-    return _label(source, found, subset)
+    return _label(source, items, subset)
 
 
-def _drawn(source: str) -> Source:
+def _synthetic(source: str) -> Source:
     numbers = source.split(":")[1:]
     if not 1 <= len(numbers) <= 2 or not all(number.isdecimal() for number in numbers) or int(numbers[-1]) < 1:
         raise InputError(f"{source}: write synthetic:N, N images, or synthetic:FIRST:N, those from number FIRST on")
@@ -138,7 +138,7 @@ def _zip_members(path: Path) -> Iterator[Item]:
         with zipfile.ZipFile(path) as archive:
             members, end = [m for m in archive.infolist() if not m.filename.endswith("/")], archive.start_dir
     except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, MemoryError, struct.error) as error:
-        raise InputError(f"{path}: not a whole zip file ({error}): fetch it again") from None
+        raise InputError(f"{path}: not an intact zip file ({error}): fetch it again") from None
     _refuse_bomb(path, members, end)
     for member in members:
         method = member.compress_type
@@ -156,14 +156,14 @@ def _zip_members(path: Path) -> Iterator[Item]:
 
 
 def _refuse_bomb(path: Path, members: list[zipfile.ZipInfo], end: int) -> None:
-    """Raise InputError where images share their bytes, or all of them are far larger than the zip before byte `end`."""
+    """Raise InputError where members overlap, or images are far larger than the zip, whose members end at `end`."""
     total = sum(member.file_size for member in members if _is_image(member.filename))
-    if total > _RATIO * end + LARGEST_FILE:
-        raise InputError(f"{path}: {total} bytes of images in {end}, more than {_RATIO} times as many: a bomb")
+    if total > _MAX_ZIP_RATIO * end + MAX_FILE_BYTES:
+        raise InputError(f"{path}: {total} bytes of images in {end}, more than {_MAX_ZIP_RATIO} times as many: a bomb")
     members = sorted(members, key=lambda member: member.header_offset)
     for member, start in zip(members, [*(after.header_offset for after in members[1:]), end], strict=False):
-        if member.header_offset + _ZIP_HEADER + member.compress_size > start:
-            raise InputError(f"{path}: {member.filename} goes on into what follows it: fetch the zip again")
+        if member.header_offset + _ZIP_HEADER_BYTES + member.compress_size > start:
+            raise InputError(f"{path}: {member.filename} overlaps the next member: fetch the zip again")
 
 
 def _tar_members(path: Path) -> Iterator[Item]:
@@ -178,7 +178,7 @@ def _tar_members(path: Path) -> Iterator[Item]:
 
 
 def tar_files(path: Path | str, start: int = 0, size: int | None = None) -> Iterator[Item]:
-    """Yield the files of a tar, or of one inside it that has those bytes. Raises InputError where it is not whole."""
+    """Yield the files of a tar, or of a tar inside it at those bytes. Raises InputError for a damaged one."""
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size if size is None else size
@@ -188,18 +188,18 @@ def tar_files(path: Path | str, start: int = 0, size: int | None = None) -> Iter
         if isinstance(error, InputError):
             raise
         raise InputError(
-            f"{path}: not a whole, uncompressed tar file ({error}): fetch it again or decompress it"
+            f"{path}: not an intact, uncompressed tar file ({error}): fetch it again or decompress it"
         ) from None
 
 
 class _Part:
-    """Part of a file that tarfile reads headers from. Their lengths are theirs to say, so that they are bounded."""
+    """A part of a file for tarfile to read headers from. A header states its own length, which is bounded here."""
 
     def __init__(self, file: int, start: int, size: int) -> None:
         self._file, self._start, self.size, self._at = file, start, size, 0
 
     def read(self, count: int = -1) -> bytes:
-        if not 0 <= count <= _LONGEST_HEADER:
+        if not 0 <= count <= _MAX_TAR_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {count} bytes")
         data = os.pread(self._file, min(count, max(self.size - self._at, 0)), self._start + self._at)
         self._at += len(data)
@@ -213,10 +213,10 @@ class _Part:
 
 
 def _members(part: _Part) -> Iterator[tarfile.TarInfo]:
-    """Yield the files of a tar. A damaged or missing header, which tarfile takes for the end of it, is an error."""
+    """Yield the files of a tar. Raises ReadError for a damaged or missing header; tarfile takes that for the end."""
     archive, before = tarfile.TarFile(fileobj=part), -1  # type: ignore[arg-type]
     while (member := archive.next()) is not None:
-        archive.members = []  # type: ignore[attr-defined]  # it would keep all of them
+        archive.members = []  # type: ignore[attr-defined]  # tarfile would collect all of them
         if member.islnk() or member.issym():
             raise tarfile.ReadError(f"{member.name} is a link: pack the files themselves, with tar --dereference")
         if member.issparse():
@@ -232,15 +232,18 @@ def _members(part: _Part) -> Iterator[tarfile.TarInfo]:
 
 
 def _plain(name: str, path: Path | str) -> str:
-    """Return the name of an archive's member. Raises InputError for one that leads out of a folder."""
+    """Return the name of an archive's member. Raises InputError for a name that leads out of a folder."""
     name = name.removeprefix("./")
     if name.startswith("/") or ".." in name.split("/") or "\\" in name or "\0" in name:
-        raise InputError(f"{path}: has a member {name[:_LONGEST_NAME]!r}: pack it again, with names inside one folder")
+        raise InputError(
+            f"{path}: has a member {name[:_MAX_NAME_BYTES]!r}: pack it again, with names inside one folder"
+        )
     return name
 
 
-def _label(source: str, found: Iterable[Item], subset: str | None) -> Source:
-    images = [item for item in _counted(source, found) if _is_image(item.name)]
+def _label(source: str, items: Iterable[Item], subset: str | None) -> Source:
+    """Return the images among the items, sorted by name, with their folders as classes."""
+    images = [item for item in _checked(source, items) if _is_image(item.name)]
     parents = {PurePosixPath(item.name).parent.parts for item in images}
     root = _root(source, parents, subset)
     images = [item for item in images if PurePosixPath(item.name).parts[: len(root)] == root]
@@ -253,19 +256,19 @@ def _label(source: str, found: Iterable[Item], subset: str | None) -> Source:
     folders = [PurePosixPath(item.name).parts[len(root) : -1] for item in images]
     classes = sorted({folder[0] for folder in folders if folder})
     number = {name: label for label, name in enumerate(classes)}
-    items = [
-        replace(item, label=number[folder[0]] if folder else -1) for item, folder in zip(images, folders, strict=True)
-    ]
-    return Source(items, classes)
+    labels = [number[folder[0]] if folder else -1 for folder in folders]
+    return Source([replace(item, label=label) for item, label in zip(images, labels, strict=True)], classes)
 
 
-def _counted(source: str, found: Iterable[Item]) -> Iterator[Item]:
-    """Yield the files. Raises InputError where there are too many, or one has too long a name."""
-    for number, item in enumerate(found):
-        if number == MOST_FILES:
-            raise InputError(f"{source}: more than {MOST_FILES} files: split it")
-        if len(os.fsencode(item.name)) > _LONGEST_NAME:
-            raise InputError(f"{source}: the name {item.name[:40]}... has more than {_LONGEST_NAME} bytes: shorten it")
+def _checked(source: str, items: Iterable[Item]) -> Iterator[Item]:
+    """Yield the items. Raises InputError for too many, or too long a name."""
+    for number, item in enumerate(items):
+        if number == MAX_FILES:
+            raise InputError(f"{source}: more than {MAX_FILES} files: split it")
+        if len(os.fsencode(item.name)) > _MAX_NAME_BYTES:
+            raise InputError(
+                f"{source}: the name {item.name[:40]}... has more than {_MAX_NAME_BYTES} bytes: shorten it"
+            )
         yield item
 
 
@@ -278,18 +281,18 @@ def _hidden(name: str) -> bool:
 
 
 def _root(source: str, parents: set[tuple[str, ...]], subset: str | None) -> tuple[str, ...]:
-    """Return the folder whose children are the classes: the subset's, or that which all images share."""
+    """Return the folder that contains the class folders: the subset, or the folder that all images share."""
     root: tuple[str, ...] = ()
     while parents and all(len(p) > len(root) + 1 for p in parents) and len({p[len(root)] for p in parents}) == 1:
-        root += (next(iter(parents))[len(root)],)  # a single folder around all class folders
+        root += (next(iter(parents))[len(root)],)  # one folder around all others
     tops = {p[len(root)] for p in parents if len(p) > len(root)}
     if subset is not None:
         if root and root[-1] == subset:
             return root
         if subset not in tops:
-            have = ", ".join(sorted(tops)[:5]) or "no folder"
-            raise InputError(f"{source}: no folder {subset!r} in it: it has {have}; choose --subset from these")
+            names = ", ".join(sorted(tops)[:5]) or "no folder"
+            raise InputError(f"{source}: no folder {subset!r} in it: it has {names}; choose --subset from these")
         return (*root, subset)
     if len(tops) > 1 and tops <= SUBSETS:
-        raise InputError(f"{source}: holds {', '.join(sorted(tops))}: choose one of them with --subset")
+        raise InputError(f"{source}: has {', '.join(sorted(tops))}: choose one of them with --subset")
     return root

@@ -1,4 +1,4 @@
-"""Labels from a list, for images that stand in no class folders, as ImageNet's validation images do."""
+"""Labels from a list, for images without class folders, such as ImageNet's validation images."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ _REMEDY = "give a text or CSV file of NAME CLASS lines, such as LOC_val_solution
 
 
 def relabel(source: Source, file: Path, classes: Sequence[str] = ()) -> Source:
-    """Return the source with the classes that a list gives its images.
+    """Return the source with the classes from a list.
 
-    file: lines of NAME CLASS, after which anything may follow, with blanks or commas between; a name may leave out
-        folders and suffix. Lines of other images, such as a heading, are passed over.
-    classes: names by label, if not those of the list in sorted order; a list may then also give labels, by number.
+    file: lines of NAME CLASS, separated by blanks or commas; more columns may follow. A name may lack folders and
+        suffix. Lines of other images, such as a heading, are skipped.
+    classes: names by label; the list may then give labels, too. Default: the names in the list, sorted.
 
-    Raises InputError where the file cannot be read, an image is not in it or twice and differently, or a class is none.
+    Raises InputError where the file cannot be read, lacks an image, gives one two classes, or names an unknown class.
     """
     listed = _read(file)
-    found, missing = [], []
+    image_classes, missing = [], []
     for item in source.items:
         keys = (item.name, PurePosixPath(item.name).name, PurePosixPath(item.name).stem)
-        found.append(next((listed[key] for key in keys if key in listed), ""))
-        if not found[-1]:
+        image_classes.append(next((listed[key] for key in keys if key in listed), ""))
+        if not image_classes[-1]:
             missing.append(item.name)
     if missing:
         others = f" and {len(missing) - 1} others are" if len(missing) > 1 else " is"
         raise InputError(f"{file}: {missing[0]}{others} not in it: {_REMEDY}")
-    names = list(classes) or sorted(set(found), key=lambda name: (int(name) if name.isdecimal() else -1, name))
+    names = list(classes) or sorted(set(image_classes), key=lambda name: (int(name) if name.isdecimal() else -1, name))
     number = {name: label for label, name in enumerate(names)}
     if classes:
         number = {str(label): label for label in range(len(names))} | number
-    for item, name in zip(source.items, found, strict=True):
+    for item, name in zip(source.items, image_classes, strict=True):
         if name not in number:
             raise InputError(
-                f"{file}: class {name} of {item.name} is none of the {len(names)}, as {names[0]}: {_REMEDY}"
+                f"{file}: class {name} of {item.name} is none of the {len(names)}, such as {names[0]}: {_REMEDY}"
             )
-    return Source([replace(i, label=number[name]) for i, name in zip(source.items, found, strict=True)], names)
+    return Source([replace(i, label=number[name]) for i, name in zip(source.items, image_classes, strict=True)], names)
 
 
 def _read(file: Path) -> dict[str, str]:

@@ -1,14 +1,13 @@
-"""Synthetic images of ten pattern classes, drawn from a seed: the data behind the `synthetic:N` source.
+"""Synthetic images of ten pattern classes, drawn from a seed: the source `synthetic:N`.
 
 An image shows one repeating pattern (stripes, checker, dots, ...) inside a large soft-edged patch on a plain
-background, with thin lines and blobs in front, slow waves of light over all of it, and mild noise on top. The
-class is the kind of pattern and nothing else: colors, contrast, place, scale, rotation, share of inked
-pixels, shading and clutter are drawn from one distribution for all classes. So neither color nor raw pixels
-tell the classes apart, while local structure, which survives random crops and color jitter, does.
+background, with thin lines and blobs in front, slow waves of light over all of it, and mild noise on top. The class is
+the kind of pattern alone: colors, contrast, position, scale, rotation, share of inked pixels, shading and clutter have
+one distribution for all classes. So neither color nor raw pixels separate the classes; local structure does, which
+survives random crops and color jitter.
 
-Each image is a function of `(seed, index, size)` alone. Its random numbers are the raw output of the
-counter-based generator Philox4x64-10 keyed by `(seed, index)`, so images can be drawn in any process and in
-any order.
+Each image is a function of `(seed, index, size)` alone. Its random numbers are the raw output of the counter-based
+generator Philox4x64-10 with key `(seed, index)`: any process can draw any image, in any order.
 """
 
 from __future__ import annotations
@@ -23,25 +22,11 @@ from PIL import Image
 
 from pipeline.system.errors import InputError
 
-CLASSES: tuple[str, ...] = (
-    "stripes",
-    "checker",
-    "dots",
-    "rings",
-    "crosses",
-    "zigzag",
-    "triangles",
-    "bricks",
-    "spokes",
-    "target",
-)
-"""Class names; the place of a name is its label."""
-
 MIN_SIZE = 16
-"""Smallest side in pixels at which the patterns can still be told apart."""
+"""Smallest side, pixels, at which the patterns can be distinguished."""
 
-_SCALARS = 64  # random scalars an image may use before its pixel noise
-_NOISE = 16  # width of the uniform pixel noise, in gray levels
+_SCALARS = 64  # random numbers of an image before its pixel noise
+_NOISE_LEVELS = 16  # width of the uniform pixel noise, gray levels
 _KEY_LIMIT = 2**64
 
 _Array = npt.NDArray[np.float32]
@@ -51,24 +36,24 @@ _Field = Callable[[_Array, _Array], _Array]
 def draw(seed: int, index: int, size: int = 48) -> tuple[npt.NDArray[np.uint8], int]:
     """Return image `index` of the data set `seed`, uint8 [size, size, 3], and its label, `index % 10`, in `CLASSES`.
 
-    seed, index: 0 to 2^64 - 1. size: its side, pixels. Raises InputError for others, and for fewer than 16 pixels.
+    seed, index: 0 to 2^64 - 1. size: the side, at least 16 pixels. Raises InputError for other values.
     """
     _check(seed, index, size)
     label = index % len(CLASSES)
     source = np.random.Philox(key=np.array([seed, index], dtype=np.uint64))
     dice = _Dice(source.random_raw(_SCALARS))
-    image = _compose(dice, _FIELDS[label], size)
+    image = _compose(dice, _FIELDS[CLASSES[label]], size)
     words = source.random_raw(-(-3 * size * size // 8)).astype("<u8", copy=False)
     noise = words.view(np.uint8)[: 3 * size * size].reshape(size, size, 3)
     image *= 255.0
-    image += noise * np.float32(_NOISE / 255.0) + np.float32(0.5 - _NOISE / 2)
+    image += noise * np.float32(_NOISE_LEVELS / 255.0) + np.float32(0.5 - _NOISE_LEVELS / 2)
     return np.clip(image, 0.0, 255.0).astype(np.uint8), label
 
 
 def jpeg(seed: int, index: int, size: int = 48, quality: int = 92) -> tuple[bytes, int]:
-    """Return what `draw` draws as a JPEG file of that quality, 1 to 95, and its label. Raises InputError as it does.
+    """Return the image of `draw` as a JPEG file of that quality, 1 to 95, and its label. Raises InputError as `draw`.
 
-    The same arguments give the same bytes under one build of NumPy and the JPEG library; another build may round or
+    The same arguments give the same bytes with one build of NumPy and the JPEG library; another build may round or
     encode differently.
     """
     if not 1 <= quality <= 95:
@@ -88,18 +73,18 @@ def _check(seed: int, index: int, size: int) -> None:
 
 
 class _Dice:
-    """Uniform random scalars, taken one after another from raw 64-bit words."""
+    """Uniform random numbers, one after another from raw 64-bit words."""
 
     def __init__(self, words: npt.NDArray[np.uint64]) -> None:
         self._values: Iterator[float] = iter(((words >> np.uint64(11)) * 2.0**-53).tolist())
 
     def uniform(self, low: float, high: float) -> float:
-        """A number from low (included) to high (excluded)."""
+        """Return the next number, in [low, high)."""
         return low + (high - low) * next(self._values)
 
 
 def _compose(dice: _Dice, field: _Field, size: int) -> _Array:
-    """Paint the layers back to front; returns RGB in about 0..1, float32 [size, size, 3]."""
+    """Paint the layers from back to front. Returns RGB in about 0..1, float32 [size, size, 3]."""
     line = np.linspace(-1.0, 1.0, size, dtype=np.float32)
     x, y = line[None, :], line[:, None]
     paper, ink = _colors(dice)
@@ -113,7 +98,7 @@ def _compose(dice: _Dice, field: _Field, size: int) -> _Array:
 
 
 def _colors(dice: _Dice) -> tuple[_Array, _Array]:
-    """Two colors of clearly different lightness, either of them the lighter one."""
+    """Return two colors of clearly different lightness, in random order."""
     middle, half = dice.uniform(0.4, 0.6), dice.uniform(0.16, 0.28)
     if dice.uniform(0.0, 1.0) < 0.5:
         half = -half
@@ -121,14 +106,14 @@ def _colors(dice: _Dice) -> tuple[_Array, _Array]:
 
 
 def _color(dice: _Dice, lightness: float) -> _Array:
-    """A muted color of random hue, RGB [3]."""
+    """Return a muted color of random hue, RGB [3]."""
     hue, chroma = dice.uniform(0.0, 2.0 * math.pi), dice.uniform(0.0, 0.12)
     third = 2.0 * math.pi / 3.0
     return np.array([lightness + chroma * math.cos(hue + k * third) for k in range(3)], dtype=np.float32)
 
 
 def _pattern(dice: _Dice, field: _Field, x: _Array, y: _Array) -> _Array:
-    """Ink cover in 0..1: the lowest share of the field's values, with an edge of about one pixel."""
+    """Return the ink's cover in 0..1: the lowest values of the field, with an edge of about one pixel."""
     angle, cells = dice.uniform(0.0, 2.0 * math.pi), dice.uniform(1.8, 2.8)
     across, down = cells * dice.uniform(0.85, 1.15), cells * dice.uniform(0.85, 1.15)
     cos, sin = math.cos(angle), math.sin(angle)
@@ -142,14 +127,14 @@ def _pattern(dice: _Dice, field: _Field, x: _Array, y: _Array) -> _Array:
 
 
 def _patch(dice: _Dice, x: _Array, y: _Array) -> _Array:
-    """Cover in 0..1 of the elliptic patch that carries the pattern."""
+    """Return the cover in 0..1 of the elliptic patch with the pattern."""
     across, down = 1.0 / dice.uniform(0.85, 1.3), 1.0 / dice.uniform(0.85, 1.3)
     dx, dy = (x - dice.uniform(-0.2, 0.2)) * across, (y - dice.uniform(-0.2, 0.2)) * down
     return np.clip(6.5 - 6.0 * (dx * dx + dy * dy), 0.0, 1.0)
 
 
 def _stroke(dice: _Dice, x: _Array, y: _Array) -> _Array:
-    """Cover in 0..1 of a thin straight line across the image."""
+    """Return the cover in 0..1 of a thin straight line across the image."""
     angle, offset = dice.uniform(0.0, math.pi), dice.uniform(-0.8, 0.8)
     distance = np.abs(math.cos(angle) * x + (math.sin(angle) * y - offset))
     half, pixel = dice.uniform(0.01, 0.03), 2.0 / x.size
@@ -157,14 +142,14 @@ def _stroke(dice: _Dice, x: _Array, y: _Array) -> _Array:
 
 
 def _blob(dice: _Dice, x: _Array, y: _Array) -> _Array:
-    """Cover in 0..1 of a small disc with a blurred rim."""
+    """Return the cover in 0..1 of a small disc with a blurred rim."""
     dx, dy = x - dice.uniform(-1.0, 1.0), y - dice.uniform(-1.0, 1.0)
     radius = dice.uniform(0.06, 0.16)
     return np.clip(1.5 - (dx * dx + dy * dy) * (1.0 / radius**2), 0.0, 1.0)
 
 
 def _shade(dice: _Dice, x: _Array, y: _Array) -> _Array:
-    """Lightness added to every layer: two slow waves across the image."""
+    """Return the lightness added to every layer: two slow waves across the image."""
     total = np.zeros((y.size, x.size), dtype=np.float32)
     for _ in range(2):
         angle, speed = dice.uniform(0.0, 2.0 * math.pi), dice.uniform(1.0, 4.0)
@@ -174,7 +159,7 @@ def _shade(dice: _Dice, x: _Array, y: _Array) -> _Array:
 
 
 def _wave(u: _Array) -> _Array:
-    """Distance to the nearest whole number, 0..0.5."""
+    """Return the distance to the nearest integer, 0..0.5."""
     distance: _Array = np.abs(u - np.rint(u))
     return distance
 
@@ -226,15 +211,17 @@ def _target(u: _Array, v: _Array) -> _Array:
     return _wave(np.hypot(u, v))
 
 
-_FIELDS: tuple[_Field, ...] = (
-    _stripes,
-    _checker,
-    _dots,
-    _rings,
-    _crosses,
-    _zigzag,
-    _triangles,
-    _bricks,
-    _spokes,
-    _target,
-)
+_FIELDS: dict[str, _Field] = {
+    "stripes": _stripes,
+    "checker": _checker,
+    "dots": _dots,
+    "rings": _rings,
+    "crosses": _crosses,
+    "zigzag": _zigzag,
+    "triangles": _triangles,
+    "bricks": _bricks,
+    "spokes": _spokes,
+    "target": _target,
+}
+CLASSES = tuple(_FIELDS)
+"""Class names by label."""

@@ -1,4 +1,4 @@
-"""An image file to the record that is stored for it."""
+"""Image files to the records stored for them."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from pipeline.native.libffcv import JPEG, RAW, decode_jpeg
 from pipeline.storage.decode import jpeg_frame
 from pipeline.system.counter_rng import mix
 from pipeline.system.errors import InputError, describe_error
-from pipeline.system.limits import LARGEST_IMAGE, MOST_SCANNED, MOST_SCANS
+from pipeline.system.limits import MAX_IMAGE_PIXELS, MAX_SCANNED_PIXELS, MAX_SCANS
 
-_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "PPM", "TIFF")  # Pillow has others, one of which runs a program
-_TILE = (322, 323)  # TIFF's tags of a tile's width and height: it is decoded whole, however small the image
-_SCAN = b"\xff\xda"
-_LARGE = 1 << 24  # pixels
-_BAND = 64  # rows
-_BESIDES = 1 << 20  # bytes of a JPEG that are no pixels
-_NOTHING: AbstractContextManager[Any] = contextlib.nullcontext()
-_LONGEST_SIDE = 65500  # the JPEG encoder's; the format itself holds 65535
-_TURNS = {  # by EXIF orientation
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "PPM", "TIFF")  # not all of Pillow's: its EPS reader runs a program
+_TILE_TAGS = (322, 323)  # TIFF: width and height of a tile, which is decoded in full even for a small image
+_SCAN_MARKER = b"\xff\xda"
+_LARGE_PIXELS = 1 << 24
+_BAND_ROWS = 64
+_MAX_METADATA_BYTES = 1 << 20  # of a JPEG stored unchanged
+_NO_LOCK: AbstractContextManager[Any] = contextlib.nullcontext()
+_MAX_SIDE = 65500  # pixels, of the JPEG encoder; the format itself allows 65535
+_TRANSPOSES = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -43,22 +43,21 @@ class Settings:
     """How images are stored."""
 
     max_side: int = 500
-    """Longest side, pixels; larger images are shrunk to it. 0: never."""
+    """Longest side, pixels; larger images are shrunk to it. 0: no limit."""
     quality: int = 90
-    """JPEG quality of those that are encoded."""
+    """JPEG quality of encoded images."""
     mode: str = "jpg"
-    """jpg; raw: pixels; proportion: a share of them as JPEG and the others raw."""
+    """jpg; raw: pixels; proportion: a share of the images as JPEG, the others raw."""
     jpeg_share: float = 0.5
-    """That share."""
+    """The share of JPEGs in mode proportion."""
     ignore_exif: bool = False
-    """Leave images as stored, whatever their EXIF orientation says (torchvision's loader does)."""
-
+    """Ignore the EXIF orientation, as torchvision's loader does."""
     encode_all: bool = False
-    """Encode JPEG files anew too, also those that could be stored as they are."""
+    """Encode all JPEG files again, even those that could be stored unchanged."""
 
     def __post_init__(self) -> None:
-        if self.max_side < 0 or self.max_side > _LONGEST_SIDE:
-            raise InputError(f"--max-side {self.max_side}: give 0 (no limit) to {_LONGEST_SIDE} pixels")
+        if self.max_side < 0 or self.max_side > _MAX_SIDE:
+            raise InputError(f"--max-side {self.max_side}: give 0 (no limit) to {_MAX_SIDE} pixels")
         if not 1 <= self.quality <= 100:
             raise InputError(f"--quality {self.quality}: give 1 to 100")
         if self.mode not in ("jpg", "raw", "proportion"):
@@ -69,7 +68,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Record:
-    """One image as it will be stored."""
+    """One image as stored."""
 
     data: bytes
     mode: int
@@ -79,16 +78,16 @@ class Record:
 
 
 class Unreadable(Exception):
-    """An image that cannot be stored; the message is the reason."""
+    """An image that cannot be stored. The message is the reason."""
 
 
-def encode(data: bytes, index: int, settings: Settings, large: AbstractContextManager[Any] = _NOTHING) -> Record:
-    """Return the record for image file `data`, sample `index`. Raises Unreadable.
+def encode(data: bytes, index: int, settings: Settings, lock: AbstractContextManager[Any] = _NO_LOCK) -> Record:
+    """Return the record of image file `data`, sample `index`. Raises Unreadable.
 
-    large: held while an image of more than 16 million pixels is decoded.
+    lock: held while an image of more than 16 million pixels is decoded, to bound the memory of several processes.
     """
     image = _open(data)
-    with large if image.width * image.height > _LARGE else _NOTHING:
+    with lock if image.width * image.height > _LARGE_PIXELS else _NO_LOCK:
         return _encoded(data, image, index, settings)
 
 
@@ -112,35 +111,35 @@ def _record(data: bytes, mode: int, height: int, width: int) -> Record:
 
 
 def _open(data: bytes) -> Image.Image:
-    """Return the image, not decoded yet, and never to be where that would take too much memory or time."""
+    """Return the image, not yet decoded. Raises Unreadable, also where decoding would take too much memory or time."""
     if not data:
         raise Unreadable("the file is empty")
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
         tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
-        tile = [int(tags.get(side, 0)) for side in _TILE]
+        tile = [int(tags.get(side, 0)) for side in _TILE_TAGS]
     except UnidentifiedImageError:
         raise Unreadable("not an image") from None
-    except Exception as error:  # of any kind: Pillow's decoders meet bytes they were not written for
+    except Exception as error:  # of any kind: Pillow's decoders were not written for hostile bytes
         raise Unreadable(describe_error(error)) from None
     for width, height in (image.size, tile):
-        if width * height > LARGEST_IMAGE:
-            raise Unreadable(f"{width} by {height} pixels, more than {LARGEST_IMAGE}: shrink it first")
-    scans = data.count(_SCAN) if image.format == "JPEG" else 0
-    if scans > MOST_SCANS or scans * image.width * image.height > MOST_SCANNED:
+        if width * height > MAX_IMAGE_PIXELS:
+            raise Unreadable(f"{width} by {height} pixels, more than {MAX_IMAGE_PIXELS}: shrink it first")
+    scans = data.count(_SCAN_MARKER) if image.format == "JPEG" else 0
+    if scans > MAX_SCANS or scans * image.width * image.height > MAX_SCANNED_PIXELS:
         raise Unreadable(f"a JPEG of {scans} scans: encode it again")
     return image
 
 
 def _storable(data: bytes, image: Image.Image, settings: Settings) -> bool:
-    """Whether a file can stand in the beton as it is: an upright RGB or gray JPEG that the loader's decoder reads."""
+    """Return whether a file can be stored unchanged: an upright RGB or gray JPEG that the loader's decoder reads."""
     if image.format != "JPEG" or image.mode not in ("RGB", "L"):
         return False
-    if len(data) > _BESIDES + 6 * image.width * image.height:
+    if len(data) > _MAX_METADATA_BYTES + 6 * image.width * image.height:
         return False
     if settings.max_side and max(image.size) > settings.max_side:
         return False
-    if not settings.ignore_exif and _turn(image) is not None:
+    if not settings.ignore_exif and _upright(image) is not None:
         return False
     source, (width, height) = np.frombuffer(data, np.uint8), image.size
     if jpeg_frame(source)[:2] != (height, width):
@@ -150,12 +149,12 @@ def _storable(data: bytes, image: Image.Image, settings: Settings) -> bool:
 
 
 def _to_rgb(image: Image.Image, settings: Settings) -> Image.Image:
-    """Return the image upright, in 8-bit RGB; alpha is dropped as by torchvision's loader."""
+    """Return the image upright, in 8-bit RGB. Alpha is dropped, as by torchvision's loader."""
     try:
         image.load()
-        turn = None if settings.ignore_exif else _turn(image)
-        if turn is not None:
-            image = image.transpose(turn)
+        transpose = None if settings.ignore_exif else _upright(image)
+        if transpose is not None:
+            image = image.transpose(transpose)
         if image.mode.startswith("I") or image.mode == "F":
             image = _sixteen_to_eight(image)
         return image.convert("RGB")
@@ -163,16 +162,17 @@ def _to_rgb(image: Image.Image, settings: Settings) -> Image.Image:
         raise Unreadable(describe_error(error)) from None
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    """Return what turns the image upright, as its EXIF orientation says; None where it is, or the EXIF is damaged."""
+def _upright(image: Image.Image) -> Image.Transpose | None:
+    """Return the operation that turns the image upright by its EXIF; None where it is upright or the EXIF damaged."""
     try:
-        return _TURNS.get(image.getexif().get(0x0112, 1))
+        return _TRANSPOSES.get(image.getexif().get(0x0112, 1))
     except Exception:
         return None
 
 
 def _sixteen_to_eight(image: Image.Image) -> Image.Image:
-    bands = [(0, top, image.width, min(top + _BAND, image.height)) for top in range(0, image.height, _BAND)]
+    """Return an image of integers or floats in 8 bits, converted in bands of rows to save memory."""
+    bands = [(0, top, image.width, min(top + _BAND_ROWS, image.height)) for top in range(0, image.height, _BAND_ROWS)]
     wide = image.mode != "F" or max(np.asarray(image.crop(band)).max() for band in bands) > 255
     eight = Image.new("L", image.size)
     for band in bands:
@@ -185,8 +185,8 @@ def _sixteen_to_eight(image: Image.Image) -> Image.Image:
 
 def _shrink(image: Image.Image, max_side: int) -> Image.Image:
     longest = max(image.size)
-    if longest > _LONGEST_SIDE and not max_side:
-        raise Unreadable(f"{longest} pixels a side, the format holds {_LONGEST_SIDE}: use --max-side")
+    if longest > _MAX_SIDE and not max_side:
+        raise Unreadable(f"{longest} pixels a side, the format allows {_MAX_SIDE}: use --max-side")
     if not max_side or longest <= max_side:
         return image
     width, height = (max(1, round(side * max_side / longest)) for side in image.size)

@@ -1,10 +1,9 @@
-"""Images read where they are, without a beton: a folder, a tar, ILSVRC2012's tar of tars, WebDataset shards.
+"""Images read in place, without a beton: a folder, a tar, ILSVRC2012's tar of tars, WebDataset shards.
 
-An index takes the place of the beton's tables: where each JPEG's bytes stand and how large its image is, from the
-headers alone, read once and kept in the user's cache. A single tar is then read by every backend as a beton is, from
-its memory map; folders and several tars by the DALI backend. There is no manifest, so that a record is checked by its
-decoding alone. What is not an RGB or gray JPEG needs `pipeline.prepare`. As by torchvision's loader, EXIF orientation
-is ignored.
+An index replaces the beton's tables: the place of each JPEG's bytes and the size of its image, read once from the
+headers and cached in the user's cache folder. All backends can read a single tar, from its memory map, as they read a
+beton; only DALI reads folders and several tars. Without a manifest, decoding is the only check of a record. Images
+other than RGB or gray JPEGs need `pipeline.prepare`. EXIF orientation is ignored, as by torchvision's loader.
 """
 
 from __future__ import annotations
@@ -21,63 +20,52 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from pipeline.beton import PIXELS_A_BYTE, Beton
+from pipeline.beton import MAX_PIXELS_PER_BYTE, Beton
 from pipeline.native.libffcv import JPEG
 from pipeline.sources.archives import Item, Source, open_source, tar_files
 from pipeline.storage.decode import jpeg_frame
 from pipeline.system.cores import available_cores
 from pipeline.system.errors import BadRecords, InputError
 from pipeline.system.files import write_atomic
-from pipeline.system.limits import LARGEST_FILE, LARGEST_IMAGE, MOST_CLASSES, open_regular, read_bytes
+from pipeline.system.limits import MAX_CLASSES, MAX_FILE_BYTES, MAX_IMAGE_PIXELS, open_regular, read_bytes
 from pipeline.system.progress import progress
 
-_HEADER = 1 << 16  # bytes of a file that hold its frame header, nearly always
-_FORMAT = 1
-_CHUNK = 1000
+_HEADER_BYTES = 1 << 16  # the start of a file, which nearly always contains its frame header
+_CACHE_FORMAT = 1
+_CHUNK_IMAGES = 1000
 _BRACES = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}")
-_MOST_TARS, _MOST_BRACES = 100_000, 8
+_MAX_TARS, _MAX_BRACES = 100_000, 8
 
 
 class Direct(Beton):
     """Images of a folder or of tars, with the attributes of a `Beton`.
 
     source: a folder, a .tar, or several by a pattern such as `shards/train-*.tar` or `train-{000..127}.tar`.
-    tolerate: as `Beton`'s. Raises InputError where there is no image, and BadRecords for images that are not RGB or
+    tolerate: as for `Beton`. Raises InputError where there is no image, and BadRecords for images other than RGB or
     gray JPEGs.
     """
 
     def __init__(self, source: Path | str, *, tolerate: bool = False) -> None:
         self.path, self._tolerate = Path(source), tolerate
-        found = _listed(str(source))
-        self._names, self._classes = [item.name for item in found.items], found.classes
-        self._files = sorted({item.path for item in found.items})
+        images = _listed(str(source))
+        items, self.classes = images.items, images.classes
+        self._names = [item.name for item in items]
+        self._files = sorted({item.path for item in items})
         number = {path: i for i, path in enumerate(self._files)}
-        self._file = np.array([number[item.path] for item in found.items])
-        whole = np.array([item.offset < 0 for item in found.items])
-        self.labels = np.array([item.label for item in found.items], np.int64)
+        self._file = np.array([number[item.path] for item in items])
+        self._loose = any(item.offset < 0 for item in items)  # each image is a file
+        self.labels = np.array([item.label for item in items], np.int64)
         self.manifest = self.crc32 = None
-        self.unreadable: frozenset[int] = frozenset()
-        self._index(found.items)
+        self._index(items)
         self.modes = np.full(len(self), JPEG, np.uint8)
-        single = len(self._files) == 1 and not whole.any()
-        self.data: np.ndarray = np.memmap(self._files[0], np.uint8, "r") if single else np.zeros(0, np.uint8)
-        self.file_size = sum(os.path.getsize(path) for path in self._files) if not whole.any() else 0
-        self._maps: dict[int, np.ndarray] = {0: self.data} if single else {}
-        self._whole = bool(whole.any())
-
-    @property
-    def in_one_file(self) -> bool:
-        """Whether all records stand in one file, so that every backend can read them."""
-        return len(self.data) > 0
-
-    @property
-    def classes(self) -> list[str]:
-        """Class names by label; empty where unknown."""
-        return self._classes
+        self.in_one_file = len(self._files) == 1 and not self._loose
+        self.data: np.ndarray = np.memmap(self._files[0], np.uint8, "r") if self.in_one_file else np.zeros(0, np.uint8)
+        self.file_size = 0 if self._loose else sum(os.path.getsize(path) for path in self._files)
+        self._maps: dict[int, np.ndarray] = {0: self.data} if self.in_one_file else {}
 
     def record(self, index: int) -> np.ndarray:
         """Return the stored bytes of sample `index`: uint8 [size]."""
-        if self._whole:
+        if self._loose:
             return np.fromfile(self._files[self._file[index]], np.uint8)
         file = int(self._file[index])
         if file not in self._maps:
@@ -86,45 +74,40 @@ class Direct(Beton):
         return self._maps[file][start : start + int(self.sizes[index])]
 
     def name(self, index: int) -> str:
-        """Return where sample `index` stands in the source."""
+        """Return the path of sample `index` in the source."""
         return self._names[index]
 
-    @property
-    def fingerprint(self) -> str:  # type: ignore[override]
-        """A hash of names, places and image sizes: tells two sources apart."""
-        return self._hash
-
     def _index(self, items: list[Item]) -> None:
-        """Set what a beton's tables say: places, sizes, sides, what is unreadable; sides from the cache, if there."""
+        """Set places, sizes and sides of the images, as a beton's tables do, and list the unreadable ones."""
         self.pointers = np.array([max(item.offset, 0) for item in items], np.uint64)
-        stated = [item.size or os.path.getsize(item.path) for item in items]
-        self.sizes = np.array(stated, np.uint64)
+        self.sizes = np.array([item.size or os.path.getsize(item.path) for item in items], np.uint64)
         places = os.fsencode("\n".join(self._names)) + self.pointers.tobytes() + self.sizes.tobytes()
         stamps = [f"{os.path.abspath(path)} {os.stat(path).st_mtime_ns}" for path in self._files]
-        key = hashlib.sha256(places + f"{_FORMAT} {stamps}".encode()).hexdigest()[:32]
-        cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "millrace" / f"direct-{key}.sides"
-        sides = _cached(cached, len(items))
+        key = hashlib.sha256(places + f"{_CACHE_FORMAT} {stamps}".encode()).hexdigest()[:32]
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "millrace" / f"direct-{key}.sides"
+        sides = _load_cached(cache, len(items))
         if sides is None:
             sides = _read_sides(items)
-            _cache(cached, sides)
+            _save_cached(cache, sides)
         pixels = sides.prod(axis=1, dtype=np.int64)
-        forged = (pixels // PIXELS_A_BYTE > self.sizes.astype(np.int64)) | (pixels > LARGEST_IMAGE)
+        forged = (pixels // MAX_PIXELS_PER_BYTE > self.sizes.astype(np.int64)) | (pixels > MAX_IMAGE_PIXELS)
         bad = np.flatnonzero((sides <= 0).any(axis=1) | forged)
         if len(bad) and not (self._tolerate and len(bad) < len(items)):
             faults = [(int(index), "not an RGB or gray JPEG") for index in bad]
             raise BadRecords(
                 f"{self.path}: {self._names[bad[0]]} is not an RGB or gray JPEG ({len(bad)} such images): write a "
-                "beton of them with python -m pipeline.prepare, or pass over them with --data.on_bad skip",
+                "beton of them with python -m pipeline.prepare, or skip them with --data.on_bad skip",
                 faults,
             )
         self.unreadable = frozenset(int(index) for index in bad)
         sides[bad] = 1
         self.heights, self.widths = sides[:, 0].copy(), sides[:, 1].copy()
-        self._hash = f"direct-{hashlib.sha256(places + sides.tobytes()).hexdigest()[:16]}-{len(items)}"
+        # Of names, places and image sizes.
+        self.fingerprint = f"direct-{hashlib.sha256(places + sides.tobytes()).hexdigest()[:16]}-{len(items)}"
 
 
-def _cached(path: Path, count: int) -> np.ndarray | None:
-    """Return the sizes that were kept, int32 [N, 2]; None where there are none, or not of so many images."""
+def _load_cached(path: Path, count: int) -> np.ndarray | None:
+    """Return the cached sides, int32 [N, 2]; None without a cache of so many images."""
     try:
         data = read_bytes(path, 8 * count, "remove it")
     except InputError:
@@ -132,8 +115,8 @@ def _cached(path: Path, count: int) -> np.ndarray | None:
     return np.frombuffer(data, np.int32).reshape(-1, 2).copy() if len(data) == 8 * count else None
 
 
-def _cache(path: Path, sides: np.ndarray) -> None:
-    """Keep the sizes for the next time; where that cannot be, they are read again."""
+def _save_cached(path: Path, sides: np.ndarray) -> None:
+    """Cache the sides; where the cache cannot be written, they are read again next time."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, sides.tobytes())
@@ -142,19 +125,20 @@ def _cache(path: Path, sides: np.ndarray) -> None:
 
 
 def _read_sides(items: list[Item]) -> np.ndarray:
-    """Return height and width of each image from its JPEG header, 0 where it is none: int32 [N, 2]."""
-    with ThreadPoolExecutor(4 * available_cores()) as pool:
-        found: list[tuple[int, int]] = []
-        for start in progress(range(0, len(items), _CHUNK), f"headers, {_CHUNK} each", quiet=len(items) < 10 * _CHUNK):
-            found += pool.map(_side_lengths, items[start : start + _CHUNK])
-    return np.array(found, np.int32).reshape(-1, 2)
+    """Return height and width of each image from its JPEG header, 0 for other images: int32 [N, 2]."""
+    starts, unit = range(0, len(items), _CHUNK_IMAGES), f"headers, {_CHUNK_IMAGES} each"
+    sides: list[tuple[int, int]] = []
+    with ThreadPoolExecutor(4 * available_cores()) as pool:  # they wait for the disk
+        for start in progress(starts, unit, quiet=len(items) < 10 * _CHUNK_IMAGES):
+            sides += pool.map(_side_lengths, items[start : start + _CHUNK_IMAGES])
+    return np.array(sides, np.int32).reshape(-1, 2)
 
 
 def _side_lengths(item: Item) -> tuple[int, int]:
     try:
         with open_regular(item.path) as file:
-            whole = item.size or os.fstat(file.fileno()).st_size
-            for count in (min(_HEADER, whole), whole) if whole <= LARGEST_FILE else ():
+            size = item.size or os.fstat(file.fileno()).st_size
+            for count in (min(_HEADER_BYTES, size), size) if size <= MAX_FILE_BYTES else ():
                 data = np.frombuffer(os.pread(file.fileno(), count, max(item.offset, 0)), np.uint8)
                 height, width, components = (int(number) for number in jpeg_frame(data))
                 if height:
@@ -165,18 +149,18 @@ def _side_lengths(item: Item) -> tuple[int, int]:
 
 
 def _listed(source: str) -> Source:
-    """Return the images of a folder or tar, or of all tars of a pattern; WebDataset's labels where it has some."""
+    """Return the images of a folder, a tar, or all tars of a pattern, with WebDataset's labels where it has some."""
     paths = _paths(source)
-    listed = [open_source(path) for path in paths]
-    items = [item for found in listed for item in found.items]
+    parts = [open_source(path) for path in paths]
+    items = [item for part in parts for item in part.items]
     labels = _class_files(paths, items)
     if labels is not None:
         return _relabeled(items, labels, [str(number) for number in range(max(labels) + 1)])
-    if len(listed) == 1:
-        return listed[0]
-    classes = sorted({name for found in listed for name in found.classes})
+    if len(parts) == 1:
+        return parts[0]
+    classes = sorted({name for part in parts for name in part.classes})
     number = {name: label for label, name in enumerate(classes)}
-    labels = [number[found.classes[i.label]] if i.label >= 0 else -1 for found in listed for i in found.items]
+    labels = [number[part.classes[i.label]] if i.label >= 0 else -1 for part in parts for i in part.items]
     return _relabeled(items, labels, classes)
 
 
@@ -185,21 +169,20 @@ def _relabeled(items: list[Item], labels: list[int], classes: list[str]) -> Sour
 
 
 def _paths(source: str) -> list[str]:
-    """Return the folder or tar, or all tars of a pattern. Raises InputError for what is not read directly."""
+    """Return the folder, the tar, or all tars of a pattern. Raises InputError for other sources, and for none."""
     matching = (
         path for name in _expanded(source) for path in (sorted(glob.glob(name)) if _is_pattern(name) else [name])
     )
-    paths = list(islice(matching, _MOST_TARS + 1))
-    if len(paths) > _MOST_TARS:
-        raise InputError(f"{source[:200]}: stands for more than {_MOST_TARS} files: give fewer at once")
+    paths = list(islice(matching, _MAX_TARS + 1))
+    if len(paths) > _MAX_TARS:
+        raise InputError(f"{source[:200]}: names more than {_MAX_TARS} files: give fewer at once")
     if not paths:
         raise InputError(f"{source}: no such files: give a folder, a .tar, or a pattern of tars")
     if source.endswith(".zip") or source.startswith("synthetic:"):
         raise InputError(f"{source}: not read directly: write a beton with python -m pipeline.prepare")
-    if os.path.isdir(source) and (tars := glob.glob(os.path.join(glob.escape(source), "*.tar"))):
-        inside = next(Path(source).rglob("*.jp*g"), None)
-        if inside is None:
-            raise InputError(f"{source}: holds no image but {len(tars)} tars: name these, {source.rstrip('/')}/*.tar")
+    tars = glob.glob(os.path.join(glob.escape(source), "*.tar")) if os.path.isdir(source) else []
+    if tars and next(Path(source).rglob("*.jp*g"), None) is None:
+        raise InputError(f"{source}: has no image but {len(tars)} tars: name these, {source.rstrip('/')}/*.tar")
     return paths
 
 
@@ -208,22 +191,22 @@ def _is_pattern(source: str) -> bool:
 
 
 def _expanded(source: str) -> Iterator[str]:
-    """Yield the names that braces such as {000..127} or {a,b} stand for, as WebDataset writes them."""
-    found = _BRACES.search(source)
-    if found is None or os.path.exists(source):
+    """Yield the names for braces such as {000..127} or {a,b}, in WebDataset's notation."""
+    braces = _BRACES.search(source)
+    if braces is None or os.path.exists(source):
         yield source
         return
-    if source.count("{") > _MOST_BRACES:
-        raise InputError(f"{source[:200]}: has more than {_MOST_BRACES} braces: give fewer")
-    first, last, listed = found.groups()
+    if source.count("{") > _MAX_BRACES:
+        raise InputError(f"{source[:200]}: has more than {_MAX_BRACES} braces: give fewer")
+    first, last, listed = braces.groups()
     parts = listed.split(",") if listed else (f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1))
     for part in parts:
-        yield from _expanded(source[: found.start()] + part + source[found.end() :])
+        yield from _expanded(source[: braces.start()] + part + source[braces.end() :])
 
 
 def _class_files(paths: Iterable[str], items: list[Item]) -> list[int] | None:
-    """Return each image's label from the NAME.cls beside it, as WebDataset has them; None where there are none."""
-    found: dict[tuple[str, str], int] = {}
+    """Return each image's label from its NAME.cls, as in WebDataset's tars; None where there are none."""
+    numbers: dict[tuple[str, str], int] = {}
     for path in paths:
         if not path.endswith(".tar") or any(item.label >= 0 for item in items):
             return None
@@ -231,18 +214,17 @@ def _class_files(paths: Iterable[str], items: list[Item]) -> list[int] | None:
             if item.name.endswith(".cls") and item.size < 32:
                 text = item.read().strip()
                 if text.isdigit():
-                    if int(text) >= MOST_CLASSES:
-                        raise InputError(f"{path}: {item.name} holds label {int(text)}: give less than {MOST_CLASSES}")
-                    found[path, item.name[: -len(".cls")]] = int(text)
-    labels = [found.get((item.path, str(PurePosixPath(item.name).with_suffix(""))), -1) for item in items]
-    return labels if found else None
+                    if int(text) >= MAX_CLASSES:
+                        raise InputError(f"{path}: {item.name} has label {int(text)}: give less than {MAX_CLASSES}")
+                    numbers[path, item.name[: -len(".cls")]] = int(text)
+    labels = [numbers.get((item.path, str(PurePosixPath(item.name).with_suffix(""))), -1) for item in items]
+    return labels if numbers else None
 
 
 def open_data(path: Path | str, *, tolerate: bool = False) -> Beton:
-    """Return the beton at `path`, or a folder or tar that is read directly."""
-    known = (".tar", ".zip")
-    if str(path).endswith(".beton") or not (
-        os.path.isdir(path) or str(path).endswith(known) or str(path).startswith("synthetic:") or _is_pattern(str(path))
-    ):
-        return Beton(path, tolerate=tolerate)
-    return Direct(path, tolerate=tolerate)
+    """Return the beton at `path`, or the folder or tars there, read in place. Raises as `Beton` and `Direct`."""
+    name = str(path)
+    in_place = os.path.isdir(path) or name.endswith((".tar", ".zip")) or name.startswith("synthetic:")
+    if not name.endswith(".beton") and (in_place or _is_pattern(name)):
+        return Direct(path, tolerate=tolerate)
+    return Beton(path, tolerate=tolerate)

@@ -1,4 +1,4 @@
-"""Writing FFCV's file format, version 2: the counterpart of `pipeline.beton`."""
+"""Writer of FFCV's file format, version 2; `pipeline.beton` reads it."""
 
 from __future__ import annotations
 
@@ -20,15 +20,14 @@ from pipeline.native.libffcv import (
 )
 from pipeline.storage.encode import Record, Unreadable
 
-PAGE = 1 << 23  # FFCV's default: no record crosses a page of its own size or larger
-_LARGEST_PAGE = 1 << 31
+PAGE_BYTES = 1 << 23  # FFCV's default; no record crosses the boundary of a page that could contain it
+_MAX_PAGE_BYTES = 1 << 31
 
 
 class BetonWriter:
-    """Writes records, in order, to a beton file that FFCV's own loader reads as well.
+    """Writes records, in order, to a beton file that FFCV's loader can read too.
 
-    `capacity` is the most samples there may be; their metadata stands before the records. `close` writes metadata,
-    allocation table and header and returns the CRC32 over the three.
+    capacity: largest number of samples, for whose metadata room is left before the records.
     """
 
     def __init__(self, path: Path, capacity: int) -> None:
@@ -41,19 +40,19 @@ class BetonWriter:
             descriptor["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
         self._metadata = np.zeros(capacity, self._row)
         self._table = np.zeros(capacity, ALLOC_TABLE_TYPE)
-        self._count, self._page = 0, PAGE
-        self._file = open(path, "xb")  # noqa: SIM115 - closed by `close`
+        self._count, self._page = 0, PAGE_BYTES
+        self._file = open(path, "xb")  # noqa: SIM115 - `close` closes it
         self._end = HeaderType.itemsize + self._descriptors.nbytes + self._metadata.nbytes
 
     def append(self, record: Record, label: int) -> None:
-        """Write the next sample. Raises Unreadable for a record larger than FFCV's largest page."""
+        """Write the next sample. Raises Unreadable for a record larger than FFCV's largest page, and OSError."""
         size = len(record.data)
-        page = PAGE
+        page = PAGE_BYTES
         while page < size:
             page *= 2
-        if page > _LARGEST_PAGE:
-            raise Unreadable(f"{size} bytes, the format holds {_LARGEST_PAGE}: use --max-side or --mode jpg")
-        if self._end // page != (self._end + size - 1) // page:  # it would cross a page: start on the next
+        if page > _MAX_PAGE_BYTES:
+            raise Unreadable(f"{size} bytes, the format allows {_MAX_PAGE_BYTES}: use --max-side or --mode jpg")
+        if self._end // page != (self._end + size - 1) // page:  # start on the next page
             self._end = -(-self._end // page) * page
         self._page = max(self._page, page)
         self._file.seek(self._end)
@@ -66,7 +65,7 @@ class BetonWriter:
         self._end += size
 
     def close(self) -> int:
-        """Complete the file, flushed to disk."""
+        """Write header, metadata and allocation table to disk; return the CRC32 of the three. Raises OSError."""
         header = np.zeros(1, HeaderType)
         header["version"], header["num_fields"] = CURRENT_VERSION, len(self._descriptors)
         header["page_size"], header["num_samples"] = self._page, self._count
@@ -83,5 +82,5 @@ class BetonWriter:
         return zlib.crc32(table, zlib.crc32(front))
 
     def abort(self) -> None:
-        """Close the file as it is."""
+        """Close the incomplete file."""
         self._file.close()

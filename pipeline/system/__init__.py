@@ -1,1 +1,1 @@
-"""Shared by all packages: errors, limits, files, devices, cores, random numbers, threads."""
+"""Shared by all packages: errors, logs, limits, files, devices, cores, random numbers, threads."""

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's parser; option names may be typed with hyphens or with underscores, and never abbreviated."""
+    """argparse's parser, whose option names take hyphens or underscores and must not be abbreviated."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **options})
@@ -20,7 +20,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def hyphenated(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments with hyphens for underscores in the names of options, up to a lone `--`."""
+    """Return the arguments with hyphens for underscores in option names, up to a lone `--`."""
     renamed: list[str] = []
     for position, argument in enumerate(arguments):
         if argument == "--":

@@ -1,4 +1,4 @@
-"""How many cores and how much memory this process may use."""
+"""The cores and the memory that this process may use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def control_group(name: str) -> list[str]:
-    """Return the fields of a control group's file such as cpu.max or memory.max; none where there is no such limit."""
+    """Return the fields of a control group's file, such as cpu.max or memory.max; [] where there is none."""
     try:
         return Path("/sys/fs/cgroup", name).read_text().split()
     except OSError:
@@ -15,7 +15,7 @@ def control_group(name: str) -> list[str]:
 
 
 def available_cores() -> int:
-    """Return the number of cores this process may use, its affinity and the container's limit counted in."""
+    """Return the number of cores this process may use, by its affinity and the container's limit."""
     cores = len(os.sched_getaffinity(0))
     limit = control_group("cpu.max")
     if len(limit) == 2 and limit[0].isdigit():
@@ -24,7 +24,7 @@ def available_cores() -> int:
 
 
 def free_memory() -> int | None:
-    """Return the bytes of memory that are free, the container's limit counted in; None where that is not known."""
+    """Return the bytes of free memory, within the container's limit; None where unknown."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

@@ -1,7 +1,7 @@
 """A counter-based random generator: SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) over arrays of 64-bit keys.
 
-Every random number is `mix(key + counter * GOLDEN)`: no state, so any number can be had alone and in any order.
-Plain 64-bit integer arithmetic: the same on every platform and with every NumPy version.
+Every random number is `mix(key + counter * GOLDEN)`: there is no state, and each number can be computed alone.
+Plain 64-bit integer arithmetic gives the same on every platform and NumPy version.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def mix(z: Any) -> np.ndarray:
 
 
 def keyed(first: Any, *rest: Any) -> np.ndarray:
-    """Return the key that numbers have together, uint64 of their common shape: each is mixed into those before it."""
+    """Return one key for several numbers, uint64 of their common shape: each is mixed into those before it."""
     key = mix(first)
     for number in rest:
         key = mix(key ^ np.asarray(number, dtype=np.uint64))

@@ -1,4 +1,4 @@
-"""Which device is meant, and small arrays from the host to it, without waiting."""
+"""Devices by number, and small arrays copied to them without waiting."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def numbered(device: torch.device | str) -> torch.device:
-    """Return the device, of GPUs with its number: the current one's, where none is given."""
-    found = torch.device(device)
-    if found.type != "cuda" or found.index is not None:
-        return found
+    """Return the device, with the current GPU's number where a GPU has none."""
+    device = torch.device(device)
+    if device.type != "cuda" or device.index is not None:
+        return device
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def current(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Return a context in which the device is the current one of its kind, as kernels need it."""
+    """Return a context in which a GPU is the current one, as kernels need it."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

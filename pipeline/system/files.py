@@ -15,13 +15,13 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
 
 
 @contextlib.contextmanager
-def replacing(path: Path, tag: str = "") -> Iterator[Path]:
+def replacing(path: Path, *, unique: bool = True) -> Iterator[Path]:
     """Yield a temporary path next to `path`. Rename it to `path` after the block, or delete it on an error.
 
-    tag: tells writers apart that may run at once; default, the process id. A file that an earlier writer of the same
-    tag left is deleted first. Raises OSError.
+    unique: add the process id to its name. Otherwise the caller holds a lock, and a file that a killed process left is
+    deleted first. Raises OSError.
     """
-    temporary = path.with_name(f".{path.name}.{tag or os.getpid()}.writing")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing" if unique else f".{path.name}.writing")
     temporary.unlink(missing_ok=True)
     try:
         yield temporary

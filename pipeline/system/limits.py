@@ -1,7 +1,7 @@
-"""What comes from outside, read within bounds: files of a known kind and size, and plain JSON and YAML.
+"""Bounded reading of files from outside: regular files of a limited size, plain JSON and YAML.
 
-Only regular files are read (a pipe would block, a device never end), and their size is checked before any of it is.
-What is refused is an InputError that says where, what, and the remedy the caller gives.
+Only regular files are read (a pipe would block, a device never ends), and the size is checked first. A refusal is an
+InputError that says where, what is wrong, and the caller's remedy.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ import yaml
 
 from pipeline.system.errors import InputError
 
-LARGEST_IMAGE = 1 << 27
-"""Pixels of an image: 134 million, 400 MB of RGB."""
-LARGEST_FILE = 1 << 28
-"""Bytes of an image's file."""
-MOST_FILES = 1 << 24
-"""Of a folder or archive."""
-MOST_SCANS, MOST_SCANNED = 100, 1 << 31
-"""Of a progressive JPEG, which has about ten, and their pixels, as each goes over all of it: `jpeg.c` has them too."""
-MOST_CLASSES = 1_000_000
-"""Labels below this are believed: whatever counts classes allocates for them."""
+MAX_IMAGE_PIXELS = 1 << 27
+"""134 million pixels, 400 MB of RGB."""
+MAX_FILE_BYTES = 1 << 28
+"""Of an image's file."""
+MAX_FILES = 1 << 24
+"""In a folder or archive."""
+MAX_SCANS, MAX_SCANNED_PIXELS = 100, 1 << 31
+"""Of a progressive JPEG. It usually has about ten scans, each over all its pixels. Also in `jpeg.c`."""
+MAX_CLASSES = 1_000_000
+"""Labels are below this: code that counts classes allocates memory for them."""
 SETTINGS_BYTES = 1 << 16
-"""Of a YAML file: recipes have 3 KiB."""
+"""Of a YAML file at most; recipes have 3 KiB."""
 RESULT_BYTES = 1 << 24
-"""Of a JSON file that a command wrote to say how it went."""
+"""Of a JSON file of a command's results at most."""
 LIST_BYTES = 1 << 27
-"""Of a file of names, one a line: ImageNet's 1.3 million take 40 MB."""
+"""Of a file of names, one a line, at most; ImageNet's 1.3 million take 40 MB."""
 _LINE_BYTES = 1 << 20
-_DEPTH = 20
-_PLAIN = ("null", "bool", "int", "float")
+_MAX_LEVELS = 20
+_PLAIN_TYPES = ("null", "bool", "int", "float")
 
 
 def open_regular(path: Path | str) -> BinaryIO:
-    """Return the regular file at `path`, open for reading. Raises OSError, for anything else too."""
+    """Return the regular file at `path`, open for reading. Raises OSError, also for anything else."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -49,14 +49,14 @@ def open_regular(path: Path | str) -> BinaryIO:
 
 
 def read_bytes(path: Path | str, most: int, remedy: str) -> bytes:
-    """Return the content of a file of at most so many bytes. Raises InputError."""
+    """Return the content of a file of at most `most` bytes. Raises InputError."""
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size > most:
                 raise InputError(f"{path}: {size} bytes, and at most {most} are read: {remedy}")
             return file.read(size)
-    except (OSError, ValueError) as error:  # a path may hold a NUL
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', error) or error}): {remedy}") from None
@@ -69,69 +69,69 @@ def read_text(path: Path | str, most: int, remedy: str, errors: str = "strict") 
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}): {remedy}") from None
     if "\0" in text:
-        raise InputError(f"{path}: not text (it holds a NUL): {remedy}")
+        raise InputError(f"{path}: not text (it contains a NUL): {remedy}")
     return text
 
 
 def read_json(path: Path | str, most: int, remedy: str, errors: str = "strict") -> Any:
-    """Return what a JSON file says; NaN, infinities and a key given twice are refused. Raises InputError."""
+    """Return the content of a JSON file. Raises InputError, also for NaN, infinities and duplicate keys."""
     return parse_json(read_text(path, most, remedy, errors), path, remedy)
 
 
 def parse_json(text: str, path: Path | str, remedy: str) -> Any:
-    """Return what JSON from the file at `path` says, as `read_json` does."""
+    """Return the content of JSON `text`, which was read from `path`. Raises as `read_json`."""
     try:
-        found = json.loads(text, parse_constant=_no_number, object_pairs_hook=_once)
-        check_levels(found)
-        return found
+        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_without_duplicates)
+        check_levels(value)
+        return value
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error}): {remedy}") from None
 
 
 def json_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Yield each line of a file with the JSON object that it is, up to the first that is none, such as one cut off.
+    """Yield each line of a file and its JSON object, up to the first line without one, such as a truncated line.
 
-    Raises OSError, and InputError for lines beyond all measure.
+    Raises OSError, and InputError for a line of more than a mebibyte.
     """
     with open_regular(path) as file:
         while line := file.readline(_LINE_BYTES + 1):
             if len(line) > _LINE_BYTES:
                 raise InputError(f"{path}: a line of more than {_LINE_BYTES} bytes: mend or remove the file")
             try:
-                said = json.loads(line)
+                value = json.loads(line)
             except (ValueError, RecursionError):
                 return
-            if not isinstance(said, dict):
+            if not isinstance(value, dict):
                 return
-            yield line.rstrip(b"\n") + b"\n", said
+            yield line.rstrip(b"\n") + b"\n", value
 
 
-def check_levels(value: Any, levels: int = _DEPTH) -> None:
-    """Raise ValueError for lists and mappings more than so many within each other, which recursion could not follow."""
+def check_levels(value: Any, levels: int = _MAX_LEVELS) -> None:
+    """Raise ValueError for lists and mappings nested deeper than `levels`: recursion could not follow them."""
     if not levels:
-        raise ValueError(f"more than {_DEPTH} levels")
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    for one in [one for one in inner if isinstance(one, (dict, list))]:
-        check_levels(one, levels - 1)
+        raise ValueError(f"more than {_MAX_LEVELS} levels")
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for nested in [item for item in items if isinstance(item, (dict, list))]:
+        check_levels(nested, levels - 1)
 
 
-def _no_number(name: str) -> None:
+def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
         raise ValueError("a key is given twice")
-    return found
+    return mapping
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values: no tags, anchors or aliases, no key twice, twenty levels. A date is a word like any other."""
+    """Plain values: no tags, anchors, aliases or duplicate keys, twenty levels at most. A date is a string."""
 
-    yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML has them
-        first: [(tag, pattern) for tag, pattern in known if tag.rpartition(":")[2] in _PLAIN]
-        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    yaml_implicit_resolvers = {  # noqa: RUF012 - an attribute of PyYAML's loaders
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] in _PLAIN_TYPES]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     _level = 0
 
@@ -141,27 +141,27 @@ class _Loader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, "anchors are not read: write it out", event.start_mark)
         if getattr(event, "tag", None):
             raise yaml.constructor.ConstructorError(None, None, f"the tag {event.tag} is not read", event.start_mark)
-        if self._level == _DEPTH:
-            raise yaml.constructor.ConstructorError(None, None, f"more than {_DEPTH} levels", event.start_mark)
+        if self._level == _MAX_LEVELS:
+            raise yaml.constructor.ConstructorError(None, None, f"more than {_MAX_LEVELS} levels", event.start_mark)
         self._level += 1
         node = super().compose_node(parent, index)
         self._level -= 1
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        found = super().construct_mapping(node, deep)
-        if len(found) < len(node.value):
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
             raise yaml.constructor.ConstructorError(None, None, "a key is given twice", node.start_mark)
-        return found
+        return mapping
 
 
 def parse_yaml(text: str) -> Any:
-    """Return what YAML `text` says, as plain values. Raises yaml.YAMLError and ValueError."""
+    """Return the content of YAML `text`, as plain values. Raises yaml.YAMLError and ValueError."""
     return yaml.load(text, _Loader)
 
 
 def read_yaml(path: Path | str, remedy: str) -> Any:
-    """Return what a YAML file says. Raises InputError."""
+    """Return the content of a YAML file. Raises InputError."""
     text = read_text(path, SETTINGS_BYTES, remedy)
     try:
         return parse_yaml(text)

@@ -35,10 +35,10 @@ class _StderrHandler(logging.Handler):
 _HANDLER = _StderrHandler()
 
 
-def configure(level: int = logging.INFO) -> None:
+def configure() -> None:
     """Send the log lines of this project's packages to stderr. May be called again."""
     for name in _LOGGERS:
         logger = logging.getLogger(name)
-        logger.setLevel(level)
+        logger.setLevel(logging.INFO)
         if _HANDLER not in logger.handlers:
             logger.addHandler(_HANDLER)

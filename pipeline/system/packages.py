@@ -1,4 +1,4 @@
-"""Which Python packages are installed, and in what versions; nothing is imported to find out."""
+"""Installed Python packages and their versions, found without importing them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from importlib import metadata
 
 
 def installed(module: str) -> bool:
-    """Return whether there is a module of that name, such as `nvidia.dali`."""
+    """Return whether a module such as `nvidia.dali` is installed."""
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of what stands before a dot
+    except ModuleNotFoundError:  # of a parent package
         return False
 
 
 def version(package: str) -> str | None:
-    """Return a package's version by the name that pip knows it by; None where it is not installed."""
+    """Return a package's version by its name for pip; None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

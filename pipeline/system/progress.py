@@ -1,4 +1,4 @@
-"""Progress bars for preparation and verification: rate and time left on a terminal, a line now and then elsewhere."""
+"""Progress bars: rate and time left, continuously on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from tqdm import tqdm as tqdm
 
 T = TypeVar("T")
 
-tqdm.set_lock(threading.RLock())  # its own is one of processes too: a named semaphore, which a killed one may leave
+tqdm.set_lock(threading.RLock())  # tqdm's default is also a named semaphore, which a killed process may leave behind
 
 
 def progress(items: Sequence[T], unit: str, *, quiet: bool = False) -> Iterator[T]:
-    """Yield the items, showing how many are done, how many a second, and the time left (on stderr)."""
+    """Yield the items, and show on stderr the number done, the rate and the time left."""
     terminal = sys.stderr.isatty()
-    tqdm.monitor_interval = 0  # no thread of tqdm's own: worker processes may be forked below it
+    tqdm.monitor_interval = 0  # without tqdm's thread: the caller may fork worker processes
     bar = tqdm(items, unit=f" {unit}", disable=quiet, mininterval=0.5 if terminal else 10.0, dynamic_ncols=terminal)
     return iter(bar)

@@ -16,15 +16,15 @@ from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-_NICE = 5
-"""Added to a worker's niceness: where cores are short, the thread that launches the step goes first, and with it the
-other processes that wait for it; a worker that falls behind has all cores once that thread waits for it."""
+_NICENESS = 5
+"""Added to a worker's niceness. Where cores are short, the thread that launches the training step runs first, and other
+ranks do not wait for it. Workers that fall behind get all cores as soon as that thread waits for a batch."""
 
 
 class Workers:
-    """`count` daemon threads that run `submit`ted calls in order; each passes its own `state()` as first argument.
+    """`count` threads that run submitted calls in order. Each passes its own `state()` as the first argument.
 
-    Daemon threads, so that one that hangs (a dead network file system) cannot keep the process from ending.
+    Daemon threads: one that hangs, on a dead network file system say, does not keep the process from ending.
     """
 
     def __init__(self, count: int, state: Callable[[], Any]) -> None:
@@ -35,11 +35,11 @@ class Workers:
         ]
         for thread in self._threads:
             thread.start()
-        # Also when this is forgotten or the interpreter ends: a thread still in compiled code then would abort it.
+        # Also at garbage collection and at exit, where a thread in compiled code would abort the interpreter.
         self._close = weakref.finalize(self, _end, self._calls, self._threads)
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Future:
-        """Have a worker call `function(its state, *args)`; the future holds the result or the exception."""
+        """Have a worker call `function(its state, *args)`; return the future of the result or the exception."""
         future: Future = Future()
         self._calls.put((future, function, args))
         return future
@@ -51,9 +51,9 @@ class Workers:
         ahead: int,
         timeout: float | None = None,
     ) -> Iterator[Result]:
-        """Yield `function(its state, item)` of each item in turn, of which the next `ahead` are always under way.
+        """Yield `function(a worker's state, item)` of each item in order, with the next `ahead` always under way.
 
-        Raises what a call raised, and TimeoutError where one takes longer than `timeout` seconds.
+        Raises the exception of a call, and TimeoutError where one takes longer than `timeout` seconds.
         """
         rest, under_way = iter(items), deque[Future]()
         try:
@@ -70,24 +70,24 @@ class Workers:
                 future.cancel()
 
     def close(self, timeout: float = 5.0) -> None:
-        """Cancel the calls that have not begun and end the threads, but for those that hang for `timeout` seconds."""
+        """Cancel the calls that have not begun and end the threads, except any that hangs for `timeout` seconds."""
         if self._close.detach():
             _end(self._calls, self._threads, timeout)
 
 
 def _run(calls: SimpleQueue, state: Any) -> None:
-    with contextlib.suppress(OSError, AttributeError):  # not on every system
+    with contextlib.suppress(OSError, AttributeError):  # not supported on every system
         thread = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICE)
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS)
     while (call := calls.get()) is not None:
         future, function, args = call
         if not future.set_running_or_notify_cancel():
             continue
         try:
             future.set_result(function(state, *args))
-        except BaseException as error:  # handed to whoever waits for the future
+        except BaseException as error:  # raised again by `future.result`
             future.set_exception(error)
-        del call, future, function, args  # while waiting for the next call, this one's buffers are not kept alive
+        del call, future, function, args  # or their buffers would stay alive until the next call
 
 
 def _end(calls: SimpleQueue, threads: list[threading.Thread], timeout: float = 5.0) -> None:

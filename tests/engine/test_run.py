@@ -290,7 +290,7 @@ def test_out_that_is_a_file_is_refused(
     [
         (["--data.train", "nowhere.beton"], "nowhere.beton: no such file"),
         ([], "data.train is not set"),
-        (["--data.train", "{truncated}"], "not a whole beton"),
+        (["--data.train", "{truncated}"], "not an intact beton"),
         (["--data.bach", "3"], "did you mean data.batch"),
         (["--data.batch", "many"], "wrong type"),
         (["--data.train", "{drawn}", "--data.batch", "400"], "a batch of 400 from 200 samples"),

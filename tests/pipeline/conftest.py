@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import shutil
+import struct
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pipeline.prepare import prepare
@@ -20,21 +23,21 @@ KINDS = ("folder", "tar", "zip", "deflated zip")
 
 
 def picture(width: int = 40, height: int = 24, seed: int = 0) -> Image.Image:
-    """A smooth colored picture that JPEG changes little; another for each seed."""
+    """Return a smooth colored picture, which JPEG changes little; another one for each seed."""
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def saved(image: Image.Image, kind: str = "jpeg", **options: object) -> bytes:
-    """The image as a file of this kind."""
+    """Return the bytes of the image as a file of this kind."""
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
 
 
 def tar_bytes(files: dict[str, bytes]) -> bytes:
-    """A tar of these files."""
+    """Return a tar of these files."""
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:
         for name, data in files.items():
@@ -45,7 +48,7 @@ def tar_bytes(files: dict[str, bytes]) -> bytes:
 
 
 def pack(kind: str, files: dict[str, bytes], folder: Path) -> Path:
-    """Lay out the files in `folder` as a source of this kind; return its path."""
+    """Write the files into `folder` as a source of this kind; return its path."""
     if kind == "folder":
         for name, data in files.items():
             path = folder / "source" / name
@@ -62,13 +65,41 @@ def pack(kind: str, files: dict[str, bytes], folder: Path) -> Path:
     return folder / "source.zip"
 
 
+def parsed_beton(path: Path) -> SimpleNamespace:
+    """Return a beton's header and rows, read with struct from FFCV's description of the format alone."""
+    data = path.read_bytes()
+    version, fields, page, count, table = struct.unpack_from("<HHIQQ", data)
+    start = 24 + 1041 * fields
+    rows = [struct.unpack_from("<BHHQ3xq", data, start + 24 * i) for i in range(count)]
+    places = list(struct.iter_unpack("<QQQ", data[table:]))
+    return SimpleNamespace(
+        data=data,
+        version=version,
+        page=page,
+        count=count,
+        table=table,
+        rows=rows,
+        places=places,
+        end=start + 24 * count,
+    )
+
+
 def run_command(main: Callable[[], None], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     """Run a command's `main` in this process; return its exit status."""
     monkeypatch.setattr("sys.argv", ["command", *map(str, arguments)])
-    monkeypatch.setattr("signal.signal", lambda *_: None)  # the handlers of this process stay
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # this process retains its handlers
     with pytest.raises(SystemExit) as end:
         main()
     return end.value.code if isinstance(end.value.code, int) else 1
+
+
+@pytest.fixture(scope="module")
+def one_torch_thread() -> Iterator[None]:
+    """Run with one torch thread: several take a hundred times as long where other programs use the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -82,7 +113,7 @@ def _small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small(_small: Path, tmp_path: Path) -> Path:
-    """A beton of eight images, JPEG and raw, with its manifest; a copy of the test's own."""
+    """A beton of eight images, JPEG and raw, with its manifest; each test has a copy."""
     for name in (_small.name, f"{_small.name}.json"):
         shutil.copy(_small.with_name(name), tmp_path / name)
     return tmp_path / _small.name
@@ -90,6 +121,6 @@ def small(_small: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def bare(small: Path) -> Path:
-    """The same without its manifest."""
+    """The same beton without its manifest."""
     small.with_name(f"{small.name}.json").unlink()
     return small

@@ -1,4 +1,4 @@
-"""Betons and JPEGs changed at random where it hurts, each a pure function of its number; and what is done with them."""
+"""Betons and JPEGs with random changes in vulnerable places, each a pure function of its number, and their use."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ _LIBC.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 def fenced(size: int, data: np.ndarray | bytes | None = None) -> np.ndarray:
-    """Return uint8 [size], holding `data`, whose end no access passes: the page behind it cannot be read or written."""
+    """Return uint8 [size] with the content `data`; the page after its end can be neither read nor written."""
     pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
     memory = np.frombuffer(mmap.mmap(-1, pages + mmap.PAGESIZE), np.uint8)
     assert _LIBC.mprotect(memory.ctypes.data + pages, mmap.PAGESIZE, 0) == 0
-    found = memory[pages - size : pages]
+    content = memory[pages - size : pages]
     if data is not None:
-        found[:] = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
-    return found
+        content[:] = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
+    return content
 
 
 class Forger:
     """Forged variants of one beton."""
 
     def __init__(self, beton: Path) -> None:
-        self._whole = beton.read_bytes()
-        *_, self._count, self._table = HEADER.unpack_from(self._whole)
+        self._original = beton.read_bytes()
+        *_, self._count, self._table = HEADER.unpack_from(self._original)
         self._manifest = manifest_path(beton).read_bytes()
 
     def write(self, number: int, to: Path) -> None:
-        """Write variant `number` to `to`: without a manifest, beside the true one, or beside one forged to fit."""
+        """Write variant `number` to `to`: without a manifest, with the original one, or with one forged to match."""
         draw = random.Random(number)
-        data = bytearray(self._whole)
+        data = bytearray(self._original)
         for _ in range(draw.choice([1, 1, 1, 2, 3])):
             draw.choice([self._bit, self._word, self._word, self._row, self._entry, self._overlap, self._record])(
                 draw, data
@@ -71,7 +71,7 @@ class Forger:
             _forge_manifest(to)
 
     def _at(self, draw: random.Random) -> int:
-        """Return a place in the header, the fields' types, the rows or the allocation table."""
+        """Return an offset in the header, the fields' types, the rows or the allocation table."""
         parts = [(0, HEADER.size), (HEADER.size, 24), (HEADER.size + FIELD, 24), (ROWS, self._count * ROW.size)]
         start, size = draw.choice([*parts, (self._table, self._count * ENTRY.size)])
         return start + draw.randrange(size)
@@ -105,15 +105,15 @@ class Forger:
         ENTRY.pack_into(data, at, sample, pointer, draw.choice([max(near, 0), 0, 1, 2**63, 2**64 - 1, len(data)]))
 
     def _overlap(self, draw: random.Random, data: bytearray) -> None:
-        """Let a record begin elsewhere: inside another, in the header, in the table, or beyond the end."""
+        """Move the start of a record into another record, the header, the table, or beyond the end."""
         index, other = draw.randrange(self._count), draw.randrange(self._count)
-        pointer = ROW.unpack_from(data, ROWS + other * ROW.size)[3]
-        places = [pointer, pointer + 1, pointer + 100, 0, 8, ROWS, ROWS + 5, self._table - 1, self._table, len(data)]
-        place = draw.choice([*places, 2**63, 2**64 - 1])
+        start = ROW.unpack_from(data, ROWS + other * ROW.size)[3]
+        starts = [start, start + 1, start + 100, 0, 8, ROWS, ROWS + 5, self._table - 1, self._table, len(data)]
+        pointer = draw.choice([*starts, 2**63, 2**64 - 1])
         mode, width, height, _, label = ROW.unpack_from(data, ROWS + index * ROW.size)
-        ROW.pack_into(data, ROWS + index * ROW.size, mode, width, height, place, label)
+        ROW.pack_into(data, ROWS + index * ROW.size, mode, width, height, pointer, label)
         at = self._table + index * ENTRY.size
-        ENTRY.pack_into(data, at, index, place, ENTRY.unpack_from(data, at)[2])
+        ENTRY.pack_into(data, at, index, pointer, ENTRY.unpack_from(data, at)[2])
 
     def _record(self, draw: random.Random, data: bytearray) -> None:
         """Damage the bytes of an image."""
@@ -124,31 +124,29 @@ class Forger:
 
 
 def _forge_manifest(beton: Path) -> None:
-    """Write a manifest that says of the beton what it is, so that its CRCs hold."""
+    """Write a manifest that matches the beton, with its CRCs."""
     with contextlib.suppress(InputError):
-        found = Beton(beton)
-        crcs = [zlib.crc32(found.record(index)) for index in range(len(found))]
-        names = [f"{index}.jpg" for index in range(len(found))]
-        Manifest(len(found), [], found._header_crc32(), found.file_size, {}, {}, crcs, names).write(
-            manifest_path(beton)
-        )
+        copy = Beton(beton)
+        crcs = [zlib.crc32(copy.record(index)) for index in range(len(copy))]
+        names = [f"{index}.jpg" for index in range(len(copy))]
+        Manifest(len(copy), [], copy._header_crc32(), copy.file_size, {}, {}, crcs, names).write(manifest_path(beton))
 
 
 def use(beton: Path, number: int = 0) -> None:
     """Open a beton, describe and verify it, and read all its records through the loader. Raises InputError.
 
-    number: decides on the backend, and whether what cannot be read is passed over.
+    number: decides on the backend, and whether unreadable records are skipped.
     """
     backend, skips = ("ffcv", "ffcv", "ffcv_gpu", "resident")[number % 4], number % 3 == 0
-    found = Beton(beton, tolerate=skips)
-    starts, sizes = found.pointers.astype(object), found.sizes.astype(object)
-    assert all(start < start + size <= found.file_size for start, size in zip(starts, sizes, strict=True))
-    assert all(start >= ROWS for index, start in enumerate(starts) if index not in found.unreadable)
-    assert describe(found).isascii()
-    found.data = fenced(found.file_size, found.data)
-    verify(found, quiet=True)
+    copy = Beton(beton, tolerate=skips)
+    starts, sizes = copy.pointers.astype(object), copy.sizes.astype(object)
+    assert all(start < start + size <= copy.file_size for start, size in zip(starts, sizes, strict=True))
+    assert all(start >= ROWS for index, start in enumerate(starts) if index not in copy.unreadable)
+    assert describe(copy).isascii()
+    copy.data = fenced(copy.file_size, copy.data)
+    verify(copy, quiet=True)
     options: dict[str, Any] = {"stall_timeout": 600, "backend": backend, "on_bad": "skip" if skips else "error"}
-    loader = Loader(found, AUGMENTATIONS["moco_v2"], size=16, batch=len(found), workers=1, prefetch_factor=1, **options)
+    loader = Loader(copy, AUGMENTATIONS["moco_v2"], size=16, batch=len(copy), workers=1, prefetch_factor=1, **options)
     try:
         for batch in loader:
             assert batch.ids.tolist() != []
@@ -157,7 +155,7 @@ def use(beton: Path, number: int = 0) -> None:
 
 
 def damaged_jpeg(draw: random.Random, data: bytes) -> bytes:
-    """Return the JPEG with bytes of its headers or of its entropy-coded data changed, moved, repeated or left out."""
+    """Return the JPEG with bytes of its headers or entropy-coded data changed, moved, repeated or deleted."""
     changed = bytearray(data)
     headers = max(data.find(b"\xff\xda"), 4)
     for _ in range(draw.choice([1, 1, 2, 4, 8])):
@@ -182,7 +180,7 @@ def damaged_jpeg(draw: random.Random, data: bytes) -> bytes:
 
 
 def decode_all_ways(data: bytes, draw: random.Random) -> None:
-    """Decode a JPEG by libjpeg-turbo in part and whole, by FFCV's function, and by Pillow. Raises InputError."""
+    """Decode a JPEG by jpeg.c in part and in full, by FFCV's function, and by Pillow. Raises InputError."""
     source = fenced(len(data), data)
     height, width = (int(side) for side in jpeg_frame(source)[:2])
     if 0 < height * width <= 1 << 22:
@@ -197,7 +195,7 @@ def decode_all_ways(data: bytes, draw: random.Random) -> None:
 
 
 def decode_part(source: np.ndarray, sides: tuple[int, int], box: tuple[int, int, int, int]) -> int:
-    """Return the status of decoding a rectangle, between fences."""
+    """Decode a rectangle between fences; return the status."""
     out = fenced(3 * box[2] * box[3])
     return (
         int(decode_rectangle(source.ctypes.data, source.size, *sides, *box, out.ctypes.data)) if decode_rectangle else 0

@@ -1,4 +1,4 @@
-"""Tests of reading betons: truncated, forged and foreign files, and manifests that do not fit."""
+"""Tests of reading betons: truncated, forged and foreign files, and mismatched manifests."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ HEADER = struct.Struct("<HHIQQ")  # version, fields, page size, samples, allocat
 FIELD, ROW = 1041, struct.Struct("<BHHQ3xq")  # field: type, name, arguments; row: mode, width, height, pointer, label
 ROWS = HEADER.size + 2 * FIELD
 ENTRY = struct.Struct("<QQQ")  # sample, pointer, size
-LARGEST = 64 << 20  # bytes that opening and checking a small file may take
+MAX_BYTES = 64 << 20  # of memory for opening and checking a small file
 
 
 def _opens(path: Path) -> None:
-    """Open the file and check every record; raises InputError if it is refused, and nothing else."""
+    """Open the file and check every record. Raises InputError if it is refused, and nothing else."""
     beton = Beton(path)
     for index in range(len(beton)):
         start, size = int(beton.pointers[index]), int(beton.sizes[index])
@@ -68,7 +68,7 @@ def _entry(path: Path, index: int, **changes: int) -> None:
 
 
 def _pointer(path: Path, index: int, value: int) -> None:
-    """Change where a sample stands, in its row and in the table."""
+    """Change a sample's pointer, in its row and in the table."""
     _row(path, index, pointer=value)
     _entry(path, index, pointer=value)
 
@@ -79,15 +79,15 @@ def _first(path: Path, mode: int) -> int:
 
 @pytest.fixture
 def _memory() -> Iterator[None]:
-    """Fail a test that asks for much memory at any time."""
+    """Fail a test that allocates much memory at any time."""
     tracemalloc.start()
     yield
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < LARGEST
+    assert peak < MAX_BYTES
 
 
-def test_a_beton_holds_what_was_prepared(small: Path) -> None:
+def test_a_beton_has_the_prepared_images(small: Path) -> None:
     beton = Beton(small)
     assert len(beton) == 8
     assert beton.classes == ["a", "b"]
@@ -100,41 +100,41 @@ def test_a_beton_holds_what_was_prepared(small: Path) -> None:
     assert set(beton.modes.tolist()) == {JPEG, RAW}
 
 
-def test_a_beton_without_its_manifest_opens_with_numbers_for_names(bare: Path) -> None:
+def test_a_beton_without_manifest_has_numbers_for_names(bare: Path) -> None:
     beton = Beton(bare)
     assert (beton.manifest, beton.crc32, beton.classes, beton.name(3)) == (None, None, [], "number 3")
     _opens(bare)
 
 
-def test_a_fingerprint_is_the_files_own_and_tells_others_apart(small: Path, bare: Path, tmp_path: Path) -> None:
+def test_a_fingerprint_identifies_its_file(small: Path, bare: Path, tmp_path: Path) -> None:
     first = Beton(bare).fingerprint
     assert Beton(bare).fingerprint == first
     _row(bare, 0, label=5)
     assert Beton(bare).fingerprint != first
 
 
-# No beton
+# ---- other files ----
 
 
 @pytest.mark.parametrize(
-    ("data", "says"),
+    ("data", "message"),
     [
         (None, "no such file: write it with python -m pipeline.prepare"),
-        (b"", "ends before its header: not a whole beton"),
-        (b"\x02", "ends before its header: not a whole beton"),
-        (np.random.default_rng(0).bytes(5000), "not a whole beton"),
-        (bytes(5000), "not a whole beton"),
-        (b"\xff" * 5000, "not a whole beton"),
-        (saved(picture(300, 300)), "not a whole beton"),
+        (b"", "ends before its header: not an intact beton"),
+        (b"\x02", "ends before its header: not an intact beton"),
+        (np.random.default_rng(0).bytes(5000), "not an intact beton"),
+        (bytes(5000), "not an intact beton"),
+        (b"\xff" * 5000, "not an intact beton"),
+        (saved(picture(300, 300)), "not an intact beton"),
     ],
     ids=["missing", "empty", "one byte", "random", "zeros", "ones", "a JPEG"],
 )
 @pytest.mark.usefixtures("_memory")
-def test_what_is_no_beton_is_refused_with_its_name(data: bytes | None, says: str, tmp_path: Path) -> None:
+def test_other_files_are_refused_by_name(data: bytes | None, message: str, tmp_path: Path) -> None:
     path = tmp_path / "x.beton"
     if data is not None:
         path.write_bytes(data)
-    with pytest.raises(InputError, match=rf"x\.beton: .*{says}"):
+    with pytest.raises(InputError, match=rf"x\.beton: .*{message}"):
         Beton(path)
 
 
@@ -165,24 +165,24 @@ def test_bytes_added_at_the_end_are_refused(bare: Path) -> None:
         Beton(bare)
 
 
-# Forged betons
+# ---- forged betons ----
 
 BIG = 2**64 - 1
 
 
 @pytest.mark.parametrize(
-    ("offset", "kind", "value", "says"),
+    ("offset", "kind", "value", "message"),
     [
         (0, "<H", 1, "format version 2"),
         (0, "<H", 3, "format version 2"),
         (2, "<H", 0, "format version 2"),
         (2, "<H", 65535, "format version 2"),
-        (2, "<H", 1, "not a whole beton"),
-        (2, "<H", 64, "not a whole beton"),
-        (8, "<Q", 0, "it holds no sample"),
+        (2, "<H", 1, "not an intact beton"),
+        (2, "<H", 64, "not an intact beton"),
+        (8, "<Q", 0, "it has no sample"),
         (8, "<Q", BIG, "ends before its metadata"),
         (8, "<Q", 2**60, "ends before its metadata"),
-        (8, "<Q", 9, "not a whole beton"),
+        (8, "<Q", 9, "not an intact beton"),
         (16, "<Q", 0, "allocation table is not where"),
         (16, "<Q", ROWS, "allocation table is not where"),
         (16, "<Q", 2**40, "allocation table is not where"),
@@ -192,13 +192,13 @@ BIG = 2**64 - 1
         (HEADER.size, "<B", 1, "it has no image field"),
         (HEADER.size, "<B", 4, "field whose description cannot be read"),
         (HEADER.size + FIELD, "<B", 4, "field whose description cannot be read"),
-        (HEADER.size + FIELD, "<B", 3, "not a whole beton"),
+        (HEADER.size + FIELD, "<B", 3, "not an intact beton"),
     ],
 )
 @pytest.mark.usefixtures("_memory")
-def test_a_forged_header_is_refused(offset: int, kind: str, value: int, says: str, bare: Path) -> None:
+def test_a_forged_header_is_refused(offset: int, kind: str, value: int, message: str, bare: Path) -> None:
     _set(bare, offset, struct.pack(kind, value))
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match=message):
         Beton(bare)
 
 
@@ -211,7 +211,7 @@ def _first_jpeg(change: Callable[[Path, int], None]) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    ("forge", "says"),
+    ("forge", "message"),
     [
         (lambda path: _row(path, 3, pointer=ROWS + 999), "sample 3 has a pointer that its allocation table does not"),
         (lambda path: _row(path, 3, pointer=BIG), "sample 3 has a pointer that its allocation table does not"),
@@ -234,14 +234,14 @@ def _first_jpeg(change: Callable[[Path, int], None]) -> Callable[[Path], None]:
     ],
 )
 @pytest.mark.usefixtures("_memory")
-def test_a_forged_sample_is_refused_with_its_number(forge: Callable[[Path], None], says: str, bare: Path) -> None:
+def test_a_forged_sample_is_refused_with_its_number(forge: Callable[[Path], None], message: str, bare: Path) -> None:
     forge(bare)
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match=message):
         Beton(bare)
 
 
 @pytest.mark.parametrize(("change", "value"), [("height", 1), ("width", 64)])
-def test_a_jpeg_of_other_dimensions_than_its_row_says_does_not_decode(change: str, value: int, bare: Path) -> None:
+def test_a_jpeg_of_other_dimensions_than_its_row_is_damaged(change: str, value: int, bare: Path) -> None:
     index = _first(bare, JPEG)
     _row(bare, index, **{change: value})
     beton = Beton(bare)
@@ -278,21 +278,21 @@ def test_random_changes_to_jpegs_do_not_crash_decoding(bare: Path) -> None:
     data, rng, beton = bare.read_bytes(), np.random.default_rng(6), Beton(bare)
     index = _first(bare, JPEG)
     start, size = int(beton.pointers[index]), int(beton.sizes[index])
-    found = 0
+    damaged = 0
     for _ in range(200):
         changed = bytearray(data)
         for at in rng.integers(start, start + size, int(rng.integers(1, 6))):
             changed[at] = int(rng.choice([0, 1, 0x7F, 0xFF, int(rng.integers(256))]))
         bare.write_bytes(changed)
-        found += check_record(Beton(bare), index) is not None
-    assert found > 50
+        damaged += check_record(Beton(bare), index) is not None
+    assert damaged > 50
 
 
 @pytest.mark.parametrize(
     "options", [{"quality": 1}, {"quality": 1, "progressive": True}, {"quality": 1, "optimize": True}]
 )
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_the_smallest_jpegs_are_not_taken_for_forged_ones(mode: str, options: dict[str, Any], tmp_path: Path) -> None:
+def test_the_smallest_jpegs_are_accepted(mode: str, options: dict[str, Any], tmp_path: Path) -> None:
     data = saved(Image.new(mode, (3000, 3000), "gray"), **options)
     writer = BetonWriter(tmp_path / "x.beton", 1)
     writer.append(encode(data, 0, Settings(max_side=0)), 0)
@@ -301,7 +301,7 @@ def test_the_smallest_jpegs_are_not_taken_for_forged_ones(mode: str, options: di
     _opens(tmp_path / "x.beton")
 
 
-# Manifests
+# ---- manifests ----
 
 
 def _change_manifest(beton: Path, **changes: object) -> None:
@@ -310,17 +310,17 @@ def _change_manifest(beton: Path, **changes: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"format": 2}, "manifest format 2, this version reads 1: write it again"),
         ({"format": None}, "manifest format None"),
         ({"count": 7}, "must list 7 values"),
-        ({"count": 7, "crc32": [0] * 7, "names": ["x"] * 7}, "holds 8 samples in .* its manifest .* says 7"),
+        ({"count": 7, "crc32": [0] * 7, "names": ["x"] * 7}, "has 8 samples in .* its manifest .* says 7"),
         ({"count": "8"}, "must be integers"),
         ({"count": 8.0}, "must be integers"),
         ({"count": None}, "must be integers"),
         ({"file_size": 10}, "its manifest .* says 8 in 10"),
-        ({"header_crc32": 1}, "header or metadata are not those its manifest was made for"),
+        ({"header_crc32": 1}, "header or metadata do not match its manifest"),
         ({"header_crc32": True}, "must be integers"),
         ({"crc32": [0] * 7}, "crc32 must list 8 values of type int"),
         ({"crc32": [0.5] * 8}, "crc32 must list 8 values of type int"),
@@ -338,9 +338,9 @@ def _change_manifest(beton: Path, **changes: object) -> None:
         ({"extra": 1}, "not a manifest"),
     ],
 )
-def test_a_manifest_that_does_not_fit_is_refused(changes: dict[str, object], says: str, small: Path) -> None:
+def test_a_mismatched_manifest_is_refused(changes: dict[str, object], message: str, small: Path) -> None:
     _change_manifest(small, **changes)
-    with pytest.raises(InputError, match=says) as error:
+    with pytest.raises(InputError, match=message) as error:
         Beton(small)
     assert "small.beton" in str(error.value)
     assert "python -m pipeline.prepare" in str(error.value)
@@ -350,7 +350,7 @@ def test_a_manifest_that_does_not_fit_is_refused(changes: dict[str, object], say
     "data",
     [b"", b"not JSON", b"\xff\xfe\x00", b"[1, 2]", b"null", b"{}", b'{"count": 8}', b'{"count": 8', b"[" * 100_000],
 )
-def test_what_is_no_manifest_is_refused_with_the_remedy(data: bytes, small: Path) -> None:
+def test_other_manifest_files_are_refused_with_the_remedy(data: bytes, small: Path) -> None:
     manifest_path(small).write_bytes(data)
     with pytest.raises(InputError, match=r"json: not (a manifest|valid JSON|text) .*: write it again .*, or delete"):
         Beton(small)
@@ -366,11 +366,11 @@ def test_another_betons_manifest_is_refused(small: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("change", [lambda path: _row(path, 2, label=1), lambda path: _entry(path, 2, sample=5)])
 def test_changed_metadata_is_found_by_the_manifest(change: Callable[[Path], None], small: Path) -> None:
     change(small)
-    with pytest.raises(InputError, match="header or metadata are not those"):
+    with pytest.raises(InputError, match="header or metadata do not match"):
         Beton(small)
 
 
-def test_a_manifest_is_read_as_it_was_written(small: Path, tmp_path: Path) -> None:
+def test_a_manifest_round_trips(small: Path, tmp_path: Path) -> None:
     manifest = Manifest.read(manifest_path(small), 8)
     manifest.skipped = [["größe.jpg", "the file is empty"]]
     manifest.names[0] = b"caf\xe9".decode("utf-8", "surrogateescape")
@@ -378,7 +378,7 @@ def test_a_manifest_is_read_as_it_was_written(small: Path, tmp_path: Path) -> No
     assert Manifest.read(tmp_path / "copy.json", 8) == manifest
 
 
-# Betons that FFCV wrote
+# ---- betons written by FFCV ----
 
 
 @pytest.fixture
@@ -393,7 +393,7 @@ def _thread_counts() -> Iterator[None]:
 @pytest.mark.parametrize(("mode", "number"), [("jpg", JPEG), ("raw", RAW)])
 @pytest.mark.parametrize("labeled", [True, False])
 def test_a_beton_written_by_ffcv_opens_and_decodes(mode: str, number: int, labeled: bool, tmp_path: Path) -> None:
-    assert libffcv  # before ffcv itself: it keeps the number of threads
+    assert libffcv  # imported before ffcv: it restores the number of threads
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
 

@@ -1,4 +1,4 @@
-"""Betons and JPEGs forged at random, some of them beside a manifest that is forged to fit: refused, or harmless."""
+"""Betons and JPEGs forged at random, some with a manifest forged to match: refused, or harmless."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pipeline.inspect import main as inspect_main
 from pipeline.native.libffcv import JPEG
 from pipeline.native.libjpeg import decode_rectangle
 from pipeline.prepare import prepare
-from pipeline.storage.decode import _decode_whole, check_record
+from pipeline.storage.decode import _decode_full, check_record
 from pipeline.storage.encode import Settings, Unreadable, encode
 from pipeline.storage.writer import BetonWriter
 from pipeline.system.errors import InputError
@@ -43,7 +43,7 @@ KINDS = KINDS | {
 
 @pytest.fixture
 def forger(tmp_path: Path) -> Forger:
-    """Of a beton of JPEGs of several kinds, and pixels."""
+    """A forger of a beton of JPEGs of several kinds, and raw records."""
     files = {f"a/{i}.jpg": saved(noisy(20 + 7 * i, 50 - 3 * i, i), **kind) for i, kind in enumerate(KINDS.values())}
     source = pack("folder", files, tmp_path)
     prepare(str(source), tmp_path / "x.beton", Settings(mode="proportion", jpeg_share=0.8), workers=1, quiet=True)
@@ -102,7 +102,7 @@ print(harmless)
 
 @pytest.mark.slow
 def test_compiled_code_stays_inside_its_arrays(forger: Forger, tmp_path: Path) -> None:
-    """Numba checks every index then; it raises IndexError, which nothing catches."""
+    """Numba checks every index and raises IndexError, which nothing catches."""
     assert forger
     environment = os.environ | {
         "NUMBA_BOUNDSCHECK": "1",
@@ -115,7 +115,7 @@ def test_compiled_code_stays_inside_its_arrays(forger: Forger, tmp_path: Path) -
     assert 100 < int(done.stdout) < 900
 
 
-# JPEGs
+# ---- JPEGs ----
 
 
 def _damaged(count: int) -> Outcome:
@@ -148,10 +148,10 @@ def test_damaged_jpegs_are_decoded_within_their_buffers(record_property: Callabl
 
 
 def _many_scans(count: int) -> bytes:
-    """A gray progressive JPEG of 2048 by 2048 pixels and so many scans, up to 883, with which nothing is wrong.
+    """Return a valid gray progressive JPEG of 2048 by 2048 pixels and `count` scans, up to 883.
 
-    One for the blocks' means, of a bit each; one for each other coefficient's highest bit, and for each lower bit, of
-    four runs of 16384 blocks without any.
+    One scan for the blocks' means, of a bit each; for each other coefficient one for the highest bit and for each lower
+    bit, of four runs of 16384 blocks without any.
     """
     scans = [(k, 0, 13) for k in range(1, 64)] + [(k, low + 1, low) for low in range(12, -1, -1) for k in range(1, 64)]
     tables = bytes([0xFF, 0xDB, 0, 67, 0]) + b"\1" * 64 + b"\xff\xc2\0\x0b\x08" + struct.pack(">HH", 2048, 2048)
@@ -164,15 +164,15 @@ def _many_scans(count: int) -> bytes:
     return data + b"\xff\xd9"
 
 
-def test_a_jpeg_of_many_scans_is_given_up_early() -> None:
-    """Each goes over the whole image, and takes 18 bytes: 8 MB of them would take hours."""
+def test_a_jpeg_of_many_scans_is_refused_early() -> None:
+    """A scan goes over all pixels and takes 18 bytes: 8 MB of scans would take hours."""
     sides, box = (2048, 2048), (0, 0, 2048, 2048)
     for count, scanned in ((1, True), (100, True), (101, False), (883, False)):
         data = _many_scans(count)
         assert len(data) < 30_000
         source = fenced(len(data), data)
         assert decode_part(source, sides, box) == (0 if scanned or decode_rectangle is None else 1), count
-        assert _decode_whole(source, *sides, None, np.zeros(3 << 22, np.uint8)) == scanned, count
+        assert _decode_full(source, *sides, None, np.zeros(3 << 22, np.uint8)) == scanned, count
         if scanned:
             encode(data, 0, Settings())
         else:
@@ -187,8 +187,8 @@ def test_the_scans_of_an_ordinary_progressive_jpeg_are_decoded() -> None:
     assert encode(data, 0, Settings()).data == data
 
 
-def test_an_image_beyond_all_measure_is_refused(tmp_path: Path) -> None:
-    """134 million pixels are read, and not one more: 8 MB of JPEG could hold four billion."""
+def test_a_huge_image_is_refused(tmp_path: Path) -> None:
+    """134 million pixels are the limit: 8 MB of JPEG could contain four billion."""
     writer = BetonWriter(tmp_path / "x.beton", 1)
     row = encode(saved(picture()), 0, Settings())
     large = io.BytesIO(row.data + bytes(9_000_000))
@@ -198,7 +198,7 @@ def test_an_image_beyond_all_measure_is_refused(tmp_path: Path) -> None:
         Beton(tmp_path / "x.beton")
 
 
-# Manifests
+# ---- manifests ----
 
 
 def _say(beton: Path, **changes: object) -> None:
@@ -207,7 +207,7 @@ def _say(beton: Path, **changes: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"settings": {"a": {"b": 1}}}, "settings and versions must be objects of plain values"),
         ({"settings": {"a": [1]}}, "settings and versions must be objects of plain values"),
@@ -222,9 +222,9 @@ def _say(beton: Path, **changes: object) -> None:
         ({"classes": ["a"]}, "has label 1, and small.beton.json 1 classes"),
     ],
 )
-def test_a_hostile_manifest_is_refused(changes: dict[str, object], says: str, small: Path) -> None:
+def test_a_hostile_manifest_is_refused(changes: dict[str, object], message: str, small: Path) -> None:
     _say(small, **changes)
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match=message):
         Beton(small)
 
 
@@ -245,8 +245,8 @@ def test_a_pipe_is_no_manifest(small: Path) -> None:
 
 
 def test_nested_lists_in_a_manifest_take_memory_in_proportion(small: Path) -> None:
-    said = json.loads(manifest_path(small).read_text()) | {"crc32": [[]] * 500_000}
-    manifest_path(small).write_text(json.dumps(said, separators=(",", ":")))
+    manifest = json.loads(manifest_path(small).read_text()) | {"crc32": [[]] * 500_000}
+    manifest_path(small).write_text(json.dumps(manifest, separators=(",", ":")))
     tracemalloc.start()
     with pytest.raises(InputError, match="crc32 must list"):
         Manifest.read(manifest_path(small), 8)
@@ -271,10 +271,10 @@ def test_names_from_outside_are_printed_harmlessly(
     assert all(letter.isprintable() or letter == "\n" for letter in shown)
 
 
-def test_a_label_beyond_belief_is_not_counted_with(bare: Path) -> None:
+def test_count_classes_refuses_a_huge_label(bare: Path) -> None:
     beton = Beton(bare)
     beton.labels[3] = 10**6
-    with pytest.raises(InputError, match=r"holds label 1000000: give less than 1000000"):
+    with pytest.raises(InputError, match=r"has label 1000000: give less than 1000000"):
         count_classes(beton)
     beton.labels[3] = np.int64(7)
     assert count_classes(beton) == 8

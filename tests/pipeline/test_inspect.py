@@ -1,4 +1,4 @@
-"""Tests of inspecting: the description, verification that finds exactly the damaged records, and the preview."""
+"""Tests of inspection: the description, the verification, and the preview."""
 
 from __future__ import annotations
 
@@ -76,34 +76,34 @@ def test_the_description_counts_classes_without_images(tmp_path: Path) -> None:
     assert "10 classes of 0 to 1 images" in describe(Beton(tmp_path / "x.beton"))
 
 
-def test_the_description_lists_what_was_left_out_even_of_names_that_are_no_text(tmp_path: Path) -> None:
+def test_the_description_lists_skipped_images_also_of_undecodable_names(tmp_path: Path) -> None:
     name = b"caf\xe9.jpg".decode("utf-8", "surrogateescape")
-    source = pack("folder", {name: b"", "whole.jpg": saved(picture())}, tmp_path)
+    source = pack("folder", {name: b"", "intact.jpg": saved(picture())}, tmp_path)
     prepare(str(source), tmp_path / "x.beton", skip_bad=1, workers=1, quiet=True)
-    assert "left out   caf\\udce9.jpg: the file is empty" in describe(Beton(tmp_path / "x.beton"))
+    assert "skipped    caf\\udce9.jpg: the file is empty" in describe(Beton(tmp_path / "x.beton"))
 
 
 @pytest.mark.parametrize("label", [2**62, -(2**62)])
-def test_the_description_of_forged_labels_takes_no_memory_for_them(label: int, bare: Path) -> None:
+def test_forged_labels_take_no_memory_in_the_description(label: int, bare: Path) -> None:
     beton = Beton(bare)
     beton.labels[0] = label
     assert "labels     " in describe(beton)
 
 
-def test_verification_finds_exactly_the_changed_records(damaged: Path) -> None:
+def test_verification_finds_the_changed_records_and_no_others(damaged: Path) -> None:
     bad = verify(Beton(damaged), quiet=True)
     assert [index for index, _ in bad] == list(DAMAGED)
     assert all("CRC32 differs" in fault for _, fault in bad)
 
 
-def test_verification_of_a_whole_file_finds_nothing(drawn: Path, small: Path) -> None:
+def test_verification_of_an_intact_file_finds_nothing(drawn: Path, small: Path) -> None:
     assert verify(Beton(drawn), quiet=True) == verify(Beton(small), quiet=True) == []
 
 
 def test_verification_finds_raw_records_that_changed(small: Path) -> None:
     index = Beton(small).modes.tolist().index(RAW)
     _flip(small, index)
-    assert [found for found, _ in verify(Beton(small), quiet=True)] == [index]
+    assert [sample for sample, _ in verify(Beton(small), quiet=True)] == [index]
 
 
 def test_verification_without_a_manifest_finds_a_jpeg_of_other_dimensions(bare: Path) -> None:
@@ -119,14 +119,14 @@ def test_verification_without_a_manifest_finds_a_jpeg_of_other_dimensions(bare: 
     ]
 
 
-def test_verification_without_a_manifest_finds_a_record_that_is_no_jpeg(bare: Path) -> None:
+def test_verification_without_a_manifest_finds_a_record_of_zeros(bare: Path) -> None:
     beton = Beton(bare)
     index = beton.modes.tolist().index(JPEG)
     data = bytearray(bare.read_bytes())
     start, size = int(beton.pointers[index]), int(beton.sizes[index])
     data[start : start + size] = bytes(size)
     bare.write_bytes(data)
-    assert [found for found, _ in verify(Beton(bare), quiet=True)] == [index]
+    assert [sample for sample, _ in verify(Beton(bare), quiet=True)] == [index]
 
 
 def test_the_command_lists_damaged_records_and_exits_with_1(
@@ -136,15 +136,15 @@ def test_the_command_lists_damaged_records_and_exits_with_1(
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("bad:", "verified:"))]
     assert len(lines) == 4
     for line, index in zip(lines, DAMAGED, strict=False):
-        assert line.startswith(f"bad: sample {index} (drawn/{index:08d}.jpg): its bytes are not those")
-    assert lines[-1] == "verified: 197 of 200 records are whole"
+        assert line.startswith(f"bad: sample {index} (drawn/{index:08d}.jpg): its bytes changed since")
+    assert lines[-1] == "verified: 197 of 200 records are intact"
 
 
-def test_the_command_exits_with_0_for_a_whole_file(
+def test_the_command_exits_with_0_for_an_intact_file(
     drawn: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_command(main, monkeypatch, drawn, "--verify") == 0
-    assert "verified: 200 of 200 records are whole" in capsys.readouterr().out
+    assert "verified: 200 of 200 records are intact" in capsys.readouterr().out
 
 
 def test_the_command_draws_a_preview(
@@ -152,7 +152,7 @@ def test_the_command_draws_a_preview(
 ) -> None:
     png = tmp_path / "views.png"
     assert run_command(main, monkeypatch, small, "--preview", png, "--size", 32, "--count", 4) == 0
-    assert f"preview: {png} (each original beside its 2 views)" in capsys.readouterr().out
+    assert f"preview: {png} (each original with its 2 views)" in capsys.readouterr().out
     picture = Image.open(png)
     assert picture.format == "PNG"
     cell = 3 * 32 + 6  # small views are shown three times as large
@@ -161,14 +161,14 @@ def test_the_command_draws_a_preview(
     assert np.asarray(picture).std() > 20
 
 
-def test_a_preview_is_the_same_for_the_same_seed_and_another_for_another(small: Path) -> None:
+def test_a_preview_depends_on_the_seed(small: Path) -> None:
     beton, views = Beton(small), AUGMENTATIONS["moco_v2"]
     first, again, other = (np.asarray(preview(beton, views, size=16, count=3, seed=seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
 
 
-def test_a_preview_shows_the_originals_as_they_are(tmp_path: Path) -> None:
+def test_a_preview_shows_the_originals_unchanged(tmp_path: Path) -> None:
     images = [np.asarray(picture(96, 96, seed)) for seed in range(4)]
     source = pack(
         "folder", {f"{i}.bmp": saved(Image.fromarray(image), "bmp") for i, image in enumerate(images)}, tmp_path
@@ -181,7 +181,7 @@ def test_a_preview_shows_the_originals_as_they_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["{}/none.beton"], "no such file: write it with"),
         (["{}/small.beton", "--preview", "{}/none/x.png"], "cannot be written"),
@@ -194,7 +194,7 @@ def test_a_preview_shows_the_originals_as_they_are(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("small")
 def test_the_command_refuses_bad_input_with_one_line_and_status_2(
     arguments: list[str],
-    says: str,
+    message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -202,7 +202,7 @@ def test_the_command_refuses_bad_input_with_one_line_and_status_2(
     assert run_command(main, monkeypatch, *(argument.replace("{}", str(tmp_path)) for argument in arguments)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
-    assert says in line
+    assert message in line
 
 
 def test_the_command_refuses_a_manifest_of_wrong_types(

@@ -1,4 +1,4 @@
-"""Copies of betons on a local disk."""
+"""Tests of copies of betons on a local disk."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from pipeline.stage import stage
 from pipeline.system.errors import InputError
 
 
-def test_a_copy_is_the_same_and_is_made_once(drawn: Path, tmp_path: Path) -> None:
-    copy = stage(drawn, tmp_path / "disk", quiet=True)
+def test_a_copy_is_identical_and_made_once(drawn: Path, tmp_path: Path) -> None:
+    copy = stage(drawn, tmp_path / "disk")
     assert copy == tmp_path / "disk" / drawn.name
     assert copy.read_bytes() == drawn.read_bytes()
     assert manifest_path(copy).read_bytes() == manifest_path(drawn).read_bytes()
     assert sorted(p.name for p in copy.parent.iterdir()) == sorted([copy.name, manifest_path(copy).name])
     written = copy.stat().st_mtime_ns
-    assert stage(drawn, tmp_path / "disk", quiet=True) == copy
+    assert stage(drawn, tmp_path / "disk") == copy
     assert copy.stat().st_mtime_ns == written
     assert stage(copy, copy.parent) == copy
 
 
-def test_another_or_broken_copy_is_replaced(drawn: Path, tmp_path: Path) -> None:
+def test_a_differing_or_broken_copy_is_replaced(drawn: Path, tmp_path: Path) -> None:
     prepare("synthetic:30", tmp_path / drawn.name, workers=1, quiet=True)
-    assert stage(drawn, tmp_path, quiet=True).read_bytes() == drawn.read_bytes()
+    assert stage(drawn, tmp_path).read_bytes() == drawn.read_bytes()
     os.truncate(tmp_path / drawn.name, 5000)
-    assert Beton(stage(drawn, tmp_path, quiet=True)).fingerprint == Beton(drawn).fingerprint
+    assert Beton(stage(drawn, tmp_path)).fingerprint == Beton(drawn).fingerprint
 
 
-def test_a_crash_or_a_full_disk_leaves_what_was_there(
+def test_a_crash_or_a_full_disk_leaves_the_old_copy(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare("synthetic:30", tmp_path / drawn.name, workers=1, quiet=True)
@@ -54,7 +54,7 @@ def test_a_crash_or_a_full_disk_leaves_what_was_there(
         with monkeypatch.context() as patched:
             patched.setattr(module.os, "fsync", _failing_at(last))
             with pytest.raises(InputError, match=f"{tmp_path}: No space left"):
-                stage(drawn, tmp_path, quiet=True)
+                stage(drawn, tmp_path)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -68,13 +68,13 @@ def _failing_at(call: int) -> Callable[[int], None]:
     return fail
 
 
-def test_a_killed_copy_is_cleared_up_and_two_at_once_make_one(drawn: Path, tmp_path: Path) -> None:
+def test_a_killed_copy_is_deleted_and_concurrent_runs_copy_once(drawn: Path, tmp_path: Path) -> None:
     (tmp_path / f".{drawn.name}.writing").write_bytes(b"half")
     call = [sys.executable, "-m", "pipeline.stage", str(drawn), str(tmp_path)]
     both = [subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate() for process in both]
-    assert [out.strip() for out, _ in said] == [str(tmp_path / drawn.name)] * 2
-    assert sum("100%" in err for _, err in said) == 1  # the other found the copy there
+    outputs = [process.communicate() for process in both]
+    assert [out.strip() for out, _ in outputs] == [str(tmp_path / drawn.name)] * 2
+    assert sum("100%" in err for _, err in outputs) == 1  # the other one reused the copy
     assert sorted(p.name for p in tmp_path.iterdir()) == [drawn.name, f"{drawn.name}.json"]
 
 
@@ -83,10 +83,10 @@ def test_a_stale_manifest_does_not_outlive_its_beton(drawn: Path, tmp_path: Path
     bare.parent.mkdir()
     bare.write_bytes(drawn.read_bytes())
     prepare("synthetic:30", tmp_path / drawn.name, workers=1, quiet=True)
-    assert Beton(stage(bare, tmp_path, quiet=True)).manifest is None
+    assert Beton(stage(bare, tmp_path)).manifest is None
 
 
-def test_what_cannot_be_read_is_named(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_source_is_named(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken:
         def read(self, count: int) -> bytes:
             raise OSError(5, "Input/output error")
@@ -94,7 +94,7 @@ def test_what_cannot_be_read_is_named(drawn: Path, tmp_path: Path, monkeypatch: 
     read = module._read
     monkeypatch.setattr(module, "_read", lambda file, source: read(Broken(), source))  # type: ignore[arg-type]
     with pytest.raises(InputError, match=f"{drawn}: Input/output error"):
-        stage(drawn, tmp_path, quiet=True)
+        stage(drawn, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -90,7 +90,7 @@ def slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Slot]:
         "run: evaluation": (run / "evaluation" / "x.json", lambda: model_card._metrics(saved_at)),
         "beton": (beton, lambda: Beton(beton)),
         "beton: manifest": (manifest_path(beton), lambda: Beton(beton)),
-        "beton: staged": (tmp_path / "disk" / "x.beton", lambda: stage(beton, tmp_path / "disk", quiet=True)),
+        "beton: staged": (tmp_path / "disk" / "x.beton", lambda: stage(beton, tmp_path / "disk")),
         "tar": (tar, lambda: Direct(tar)),
         "tar: prepared": (tar, lambda: prepare(str(tar), tmp_path / "y.beton", workers=1, quiet=True)),
         "image": (tmp_path / "images" / "a.jpg", lambda: prepare(str(tmp_path / "images"), tmp_path / "y.beton")),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,30 +14,22 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from pipeline.augment import color as operations
-from pipeline.augment.color import IMAGENET, Statistics, augment, gaussian_blur, normalize
+from pipeline.augment.color import IMAGENET, augment, gaussian_blur, normalize
 from pipeline.augment.draws import Color, draw_view
 from pipeline.sources.synthetic import draw
 from pipeline.views import AUGMENTATIONS, View
+from tests.pipeline.loading import LEVELS
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
 
 _DRAWN, _NOISE = 24, 8  # images of either kind
 _N = _DRAWN + _NOISE
-_PLAIN = Statistics((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))  # leaves 0..255 as it is
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_torch_thread() -> Iterator[None]:
-    """Several spin for each other, and for a hundred times as long where other programs want the cores too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 def _images(size: int = 96) -> Pixels:
-    """Drawn images, then noise; a copy, so that no test can change them for another."""
+    """Return synthetic images, then noise; a copy, so that tests do not affect each other."""
     return _made(size).copy()
 
 
@@ -57,15 +49,15 @@ def _pixels(x: torch.Tensor) -> npt.NDArray[np.float32]:
 
 
 def _color(n: int = _N, **chosen: object) -> Color:
-    """No operation on any sample but for what is `chosen`."""
+    """Return no operation on any sample, except those `chosen`."""
     off, one = np.zeros(n, bool), np.ones(n, np.float32)
     color = Color(off, np.tile(np.arange(4), (n, 1)), one, one, one, 0 * one, off, off, one, off)
     return replace(color, **chosen)  # type: ignore[arg-type]
 
 
 def _augmented(images: Pixels, color: Color) -> npt.NDArray[np.float32]:
-    """The views with levels 0..255, not normalized."""
-    return _pixels(augment(torch.from_numpy(images), color, _PLAIN))
+    """Return the views with levels 0..255, not normalized."""
+    return _pixels(augment(torch.from_numpy(images), color, LEVELS))
 
 
 def _drawn_color(view: View, n: int = _N, seed: int = 5) -> Color:
@@ -100,7 +92,7 @@ def _pil_gray(image: Image.Image) -> Image.Image:
 
 
 def _direct_blur(image: npt.NDArray[np.floating] | Pixels, sigma: float) -> Floats:
-    """A float64 convolution of [H, W, 3] with a Gaussian of 13 taps each way, edges reflected."""
+    """Return a float64 convolution of [H, W, 3] with a Gaussian of 13 by 13 taps, edges reflected."""
     height, width, _ = image.shape
     radius = min(6, height - 1, width - 1)
     offsets = np.arange(-radius, radius + 1)
@@ -115,7 +107,7 @@ def _direct_blur(image: npt.NDArray[np.floating] | Pixels, sigma: float) -> Floa
 
 
 def _pil_chain(pixels: Pixels, color: Color, i: int) -> Pixels:
-    """Sample i's whole chain, as torchvision composes it; the blur is the direct one, rounded."""
+    """Return sample i's full chain, composed like torchvision; the blur is the direct one, rounded."""
     image = Image.fromarray(pixels)
     if color.gray_first and color.gray[i]:
         image = _pil_gray(image)
@@ -148,21 +140,21 @@ def _pil_chain(pixels: Pixels, color: Color, i: int) -> Pixels:
         ("hue", -0.1, 0.1),
     ],
 )
-def test_color_operations_are_pillow_s(name: str, low: float, high: float) -> None:
+def test_color_operations_equal_pillow(name: str, low: float, high: float) -> None:
     """Measured: brightness, contrast and saturation equal; hue differs by one level in 1 of a million values."""
     images, rng = _images(), np.random.default_rng(len(name))
     for _ in range(2):
         factors = rng.uniform(low, high, _N).astype(np.float32)
         factors[0], factors[1] = low, high
         got = _pixels(getattr(operations, name)(_planes(images), torch.from_numpy(factors)))
-        want = np.stack([_pil(name, image, factor) for image, factor in zip(images, factors, strict=True)])
-        gap = np.abs(got - want)
+        expected = np.stack([_pil(name, image, factor) for image, factor in zip(images, factors, strict=True)])
+        gap = np.abs(got - expected)
         assert gap.max() <= 1
         assert gap.mean() < 1e-4
 
 
-def test_hue_of_every_color_of_a_coarse_cube_is_pillow_s() -> None:
-    """All of 52^3 colors, grays, primaries and hue ties among them, by shifts that wrap around either way."""
+def test_hue_of_a_coarse_color_cube_equals_pillow() -> None:
+    """52^3 colors, with grays, primaries and hue ties, by shifts that wrap around in both directions."""
     levels = np.arange(0, 256, 5, dtype=np.uint8)
     cube = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(52, 52 * 52, 3)
     for turns in (0.0, 0.1, -0.1, 0.4, -0.4, 0.5, -0.5):
@@ -172,18 +164,18 @@ def test_hue_of_every_color_of_a_coarse_cube_is_pillow_s() -> None:
         assert gap.mean() < 0.001
 
 
-def test_a_factor_of_one_or_no_shift_changes_little() -> None:
+def test_neutral_parameters_change_little() -> None:
     images, one = _images(), torch.ones(_N)
     for name in ("brightness", "contrast", "saturation"):
         assert np.array_equal(_pixels(getattr(operations, name)(_planes(images), one)), images)
 
 
-def test_grayscale_is_pillow_s() -> None:
-    want = np.stack([np.asarray(_pil_gray(Image.fromarray(image))) for image in _images()])
-    assert np.array_equal(_pixels(operations.grayscale(_planes(_images()))), want)
+def test_grayscale_equals_pillow() -> None:
+    expected = np.stack([np.asarray(_pil_gray(Image.fromarray(image))) for image in _images()])
+    assert np.array_equal(_pixels(operations.grayscale(_planes(_images()))), expected)
 
 
-def test_solarize_is_pillow_s() -> None:
+def test_solarize_equals_pillow() -> None:
     levels = np.tile(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), (1, 1, 3))
     for image in (levels, *_images()):
         got = _pixels(operations.solarize(_planes(image[None])))[0]
@@ -191,7 +183,7 @@ def test_solarize_is_pillow_s() -> None:
 
 
 @pytest.mark.parametrize("size", [96, 32, 7, 4, 1])
-def test_blur_is_a_direct_convolution_rounded(size: int) -> None:
+def test_blur_equals_a_direct_convolution(size: int) -> None:
     """To within the rounding: 0.5 of a level.
 
     Pillow's own GaussianBlur(radius=sigma) is made of boxes and repeats edge pixels; for sigma from 0.1 to 2.0 the
@@ -201,26 +193,26 @@ def test_blur_is_a_direct_convolution_rounded(size: int) -> None:
     sigma = np.random.default_rng(0).uniform(0.1, 2.0, _N).astype(np.float32)
     sigma[0], sigma[1] = 0.1, 2.0
     got = _pixels(gaussian_blur(_planes(images), torch.from_numpy(sigma)))
-    want = np.stack([_direct_blur(image, float(s)) for image, s in zip(images, sigma, strict=True)])
-    assert np.abs(got - want).max() < 0.51
+    expected = np.stack([_direct_blur(image, float(s)) for image, s in zip(images, sigma, strict=True)])
+    assert np.abs(got - expected).max() < 0.51
     assert np.array_equal(got, np.rint(got))
 
 
-def test_blur_looks_like_pillow_s_on_drawn_images() -> None:
+def test_blur_is_close_to_pillow() -> None:
     sigma = np.random.default_rng(1).uniform(0.1, 2.0, _N).astype(np.float32)
     got = _pixels(gaussian_blur(_planes(_images()), torch.from_numpy(sigma)))
     for image, blurred, s in zip(_images()[:_DRAWN], got, sigma, strict=False):
-        want = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(float(s))))
-        assert np.abs(blurred - want).mean() < 2.5
+        expected = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(float(s))))
+        assert np.abs(blurred - expected).mean() < 2.5
 
 
-# ---- whole chains ----
+# ---- full chains ----
 
 
 @pytest.mark.parametrize("gray_first", [False, True])
 @pytest.mark.parametrize("name", ["moco_v1", "moco_v2", "moco_v3", "simclr"])
-def test_whole_chains_are_pillow_s(name: str, gray_first: bool) -> None:
-    """Every sample with its own operations in its own order, likelier than published so that all of them meet."""
+def test_full_chains_equal_pillow(name: str, gray_first: bool) -> None:
+    """Each sample has its operations and order; they are likelier than published, so that all combine."""
     view = replace(AUGMENTATIONS[name][-1], gray=0.3, blur=0.5, solarize=0.3, gray_first=gray_first)
     color = _drawn_color(view)
     got = _augmented(_images(), color)
@@ -231,19 +223,19 @@ def test_whole_chains_are_pillow_s(name: str, gray_first: bool) -> None:
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2], [2, 0, 3, 1]])
-def test_operations_follow_each_sample_s_order(order: list[int]) -> None:
-    """With factors so strong that another order gives another image."""
+def test_each_sample_has_its_own_order_of_operations(order: list[int]) -> None:
+    """The factors are so strong that another order gives another image."""
     factors = {"brightness": 1.8, "contrast": 0.3, "saturation": 1.7, "hue": 0.3}
     strong: dict[str, Any] = {key: np.full(_N, value, np.float32) for key, value in factors.items()}
     orders = np.tile(np.arange(4), (_N, 1))
     orders[::2] = order
     color = _color(jitter=np.ones(_N, bool), order=orders, **strong)
-    want = np.stack([_pil_chain(image, color, i) for i, image in enumerate(_images())])
-    assert np.abs(_augmented(_images(), color) - want).mean() < 0.1
+    expected = np.stack([_pil_chain(image, color, i) for i, image in enumerate(_images())])
+    assert np.abs(_augmented(_images(), color) - expected).mean() < 0.1
 
 
 def test_grayscale_before_jitter_leaves_the_hue_of_gray() -> None:
-    """Before the jitter, whose saturation and hue then change nothing; after it, it undoes them."""
+    """Before the jitter, saturation and hue then change nothing; after it, grayscale removes their effect."""
     on = np.ones(_N, bool)
     color = _color(jitter=on, gray=on, hue=np.full(_N, 0.3, np.float32), saturation=np.full(_N, 1.9, np.float32))
     first, last = (_augmented(_images(), replace(color, gray_first=first)) for first in (True, False))
@@ -268,7 +260,7 @@ _PART = np.arange(_N) % 3 == 1
 
 
 @pytest.mark.parametrize("chosen", ["jitter", "gray", "blur", "solarize"])
-def test_samples_that_are_not_chosen_are_untouched(chosen: str) -> None:
+def test_unchosen_samples_are_untouched(chosen: str) -> None:
     half = np.full(_N, 0.5, np.float32)
     factors: dict[str, Any] = {"brightness": half, "contrast": half, "saturation": half, "hue": half, "sigma": 4 * half}
     got = _augmented(_images(), _color(**factors, **{chosen: _PART}))
@@ -276,8 +268,8 @@ def test_samples_that_are_not_chosen_are_untouched(chosen: str) -> None:
     assert changed.tolist() == _PART.tolist()
 
 
-def test_parameters_are_each_sample_s_own() -> None:
-    """The batch gives what each sample gives alone (blur: to one level, as sums may be taken in another order)."""
+def test_each_sample_has_its_own_parameters() -> None:
+    """The batch equals each sample alone (blur: to one level, as sums may have another order)."""
     view = replace(AUGMENTATIONS["simclr"][0], gray=0.3, solarize=0.3)
     images, color = _images(32), _drawn_color(view)
     together = _augmented(images, color)
@@ -288,7 +280,7 @@ def test_parameters_are_each_sample_s_own() -> None:
         assert gap.mean() <= (0.01 if color.blur[i] else 0)
 
 
-def test_no_operation_leaves_the_crops_as_they_are() -> None:
+def test_without_operations_crops_are_unchanged() -> None:
     assert np.array_equal(_augmented(_images(), _color()), _images())
 
 
@@ -299,22 +291,22 @@ def test_no_operation_leaves_the_crops_as_they_are() -> None:
 def test_views_are_channels_last_and_normalized_by_imagenet(dtype: torch.dtype) -> None:
     crops = torch.from_numpy(_images())
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-    want = (_images() / 255 - mean) / std
+    expected = (_images() / 255 - mean) / std
     assert (IMAGENET.mean, IMAGENET.std) == (tuple(mean), tuple(std))
     for views in (augment(crops, _color(), dtype=dtype), normalize(crops, dtype=dtype)):
         assert views.dtype == dtype
         assert views.shape == (_N, 3, 96, 96)
         assert views.is_contiguous(memory_format=torch.channels_last)
         tolerance = 1e-5 if dtype == torch.float32 else 2**-8 * 2.7
-        assert np.abs(_pixels(views.float()) - want).max() < tolerance
+        assert np.abs(_pixels(views.float()) - expected).max() < tolerance
 
 
-def test_bfloat16_views_are_the_rounded_float32_ones() -> None:
+def test_bfloat16_views_are_rounded_float32_views() -> None:
     crops, color = torch.from_numpy(_images()), _drawn_color(AUGMENTATIONS["moco_v2"][0])
     assert torch.equal(augment(crops, color).bfloat16(), augment(crops, color, dtype=torch.bfloat16))
 
 
-def test_the_crops_are_left_as_they_were() -> None:
+def test_the_input_crops_are_not_changed() -> None:
     crops = torch.from_numpy(_images())
     augment(crops, _drawn_color(AUGMENTATIONS["moco_v1"][0]))
     normalize(crops)
@@ -322,8 +314,8 @@ def test_the_crops_are_left_as_they_were() -> None:
 
 
 @pytest.mark.gpu
-def test_views_on_the_gpu_are_those_on_the_cpu() -> None:
+def test_gpu_views_equal_cpu_views() -> None:
     view = replace(AUGMENTATIONS["simclr"][0], gray=0.3, solarize=0.3)
     crops, color = torch.from_numpy(_images()), _drawn_color(view)
-    gap = (augment(crops.cuda(), color, _PLAIN).cpu() - augment(crops, color, _PLAIN)).abs()
+    gap = (augment(crops.cuda(), color, LEVELS).cpu() - augment(crops, color, LEVELS)).abs()
     assert gap.mean() < 0.01

@@ -1,4 +1,4 @@
-"""Tests of the augmentation's draws: pure, independent of the batch, distributed as torchvision's transforms are.
+"""Tests of the augmentation's draws: pure, independent of the batch, distributed like torchvision's transforms.
 
 Statistics are of fixed seeds, so that they hold always or never; their limits are exceeded by true draws once in
 10,000 times or less.
@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 
 from pipeline.augment.draws import TRIES, Color, ViewDraws, center_boxes, crop_boxes, draw_view
-from pipeline.views import AUGMENTATIONS, View, view_sizes
+from pipeline.views import AUGMENTATIONS, View
 
 N = 100_000
 _SHAPES = [(1, 1), (1, 500), (500, 2), (32, 32), (375, 500), (500, 375), (3, 7)]
@@ -40,7 +40,7 @@ def _draw(
 
 @pytest.fixture(scope="module")
 def many() -> ViewDraws:
-    """Draws of N samples."""
+    """Return the draws of N samples."""
     return _draw(np.arange(N))
 
 
@@ -55,7 +55,7 @@ def _same(a: ViewDraws, b: ViewDraws) -> bool:
 
 
 def _distance_from_uniform(values: np.ndarray, low: float, high: float) -> float:
-    """The Kolmogorov-Smirnov statistic times the root of the sample size; 2.23 is exceeded once in 10,000 times."""
+    """Return the Kolmogorov-Smirnov statistic times the root of the sample size; above 2.23 once in 10,000 times."""
     cdf = (np.sort(values.astype(np.float64)) - low) / (high - low)
     n = len(cdf)
     steps = np.arange(n + 1) / n
@@ -63,7 +63,7 @@ def _distance_from_uniform(values: np.ndarray, low: float, high: float) -> float
 
 
 def _distance_between(a: Floats, b: Floats) -> float:
-    """The two-sample Kolmogorov-Smirnov statistic, scaled likewise."""
+    """Return the two-sample Kolmogorov-Smirnov statistic, scaled in the same way."""
     a, b, at = np.sort(a), np.sort(b), np.concatenate([a, b])
     gap = np.searchsorted(a, at, "right") / len(a) - np.searchsorted(b, at, "right") / len(b)
     return float(np.abs(gap).max()) * math.sqrt(len(a) * len(b) / (len(a) + len(b)))
@@ -78,13 +78,13 @@ def test_draws_do_not_depend_on_the_rest_of_the_batch() -> None:
     for order in (ids[::-1], np.roll(ids, 3), ids[2:5], ids[:1], np.concatenate([ids, np.arange(100, 300)])):
         part = _arrays(_draw(order))
         for name, values in part.items():
-            for place, sample in enumerate(order):
+            for row, sample in enumerate(order):
                 if sample in ids:
-                    whole = together[name][int(np.flatnonzero(ids == sample)[0])]
-                    assert np.array_equal(values[place], whole), name
+                    in_batch = together[name][int(np.flatnonzero(ids == sample)[0])]
+                    assert np.array_equal(values[row], in_batch), name
 
 
-def test_an_image_size_moves_the_boxes_of_its_sample_alone() -> None:
+def test_an_image_size_changes_only_its_sample_s_boxes() -> None:
     heights = np.full(6, 375)
     other = np.where(np.arange(6) == 4, 60, heights)
     ids, widths = np.arange(6), np.full(6, 500)
@@ -100,7 +100,7 @@ def test_another_seed_epoch_id_or_view_gives_other_draws(change: dict[str, int])
     before, after = _arrays(_draw(np.arange(50))), _arrays(_draw(ids, **change))  # type: ignore[arg-type]
     for name in ("brightness", "contrast", "saturation", "hue", "sigma"):
         assert not (before[name] == after[name]).any()
-    assert (before["boxes"] == after["boxes"]).all(axis=1).sum() <= 1  # a whole image may come up twice
+    assert (before["boxes"] == after["boxes"]).all(axis=1).sum() <= 1  # the full image may occur twice
     for name in ("flips", "jitter", "gray", "blur", "solarize", "order"):
         assert not np.array_equal(before[name], after[name])
 
@@ -112,7 +112,7 @@ def test_seed_epoch_id_and_view_are_not_exchangeable() -> None:
 
 
 def test_draws_never_change() -> None:
-    """Pinned: a change here means that no earlier run can be resumed or repeated."""
+    """A change means that no earlier run can be resumed or repeated."""
     draws = _draw([0, 1, 2, 1281166], AUGMENTATIONS["moco_v2"][0])
     color = draws.color
     assert draws.boxes.tolist() == [[52, 62, 262, 210], [13, 109, 281, 263], [0, 22, 371, 466], [33, 40, 315, 386]]
@@ -154,7 +154,7 @@ def test_draws_never_change() -> None:
         ({"ratio": (0.9, 1.0)}, {"boxes"}),
     ],
 )
-def test_a_setting_moves_its_own_draw_alone(setting: dict[str, float], moved: set[str]) -> None:
+def test_a_setting_changes_only_its_draw(setting: dict[str, float], moved: set[str]) -> None:
     before, after = _arrays(_draw(np.arange(200))), _arrays(_draw(np.arange(200), replace(_VIEW, **setting)))  # type: ignore[arg-type]
     assert {name for name in before if not np.array_equal(before[name], after[name])} == moved
 
@@ -198,7 +198,7 @@ def test_factors_are_never_negative() -> None:
 @pytest.mark.parametrize(
     ("name", "share"), [("flips", 0.3), ("jitter", 0.6), ("gray", 0.1), ("blur", 0.7), ("solarize", 0.45)]
 )
-def test_operations_are_chosen_with_their_probability(many: ViewDraws, name: str, share: float) -> None:
+def test_operations_have_their_probability(many: ViewDraws, name: str, share: float) -> None:
     chosen = _arrays(many)[name].mean()
     assert abs(chosen - share) < 4 * math.sqrt(share * (1 - share) / N)
 
@@ -220,7 +220,7 @@ def test_all_24_orders_of_operations_are_equally_likely(many: ViewDraws) -> None
 
 
 def test_accepted_boxes_have_uniform_area_and_log_aspect() -> None:
-    """On an image so large that rounding does not show, of areas that fit at the first try whatever the aspect."""
+    """On an image so large that rounding is negligible, with areas that fit at the first try for every aspect."""
     view = replace(_VIEW, scale=(0.2, 0.74))
     top, left, height, width = _draw(np.arange(N), view, shape=(40_000, 40_000)).boxes.T.astype(np.float64)
     assert _distance_from_uniform(height * width / 40_000**2, 0.2, 0.74) < 2.23
@@ -255,7 +255,7 @@ def test_other_keys_give_uncorrelated_draws() -> None:
 def _get_params(
     uniforms: list[list[float]], height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[tuple[int, int, int, int], bool]:
-    """torchvision.transforms.RandomResizedCrop.get_params on given random numbers; and whether it fell back."""
+    """Return torchvision.transforms.RandomResizedCrop.get_params for given random numbers, and whether it fell back."""
     area = height * width
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for u_area, u_aspect, u_top, u_left in uniforms:
@@ -279,7 +279,7 @@ def _get_params(
 
 @pytest.mark.parametrize(("height", "width"), _SHAPES)
 @pytest.mark.parametrize(("scale", "ratio"), [((0.2, 1.0), (3 / 4, 4 / 3)), ((0.08, 1.0), (0.5, 1.1))])
-def test_boxes_are_those_of_torchvision_and_inside_the_image(
+def test_boxes_equal_torchvision_s_and_are_inside_the_image(
     height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> None:
     n = 400
@@ -294,7 +294,7 @@ def test_boxes_are_those_of_torchvision_and_inside_the_image(
     assert (left + wide <= width).all()
 
 
-def test_boxes_of_images_of_several_sizes_are_those_of_each() -> None:
+def test_boxes_of_mixed_sizes_equal_those_of_each_size() -> None:
     u = np.random.default_rng(1).random((len(_SHAPES), TRIES, 4))
     heights, widths = (np.array(sides, np.int32) for sides in zip(*_SHAPES, strict=True))
     together = crop_boxes(u, heights, widths, (0.2, 1.0), (3 / 4, 4 / 3))
@@ -320,21 +320,21 @@ def test_extreme_shapes_fall_back_to_the_center(shape: tuple[int, int], centered
 
 
 def test_a_late_try_is_taken_before_the_fallback() -> None:
-    u = np.full((1, TRIES, 4), 0.999)  # too wide for the image but for the last try
+    u = np.full((1, TRIES, 4), 0.999)  # too wide for the image, except at the last try
     u[0, -1] = 0.0, 0.5, 0.0, 0.0
     box = crop_boxes(u, np.array([100]), np.array([100]), (0.2, 1.0), (3 / 4, 4 / 3))
     assert box.tolist() == [[0, 0, 45, 45]]
 
 
-def test_whole_image_is_the_fallback_within_the_ratio() -> None:
+def test_the_full_image_is_the_fallback_within_the_ratio() -> None:
     u = np.full((1, TRIES, 4), 0.999)
     box = crop_boxes(u, np.array([100]), np.array([110]), (0.2, 1.0), (3 / 4, 4 / 3))
     assert box.tolist() == [[0, 0, 100, 110]]
 
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (32, 32), (60, 200)])
-def test_drawn_boxes_have_torchvision_s_distribution(height: int, width: int) -> None:
-    """Against the transcription on NumPy's generator, with its rejected tries and fallbacks."""
+def test_boxes_have_torchvision_s_distribution(height: int, width: int) -> None:
+    """Against a transcription with NumPy's generator, including rejected tries and fallbacks."""
     boxes = _draw(np.arange(N), shape=(height, width)).boxes.astype(np.float64)
     rng = np.random.default_rng(5)
     reference = np.array(
@@ -356,38 +356,3 @@ def test_center_boxes_are_centered_squares_inside_the_image(share: float) -> Non
     assert high.tolist() == [max(1, round(min(shape) * share)) for shape in _SHAPES]
     assert (np.abs(2 * top + high - heights) <= 1).all()
     assert (np.abs(2 * left + wide - widths) <= 1).all()
-
-
-# ---- the published settings ----
-
-
-def test_augmentations_are_the_published_ones() -> None:
-    def settings(view: View) -> tuple[object, ...]:
-        jitter = (view.brightness, view.contrast, view.saturation, view.hue)
-        return view.scale, view.jitter, jitter, view.gray, view.blur, view.solarize, view.gray_first
-
-    v2 = ((0.2, 1.0), 0.8, (0.4, 0.4, 0.4, 0.1), 0.2, 0.5, 0.0, False)
-    published = {
-        "moco_v1": [((0.2, 1.0), 1.0, (0.4, 0.4, 0.4, 0.4), 0.2, 0.0, 0.0, True)] * 2,
-        "moco_v2": [v2] * 2,
-        "moco_v3": [
-            ((0.2, 1.0), 0.8, (0.4, 0.4, 0.2, 0.1), 0.2, 1.0, 0.0, False),
-            ((0.2, 1.0), 0.8, (0.4, 0.4, 0.2, 0.1), 0.2, 0.1, 0.2, False),
-        ],
-        "simclr": [((0.08, 1.0), 0.8, (0.8, 0.8, 0.8, 0.2), 0.2, 0.5, 0.0, False)] * 2,
-        "byol": [
-            ((0.08, 1.0), 0.8, (0.4, 0.4, 0.2, 0.1), 0.2, 1.0, 0.0, False),
-            ((0.08, 1.0), 0.8, (0.4, 0.4, 0.2, 0.1), 0.2, 0.1, 0.2, False),
-        ],
-        "swav": [((0.14, 1.0), 0.8, (0.8, 0.8, 0.8, 0.2), 0.2, 0.5, 0.0, False)] * 2
-        + [((0.05, 0.14), 0.8, (0.8, 0.8, 0.8, 0.2), 0.2, 0.5, 0.0, False)] * 6,
-    }
-    assert view_sizes(AUGMENTATIONS["swav"], 224) == (224, 224, *[96] * 6)
-    assert {name for name in AUGMENTATIONS if not name.endswith("_32")} == set(published)
-    for name, views in published.items():
-        assert [settings(view) for view in AUGMENTATIONS[name]] == views
-        for view in AUGMENTATIONS[name]:
-            assert (view.flip, view.ratio, view.sigma) == (0.5, (3 / 4, 4 / 3), (0.1, 2.0))
-        if name == "swav":
-            continue
-        assert AUGMENTATIONS[f"{name}_32"] == tuple(replace(view, blur=0.0) for view in AUGMENTATIONS[name])

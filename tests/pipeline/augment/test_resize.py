@@ -1,4 +1,4 @@
-"""Tests of the compiled crop and resize against Pillow's, over every number of filter taps, and of what it writes."""
+"""Tests of the compiled crop and resize against Pillow, for every number of filter taps, and of its memory."""
 
 from __future__ import annotations
 
@@ -68,15 +68,15 @@ def _boxes(count: int, seed: int) -> list[Box]:
 
 @pytest.mark.parametrize("size", _SIZES)
 @pytest.mark.parametrize("name", _IMAGES)
-def test_random_boxes_are_pillow_s_to_one_level(name: str, size: int) -> None:
+def test_random_boxes_equal_pillow_to_one_level(name: str, size: int) -> None:
     image, buffers = _IMAGES[name](), scratch((size,), _WIDTH)
     for number, box in enumerate(_boxes(40, seed=size)):
         assert _off(_resize(image, box, size, buffers=buffers), _pillow(image, box, size)) <= 1, (number, box)
 
 
 @pytest.mark.parametrize("side", range(1, 17))
-def test_every_number_of_taps_is_pillow_s_to_one_level(side: int) -> None:
-    """Ratios of 1 to 16 in steps of a half, along either axis: 1 to 33 taps, so every pass there is."""
+def test_every_number_of_taps_equals_pillow_to_one_level(side: int) -> None:
+    """Ratios of 1 to 16 in steps of a half, along either axis: 1 to 33 taps, so that every pass is used."""
     size = 24
     image = _noise()
     for length in (side * size, side * size + size // 2):
@@ -88,14 +88,14 @@ def test_every_number_of_taps_is_pillow_s_to_one_level(side: int) -> None:
 @pytest.mark.parametrize(
     "box", [(0, 0, 1, 1), (399, 499, 1, 1), (0, 0, 1, 500), (0, 499, 400, 1), (398, 498, 2, 2), (0, 0, 400, 500)]
 )
-def test_smallest_and_largest_boxes_are_pillow_s_to_one_level(box: Box, size: int) -> None:
+def test_extreme_boxes_equal_pillow_to_one_level(box: Box, size: int) -> None:
     image = _noise()
     assert _off(_resize(image, box, size), _pillow(image, box, size)) <= 1
 
 
 @pytest.mark.parametrize("size", _SIZES)
 @pytest.mark.parametrize("name", _IMAGES)
-def test_mirrored_is_pillow_s_mirrored(name: str, size: int) -> None:
+def test_mirrored_crops_equal_pillow(name: str, size: int) -> None:
     image, buffers = _IMAGES[name](), scratch((size,), _WIDTH)
     for box in _boxes(20, seed=1000 + size):
         mirrored = _resize(image, box, size, mirrored=True, buffers=buffers)
@@ -111,14 +111,14 @@ def test_differences_from_pillow_have_no_bias(name: str) -> None:
 
 
 @pytest.mark.parametrize("side", [1, 8, 96, 131])
-def test_an_image_at_its_own_size_is_itself(side: int) -> None:
+def test_an_image_at_its_size_is_unchanged(side: int) -> None:
     image = np.random.default_rng(side).integers(0, 256, (side, side, 3), np.uint8)
     assert np.array_equal(_resize(image, (0, 0, side, side), side), image)
     assert np.array_equal(_resize(image, (0, 0, side, side), side, mirrored=True), image[:, ::-1])
 
 
 @pytest.mark.parametrize("level", [0, 1, 127, 254, 255])
-def test_a_plain_image_stays_plain(level: int) -> None:
+def test_a_uniform_image_remains_uniform(level: int) -> None:
     image = np.full((_HEIGHT, _WIDTH, 3), level, np.uint8)
     for size in _SIZES:
         for box in _boxes(10, seed=level):
@@ -136,7 +136,7 @@ def test_only_the_crop_is_read(mirrored: bool) -> None:
 
 
 @pytest.mark.parametrize("size", _SIZES)
-def test_nothing_beside_the_output_is_written(size: int) -> None:
+def test_only_the_output_is_written(size: int) -> None:
     image, buffers, guard = _noise().reshape(-1), scratch((size,), _WIDTH), 4096
     for number, box in enumerate(_boxes(20, seed=size + 7)):
         buffer = np.full(3 * size * size + 2 * guard, 0xA5, np.uint8)
@@ -148,21 +148,21 @@ def test_nothing_beside_the_output_is_written(size: int) -> None:
 
 @pytest.mark.parametrize("size", _SIZES)
 def test_buffers_are_never_overrun(size: int) -> None:
-    """Each buffer stands between guards; the widest crop has the most taps."""
-    guarded, whole = [], []
+    """Each buffer is between guards; the widest crop has the most taps."""
+    guarded, memory = [], []
     for part in scratch((size,), _WIDTH):
         rows = np.full((part.shape[0] + 8, *part.shape[1:]), 77, part.dtype)
         rows[4:-4] = part
-        whole.append(rows)
+        memory.append(rows)
         guarded.append(rows[4:-4])
     for box in [(0, 0, _HEIGHT, _WIDTH), (0, 0, 1, _WIDTH), (0, 0, _HEIGHT, 1), *_boxes(10, seed=2)]:
         _resize(_noise(), box, size, buffers=Scratch(*guarded))
-    for rows in whole:
+    for rows in memory:
         assert (rows[:4] == 77).all()
         assert (rows[-4:] == 77).all()
 
 
-def test_used_buffers_leave_no_trace() -> None:
+def test_used_buffers_do_not_change_the_result() -> None:
     image, size = _noise(), 32
     buffers = scratch((size,), _WIDTH)
     boxes = _boxes(30, seed=4)
@@ -170,7 +170,7 @@ def test_used_buffers_leave_no_trace() -> None:
         assert np.array_equal(_resize(image, box, size, buffers=buffers), _resize(image, box, size))
 
 
-def test_all_rows_of_an_image_of_uneven_width_are_found() -> None:
+def test_rows_of_an_odd_width_are_addressed_right() -> None:
     image = np.random.default_rng(2).integers(0, 256, (37, 41, 3), np.uint8)
     for box in ((0, 0, 37, 41), (36, 0, 1, 41), (5, 7, 11, 13), (0, 40, 37, 1)):
         assert _off(_resize(image, box, 16), _pillow(image, box, 16)) <= 1

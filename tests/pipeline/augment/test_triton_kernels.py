@@ -1,4 +1,4 @@
-"""The Triton kernels, run by Triton's interpreter where there is no GPU, against the compiled and the plain code."""
+"""Tests of the Triton kernels, without a GPU by Triton's interpreter, against compiled code and stepwise operations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.parametrize("size", [16, 7])
-def test_crops_are_the_compiled_ones_to_one_level(size: int) -> None:
+def test_crops_equal_compiled_ones_to_one_level(size: int) -> None:
     rng = np.random.default_rng(size)
     shapes = [(int(h), int(w)) for h, w in rng.integers(1, 60, (8, 2))] + [(16, 16), (1, 1), (90, 30)]
     images = [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
@@ -41,9 +41,9 @@ def test_crops_are_the_compiled_ones_to_one_level(size: int) -> None:
     widths = np.array([w for _, w in shapes], np.int64)
     plan = Plan(np.arange(len(images)), boxes, flips, (size,))
     (expected,) = crop_views(Ragged(pixels, starts, widths), plan)
-    given = [torch.from_numpy(a).to(DEVICE) for a in (starts, widths, boxes[0], flips[0])]
-    found = triton_kernels.crop_view(pixels.to(DEVICE), *given, size).cpu()
-    difference = (found.int() - expected.int()).abs()
+    arguments = [torch.from_numpy(a).to(DEVICE) for a in (starts, widths, boxes[0], flips[0])]
+    result = triton_kernels.crop_view(pixels.to(DEVICE), *arguments, size).cpu()
+    difference = (result.int() - expected.int()).abs()
     assert difference.max() <= 1
     assert (difference > 0).float().mean() < 0.01
     assert expected.float().std() > 10
@@ -51,34 +51,34 @@ def test_crops_are_the_compiled_ones_to_one_level(size: int) -> None:
 
 @pytest.mark.parametrize("name", ["moco_v1", "moco_v2", "moco_v3", "simclr"])
 @pytest.mark.parametrize("view", [0, 1])
-def test_fused_augmentation_is_the_plain_one(name: str, view: int) -> None:
-    """Equal but for the blur's rounding, whose sums are in another order."""
+def test_fused_augmentation_equals_stepwise(name: str, view: int) -> None:
+    """Equal except for rounding in the blur, whose sums have another order."""
     rng = np.random.default_rng(view)
     batch, size = 12, 18
     crops = torch.from_numpy(rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)).to(DEVICE)
     one = np.full(batch, 64)
     drawn = draw_view(AUGMENTATIONS[name][view], view, seed=1, epoch=0, ids=np.arange(batch), heights=one, widths=one)
     expected = stepwise(crops, drawn.color, IMAGENET, torch.float32)
-    found = fused(crops, drawn.color, IMAGENET, torch.float32)
-    assert found.is_contiguous(memory_format=torch.channels_last)
-    levels = (found - expected).abs() * (torch.tensor(IMAGENET.std, device=DEVICE).view(3, 1, 1) * 255)
+    result = fused(crops, drawn.color, IMAGENET, torch.float32)
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    levels = (result - expected).abs() * (torch.tensor(IMAGENET.std, device=DEVICE).view(3, 1, 1) * 255)
     assert levels.max() < 1.01
     assert (levels > 0.01).float().mean() < 1e-3
     sharp = torch.from_numpy(~drawn.color.blur)
-    assert torch.equal(found[sharp], expected[sharp])
+    assert torch.equal(result[sharp], expected[sharp])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_views_come_in_the_type_asked_for(dtype: torch.dtype) -> None:
-    """Within a unit in the last place: the interpreter cuts bfloat16 off where a GPU rounds it."""
+def test_views_have_the_requested_type(dtype: torch.dtype) -> None:
+    """Within a unit in the last place: the interpreter truncates to bfloat16 where a GPU rounds."""
     crops = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)).to(DEVICE)
     one = np.full(6, 64)
     drawn = draw_view(AUGMENTATIONS["moco_v2"][0], 0, seed=1, epoch=0, ids=np.arange(6), heights=one, widths=one)
     exact = fused(crops, drawn.color, IMAGENET, torch.float32)
-    found = fused(crops, drawn.color, IMAGENET, dtype)
-    assert found.dtype == dtype
+    result = fused(crops, drawn.color, IMAGENET, dtype)
+    assert result.dtype == dtype
     unit = torch.finfo(dtype).eps * exact.abs().clamp_min(2**-6)
-    assert ((found.float() - exact).abs() <= unit).all()
+    assert ((result.float() - exact).abs() <= unit).all()
 
 
 COMPILE = """
@@ -102,7 +102,7 @@ for name, out in outs.items():
 
 
 def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
-    """Without one; the interpreter takes what the compiler refuses."""
+    """On the CPU: the compiler refuses code that the interpreter accepts."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", COMPILE], check=True, timeout=300, env=environment)

@@ -1,10 +1,8 @@
-"""All backends give the same views of the same samples, bit for bit, go on from any batch, and fail alike."""
+"""Tests over all backends: the same views bit for bit, resuming from any batch, the same failures."""
 
 from __future__ import annotations
 
 import gc
-import io
-import itertools
 import json
 import os
 import subprocess
@@ -21,7 +19,6 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.augment.color import Statistics
 from pipeline.augment.draws import draw_view
 from pipeline.augment.plan import Plan
 from pipeline.backends import BACKENDS, ffcv_gpu, resident, select_backend
@@ -35,40 +32,19 @@ from pipeline.prepare import prepare
 from pipeline.sampling.order import epoch_order
 from pipeline.storage.decode import decode
 from pipeline.storage.encode import Settings
-from pipeline.system import cores
 from pipeline.system.errors import DamagedRecord, InputError
 from pipeline.views import AUGMENTATIONS, View, view_sizes
 from tests import ROOT
+from tests.pipeline.loading import BATCH, LEVELS, PLAIN, SIZE, pillow, same, take
+from tests.pipeline.loading import small_loader as loader
 
-SIZE, BATCH = 16, 32
-PLAIN = View(jitter=0.0, gray=0.0, blur=0.0)
-LEVELS = Statistics((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))  # leaves 0..255 as it is
 OTHERS = [name for name in BACKENDS if name != "ffcv"]
 SAME_DECODER = [name for name in OTHERS if name != "dali" or decode_rectangle is not None]
 
 
-def loader(path: Path, backend: str, **settings: Any) -> Any:
-    chosen = {"size": SIZE, "batch": BATCH, "workers": 1, "seed": 3} | settings
-    views = chosen.pop("views", AUGMENTATIONS["moco_v2"])
-    return closing(Loader(Beton(path), views, backend=backend, **chosen))
-
-
-def take(one: Loader, count: int) -> list[Batch]:
-    epochs = itertools.chain.from_iterable(iter(one) for _ in itertools.count())
-    return list(itertools.islice(epochs, count))
-
-
-def same(a: list[Batch], b: list[Batch]) -> bool:
-    return len(a) == len(b) and all(
-        (x.epoch, x.step, x.ids.tolist()) == (y.epoch, y.step, y.ids.tolist())
-        and all(torch.equal(v, w) for v, w in zip(x.views, y.views, strict=True))
-        for x, y in zip(a, b, strict=True)
-    )
-
-
 @pytest.fixture(scope="module", params=["proportion", "raw"])
 def ragged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A beton of drawn images of several shapes, half or all of them stored raw."""
+    """A beton of images of several shapes, half or all of them stored raw."""
     folder = tmp_path_factory.mktemp("ragged")
     rng = np.random.default_rng(0)
     (folder / "images").mkdir()
@@ -85,22 +61,22 @@ def ragged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_views_are_the_same_bit_for_bit(backend: str, views: str, ragged: Path) -> None:
     settings = {"views": AUGMENTATIONS[views], "batch": 25}
     with loader(ragged, "ffcv", **settings) as first, loader(ragged, backend, workers=2, **settings) as second:
-        expected, found = take(first, 5), take(second, 5)
-    assert same(expected, found)
-    assert tuple(view.shape[-1] for view in found[0].views) == view_sizes(AUGMENTATIONS[views], SIZE)
+        expected, actual = take(first, 5), take(second, 5)
+    assert same(expected, actual)
+    assert tuple(view.shape[-1] for view in actual[0].views) == view_sizes(AUGMENTATIONS[views], SIZE)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_each_epochs_views_are_those_of_a_loader_of_their_size(backend: str, drawn: Path) -> None:
-    """Batches of the next epoch being under way before this one's end, and from any batch on."""
+def test_each_epoch_equals_a_loader_of_its_size(backend: str, drawn: Path) -> None:
+    """With batches of the next epoch under way before this one ends, and from any batch on."""
     sizes, steps = (10, 24, 16), 200 // BATCH
     expected: list[Batch] = []
     for epoch, size in enumerate((*sizes, sizes[-1])):
         with loader(drawn, "ffcv" if backend in SAME_DECODER else backend, size=size) as one:
             one.load_state_dict({**one.state_dict(), "epoch": epoch})
             expected += take(one, steps)
-    with loader(drawn, backend, size=sizes) as whole:
-        assert same(take(whole, 4 * steps), expected)
+    with loader(drawn, backend, size=sizes) as full:
+        assert same(take(full, 4 * steps), expected)
     with loader(drawn, backend, size=list(sizes), workers=2) as resumed:
         resumed.load_state_dict({**resumed.state_dict(), "epoch": 1, "step": 4})
         assert same(take(resumed, steps), expected[steps + 4 : 2 * steps + 4])
@@ -108,9 +84,9 @@ def test_each_epochs_views_are_those_of_a_loader_of_their_size(backend: str, dra
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("position", [0, 1, 5, 7, 13])
-def test_any_backend_goes_on_from_any_batch(backend: str, position: int, drawn: Path) -> None:
-    with loader(drawn, backend) as whole:
-        expected = take(whole, 16)
+def test_any_backend_resumes_from_any_batch(backend: str, position: int, drawn: Path) -> None:
+    with loader(drawn, backend) as full:
+        expected = take(full, 16)
     with loader(drawn, backend) as begun:
         take(begun, position)
         state = json.loads(json.dumps(begun.state_dict()))
@@ -137,24 +113,24 @@ torch.save(found, out)
 """
 
 
-def test_another_process_goes_on_bit_for_bit(drawn: Path, tmp_path: Path) -> None:
+def test_another_process_resumes_bit_for_bit(drawn: Path, tmp_path: Path) -> None:
     states, expected = {}, {}
     for backend in BACKENDS:
-        with loader(drawn, backend) as whole:
-            take(whole, 4)
-            states[backend] = whole.state_dict()
-            expected[backend] = [torch.stack(batch.views) for batch in take(whole, 8)]
+        with loader(drawn, backend) as full:
+            take(full, 4)
+            states[backend] = full.state_dict()
+            expected[backend] = [torch.stack(batch.views) for batch in take(full, 8)]
     call = [sys.executable, "-c", RESUMED, str(drawn), json.dumps(states), str(tmp_path / "views.pt")]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run(call, check=True, timeout=120, env=environment)
-    found = torch.load(tmp_path / "views.pt")
+    actual = torch.load(tmp_path / "views.pt")
     for backend in BACKENDS:
-        assert len(found[backend]) == len(expected[backend])
-        assert all(torch.equal(a, b) for a, b in zip(found[backend], expected[backend], strict=True)), backend
+        assert len(actual[backend]) == len(expected[backend])
+        assert all(torch.equal(a, b) for a, b in zip(actual[backend], expected[backend], strict=True)), backend
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_batches_under_way_are_forgotten_without_building_anew(backend: str, drawn: Path) -> None:
+def test_forgetting_batches_does_not_rebuild_the_backend(backend: str, drawn: Path) -> None:
     with loader(drawn, backend) as one:
         first, built = take(one, 3), one._queue.backend
         one.load_state_dict({**one.state_dict(), "step": 0})
@@ -162,8 +138,8 @@ def test_batches_under_way_are_forgotten_without_building_anew(backend: str, dra
         assert one._queue.backend is built
 
 
-def test_gpu_crops_take_the_room_of_the_batches_met(drawn: Path) -> None:
-    """Not of as many images as a batch has of the largest one's size."""
+def test_gpu_crops_take_memory_for_the_largest_batch(drawn: Path) -> None:
+    """Not for a batch of images as large as the largest."""
     beton = Beton(drawn)
     with loader(drawn, "ffcv_gpu") as one:
         take(one, 20)
@@ -190,41 +166,29 @@ def test_resident_images_are_decoded_in_blocks(ragged: Path, monkeypatch: pytest
             assert np.array_equal(pixels[start:end].numpy(), decode(beton, index).ravel())
 
 
-def test_free_memory_is_at_most_the_container_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    files = {
-        "memory.max": ["5000000"],
-        "memory.current": ["3000000"],
-        "memory.stat": ["anon", "7", "inactive_file", "500000"],
-    }
-    monkeypatch.setattr(cores, "control_group", lambda name: files.get(name, []))
-    assert cores.free_memory() == 2_500_000
-    files["memory.max"] = ["max"]
-    assert cores.free_memory() > 2**26
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_batches_staged_ahead_are_the_same(backend: str, drawn: Path) -> None:
-    """As on a GPU, where views are begun before they are asked for; the saved position is of what was handed out."""
+    """As on a GPU, where views are made before they are requested; the saved position is that of returned batches."""
     with loader(drawn, backend) as plain, loader(drawn, backend) as staging:
         expected, states = [], []
         for _ in range(16):
             expected += take(plain, 1)
             states.append(plain.state_dict())
         staging._stages = True
-        found, staged = [], 0
+        actual, staged = [], 0
         for state in states:
             staging._queue.backend.ready = lambda: True  # type: ignore[method-assign]
-            found += take(staging, 1)
+            actual += take(staging, 1)
             staged += isinstance(staging._staged, Batch)
             assert staging.state_dict() == state
-        assert same(found, expected)
+        assert same(actual, expected)
         assert staged == 16
         staging.load_state_dict(states[4])
         assert same(take(staging, 11), expected[5:])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_damaged_record_met_while_staging_is_named_in_its_turn(backend: str, drawn: Path, tmp_path: Path) -> None:
+def test_a_damaged_record_found_while_staging_is_named_in_order(backend: str, drawn: Path, tmp_path: Path) -> None:
     if backend == "resident":
         pytest.skip("it meets all records at the start")
     path = damage(drawn, int(epoch_order(3, 0, 200)[3 * BATCH]), "flipped", tmp_path / "bad.beton")
@@ -236,8 +200,8 @@ def test_a_damaged_record_met_while_staging_is_named_in_its_turn(backend: str, d
 
 
 @pytest.mark.parametrize("views", ["moco_v2", "swav"])
-def test_dalis_views_are_pillows(views: str, ragged: Path) -> None:
-    """The same ids, boxes and flips as FFCV's; pixels that PIL decodes, crops and resizes, to one level."""
+def test_dalis_views_equal_pillow(views: str, ragged: Path) -> None:
+    """The ids, boxes and flips of FFCV's backend, and PIL's pixels to one level."""
     beton = Beton(ragged)
     assert (beton.modes == RAW).any()
     plain = tuple(replace(view, jitter=0.0, gray=0.0, blur=0.0) for view in AUGMENTATIONS[views])
@@ -257,23 +221,11 @@ def test_dalis_views_are_pillows(views: str, ragged: Path) -> None:
                 assert np.abs(images[place].permute(1, 2, 0).numpy() - expected).max() <= 1
 
 
-def pillow(beton: Beton, index: int, box: np.ndarray, size: int) -> np.ndarray:
-    """Return the record as PIL decodes, crops and resizes it."""
-    record = bytes(beton.data[int(beton.pointers[index]) : int(beton.pointers[index]) + int(beton.sizes[index])])
-    if beton.modes[index] == JPEG:
-        image = Image.open(io.BytesIO(record)).convert("RGB")
-    else:
-        image = Image.frombytes("RGB", (int(beton.widths[index]), int(beton.heights[index])), record)
-    top, left, height, width = (int(value) for value in box)
-    crop = image.crop((left, top, left + width, top + height))
-    return np.asarray(crop.resize((size, size), Image.Resampling.BILINEAR)).astype(int)
-
-
 @pytest.mark.parametrize("backend", OTHERS)
 @pytest.mark.parametrize("world", [2, 4])
-def test_all_ranks_together_give_the_batches_of_one(backend: str, world: int, drawn: Path) -> None:
-    with loader(drawn, backend) as whole:
-        alone = take(whole, 7)
+def test_all_ranks_together_load_the_batches_of_one(backend: str, world: int, drawn: Path) -> None:
+    with loader(drawn, backend) as full:
+        alone = take(full, 7)
     parts = []
     for rank in range(world):
         with loader(drawn, backend, rank=rank, world=world) as part:
@@ -286,23 +238,23 @@ def test_all_ranks_together_give_the_batches_of_one(backend: str, world: int, dr
 
 @pytest.mark.parametrize("backend", SAME_DECODER)
 def test_center_crops_are_the_same(backend: str, ragged: Path) -> None:
-    found = []
+    actual = []
     for name in ("ffcv", backend):
         with closing(CenterLoader(Beton(ragged), size=SIZE, batch=7, workers=1, backend=name)) as images:
-            found.append([(image.clone(), ids.tolist()) for image, ids in images])
-    for (a, ids_a), (b, ids_b) in zip(*found, strict=True):
+            actual.append([(image.clone(), ids.tolist()) for image, ids in images])
+    for (a, ids_a), (b, ids_b) in zip(*actual, strict=True):
         assert ids_a == ids_b
         assert torch.equal(a, b)
 
 
 def damage(path: Path, index: int, how: str, to: Path) -> Path:
-    """Write a copy of a beton whose record `index` is damaged, without its manifest where that would tell."""
+    """Write a copy of a beton with record `index` damaged, with its manifest only for a flipped byte."""
     beton, data = Beton(path), bytearray(path.read_bytes())
     start, size = int(beton.pointers[index]), int(beton.sizes[index])
     if how == "flipped":
         data[start + size // 2] ^= 255
         manifest_path(to).write_bytes(manifest_path(path).read_bytes())
-    elif how == "garbage":  # within the scan: libjpeg warns, and goes on
+    elif how == "garbage":  # within the scan: libjpeg warns and continues
         data[start + size - 60 : start + size - 20] = bytes(range(100, 140))
     elif how == "extraneous":
         data[start + size - 9 : start + size - 2] = b"\xff\xd9\x00\x00\x00\x00\x00"
@@ -321,7 +273,7 @@ def test_a_damaged_record_is_named_on_every_backend(backend: str, how: str, draw
 
 
 @pytest.mark.parametrize("backend", OTHERS)
-def test_fifty_epochs_leave_no_threads_files_or_memory_behind(backend: str, drawn: Path) -> None:
+def test_fifty_epochs_leak_no_threads_files_or_memory(backend: str, drawn: Path) -> None:
     with loader(drawn, backend, batch=100, workers=2) as one:
         for _ in range(5):
             list(one)
@@ -438,15 +390,15 @@ def test_views_of_one_size_each(drawn: Path) -> None:
     assert [tuple(view.shape) for view in batch.views if view is not None] == [(32, 3, s, s) for s in (8, 16, 24)]
 
 
-def whole_after(bad: set[int], sample: int, count: int) -> int:
+def intact_after(bad: set[int], sample: int, count: int) -> int:
     while sample in bad:
         sample = (sample + 1) % count
     return sample
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_damaged_records_are_passed_over_for_the_next_whole_one(backend: str, drawn: Path, tmp_path: Path) -> None:
-    """The same one on every backend and rank; draws stay the sample's own; a run goes on exactly from any batch."""
+def test_damaged_records_are_skipped_for_the_next_intact_one(backend: str, drawn: Path, tmp_path: Path) -> None:
+    """On every backend and rank alike; draws remain those of the sample; a run resumes exactly from any batch."""
     bad = {5, 77, 78, 199}
     path = drawn
     for number, index in enumerate(sorted(bad)):
@@ -456,15 +408,15 @@ def test_damaged_records_are_passed_over_for_the_next_whole_one(backend: str, dr
     beton = Beton(drawn)
     for batch in batches:
         order = epoch_order(3, batch.epoch, 200)[BATCH * batch.step : BATCH * (batch.step + 1)]
-        assert batch.ids.tolist() == [whole_after(bad, int(i), 200) for i in order]
+        assert batch.ids.tolist() == [intact_after(bad, int(i), 200) for i in order]
         assert batch.substituted == sum(int(i) in bad for i in order)
         sides = {"heights": beton.heights[batch.ids], "widths": beton.widths[batch.ids]}
         drawn_ = draw_view(PLAIN, 1, seed=3, epoch=batch.epoch, ids=order, **sides)
-        with loader(drawn, backend) as whole:
-            whole._queue.backend.submit(
+        with loader(drawn, backend) as intact:
+            intact._queue.backend.submit(
                 Plan(batch.ids, np.stack([drawn_.boxes] * 2), np.stack([drawn_.flips] * 2), (SIZE,) * 2)
             )
-            expected = whole._queue.backend.receive(60)[0]
+            expected = intact._queue.backend.receive(60)[0]
         assert torch.equal(batch.views[1].permute(0, 2, 3, 1), expected.float())
     assert sum(batch.substituted for batch in batches) >= 4
     for rank in (0, 1):
@@ -478,12 +430,12 @@ def test_damaged_records_are_passed_over_for_the_next_whole_one(backend: str, dr
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_center_crops_pass_over_damaged_records_too(backend: str, drawn: Path, tmp_path: Path) -> None:
+def test_center_crops_skip_damaged_records(backend: str, drawn: Path, tmp_path: Path) -> None:
     path = damage(drawn, 40, "flipped", tmp_path / "bad.beton")
     options: dict[str, Any] = {"size": SIZE, "batch": 32, "workers": 1, "backend": backend}
     with closing(CenterLoader(Beton(path), on_bad="skip", **options)) as images:
-        found = [ids.tolist() for _, ids in images]
-    assert [i for ids in found for i in ids] == [41 if i == 40 else i for i in range(200)]
+        ids_read = [ids.tolist() for _, ids in images]
+    assert [i for ids in ids_read for i in ids] == [41 if i == 40 else i for i in range(200)]
     with pytest.raises(DamagedRecord, match="sample 40 "), closing(CenterLoader(Beton(path), **options)) as images:
         list(images)
 
@@ -498,8 +450,8 @@ def test_too_many_damaged_records_are_an_error(drawn: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("forged", ["pointer", "side", "both"])
-def test_forged_metadata_is_refused_or_passed_over(backend: str, forged: str, drawn: Path, tmp_path: Path) -> None:
-    """A pointer outside the file, a side that its record cannot have."""
+def test_forged_metadata_is_refused_or_skipped(backend: str, forged: str, drawn: Path, tmp_path: Path) -> None:
+    """A pointer outside the file, an impossible side for the record."""
     beton, data = Beton(drawn), bytearray(drawn.read_bytes())
     start = beton.header_end - beton.metadata.nbytes
     rows = np.frombuffer(data, beton.metadata.dtype, len(beton), start).copy()
@@ -521,19 +473,19 @@ def test_forged_metadata_is_refused_or_passed_over(backend: str, forged: str, dr
         Loader(tolerant, AUGMENTATIONS["moco_v2"], size=SIZE, batch=200, backend=backend, on_bad="skip")
     ) as one:
         (batch,) = take(one, 1)
-    assert sorted(batch.ids.tolist()) == sorted(whole_after(bad, i, 200) for i in range(200))
+    assert sorted(batch.ids.tolist()) == sorted(intact_after(bad, i, 200) for i in range(200))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_every_backend_on_the_gpu_gives_the_cpu_s_views(backend: str, ragged: Path) -> None:
-    """Over several epochs, while the GPU is busy with other work; DALI's decoder there is another one."""
+def test_every_backend_s_gpu_views_equal_cpu_views(backend: str, ragged: Path) -> None:
+    """Over several epochs, while the GPU does other work; DALI uses another decoder there."""
     settings = {"views": (PLAIN, PLAIN), "batch": 20, "statistics": LEVELS}
     busy = torch.randn(2048, 2048, device="cuda")
     with loader(ragged, "ffcv", **settings) as host, loader(ragged, backend, device="cuda", **settings) as device:
-        for expected, found in ((take(host, 1)[0], take(device, 1)[0]) for _ in range(12)):
-            assert expected.ids.tolist() == found.ids.tolist()
+        for expected, actual in ((take(host, 1)[0], take(device, 1)[0]) for _ in range(12)):
+            assert expected.ids.tolist() == actual.ids.tolist()
             for _ in range(20):
                 busy = (busy @ busy).clamp(-1, 1)
-            for a, b in zip(expected.views, found.views, strict=True):
+            for a, b in zip(expected.views, actual.views, strict=True):
                 assert (a - b.cpu()).abs().mean() <= (2 if backend == "dali" else 0.1)

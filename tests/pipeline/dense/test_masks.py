@@ -1,4 +1,4 @@
-"""Images with masks: both layouts, and each wrong file refused by its name."""
+"""Tests of images with masks: both layouts, and invalid files, which are named."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from pipeline.system.thread_pool import Workers
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Scenes in VOC's layout, four for training and two for testing. Not to be changed: copy them first."""
+    """Scenes in VOC's layout, four for training and two for testing. Copy them before a change."""
     folder = tmp_path_factory.mktemp("scenes") / "voc"
-    write(folder, 4, 2, size=64, quiet=True)
+    write(folder, 4, 2, size=64)
     return folder
 
 
@@ -38,7 +38,7 @@ def workers() -> Iterator[Workers]:
 
 
 def _as_folders(voc: Path) -> Path:
-    """The same images as two folders, masks as gray levels."""
+    """Return the same images as two folders, masks as gray levels."""
     (voc / "JPEGImages").rename(voc / "images")
     (voc / "masks").mkdir()
     for file in (voc / "SegmentationClass").iterdir():
@@ -65,7 +65,7 @@ def test_both_layouts_give_the_images_and_their_masks(voc: Path, workers: Worker
     assert len({rest.fingerprint, tenth.fingerprint, folders.fingerprint}) == 3
 
 
-def test_the_augmented_sets_lines_of_two_paths_are_read(voc: Path) -> None:
+def test_lines_of_two_paths_are_read(voc: Path) -> None:
     (voc / "SegmentationClass").rename(voc / "SegmentationClassAug")
     lines = "/JPEGImages/000002.jpg /SegmentationClassAug/000002.png\n"
     (voc / "ImageSets" / "Segmentation" / "train_aug.txt").write_text(lines)
@@ -92,13 +92,13 @@ def _junk(voc: Path) -> None:
         (_resized, r"000002.png: 64 x 60 pixels, but .*000002.jpg has 64 x 64: give the mask that was drawn on it"),
         (_colored, r"000002.png: is RGB, not class numbers: save it as"),
         (_junk, r"000002.jpg: cannot be read .*: replace it"),
-        (lambda voc: (voc / "SegmentationClass" / "000003.png").unlink(), r"000003.png: is not there, nor are 0 other"),
-        (lambda voc: (voc / "ImageSets/Segmentation/train.txt").unlink(), r"sets there are val: name one"),
+        (lambda voc: (voc / "SegmentationClass" / "000003.png").unlink(), r"000003.png: is missing, and 0 other"),
+        (lambda voc: (voc / "ImageSets/Segmentation/train.txt").unlink(), r"the sets are val: name one"),
         (lambda voc: (voc / "ImageSets/Segmentation/train.txt").write_text("\n"), r"train.txt: names no image"),
         (lambda voc: (voc / "JPEGImages").rename(voc / "pictures"), r"neither VOC's layout .* nor folders images"),
     ],
 )
-def test_what_cannot_belong_together_is_refused_by_name(spoil: Callable[[Path], None], message: str, voc: Path) -> None:
+def test_mismatched_images_and_masks_are_named(spoil: Callable[[Path], None], message: str, voc: Path) -> None:
     spoil(voc)
     with pytest.raises(InputError, match=message):
         open_masked(voc)
@@ -107,7 +107,7 @@ def test_what_cannot_belong_together_is_refused_by_name(spoil: Callable[[Path], 
 @pytest.mark.parametrize(("folder", "other"), [("images", "masks"), ("masks", "images")])
 def test_a_file_without_its_counterpart_is_refused(folder: str, other: str, voc: Path) -> None:
     next((_as_folders(voc) / other).glob("000003.*")).unlink()
-    with pytest.raises(InputError, match=rf"{folder}/000003\.\w+: has no counterpart in .*{other}, nor have 0 others"):
+    with pytest.raises(InputError, match=rf"{folder}/000003\.\w+: has no counterpart in .*{other}, like 0 others"):
         open_masked(voc)
 
 
@@ -120,7 +120,7 @@ def test_two_images_of_one_name_are_refused(voc: Path) -> None:
 
 def test_class_numbers_out_of_range_and_damaged_masks_are_found(voc: Path, workers: Workers) -> None:
     data, path = open_masked(voc), voc / "SegmentationClass" / "000003.png"
-    with pytest.raises(InputError, match=r"\.png: has class \d+, and there are 2, 0 to 1, besides 255"):
+    with pytest.raises(InputError, match=r"\.png: has class \d+, and there are 2, 0 to 1, except 255"):
         classes_in(data, range(4), 2, workers)
     content = path.read_bytes()
     path.write_bytes(content[:-60])

@@ -1,4 +1,4 @@
-"""Crops for segmentation: pure draws, crops against PIL's own way round, the same batches on any number of ranks."""
+"""Tests of crops for segmentation: pure draws, equality with PIL, the same batches with any number of ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipeline.system.errors import InputError
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Masked:
     """Seven scenes."""
     folder = tmp_path_factory.mktemp("scenes") / "voc"
-    write(folder, 7, 1, size=64, quiet=True)
+    write(folder, 7, 1, size=64)
     return open_masked(folder)
 
 
@@ -32,7 +32,7 @@ def test_draws_depend_on_seed_epoch_and_id_alone() -> None:
         assert draw_crop((90, 60), 65, **({"seed": 1, "epoch": 2, "index": 3} | other)) != first
 
 
-def test_scales_places_and_flips_are_spread_evenly() -> None:
+def test_scales_positions_and_flips_are_uniform() -> None:
     size = 100
     draws = [draw_crop((200, 200), size, seed=0, epoch=0, index=index) for index in range(4000)]
     scales = np.array([draw.height for draw in draws]) / 200
@@ -63,14 +63,14 @@ def test_scales_places_and_flips_are_spread_evenly() -> None:
         Draw(70, 60, 5, -5, False),
     ],
 )
-def test_crops_are_those_of_the_scaled_image(draw: Draw) -> None:
-    """The whole image scaled by PIL, the mask by exact fractions, padded all round, cropped, mirrored."""
+def test_crops_equal_those_of_the_scaled_image(draw: Draw) -> None:
+    """Return the full image scaled by PIL, the mask by exact fractions, padded all round, cropped, mirrored."""
     drawn, size = scene(0, 3, 64), 65
     pixels, classes = crop((Image.fromarray(drawn.image), drawn.mask), draw, size)
 
     def expected(scaled: Image.Image, fill: int | tuple[int, ...]) -> np.ndarray:
-        whole = ImageOps.expand(scaled, size, fill=fill)
-        part = whole.crop((draw.left + size, draw.top + size, draw.left + 2 * size, draw.top + 2 * size))
+        padded = ImageOps.expand(scaled, size, fill=fill)
+        part = padded.crop((draw.left + size, draw.top + size, draw.left + 2 * size, draw.top + 2 * size))
         return np.asarray(ImageOps.mirror(part) if draw.flip else part)
 
     rows, columns = ([int(Fraction(2 * i + 1, 2) * 64 / n) for i in range(n)] for n in (draw.height, draw.width))
@@ -82,7 +82,7 @@ def test_crops_are_those_of_the_scaled_image(draw: Draw) -> None:
     assert different.mean() < 0.3
 
 
-def test_global_batches_are_the_same_on_any_number_of_ranks_and_after_a_resume(drawn: Masked) -> None:
+def test_global_batches_do_not_depend_on_ranks_or_resuming(drawn: Masked) -> None:
     def crops(rank: int, world: int, first: int, last: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         loader = ScaleCrops(drawn, size=49, batch=2, seed=4, rank=rank, world=world, workers=2)
         try:
@@ -90,17 +90,17 @@ def test_global_batches_are_the_same_on_any_number_of_ranks_and_after_a_resume(d
         finally:
             loader.close()
 
-    whole = crops(0, 1, 0, 8)
-    assert len(whole) == 8
-    assert whole[0][0].shape == (2, 3, 49, 49)
-    assert whole[0][0].is_contiguous(memory_format=torch.channels_last)
-    for one, *parts in zip(whole, crops(0, 2, 0, 8), crops(1, 2, 0, 8), strict=True):
+    single = crops(0, 1, 0, 8)
+    assert len(single) == 8
+    assert single[0][0].shape == (2, 3, 49, 49)
+    assert single[0][0].is_contiguous(memory_format=torch.channels_last)
+    for one, *parts in zip(single, crops(0, 2, 0, 8), crops(1, 2, 0, 8), strict=True):
         assert all(torch.equal(*pair) for pair in zip(one, map(torch.cat, zip(*parts, strict=True)), strict=True))
-    for one, again in zip(whole[5:], crops(0, 1, 5, 8), strict=True):
+    for one, again in zip(single[5:], crops(0, 1, 5, 8), strict=True):
         assert all(torch.equal(*pair) for pair in zip(one, again, strict=True))
 
 
-def test_an_epoch_has_each_image_once_but_for_those_over(drawn: Masked) -> None:
+def test_an_epoch_has_full_batches_of_distinct_images(drawn: Masked) -> None:
     loader = ScaleCrops(drawn, size=49, batch=2, seed=4, workers=1)
     epochs = [np.concatenate([loader.ids(step) for step in range(at, at + 3)]).tolist() for at in (0, 3)]
     loader.close()
@@ -111,7 +111,7 @@ def test_an_epoch_has_each_image_once_but_for_those_over(drawn: Masked) -> None:
 
 def test_a_damaged_image_is_named(drawn: Masked, tmp_path: Path) -> None:
     folder = tmp_path / "voc"
-    write(folder, 2, 1, size=64, quiet=True)
+    write(folder, 2, 1, size=64)
     image = folder / "JPEGImages" / "000002.jpg"
     image.write_bytes(image.read_bytes()[:700])
     loader = ScaleCrops(open_masked(folder), size=49, batch=2, workers=1)

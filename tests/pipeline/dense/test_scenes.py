@@ -1,4 +1,4 @@
-"""Drawn scenes: pure functions of seed and index, whose masks, boxes and files agree."""
+"""Tests of synthetic scenes: pure functions of seed and index, with matching masks, boxes and files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_a_scene_depends_on_seed_index_and_size_alone() -> None:
         assert (other.mask != first.mask).any()
 
 
-def test_masks_hold_the_objects_of_the_boxes() -> None:
+def test_masks_match_the_boxes() -> None:
     for index in range(20):
         drawn, rest = scene(0, index, 96), np.ones((96, 96), bool)
         assert 1 <= len(drawn.objects) <= 4
@@ -46,7 +46,7 @@ def test_all_classes_occur_about_equally() -> None:
 
 def test_files_are_in_vocs_layout(tmp_path: Path) -> None:
     folder = tmp_path / "voc"
-    write(folder, 3, 2, seed=5, size=64, quiet=True)
+    write(folder, 3, 2, seed=5, size=64)
     sets = {path.stem: path.read_text().split() for path in folder.glob("ImageSets/*/*.txt")}
     assert sets["train"] == sets["trainval"] == ["000001", "000002", "000003"]
     assert sets["val"] == sets["test"] == ["000004", "000005"]
@@ -69,7 +69,7 @@ def test_files_are_in_vocs_layout(tmp_path: Path) -> None:
     assert boxes == [(CLASSES[one.label], one.box) for one in drawn.objects]
 
 
-def test_nothing_is_written_over_or_too_small(tmp_path: Path) -> None:
+def test_a_used_folder_and_small_scenes_are_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").touch()
     with pytest.raises(InputError, match="is not empty"):
         write(tmp_path, 1, 1)

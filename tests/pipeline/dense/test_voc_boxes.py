@@ -1,4 +1,4 @@
-"""Images with boxes in VOC's layout, and each wrong file refused by its name."""
+"""Tests of images with boxes in VOC's layout, and of invalid files, which are named."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.system.errors import InputError
 @pytest.fixture
 def voc(tmp_path: Path) -> Path:
     """Three scenes for training and two for testing."""
-    write(tmp_path / "voc", 3, 2, size=64, quiet=True)
+    write(tmp_path / "voc", 3, 2, size=64)
     return tmp_path / "voc"
 
 
@@ -28,8 +28,8 @@ def _edit(file: Path, pattern: str, replacement: str) -> None:
     file.write_text(re.sub(pattern, replacement, text, count=1))
 
 
-def test_images_of_several_folders_come_with_their_boxes(voc: Path, tmp_path: Path) -> None:
-    write(tmp_path / "other", 1, 1, seed=9, size=64, quiet=True)
+def test_images_of_several_folders_have_their_boxes(voc: Path, tmp_path: Path) -> None:
+    write(tmp_path / "other", 1, 1, seed=9, size=64)
     _edit(voc / "Annotations" / "000002.xml", "<difficult>0", "<difficult>1")
     data = open_boxed([(voc, "trainval"), (tmp_path / "other", "test")], CLASSES)
     assert len(data) == 4
@@ -45,7 +45,7 @@ def test_images_of_several_folders_come_with_their_boxes(voc: Path, tmp_path: Pa
     assert some.fingerprint != data.fingerprint != open_boxed([(voc, "trainval")], CLASSES).fingerprint
 
 
-def test_classes_are_vocs_or_those_that_occur(voc: Path) -> None:
+def test_classes_are_vocs_or_all_that_occur(voc: Path) -> None:
     occurring = {CLASSES[one.label] for index in range(3) for one in scene(0, index, 64).objects}
     assert open_boxed([(voc, "trainval")]).classes == tuple(sorted(occurring))
     for file in (voc / "Annotations").iterdir():
@@ -60,9 +60,9 @@ def test_classes_are_vocs_or_those_that_occur(voc: Path) -> None:
     [
         (
             lambda voc: (voc / "JPEGImages" / "000002.jpg").unlink(),
-            r"trainval.txt: .*000002.jpg and 0 other files are not",
+            r"trainval.txt: .*000002.jpg and 0 other files are missing",
         ),
-        (lambda voc: (voc / "ImageSets/Main/trainval.txt").unlink(), r"sets there are test: give FOLDER:SET"),
+        (lambda voc: (voc / "ImageSets/Main/trainval.txt").unlink(), r"the sets are test: give FOLDER:SET"),
         (lambda voc: (voc / "ImageSets/Main/trainval.txt").write_text(""), r"trainval.txt: it names no image"),
         (lambda voc: (voc / "Annotations/000002.xml").write_text("<annotation>"), r"000002.xml: not an annotation"),
         (lambda voc: _edit(voc / "Annotations/000002.xml", "<xmin>.*?</xmin>", ""), r"000002.xml: not an annotation"),
@@ -78,9 +78,7 @@ def test_classes_are_vocs_or_those_that_occur(voc: Path) -> None:
         (lambda voc: (voc / "JPEGImages" / "000002.jpg").write_bytes(b"junk"), r"000002.jpg: cannot be read"),
     ],
 )
-def test_what_is_missing_or_cannot_be_is_refused_by_name(
-    spoil: Callable[[Path], None], message: str, voc: Path
-) -> None:
+def test_missing_and_invalid_files_are_named(spoil: Callable[[Path], None], message: str, voc: Path) -> None:
     spoil(voc)
     with pytest.raises(InputError, match=message):
         open_boxed([(voc, "trainval")], CLASSES)

@@ -1,8 +1,8 @@
 """Damaged JPEGs decoded by jpeg.c and by FFCV's function under valgrind: python -m tests.pipeline.native.jpeg_memory
 
-Memcheck sees every access, libjpeg-turbo's own and those of its SIMD code too. Makes `--count` JPEGs from `--first` on,
-with `tests.pipeline.fuzz`, and decodes them in a plain Python process, from and to buffers of their very sizes. Exit
-status 0 where nothing was out of bounds. (AddressSanitizer would see jpeg.c alone, whose accesses are libjpeg's.)
+Memcheck sees every access, also those of libjpeg-turbo and its SIMD code; AddressSanitizer would only see jpeg.c. Makes
+`--count` JPEGs from `--first` on with `tests.pipeline.fuzz` and decodes them in a plain Python process, from and to
+buffers of exactly their size. Exit status 0 where no access was out of bounds.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ KINDS: dict[str, dict[str, object]] = {
     "4:1:1": {"subsampling": "4:1:1"},
     "progressive": {"progressive": True},
     "restarts": {"restart_marker_blocks": 3},
-    "own tables": {"optimize": True, "quality": 98},
+    "optimized": {"optimize": True, "quality": 98},
 }
 CASE = struct.Struct("<IIIIIII")  # bytes, height, width, top, left, height, width
 DECODE = """
@@ -58,7 +58,7 @@ print(f"{done} damaged JPEGs, of which {whole} decode: 0 accesses out of bounds"
 
 
 def cases(first: int, count: int) -> Iterator[bytes]:
-    """Yield damaged JPEGs with the sides that their frame headers claim and a rectangle, as DECODE reads them."""
+    """Yield damaged JPEGs with the sides of their frame headers and a rectangle, in the format of CASE."""
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (61, 97, 3), dtype=np.uint8))
     files = [saved(picture, **kind) for kind in KINDS.values()] + [
         saved(picture.convert("L")),
@@ -76,7 +76,7 @@ def cases(first: int, count: int) -> Iterator[bytes]:
 
 
 def check(first: int, count: int) -> subprocess.CompletedProcess[str]:
-    """Decode them under valgrind; return how that ended, 0 where no access was out of bounds."""
+    """Decode them under valgrind; return the process, of status 0 where no access was out of bounds."""
     assert libjpeg.decode_rectangle is not None
     libraries = [libjpeg._jpeg.__file__, ffcv._libffcv.__file__]  # type: ignore[attr-defined]
     with tempfile.NamedTemporaryFile() as file:

@@ -1,4 +1,4 @@
-"""Variants of a compiled function stay apart in the cache, whoever writes it when."""
+"""Tests of the shared cache: variants of compiled functions stay apart, and stale code is not loaded."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ import sys, time
 from numba.core.caching import IndexDataCacheFile
 from pipeline.native.numba_cache import compiled
 
-# Both read that the cache is empty; the second is the last to write the index, the first to write its code.
+# Both find an empty cache; the second writes the index last, and its code first.
 index, code, first = IndexDataCacheFile._save_index, IndexDataCacheFile._save_data, sys.argv[1:] == ["1"]
 IndexDataCacheFile._save_index = lambda *arguments: (time.sleep(1.5 if first else 2.0), index(*arguments))
 IndexDataCacheFile._save_data = lambda *arguments: (time.sleep(1.5 if first else 0.0), code(*arguments))
@@ -49,7 +49,7 @@ print(*[half({"1": 3, "2": 5.0}[which]) for which in sys.argv[1:]])
 """
 
 
-def said(script: Path, cache: Path, *arguments: str) -> str:
+def output(script: Path, cache: Path, *arguments: str) -> str:
     done = subprocess.run(
         [sys.executable, str(script), *arguments], env=environment(cache), capture_output=True, text=True, timeout=60
     )
@@ -61,43 +61,47 @@ def environment(cache: Path) -> dict[str, str]:
     return os.environ | {"NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
 
 
-def test_variants_compiled_by_different_processes_are_not_taken_for_each_other(tmp_path: Path) -> None:
+def test_variants_compiled_by_different_processes_stay_apart(tmp_path: Path) -> None:
     script = tmp_path / "variants.py"
     script.write_text(SCRIPT)
-    assert [said(script, tmp_path, which) for which in ("one", "two", "both", "both")] == ["1\n", "2\n", *["102\n"] * 2]
+    assert [output(script, tmp_path, which) for which in ("one", "two", "both", "both")] == [
+        "1\n",
+        "2\n",
+        *["102\n"] * 2,
+    ]
 
 
-def test_variants_without_a_name_of_their_own_are_refused() -> None:
+def test_variants_without_a_unique_name_are_refused() -> None:
     with pytest.raises(ValueError, match="set its __qualname__"):
         compiled(nogil=True)(lambda x: x)
 
 
 @pytest.mark.slow
-def test_types_compiled_at_once_are_not_mixed_up(tmp_path: Path) -> None:
+def test_types_compiled_at_once_stay_apart(tmp_path: Path) -> None:
     script = tmp_path / "halves.py"
     script.write_text(RACE)
     both = [subprocess.Popen([sys.executable, str(script), which], env=environment(tmp_path)) for which in "12"]
     assert [process.wait(60) for process in both] == [0, 0]
-    assert said(script, tmp_path, "1", "2") == "1.5 2.5\n"
+    assert output(script, tmp_path, "1", "2") == "1.5 2.5\n"
 
 
-def test_another_source_is_compiled_anew(tmp_path: Path) -> None:
+def test_a_changed_source_is_compiled_again(tmp_path: Path) -> None:
     script = tmp_path / "variants.py"
     for number in (3, 4):
         script.write_text(SCRIPT.replace("x + number", f"x + number * {number}"))
-        os.utime(script, (1e9, 1e9))  # of the same time and size
-        assert said(script, tmp_path, "one") == f"{number}\n"
+        os.utime(script, (1e9, 1e9))  # same time and size
+        assert output(script, tmp_path, "one") == f"{number}\n"
 
 
-def test_sources_are_those_that_a_module_imports_in_every_room() -> None:
+def test_sources_are_all_imported_modules() -> None:
     package = ROOT / "pipeline"
-    found = {path.relative_to(package).as_posix() for path in _imported_sources(package / "backends" / "ffcv.py")}
-    assert {"augment/resize.py", "storage/decode.py", "native/libffcv.py", "system/limits.py"} <= found
-    assert not {"prepare.py", "doctor.py", "sources/archives.py"} & found
+    sources = {path.relative_to(package).as_posix() for path in _imported_sources(package / "backends" / "ffcv.py")}
+    assert {"augment/resize.py", "storage/decode.py", "native/libffcv.py", "system/limits.py"} <= sources
+    assert not {"prepare.py", "doctor.py", "sources/archives.py"} & sources
 
 
 @pytest.mark.parametrize("changed", ["native/inner.py", "constants.py"])
-def test_a_change_in_what_a_module_imports_compiles_it_anew(changed: str, tmp_path: Path) -> None:
+def test_a_changed_import_compiles_a_module_again(changed: str, tmp_path: Path) -> None:
     """A callee in another folder, and a constant of the callee's module."""
     package = tmp_path / "pipeline"
     shutil.copytree(ROOT / "pipeline", package, ignore=shutil.ignore_patterns("__pycache__"))

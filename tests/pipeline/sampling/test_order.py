@@ -1,4 +1,4 @@
-"""Tests of the sample order, its sharding, and the counter-based generator below them."""
+"""Tests of the sample order and its sharding."""
 
 from __future__ import annotations
 
@@ -7,76 +7,18 @@ import itertools
 import numpy as np
 import pytest
 
+from pipeline.sampling import order as order_module
 from pipeline.sampling.order import (
     CHUNK,
     WINDOW,
-    chunked_order,
     epoch_order,
     ordered,
+    quasi_random_order,
     rank_slice,
     shuffled_rows,
     steps_per_epoch,
 )
-from pipeline.system.counter_rng import mix, stream, uniforms
-
-_SEED_OF_REFERENCE = 1234567
-_REFERENCE = (  # SplitMix64's published outputs for that seed
-    6457827717110365317,
-    3203168211198807973,
-    9817491932198370423,
-    4593380528125082431,
-    16408922859458223821,
-)
-
-
-# ---- the generator ----
-
-
-def test_stream_gives_the_published_splitmix64_outputs() -> None:
-    assert stream(np.uint64(_SEED_OF_REFERENCE), 5).tolist() == list(_REFERENCE)
-
-
-def test_stream_of_many_keys_is_that_of_each_key() -> None:
-    keys = np.array([[0, 1, _SEED_OF_REFERENCE], [2**63, 2**64 - 1, 5]], dtype=np.uint64)
-    many = stream(keys, 7)
-    assert many.shape == (2, 3, 7)
-    assert many.dtype == np.uint64
-    for place in np.ndindex(keys.shape):
-        assert many[place].tolist() == stream(keys[place], 7).tolist()
-
-
-def test_stream_starts_the_same_whatever_its_length() -> None:
-    assert stream(np.uint64(3), 100)[:9].tolist() == stream(np.uint64(3), 9).tolist()
-
-
-def test_mix_is_injective_and_turns_half_the_bits() -> None:
-    keys = np.arange(1 << 14, dtype=np.uint64)
-    mixed = mix(keys)
-    assert len(np.unique(mixed)) == len(keys)
-    for bit in range(64):
-        changed = mixed ^ mix(keys ^ np.uint64(1 << bit))
-        share = np.unpackbits(changed.view(np.uint8)).mean()
-        assert abs(share - 0.5) < 4 * 0.5 / np.sqrt(64 * len(keys))
-
-
-@pytest.mark.filterwarnings("error")
-def test_mix_wraps_around_silently_at_the_largest_key() -> None:
-    assert int(mix(2**64 - 1)) == 0xE4D971771B652C20
-
-
-def test_uniforms_are_the_upper_53_bits_below_one() -> None:
-    values = uniforms(np.arange(1000, dtype=np.uint64), 50)
-    assert values.dtype == np.float64
-    assert values.shape == (1000, 50)
-    assert values.min() >= 0.0
-    assert values.max() < 1.0
-    assert uniforms(np.uint64(_SEED_OF_REFERENCE), 5).tolist() == [(word >> 11) / 2**53 for word in _REFERENCE]
-
-
-def test_uniforms_stay_below_one_for_the_largest_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.system.counter_rng.stream", lambda key, count: np.full(count, 2**64 - 1, np.uint64))
-    assert uniforms(np.uint64(0), 1)[0] == 1.0 - 2.0**-53
-
+from pipeline.system.counter_rng import mix, stream
 
 # ---- the order ----
 
@@ -104,7 +46,7 @@ def test_order_depends_on_its_arguments_alone() -> None:
     ],
 )
 def test_order_never_changes(seed: int, epoch: int, n: int, first: list[int]) -> None:
-    """A change here means that no earlier run can be resumed or repeated."""
+    """A change means that no earlier run can be resumed or repeated."""
     assert epoch_order(seed, epoch, n)[: len(first)].tolist() == first
 
 
@@ -120,7 +62,7 @@ def test_order_equals_a_plain_sort_by_splitmix64_keys() -> None:
     assert epoch_order(11, 5, 300).tolist() == sorted(range(300), key=lambda i: (keys[i], i))
 
 
-def test_equal_keys_keep_the_smaller_id_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_keys_are_ordered_by_id(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "pipeline.sampling.order.stream", lambda key, count: np.arange(count, dtype=np.uint64) // np.uint64(50)
     )
@@ -131,19 +73,19 @@ def test_another_seed_or_epoch_gives_an_unrelated_order() -> None:
     orders = [epoch_order(seed, epoch, 2000) for seed in range(4) for epoch in range(4)]
     for i, a in enumerate(orders):
         for b in orders[:i]:
-            assert (a == b).sum() < 8  # one place in common is expected
+            assert (a == b).sum() < 8  # one common position is expected
             assert abs(np.corrcoef(a, b)[0, 1]) < 4 / np.sqrt(2000)
 
 
-def test_every_id_is_as_likely_at_every_place() -> None:
-    """Chi-square of id by place over 4,000 seeds: 81 degrees of freedom, 139 is exceeded once in 10,000 times."""
+def test_every_id_is_equally_likely_at_every_position() -> None:
+    """Chi-square of id by position over 4,000 seeds: 81 degrees of freedom, above 139 once in 10,000 times."""
     n, runs = 10, 4000
     counts = np.zeros((n, n))
     for seed in range(runs):
         counts[np.arange(n), epoch_order(seed, 0, n)] += 1
     expected = runs / n
     assert ((counts - expected) ** 2 / expected).sum() < 139
-    assert ((counts[0] - expected) ** 2 / expected).sum() < 33.7  # the first place alone: 9 degrees of freedom
+    assert ((counts[0] - expected) ** 2 / expected).sum() < 33.7  # the first position alone: 9 degrees of freedom
 
 
 def test_first_id_is_near_uniform_over_epochs() -> None:
@@ -156,7 +98,7 @@ def test_first_id_is_near_uniform_over_epochs() -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_slices_of_all_ranks_together_are_the_global_batch(world: int) -> None:
+def test_the_slices_of_all_ranks_are_the_global_batch(world: int) -> None:
     order, batch = epoch_order(7, 3, 103), 12
     for step in range(steps_per_epoch(103, batch)):
         slices = [rank_slice(order, step, batch, rank, world) for rank in range(world)]
@@ -165,12 +107,12 @@ def test_slices_of_all_ranks_together_are_the_global_batch(world: int) -> None:
 
 
 @pytest.mark.parametrize(("n", "batch", "steps"), [(103, 12, 8), (96, 12, 8), (12, 12, 1), (11, 12, 0)])
-def test_an_epoch_holds_whole_batches_alone(n: int, batch: int, steps: int) -> None:
+def test_an_epoch_has_only_full_batches(n: int, batch: int, steps: int) -> None:
     assert steps_per_epoch(n, batch) == steps
 
 
 @pytest.mark.parametrize(("batch", "world"), [(10, 3), (4, 8), (255, 2)])
-def test_a_world_that_does_not_divide_the_batch_is_refused(batch: int, world: int) -> None:
+def test_a_batch_not_divisible_by_the_world_size_is_refused(batch: int, world: int) -> None:
     with pytest.raises(ValueError, match=f"{batch} does not divide among {world} ranks") as caught:
         rank_slice(epoch_order(0, 0, 1000), 0, batch, 0, world)
     assert "\n" not in str(caught.value)
@@ -193,39 +135,44 @@ def test_shuffled_rows_are_sorted_by_splitmix64_keys() -> None:
     assert shuffled_rows(5, 9, 50).tolist() == sorted(range(50), key=lambda i: keys[i])
 
 
-def test_parts_that_do_not_divide_the_batch_are_refused() -> None:
+def test_a_batch_not_divisible_by_the_parts_is_refused() -> None:
     with pytest.raises(ValueError, match="do not divide"):
         shuffled_rows(0, 0, 10, 4)
 
 
-# ---- chunks ----
+# ---- quasi-random order ----
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 1000, 40_000])
 @pytest.mark.parametrize(("chunk", "window"), [(16, 4), (7, 30), (CHUNK, WINDOW)])
-def test_chunked_order_is_a_permutation_that_depends_on_seed_and_epoch_alone(n: int, chunk: int, window: int) -> None:
-    order = chunked_order(3, 5, n, chunk, window)
+def test_quasi_random_order_depends_on_seed_and_epoch_alone(
+    n: int, chunk: int, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(order_module, "CHUNK", chunk)
+    monkeypatch.setattr(order_module, "WINDOW", window)
+    order = quasi_random_order(3, 5, n)
     assert order.dtype == np.int64
     assert sorted(order.tolist()) == list(range(n))
-    assert order.tolist() == chunked_order(3, 5, n, chunk, window).tolist()
+    assert order.tolist() == quasi_random_order(3, 5, n).tolist()
     if n >= 1000:
         for seed, epoch in ((3, 6), (4, 5)):
-            assert order.tolist() != chunked_order(seed, epoch, n, chunk, window).tolist()
+            assert order.tolist() != quasi_random_order(seed, epoch, n).tolist()
 
 
-def test_a_window_reads_few_places_of_the_file_and_each_place_is_read_once() -> None:
-    chunk, window, n = 16, 10, 20_000
-    order = chunked_order(0, 0, n, chunk, window)
-    parts = [order[i : i + chunk * window] // chunk for i in range(0, n, chunk * window)]
+def test_a_window_reads_few_chunks_and_each_chunk_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    window, n = 10, 20_000
+    monkeypatch.setattr(order_module, "WINDOW", window)
+    order = quasi_random_order(0, 0, n)
+    parts = [order[i : i + CHUNK * window] // CHUNK for i in range(0, n, CHUNK * window)]
     assert all(len(np.unique(part)) <= window + 1 for part in parts)
-    again = [set(a.tolist()) & set(b.tolist()) for a, b in itertools.combinations(parts, 2)]
-    assert sum(map(len, again)) <= 2  # where the file's last, shorter chunk lies
+    repeated = [set(a.tolist()) & set(b.tolist()) for a, b in itertools.combinations(parts, 2)]
+    assert sum(map(len, repeated)) <= 2  # by the file's last, shorter chunk
     distances = np.abs(np.diff(np.concatenate([np.unique(part) for part in parts])))
-    assert np.median(distances) > 10  # the chunks themselves lie anywhere
+    assert np.median(distances) > 10  # the chunks of a window are spread over the file
 
 
-def test_chunked_order_mixes_imagenet_nearly_as_well_as_a_full_shuffle() -> None:
-    """Sorted by class: classes in a batch of 256 and in a queue of 65536, and batch-mates of one place in the file."""
+def test_quasi_random_order_mixes_imagenet_nearly_as_well_as_a_full_shuffle() -> None:
+    """Sorted by class: classes in a batch of 256 and in a queue of 65536; pairs in a batch from one chunk."""
     n = 1_281_167
     classes, found = np.arange(n) // 1282, {}
     for kind in ("random", "quasi_random"):

@@ -1,4 +1,4 @@
-"""Tests of image sources: what is found in folders, tars and zips, what is refused, and that the bytes are right."""
+"""Tests of image sources: images and classes of folders, tars and zips, their bytes, and refusals."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def _files(*names: str) -> dict[str, bytes]:
     return {name: f"bytes of {name}".encode() for name in names}
 
 
-def _found(source: Path, subset: str | None = None) -> tuple[dict[str, int], list[str]]:
+def listed(source: Path, subset: str | None = None) -> tuple[dict[str, int], list[str]]:
     images = open_source(str(source), subset)
     return {item.name: item.label for item in images.items}, images.classes
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_folders_are_classes_in_sorted_order_and_bytes_are_the_files_own(kind: str, tmp_path: Path) -> None:
+def test_folders_are_sorted_classes_and_bytes_are_unchanged(kind: str, tmp_path: Path) -> None:
     files = _files("dog/2.jpg", "cat/b.PNG", "cat/a.jpeg", "ant/deep/x.jpg", "dog/notes.txt")
     source = open_source(str(pack(kind, files, tmp_path)))
     assert source.classes == ["ant", "cat", "dog"]
@@ -45,11 +45,11 @@ def test_folders_are_classes_in_sorted_order_and_bytes_are_the_files_own(kind: s
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_images_in_no_folder_are_unlabeled(kind: str, tmp_path: Path) -> None:
-    assert _found(pack(kind, _files("b.jpg", "a.jpg"), tmp_path)) == ({"a.jpg": -1, "b.jpg": -1}, [])
+    assert listed(pack(kind, _files("b.jpg", "a.jpg"), tmp_path)) == ({"a.jpg": -1, "b.jpg": -1}, [])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_names_with_spaces_and_beyond_ascii_are_kept(kind: str, tmp_path: Path) -> None:
+def test_names_with_spaces_and_unicode_are_preserved(kind: str, tmp_path: Path) -> None:
     files = _files("Île verte/größe 1.jpg", "猫 と/ねこ 'two'.jpg")
     source = open_source(str(pack(kind, files, tmp_path)))
     assert source.classes == ["Île verte", "猫 と"]
@@ -58,15 +58,15 @@ def test_names_with_spaces_and_beyond_ascii_are_kept(kind: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_single_folder_around_all_classes_is_no_class(kind: str, tmp_path: Path) -> None:
-    found, classes = _found(pack(kind, _files("set/images/cat/1.jpg", "set/images/dog/2.jpg"), tmp_path))
+    labels, classes = listed(pack(kind, _files("set/images/cat/1.jpg", "set/images/dog/2.jpg"), tmp_path))
     assert classes == ["cat", "dog"]
-    assert found == {"set/images/cat/1.jpg": 0, "set/images/dog/2.jpg": 1}
+    assert labels == {"set/images/cat/1.jpg": 0, "set/images/dog/2.jpg": 1}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_hidden_files_and_those_of_macos_are_ignored(kind: str, tmp_path: Path) -> None:
     files = _files("cat/1.jpg", "cat/._1.jpg", ".cache/2.jpg", "__MACOSX/cat/1.jpg", "dog/.trash/3.jpg", "dog/4.jpg")
-    assert _found(pack(kind, files, tmp_path)) == ({"cat/1.jpg": 0, "dog/4.jpg": 1}, ["cat", "dog"])
+    assert listed(pack(kind, files, tmp_path)) == ({"cat/1.jpg": 0, "dog/4.jpg": 1}, ["cat", "dog"])
 
 
 @pytest.mark.parametrize("kind", ["tar", "zip", "deflated zip"])
@@ -83,31 +83,31 @@ SPLIT = ("set/train/cat/1.jpg", "set/train/dog/2.jpg", "set/test/cat/3.jpg", "se
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_a_subset_is_taken_when_asked_for(kind: str, wrapped: bool, tmp_path: Path) -> None:
+def test_a_subset_can_be_chosen(kind: str, wrapped: bool, tmp_path: Path) -> None:
     names = [name if wrapped else name.removeprefix("set/") for name in SPLIT]
     source = pack(kind, _files(*names), tmp_path)
-    assert _found(source, "train") == ({names[0]: 0, names[1]: 1}, ["cat", "dog"])
-    assert _found(source, "test") == ({names[2]: 0, names[3]: 1}, ["cat", "dog"])
+    assert listed(source, "train") == ({names[0]: 0, names[1]: 1}, ["cat", "dog"])
+    assert listed(source, "test") == ({names[2]: 0, names[3]: 1}, ["cat", "dog"])
 
 
 def test_a_flat_subset_is_unlabeled(tmp_path: Path) -> None:
     source = pack("folder", _files("train/cat/1.jpg", "train/dog/2.jpg", "unlabeled/3.jpg"), tmp_path)
-    assert _found(source, "unlabeled") == ({"unlabeled/3.jpg": -1}, [])
+    assert listed(source, "unlabeled") == ({"unlabeled/3.jpg": -1}, [])
 
 
-def test_the_only_subset_needs_no_asking_and_may_be_asked_for(tmp_path: Path) -> None:
+def test_the_only_subset_is_the_default(tmp_path: Path) -> None:
     source = pack("folder", _files("train/cat/1.jpg", "train/dog/2.jpg"), tmp_path)
-    assert _found(source) == _found(source, "train") == ({"train/cat/1.jpg": 0, "train/dog/2.jpg": 1}, ["cat", "dog"])
+    assert listed(source) == listed(source, "train") == ({"train/cat/1.jpg": 0, "train/dog/2.jpg": 1}, ["cat", "dog"])
 
 
 def test_several_subsets_are_refused_unless_one_is_chosen(tmp_path: Path) -> None:
     source = pack("folder", _files(*SPLIT), tmp_path)
-    with pytest.raises(InputError, match=r"holds test, train: choose one of them with --subset") as error:
+    with pytest.raises(InputError, match=r"has test, train: choose one of them with --subset") as error:
         open_source(str(source))
     assert str(source) in str(error.value)
 
 
-def test_an_unknown_subset_is_refused_with_those_there_are(tmp_path: Path) -> None:
+def test_an_unknown_subset_is_refused_with_the_choices(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no folder 'val' in it: it has test, train; choose --subset"):
         open_source(str(pack("folder", _files(*SPLIT), tmp_path)), "val")
 
@@ -135,7 +135,7 @@ def test_links_to_folders_are_followed(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "2.jpg").write_bytes(b"two")
     (source / "dog").symlink_to(tmp_path / "elsewhere")
-    assert _found(source) == ({"cat/1.jpg": 0, "dog/2.jpg": 1}, ["cat", "dog"])
+    assert listed(source) == ({"cat/1.jpg": 0, "dog/2.jpg": 1}, ["cat", "dog"])
 
 
 def _missing(folder: Path) -> Path:
@@ -197,39 +197,39 @@ def _empty_tar(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "message"),
     [
         (_missing, "no such file or folder: give an image folder"),
         (_empty_folder, "no image in it: give"),
         (_folder_without_images, "no image in it: give"),
         (_gzipped, "decompress it to a plain .tar"),
-        (_gzipped_but_named_tar, "not a whole, uncompressed tar file .*: fetch it again or decompress it"),
+        (_gzipped_but_named_tar, "not an intact, uncompressed tar file .*: fetch it again or decompress it"),
         (_text_file, "not a folder, .tar or .zip: unpack it"),
-        (_cut_zip, "not a whole zip file .*: fetch it again"),
-        (_empty_zip, "not a whole zip file .*: fetch it again"),
+        (_cut_zip, "not an intact zip file .*: fetch it again"),
+        (_empty_zip, "not an intact zip file .*: fetch it again"),
         (_encrypted_zip, "cat/1.jpg is encrypted or not deflated: unpack it"),
         (_lzma_zip, "cat/1.jpg is encrypted or not deflated: unpack it"),
-        (_empty_tar, "not a whole, uncompressed tar file .*: fetch it again"),
+        (_empty_tar, "not an intact, uncompressed tar file .*: fetch it again"),
     ],
 )
-def test_what_is_no_source_is_refused_with_its_name_and_the_remedy(
-    make: Callable[[Path], Path], says: str, tmp_path: Path
+def test_invalid_sources_are_refused_with_the_remedy(
+    make: Callable[[Path], Path], message: str, tmp_path: Path
 ) -> None:
     path = make(tmp_path)
-    with pytest.raises(InputError, match=says) as error:
+    with pytest.raises(InputError, match=message) as error:
         open_source(str(path))
     assert str(error.value).startswith(str(path))
 
 
 def _third_header(data: bytes, folder: Path) -> int:
-    (folder / "whole.tar").write_bytes(data)
-    with tarfile.open(folder / "whole.tar") as tar:
+    (folder / "full.tar").write_bytes(data)
+    with tarfile.open(folder / "full.tar") as tar:
         return tar.getmembers()[2].offset
 
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("fault", ["cut before a header", "cut in a header", "cut in a file", "header changed"])
-def test_a_damaged_tar_is_refused_not_taken_for_a_shorter_one(nested: bool, fault: str, tmp_path: Path) -> None:
+def test_a_damaged_tar_is_refused(nested: bool, fault: str, tmp_path: Path) -> None:
     data = tar_bytes({f"{'' if nested else 'cat/'}{i}.jpg": bytes([i]) * 700 for i in range(5)})
     at = _third_header(data, tmp_path)
     length = {"cut before a header": 0, "cut in a header": 99, "cut in a file": 600}.get(fault, len(data))
@@ -238,12 +238,12 @@ def test_a_damaged_tar_is_refused_not_taken_for_a_shorter_one(nested: bool, faul
         damaged[at + 1] ^= 0x55
     path = tmp_path / "images.tar"
     path.write_bytes(tar_bytes({"n01.tar": bytes(damaged)}) if nested else damaged)
-    with pytest.raises(InputError, match=r"images\.tar: not a whole, uncompressed tar file .*: fetch it again"):
+    with pytest.raises(InputError, match=r"images\.tar: not an intact, uncompressed tar file .*: fetch it again"):
         open_source(str(path))
 
 
 @pytest.mark.parametrize("kind", ["zip", "deflated zip"])
-def test_a_zip_member_whose_bytes_changed_is_named(kind: str, tmp_path: Path) -> None:
+def test_a_damaged_zip_member_is_named(kind: str, tmp_path: Path) -> None:
     path = pack(kind, {"cat/1.jpg": JPEG, "cat/2.jpg": saved(picture(seed=1))}, tmp_path)
     with zipfile.ZipFile(path) as archive:
         member = archive.infolist()[1]
@@ -254,7 +254,7 @@ def test_a_zip_member_whose_bytes_changed_is_named(kind: str, tmp_path: Path) ->
         prepare(str(path), tmp_path / "out.beton", workers=1, quiet=True)
 
 
-def test_a_zip_is_read_right_by_several_processes(tmp_path: Path) -> None:
+def test_several_processes_can_read_one_zip(tmp_path: Path) -> None:
     files = {f"c{i % 3}/{i:03d}.jpg": synthetic.jpeg(1, i, 16)[0] for i in range(150)}
     path = pack("zip", files, tmp_path)
     for workers in (1, 2):
@@ -277,7 +277,7 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(("source", "numbers"), [("synthetic:12", range(12)), ("synthetic:95:12", range(95, 107))])
-def test_drawn_images_are_those_of_their_numbers(source: str, numbers: range) -> None:
+def test_synthetic_sources_have_the_images_of_their_numbers(source: str, numbers: range) -> None:
     images = open_source(source)
     assert images.classes == list(synthetic.CLASSES)
     assert [item.label for item in images.items] == [number % 10 for number in numbers]
@@ -286,6 +286,6 @@ def test_drawn_images_are_those_of_their_numbers(source: str, numbers: range) ->
 
 
 @pytest.mark.parametrize("source", ["", "0", "-3", "ten", "1.5", "1:2:3", "5:0", ":4", "4:", "1e3", "²", " 4"])
-def test_malformed_drawn_sources_are_refused_with_the_right_form(source: str) -> None:
+def test_malformed_synthetic_sources_are_refused(source: str) -> None:
     with pytest.raises(InputError, match="write synthetic:N, N images, or synthetic:FIRST:N"):
         open_source(f"synthetic:{source}")

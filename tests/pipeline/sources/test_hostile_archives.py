@@ -1,4 +1,4 @@
-"""Tars, zips, folders, images and caches made to do harm: bounded in memory, time and reach, refused by name."""
+"""Tests of hostile tars, zips, folders, images and caches: bounded in memory, time and reach, refused by name."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from pipeline.stage import stage
 from pipeline.storage.encode import Record, Settings, Unreadable, encode
 from pipeline.storage.in_place import Direct, open_data
 from pipeline.system.errors import InputError
-from pipeline.system.limits import LARGEST_FILE
+from pipeline.system.limits import MAX_FILE_BYTES
 from tests.hostile import record, reliability, survived
 from tests.pipeline.conftest import pack, picture, saved, tar_bytes
 from tests.pipeline.fuzz import damaged_jpeg
@@ -37,7 +37,7 @@ JPEG = saved(picture())
 
 
 def _read_all(source: Path | str) -> None:
-    """List the images and read each; raises InputError, also for one that cannot be read."""
+    """List the images and read each. Raises InputError, also for an unreadable image."""
     for item in open_source(str(source)).items:
         try:
             item.read()
@@ -46,14 +46,14 @@ def _read_all(source: Path | str) -> None:
 
 
 def _refusal(source: Path | str, *, mebibytes: int = 50, seconds: int = 20) -> str:
-    """Return with what words a source is refused, within bounds of memory and time."""
+    """Return the message that refuses a source, within bounds of memory and time."""
     outcome = survived(lambda _: _read_all(source), seconds=seconds)
     assert outcome.kinds == {"refused": 1}, outcome
     assert outcome.mebibytes < mebibytes
     return outcome.said[0]
 
 
-# Zips
+# ---- zips ----
 
 
 def _zip(path: Path, files: dict[str, bytes]) -> Path:
@@ -77,7 +77,7 @@ def test_a_zip_bomb_is_refused_by_its_size(tmp_path: Path) -> None:
             member.write(bytes(1 << 20))
     assert path.stat().st_size < 400_000
     assert "314572800 bytes" in _refusal(path)
-    _entry(path, 24, "<I", 1000)  # the size it is said to have
+    _entry(path, 24, "<I", 1000)  # the stated size
     for crc32 in (0, zlib.crc32(bytes(1000)), zlib.crc32(bytes(1001))):
         _entry(path, 16, "<I", crc32)
         assert "damaged in the zip" in _refusal(path)
@@ -88,28 +88,28 @@ def test_a_zip_of_many_small_bombs_is_refused_by_their_total(tmp_path: Path) -> 
     assert "more than 200 times as many: a bomb" in _refusal(path)
 
 
-def test_members_that_share_their_bytes_are_refused(tmp_path: Path) -> None:
+def test_overlapping_members_are_refused(tmp_path: Path) -> None:
     path = _zip(tmp_path / "x.zip", {"a/1.bmp": bytes(1 << 20), "a/2.bmp": bytes(1 << 20)})
-    _entry(path, 42, "<I", 0)  # where the second stands
-    assert "goes on into what follows it" in _refusal(path)
+    _entry(path, 42, "<I", 0)  # offset of the second member
+    assert "overlaps the next member" in _refusal(path)
 
 
 @pytest.mark.parametrize(
     ("at", "kind", "value"),
     [(20, "<I", 2**32 - 2), (20, "<I", 5000), (24, "<I", 2**32 - 2), (24, "<I", 0), (42, "<I", 2**31), (16, "<I", 1)],
 )
-def test_a_zip_that_lies_about_a_member_is_refused(at: int, kind: str, value: int, tmp_path: Path) -> None:
+def test_a_zip_with_false_sizes_is_refused(at: int, kind: str, value: int, tmp_path: Path) -> None:
     path = _zip(tmp_path / "x.zip", {"a/1.jpg": JPEG, "a/2.jpg": JPEG})
     _entry(path, at, kind, value)
     assert _refusal(path)
 
 
-def test_a_directory_of_absurd_size_is_refused(tmp_path: Path) -> None:
+def test_a_huge_zip_directory_is_refused(tmp_path: Path) -> None:
     path = _zip(tmp_path / "x.zip", {"a/1.jpg": JPEG})
     data = bytearray(path.read_bytes())
     struct.pack_into("<I", data, data.rindex(b"PK\x05\x06") + 12, 2**32 - 2)
     path.write_bytes(data)
-    assert "not a whole zip file" in _refusal(path)
+    assert "not an intact zip file" in _refusal(path)
 
 
 NAMES = ["../a.jpg", "a/../../b.jpg", "/etc/a.jpg", "a\\b.jpg", "./../a.jpg", ".."]
@@ -133,17 +133,17 @@ def test_a_name_too_long_for_a_manifest_is_refused(kind: str, tmp_path: Path) ->
 @pytest.mark.parametrize("kind", ["folder", "tar", "zip"])
 def test_files_are_counted(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = pack(kind, {f"{i}.txt": b"" for i in range(6)} | {"1.jpg": JPEG}, tmp_path)
-    monkeypatch.setattr(archives, "MOST_FILES", 7)
+    monkeypatch.setattr(archives, "MAX_FILES", 7)
     _read_all(path)
-    monkeypatch.setattr(archives, "MOST_FILES", 6)
+    monkeypatch.setattr(archives, "MAX_FILES", 6)
     assert "more than 6 files: split it" in _refusal(path)
 
 
-# Tars
+# ---- tars ----
 
 
 def _header(name: str, size: bytes, kind: bytes = b"0") -> bytes:
-    """A member's header, whatever its size field holds."""
+    """Return a member's header with any size field."""
     block = bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT)[:512])
     block[124:136], block[156:157] = size.ljust(12, b"\0"), kind
     block[148:156] = b" " * 8
@@ -152,12 +152,12 @@ def _header(name: str, size: bytes, kind: bytes = b"0") -> bytes:
 
 
 def _binary(size: int) -> bytes:
-    """A size of 12 bytes in base 256."""
+    """Return a size in 12 bytes of base 256."""
     return bytes([0xFF if size < 0 else 0x80]) + (size % 256**11).to_bytes(11, "big")
 
 
 def _pax(**records: str) -> bytes:
-    """An extended header that says so of the next member."""
+    """Return an extended header with attributes of the next member."""
     lines = b""
     for key, value in records.items():
         line = f" {key.replace('_', '.')}={value}\n".encode()
@@ -209,7 +209,7 @@ def test_a_hostile_tar_is_refused(data: bytes, within: bool, tmp_path: Path) -> 
         assert outcome.kinds == {"refused": 1}, outcome
 
 
-def test_devices_and_pipes_in_a_tar_are_passed_over(tmp_path: Path) -> None:
+def test_devices_and_pipes_in_a_tar_are_skipped(tmp_path: Path) -> None:
     odd = b"".join(_header(f"{kind.decode()}.jpg", b"0", kind) for kind in (b"3", b"4", b"6", b"5"))
     (tmp_path / "x.tar").write_bytes(odd + tar_bytes({"1.jpg": JPEG}))
     assert [item.name for item in open_source(str(tmp_path / "x.tar")).items] == ["1.jpg"]
@@ -223,7 +223,7 @@ def test_tars_are_opened_to_the_second_level_only(tmp_path: Path) -> None:
 
 
 def test_empty_members_take_no_memory(tmp_path: Path) -> None:
-    """Of which there may be millions; tarfile alone keeps a kilobyte of each."""
+    """There may be millions; tarfile alone would store a kilobyte of each."""
     with open(tmp_path / "x.tar", "wb") as file:
         for number in range(5000):
             file.write(_header(f"{number}.txt", b"0"))
@@ -278,32 +278,32 @@ def test_random_changes_to_archives_do_no_harm(
 def test_nothing_is_written_but_the_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
 ) -> None:
-    """No archive is unpacked, so that no member can land anywhere."""
+    """No archive is unpacked: no member is written anywhere."""
     work, out = tmp_path / "work", tmp_path / "out"
     for folder in (work, out):
         folder.mkdir()
     monkeypatch.chdir(work)
     monkeypatch.setenv("TMPDIR", str(work))
     monkeypatch.setenv("XDG_CACHE_HOME", str(out))
-    given, tried = set(), 0
+    before, tried = set(), 0
     for number, data in enumerate([*TARS.values(), tar_bytes({"a/1.jpg": JPEG})]):
         for name in ("../" * number + "x.tar", f"{number}.tar"):
-            path = tmp_path / "given" / Path(name).name
+            path = tmp_path / "before" / Path(name).name
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(data)
-            given.add(path)
+            before.add(path)
             for act in (lambda: prepare(str(path), out / "x.beton", workers=1, quiet=True), lambda: Direct(path)):  # noqa: B023
                 tried += 1
                 try:
                     act()
                 except InputError:
                     continue
-    found = {path for path in tmp_path.rglob("*") if path.is_file()} - given
-    assert {path.parts[len(tmp_path.parts)] for path in found} == {"out"}
+    written = {path for path in tmp_path.rglob("*") if path.is_file()} - before
+    assert {path.parts[len(tmp_path.parts)] for path in written} == {"out"}
     record(record_property, f"{tried} readings of hostile tars: 0 files outside the output")
 
 
-# Images
+# ---- images ----
 
 
 def _png(width: int, height: int) -> bytes:
@@ -405,14 +405,14 @@ def test_damaged_images_of_all_formats_do_no_harm(record_property: Callable[[str
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_an_image_as_large_as_they_may_be_is_read() -> None:
+def test_an_image_of_the_largest_size_is_read() -> None:
     data = saved(Image.new("1", (1 << 14, 1 << 13)), "png")
     assert encode(data, 0, Settings()).width == 500
 
 
 @pytest.mark.parametrize(("side", "held"), [(4096, 0), (4097, 1)])
 def test_a_large_image_is_decoded_alone(side: int, held: int) -> None:
-    """Over all workers of `prepare`, by a lock that they share."""
+    """Over all workers of `prepare`, by a shared lock."""
     taken = []
 
     @contextlib.contextmanager
@@ -425,20 +425,20 @@ def test_a_large_image_is_decoded_alone(side: int, held: int) -> None:
 
 
 def test_workers_share_one_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers are forked with the function that is seen here."""
+    """The workers are forked with the patched function."""
 
-    def tell(data: bytes, index: int, settings: Settings, large: Any) -> Record:
-        with large, open(tmp_path / "told", "a") as file:
+    def record(data: bytes, index: int, settings: Settings, lock: Any) -> Record:
+        with lock, open(tmp_path / "log", "a") as file:
             file.write("in ")
             file.flush()
             time.sleep(0.02)
             file.write("out ")
         return encode(data, index, settings)
 
-    monkeypatch.setattr("pipeline.prepare.encode", tell)
+    monkeypatch.setattr("pipeline.prepare.encode", record)
     folder = pack("folder", {f"a/{i}.jpg": JPEG for i in range(20)}, tmp_path)
     prepare(str(folder), tmp_path / "x.beton", workers=2, quiet=True)
-    assert (tmp_path / "told").read_text().split()[2:] == ["in", "out"] * 20  # after the parent's own, to compile
+    assert (tmp_path / "log").read_text().split()[2:] == ["in", "out"] * 20  # after the parent's, which compiles
 
 
 def test_other_formats_are_not_opened() -> None:
@@ -450,7 +450,7 @@ def test_other_formats_are_not_opened() -> None:
 
 
 @pytest.mark.parametrize("kind", ["gif", pytest.param("tiff", marks=pytest.mark.slow)])
-def test_of_many_frames_the_first_is_taken(kind: str) -> None:
+def test_the_first_of_many_frames_is_taken(kind: str) -> None:
     frames = [Image.new("P", (8, 8), i % 256) for i in range(3000)]
     data = saved(Image.new("P", (8, 8)), kind, save_all=True, append_images=frames)
     outcome = survived(lambda _: encode(data, 0, Settings()), seconds=5)
@@ -459,7 +459,7 @@ def test_of_many_frames_the_first_is_taken(kind: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
-def test_sixteen_bits_take_little_memory_and_are_as_before(mode: str) -> None:
+def test_sixteen_bit_images_take_little_memory(mode: str) -> None:
     values = np.random.default_rng(0).integers(0, 65536, (3001, 2001))
     image = Image.fromarray(values.astype("u2" if mode == "I;16" else "i4" if mode == "I" else "f4"))
     data = saved(image, "tiff")
@@ -469,17 +469,17 @@ def test_sixteen_bits_take_little_memory_and_are_as_before(mode: str) -> None:
     assert (pixels[:, :, 0] == np.rint(values / 257)).all()
 
 
-def test_a_jpeg_of_junk_is_not_stored_as_it_is() -> None:
+def test_a_jpeg_with_junk_is_not_stored_unchanged() -> None:
     junk = b"".join(b"\xff\xfe\xff\xff" + bytes(65533) for _ in range(20))
-    assert len(encode(JPEG[:2] + junk + JPEG[2:], 0, Settings()).data) < 70_000  # Pillow keeps one comment
+    assert len(encode(JPEG[:2] + junk + JPEG[2:], 0, Settings()).data) < 70_000  # Pillow writes one comment
     exif = b"\xff\xfe\xff\xff" + bytes(65533)
     assert encode(JPEG[:2] + exif + JPEG[2:], 0, Settings()).data == JPEG[:2] + exif + JPEG[2:]
 
 
-# Folders
+# ---- folders ----
 
 
-def test_what_is_no_file_in_a_folder_is_named(tmp_path: Path) -> None:
+def test_special_files_in_a_folder_are_named(tmp_path: Path) -> None:
     folder = pack("folder", {"a/1.jpg": JPEG, "a/2.jpg": JPEG}, tmp_path)
     os.mkfifo(folder / "a" / "3.jpg")
     (folder / "a" / "4.jpg").symlink_to("/dev/zero")
@@ -492,7 +492,7 @@ def test_what_is_no_file_in_a_folder_is_named(tmp_path: Path) -> None:
         assert [reason for _, reason in made.skipped] == [
             "cannot be read: not a regular file",
             "cannot be read: not a regular file",
-            f"cannot be read: {1 << 40} bytes, more than {LARGEST_FILE}",
+            f"cannot be read: {1 << 40} bytes, more than {MAX_FILE_BYTES}",
         ]
 
     outcome = survived(one, seconds=20)
@@ -507,7 +507,7 @@ def test_links_that_lead_upwards_are_refused(tmp_path: Path) -> None:
     assert "is a link to a folder that it is in" in _refusal(folder)
 
 
-# Data read without a beton
+# ---- images read in place ----
 
 
 @pytest.fixture
@@ -542,7 +542,7 @@ def test_a_forged_cache_does_no_harm(data: bytes, tmp_path: Path, cache: Path) -
     assert outcome.mebibytes < 20
 
 
-def test_a_cache_that_is_a_pipe_or_without_end_is_not_read(tmp_path: Path, cache: Path) -> None:
+def test_a_cache_that_is_a_pipe_or_device_is_not_read(tmp_path: Path, cache: Path) -> None:
     pack("tar", {"a/1.jpg": JPEG}, tmp_path)
     Direct(tmp_path / "source.tar")
     (kept,) = cache.iterdir()
@@ -574,7 +574,7 @@ def test_braces_do_not_expand_without_bound(pattern: str, tmp_path: Path, monkey
 
 
 @pytest.mark.usefixtures("cache")
-def test_names_that_are_no_text_are_read(tmp_path: Path) -> None:
+def test_undecodable_names_are_read(tmp_path: Path) -> None:
     name = b"caf\xe9\x1b.jpg".decode("utf-8", "surrogateescape")
     pack("tar", {f"a/{name}": JPEG}, tmp_path)
     assert Direct(tmp_path / "source.tar").fingerprint
@@ -586,7 +586,7 @@ def test_an_image_that_claims_too_much_is_unreadable(tmp_path: Path, cache: Path
     assert cache.exists()
 
 
-# Copies
+# ---- copies ----
 
 
 def test_a_copy_is_never_written_through_a_planted_link(
@@ -597,7 +597,7 @@ def test_a_copy_is_never_written_through_a_planted_link(
     victim.write_text("precious")
     for name in (drawn.name, f"{drawn.name}.json", f".{drawn.name}.writing", f".{drawn.name}.json.writing"):
         (disk / name).symlink_to(victim)
-    assert stage(drawn, disk, quiet=True).read_bytes() == drawn.read_bytes()
+    assert stage(drawn, disk).read_bytes() == drawn.read_bytes()
     assert not any(path.is_symlink() for path in disk.iterdir())
     usage = stage_module.shutil.disk_usage
 
@@ -608,7 +608,7 @@ def test_a_copy_is_never_written_through_a_planted_link(
     (disk / drawn.name).unlink()
     monkeypatch.setattr(stage_module.shutil, "disk_usage", plant)
     with pytest.raises(InputError, match="File exists"):
-        stage(drawn, disk, quiet=True)
+        stage(drawn, disk)
     assert victim.read_text() == "precious"
 
 
@@ -616,10 +616,8 @@ def test_a_copy_stays_in_its_folder(drawn: Path, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     link = tmp_path / "a" / "b.beton"
     link.symlink_to(drawn)
-    assert (
-        stage(tmp_path / "a" / ".." / "a" / "b.beton", tmp_path / "disk", quiet=True) == tmp_path / "disk" / "b.beton"
-    )
+    assert stage(tmp_path / "a" / ".." / "a" / "b.beton", tmp_path / "disk") == tmp_path / "disk" / "b.beton"
     assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["b.beton", "b.beton.json"]
     for name in ("..", ".", "a/.."):
         with pytest.raises(InputError):
-            stage(tmp_path / name, tmp_path / "disk", quiet=True)
+            stage(tmp_path / name, tmp_path / "disk")

@@ -1,4 +1,4 @@
-"""Tests of the synthetic images: pure, balanced, and telling nothing of the class by color or raw pixels."""
+"""Tests of the synthetic images: pure, balanced, and with classes that color and raw pixels do not reveal."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _neighbor_accuracy(
     test_labels: npt.NDArray[np.int64],
     k: int = 20,
 ) -> float:
-    """Share of test rows whose k most similar training rows (cosine) vote for the right label."""
+    """Return the share of test rows whose k most similar training rows (cosine) vote for the right label."""
     train = train / np.linalg.norm(train, axis=1, keepdims=True)
     test = test / np.linalg.norm(test, axis=1, keepdims=True)
     near = np.argpartition(-(test @ train.T), k, axis=1)[:, :k]
@@ -79,14 +79,14 @@ def test_another_index_or_seed_gives_another_image() -> None:
     assert not np.array_equal(synthetic.draw(0, 10)[0], synthetic.draw(10, 0)[0])
 
 
-def test_large_seed_and_index_are_used_whole() -> None:
+def test_all_bits_of_seed_and_index_count() -> None:
     base = synthetic.draw(0, 0)[0]
     for seed, index in ((2**32, 0), (2**63, 0), (0, 10 * 2**40), (2**64 - 1, 2**64 - 1)):
         assert not np.array_equal(base, synthetic.draw(seed, index)[0])
 
 
-def test_images_stay_the_same_from_version_to_version() -> None:
-    """Mean lightness of the nine parts of one image: a change here means that every data set changes."""
+def test_images_are_the_same_in_every_version() -> None:
+    """Mean lightness of nine parts of an image: a change means that every data set changes."""
     parts = synthetic.draw(1, 2)[0].reshape(3, 16, 3, 16, 3).mean(axis=(1, 3, 4))
     np.testing.assert_allclose(parts, [[131.6, 136.7, 147.6], [124.0, 134.8, 136.9], [144.7, 147.1, 157.1]], atol=0.2)
 
@@ -108,7 +108,7 @@ def test_every_class_draws_two_tones(label: int, size: int) -> None:
 def test_fields_differ_between_classes() -> None:
     line = np.linspace(-2.0, 2.0, 64, dtype=np.float32)
     masks = []
-    for field in synthetic._FIELDS:
+    for field in synthetic._FIELDS.values():
         values = field(line[None, :] + 0 * line[:, None], line[:, None] + 0 * line[None, :])
         masks.append(values < np.median(values))
     for first in range(10):
@@ -127,15 +127,15 @@ def test_jpeg_decodes_to_the_drawn_image() -> None:
     assert len(synthetic.jpeg(2, 14, quality=30)[0]) < len(data)
 
 
-def test_mean_color_does_not_tell_the_class(train: tuple[Images, npt.NDArray[np.int64]]) -> None:
+def test_mean_color_does_not_reveal_the_class(train: tuple[Images, npt.NDArray[np.int64]]) -> None:
     """Class means and spreads of the mean color lie within 4.5 standard errors of the common ones."""
     images, labels = train
     color = images.mean(axis=(1, 2))
     center, spread = color.mean(axis=0), color.std(axis=0)
     for label in range(10):
-        own = color[labels == label]
-        assert np.all(np.abs(own.mean(axis=0) - center) < 4.5 * spread / np.sqrt(len(own)))
-        assert np.all(np.abs(own.std(axis=0) / spread - 1.0) < 4.5 / np.sqrt(2 * len(own)))
+        of_class = color[labels == label]
+        assert np.all(np.abs(of_class.mean(axis=0) - center) < 4.5 * spread / np.sqrt(len(of_class)))
+        assert np.all(np.abs(of_class.std(axis=0) / spread - 1.0) < 4.5 / np.sqrt(2 * len(of_class)))
 
 
 def test_color_histogram_neighbors_are_near_chance(

@@ -1,4 +1,4 @@
-"""Folders and tars read directly, against the same images in a beton."""
+"""Tests of folders and tars read in place, against the same images in a beton."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Sixty drawn JPEGs of ten classes and several sizes."""
+    """Sixty JPEGs of ten classes and several sizes."""
     for number in range(60):
         pixels, label = synthetic.draw(0, number)
-        place = tmp_path / "images" / synthetic.CLASSES[label] / f"{number:04d}.jpg"
-        place.parent.mkdir(parents=True, exist_ok=True)
+        path = tmp_path / "images" / synthetic.CLASSES[label] / f"{number:04d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
         side = 32 + number % 17
-        Image.fromarray(pixels).resize((side, 48)).save(place)
+        Image.fromarray(pixels).resize((side, 48)).save(path)
     return tmp_path / "images"
 
 
@@ -103,9 +103,7 @@ def test_webdataset_shards_have_their_labels(shards: str, folder: Path) -> None:
     assert views(direct, "dali")
 
 
-def test_the_index_is_kept_and_read_again_only_when_the_files_change(
-    tar: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_index_is_cached_until_a_file_changes(tar: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = Direct(tar)
     assert len(list(cache.glob("direct-*.sides"))) == 1
     monkeypatch.setattr("pipeline.storage.in_place._read_sides", lambda items: pytest.fail("read again"))
@@ -117,21 +115,19 @@ def test_the_index_is_kept_and_read_again_only_when_the_files_change(
         Direct(tar)
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent))
-    assert Direct(tar).fingerprint == first.fingerprint  # the same images still
+    assert Direct(tar).fingerprint == first.fingerprint  # the images are the same
 
 
-def test_a_cache_that_cannot_be_written_or_read_does_no_harm(
-    tar: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unusable_cache_is_ignored(tar: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Direct(tar)
-    (kept,) = cache.glob("direct-*.sides")
-    kept.write_bytes(b"junk")
+    (sides,) = cache.glob("direct-*.sides")
+    sides.write_bytes(b"junk")
     assert len(Direct(tar)) == 60
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     assert len(Direct(tar)) == 60
 
 
-def test_other_images_are_refused_with_the_remedy_or_passed_over(folder: Path) -> None:
+def test_other_images_are_refused_or_skipped(folder: Path) -> None:
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.jpg"))
     Image.new("RGB", (9, 9)).save(folder / names[3].replace(".jpg", ".png"))
     (folder / names[3]).unlink()
@@ -150,7 +146,7 @@ def test_other_images_are_refused_with_the_remedy_or_passed_over(folder: Path) -
 
 def test_exif_orientation_is_ignored(folder: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # lies on its side
+    exif[0x0112] = 6  # turned by 90 degrees
     direct = Direct(folder)
     Image.new("RGB", (30, 40)).save(folder / direct.name(5), exif=exif)
     again = Direct(folder)
@@ -166,16 +162,18 @@ def test_a_damaged_jpeg_is_named(folder: Path) -> None:
         views(Direct(folder), "dali")
 
 
-@pytest.mark.parametrize(("given", "kind"), [("x.beton", Beton), ("images", Direct), ("images.tar", Direct)])
-def test_data_are_opened_by_what_they_are(given: str, kind: type, folder: Path, tar: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("source", "kind"), [("x.beton", Beton), ("images", Direct), ("images.tar", Direct)])
+def test_open_data_recognizes_betons_folders_and_tars(
+    source: str, kind: type, folder: Path, tar: Path, tmp_path: Path
+) -> None:
     prepare(str(folder), tmp_path / "x.beton", workers=1, quiet=True)
-    assert type(open_data(tmp_path / given)) is kind
+    assert type(open_data(tmp_path / source)) is kind
 
 
-def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
-    for given in ("nowhere.tar", "shard-*.tar", "nowhere"):
+def test_a_missing_source_is_refused(tmp_path: Path) -> None:
+    for source in ("nowhere.tar", "shard-*.tar", "nowhere"):
         with pytest.raises(InputError, match="no such"):
-            open_data(tmp_path / given)
+            open_data(tmp_path / source)
 
 
 def test_an_image_changed_in_place_is_read_again(folder: Path, cache: Path) -> None:
@@ -183,14 +181,14 @@ def test_an_image_changed_in_place_is_read_again(folder: Path, cache: Path) -> N
     before = Direct(folder)
     at = [before.name(index).endswith("0007.jpg") for index in range(60)].index(True)
     data = victim.read_bytes()
-    os.utime(victim, ns=(1, 1))  # the same bytes, another time: folders above it do not tell
+    os.utime(victim, ns=(1, 1))  # same bytes, other time; the time of its folder does not change
     Direct(folder)
     assert len(list(cache.iterdir())) == 2
     assert (before.heights[at], before.widths[at]) == (48, 32 + 7)
     assert data == victim.read_bytes()
 
 
-def test_an_image_too_large_for_its_file_is_not_believed(folder: Path) -> None:
+def test_an_image_too_large_for_its_file_is_refused(folder: Path) -> None:
     victim = next(folder.rglob("0007.jpg"))
     data = bytearray(victim.read_bytes())
     frame = data.index(b"\xff\xc0")
@@ -201,17 +199,17 @@ def test_an_image_too_large_for_its_file_is_not_believed(folder: Path) -> None:
     assert len(Direct(folder, tolerate=True).unreadable) == 1
 
 
-def test_several_tars_of_class_folders_keep_their_labels(folder: Path, tmp_path: Path) -> None:
-    """Even where each holds other classes."""
+def test_several_tars_of_class_folders_have_common_labels(folder: Path, tmp_path: Path) -> None:
+    """Also if each has other classes."""
     parts = sorted(folder.iterdir())
     for number, chosen in enumerate((parts[:3], parts[3:])):
         with tarfile.open(tmp_path / f"part-{number}.tar", "w") as archive:
             for part in chosen:
                 archive.add(part, part.name)
-    found, whole = Direct(tmp_path / "part-*.tar"), Direct(folder)
-    assert found.classes == whole.classes
-    names = {Path(whole.name(i)).name: int(label) for i, label in enumerate(whole.labels)}
-    assert [names[Path(found.name(i)).name] for i in range(60)] == found.labels.tolist()
+    split, single = Direct(tmp_path / "part-*.tar"), Direct(folder)
+    assert split.classes == single.classes
+    names = {Path(single.name(i)).name: int(label) for i, label in enumerate(single.labels)}
+    assert [names[Path(split.name(i)).name] for i in range(60)] == split.labels.tolist()
 
 
 def test_a_tar_whose_name_looks_like_a_pattern_is_a_tar(tar: Path) -> None:
@@ -219,16 +217,16 @@ def test_a_tar_whose_name_looks_like_a_pattern_is_a_tar(tar: Path) -> None:
     assert len(open_data(other)) == 60
 
 
-def test_a_label_beyond_belief_is_refused(shards: str, tmp_path: Path) -> None:
+def test_a_huge_label_is_refused(shards: str, tmp_path: Path) -> None:
     (tmp_path / "x.cls").write_text("9" * 20)
     with tarfile.open(tmp_path / "shard-0.tar", "a") as archive:
         archive.add(tmp_path / "x.cls", "000000.cls")
-    with pytest.raises(InputError, match=r"000000\.cls holds label 9+"):
+    with pytest.raises(InputError, match=r"000000\.cls has label 9+"):
         Direct(shards)
 
 
-def test_braces_name_the_shards(shards: str) -> None:
-    """As WebDataset writes them."""
+def test_braces_expand_to_shards(shards: str) -> None:
+    """In WebDataset's notation."""
     named = shards.replace("*", "{0..2}")
     assert named != shards
     assert [Direct(named).name(i) for i in range(60)] == [Direct(shards).name(i) for i in range(60)]
@@ -237,15 +235,15 @@ def test_braces_name_the_shards(shards: str) -> None:
         Direct(shards.replace("*", "{0..3}"))
 
 
-@pytest.mark.parametrize("given", ["x.zip", "synthetic:64"])
-def test_what_is_not_read_directly_is_to_be_prepared(given: str) -> None:
+@pytest.mark.parametrize("source", ["x.zip", "synthetic:64"])
+def test_other_sources_are_refused_with_the_remedy(source: str) -> None:
     with pytest.raises(InputError, match=r"pipeline\.prepare"):
-        open_data(given)
+        open_data(source)
 
 
-def test_a_folder_of_tars_is_told_from_one_of_images(shards: str, tmp_path: Path) -> None:
+def test_a_folder_of_tars_is_refused(shards: str, tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
     for path in tmp_path.glob("shard-*.tar"):
         path.rename(tmp_path / "shards" / path.name)
-    with pytest.raises(InputError, match=r"holds no image but 3 tars: name these, .*/shards/\*\.tar"):
+    with pytest.raises(InputError, match=r"has no image but 3 tars: name these, .*/shards/\*\.tar"):
         open_data(tmp_path / "shards")

@@ -21,7 +21,7 @@ def test_hyphens_and_underscores_are_the_same(given: list[str]) -> None:
     assert parser().parse_args(given).save_every == 3
 
 
-def test_values_and_what_follows_a_lone_double_dash_stay() -> None:
+def test_values_and_arguments_after_a_double_dash_are_unchanged() -> None:
     given = ["--save_every=1", "a_b", "--", "--c_d"]
     assert hyphenated(given) == ["--save-every=1", "a_b", "--", "--c_d"]
     assert hyphenated(["--out=my_run", "-a_b"]) == ["--out=my_run", "-a_b"]

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Tests of files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.system.files import write_atomic, write_json
+from pipeline.system.files import replacing, write_atomic, write_json
 
 
-def test_a_file_takes_the_place_of_another_and_nothing_lies_beside_it(tmp_path: Path) -> None:
+def test_write_atomic_replaces_a_file_without_a_trace(tmp_path: Path) -> None:
     path = tmp_path / "x"
     write_atomic(path, b"\xff\n")
     assert path.read_bytes() == b"\xff\n"
@@ -19,7 +19,7 @@ def test_a_file_takes_the_place_of_another_and_nothing_lies_beside_it(tmp_path: 
     assert os.listdir(tmp_path) == ["x"]
 
 
-def test_a_file_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x"
     write_atomic(path, "old")
 
@@ -33,6 +33,15 @@ def test_a_file_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytes
     assert os.listdir(tmp_path) == ["x"]
 
 
-def test_json_has_a_value_a_line(tmp_path: Path) -> None:
+def test_a_file_left_by_a_killed_writer_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / ".x.writing").write_text("half")
+    with replacing(tmp_path / "x", unique=False) as temporary:
+        assert not temporary.exists()
+        temporary.write_text("new")
+    assert (tmp_path / "x").read_text() == "new"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_json_has_one_value_a_line(tmp_path: Path) -> None:
     write_json(tmp_path / "x.json", {"a": [1], "b": None})
     assert (tmp_path / "x.json").read_text() == '{\n "a": [\n  1\n ],\n "b": null\n}\n'

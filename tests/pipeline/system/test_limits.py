@@ -1,4 +1,4 @@
-"""Files from outside: of a known kind and size, plain JSON and YAML, or refused in one line."""
+"""Tests of bounded reading: files of a limited size, plain JSON and YAML, and refusals in one line."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.system.errors import InputError, report
+from pipeline.system.errors import InputError
 from pipeline.system.limits import json_lines, parse_yaml, read_bytes, read_json, read_text, read_yaml
 from tests.hostile import survived
 
 
-def test_a_file_is_read_up_to_its_bound(tmp_path: Path) -> None:
+def test_a_file_is_read_up_to_its_limit(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"12345")
     assert read_bytes(path, 5, "mend it") == b"12345"
@@ -31,14 +31,14 @@ def _pipe(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("make", [_pipe, lambda _: Path("/dev/zero"), lambda path: path], ids=["pipe", "zero", "dir"])
-def test_what_is_no_file_is_not_read(make: Callable[[Path], Path], tmp_path: Path) -> None:
+def test_special_files_are_not_read(make: Callable[[Path], Path], tmp_path: Path) -> None:
     path = make(tmp_path)
     outcome = survived(lambda _: read_bytes(path, 1 << 40, "mend it"), seconds=5)
     assert outcome.kinds == {"refused": 1}, outcome
     assert "not a regular file" in outcome.said[0] or "directory" in outcome.said[0]
 
 
-def test_a_sparse_file_beyond_its_bound_takes_no_memory(tmp_path: Path) -> None:
+def test_an_oversized_sparse_file_takes_no_memory(tmp_path: Path) -> None:
     with open(tmp_path / "x.json", "wb") as file:
         file.truncate(1 << 40)
     outcome = survived(lambda _: read_json(tmp_path / "x.json", 1 << 20, "mend it"))
@@ -47,20 +47,20 @@ def test_a_sparse_file_beyond_its_bound_takes_no_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "says"),
+    ("data", "message"),
     [
         ("\ufefftext".encode(), None),
         ("text".encode("utf-16"), "not UTF-8 text .invalid start byte at byte 0."),
         (b"caf\xe9", "not UTF-8 text"),
-        (b"te\0xt", "holds a NUL"),
+        (b"te\0xt", "contains a NUL"),
     ],
 )
-def test_text_is_utf8(data: bytes, says: str | None, tmp_path: Path) -> None:
+def test_text_is_utf8(data: bytes, message: str | None, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(data)
-    if says is None:
+    if message is None:
         assert read_text(tmp_path / "x", 100, "mend it") == "text"
         return
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match=message):
         read_text(tmp_path / "x", 100, "mend it")
 
 
@@ -120,7 +120,7 @@ def test_yaml_of_plain_values_is_read() -> None:
     assert parse_yaml(text) == read
 
 
-def test_lines_of_json_end_where_one_is_cut_off_and_are_bounded(tmp_path: Path) -> None:
+def test_json_lines_end_at_a_truncated_line_and_are_bounded(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"a": 1}\n{"a": NaN}\n{"a": 3')
     assert [line for line, _ in json_lines(path)] == [b'{"a": 1}\n', b'{"a": NaN}\n']
@@ -132,8 +132,3 @@ def test_lines_of_json_end_where_one_is_cut_off_and_are_bounded(tmp_path: Path) 
     outcome = survived(lambda _: list(json_lines(path)))
     assert outcome.kinds == {"refused": 1}
     assert outcome.mebibytes < 20
-
-
-def test_an_error_is_printed_harmlessly(capsys: pytest.CaptureFixture[str]) -> None:
-    assert report(InputError("a\x1b[31mb\x9bc\x07 d\udce9 größe\u3000猫\u202e\n e"), 2) == 2
-    assert capsys.readouterr().err == "error: a\\x1b[31mb\\x9bc\\x07 d\\udce9 größe 猫\\u202e e\n"

@@ -17,7 +17,7 @@ def configured() -> None:
     logs.configure()
 
 
-def test_a_line_is_written_once_and_says_its_level(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_is_written_once_after_its_level(capsys: pytest.CaptureFixture[str]) -> None:
     logger = logging.getLogger("pipeline.somewhere")
     logger.info("resumed from %s", "step_00000004")
     logger.warning("records were skipped")
@@ -43,12 +43,12 @@ class _Full:
         """Nothing was written."""
 
 
-def test_a_full_disk_loses_the_line_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_drops_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging, "raiseExceptions", True)
     monkeypatch.setattr(sys, "stderr", _Full(errno.ENOSPC))
     logging.getLogger("pipeline").info("lost")
 
 
-def test_without_configuration_other_loggers_are_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_loggers_are_not_configured(capsys: pytest.CaptureFixture[str]) -> None:
     logging.getLogger("someone_elses").info("nothing")
     assert capsys.readouterr().err == ""

@@ -1,4 +1,4 @@
-"""What is installed is found without importing it."""
+"""Tests of installed packages and their versions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy
 from pipeline.system.packages import installed, version
 
 
-def test_modules_are_found_inside_others_too_and_not_imported() -> None:
+def test_modules_are_found_without_importing_them() -> None:
     assert installed("numpy")
     assert installed("xml.dom.pulldom")
     assert "xml.dom.pulldom" not in sys.modules

@@ -16,7 +16,7 @@ from pipeline.system.thread_pool import Workers
 
 
 class _Interruption(BaseException):
-    """Not an Exception."""
+    """A BaseException that is no Exception."""
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_results_come_through_futures(workers: Workers) -> None:
     assert {state for state, _ in results} <= {0, 1, 2}
 
 
-def test_workers_stand_behind_the_thread_that_made_them(workers: Workers) -> None:
+def test_workers_have_a_lower_priority(workers: Workers) -> None:
     own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     theirs = workers.submit(lambda _: os.getpriority(os.PRIO_PROCESS, threading.get_native_id())).result(5)
     assert own < theirs == min(own + 5, 19) or own == theirs == 19
@@ -43,7 +43,7 @@ def test_workers_stand_behind_the_thread_that_made_them(workers: Workers) -> Non
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyError, MemoryError, TimeoutError, SystemExit, _Interruption])
-def test_exceptions_come_through_futures_and_the_thread_goes_on(error: type[BaseException]) -> None:
+def test_exceptions_come_through_futures_and_the_thread_continues(error: type[BaseException]) -> None:
     raised = error("as it was raised")
 
     def fail(state: None) -> None:
@@ -56,7 +56,7 @@ def test_exceptions_come_through_futures_and_the_thread_goes_on(error: type[Base
 
 
 def test_each_thread_passes_a_state_of_its_own(workers: Workers) -> None:
-    """All three are held at once, so that each must be in a thread of its own."""
+    """All three run at once, so that each is in another thread."""
     barrier = threading.Barrier(3)
 
     def meet(state: int) -> tuple[int, int]:
@@ -64,8 +64,8 @@ def test_each_thread_passes_a_state_of_its_own(workers: Workers) -> None:
         return state, threading.get_ident()
 
     rounds = [[workers.submit(meet).result for _ in range(3)] for _ in range(4)]
-    found = {result(5) for results in rounds for result in results}
-    assert len(found) == len({state for state, _ in found}) == len({thread for _, thread in found}) == 3
+    pairs = {result(5) for results in rounds for result in results}
+    assert len(pairs) == len({state for state, _ in pairs}) == len({thread for _, thread in pairs}) == 3
 
 
 def test_calls_of_one_thread_run_in_the_order_of_submission() -> None:
@@ -98,38 +98,38 @@ def test_close_ends_the_threads() -> None:
     pool.close()
 
 
-def test_close_lets_calls_end_that_have_begun_and_cancels_the_others() -> None:
-    begun, go_on = threading.Event(), threading.Event()
+def test_close_finishes_running_calls_and_cancels_waiting_ones() -> None:
+    begun, resume = threading.Event(), threading.Event()
     pool = Workers(1, lambda: None)
 
     def hold(state: None) -> bool:
         begun.set()
-        return go_on.wait(5)
+        return resume.wait(5)
 
     running = pool.submit(hold)
     waiting = [pool.submit(lambda state: None) for _ in range(20)]
     begun.wait(5)
-    threading.Timer(0.05, go_on.set).start()
+    threading.Timer(0.05, resume.set).start()
     pool.close()
     assert running.result(0)
     assert all(future.cancelled() for future in waiting)
 
 
-def test_close_waits_for_hanging_threads_no_longer_than_its_timeout() -> None:
-    go_on, begun = threading.Event(), threading.Barrier(5)
+def test_close_waits_for_hanging_threads_up_to_its_timeout() -> None:
+    resume, begun = threading.Event(), threading.Barrier(5)
     pool = Workers(4, lambda: None)
     for _ in range(4):
-        pool.submit(lambda state: (begun.wait(5), go_on.wait(20)))
+        pool.submit(lambda state: (begun.wait(5), resume.wait(20)))
     begun.wait(5)
     start = time.monotonic()
     pool.close(timeout=0.2)
     assert 0.15 < time.monotonic() - start < 0.7
-    go_on.set()
+    resume.set()
     for thread in pool._threads:
         thread.join(5)
 
 
-def test_a_pool_that_is_forgotten_ends_its_threads() -> None:
+def test_a_garbage_collected_pool_ends_its_threads() -> None:
     before = threading.active_count()
     pool = Workers(2, lambda: None)
     pool.submit(lambda state: None).result(5)
@@ -142,7 +142,7 @@ def test_threads_do_not_keep_the_process_from_ending(workers: Workers) -> None:
     assert all(thread.daemon for thread in workers._threads)
 
 
-def test_a_closed_pool_s_buffers_are_given_back() -> None:
+def test_a_closed_pool_frees_its_buffers() -> None:
     class Buffer:
         pass
 

@@ -30,7 +30,7 @@ from tests.torchvision_operators import torchvision_or_skip
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Scenes in VOC's layout, 12 for training and 6 for testing."""
     folder = tmp_path_factory.mktemp("scenes") / "voc"
-    write(folder, 12, 6, size=64, quiet=True)
+    write(folder, 12, 6, size=64)
     return folder
 
 

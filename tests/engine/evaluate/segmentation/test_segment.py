@@ -324,7 +324,7 @@ def test_options_that_cannot_work_are_refused(
 
 
 def test_vocs_layout_is_read_by_its_sets(encoder: Path, tmp_path: Path) -> None:
-    write(tmp_path / "voc", 9, 2, size=64, quiet=True)
+    write(tmp_path / "voc", 9, 2, size=64)
     found = evaluate(encoder, tmp_path / "voc", "--iterations", "1")
     assert found["images"] == 2
     assert found["settings"]["classes"] == 11
