@@ -1,1 +1,1 @@
-"""Throughput benchmarks; dated results stand in `results/`."""
+"""Benchmarks: throughput, training steps, plans, studies and the fault table; results of each in `results/`."""

@@ -2,19 +2,15 @@
 
     python -m benchmarks.gpu_suite --out DIR [--data F.beton] [--cifar F.beton] [--seconds 540] [--dry-run]
 
-Results are written to DIR as they come; `suite.md` there says what ran, what it found, and what was left out and why;
-`suite.json` holds the figures, `failures.txt` what failing parts printed.
-Without --data and --cifar, drawn images stand in. With --dry-run, or without a GPU, each part runs small, on what there
-is: a check of the suite itself.
+Results are written to DIR as they arrive: `suite.md` has each part's outcome, or why it was left out, `suite.json` the
+figures, `failures.txt` the output of failed parts. Drawn images replace missing --data and --cifar. With --dry-run, or
+without a GPU, each part runs small on the hardware at hand: a check of the suite itself.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -27,12 +23,17 @@ import torch
 
 from benchmarks import crops, loader, step, train
 from benchmarks.common import machine
+from benchmarks.common.command_line import numbers
 from benchmarks.common.paths import HARDWARE_LOADS
+from benchmarks.common.processes import logged_session
+from benchmarks.common.table import Report
 from pipeline.backends.select_backend import PACE
 from pipeline.beton import Beton, manifest_path
 from pipeline.prepare import prepare
 from pipeline.storage.encode import Settings
+from pipeline.system.cli import ArgumentParser
 from pipeline.system.errors import command
+from pipeline.system.files import write_json
 from pipeline.system.packages import installed
 
 _ROOT = Path(__file__).parents[1]
@@ -46,22 +47,23 @@ class Part:
     module: str
     arguments: list[str]
     small: list[str]
-    """Arguments that make it a matter of seconds."""
-    report: Callable[[dict[str, Any]], machine.Report] | None
-    """From the JSON it writes to its report; None: its output's last line is the report."""
+    """Arguments that reduce it to seconds."""
+    report: Callable[[dict[str, Any]], Report] | None
+    """Makes the report from its JSON; None: the last line of its output is the report."""
     needs: tuple[str, ...] = ()
+    """Packages."""
     seconds: float = 240
-    """It may take, at most, that others come to pass."""
+    """Time limit, so that later parts get a turn."""
 
 
-def _loader(result: dict[str, Any]) -> machine.Report:
-    """Return the loader's report, with the fewest threads that keep the pace."""
-    made, rows = loader.report(result), list(result["paths"].values())
+def _loader(result: dict[str, Any]) -> Report:
+    """Return the loader's report, with the fewest threads that reach the pace of a GPU."""
+    report, rows = loader.report(result), list(result["paths"].values())
     for name in dict.fromkeys(row["name"] for row in rows):
         enough = [row["threads"] for row in rows if row["name"] == name and row["wall"]["median"] >= PACE]
         threads = f"with {min(enough)} threads" if enough else "with none of these numbers of threads"
-        made.notes.append(f"{name} reaches {PACE} pairs/s {threads}")
-    return made
+        report.notes.append(f"{name} reaches {PACE} pairs/s {threads}")
+    return report
 
 
 def parts(data: Path, cifar: Path, threads: list[int]) -> list[Part]:
@@ -71,20 +73,21 @@ def parts(data: Path, cifar: Path, threads: list[int]) -> list[Part]:
     tiny_run = ["--model.arch", "resnet18", "--model.width", "0.25", "--data.size", "32", "--data.batch", "8"]
     tiny_run += ["--method.queue_size", "64", "--model.bn", "plain"]
     lightly = ",lightly-amp" if installed("lightly") else ""
-    steps = [*recipe, "--ways", f"eager,compiled,graph,official-amp{lightly}", "--model.bn", "plain"]
+    steps = [*recipe, "--compare", f"eager,compiled,graph,official-amp{lightly}", "--model.bn", "plain"]
     trains = [*recipe, "--data.train", str(data), "--compile", "true"]
     big, tiny = ["--data", str(data), "--batch", "512"], ["--batch", "32", "--size", "32", "--runs", "1"]
-    resident = ["--data", str(cifar), "--batch", "512", "--size", "32", "--backends", "resident", "--threads", "1"]
+    resident = ["--data", str(cifar), "--batch", "512", "--size", "32", "--compare", "resident", "--threads", "1"]
     few = [*tiny, "--threads", "1"]
 
-    def rates(name: str, backends: str, threads: str = counts, *needs: str) -> Part:
-        arguments = [*big, "--backends", backends, "--threads", threads]
+    def rates(name: str, compared: str, threads: str = counts, *needs: str) -> Part:
+        arguments = [*big, "--compare", compared, "--threads", threads]
         return Part(name, "benchmarks.loader", arguments, few, _loader, needs)
 
-    small_train = [*tiny_run, "--steps", "2", "--rounds", "1", "--compile", "false"]
+    small_step = [*tiny_run, "--runs", "1", "--compare", "eager,official-amp"]
+    small_train = [*tiny_run, "--steps", "2", "--runs", "1", "--compile", "false"]
     return [
         Part("tests", "pytest", ["-m", "gpu", "-q", "--no-header", "-p", "no:cacheprovider"], [], None, ("pytest",)),
-        Part("step", "benchmarks.step", steps, [*tiny_run, "--runs", "1", "--ways", "eager,official-amp"], step.report),
+        Part("step", "benchmarks.step", steps, small_step, step.report),
         Part("crops", "benchmarks.crops", big, tiny, crops.report),
         Part("train", "benchmarks.train", trains, small_train, train.report),
         Part("train, graph", "benchmarks.train", [*trains, "--cuda_graph", "true"], small_train, train.report),
@@ -97,14 +100,13 @@ def parts(data: Path, cifar: Path, threads: list[int]) -> list[Part]:
 
 
 class Progress:
-    """`suite.md`, and the parts' JSON in `suite.json`, both written anew after each part."""
+    """`suite.md`, and the parts' JSON in `suite.json`; both are rewritten after each part."""
 
     def __init__(self, out: Path) -> None:
         about = machine.describe()
-        versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
         self._out, self._results = out, dict[str, Any]()
         self._lines = [f"# GPU suite, {about['date']}", ""]
-        self._lines += [f"{about['gpu'] or 'no GPU'}; {about['processor']}, {about['cores']} cores; {versions}", ""]
+        self._lines += [f"{machine.hardware(about)}; {machine.versions(about)}", ""]
 
     def add(self, name: str, text: str, result: dict[str, Any] | None = None) -> None:
         """Add a part's section and result, and print the section."""
@@ -114,43 +116,35 @@ class Progress:
         (self._out / "suite.md").write_text("\n".join(self._lines))
         if result is not None:
             self._results[name] = result
-            machine.write(self._results, self._out / "suite.json")
+            write_json(self._out / "suite.json", self._results)
 
 
 def run(part: Part, out: Path, small: bool, seconds: float) -> tuple[str, dict[str, Any] | None]:
-    """Run a part; return its text in the report, and its result. Its output goes to `failures.txt` where it fails."""
+    """Run a part; return its text in the report, and its result. If it fails, its output goes to `failures.txt`."""
     if missing := [name for name in part.needs if not installed(name)]:
         return f"left out: {', '.join(missing)} cannot be imported", None
     if seconds <= 0:
         return "left out: no time was left", None
-    log, written = out / "running.txt", out / "running.json"
-    arguments = [*part.arguments, *(part.small if small else [])]
-    arguments += ["--json", str(written)] if part.report else []
-    begun, status = time.perf_counter(), None
-    with log.open("w") as file:
-        call = [sys.executable, "-m", part.module, *arguments]
-        started = subprocess.Popen(call, stdout=file, stderr=subprocess.STDOUT, cwd=_ROOT, start_new_session=True)
-        try:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                status = started.wait(min(seconds, part.seconds))
-        finally:
-            if status is None:
-                os.killpg(started.pid, signal.SIGKILL)  # with what it started itself
-                started.wait()
-    took, output = f"took {time.perf_counter() - begun:.0f} s", log.read_text()
+    log, result_file = out / "running.txt", out / "running.json"
+    call = [sys.executable, "-m", part.module, *part.arguments, *(part.small if small else [])]
+    call += ["--json", str(result_file)] if part.report else []
+    begin, limit, status = time.perf_counter(), min(seconds, part.seconds), None
+    with contextlib.suppress(subprocess.TimeoutExpired), logged_session(call, log, cwd=_ROOT) as process:
+        status = process.wait(limit)
+    took, output = f"took {time.perf_counter() - begin:.0f} s", log.read_text()
     log.unlink()
     last = next((line for line in reversed(output.splitlines()) if line.strip()), "no output")
-    nothing = part.module == "pytest" and status == 5  # no test was chosen
-    if (status and not nothing) or status is None:
+    no_tests = part.module == "pytest" and status == 5
+    if status != 0 and not no_tests:
         with (out / "failures.txt").open("a") as file:
             file.write(f"==== {part.name} ====\n{output}\n")
-        written.unlink(missing_ok=True)
-        how = f"failed with status {status}" if status else f"cut off after {min(seconds, part.seconds):.0f} s"
+        result_file.unlink(missing_ok=True)
+        how = f"failed with status {status}" if status else f"cut off after {limit:.0f} s"
         return f"{how}: {last}: see failures.txt; {took}", None
     if part.report is None:
         return f"{last}; {took}", None
-    result = json.loads(written.read_text())
-    written.unlink()
+    result = json.loads(result_file.read_text())
+    result_file.unlink()
     return f"{part.report(result).markdown()}\n- {took}", result
 
 
@@ -161,30 +155,34 @@ def _drawn(path: Path, count: int, side: int) -> Path:
     return path
 
 
-@command
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description="Run all that needs a GPU.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+def parser() -> ArgumentParser:
+    """Return the parser of the command line."""
+    parser = ArgumentParser(prog="python -m benchmarks.gpu_suite", description="Run all GPU tests and benchmarks.")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument("--data", type=Path, help="beton of large images (default: drawn ones)")
     parser.add_argument("--cifar", type=Path, help="beton of images of 32 pixels (default: drawn ones)")
-    parser.add_argument("--threads", default="1,2,4,8,16", help="numbers of loader threads (default %(default)s)")
-    parser.add_argument("--seconds", type=float, default=540, help="time limit of it all (default %(default)s)")
-    parser.add_argument("--dry-run", action="store_true", help="run each part small, on the CPU where need be")
-    args = parser.parse_args()
-    begun, small = time.perf_counter(), args.dry_run or not torch.cuda.is_available()
-    threads = machine.numbers(args.threads, "--threads")
-    args.out = args.out.resolve()  # as parts run in another folder
+    parser.add_argument("--threads", default="1,2,4,8,16", help="loader threads (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=540, help="time limit of all parts (default %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="run each part small, on the CPU if need be")
+    return parser
+
+
+@command
+def main() -> None:
+    args = parser().parse_args()
+    begin, small = time.perf_counter(), args.dry_run or not torch.cuda.is_available()
+    threads = numbers(args.threads, "--threads")
+    args.out = args.out.resolve()  # parts run in another folder
     args.out.mkdir(parents=True, exist_ok=True)
     drawn = args.out / "drawn.beton"
     data, cifar = (path.resolve() if path else _drawn(drawn, 1024, 48) for path in (args.data, args.cifar))
     for path in (data, cifar):
-        Beton(path)  # says what is wrong before anything has run
-    report = Progress(args.out)
+        Beton(path)  # raises before anything has run
+    progress = Progress(args.out)
     if small:
-        report.add("small", f"parts ran small: {'--dry-run' if args.dry_run else 'there is no GPU'}")
+        progress.add("small", f"parts ran small: {'--dry-run' if args.dry_run else 'there is no GPU'}")
     for part in parts(data, cifar, threads):
-        left = args.seconds - (time.perf_counter() - begun)
-        report.add(part.name, *run(part, args.out, small, left))
+        progress.add(part.name, *run(part, args.out, small, args.seconds - (time.perf_counter() - begin)))
     if drawn not in (args.data and args.data.resolve(), args.cifar and args.cifar.resolve()):
         for path in (drawn, manifest_path(drawn)):
             path.unlink(missing_ok=True)

@@ -1,24 +1,24 @@
 """Loader throughput: our backends, FFCV's own loader and the official MoCo pipeline, on the same images in one run.
 
-    python -m benchmarks.loader --data F.beton [--backends ffcv,ffcv-gpu,dali,resident] [--threads 1,2,4] [--json OUT]
+    python -m benchmarks.loader --data F.beton [--compare ffcv,ffcv-gpu,dali,resident] [--threads 1,2,4] [--json OUT]
 
-Each way is a process of its own, that builds, warms up with one epoch, and then runs epochs in turn with the others;
-medians and their spread are printed. Counted are pairs (samples with all their views) a second of wall clock, and of
-CPU time of all the process's threads: what one core gives. Ours and FFCV's are crops, before any color operation
-(ours makes these on the device); the official pipeline's views are whole. `decode-only` is what is left for the CPU
-where ffcv's crops are made on the GPU. The file stands in the page cache. Ratios are of CPU-time medians, to those of
-ffcv-twice.
+Each loader has a process of its own: it builds, warms up for one epoch, and then runs epochs in turn with the others.
+Rates are pairs (a sample with all its views) per second of wall clock, and of CPU time over all the process's threads,
+which is the rate of one core; median and spread over epochs. Ours and FFCV's views are crops without color operations
+(ours run on the device); the official pipeline's are complete. `decode-only` is the CPU's part of ffcv where a GPU
+crops. The file is in the page cache. Ratios compare medians by CPU time to those of ffcv-twice.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import resource
-import subprocess
 import sys
 import time
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -26,125 +26,98 @@ import psutil
 import torch
 
 from benchmarks.common import machine
+from benchmarks.common.command_line import benchmark_parser, numbers, require_positive
 from benchmarks.common.paths import COMPARED, PATHS
+from benchmarks.common.processes import JsonProcess
+from benchmarks.common.table import Report, publish, spread, spread_cell
 from pipeline.storage.in_place import open_data
+from pipeline.system.cli import ArgumentParser
 from pipeline.system.cores import available_cores
 from pipeline.system.errors import InputError, command
 
 _BASELINE = "ffcv-twice"
-
-
-class Worker:
-    """One way to crops, in a process of its own."""
-
-    def __init__(self, name: str, threads: int, args: argparse.Namespace) -> None:
-        self.name, self.threads = name, threads
-        options = {"--data": args.data, "--size": args.size, "--views": args.views, "--batch": args.batch}
-        arguments = [str(part) for pair in options.items() for part in pair]
-        command = [sys.executable, "-m", "benchmarks.loader", "--worker", name, "--threads", str(threads), *arguments]
-        numba = {
-            "NUMBA_NUM_THREADS": str(max(threads, available_cores()))
-        }  # else FFCV is refused more than there are cores
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | numba
-        )
-
-    def ask(self, what: str) -> dict[str, Any] | None:
-        """Have it run an epoch, or report; return its answer, None where it failed: standard error says how."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            self._process.stdin.write(what + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            return None
-        for line in self._process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        return None
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.wait()
+logger = logging.getLogger(__name__)
 
 
 def work(args: argparse.Namespace) -> None:
-    """Be a worker: build, then answer each line of standard input by one of JSON."""
-    beton = open_data(args.data)
+    """Be the process of one loader: build it, then answer each line of standard input with a line of JSON."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    started = time.perf_counter()
-    path = PATHS[args.worker](beton, args.size, args.views, args.batch, int(args.threads), device)
-    built = time.perf_counter() - started
+    begin = time.perf_counter()
+    path = PATHS[args.worker](open_data(args.data), args.size, args.views, args.batch, int(args.threads), device)
+    build_seconds = time.perf_counter() - begin
     for line in sys.stdin:
-        cpu, wall = _cpu_seconds(), time.perf_counter()
         if line.strip() == "about":
             gpu = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             peak += sum(child.memory_info().rss for child in psutil.Process().children())
             answer = {"to_device_bytes": path.to_device, "peak_bytes": peak, "peak_gpu_bytes": gpu, "note": path.note}
         else:
-            begun: list[float] = []
-            pairs = path.epoch(lambda begun=begun: begun.append(time.perf_counter()))  # type: ignore[misc]
-            cpu, now = _cpu_seconds() - cpu, time.perf_counter()
-            first = built + begun[0] - wall  # of the first epoch: with all compiling
-            answer = {"cpu": pairs / cpu, "wall": pairs / (now - wall), "first_batch_seconds": first}
+            cpu, wall = _cpu_seconds(), time.perf_counter()
+            first: list[float] = []
+            pairs = path.epoch(lambda first=first: first.append(time.perf_counter()))  # type: ignore[misc]
+            cpu, end = _cpu_seconds() - cpu, time.perf_counter()
+            answer = {"cpu": pairs / cpu, "wall": pairs / (end - wall)}
+            answer["first_batch_seconds"] = build_seconds + first[0] - wall  # in the first epoch with all compilation
         print(json.dumps(answer), flush=True)
 
 
 def _cpu_seconds() -> float:
-    """Return CPU time of all threads of this process, and of the processes it has started."""
+    """Return the CPU time of this process's threads and of its child processes."""
     children = (child.cpu_times() for child in psutil.Process().children())
     return time.process_time() + sum(times.user + times.system for times in children)
 
 
+def _start(name: str, threads: int, args: argparse.Namespace) -> JsonProcess:
+    call = [sys.executable, "-m", "benchmarks.loader", "--worker", name, "--threads", str(threads)]
+    for option in ("data", "size", "views", "batch"):
+        call += [f"--{option}", str(getattr(args, option))]
+    # FFCV gets no more threads than numba's pool has
+    return JsonProcess(call, os.environ | {"NUMBA_NUM_THREADS": str(max(threads, available_cores()))})
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Return rates and the rest of each way with each number of threads, by `NAME, N threads`."""
-    workers: list[Worker] = []
-    rates: list[list[dict[str, Any] | None]] = []
-    try:
+    """Return rates and memory of each loader with each number of threads, by `NAME, THREADS`."""
+    processes: dict[tuple[str, int], JsonProcess] = {}
+    answers: dict[tuple[str, int], list[dict[str, Any] | None]] = {}
+    with ExitStack() as stack:
         for threads in args.threads:
-            for name in args.backends:  # one after another, so that each has the machine for its first epoch
-                workers.append(Worker(name, threads, args))
-                rates.append([workers[-1].ask("epoch")])
+            for name in args.compare:  # one after another: each has the machine to itself for its first epoch
+                process = stack.enter_context(closing(_start(name, threads, args)))
+                processes[name, threads], answers[name, threads] = process, [process.ask("epoch")]
         for _ in range(args.runs):
-            for worker, answers in zip(workers, rates, strict=True):
-                answers.append(worker.ask("epoch"))
-        about = [worker.ask("about") for worker in workers]
-    finally:
-        for worker in workers:
-            worker.close()
-    read = float(open_data(args.data).sizes.mean())
-    result: dict[str, dict[str, Any]] = {}
-    for worker, answers, more in zip(workers, rates, about, strict=True):
-        found: list[dict[str, Any]] = [answer for answer in answers if answer is not None]
-        if len(found) < len(answers) or more is None:
-            print(f"{worker.name}, {worker.threads} threads: failed, see above", file=sys.stderr)
+            for key, process in processes.items():
+                answers[key].append(process.ask("epoch"))
+        about = {key: process.ask("about") for key, process in processes.items()}
+    record_bytes = float(open_data(args.data).sizes.mean())
+    rows: dict[str, dict[str, Any]] = {}
+    for (name, threads), epochs in answers.items():
+        first, *rates = [epoch for epoch in epochs if epoch is not None] or [{}]
+        if len(rates) < args.runs or (memory := about[name, threads]) is None:
+            logger.warning(f"{name}, {threads} threads: failed, see above")
             continue
-        seconds = found.pop(0)["first_batch_seconds"]
-        spreads = {kind: machine.spread([rate[kind] for rate in found]) for kind in ("cpu", "wall")}
-        reads = 0.0 if worker.name == "resident" else read * (args.views if worker.name == _BASELINE else 1)
-        row: dict[str, Any] = {
-            "name": worker.name,
-            "threads": worker.threads,
-            **spreads,
-            "first_batch_seconds": seconds,
+        decodes = {"resident": 0, _BASELINE: args.views}.get(name, 1)
+        rows[f"{name}, {threads}"] = {
+            "name": name,
+            "threads": threads,
+            **{kind: spread([rate[kind] for rate in rates]) for kind in ("cpu", "wall")},
+            "first_batch_seconds": first["first_batch_seconds"],
+            "read_bytes": record_bytes * decodes,
+            **memory,
         }
-        result[f"{worker.name}, {worker.threads}"] = {**row, "read_bytes": reads, **more}
-    for row in result.values():
-        base = result.get(f"{_BASELINE}, {row['threads']}")
+    for row in rows.values():
+        base = rows.get(f"{_BASELINE}, {row['threads']}")
         row["ratio"] = row["cpu"]["median"] / base["cpu"]["median"] if base else None
-    return result
+    return rows
 
 
-def report(result: dict[str, Any]) -> machine.Report:
+def report(result: dict[str, Any]) -> Report:
     """Return the table of a result."""
     rows = [
         [
             " ".join(filter(None, (row["name"], row["note"]))),
             str(row["threads"]),
-            machine.told(row["cpu"], "{:.0f}"),
-            machine.told(row["wall"], "{:.0f}"),
+            spread_cell(row["cpu"], "{:.0f}"),
+            spread_cell(row["wall"], "{:.0f}"),
             f"{row['ratio']:.2f}" if row["ratio"] else "",
             f"{row['read_bytes'] / 1024:.0f} KiB",
             f"{row['to_device_bytes'] / 1024:.0f} KiB",
@@ -155,52 +128,42 @@ def report(result: dict[str, Any]) -> machine.Report:
     ]
     headings = ["", "threads", "pairs/s a core", "pairs/s", "ratio", "read", "to device", "first batch", "memory"]
     settings = ", ".join(f"{name} {value}" for name, value in result["settings"].items())
-    return machine.Report(
-        "Loader throughput", headings, rows, [f"{result['data']}: {result['images']} images, {settings}"]
-    )
+    return Report("Loader throughput", headings, rows, [f"{result['data']}: {result['images']} images, {settings}"])
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description="Measure loader throughput.")
-    known = ",".join(COMPARED)
+def parser() -> ArgumentParser:
+    """Return the parser of the command line."""
+    parser = benchmark_parser("loader", "Measure loader throughput.")
     parser.add_argument("--data", required=True, help="beton, or a tar that is read directly")
-    parser.add_argument("--backends", default=known, help="ways to crops (default %(default)s)")
+    names = ", ".join(PATHS)
+    parser.add_argument("--compare", default=",".join(COMPARED), help=f"some of {names} (default %(default)s)")
     parser.add_argument("--threads", default="1", help="loader threads, such as 1,2,4 (default %(default)s)")
     parser.add_argument("--views", type=int, default=2, help="crops of each image (default %(default)s)")
     parser.add_argument("--size", type=int, default=224, help="side of a crop, pixels (default %(default)s)")
     parser.add_argument("--batch", type=int, default=100, help="images a batch (default %(default)s)")
-    parser.add_argument("--runs", type=int, default=5, help="epochs measured of each (default %(default)s)")
-    machine.add_outputs(parser)
+    parser.add_argument("--runs", type=int, default=5, help="epochs timed of each (default %(default)s)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
-def _checked(args: argparse.Namespace) -> argparse.Namespace:
-    args.threads = machine.numbers(args.threads, "--threads")
-    args.backends = ["official" if name == "torchvision" else name for name in args.backends.split(",")]
-    for name in args.backends:
-        if name not in PATHS:
-            raise InputError(f"--backends {name}: no such way to crops: choose of {', '.join(PATHS)}")
-    if min(args.size, args.batch, args.views, args.runs) < 1:
-        raise InputError("--size, --batch, --views and --runs must be positive: give 1 or more")
-    count = len(open_data(args.data))
-    if args.batch > count:
-        raise InputError(f"--batch {args.batch}: {args.data} holds {count} images: give at most as many")
-    return args
+    return parser
 
 
 @command
 def main() -> None:
-    args = _arguments()
+    args = parser().parse_args()
     if args.worker:
         work(args)
         return
-    args = _checked(args)
-    settings = {key: getattr(args, key) for key in ("size", "views", "batch", "threads", "runs")}
-    about, rows = machine.describe(), measure(args)
+    args.threads, args.compare = numbers(args.threads, "--threads"), args.compare.split(",")
+    for name in args.compare:
+        if name not in PATHS:
+            raise InputError(f"--compare {name}: no such loader: choose one of {', '.join(PATHS)}")
+    require_positive(args, "size", "batch", "views", "runs")
     count = len(open_data(args.data))
-    result = {"machine": about, "data": Path(args.data).name, "images": count, "settings": settings, "paths": rows}
-    machine.tell(report(result), result, args)
+    if args.batch > count:
+        raise InputError(f"--batch {args.batch}: {args.data} has {count} images: give at most as many")
+    settings = {key: getattr(args, key) for key in ("size", "views", "batch", "threads", "runs")}
+    result = {"machine": machine.describe(), "data": Path(args.data).name, "images": count, "settings": settings}
+    result["paths"] = measure(args)
+    publish(report(result), result, args)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,23 @@
-"""All that was measured, on one page: goals, headlines, and every result with its machine, versions and command.
+"""All results on one page: goals, headlines, and every result with its machine, versions and command.
 
     python -m benchmarks.report [--results benchmarks/results] [--readme README.md]
 
-Reads the dated files of the results folder and writes `report.md` and `report.html` into it; of each series of results
-(`DATE-SERIES.json`, `DATE-SERIES.md`) the newest is shown, and older ones are linked. With --readme, the table between
-the marks in the README is written anew; a test fails where it is not what this would write.
+Reads the dated files of the results folder and writes `report.md` and `report.html` into it. Of each series of results
+(`DATE-SERIES.json`, `DATE-SERIES.md`) the newest is shown, and older ones are linked. With --readme, rewrites the table
+between the marks in the README; a test fails if that table is out of date.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.figures import GOALS, HEADLINES, Goal, Results
+from benchmarks.common.figures import GOALS, HEADLINES, Goal, Result, Results
 from engine.report.plotting import LIGHT, picture, style_of, uri
+from pipeline.system.cli import ArgumentParser
 from pipeline.system.errors import InputError, command
 
 BEGIN, END = "<!-- begin: python -m benchmarks.report -->", "<!-- end -->"
@@ -37,15 +37,15 @@ img { max-width: 100% } h2 { border-top: 1px solid #d9dde2; padding-top: 1rem; m
 
 @dataclass(frozen=True)
 class Bars:
-    """A picture of a result: bars by name, with least and most."""
+    """A picture of a result: bars by name, with minimum and maximum."""
 
     title: str
     series: str
     unit: str
-    of: Callable[[dict[str, Any]], dict[str, dict[str, float]]]
+    spreads: Callable[[Result], dict[str, dict[str, float]]]
 
 
-_WAYS = {
+_LABELS = {
     "resident": "resident (decoded once)",
     "decode-only": "ffcv, where a GPU crops",
     "ffcv": "ffcv",
@@ -60,29 +60,19 @@ _WAYS = {
 _PEERS = ("FFCV", "official", "lightly")
 
 
-def _loader(result: dict[str, Any]) -> dict[str, dict[str, float]]:
+def _loader(result: Result) -> dict[str, dict[str, float]]:
     rows = [row for row in result["in500"]["paths"].values() if row["threads"] == 1]
-    return {_WAYS[row["name"]]: row["cpu"] for row in rows if row["name"] in _WAYS}
+    return {_LABELS[row["name"]]: row["cpu"] for row in rows if row["name"] in _LABELS}
 
 
-def _step(result: dict[str, Any]) -> dict[str, dict[str, float]]:
-    return {_WAYS.get(way, way): ratio for way, ratio in result["ratio_to_official"].items()}
+def _step(result: Result) -> dict[str, dict[str, float]]:
+    return {_LABELS.get(name, name): ratio for name, ratio in result["ratio_to_official"].items()}
 
 
 PICTURES = (
     Bars("Pairs of 224-pixel crops a second of one core, ImageNet originals", "loader", "pairs/s", _loader),
-    Bars(
-        "ResNet-18, 32 px, CPU: steps against the official loop",
-        "step-resnet18-cpu",
-        "times",
-        _step,
-    ),
-    Bars(
-        "ResNet-50, 224 px, CPU: steps against the official loop",
-        "step-resnet50-cpu",
-        "times",
-        _step,
-    ),
+    Bars("ResNet-18, 32 px, CPU: steps against the official loop", "step-resnet18-cpu", "times", _step),
+    Bars("ResNet-50, 224 px, CPU: steps against the official loop", "step-resnet50-cpu", "times", _step),
 )
 
 
@@ -94,21 +84,21 @@ def headline_table(results: Results) -> str:
 
 
 def goal_table(results: Results, goals: Sequence[Goal] = GOALS) -> str:
-    """Return the goals, what was measured, and whether each was reached, as Markdown."""
+    """Return goals, measurements and verdicts as Markdown."""
     lines = ["| goal | bound | measured, newest first | |", "|---|--:|---|---|"]
     for goal in goals:
         measured, verdict = goal.judge(results)
-        lines.append(f"| {goal.what} | {goal.bound_text} | {measured} | {verdict} |")
+        lines.append(f"| {goal.title} | {goal.bound_text} | {measured} | {verdict} |")
     return "\n".join(lines)
 
 
 def page(results: Results, image: Callable[[str, bytes], str]) -> str:
-    """Return the page as Markdown. image: gives the reference to a picture of that name and content."""
-    parts = ["# Results", "Written by `python -m benchmarks.report` from the files beside it.", "## Goals"]
+    """Return the page as Markdown. image: (name, PNG) to the picture's reference."""
+    parts = ["# Results", "Written by `python -m benchmarks.report` from the files next to it.", "## Goals"]
     parts += [goal_table(results), "## Headlines", headline_table(results)]
     for bars in PICTURES:
-        if found := results.newest(bars.series):
-            parts.append(f"![{bars.title}]({image(f'{bars.series}.png', _draw(bars, found))})")
+        if result := results.newest(bars.series):
+            parts.append(f"![{bars.title}]({image(f'{bars.series}.png', _draw(bars, result))})")
     for series in results.series():
         parts.append(_section(results, series, image))
     return "\n\n".join(parts) + "\n"
@@ -116,41 +106,37 @@ def page(results: Results, image: Callable[[str, bytes], str]) -> str:
 
 def _section(results: Results, series: str, image: Callable[[str, bytes], str]) -> str:
     """Return the newest result of a series, and links to the others."""
+
+    def links(paths: Iterable[Path]) -> str:
+        return ", ".join(f"[{path.name}]({path.name})" for path in paths)
+
     newest, *older = results.files(series)
-    text = newest.get(".md")
-    lines = []
-    if text is not None:
-        found = text.read_text()
-        lines.append(re.sub(r"^(#+) ", r"#\1 ", found, flags=re.MULTILINE).strip())
-    else:
-        lines.append(f"## {series}")
-    if ".png" in newest:
-        lines.append(f"![{series}]({image(newest['.png'].name, newest['.png'].read_bytes())})")
-    others = [path for files in older for path in files.values()]
-    own = [path for suffix, path in newest.items() if suffix != ".png"]
-    linked = ", ".join(f"[{path.name}]({path.name})" for path in own)
-    before = ", ".join(f"[{path.name}]({path.name})" for path in others)
-    lines.append(f"Files: {linked}." + (f" Earlier: {before}." if before else ""))
-    return "\n\n".join(lines)
+    text = newest[".md"].read_text() if ".md" in newest else f"# {series}"
+    parts = [re.sub(r"^(#+) ", r"#\1 ", text, flags=re.MULTILINE).strip()]
+    if picture := newest.pop(".png", None):
+        parts.append(f"![{series}]({image(picture.name, picture.read_bytes())})")
+    earlier = [path for files in older for path in files.values()]
+    parts.append(f"Files: {links(newest.values())}." + (f" Earlier: {links(earlier)}." if earlier else ""))
+    return "\n\n".join(parts)
 
 
-def _draw(bars: Bars, result: dict[str, Any]) -> bytes:
-    """Return a PNG of bars with their spread, those of others in gray."""
-    found = dict(sorted(bars.of(result).items(), key=lambda item: item[1]["median"]))
+def _draw(bars: Bars, result: Result) -> bytes:
+    """Return a PNG of bars with their spread, other projects' in gray."""
+    spreads = dict(sorted(bars.spreads(result).items(), key=lambda item: item[1]["median"]))
 
     def draw(axes: Any) -> None:
-        for index, (name, spread) in enumerate(found.items()):
-            least, most = spread["median"] - spread["min"], spread["max"] - spread["median"]
+        for index, (name, spread) in enumerate(spreads.items()):
+            below, above = spread["median"] - spread["min"], spread["max"] - spread["median"]
             color = "0.7" if name.startswith(_PEERS) else style_of(LIGHT, 0).color
-            axes.barh(index, spread["median"], color=color, xerr=[[least], [most]])
-        axes.set_yticks(range(len(found)), list(found))
+            axes.barh(index, spread["median"], color=color, xerr=[[below], [above]])
+        axes.set_yticks(range(len(spreads)), list(spreads))
         axes.set(title=bars.title, xlabel=bars.unit)
 
-    return picture(draw, size=(7.0, 0.45 * len(found) + 1.2))
+    return picture(draw, size=(7.0, 0.45 * len(spreads) + 1.2))
 
 
 def as_html(markdown_text: str) -> str:
-    """Return a page that needs nothing else."""
+    """Return the page as one HTML file."""
     from markdown import markdown
 
     body = markdown(markdown_text, extensions=["tables", "fenced_code"])
@@ -164,31 +150,36 @@ def embedded(name: str, content: bytes) -> str:
 
 
 def with_table(readme: str, table: str) -> str:
-    """Return the README with the table between the marks. Raises InputError where they are not there."""
+    """Return the README with the table between the marks. Raises InputError without them."""
     begin, end = readme.find(BEGIN), readme.find(END)
     if not 0 <= begin < end:
-        raise InputError(f"the README has no {BEGIN} ... {END}: put these lines where the table is to stand")
+        raise InputError(f"the README has no {BEGIN} ... {END}: put these lines where the table belongs")
     return f"{readme[: begin + len(BEGIN)]}\n{table}\n{readme[end:]}"
+
+
+def parser() -> ArgumentParser:
+    """Return the parser of the command line."""
+    parser = ArgumentParser(prog="python -m benchmarks.report", description="All results on one page.")
+    default = Path(__file__).parent / "results"
+    parser.add_argument("--results", type=Path, default=default, metavar="DIR", help="folder of dated results")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="rewrite the table of this file")
+    return parser
 
 
 @command
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="All results on one page.")
-    default = Path(__file__).parent / "results"
-    parser.add_argument("--results", type=Path, default=default, metavar="DIR", help="folder of dated results")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="write its table anew")
-    args = parser.parse_args()
+    args = parser().parse_args()
     results = Results(args.results)
     pictures = args.results / "pictures"
 
-    def beside(name: str, content: bytes) -> str:
+    def linked(name: str, content: bytes) -> str:
         if (args.results / name).exists():
             return name
         pictures.mkdir(exist_ok=True)
         (pictures / name).write_bytes(content)
         return f"pictures/{name}"
 
-    (args.results / "report.md").write_text(page(results, beside))
+    (args.results / "report.md").write_text(page(results, linked))
     (args.results / "report.html").write_text(as_html(page(results, embedded)))
     if args.readme is not None:
         args.readme.write_text(with_table(args.readme.read_text(), headline_table(results)))

@@ -1,22 +1,24 @@
 """Training steps a second: ours, eager, compiled and as a CUDA graph, and other implementations of MoCo.
 
-    python -m benchmarks.step [--ways eager,compiled,graph,official,...] [--runs 10] [--json OUT] [--markdown OUT]
+    python -m benchmarks.step [--compare eager,compiled,graph,official,...] [--runs 10] [--json OUT] [--markdown OUT]
         --config engine/recipes/moco_v2_in1k.yaml [--data.batch 64] [any setting of a run]
 
-The ways take steps in turn on the same batch, which lies on the device, and between them runs each part of our step
-alone: encoders, loss with its terms, guard, moving average, optimizer, queue, and the augmentation of both views. Told
-are medians and spread of wall clock, and of CPU time where there is no GPU; ratios and shares are taken run by run.
-`graph` is compiled, and replayed as one CUDA graph. `official` is facebookresearch/moco's training loop, in float32 and
-NCHW as published, without its shuffling; `lightly` lightly's MoCo, where it is installed; `official-amp` and
-`lightly-amp` the same under autocast, in the precision of the run, else bf16.
+The implementations take steps in turn on the same batch, which lies on the device; between them each part of our step
+runs alone: encoders, loss with its terms, guard, moving average, optimizer, queue, and the augmentation of both views.
+Reported are medians and spread of wall clock, and of CPU time without a GPU; ratios and shares are taken run by run.
+
+- `graph`: compiled, and replayed as one CUDA graph.
+- `official`: facebookresearch/moco's training loop in float32 and NCHW as published, without its shuffling.
+- `lightly`: lightly's MoCo, if installed.
+- `official-amp`, `lightly-amp`: the same under autocast, in the run's precision, else bf16.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,9 @@ from torch.nn.utils import get_total_norm
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import machine
+from benchmarks.common.command_line import benchmark_parser, require_positive
 from benchmarks.common.peers import PEERS
+from benchmarks.common.table import Report, publish, spread, spread_cell
 from engine.config.cli import parse
 from engine.config.settings import Settings
 from engine.parallel.accelerator import DTYPES, build_accelerator, warn_of_precision
@@ -37,6 +41,7 @@ from methods.base import Embeddings, total
 from pipeline.augment.color import IMAGENET, augment
 from pipeline.augment.draws import draw_color
 from pipeline.loader import Batch
+from pipeline.system.cli import ArgumentParser
 from pipeline.system.cores import available_cores
 from pipeline.system.errors import InputError, command
 from pipeline.system.packages import installed
@@ -45,11 +50,11 @@ from pipeline.views import AUGMENTATIONS
 Call = Callable[[], Any]
 OURS = ("eager", "compiled", "graph")
 ENCODERS = ("encoder, queries", "encoder, keys")
-WAYS = (*OURS, *(f"{peer}{amp}" for peer in PEERS for amp in ("", "-amp")))
+COMPARED = (*OURS, *(f"{peer}{amp}" for peer in PEERS for amp in ("", "-amp")))
 
 
 def batch_of(settings: Settings, device: torch.device) -> Batch:
-    """Return random views as the loader hands them out, in the precision of the encoder."""
+    """Return random views as the loader yields them, in the encoder's precision."""
     dtype = DTYPES[settings.precision]
     side, count = settings.data.size, settings.data.batch
     generator = torch.Generator().manual_seed(0)
@@ -60,33 +65,30 @@ def batch_of(settings: Settings, device: torch.device) -> Batch:
     return Batch(views, np.arange(count), 0, 0, 0.0)
 
 
-def ways(settings: Settings, chosen: list[str], accelerator: Accelerator) -> tuple[dict[str, Call], Model]:
+def build_steps(settings: Settings, compared: list[str], accelerator: Accelerator) -> tuple[dict[str, Call], Model]:
     """Return the steps to compare, by name, and our eager model."""
     device, batch = accelerator.device, batch_of(settings, accelerator.device)
-    a, b = batch.views
-    assert a is not None
-    assert b is not None
+    pair = tuple(view.float().contiguous() for view in batch.views if view is not None)
     ours = build_model(replace(settings, compile=False, cuda_graph=False), accelerator)
     half = torch.float16 if settings.precision == "fp16" else torch.bfloat16
-    found: dict[str, Call] = {}
-    for name in chosen:
+    steps: dict[str, Call] = {}
+    for name in compared:
         if name == "eager":
-            found[name] = lambda: ours.step(batch)
+            steps[name] = partial(ours.step, batch)
         elif name in OURS:
             model = build_model(replace(settings, compile=True, cuda_graph=name == "graph"), accelerator)
-            found[name] = lambda model=model: model.step(batch)  # type: ignore[misc]
+            steps[name] = partial(model.step, batch)
         else:
             peer, _, amp = name.partition("-")
-            theirs = PEERS[peer](ours.step.encoder, settings, device, half if amp else None)
-            pair = a.float().contiguous(), b.float().contiguous()
-            found[name] = lambda theirs=theirs, pair=pair: theirs.step(pair)  # type: ignore[misc]
-    return found, ours
+            other: Any = PEERS[peer](ours.step.encoder, settings, device, half if amp else None)
+            steps[name] = partial(other.step, pair)
+    return steps, ours
 
 
-def parts(settings: Settings, model: Model, accelerator: Accelerator) -> dict[str, Call]:
-    """Return each part of our step alone, by name."""
+def build_parts(settings: Settings, model: Model, accelerator: Accelerator) -> dict[str, Call]:
+    """Return the parts of our step, by name."""
     device, batch = accelerator.device, batch_of(settings, accelerator.device)
-    moving = model.step.moving_average
+    moving_average = model.step.moving_average
     dim, count = settings.model.dim, settings.data.batch
     assert dim is not None
     needs = {name.lower() for name in model.step.objective.needs}
@@ -122,23 +124,24 @@ def parts(settings: Settings, model: Model, accelerator: Accelerator) -> dict[st
         draw_color(view, number, seed=0, epoch=0, ids=np.arange(count))
         for number, view in enumerate(AUGMENTATIONS[settings.data.augmentation])
     ]
-    found: dict[str, Call] = {ENCODERS[0]: encode_queries}
-    if model.target is not None and moving is not None:
-        found |= {ENCODERS[1]: encode_keys, "moving average": lambda: moving.update(model.step.schedule.share)}
+    parts: dict[str, Call] = {ENCODERS[0]: encode_queries}
+    if model.target is not None and moving_average is not None:
+        parts[ENCODERS[1]] = encode_keys
+        parts["moving average"] = lambda: moving_average.update(model.step.schedule.share)
     if model.queue is not None:
-        fresh = named.get("k2", next(iter(named.values())))
-        found["queue"] = lambda: model.queue.write(fresh)  # type: ignore[union-attr]
-    found |= {
+        new_keys = named.get("k2", next(iter(named.values())))
+        parts["queue"] = lambda: model.queue.write(new_keys)  # type: ignore[union-attr]
+    parts |= {
         "loss and terms": loss,
         "guard": guard,
         "optimizer": model.optimizer.optimizer.step,
         "augmentation": lambda: [augment(crops, color, IMAGENET, DTYPES[settings.precision]) for color in colors],
     }
-    return found
+    return parts
 
 
 def clock(call: Call, device: torch.device) -> dict[str, float]:
-    """Return seconds of wall clock, and of CPU time, that a call takes; on a GPU also the bytes it takes besides."""
+    """Return a call's seconds of wall clock and of CPU time; on a GPU also the bytes it allocates at most."""
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -152,21 +155,21 @@ def clock(call: Call, device: torch.device) -> dict[str, float]:
 
 
 Taken = dict[str, dict[str, np.ndarray]]
-"""Seconds or bytes of each run, by kind of each call."""
+"""By call and kind (wall, cpu, bytes): seconds or bytes of each run."""
 
 
-def in_turn(calls: dict[str, Call], device: torch.device, runs: int, warm: int = WARM + 2) -> Taken:
-    """Return what each took, called one after another, `runs` times after the warm-up; bytes are the most of any."""
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in calls}
-    for _ in range(warm + runs):
+def in_turn(calls: dict[str, Call], device: torch.device, runs: int, warmup: int = WARM + 2) -> Taken:
+    """Call each in turn, `runs` times after the warm-up; return what each took. Bytes are the most of all runs."""
+    samples: dict[str, list[dict[str, float]]] = {name: [] for name in calls}
+    for _ in range(warmup + runs):
         for name, call in calls.items():
-            found[name].append(clock(call, device))
-    taken = {name: {kind: np.array([run[kind] for run in all_]) for kind in all_[0]} for name, all_ in found.items()}
-    return {
-        # a graph takes its memory once, when it is recorded
-        name: {kind: np.full(runs, v.max()) if kind == "bytes" else v[warm:] for kind, v in kinds.items()}
-        for name, kinds in taken.items()
-    }
+            samples[name].append(clock(call, device))
+    taken = {}
+    for name, rows in samples.items():
+        kinds = {kind: np.array([row[kind] for row in rows]) for kind in rows[0]}
+        # a graph allocates its memory once, when it is recorded
+        taken[name] = {kind: np.full(runs, v.max()) if kind == "bytes" else v[warmup:] for kind, v in kinds.items()}
+    return taken
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -178,97 +181,90 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def as_graphs(calls: dict[str, Call], model: Model, device: torch.device) -> dict[str, Call]:
-    """Return calls that run as CUDA graphs, as they do within a step that is one."""
-    held: list[Any] = []
+    """Return the calls as CUDA graphs, as which they run within a graphed step."""
+    gradients: list[Any] = []  # kept alive: the graphs read them
 
     def graph(call: Call) -> Call:
         def recorded(_: Any) -> Any:
-            held.append([p.grad for p in model.step.encoder.parameters()])  # which the graph goes on reading
+            gradients.append([p.grad for p in model.step.encoder.parameters()])
             return call()
 
-        made = Graph[Any](recorded, device)
-        return lambda: made({})
+        replay = Graph[Any](recorded, device)
+        return lambda: replay({})
 
     return {name: graph(call) for name, call in calls.items()}
 
 
 def flops_a_step(settings: Settings, ours: Model, accelerator: Accelerator) -> int:
-    """Return the operations of a step; what `activation_checkpointing` does once more is not counted."""
-    plain = (
-        settings
-        if not settings.activation_checkpointing
-        else replace(settings, activation_checkpointing=False, compile=False, cuda_graph=False)
-    )
-    model = ours if plain is settings else build_model(plain, accelerator)
+    """Return the operations of a step, without those that `activation_checkpointing` repeats."""
+    model = ours
+    if settings.activation_checkpointing:
+        plain = replace(settings, activation_checkpointing=False, compile=False, cuda_graph=False)
+        model = build_model(plain, accelerator)
     with FlopCounterMode(display=False) as counter:
         model.step(batch_of(settings, accelerator.device))
     return counter.get_total_flops()
 
 
-def measure(settings: Settings, chosen: list[str], runs: int) -> dict[str, Any]:
-    """Return seconds of each way's step, of each part of ours, and what follows from them."""
+def measure(settings: Settings, compared: list[str], runs: int) -> dict[str, Any]:
+    """Time each implementation's step and each part of ours; return seconds, rates, ratios and shares."""
     accelerator = build_accelerator(replace(settings, tracker="none"))
     warn_of_precision(settings.precision, accelerator)
     settings, device = replace(settings, precision=accelerator.mixed_precision), accelerator.device
-    steps, ours = ways(settings, chosen, accelerator)
+    steps, ours = build_steps(settings, compared, accelerator)
     flops = flops_a_step(settings, ours, accelerator)
-    alone = parts(settings, ours, accelerator)
-    beside = [name for name in alone if name not in ENCODERS]
+    parts = build_parts(settings, ours, accelerator)
+    others = [name for name in parts if name not in ENCODERS]
     graphs: dict[str, Call] = {}
     if "graph" in steps and device.type == "cuda":
-        graphs = {
-            f"{name}, graph": call for name, call in as_graphs({n: alone[n] for n in beside}, ours, device).items()
-        }
-    taken = in_turn({**steps, **alone, **graphs}, device, runs)
-    rate = matrix_rate(device, DTYPES[settings.precision])
+        graphed = as_graphs({name: parts[name] for name in others}, ours, device)
+        graphs = {f"{name}, graph": call for name, call in graphed.items()}
+    taken = in_turn({**steps, **parts, **graphs}, device, runs)
     kind, batch = "wall" if device.type == "cuda" else "cpu", settings.data.batch
     shares = {}
     for name in (name for name in steps if name in OURS):
         suffix = ", graph" if name == "graph" and graphs else ""
-        others = sum(taken[f"{part}{suffix}"][kind] for part in beside)
-        augmentation = taken[f"augmentation{suffix}"][kind]  # which the loader does, beside the step's own time
-        shares[name] = others / (taken[name][kind] + augmentation)
-    official = taken.get("official")
+        overhead = sum(taken[f"{part}{suffix}"][kind] for part in others)
+        augmentation = taken[f"augmentation{suffix}"][kind]  # by the loader, on top of the step's own time
+        shares[name] = spread(overhead / (taken[name][kind] + augmentation))
+
+    def ratios(reference: str, names: Iterable[str]) -> dict[str, dict[str, float]]:
+        return {name: spread(taken[reference][kind] / taken[name][kind]) for name in names if reference in steps}
+
     return {
         "device": device.type,
         "clock": kind,
         "runs": runs,
         "ways": {name: _spreads(taken[name]) for name in steps},
-        "parts": {name: _spreads(taken[name]) for name in (*alone, *graphs)},
-        "pairs_per_second": {name: machine.spread(batch / taken[name]["wall"]) for name in steps},
-        "ratio_to_official": {
-            name: machine.spread(official[kind] / taken[name][kind]) for name in steps if official is not None
-        },
-        "ratio_to_eager": {
-            name: machine.spread(taken["eager"][kind] / taken[name][kind])
-            for name in steps
-            if name in OURS and "eager" in steps
-        },
-        "share_beside_the_encoders": {name: machine.spread(share) for name, share in shares.items()},
+        "parts": {name: _spreads(taken[name]) for name in (*parts, *graphs)},
+        "pairs_per_second": {name: spread(batch / taken[name]["wall"]) for name in steps},
+        "ratio_to_official": ratios("official", steps),
+        "ratio_to_eager": ratios("eager", [name for name in steps if name in OURS]),
+        "share_outside_encoders": shares,
         "flops_a_step": flops,
         "trained_parameters": sum(p.numel() for p in ours.step.encoder.parameters() if p.requires_grad),
-        "tflops": {name: machine.spread(flops / taken[name]["wall"] / 1e12) for name in steps},
-        "matrix_tflops": rate,
+        "tflops": {name: spread(flops / taken[name]["wall"] / 1e12) for name in steps},
+        "matrix_tflops": matrix_rate(device, DTYPES[settings.precision]),
     }
 
 
 def _spreads(taken: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    return {kind: machine.spread(values) for kind, values in taken.items()}
+    return {kind: spread(values) for kind, values in taken.items()}
 
 
-def report(result: dict[str, Any]) -> machine.Report:
+def report(result: dict[str, Any]) -> Report:
     """Return the table of a result."""
     rows = []
     for name, taken in (*result["ways"].items(), *result["parts"].items()):
         row = [name if name in result["ways"] else f"part: {name}"]
-        row += [machine.told(taken[kind], "{:.1f}", 1000) for kind in ("wall", "cpu")]
+        row += [spread_cell(taken[kind], "{:.1f}", 1000) for kind in ("wall", "cpu")]
         if name in result["ways"]:
-            row += [machine.told(result["pairs_per_second"][name], "{:.1f}")]
+            row += [spread_cell(result["pairs_per_second"][name], "{:.1f}")]
             tflops = result["tflops"][name]["median"]
             row += [f"{tflops:.2f}", f"{tflops / result['matrix_tflops']:.0%}"]
             row += [f"{taken['bytes']['median'] / 2**30:.2f}" if "bytes" in taken else ""]
             ratio = result["ratio_to_official"].get(name)
-            row += [machine.told(ratio, "{:.2f}") if ratio else ""]
+            row += [spread_cell(ratio, "{:.2f}") if ratio else ""]
         rows.append(row + [""] * (8 - len(row)))
     clock = {"wall": "wall clock", "cpu": "CPU time"}[result["clock"]]
     notes = [
@@ -276,45 +272,47 @@ def report(result: dict[str, Any]) -> machine.Report:
         f"{result['matrix_tflops']:.2f} TFLOP/s, a step has {result['flops_a_step'] / 1e9:.1f} GFLOP"
     ]
     notes += [
-        f"all but the encoders, {name}: {machine.told(share, '{:.1%}')}"
-        for name, share in result["share_beside_the_encoders"].items()
+        f"all but the encoders, {name}: {spread_cell(share, '{:.1%}')}"
+        for name, share in result["share_outside_encoders"].items()
     ]
     notes += [
-        f"{name} to eager: {machine.told(ratio, '{:.2f}')}"
+        f"{name} to eager: {spread_cell(ratio, '{:.2f}')}"
         for name, ratio in result["ratio_to_eager"].items()
         if name != "eager"
     ]
     headings = ["", "ms", "CPU ms", "pairs/s", "TFLOP/s", "of a matrix's", "GiB", "to official"]
-    return machine.Report("Training step", headings, rows, notes)
+    return Report("Training step", headings, rows, notes)
+
+
+def parser() -> ArgumentParser:
+    """Return the parser of the command line."""
+    parser = benchmark_parser("step", "Time training steps.")
+    default = "eager,compiled,official,official-amp"
+    parser.add_argument("--compare", default=default, help=f"some of {', '.join(COMPARED)} (default %(default)s)")
+    parser.add_argument("--runs", type=int, default=10, help="steps timed of each (default %(default)s)")
+    parser.add_argument("--torch-threads", type=int, default=available_cores(), help="(default: all cores)")
+    return parser
 
 
 @command
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description="Time training steps.")
-    parser.add_argument(
-        "--ways", default="eager,compiled,official,official-amp", help=f"of {', '.join(WAYS)} (default %(default)s)"
-    )
-    parser.add_argument("--runs", type=int, default=10, help="steps timed of each (default %(default)s)")
-    parser.add_argument("--threads", type=int, default=0, help="of torch on the CPU (default: all cores)")
-    machine.add_outputs(parser)
-    args, rest = parser.parse_known_args()
-    chosen = args.ways.split(",")
-    for name in chosen:
-        if name not in WAYS:
-            raise InputError(f"--ways {name}: choose of {', '.join(WAYS)}")
+    args, rest = parser().parse_known_args()
+    compared = args.compare.split(",")
+    for name in compared:
+        if name not in COMPARED:
+            raise InputError(f"--compare {name}: choose of {', '.join(COMPARED)}")
         if name.startswith("lightly") and not installed("lightly"):
-            raise InputError(f"--ways {name}: lightly is not installed: pip install lightly, or leave it out")
-    if args.runs < 1 or args.threads < 0:
-        raise InputError("--runs must be positive and --threads not negative: give 1 or more")
+            raise InputError(f"--compare {name}: lightly is not installed: pip install lightly, or leave it out")
+    require_positive(args, "runs", "torch_threads")
     settings = parse(rest)
-    if settings.method.name != "moco_v2" and not set(chosen) <= set(OURS):
+    if settings.method.name != "moco_v2" and not set(compared) <= set(OURS):
         raise InputError(
-            f"--ways {args.ways}: the other loops are MoCo v2's: leave them out for {settings.method.name}"
+            f"--compare {args.compare}: the other loops are MoCo v2's: leave them out for {settings.method.name}"
         )
-    torch.set_num_threads(args.threads or available_cores())
-    about = machine.describe()
-    result: dict[str, Any] = {"machine": about, "arguments": rest} | measure(settings, chosen, args.runs)
-    machine.tell(report(result), result, args)
+    torch.set_num_threads(args.torch_threads)
+    result: dict[str, Any] = {"machine": machine.describe(), "arguments": rest}
+    result |= measure(settings, compared, args.runs)
+    publish(report(result), result, args)
 
 
 if __name__ == "__main__":

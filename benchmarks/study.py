@@ -1,11 +1,11 @@
-"""Methods, terms and seeds on one data set and one budget, one run after another, and what each came to.
+"""Methods, terms and seeds on one data set and one budget: scores, student-teacher gap and time of each.
 
     python -m benchmarks.study STUDY --train TRAIN --test TEST --out DIR [--at-once N] [--only NAME ...] [--seeds 0,1]
         [--launch "accelerate launch ..."] [--json F] [--markdown F] [--png F] [any setting of all runs]
 
-STUDY is a file of `benchmarks/studies/`, by its name, or one like it: recipes, what they share, seeds, and how their
-encoders are evaluated besides kNN. Runs lie in DIR, each in a folder of its own; given again, the command goes on where
-it was. Peers are trained where they are installed, on the same files, by their authors' settings.
+STUDY is a file of `benchmarks/studies/`, given by name, or a file like them: recipes, shared settings, seeds, and the
+options of linear evaluation, if any. Each run has a folder in DIR; the same command again resumes unfinished ones.
+Peers that are installed train on the same files with their authors' settings.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import logging
 import os
 import shlex
 import subprocess
@@ -27,36 +28,40 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import machine
+from benchmarks.common.command_line import benchmark_parser, numbers, yaml_file
+from benchmarks.common.table import Report, publish
 from engine.report.compare import rates
 from engine.report.plotting import LIGHT, draw_lines, sheet, style_of
 from engine.report.run_folder import RunFiles, curve, number, read_runs
+from pipeline.system.cli import ArgumentParser
 from pipeline.system.cores import available_cores
 from pipeline.system.errors import InputError, command
 from pipeline.system.limits import read_yaml
 
+logger = logging.getLogger(__name__)
 _HERE = Path(__file__).parent
 _ROOT = _HERE.parent
 _RECIPES = _ROOT / "engine" / "recipes"
 COLUMNS = ("knn", "linear", "gap_midway", "gap", "seconds", "rate", "reached")
-"""Figures of a run: kNN and linear top-1, the gap half-way and at the end, seconds of training, pairs a second, and
-seconds of training until its kNN top-1 is what another run of the study ends with."""
+"""Figures of a run: kNN and linear top-1, student-teacher gap half-way and at the end, seconds of training, pairs a
+second, and seconds of training to the final kNN top-1 of the study's `reach`."""
 
 
 @dataclass
 class Study:
-    """What is trained."""
+    """Runs to train and compare."""
 
     runs: dict[str, dict[str, Any]]
-    """By name: `recipe`, of `engine/recipes/`, and `settings` over it."""
+    """By name: `recipe`, of `engine/recipes/`, and `settings` that override it."""
     seeds: list[int] = field(default_factory=lambda: [0])
     settings: dict[str, Any] = field(default_factory=dict)
-    """Over all recipes, by their dotted names."""
+    """Overrides of all recipes, by dotted name."""
     linear: list[str | int | float] = field(default_factory=list)
     """Options of `engine.evaluate linear`; none: kNN alone."""
     peers: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By name: `module`, of `benchmarks/` with `_moco` after it, and its options."""
+    """By name: `module`, for `benchmarks/common/MODULE_moco.py`, and its options."""
     reach: str = ""
-    """The run or peer whose last kNN top-1, the mean over seeds, others are timed to."""
+    """Run or peer whose final kNN top-1 (mean over seeds) is the mark that others are timed to."""
 
 
 @dataclass(frozen=True)
@@ -68,52 +73,49 @@ class Job:
     folder: Path
     train: list[str]
     evaluate: list[str]
-    """Empty for no evaluation besides kNN."""
+    """Empty: kNN alone."""
 
     @property
     def label(self) -> str:
-        """As it is told."""
+        """Name and seed, for messages."""
         return f"{self.name}, seed {self.seed}"
 
 
 def load_study(name: str) -> Study:
-    """Return the study of that name or file. Raises InputError."""
-    path = _HERE / "studies" / f"{name}.yaml" if "/" not in name and not name.endswith(".yaml") else Path(name)
-    known = ", ".join(sorted(file.stem for file in (_HERE / "studies").glob("*.yaml")))
-    if not path.is_file():
-        raise InputError(f"{name}: no such study: choose of {known}, or give a file like theirs")
-    found = read_yaml(path, f"write it as {_HERE / 'studies'} has them")
+    """Return the study of a name or file. Raises InputError."""
+    path = yaml_file(name, _HERE / "studies", "study")
+    content = read_yaml(path, f"write it like those of {_HERE / 'studies'}")
     try:
-        study = Study(**found)
-        wrong = [name for name, run in study.runs.items() if not _makes_sense(run)]
-        known_runs = {"", *study.runs, *study.peers}
+        study = Study(**content)
+        wrong = [name for name, run in study.runs.items() if not _is_run(run)]
+        names = {"", *study.runs, *study.peers}
     except (TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: not a study ({error}): write runs, seeds, settings") from None
     if wrong:
         raise InputError(f"{path}: run {wrong[0]!r}: give a recipe of engine/recipes, and settings")
-    if study.reach not in known_runs or not study.runs:
+    if study.reach not in names or not study.runs:
         raise InputError(f"{path}: not a study (no runs, or reach is none of them): write runs, seeds, settings")
     return study
 
 
-def _makes_sense(run: dict[str, Any]) -> bool:
+def _is_run(run: dict[str, Any]) -> bool:
     return not set(run) - {"recipe", "settings"} and (_RECIPES / f"{run['recipe']}.yaml").is_file()
 
 
 def jobs_of(study: Study, args: argparse.Namespace, rest: Sequence[str]) -> list[Job]:
-    """Return all runs of a study, peers after the others, seed by seed."""
-    seeds = machine.numbers(args.seeds, "--seeds", 0) if args.seeds else study.seeds
+    """Return the jobs of a study, seed by seed, peers last. Peers that are not installed are left out."""
+    seeds = numbers(args.seeds, "--seeds", 0) if args.seeds else study.seeds
     names = args.only or [*study.runs, *study.peers]
     if unknown := set(names) - {*study.runs, *study.peers}:
         known = ", ".join((*study.runs, *study.peers))
-        raise InputError(f"--only {sorted(unknown)[0]!r}: not of the study, which has {known}")
-    found = []
+        raise InputError(f"--only {sorted(unknown)[0]!r}: not in the study, which has {known}")
+    jobs = []
     for seed in seeds:
         for name in names:
             folder = args.out / f"{name} {seed}".replace(" + ", "+").replace(" ", "-").replace("'", "")
             make = _run if name in study.runs else _peer
-            found.append(make(study, name, seed, folder, args, rest))
-    return [job for job in found if job is not None]
+            jobs.append(make(study, name, seed, folder, args, rest))
+    return [job for job in jobs if job is not None]
 
 
 def _run(study: Study, name: str, seed: int, folder: Path, args: argparse.Namespace, rest: Sequence[str]) -> Job:
@@ -123,7 +125,7 @@ def _run(study: Study, name: str, seed: int, folder: Path, args: argparse.Namesp
     train += ["--config", str(_RECIPES / f"{run['recipe']}.yaml")]
     train += ["--data.train", args.train, "--data.eval", args.test, "--seed", str(seed)]
     train += ["--out", str(folder), "--resume", "auto", "--data.workers", str(_threads(args))]
-    train += [part for key, value in settings.items() for part in (f"--{key}", _written(value))]
+    train += [part for key, value in settings.items() for part in (f"--{key}", _as_argument(value))]
     evaluate = [*shlex.split(args.launch), "-m", "engine.evaluate", "linear", str(folder), "--train", args.train]
     evaluate += ["--test", args.test, "--seed", str(seed), "--workers", str(_threads(args)), *map(str, study.linear)]
     return Job(name, seed, folder, [*train, *rest], evaluate if study.linear else [])
@@ -141,8 +143,8 @@ def _peer(
     return Job(name, seed, folder, train + [part for k, v in options.items() for part in (f"--{k}", str(v))], [])
 
 
-def _written(value: Any) -> str:
-    """Return a setting's value as the command line takes it."""
+def _as_argument(value: Any) -> str:
+    """Return a setting's value as a command-line argument."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -151,40 +153,40 @@ def _cores(args: argparse.Namespace) -> int:
 
 
 def _threads(args: argparse.Namespace) -> int:
-    """Return the threads of a run's loader; 0 where a launcher's processes share the cores out among themselves."""
+    """Return the loader threads of a run; 0 with a launcher, whose processes divide the cores themselves."""
     return _cores(args) if args.launch == sys.executable else 0
 
 
-def carry_out(jobs: Sequence[Job], args: argparse.Namespace) -> dict[str, str]:
-    """Train and evaluate what is not done, `at_once` at a time; return what went wrong, by the runs' labels."""
+def run_jobs(jobs: Sequence[Job], args: argparse.Namespace) -> dict[str, str]:
+    """Train and evaluate unfinished jobs, `at_once` at a time; return the problems, by the jobs' labels."""
     args.out.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
     if threads := _threads(args):
         environment["OMP_NUM_THREADS"] = str(threads)
     with ThreadPoolExecutor(args.at_once) as pool:
-        problems = list(pool.map(lambda job: _carry_out(job, environment), jobs))
+        problems = list(pool.map(lambda job: _run_job(job, environment), jobs))
     return {job.label: problem for job, problem in zip(jobs, problems, strict=True) if problem}
 
 
-def _carry_out(job: Job, environment: dict[str, str]) -> str:
-    """Do one job; return what went wrong, or nothing."""
-    kept = [path for path in (job.folder / "evaluation").glob("linear*.json") if path.is_file()]
-    summary = job.folder / "summary.json"
-    for what, call, done in (
+def _run_job(job: Job, environment: dict[str, str]) -> str:
+    """Do what is left of a job; return its problem, or nothing."""
+    summary, log = job.folder / "summary.json", job.folder.with_name(f"{job.folder.name}.log")
+    evaluated = any(path.is_file() for path in (job.folder / "evaluation").glob("linear*.json"))
+    for task, call, done in (
         ("training", job.train, summary.exists()),
-        ("evaluation", job.evaluate, bool(kept) or not job.evaluate),
+        ("evaluation", job.evaluate, evaluated or not job.evaluate),
     ):
         if done:
             continue
-        if what == "evaluation" and not summary.exists():
+        if task == "evaluation" and not summary.exists():
             return "training was stopped before its end"
-        began, log = time.monotonic(), job.folder.with_name(f"{job.folder.name}.log")
+        begin = time.monotonic()
         with log.open("a") as file:
             status = subprocess.run(call, stdout=file, stderr=file, env=environment, cwd=_ROOT, check=False).returncode
-        said = "done" if not status else f"failed (status {status}, see {log})"
-        print(f"{job.label}: {what} {said}, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+        outcome = "done" if not status else f"failed (status {status}, see {log})"
+        logger.info(f"{job.label}: {task} {outcome}, {time.monotonic() - begin:.0f} s")
         if status:
-            return f"{what} failed: {_last_line(log)}"
+            return f"{task} failed: {_last_line(log)}"
     return ""
 
 
@@ -194,7 +196,7 @@ def _last_line(log: Path) -> str:
 
 
 def seconds_to(run: RunFiles, top1: float) -> float | None:
-    """Return the seconds of training until kNN top-1 is first that, None where it never is."""
+    """Return the seconds of training until kNN top-1 first reaches `top1`, None if it never does."""
     lines, seconds = run.timed()
     for line, until in zip(lines, np.cumsum(seconds), strict=True):
         if line.get("knn_top1", -1.0) >= top1:
@@ -203,26 +205,26 @@ def seconds_to(run: RunFiles, top1: float) -> float | None:
 
 
 def figures(run: RunFiles) -> dict[str, float | None]:
-    """Return the `COLUMNS` of a run, None for what there is not; `reached` is for `gather` to say."""
+    """Return the `COLUMNS` of a run, None for missing ones. `gather` fills in `reached`."""
     gap = curve(run.lines, "student_teacher_gap")
-    half = gap.values[gap.epochs <= run.done / 2]
-    taken = rates(run)
-    linear = [found.get("top1") for found in run.evaluations if str(found.get("evaluation", "")).startswith("linear")]
+    first_half = gap.values[gap.epochs <= run.done / 2]
+    speed = rates(run)
+    linear = [row.get("top1") for row in run.evaluations if str(row.get("evaluation", "")).startswith("linear")]
     return {
         "knn": run.last("knn_top1"),
         "linear": number(linear[-1]) if linear else None,
-        "gap_midway": float(half[-1]) if len(half) else None,
+        "gap_midway": float(first_half[-1]) if len(first_half) else None,
         "gap": float(gap.values[-1]) if len(gap.values) else None,
-        "seconds": None if taken.hours is None else 3600 * taken.hours,
-        "rate": taken.pairs_per_second,
+        "seconds": None if speed.hours is None else 3600 * speed.hours,
+        "rate": speed.pairs_per_second,
         "reached": None,
     }
 
 
 def gather(jobs: Sequence[Job], reach: str = "") -> list[dict[str, Any]]:
-    """Return a row for each name: its seeds' figures, and mean and deviation (n - 1) of each over those that ended.
+    """Return a row for each name: figures of its finished seeds, and their means and deviations (n - 1).
 
-    reach: the row whose mean of the last kNN top-1 others are timed to.
+    reach: the row whose final kNN top-1 (mean over seeds) others are timed to.
     """
     rows: dict[str, dict[str, Any]] = {}
     runs: dict[str, list[RunFiles]] = {}
@@ -235,59 +237,59 @@ def gather(jobs: Sequence[Job], reach: str = "") -> list[dict[str, Any]]:
         row["every"].append(figures(run))
         runs.setdefault(job.name, []).append(run)
         row["curve"].append([array.tolist() for array in curve(run.lines, "knn_top1")])
-    ends = [found["knn"] for found in rows[reach]["every"] if found["knn"] is not None] if reach in rows else []
+    mark = _mean([seed["knn"] for seed in rows[reach]["every"]]) if reach in rows else None
     for row in rows.values():
-        for found, run in zip(row["every"], runs.get(row["name"], []), strict=True):
-            found["reached"] = seconds_to(run, float(np.mean(ends))) if ends else None
+        for seed, run in zip(row["every"], runs.get(row["name"], []), strict=True):
+            seed["reached"] = None if mark is None else seconds_to(run, mark)
         for column in COLUMNS:
-            values = [found[column] for found in row["every"] if found[column] is not None]
-            row[column] = {
-                "mean": float(np.mean(values)) if values else None,
-                "deviation": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-            }
+            values = [seed[column] for seed in row["every"] if seed[column] is not None]
+            deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+            row[column] = {"mean": _mean(values), "deviation": deviation}
     return list(rows.values())
 
 
-_FORMS = {"knn": 100.0, "linear": 100.0, "gap_midway": 1.0, "gap": 1.0, "seconds": 1.0, "rate": 1.0, "reached": 1.0}
+def _mean(values: Sequence[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return float(np.mean(present)) if present else None
+
+
+_FACTORS = {"knn": 100.0, "linear": 100.0}
 _DIGITS = {"knn": 1, "linear": 1, "gap_midway": 4, "gap": 4, "seconds": 0, "rate": 0, "reached": 1}
 
 
-def _told(row: dict[str, Any], column: str) -> str:
-    """Return a cell of the table, with how many seeds it is of where these are not all."""
-    count = sum(found[column] is not None for found in row["every"])
-    partly = f" ({count} of {len(row['seeds'])} seeds)" if column == "reached" and 0 < count < len(row["seeds"]) else ""
-    return _cell(row[column], column) + partly
-
-
-def _cell(found: dict[str, float | None], column: str) -> str:
-    if found["mean"] is None:
+def _cell(row: dict[str, Any], column: str) -> str:
+    """Return a cell of the table; for `reached` with the number of seeds that did, unless all or none."""
+    mean, deviation = row[column]["mean"], row[column]["deviation"]
+    if mean is None:
         return "–"
-    digits, factor = _DIGITS[column], _FORMS[column]
-    text = f"{factor * found['mean']:.{digits}f}"
-    return text if found["deviation"] is None else f"{text} ± {factor * found['deviation']:.{digits}f}"
+    digits, factor = _DIGITS[column], _FACTORS.get(column, 1.0)
+    text = f"{factor * mean:.{digits}f}"
+    text += "" if deviation is None else f" ± {factor * deviation:.{digits}f}"
+    count, seeds = sum(seed[column] is not None for seed in row["every"]), len(row["seeds"])
+    return f"{text} ({count} of {seeds} seeds)" if column == "reached" and count < seeds else text
 
 
-def report(result: dict[str, Any]) -> machine.Report:
+def report(result: dict[str, Any]) -> Report:
     """Return the table of a result."""
     headings = ["", "seeds", "kNN top-1, %", "linear top-1, %", "gap midway", "gap", "training, s", "pairs/s"]
     headings += [f"s to {result['reach']}"] * bool(result["reach"])
     shown = COLUMNS if result["reach"] else COLUMNS[:-1]
-    rows = [[row["name"], str(len(row["seeds"])), *(_told(row, column) for column in shown)] for row in result["rows"]]
+    rows = [[row["name"], str(len(row["seeds"])), *(_cell(row, column) for column in shown)] for row in result["rows"]]
     notes = [f"mean ± standard deviation over seeds; {result['at_once']} runs at a time on {result['device']}"]
     notes += [f"{name}: {problem}" for name, problem in result["problems"].items()]
     if result["left_out"]:
         notes.append(f"not installed, and left out: {', '.join(result['left_out'])}")
-    return machine.Report(f"Study {result['study']}", headings, rows, notes)
+    return Report(f"Study {result['study']}", headings, rows, notes)
 
 
 def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
-    """Draw kNN top-1 over epochs, the mean over seeds of each row, and what the rows ended with, to a PNG."""
+    """Draw kNN top-1 over epochs, averaged over seeds, and the final scores of each seed, to a PNG."""
     shown = [row for row in rows if row["curve"]]
 
     def over_epochs(axes: Any) -> None:
         for index, row in enumerate(shown):
             curves = [
-                curve([{"epoch": e, "v": 100 * v} for e, v in zip(*one, strict=True)], "v") for one in row["curve"]
+                curve([{"epoch": e, "v": 100 * v} for e, v in zip(*seed, strict=True)], "v") for seed in row["curve"]
             ]
             draw_lines(axes, curves, style_of(LIGHT, index), label=row["name"], marked=True)
         axes.set(xlabel="epoch", ylabel="kNN top-1, %")
@@ -296,7 +298,7 @@ def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
         for index, row in enumerate(shown):
             style = style_of(LIGHT, index)
             for key, marker in (("knn", style.marker), ("linear", "_")):
-                values = [100 * one[key] for one in row["every"] if one[key] is not None]
+                values = [100 * seed[key] for seed in row["every"] if seed[key] is not None]
                 axes.plot([index] * len(values), values, marker, color=style.color, markersize=7)
         axes.set(ylabel="top-1, %", xticks=range(len(shown)))
         axes.set_xticklabels([row["name"] for row in shown], rotation=60, ha="right")
@@ -306,31 +308,30 @@ def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
     out.write_bytes(sheet(parts, LIGHT, (5.4, 3.6), 2))
 
 
-def _arguments() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description="Train and compare methods.")
+def parser() -> ArgumentParser:
+    """Return the parser of the command line."""
+    parser = benchmark_parser("study", "Train and compare methods.")
     parser.add_argument("study", metavar="STUDY", help="name or file of a study")
     parser.add_argument("--train", required=True, metavar="DATA", help="labeled beton to train on")
     parser.add_argument("--test", required=True, metavar="DATA", help="labeled beton to test on")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="of all runs")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="of the study's runs (default: all)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for all runs")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the study's runs (default: all)")
     parser.add_argument("--seeds", help="such as 0,1,2 (default: the study's)")
     parser.add_argument("--at-once", type=int, default=1, metavar="N", help="runs at a time, which share the machine")
     parser.add_argument("--launch", default=sys.executable, help="starts runs and evaluations (default: this Python)")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw curves and results here")
-    machine.add_outputs(parser)
-    return parser.parse_known_args()
+    return parser
 
 
 @command
 def main() -> int:
-    args, rest = _arguments()
+    args, rest = parser().parse_known_args()
     if not 1 <= args.at_once <= available_cores():
         raise InputError(f"--at-once {args.at_once}: choose 1 to {available_cores()}, the cores here")
     args.out, about, study = args.out.resolve(), machine.describe(), load_study(args.study)
     args.train, args.test = (str(Path(path).resolve()) for path in (args.train, args.test))
     jobs = jobs_of(study, args, rest)
-    problems = carry_out(jobs, args)
-    left_out = sorted(set(args.only or study.peers) & set(study.peers) - {job.name for job in jobs})
+    problems = run_jobs(jobs, args)
     result = {
         "machine": about,
         "study": args.study,
@@ -340,9 +341,9 @@ def main() -> int:
         "reach": study.reach,
         "rows": gather(jobs, study.reach),
         "problems": problems,
-        "left_out": left_out,
+        "left_out": sorted(set(args.only or study.peers) & set(study.peers) - {job.name for job in jobs}),
     }
-    machine.tell(report(result), result, args)
+    publish(report(result), result, args)
     if args.png is not None:
         draw(result["rows"], args.png)
     return int(bool(problems))

@@ -1,23 +1,22 @@
-"""A new user's way through everything, from a fresh clone: what each command takes, and whether it does what it should.
+"""The way of a new user through every command, from a fresh clone: times, and whether each behaves as expected.
 
     python -m benchmarks.walk SOURCE --out DIR [--minutes 3.5] [--size 224] [--tests] [--json OUT] [--markdown OUT]
 
-SOURCE is a tar or folder of images, such as ImageNet's. Clones the repository into DIR, and there runs, each as the
-README has it: the demonstration, which sets the machine up; the tests, where asked; preparing, verifying and previewing
-a beton; training MoCo v2 for two epochs, interrupted in the second by Ctrl-C, and resumed; kNN and a linear classifier
-for the demonstration's encoder; features of SOURCE, an export and a report. Output of each goes to `DIR/NAME.log`. Exit
-status 1 where a command failed.
+SOURCE is a tar or folder of images, such as ImageNet's. Clones the repository into DIR and runs there: the demo, which
+sets up the machine; the tests, with --tests; preparing, verifying and previewing a beton; training MoCo v2 for two
+epochs, interrupted by Ctrl-C in the second and resumed; kNN and a linear classifier on the demo's encoder; features of
+SOURCE, an export and a report. Output goes to `DIR/NAME.log`. Exit status 1 if a command did not behave as expected.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,8 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import machine
+from benchmarks.common.command_line import benchmark_parser
+from benchmarks.common.processes import logged_session
+from benchmarks.common.table import Report, publish
+from pipeline.system.cli import ArgumentParser
 from pipeline.system.errors import InputError, command
 
+logger = logging.getLogger(__name__)
 _ROOT = Path(__file__).parent.parent
 _RUN = "engine/run.py --config engine/recipes/moco_v2_in1k.yaml --data.train walk/train.beton --out walk/run"
 _SMALL = "--data.batch 16 --model.arch resnet18 --method.queue_size 256 --optim.epochs 2 --log_every 1 --save_every 10"
@@ -38,24 +42,23 @@ class Step:
 
     name: str
     call: str
-    """Of the shell, in the clone."""
+    """Shell command, run in the clone."""
     status: int = 0
-    """It should end with."""
-    until: Callable[[Path], bool] | None = None
-    """When, looking at the clone, it gets Ctrl-C; None: never."""
+    """Expected exit status."""
+    interrupt: Callable[[Path], bool] | None = None
+    """Whether to send Ctrl-C now, given the clone; None: never."""
 
 
 def steps(args: argparse.Namespace) -> list[Step]:
     """Return the commands, in order."""
-    found = [Step("demo", f"./millrace demo --out walk/demo --minutes {args.minutes}")]
-    found += [Step("test", "./millrace test")] * args.tests
     train = f"python {_RUN} {_SMALL} --data.size {args.size}"
     data = "--train walk/demo/train.beton --test walk/demo/eval.beton"
     return [
-        *found,
+        Step("demo", f"./millrace demo --out walk/demo --minutes {args.minutes}"),
+        *[Step("test", "./millrace test")] * args.tests,
         Step("prepare", f"python -m pipeline.prepare {shlex.quote(args.source)} walk/train.beton"),
         Step("inspect", "python -m pipeline.inspect walk/train.beton --verify --preview walk/views.png"),
-        Step("train, Ctrl-C in the second epoch", f"exec {train}", until=_in_second_epoch),  # a shell would die of it
+        Step("train, Ctrl-C in the second epoch", f"exec {train}", interrupt=_in_second_epoch),  # not a shell
         Step("resume to the end", f"{train} --resume auto"),
         Step("kNN of the demo's encoder", f"python -m engine.evaluate knn walk/demo/run {data}"),
         Step("linear, fast", f"python -m engine.evaluate linear walk/demo/run {data} --protocol fast"),
@@ -77,64 +80,55 @@ def _in_second_epoch(clone: Path) -> bool:
 
 
 def take(step: Step, clone: Path, out: Path) -> dict[str, Any]:
-    """Run a command; return what became of it."""
-    path = f"{clone / '.venv' / 'bin'}:{os.environ['PATH']}"
+    """Run a command; return its time and status, and whether it behaved as expected."""
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    began, log = time.monotonic(), out / f"{step.name.replace(' ', '-').replace(',', '')}.log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            step.call,
-            shell=True,
-            cwd=clone,
-            env=environment | {"PATH": path},
-            stdout=file,
-            stderr=file,
-            start_new_session=True,
-        )
-        asked = False
-        try:
-            while process.poll() is None:
-                if step.until is not None and not asked and step.until(clone):
-                    os.killpg(process.pid, signal.SIGINT)
-                    asked = True
-                time.sleep(0.1)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    good = process.returncode == step.status and asked == (step.until is not None)
-    found = {"name": step.name, "call": step.call, "seconds": time.monotonic() - began, "status": process.returncode}
-    print(f"{step.name}: status {process.returncode}, {found['seconds']:.0f} s", file=sys.stderr, flush=True)
-    return found | {"as_expected": good, "log": log.name}
+    environment["PATH"] = f"{clone / '.venv' / 'bin'}:{os.environ['PATH']}"
+    begin, log = time.monotonic(), out / f"{step.name.replace(' ', '-').replace(',', '')}.log"
+    interrupted = False
+    with logged_session(step.call, log, shell=True, cwd=clone, env=environment) as process:
+        while process.poll() is None:
+            if step.interrupt is not None and not interrupted and step.interrupt(clone):
+                os.killpg(process.pid, signal.SIGINT)
+                interrupted = True
+            time.sleep(0.1)
+    status, seconds = process.returncode, time.monotonic() - begin
+    as_expected = status == step.status and interrupted == (step.interrupt is not None)
+    logger.info(f"{step.name}: status {status}, {seconds:.0f} s")
+    row = {"name": step.name, "call": step.call, "seconds": seconds, "status": status}
+    return row | {"as_expected": as_expected, "log": log.name}
+
+
+def parser() -> ArgumentParser:
+    """Return the parser of the command line."""
+    parser = benchmark_parser("walk", "Time every command on the way of a new user.")
+    parser.add_argument("source", metavar="SOURCE", help="tar, zip or folder of images")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the clone and the logs")
+    parser.add_argument("--minutes", type=float, default=3.5, help="minutes of the demo (default %(default)s)")
+    parser.add_argument("--size", type=int, default=224, help="side of the views, pixels (default %(default)s)")
+    parser.add_argument("--tests", action="store_true", help="run the tests too")
+    return parser
 
 
 @command
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.walk", description="A new user's way, timed.")
-    parser.add_argument("source", metavar="SOURCE", help="tar, zip or folder of images")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="of the clone and the logs; must be new")
-    parser.add_argument("--minutes", type=float, default=3.5, help="of the demonstration (default %(default)s)")
-    parser.add_argument("--size", type=int, default=224, help="side of the views, pixels (default %(default)s)")
-    parser.add_argument("--tests", action="store_true", help="run the tests too")
-    machine.add_outputs(parser)
-    args = parser.parse_args()
+    args = parser().parse_args()
     args.source, args.out = str(Path(args.source).resolve()), args.out.resolve()
     if args.out.exists():
-        raise InputError(f"--out {args.out}: is there already: choose a new folder")
+        raise InputError(f"--out {args.out}: exists already: choose a new folder")
     args.out.mkdir(parents=True)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what runs in the background without it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in background jobs
     about, clone = machine.describe(), args.out / "millrace"
     subprocess.run(["git", "clone", "--quiet", str(_ROOT), str(clone)], check=True)
     rows = [take(step, clone, args.out) for step in steps(args)]
     demo = clone / "walk" / "demo" / "demo.json"
     result = {"machine": about, "steps": rows, "demo": json.loads(demo.read_text()) if demo.exists() else {}}
-    report = machine.Report(
-        "A new user's way",
+    report = Report(
+        "The way of a new user",
         ["command", "seconds", "status", ""],
         [[r["name"], f"{r['seconds']:.0f}", str(r["status"]), "" if r["as_expected"] else "unexpected"] for r in rows],
         [f"{name}: kNN top-1 {value:.1%}" for name, value in result["demo"].items()],
     )
-    machine.tell(report, result, args)
+    publish(report, result, args)
     return int(not all(row["as_expected"] for row in rows))
 
 

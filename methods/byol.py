@@ -25,11 +25,9 @@ class BYOL:
     """The regression loss, summed over both views."""
 
     def needs(self, base: Base) -> frozenset[str]:
-        """Return queries and keys."""
         return needs_of(base, "qk")
 
     def __call__(self, e: Embeddings, base: Base) -> dict[str, Part]:
-        """Return the loss as `regression`."""
         losses = [regression_loss(e[f"q{a}"], e[f"k{b}"]) for a, b in base.pairs]
         return {"regression": Part(1.0, torch.stack(losses).sum())}
 

@@ -43,11 +43,9 @@ class CO2:
     """Temperature of both softmaxes, the paper's tau_con."""
 
     def needs(self, base: Base) -> frozenset[str]:
-        """Return queries, keys and negatives."""
         return needs_with_negatives(base)
 
     def __call__(self, e: Embeddings, base: Base) -> dict[str, Part]:
-        """Return the term as `co2`."""
         losses = []
         for a, b in base.pairs:
             negatives, offset = e.negatives(b)

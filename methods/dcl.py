@@ -50,13 +50,11 @@ class DCL:
     replaces: ClassVar[bool] = True
 
     def needs(self, base: Base) -> frozenset[str]:
-        """Return queries, keys and negatives."""
         if not base.contrastive:
             raise IncompatibleTerm(f"dcl: {base.name} has no contrastive loss to replace: leave the term out")
         return needs_with_negatives(base) | (frozenset() if base.momentum_encoder else frozenset({"Q1", "Q2"}))
 
     def __call__(self, e: Embeddings, base: Base) -> dict[str, Part]:
-        """Return the loss as `dcl`."""
         losses, temperature = [], self.temperature or base.temperature
         for a, b in base.pairs:
             negatives, offset = e.negatives(b)

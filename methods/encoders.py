@@ -5,7 +5,7 @@ State dicts load into torchvision's models and back, except for `fc`, which a pr
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -69,6 +69,9 @@ class Bottleneck(_Block):
         return self.bn3(self.conv3(x))
 
 
+BlockType = type[BasicBlock] | type[Bottleneck]
+
+
 class _Mean(nn.Module):
     """Global average pooling, [B, C, H, W] to [B, C], with a channels-last gradient."""
 
@@ -91,7 +94,7 @@ class ResNet(nn.Module):
 
     def __init__(
         self,
-        block: type[BasicBlock] | type[Bottleneck],
+        block: BlockType,
         depths: tuple[int, int, int, int],
         *,
         stem: Stem = "imagenet",
@@ -119,9 +122,7 @@ class ResNet(nn.Module):
             if zero_init_residual and isinstance(module, (BasicBlock, Bottleneck)):
                 nn.init.zeros_((module.bn2 if isinstance(module, BasicBlock) else module.bn3).weight)
 
-    def _stage(
-        self, block: type[BasicBlock] | type[Bottleneck], width: int, depth: int, stride: int, norm: Norm
-    ) -> nn.Sequential:
+    def _stage(self, block: BlockType, width: int, depth: int, stride: int, norm: Norm) -> nn.Sequential:
         blocks = []
         for index in range(depth):
             block_stride, n_out = stride if index == 0 else 1, width * block.expansion
@@ -141,7 +142,7 @@ class ResNet(nn.Module):
         return self.avgpool(self.maps(x))
 
 
-RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
+RESNETS: dict[str, tuple[BlockType, tuple[int, int, int, int]]] = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
@@ -149,17 +150,9 @@ RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, in
 }
 
 
-def resnet(
-    arch: str,
-    *,
-    stem: Stem = "imagenet",
-    width: float = 1.0,
-    norm: Norm = nn.BatchNorm2d,
-    zero_init_residual: bool = False,
-) -> ResNet:
+def resnet(arch: str, **options: Any) -> ResNet:
     """Return `resnet18`, `resnet34`, `resnet50` or `resnet101`, initialized as torchvision's; options of `ResNet`."""
-    block, depths = RESNETS[arch]
-    return ResNet(block, depths, stem=stem, width=width, norm=norm, zero_init_residual=zero_init_residual)
+    return ResNet(*RESNETS[arch], **options)
 
 
 M = TypeVar("M", bound=nn.Module)

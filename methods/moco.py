@@ -30,11 +30,9 @@ class MoCo:
     """InfoNCE against the queue. A symmetric base averages it over both views as queries, and enqueues k2 alone."""
 
     def needs(self, base: Base) -> frozenset[str]:
-        """Return queries and keys."""
         return needs_of(base, "qk")
 
     def __call__(self, e: Embeddings, base: Base) -> dict[str, Part]:
-        """Return the loss as `info_nce`."""
         assert e.queue is not None, "MoCo has a queue"
         losses = [info_nce(e[f"q{a}"], e[f"k{b}"], e.queue, base.temperature) for a, b in base.pairs]
         return {"info_nce": Part(1.0, torch.stack(losses).mean())}

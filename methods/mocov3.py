@@ -27,11 +27,9 @@ class MoCoV3:
     """2 t [CE(q1 k2'/t, diag) + CE(q2 k1'/t, diag)], as `ctr_loss` of facebookresearch/moco-v3's `builder.py`."""
 
     def needs(self, base: Base) -> frozenset[str]:
-        """Return queries and gathered keys."""
         return needs_of(base, "qK")
 
     def __call__(self, e: Embeddings, base: Base) -> dict[str, Part]:
-        """Return the loss as `info_nce`."""
         losses = [contrastive_loss(e[f"q{a}"], e[f"K{b}"], base.temperature, e.offset) for a, b in base.pairs]
         return {"info_nce": Part(2 * base.temperature, torch.stack(losses).sum())}
 

@@ -32,12 +32,10 @@ class Residual:
     """Weight of the term, lambda."""
 
     def needs(self, base: Base) -> frozenset[str]:
-        """Return queries, and keys of the queries' views."""
         if not base.momentum_encoder:
             raise IncompatibleTerm(f"residual: {base.name} has no momentum encoder, so no gap: leave the term out")
         return frozenset(f"{kind}{a}" for kind in "qk" for a, _ in base.pairs)
 
     def __call__(self, e: Embeddings, base: Base) -> dict[str, Part]:
-        """Return the term as `residual`."""
         gaps = [gap(e[f"q{a}"], e[f"k{a}"]) for a, _ in base.pairs]
         return {"residual": Part(self.weight, torch.stack(gaps).mean())}

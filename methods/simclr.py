@@ -32,11 +32,9 @@ class SimCLR:
     """NT-Xent, averaged over both views."""
 
     def needs(self, base: Base) -> frozenset[str]:
-        """Return both views' queries, local and gathered."""
         return frozenset({"q1", "q2", "Q1", "Q2"})
 
     def __call__(self, e: Embeddings, base: Base) -> dict[str, Part]:
-        """Return the loss as `info_nce`."""
         losses = [nt_xent(e[f"q{a}"], e[f"Q{b}"], e[f"Q{a}"], base.temperature, e.offset) for a, b in base.pairs]
         return {"info_nce": Part(1.0, torch.stack(losses).mean())}
 

@@ -72,7 +72,6 @@ class XMoCo:
     """Negatives of the uniformity: the other samples' keys of the global batch, as in the paper, or the queue."""
 
     def needs(self, base: Base) -> frozenset[str]:
-        """Return queries, and the keys that the chosen parts compare them with."""
         if not self.cross and not self.uniformity:
             raise IncompatibleTerm("xmoco: cross and uniformity are both 0: set a weight, or leave the term out")
         if self.negatives == "queue" and not base.queue:
@@ -85,7 +84,6 @@ class XMoCo:
         return names
 
     def __call__(self, e: Embeddings, base: Base) -> dict[str, Part]:
-        """Return its parts as `xmoco_cross` and `xmoco_uniformity`."""
         cross, spread = [], []
         for a, b in base.pairs:
             q = e[f"q{a}"]

@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: small sets of images, on disk and as betons."""
+"""Fixtures shared by all tests."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is defined: they then run on CPU tensors
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell; tests send it
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before kernels are defined: they run on CPU tensors
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background jobs; tests send it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from pipeline.prepare import prepare
@@ -33,18 +33,18 @@ Figure = Callable[[str, str], None]
 
 @pytest.fixture
 def figure(record_property: Callable[[str, object], None]) -> Figure:
-    """Returns what records a fault of the reliability table, and the figure that a test of it came to."""
+    """(fault, figure) to a record for the reliability table."""
 
-    def record(fault: str, found: str) -> None:
+    def record(fault: str, figure: str) -> None:
         record_property("fault", fault)
-        record_property("figure", found)
+        record_property("figure", figure)
 
     return record
 
 
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A beton of 200 drawn images of ten classes, 48 pixels a side. Not to be changed: copy it first."""
+    """A beton of 200 drawn images of ten classes, 48 pixels a side. Copy it before changing it."""
     path = tmp_path_factory.mktemp("drawn") / "drawn.beton"
     prepare("synthetic:200", path, workers=1, quiet=True)
     return path

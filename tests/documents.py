@@ -1,4 +1,4 @@
-"""Markdown as tests read it, and the command lines in it, in docstrings and in comments."""
+"""The documents as tests read them, and the command lines in documents, docstrings and comments."""
 
 from __future__ import annotations
 
@@ -13,45 +13,61 @@ from pathlib import Path
 from tests import ROOT
 
 PACKAGES = ("pipeline", "methods", "engine", "benchmarks")
+_NAMES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"{package}/README.md" for package in PACKAGES))
+DOCUMENTS = {ROOT / name: (ROOT / name).read_text() for name in _NAMES if (ROOT / name).exists()}
+"""Text of each document."""
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_BEGIN = (
+_COMMAND = (
     r"(?:[A-Z_]+=\S+ )*(?:python -m \S|(?:python )?engine/run\.py|accelerate launch |torchrun |sbatch |\./millrace )"
 )
 
 
 @dataclass(frozen=True)
 class Line:
-    """A command line, by words."""
+    """A command line, split into words."""
 
     where: str
     words: tuple[str, ...]
-    whole: bool = True
-    """Whether it can be given as it stands: nothing is left out."""
+    complete: bool = True
+    """Nothing is left out, so required arguments are there."""
 
     def __str__(self) -> str:
         return f"{self.where}: {' '.join(self.words)}"
 
 
-def fences(text: str, language: str | None = None) -> list[str]:
-    """Return the contents of the fenced blocks, of one language where one is given."""
-    return [body for name, body in _FENCE.findall(text) if language in (None, name)]
+def name_of(path: Path) -> str:
+    """Return a path relative to the project."""
+    return str(path.relative_to(ROOT))
+
+
+def fences(text: str, language: str) -> list[str]:
+    """Return the contents of the fenced blocks of a language."""
+    return [body for name, body in _FENCE.findall(text) if name == language]
 
 
 def prose(text: str) -> str:
-    """Return what stands outside of fenced blocks."""
+    """Return the text outside of fenced blocks."""
     return _FENCE.sub("", text)
 
 
 def spans(text: str) -> list[str]:
-    """Return the code spans outside of fenced blocks, each in one line."""
+    """Return the code spans outside of fenced blocks, each as one line."""
     return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(text))]
 
 
-def section(text: str, heading: str) -> str:
-    """Return the text under a heading of the second level."""
-    found = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
-    assert found, f"no section {heading!r}"
-    return found[1]
+def section(heading: str) -> str:
+    """Return the text under a heading of any document."""
+    pattern = re.compile(rf"^(##+) {re.escape(heading)}\n(.*?)(?=^##? |\Z)", re.MULTILINE | re.DOTALL)
+    matches = [match for text in DOCUMENTS.values() if (match := pattern.search(text))]
+    assert matches, f"no section {heading!r}"
+    return matches[0][2]
+
+
+def snippet(marker: str) -> str:
+    """Return the Python block of all documents that contains `marker`."""
+    blocks = [body for text in DOCUMENTS.values() for body in fences(text, "python") if marker in body]
+    assert len(blocks) == 1, f"{len(blocks)} Python blocks with {marker!r}"
+    return blocks[0]
 
 
 def anchors(text: str) -> set[str]:
@@ -61,33 +77,35 @@ def anchors(text: str) -> set[str]:
 
 
 def lines_of_markdown(path: Path) -> list[Line]:
-    """Return the command lines of console blocks, and those of code spans, which need not be whole."""
-    text, found = path.read_text(), []
+    """Return the command lines of console blocks, and those of code spans, which may leave arguments out."""
+    text, lines = DOCUMENTS[path], []
     for body in fences(text, "console"):
         for call in re.findall(r"^\$ (.*)$", body.replace("\\\n", " "), re.MULTILINE):
-            found += _split(path.name, call)
+            lines += _split(name_of(path), call)
     for span in spans(text):
-        if re.match(_BEGIN, span):
-            found += [Line(path.name, line.words, whole=False) for line in _split(path.name, span)]
-    return found
+        if re.match(_COMMAND, span):
+            lines += _split(name_of(path), span, complete=False)
+    return lines
 
 
 def lines_of_text(where: str, text: str) -> list[Line]:
-    """Return the command lines of a docstring or comment: after two spaces or a colon, in backticks, or, with options
-    or remarks, at the beginning of a line."""
-    found = []
-    for call in re.findall(rf"`({_BEGIN}[^`]*)`", text):
-        found += [Line(where, line.words, whole=False) for line in _split(where, call)]
+    """Return the command lines of a docstring or comment.
+
+    They stand after two spaces or a colon, in backticks, or, with options or remarks, at the beginning of a line.
+    """
+    lines = []
+    for call in re.findall(rf"`({_COMMAND}[^`]*)`", text):
+        lines += _split(where, call, complete=False)
     rows = text.replace("\\\n", " ").split("\n")
     for number, row in enumerate(rows):
-        if begun := re.search(rf"(?:  |: |^(?=.*(?: --|\[|  #))) *({_BEGIN}.*)", row):
-            call = begun[1]
+        if match := re.search(rf"(?:  |: |^(?=.*(?: --|\[|  #))) *({_COMMAND}.*)", row):
+            call = match[1]
             for following in rows[number + 1 :]:
                 if not re.match(r"\s*\[?--\w", following):
                     break
                 call += " " + following
-            found += _split(where, call)
-    return found
+            lines += _split(where, call)
+    return lines
 
 
 def module_of(path: Path) -> str:
@@ -102,13 +120,9 @@ def _tree(path: Path) -> ast.Module:
 
 
 def docstrings(path: Path) -> list[str]:
-    """Return the docstrings of a file, those of fields too."""
-    nodes = ast.walk(_tree(path))
-    return [
-        node.value.value
-        for node in nodes
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-    ]
+    """Return the docstrings of a file, including those of fields."""
+    constants = [node.value for node in ast.walk(_tree(path)) if isinstance(node, ast.Expr)]
+    return [c.value for c in constants if isinstance(c, ast.Constant) and isinstance(c.value, str)]
 
 
 def comments(path: Path) -> str:
@@ -117,7 +131,7 @@ def comments(path: Path) -> str:
 
 
 def messages(path: Path) -> Iterator[str]:
-    """Yield the strings of a file but for docstrings, each in one line, NUL for what is formatted into it."""
+    """Yield the strings of a file except docstrings, each as one line, with NUL for formatted values."""
     tree = _tree(path)
     documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
@@ -133,20 +147,18 @@ def _text(node: ast.AST) -> str:
     return ""
 
 
-def _split(where: str, call: str) -> list[Line]:
-    """Return the commands of a line of shell, without comments, assignments before them, and brackets around options.
+def _split(where: str, call: str, complete: bool = True) -> list[Line]:
+    """Return the commands of a line of shell, without comments, assignments, and brackets around options.
 
-    A bracket around anything but an option is left out, as is `...`.
+    A bracket around anything else becomes `...`.
     """
-    bare = [re.sub(r"\[(?!-)[^\]\"]*\]", "...", part) for part in re.split(r'("[^"]*")', call)[::2]]
-    bare = [part.replace("[", " ").replace("]", " ") for part in bare]
-    quoted = re.split(r'("[^"]*")', call)[1::2]
-    call = "".join(part for pair in zip(bare, [*quoted, ""], strict=True) for part in pair)
-    found = []
-    for part in re.split(r" && | ; ", call):
-        words = shlex.split(part, comments=True)
+    parts = re.split(r'("[^"]*")', call)
+    parts[::2] = [re.sub(r"[\[\]]", " ", re.sub(r"\[(?!-)[^\]\"]*\]", "...", part)) for part in parts[::2]]
+    lines = []
+    for command in re.split(r" && | ; ", "".join(parts)):
+        words = shlex.split(command, comments=True)
         while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
             words = words[1:]
-        if words and re.match(_BEGIN, " ".join([*words, ""])):
-            found.append(Line(where, tuple(words), "..." not in words))
-    return found
+        if words and re.match(_COMMAND, " ".join([*words, ""])):
+            lines.append(Line(where, tuple(words), complete and "..." not in words))
+    return lines

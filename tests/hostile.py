@@ -1,4 +1,4 @@
-"""Input made to do harm: what becomes of a process that meets it, seen from outside, so that a crash is counted."""
+"""Hostile input, read in child processes, so that crashes and hangs are counted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import pytest
 import torch
@@ -19,21 +19,19 @@ import torch
 from pipeline.system.errors import InputError
 
 FAULT = "hostile pickle in every slot; path traversal, bomb, YAML tag, forged beton"
-_ENOUGH = 10
-"""Children that crash or hang, after which no other is started."""
-_ROOM = 4 << 30
-"""Bytes of address space a child may take more than it has: where a bound is missing it fails, and harms nobody."""
+_MAX_LOST_CHILDREN = 10
+_MAX_GROWTH_BYTES = 4 << 30  # of a child's address space: a missing bound fails early
 
 
 class Outcome(NamedTuple):
-    """What became of a child."""
+    """Results of calls in child processes."""
 
     kinds: Counter[str]
-    """How often: harmless, refused, failed (by another error), crashed, hung."""
-    said: list[str]
-    """Of each refusal or failure."""
+    """Counts of harmless, refused, failed (another error), crashed, hung."""
+    messages: list[str]
+    """One for each call that was not harmless."""
     mebibytes: float
-    """That the child took more than it began with, at most."""
+    """Largest growth of a child's memory."""
 
     def __str__(self) -> str:
         count = sum(self.kinds.values())
@@ -44,67 +42,67 @@ class Outcome(NamedTuple):
 
     @property
     def bad(self) -> int:
-        """How often it was neither harmless nor refused."""
+        """Count of calls that were neither harmless nor refused."""
         return sum(self.kinds.values()) - self.kinds["harmless"] - self.kinds["refused"]
 
 
 def survived(one: Callable[[int], Any], count: int = 1, *, seconds: int = 60) -> Outcome:
-    """Return what became of `one(0)` to `one(count - 1)`, each of which may raise InputError, in a child.
+    """Call `one(0)` to `one(count - 1)` in a child process. Each may raise InputError, which counts as refused.
 
-    One that crashes, or takes `seconds` for one of them, is counted, and another goes on after it, ten times.
+    A crash, or a call of more than `seconds`, ends the child; another continues after it, ten times at most.
     """
     kinds: Counter[str] = Counter()
-    said: list[str] = []
-    most = 0.0
-    while (done := sum(kinds.values())) < count and kinds["hung"] + kinds["crashed"] < _ENOUGH:
-        ends = os.pipe()
+    messages: list[str] = []
+    growth = 0.0
+    while (done := sum(kinds.values())) < count and kinds["hung"] + kinds["crashed"] < _MAX_LOST_CHILDREN:
+        reader, writer = os.pipe()
         child = os.fork()
         if not child:
-            os.close(ends[0])
-            _serve(one, range(done, count), seconds, ends[1])
-        os.close(ends[1])
-        with open(ends[0], "rb") as told:
-            for line in told:
-                kind, _, words = line.decode("utf-8", "backslashreplace").rstrip("\n").partition(" ")
-                if kind == "took":
-                    most = max(most, float(words))
+            os.close(reader)
+            _serve(one, range(done, count), seconds, writer)
+        os.close(writer)
+        with open(reader, "rb") as lines:
+            for line in lines:
+                kind, _, text = line.decode("utf-8", "backslashreplace").rstrip("\n").partition(" ")
+                if kind == "grown":
+                    growth = max(growth, float(text))
                     continue
                 kinds[kind] += 1
-                said += [words] * bool(words)
+                messages += [text] * bool(text)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if status:
             kinds["hung" if status == -signal.SIGALRM else "crashed"] += 1
-            said.append(f"status {status} at number {sum(kinds.values()) - 1}")
-    return Outcome(kinds, said, most)
+            messages.append(f"status {status} at number {sum(kinds.values()) - 1}")
+    return Outcome(kinds, messages, growth)
 
 
-def _serve(one: Callable[[int], Any], numbers: range, seconds: int, to: int) -> None:
-    """Do the child's work, and end it."""
+def _serve(one: Callable[[int], Any], numbers: range, seconds: int, writer: int) -> NoReturn:
+    """Do the child's calls, write a line for each, and exit."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    torch.set_num_threads(1)  # those of OpenMP that the parent may have started are not there, and would be waited for
+    torch.set_num_threads(1)  # OpenMP's threads are the parent's: the child would wait for them forever
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + _ROOM, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (size + _MAX_GROWTH_BYTES, resource.RLIM_INFINITY))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         for number in numbers:
             signal.alarm(seconds)
-            kind, words = "harmless", ""
+            kind, text = "harmless", ""
             try:
                 one(number)
             except InputError as error:
-                kind, words = "refused", str(error)
+                kind, text = "refused", str(error)
             except BaseException as error:
-                kind, words = "failed", f"{type(error).__name__}: {error}, number {number}"
+                kind, text = "failed", f"{type(error).__name__}: {error}, number {number}"
                 traceback.print_exc()
-            grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-            os.write(to, f"took {grown}\n{kind} {' '.join(words.split())}\n".encode("utf-8", "backslashreplace"))
+            growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+            os.write(writer, f"grown {growth}\n{kind} {' '.join(text.split())}\n".encode("utf-8", "backslashreplace"))
     finally:
         sys.stderr.flush()
         os._exit(0)
 
 
 class Payload:
-    """What a hostile pickle holds: unpickled, it would create a file."""
+    """An object that creates a file when unpickled."""
 
     def __init__(self, target: Path) -> None:
         self._target = target
@@ -114,12 +112,12 @@ class Payload:
 
 
 def hostile_pickle(target: Path) -> bytes:
-    """Return a pickle that would create the file `target` if it were run."""
+    """Return a pickle that creates the file `target` when loaded."""
     return pickle.dumps(Payload(target))
 
 
 def record(property_: Callable[[str, object], None], figure: object) -> None:
-    """Note the figure for the reliability table."""
+    """Record a figure for the reliability table."""
     property_("fault", FAULT)
     property_("figure", str(figure))
 

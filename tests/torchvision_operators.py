@@ -1,7 +1,7 @@
-"""torchvision without its compiled operators, as where its wheel is for another build of torch: plain ones stand in.
+"""Plain torch versions of torchvision's compiled operators, for a torchvision built for another torch.
 
-Only what detectors need, and slow: overlapping boxes are weeded out in a loop, and regions are pooled from a grid of
-2 x 2 samples a cell.
+Only those that detectors need, and slow: non-maximum suppression in a loop, and pooling of regions from a grid of 2 x 2
+samples a cell.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ _libraries: list[torch.library.Library] = []
 
 
 def torchvision_or_skip() -> Any:
-    """Return the library, with operators; skip the test where it is not installed."""
-    if not _libraries and not _whole():
-        _stand_in()
+    """Return torchvision with operators; skip the test if it is not installed."""
+    if not _libraries and not _imports():
+        _register_operators()
     return pytest.importorskip("torchvision", exc_type=ImportError)
 
 
-def _whole() -> bool:
+def _imports() -> bool:
     try:
         import torchvision  # noqa: F401
-    except RuntimeError:  # it asks for operators that are not there
+    except RuntimeError:  # its operators are missing
         return False
     except ImportError:
         pass
     return True
 
 
-def _stand_in() -> None:
+def _register_operators() -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-        del sys.modules[name]  # what a failed import left
+        del sys.modules[name]  # left by the failed import
     library = torch.library.Library("torchvision", "DEF")
     for name in _NAMES:
-        for one in (name, f"_{name}_backward"):
-            library.define(_SCHEMAS.get(one, f"{one}(Tensor x) -> Tensor"))
+        for operator in (name, f"_{name}_backward"):
+            library.define(_SCHEMAS.get(operator, f"{operator}(Tensor x) -> Tensor"))
     library.impl("nms", _nms, "CPU")
     library.impl("roi_align", _roi_align, "CompositeImplicitAutograd")
     _libraries.append(library)
@@ -56,23 +56,23 @@ def _stand_in() -> None:
 
 
 def _nms(boxes: torch.Tensor, scores: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Return which boxes no more confident one overlaps above the threshold, most confident first."""
+    """Return the indices of boxes without a more confident overlapping one, most confident first."""
     order = scores.argsort(descending=True, stable=True)
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
-    kept = []
+    selected = []
     while len(order):
         best, order = order[0], order[1:]
-        kept.append(best)
+        selected.append(best)
         sides = torch.minimum(boxes[order, 2:], boxes[best, 2:]) - torch.maximum(boxes[order, :2], boxes[best, :2])
-        both = sides.clamp(min=0).prod(dim=1)
-        order = order[both / (areas[order] + areas[best] - both) <= threshold]
-    return torch.stack(kept) if kept else torch.zeros(0, dtype=torch.int64)
+        intersection = sides.clamp(min=0).prod(dim=1)
+        order = order[intersection / (areas[order] + areas[best] - intersection) <= threshold]
+    return torch.stack(selected) if selected else torch.zeros(0, dtype=torch.int64)
 
 
 def _roi_align(
     maps: torch.Tensor, regions: torch.Tensor, scale: float, high: int, wide: int, ratio: int, aligned: bool
 ) -> torch.Tensor:
-    """Return regions [R, 5] (image, left, top, right, bottom), pooled: [R, C, high, wide]."""
+    """Pool regions [R, 5] (image, left, top, right, bottom) to [R, C, high, wide]."""
     shift = 0.5 if aligned else 0.0
     low, up = regions[:, 1:3] * scale - shift, regions[:, 3:5] * scale - shift
     at = [(torch.arange(2 * cells) + 0.5) / (2 * cells) for cells in (wide, high)]
@@ -87,11 +87,11 @@ def _roi_align(
     )
     sampled = maps.new_zeros(len(regions), maps.shape[1], 2 * high, 2 * wide)
     for image in range(len(maps)):
-        mine = regions[:, 0] == image
-        if mine.any():
-            own = maps[image : image + 1].expand(int(mine.sum()), -1, -1, -1)
+        of_image = regions[:, 0] == image
+        if of_image.any():
+            image_maps = maps[image : image + 1].expand(int(of_image.sum()), -1, -1, -1)
             sampled = sampled.index_put(
-                (mine.nonzero()[:, 0],),
-                F.grid_sample(own, grid[mine].to(maps.dtype), padding_mode="border", align_corners=True),
+                (of_image.nonzero()[:, 0],),
+                F.grid_sample(image_maps, grid[of_image].to(maps.dtype), padding_mode="border", align_corners=True),
             )
     return F.avg_pool2d(sampled, 2)

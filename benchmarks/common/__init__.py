@@ -1,1 +1,1 @@
-"""Shared by the benchmarks: tables, machine, data paths, peers."""
+"""Code shared by the benchmarks."""

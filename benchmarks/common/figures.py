@@ -1,10 +1,10 @@
-"""The figures that goals and headlines are made of, taken from the results' files and from nowhere else."""
+"""Goals and headlines, computed from the files of results."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,47 +12,47 @@ from typing import Any
 from pipeline.system.errors import InputError
 
 _NAME = re.compile(r"(\d{4}-\d\d-\d\d)-(.+?)(\.metrics\.jsonl|\.jsonl|\.json|\.md|\.png)")
-Found = dict[str, Any]
+Result = dict[str, Any]
+Figure = Callable[[Result], "float | None"]
 
 
 class Results:
-    """A folder of results, `DATE-SERIES.SUFFIX`."""
+    """A folder of results, `DATE-SERIES.SUFFIX`. Raises InputError if there is none."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder: give one of dated results")
         self._files: dict[str, dict[str, dict[str, Path]]] = {}
         for path in sorted(folder.iterdir()):
-            if named := _NAME.fullmatch(path.name):
-                date, series, suffix = named.groups()
+            if match := _NAME.fullmatch(path.name):
+                date, series, suffix = match.groups()
                 self._files.setdefault(series, {}).setdefault(date, {})[suffix] = path
 
     def series(self) -> list[str]:
-        """Return the names of all series, in alphabetical order."""
+        """Return the names of all series, sorted."""
         return sorted(self._files)
 
     def files(self, series: str) -> list[dict[str, Path]]:
         """Return a series' files by suffix, the newest date first."""
-        dated = self._files.get(series, {})
-        return [dated[date] for date in sorted(dated, reverse=True)]
+        return [dict(files) for _, files in self._newest_first(series)]
 
-    def every(self, series: str) -> list[tuple[str, Found]]:
+    def documents(self, series: str) -> list[tuple[str, Result]]:
         """Return a series' dates and JSON documents, the newest first."""
-        dated = self._files.get(series, {})
-        with_json = [(date, dated[date][".json"]) for date in sorted(dated, reverse=True) if ".json" in dated[date]]
-        return [(date, json.loads(path.read_text())) for date, path in with_json]
+        dated = self._newest_first(series)
+        return [(date, json.loads(files[".json"].read_text())) for date, files in dated if ".json" in files]
 
-    def newest(self, series: str) -> Found | None:
+    def newest(self, series: str) -> Result | None:
         """Return the newest JSON document of a series."""
-        found = self.every(series)
-        return found[0][1] if found else None
+        return next((result for _, result in self.documents(series)), None)
+
+    def _newest_first(self, series: str) -> list[tuple[str, dict[str, Path]]]:
+        return sorted(self._files.get(series, {}).items(), reverse=True)
 
 
-def where(found: Found) -> str:
-    """Return what a result was measured on."""
-    about: Any = found if "machine" in found else next((v for v in found.values() if isinstance(v, dict)), {})
-    about = about.get("machine", {})
+def hardware(result: Result) -> str:
+    """Return the GPU or else the processor of a result, or of its first part."""
+    part: Any = result if "machine" in result else next((v for v in result.values() if isinstance(v, dict)), {})
+    about = part.get("machine", {})
     return str(about.get("gpu") or about.get("processor") or "unknown")
 
 
@@ -60,81 +60,85 @@ def where(found: Found) -> str:
 class Goal:
     """A bound on a figure of a series."""
 
-    what: str
+    title: str
     bound: float
     series: str
-    figure: Callable[[Found], float | None]
+    figure: Figure
     unit: str = "×"
     most: bool = False
-    """Whether the figure is to be at most the bound, not at least."""
+    """The bound is an upper one."""
     digits: int = 2
 
     @property
     def bound_text(self) -> str:
-        """The bound, written out."""
+        """The bound as text."""
         return f"{'≤' if self.most else '≥'} {self._text(self.bound)}"
 
     def judge(self, results: Results) -> tuple[str, str]:
-        """Return what was measured, and the verdict on the newest."""
-        told = []
-        for date, found in results.every(self.series):
-            value = self.figure(found)
-            if value is not None:
-                told.append((value, f"{self._text(value)} ({where(found)}, {date})"))
-        if not told:
+        """Return all measurements, and the verdict on the newest."""
+        figures = [(self.figure(result), result, date) for date, result in results.documents(self.series)]
+        measured = [(figure, f"{hardware(result)}, {date}") for figure, result, date in figures if figure is not None]
+        if not measured:
             return "–", "not measured"
-        reached = [value <= self.bound if self.most else value >= self.bound for value, _ in told]
+        reached = [figure <= self.bound if self.most else figure >= self.bound for figure, _ in measured]
         verdict = "reached" if reached[0] else "not reached"
         if not reached[0] and any(reached):
             verdict = "not reached on the newest machine"
-        return ", ".join(dict.fromkeys(text for _, text in told)), verdict
+        return ", ".join(dict.fromkeys(f"{self._text(figure)} ({where})" for figure, where in measured)), verdict
 
     def _text(self, value: float) -> str:
         return f"{100 * value:.0f} %" if self.unit == "%" else f"{value:,.{self.digits}f}{self.unit}"
 
 
-def _cpu(found: Found, kind: str, name: str) -> float | None:
-    row = found.get(kind, {}).get("paths", {}).get(f"{name}, 1")
+def _cpu(result: Result, images: str, loader: str) -> float | None:
+    """Return a loader's pairs a second of one core."""
+    row = result.get(images, {}).get("paths", {}).get(f"{loader}, 1")
     return row["cpu"]["median"] if row else None
 
 
-def _ratio(kind: str, above: str, below: str) -> Callable[[Found], float | None]:
-    def ratio(found: Found) -> float | None:
-        a, b = _cpu(found, kind, above), _cpu(found, kind, below)
+def _ratio(images: str, above: str, below: str) -> Figure:
+    """Return a figure: the ratio of two loaders."""
+
+    def ratio(result: Result) -> float | None:
+        a, b = _cpu(result, images, above), _cpu(result, images, below)
         return a / b if a and b else None
 
     return ratio
 
 
-def _best_step(found: Found) -> float | None:
-    """Return how many times as fast as the official loop in float32 the fastest of our ways is."""
-    ratios = found.get("ratio_to_official", {})
-    return max((_median(ratios[way]) for way in ("eager", "compiled", "graph") if way in ratios), default=None)
+def _fastest(spreads: Mapping[str, Any]) -> float | None:
+    """Return the highest median of our steps."""
+    return max((_median(spreads[name]) for name in ("eager", "compiled", "graph") if name in spreads), default=None)
 
 
-def _median(found: Any) -> float:
-    """Return the median of a spread; early results have it alone."""
-    return float(found["median"] if isinstance(found, dict) else found)
+def _best_step(result: Result) -> float | None:
+    """Return the speed of our fastest step, relative to the official loop in float32."""
+    return _fastest(result.get("ratio_to_official", {}))
 
 
-def _worst_prediction(found: Found) -> float:
-    return max(abs(row["ratio"] - 1) for row in found["prediction"].values())
+def _pairs_on_gpu(result: Result) -> float | None:
+    return _fastest(result.get("step", {}).get("pairs_per_second", {}))
 
 
-def withstood(found: Found) -> tuple[int, int]:
-    """Return how many faults of the reliability table ended as expected, and how many there are."""
-    faults = [row for row in found["faults"] if row["expected"]]  # not tests that recorded none of them
+def _median(spread: Any) -> float:
+    """Return the median of a spread; early results are the median alone."""
+    return float(spread["median"] if isinstance(spread, dict) else spread)
+
+
+def _worst_prediction(result: Result) -> float:
+    return max(abs(row["ratio"] - 1) for row in result["prediction"].values())
+
+
+def withstood(result: Result) -> tuple[int, int]:
+    """Return how many faults of the reliability table ended as expected, and how many it has."""
+    faults = [row for row in result["faults"] if row["expected"]]  # others are tests that recorded no fault
     return sum(row["verdict"] == "as expected" for row in faults), len(faults)
 
 
-def _pairs_on_gpu(found: Found) -> float | None:
-    rates = found.get("step", {}).get("pairs_per_second", {})
-    return max((rates[way]["median"] for way in ("eager", "compiled", "graph") if way in rates), default=None)
-
-
+Headline = Callable[[Results], "tuple[str, str] | None"]
 _GPU = "gpu-suite"
 GOALS = (
-    Goal("two crops of ImageNet originals (500 px) on a core, against FFCV decoding twice", 2.3, "loader",
+    Goal("two crops of ImageNet originals (500 px) on one core, against FFCV decoding twice", 2.3, "loader",
          _ratio("in500", "ffcv", "ffcv-twice")),
     Goal("the same at 256 px", 1.9, "loader", _ratio("in256", "ffcv", "ffcv-twice")),
     Goal("decoding alone, for a GPU that crops, against FFCV decoding twice", 3.3, "loader",
@@ -145,10 +149,10 @@ GOALS = (
     Goal("CPU step, ResNet-18 at 32 px, against the official loop", 2.4, "step-resnet18-cpu", _best_step),
     Goal("CPU step, ResNet-50 at 224 px, against the official loop", 3.0, "step-resnet50-cpu", _best_step),
     Goal("training on real data against the bare step, CPU", 0.97, "train-cpu", lambda f: f["ratio"]["median"]),
-    Goal("plans of runs on two cores: farthest from what they took, small batches", 0.15, "scaling-decode-cpu",
+    Goal("predicted rates of runs on two cores: largest error, 16 px", 0.15, "scaling-decode-cpu",
          _worst_prediction, "%", most=True),
-    Goal("the same, larger images", 0.15, "scaling-compute-cpu", _worst_prediction, "%", most=True),
-    Goal("faults of the reliability table provoked, and withstood", 1.0, "reliability",
+    Goal("the same, 64 px", 0.15, "scaling-compute-cpu", _worst_prediction, "%", most=True),
+    Goal("faults of the reliability table withstood", 1.0, "reliability",
          lambda f: withstood(f)[0] / withstood(f)[1], "%"),
     Goal("one H200, ResNet-50 at 224 px, MoCo v2", 3500, _GPU, _pairs_on_gpu, " pairs/s", digits=0),
     Goal("training on JPEGs against the bare step on that GPU", 0.97, _GPU,
@@ -157,101 +161,97 @@ GOALS = (
          lambda f: next((row["wall"]["median"] for row in f.get("resident", {}).get("paths", {}).values()), None),
          " pairs/s", digits=0),
 )  # fmt: skip
-"""What the project set out to reach."""
+"""The project's goals."""
 
 
-def _loader_headline(results: Results) -> tuple[str, str] | None:
-    found = results.newest("loader")
-    if found is None:
-        return None
-    rates = [_cpu(found, kind, "ffcv") or 0.0 for kind in ("in500", "q90")]
-    ratios = [_ratio(kind, "ffcv", "ffcv-twice")(found) or 0.0 for kind in ("in500", "q90")]
-    official = [_ratio(kind, "ffcv", "official")(found) or 0.0 for kind in ("in500", "q90")]
-    what = "two 224-pixel crops of ImageNet images (500 px), one core, by CPU time: originals, and all of quality 90"
-    says = "**{:.0f} and {:.0f} pairs/s**, {:.1f} and {:.1f} times FFCV's own loader decoding twice, {:.1f} and {:.1f} "
-    says += "times the official MoCo pipeline, which colors them too"
-    return what, f"{says.format(*rates, *ratios, *official)} ({where(found)})"
+def _crops_headline(loader: str, title: str, official: str) -> Headline:
+    """Return a headline: a loader's rate on two kinds of images, and its ratios to FFCV's and the official loader."""
 
+    def headline(results: Results) -> tuple[str, str] | None:
+        result = results.newest("loader")
+        if result is None:
+            return None
+        kinds = ("in500", "q90")
+        rates = [_cpu(result, kind, loader) or 0.0 for kind in kinds]
+        to_ffcv, to_official = (
+            [_ratio(kind, loader, other)(result) or 0.0 for kind in kinds] for other in ("ffcv-twice", "official")
+        )
+        text = "**{:.0f} and {:.0f} pairs/s**, {:.1f} and {:.1f} times FFCV's own loader (decodes twice), {:.1f} and "
+        text += "{:.1f} times the official MoCo pipeline (" + official + ")"
+        return title, f"{text.format(*rates, *to_ffcv, *to_official)}; {hardware(result)}"
 
-def _decoding_headline(results: Results) -> tuple[str, str] | None:
-    found = results.newest("loader")
-    if found is None:
-        return None
-    kinds = ("in500", "q90")
-    rates = [_cpu(found, kind, "decode-only") or 0.0 for kind in kinds]
-    ratios = [_ratio(kind, "decode-only", "ffcv-twice")(found) or 0.0 for kind in kinds]
-    official = [_ratio(kind, "decode-only", "official")(found) or 0.0 for kind in kinds]
-    says = "**{:.0f} and {:.0f} pairs/s**, {:.1f} and {:.1f} times FFCV decoding twice, {:.1f} and {:.1f} times the "
-    says += "official MoCo pipeline, which crops and colors too"
-    return "the same, decoding alone, where a GPU crops", f"{says.format(*rates, *ratios, *official)} ({where(found)})"
+    return headline
 
 
 def _step_headline(results: Results) -> tuple[str, str] | None:
-    told = []
+    texts = []
     for series, name in (("step-resnet18-cpu", "ResNet-18 at 32 px"), ("step-resnet50-cpu", "ResNet-50 at 224 px")):
         machines: dict[str, str] = {}
-        for _, found in results.every(series):
-            if (best := _best_step(found)) is not None:
-                own = best / _median(found["ratio_to_official"]["official-amp"])
-                machines.setdefault(where(found), f"**{best:.1f}** and {own:.1f} ({where(found)})")
+        for _, result in results.documents(series):
+            if (best := _best_step(result)) is not None:
+                in_bf16 = best / _median(result["ratio_to_official"]["official-amp"])
+                machines.setdefault(hardware(result), f"**{best:.1f}** and {in_bf16:.1f} ({hardware(result)})")
         if machines:
-            told.append(f"{name} {', '.join(machines.values())}")
-    what = "a training step on the CPU in bf16, times as fast as the official loop in float32, and in bf16"
-    return (what, "; ".join(told)) if told else None
+            texts.append(f"{name} {', '.join(machines.values())}")
+    title = "training step on the CPU in bf16, relative to the official loop in float32, and in bf16"
+    return (title, "; ".join(texts)) if texts else None
 
 
 def _train_headline(results: Results) -> tuple[str, str] | None:
-    found = results.newest("train-cpu")
-    if found is None:
+    result = results.newest("train-cpu")
+    if result is None:
         return None
-    ratio = found["ratio"]
-    says = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}, {where(found)})"
-    return "training on real data, as a share of the bare step's rate, CPU", says
+    ratio = result["ratio"]
+    text = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}, {hardware(result)})"
+    return "training on real data, relative to the bare step, CPU", text
 
 
 def _scaling_headline(results: Results) -> tuple[str, str] | None:
-    told = []
+    texts = []
     for series, name in (("scaling-plain-cpu", "32 px"), ("scaling-compute-cpu", "64 px")):
-        if found := results.newest(series):
-            told.append(f"{name} {found['efficiency']['in all']['median']:.2f}")
-    what = "two processes on two cores against one on one: efficiency (gloo)"
-    return (what, ", ".join(told)) if told else None
+        if result := results.newest(series):
+            texts.append(f"{name} {result['efficiency']['in all']['median']:.2f}")
+    title = "two processes on two cores against one on one: efficiency (gloo)"
+    return (title, ", ".join(texts)) if texts else None
 
 
 def _study_headline(results: Results) -> tuple[str, str] | None:
-    found = results.newest("study-cifar10-cpu")
-    if found is None:
+    result = results.newest("study-cifar10-cpu")
+    if result is None:
         return None
-    told = []
-    for row in found["rows"]:
-        if row["knn"]["mean"] is not None:
-            deviation = row["knn"]["deviation"]
+    texts = []
+    for row in result["rows"]:
+        mean, deviation = row["knn"]["mean"], row["knn"]["deviation"]
+        if mean is not None:
             spread = "" if deviation is None else f" ± {100 * deviation:.1f}"
-            told.append(f"{row['name']} {100 * row['knn']['mean']:.1f}{spread}")
-    what = f"CIFAR-10, a few minutes of each on {found['device']}: kNN top-1, % (mean ± deviation over seeds)"
-    return what, "; ".join(told)
+            texts.append(f"{row['name']} {100 * mean:.1f}{spread}")
+    title = f"CIFAR-10, a few minutes of each on {result['device']}: kNN top-1, % (mean ± deviation over seeds)"
+    return title, "; ".join(texts)
 
 
 def _reliability_headline(results: Results) -> tuple[str, str] | None:
-    found = results.newest("reliability")
-    if found is None:
+    result = results.newest("reliability")
+    if result is None:
         return None
-    return "faults provoked: kills, full disks, damage, hostile files, …", "{} of {} withstood".format(
-        *withstood(found)
-    )
+    passed, count = withstood(result)
+    return "faults provoked: kills, full disks, damage, hostile files, …", f"{passed} of {count} withstood"
 
 
 def _walk_headline(results: Results) -> tuple[str, str] | None:
-    found = results.newest("walk")
-    if found is None or len(found["demo"]) < 3:
+    result = results.newest("walk")
+    if result is None or len(result["demo"]) < 3:
         return None
-    says = "{:.1f}, {:.1f}, **{:.1f} %**".format(*(100 * top1 for top1 in found["demo"].values()))
-    return "`./millrace demo`: kNN top-1 of raw pixels, untrained, trained encoder", f"{says} ({where(found)})"
+    text = "{:.1f}, {:.1f}, **{:.1f} %**".format(*(100 * top1 for top1 in result["demo"].values()))
+    return "`./millrace demo`: kNN top-1 of raw pixels, untrained, trained encoder", f"{text} ({hardware(result)})"
 
 
-HEADLINES: tuple[Callable[[Results], tuple[str, str] | None], ...] = (
-    _loader_headline,
-    _decoding_headline,
+HEADLINES: tuple[Headline, ...] = (
+    _crops_headline(
+        "ffcv",
+        "two 224-pixel crops of ImageNet images (500 px) on one core, by CPU time: originals, and all at quality 90",
+        "adds colors",
+    ),
+    _crops_headline("decode-only", "the same, decoding alone, for a GPU that crops", "crops and adds colors"),
     _step_headline,
     _train_headline,
     _scaling_headline,
@@ -259,4 +259,4 @@ HEADLINES: tuple[Callable[[Results], tuple[str, str] | None], ...] = (
     _study_headline,
     _reliability_headline,
 )
-"""Rows of the README's table; those whose result is not there are left out."""
+"""Rows of the README's table; rows without a result are left out."""

@@ -1,13 +1,13 @@
-"""lightly's MoCo on CIFAR-10, by its benchmark script's settings, trained on the files that Millrace trains on.
+"""lightly's MoCo on CIFAR-10, with the settings of its benchmark script, on the same files as Millrace.
 
     python -m benchmarks.common.lightly_moco --train TRAIN --test TEST --out DIR [--epochs 200] [--batch 512]
         [--width 1]
 
 Model, loss, augmentation, optimizer and schedule are those of lightly's `docs/source/getting_started/benchmarks/
-cifar10_benchmark.py`: its ResNet-18 of BatchNorm split in eight, its projection head, memory bank and transform; SGD of
-rate 0.06 for a batch of 128, in proportion, cosine by epoch; a symmetric loss. kNN (k 200, T 0.1) is ours, on features
-of norm 1, so that both are measured alike; its own transform feeds it, in worker processes, as its script has it. The
-run folder is read by `engine.report` and `benchmarks.study`. Needs lightly and torchvision.
+cifar10_benchmark.py`: ResNet-18 with BatchNorm split in eight, projection head, memory bank, transform in worker
+processes; SGD at rate 0.06 for a batch of 128, in proportion, cosine by epoch; a symmetric loss. kNN (k 200, T 0.1) is
+ours, on features of norm 1, so that both are measured alike. `engine.report` and `benchmarks.study` read the run
+folder. Needs lightly and torchvision.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ from engine.evaluate.nearest_neighbors import classify
 from pipeline.augment.color import IMAGENET, normalize
 from pipeline.beton import Beton
 from pipeline.storage.decode import decode
+from pipeline.system.cli import ArgumentParser
 from pipeline.system.errors import InputError, command
 from pipeline.system.files import write_atomic, write_json
 
-_K, _TEMPERATURE = 200, 0.1  # of kNN
-_MOMENTUM, _SOFTMAX = 0.99, 0.1
+_KNN_K, _KNN_TEMPERATURE = 200, 0.1
+_EMA_MOMENTUM, _TEMPERATURE = 0.99, 0.1
 
 
 class Images(Dataset):
-    """A beton's images as PIL images, transformed, and their labels."""
+    """A beton's images, transformed as PIL images, and their labels."""
 
     def __init__(self, path: str, transform: Any) -> None:
         beton = Beton(path)
@@ -57,7 +58,7 @@ class Images(Dataset):
 
 
 class Moco(nn.Module):
-    """lightly's model of its benchmark: backbone, head, their momentum copies, and loss."""
+    """The model of lightly's benchmark: backbone, head, their momentum copies, loss."""
 
     def __init__(self, width: float, bank: int) -> None:
         from lightly.loss import NTXentLoss
@@ -73,14 +74,14 @@ class Moco(nn.Module):
         self.backbone_momentum, self.head_momentum = copy.deepcopy(self.backbone), copy.deepcopy(self.head)
         for module in (self.backbone_momentum, self.head_momentum):
             deactivate_requires_grad(module)
-        self.criterion = NTXentLoss(temperature=_SOFTMAX, memory_bank_size=(bank, 128))
+        self.criterion = NTXentLoss(temperature=_TEMPERATURE, memory_bank_size=(bank, 128))
 
     def loss(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Return the symmetric loss of two views [B, 3, S, S], after an update of the momentum copies."""
+        """Update the momentum copies; return the symmetric loss of two views [B, 3, S, S]."""
         from lightly.models.utils import update_momentum
 
-        update_momentum(self.backbone, self.backbone_momentum, _MOMENTUM)
-        update_momentum(self.head, self.head_momentum, _MOMENTUM)
+        update_momentum(self.backbone, self.backbone_momentum, _EMA_MOMENTUM)
+        update_momentum(self.head, self.head_momentum, _EMA_MOMENTUM)
         return 0.5 * (self._one_way(a, b) + self._one_way(b, a))
 
     def _one_way(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -102,20 +103,21 @@ def top1(model: Moco, train: Images, test: Images, device: torch.device) -> floa
     bank, queries = (_features(model, images.pixels, device) for images in (train, test))
     model.train(was_training)
     labels, true = (torch.from_numpy(images.labels).to(device) for images in (train, test))
-    settings = {"k": _K, "temperature": _TEMPERATURE, "classes": int(labels.max()) + 1}
+    settings = {"k": _KNN_K, "temperature": _KNN_TEMPERATURE, "classes": int(labels.max()) + 1}
     return float((classify(queries, bank, labels, **settings) == true).float().mean())  # type: ignore[arg-type]
 
 
 def _features(model: Moco, pixels: list[np.ndarray], device: torch.device) -> torch.Tensor:
-    found = []
+    features = []
     for start in range(0, len(pixels), 1000):
         images = torch.from_numpy(np.stack(pixels[start : start + 1000])).to(device)
-        found.append(F.normalize(model.backbone(normalize(images, IMAGENET, torch.float32)).flatten(1).float(), dim=1))
-    return torch.cat(found)
+        output = model.backbone(normalize(images, IMAGENET, torch.float32)).flatten(1).float()
+        features.append(F.normalize(output, dim=1))
+    return torch.cat(features)
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
-    """Train, writing metrics.jsonl as a run of ours; return the summary."""
+    """Train, writing metrics.jsonl like our runs; return the summary."""
     from lightly.transforms import SimCLRTransform
 
     torch.manual_seed(args.seed)
@@ -133,19 +135,20 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     metrics, seconds, steps, loss = args.out / "metrics.jsonl", 0.0, 0, torch.zeros(())
     metrics.unlink(missing_ok=True)
     for epoch in range(1, args.epochs + 1):
-        began, done = time.perf_counter(), 0
+        start, samples = time.perf_counter(), 0
         for a, b in loader:
             with half:
                 loss = model.loss(a.to(device), b.to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            steps, done = steps + 1, done + len(a)
+            steps, samples = steps + 1, samples + len(a)
         schedule.step()
-        last = loss.item()
-        taken = time.perf_counter() - began
+        last_loss = loss.item()  # waits for the device
+        taken = time.perf_counter() - start
         seconds += taken
-        line: dict[str, Any] = {"step": steps, "epoch": epoch, "loss": last, "pairs_per_second": round(done / taken, 1)}
+        rate = round(samples / taken, 1)
+        line: dict[str, Any] = {"step": steps, "epoch": epoch, "loss": last_loss, "pairs_per_second": rate}
         if epoch % args.every == 0 or epoch == args.epochs:
             line["knn_top1"] = top1(model, images, test, device)
         with metrics.open("a") as file:
@@ -157,7 +160,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def begin(args: argparse.Namespace) -> None:
-    """Make the run folder, with what readers of runs want to know of its settings."""
+    """Make the run folder, with the settings that readers of runs need."""
     args.out.mkdir(parents=True, exist_ok=True)
     model = {"arch": "resnet18", "stem": "small", "width": args.width, "dim": 128, "bn": "split"}
     settings = {
@@ -165,8 +168,8 @@ def begin(args: argparse.Namespace) -> None:
         "method": {
             "name": "lightly's MoCo",
             "queue_size": args.bank,
-            "ema_momentum": _MOMENTUM,
-            "temperature": _SOFTMAX,
+            "ema_momentum": _EMA_MOMENTUM,
+            "temperature": _TEMPERATURE,
         },
         "model": model,
         "data": {"train": args.train, "eval": args.test, "batch": args.batch, "size": 32},
@@ -175,22 +178,25 @@ def begin(args: argparse.Namespace) -> None:
     write_atomic(args.out / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
 
 
-@command
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.common.lightly_moco", description="Train lightly's MoCo."
-    )
-    parser.add_argument("--train", required=True, metavar="BETON", help="labeled images of 32 pixels")
-    parser.add_argument("--test", required=True, metavar="BETON", help="likewise")
+def parser() -> ArgumentParser:
+    """Return the parser of the command line."""
+    parser = ArgumentParser(prog="python -m benchmarks.common.lightly_moco", description="Train lightly's MoCo.")
+    parser.add_argument("--train", required=True, metavar="BETON", help="labeled images of 32 pixels to train on")
+    parser.add_argument("--test", required=True, metavar="BETON", help="labeled images of 32 pixels to test on")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="run folder")
     parser.add_argument("--epochs", type=int, default=200, help="default %(default)s")
-    parser.add_argument("--batch", type=int, default=512, help="default %(default)s")
+    parser.add_argument("--batch", type=int, default=512, help="images a batch (default %(default)s)")
     parser.add_argument("--bank", type=int, default=4096, help="keys in the memory bank (default %(default)s)")
-    parser.add_argument("--width", type=float, default=1.0, help="of the ResNet (default %(default)s)")
-    parser.add_argument("--every", type=int, default=1, help="epochs between two evaluations (default %(default)s)")
+    parser.add_argument("--width", type=float, default=1.0, help="width of the ResNet (default %(default)s)")
+    parser.add_argument("--every", type=int, default=1, help="epochs between evaluations (default %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="processes that transform (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    return parser
+
+
+@command
+def main() -> None:
+    args = parser().parse_args()
     try:
         import lightly  # noqa: F401
         import torchvision  # noqa: F401

@@ -1,7 +1,6 @@
-"""The ways from a beton to two-view crops that `benchmarks.loader` compares: ours, FFCV's own, the official MoCo's.
+"""Loaders of two-view crops from a beton, compared by `benchmarks.loader`: ours, FFCV's own, the official MoCo's.
 
-Each is a function of (beton, size, views, batch, threads, device) that returns what runs one epoch, and the bytes that
-cross from host to device for each sample.
+Each is a function (beton, size, views, batch, threads, device) to a `Feed`.
 """
 
 from __future__ import annotations
@@ -27,48 +26,51 @@ from pipeline.sampling.order import epoch_order
 from pipeline.storage.decode import records_of, rectangles
 from pipeline.views import View
 
-_AHEAD = 3
-_BATCHES = 8  # at least, counted as one epoch
+_PREFETCH = 3  # batches
+_MIN_BATCHES = 8  # of an epoch
+_STALL_SECONDS = 600
 _VIEW = View()  # MoCo v2's
 
 
-class Feed(NamedTuple):
-    """One way to crops."""
+Epoch = Callable[[Callable[[], None]], int]
+"""Loads all data once, calls its argument after the first batch, and returns the number of samples."""
 
-    epoch: Callable[[Callable[[], None]], int]
-    """Runs over the data once, calls its argument after the first batch, and returns the number of samples."""
+
+class Feed(NamedTuple):
+    """A loader of crops."""
+
+    epoch: Epoch
     to_device: float
-    """Bytes a sample from host to device, where there is one: by the sizes of what is copied."""
+    """Bytes a sample from host to device, computed from the sizes that would be copied."""
     note: str = ""
-    """What else is to be known of it."""
 
 
 def _plans(beton: Beton, size: int, views: int, batch: int) -> list[Plan]:
-    found: list[Plan] = []
+    plans: list[Plan] = []
     per_epoch = len(beton) // batch
-    for number in range(max(per_epoch, _BATCHES)):
-        epoch, place = divmod(number, per_epoch)
-        ids = epoch_order(0, epoch, len(beton))[place * batch : (place + 1) * batch]
+    for number in range(max(per_epoch, _MIN_BATCHES)):
+        epoch, index = divmod(number, per_epoch)
+        ids = epoch_order(0, epoch, len(beton))[index * batch : (index + 1) * batch]
         sides = {"heights": beton.heights[ids], "widths": beton.widths[ids]}
-        drawn = draw_views([_VIEW] * views, seed=0, epoch=0, ids=ids, **sides)
-        found.append(Plan.from_draws(ids, drawn, (size,) * views))
-    return found
+        draws = draw_views([_VIEW] * views, seed=0, epoch=0, ids=ids, **sides)
+        plans.append(Plan.from_draws(ids, draws, (size,) * views))
+    return plans
 
 
 def _decoded(beton: Beton, plans: list[Plan]) -> float:
-    """Return the bytes of a sample's pixels that are decoded."""
+    """Return the bytes of decoded pixels a sample."""
     parts = np.concatenate([rectangles(records_of(beton), plan.ids, plan.boxes) for plan in plans]).astype(np.int64)
     return float((3 * parts[:, 2] * parts[:, 3]).mean())
 
 
-def _run(backend: Any, plans: list[Plan], receive: Callable[[], Any]) -> Callable[[Callable[[], None]], int]:
-    def epoch(begun: Callable[[], None]) -> int:
+def _epoch(backend: Any, plans: list[Plan], receive: Callable[[float], Any]) -> Epoch:
+    def epoch(first_batch: Callable[[], None]) -> int:
         for plan in plans[: backend.depth]:
             backend.submit(plan)
         for number in range(len(plans)):
-            receive()
+            receive(_STALL_SECONDS)
             if number == 0:
-                begun()
+                first_batch()
             for plan in plans[number + backend.depth : number + backend.depth + 1]:
                 backend.submit(plan)
         if torch.cuda.is_available():
@@ -78,32 +80,32 @@ def _run(backend: Any, plans: list[Plan], receive: Callable[[], Any]) -> Callabl
     return epoch
 
 
-def ours(name: str, **more: Any) -> Callable[..., Feed]:
-    """Return the way of backend `name`; draws are made beforehand, as they cost the same everywhere.
+def ours(name: str, **options: Any) -> Callable[..., Feed]:
+    """Return the loader by backend `name`, with more `options` of `BackendConfig`.
 
-    more: of `BackendConfig`.
+    Draws are made in advance: they cost the same in every backend.
     """
 
     def make(beton: Beton, size: int, views: int, batch: int, threads: int, device: torch.device) -> Feed:
-        backend = build(name, beton, BackendConfig((size,) * views, batch, threads, _AHEAD, device, **more))
+        backend = build(name, beton, BackendConfig((size,) * views, batch, threads, _PREFETCH, device, **options))
         plans = _plans(beton, size, views, batch)
         crops = float(3 * size * size * views)
         sent = {"ffcv": crops, "ffcv_gpu": _decoded(beton, plans), "dali": float(beton.sizes.mean()), "resident": 0.0}
-        return Feed(_run(backend, plans, lambda: backend.receive(600)), sent[name])
+        return Feed(_epoch(backend, plans, backend.receive), sent[name])
 
     return make
 
 
 def decode_only(beton: Beton, size: int, views: int, batch: int, threads: int, device: torch.device) -> Feed:
-    """What is left for the CPU where ffcv's crops are made on the GPU: each record decoded once, what is in a crop."""
-    backend = build("ffcv_gpu", beton, BackendConfig((size,) * views, batch, threads, _AHEAD, torch.device("cpu")))
+    """The CPU's part of ffcv_gpu: decodes each record once, and of it the pixels of its crops."""
+    config = BackendConfig((size,) * views, batch, threads, _PREFETCH, torch.device("cpu"))
+    backend = build("ffcv_gpu", beton, config)
     plans = _plans(beton, size, views, batch)
-    receive = lambda: backend.take_filled(600)  # type: ignore[attr-defined]  # noqa: E731
-    return Feed(_run(backend, plans, receive), _decoded(beton, plans))
+    return Feed(_epoch(backend, plans, backend.take_filled), _decoded(beton, plans))  # type: ignore[attr-defined]
 
 
 def ffcv_twice(beton: Beton, size: int, views: int, batch: int, threads: int, device: torch.device) -> Feed:
-    """FFCV's own Loader: a pipeline a view on one image field, each decoding and cropping."""
+    """FFCV's own Loader: one pipeline for each view on one image field; each decodes and crops."""
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.pipeline import PipelineSpec
@@ -119,25 +121,25 @@ def ffcv_twice(beton: Beton, size: int, views: int, batch: int, threads: int, de
         num_workers=threads,
         order=OrderOption.RANDOM,
         seed=0,
-        batches_ahead=_AHEAD,
+        batches_ahead=_PREFETCH,
         pipelines={**{name: spec() for name in names}, "label": None},
     )
-    return Feed(lambda begun: _count(loader, begun), float(3 * size * size * views))
+    return Feed(lambda first_batch: _count(loader, first_batch), float(3 * size * size * views))
 
 
-def _count(batches: Iterable[Any], begun: Callable[[], None]) -> int:
+def _count(batches: Iterable[Any], first_batch: Callable[[], None]) -> int:
     count = 0
-    for given in batches:
+    for batch in batches:
         if count == 0:
-            begun()
-        count += len(given[0])
+            first_batch()
+        count += len(batch[0])
     return count
 
 
 class _Official(torch.utils.data.Dataset):
-    """facebookresearch/moco's `TwoCropsTransform` of its v2 augmentation, on PIL images, colors and all.
+    """facebookresearch/moco's `TwoCropsTransform` of its v2 augmentation on PIL images, including colors.
 
-    By torchvision's transforms, where it imports; else by what they do on PIL images.
+    Uses torchvision's transforms if it imports, else the same operations of PIL.
     """
 
     def __init__(self, beton: Beton, size: int, views: int) -> None:
@@ -164,12 +166,12 @@ class _Official(torch.utils.data.Dataset):
     def _view(self, image: Image.Image, index: int, number: int) -> torch.Tensor:
         height, width = np.array([image.height]), np.array([image.width])
         seed = random.getrandbits(31)
-        drawn = draw_view(_VIEW, number, seed=seed, epoch=0, ids=np.array([index]), heights=height, widths=width)
-        top, left, height_, width_ = (int(value) for value in drawn.boxes[0])
-        box = (left, top, left + width_, top + height_)
+        draws = draw_view(_VIEW, number, seed=seed, epoch=0, ids=np.array([index]), heights=height, widths=width)
+        top, left, crop_height, crop_width = (int(value) for value in draws.boxes[0])
+        box = (left, top, left + crop_width, top + crop_height)
         x = image.resize((self._size, self._size), Image.Resampling.BILINEAR, box=box)
         if random.random() < 0.8:
-            for operation in random.sample((_brightness, _contrast, _saturation, _hue), 4):
+            for operation in random.sample(_JITTER, 4):
                 x = operation(x)
         x = ImageOps.grayscale(x).convert("RGB") if random.random() < 0.2 else x
         x = _blurred(x) if random.random() < 0.5 else x
@@ -180,10 +182,10 @@ class _Official(torch.utils.data.Dataset):
 
 
 def _torchvision(size: int) -> Callable[[Image.Image], torch.Tensor] | None:
-    """Return main_moco.py's transforms, or None where torchvision is not installed or does not import."""
+    """Return main_moco.py's transforms, or None if torchvision does not import."""
     try:
         from torchvision import transforms as t
-    except Exception:  # without torch's CUDA build its operators are missing: of several kinds
+    except Exception:  # several kinds: a build for another torch lacks its operators
         return None
     return t.Compose(
         [
@@ -202,42 +204,37 @@ def _blurred(x: Image.Image) -> Image.Image:
     return x.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
 
 
-def _brightness(x: Image.Image) -> Image.Image:
-    return ImageEnhance.Brightness(x).enhance(random.uniform(0.6, 1.4))
-
-
-def _contrast(x: Image.Image) -> Image.Image:
-    return ImageEnhance.Contrast(x).enhance(random.uniform(0.6, 1.4))
-
-
-def _saturation(x: Image.Image) -> Image.Image:
-    return ImageEnhance.Color(x).enhance(random.uniform(0.6, 1.4))
+def _enhanced(enhance: Callable[[Image.Image], Any]) -> Callable[[Image.Image], Image.Image]:
+    return lambda x: enhance(x).enhance(random.uniform(0.6, 1.4))
 
 
 def _hue(x: Image.Image) -> Image.Image:
     h, s, v = x.convert("HSV").split()
-    turned = np.array(h) + np.uint8(int(random.uniform(-0.1, 0.1) * 255) % 256)
-    return Image.merge("HSV", (Image.fromarray(turned, "L"), s, v)).convert("RGB")
+    shifted = np.array(h) + np.uint8(int(random.uniform(-0.1, 0.1) * 255) % 256)
+    return Image.merge("HSV", (Image.fromarray(shifted, "L"), s, v)).convert("RGB")
+
+
+_JITTER = (*map(_enhanced, (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)), _hue)
 
 
 def official(beton: Beton, size: int, views: int, batch: int, threads: int, device: torch.device) -> Feed:
-    """The official MoCo pipeline: PIL transforms, colors among them, in a DataLoader (one thread: in this process)."""
+    """The official MoCo pipeline: PIL transforms in a DataLoader (with one thread in this process)."""
     torch.set_num_threads(1)
     data = _Official(beton, size, views)
     workers = threads if threads > 1 else 0
     loader = torch.utils.data.DataLoader(data, batch, sampler=_Endless(data), num_workers=workers, drop_last=True)
     batches: Iterator[Any] = iter(loader)
-    share = max(2, 200 // batch) * threads  # of an epoch: it is slow
+    batches_an_epoch = max(2, 200 // batch) * threads  # a part of the data, as it is slow
 
-    def some(begun: Callable[[], None]) -> int:
-        return _count(itertools.islice(batches, share), begun)
+    def epoch(first_batch: Callable[[], None]) -> int:
+        return _count(itertools.islice(batches, batches_an_epoch), first_batch)
 
-    made_by = "(torchvision)" if data.by_torchvision else "(PIL)"
-    return Feed(some, float(4 * 3 * size * size * views), made_by)
+    library = "(torchvision)" if data.by_torchvision else "(PIL)"
+    return Feed(epoch, float(4 * 3 * size * size * views), library)
 
 
 class _Endless(torch.utils.data.Sampler[int]):
-    """Shuffled samples for ever, so that worker processes are started once."""
+    """Endless shuffled samples, so that worker processes start once."""
 
     def __init__(self, data: torch.utils.data.Dataset) -> None:
         self._count = len(data)  # type: ignore[arg-type]
@@ -248,7 +245,7 @@ class _Endless(torch.utils.data.Sampler[int]):
 
 
 HARDWARE_LOADS = {f"dali-{load}": ours("dali", hw_decoder_load=load / 100) for load in (0, 65, 100)}
-"""With other shares, in hundredths, for the GPU's JPEG decoder."""
+"""DALI with other shares of the GPU's JPEG decoder, in percent."""
 COMPARED: dict[str, Callable[..., Feed]] = {
     "ffcv": ours("ffcv"),
     "ffcv-gpu": ours("ffcv_gpu"),

@@ -1,8 +1,9 @@
-"""Other implementations of the same training step, written as their authors publish it, on an encoder of ours."""
+"""Other implementations of the training step, as published by their authors, on our encoder."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class Official:
-    """facebookresearch/moco's `main_moco.py` and `moco/builder.py`, on an encoder of ours."""
+    """facebookresearch/moco's `main_moco.py` and `moco/builder.py`."""
 
     def __init__(self, encoder: Encoder, settings: Settings, device: torch.device, dtype: torch.dtype | None) -> None:
         self._online = _plain(encoder).to(device)
@@ -24,10 +25,7 @@ class Official:
         self._length, self._temperature = settings.method.queue_size or 65536, settings.method.temperature or 0.2
         self._queue = F.normalize(torch.randn(settings.model.dim, self._length, device=device), dim=0)
         self._position = torch.zeros(1, dtype=torch.long)
-        optim = settings.optim
-        self._optimizer = torch.optim.SGD(
-            self._online.parameters(), optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
-        )
+        self._optimizer = _sgd(self._online.parameters(), settings)
         self._criterion, self._dtype, self._device = nn.CrossEntropyLoss(), dtype, device
         self._scaler = _scaler(device, dtype)
 
@@ -45,9 +43,9 @@ class Official:
             labels = torch.zeros(logits.shape[0], dtype=torch.long, device=self._device)
             loss = self._criterion(logits, labels)
         with torch.no_grad():
-            at, count = int(self._position), len(k)
-            self._queue[:, at : at + count] = k.T[:, : self._length - at].to(self._queue.dtype)
-            self._position[0] = (at + count) % self._length
+            start, count = int(self._position), len(k)
+            self._queue[:, start : start + count] = k.T[:, : self._length - start].to(self._queue.dtype)
+            self._position[0] = (start + count) % self._length
             _, best = logits.topk(5, 1)  # its accuracy meter
             float((best == 0).float().sum())
         self._optimizer.zero_grad()
@@ -57,15 +55,20 @@ class Official:
         return float(loss.detach())
 
 
+def _sgd(parameters: Iterable[nn.Parameter], settings: Settings) -> torch.optim.SGD:
+    optim = settings.optim
+    return torch.optim.SGD(parameters, optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
+
+
 def _scaler(device: torch.device, dtype: torch.dtype | None) -> torch.amp.GradScaler:
-    """Return what scales the loss of float16, and passes others on."""
+    """Return a loss scaler, which is active in float16 alone."""
     return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
 def _plain(encoder: Encoder) -> Encoder:
-    """Return a copy without autocast or compiled calls, its weights NCHW."""
-    found = Encoder(copy.deepcopy(encoder.backbone), copy.deepcopy(encoder.projector))
-    return found.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    """Return a copy without autocast and compiled calls, with NCHW weights."""
+    plain = Encoder(copy.deepcopy(encoder.backbone), copy.deepcopy(encoder.projector))
+    return plain.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
 class Lightly:
@@ -84,11 +87,7 @@ class Lightly:
             deactivate_requires_grad(module)
         self._criterion = NTXentLoss(settings.method.temperature, memory_bank_size=(settings.method.queue_size, dim))
         self._criterion.to(device)
-        parameters = [*self._backbone.parameters(), *self._head.parameters()]
-        optim = settings.optim
-        self._optimizer = torch.optim.SGD(
-            parameters, optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
-        )
+        self._optimizer = _sgd([*self._backbone.parameters(), *self._head.parameters()], settings)
         self._update, self._dtype, self._device = update_momentum, dtype, device
         self._scaler = _scaler(device, dtype)
 

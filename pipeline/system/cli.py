@@ -15,8 +15,12 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False, **options})
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Parse like argparse, after `hyphenated`."""
-        return super().parse_known_args(hyphenated(sys.argv[1:] if args is None else args), namespace)
+        """Parse like argparse, after `hyphenated`; return unknown arguments as typed."""
+        typed = sys.argv[1:] if args is None else args
+        arguments = hyphenated(typed)
+        namespace, unknown = super().parse_known_args(arguments, namespace)
+        as_typed = dict(zip(arguments, typed, strict=True))
+        return namespace, [as_typed.get(argument, argument) for argument in unknown]
 
 
 def hyphenated(arguments: Sequence[str]) -> list[str]:

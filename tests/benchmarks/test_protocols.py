@@ -1,9 +1,10 @@
-"""Protocols are run once each, and their distances are those of their scores."""
+"""The comparison of evaluation protocols."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,13 +12,17 @@ from typing import Any
 import pytest
 
 from benchmarks import protocols
-from tests.engine.test_run import run
+from tests.benchmarks.conftest import Run
+from tests.engine import test_run
 
 TOP1 = {"knn": 0.3, "fast": 0.41, "moco": 0.40, "moco_v3": 0.38, "semi": 0.2}
 
 
+Compare = Callable[..., int]
+
+
 class Evaluations:
-    """Stands in for the evaluations' processes: keeps their calls, and writes what they would."""
+    """Replaces the evaluations' processes: records their calls, and writes their results."""
 
     def __init__(self, failing: str = "") -> None:
         self.calls: list[list[str]] = []
@@ -30,60 +35,59 @@ class Evaluations:
             return SimpleNamespace(returncode=1)
         out = Path(call[call.index("--out") + 1])
         out.mkdir(parents=True)
-        found = {"top1": TOP1[kind], "top5": 0.9, "interval": [0.1, 0.5], "seconds": 3.2}
-        found |= {"architecture": "resnet18", "checkpoint": call[4], "images": 20, "train": "a", "test": "b"}
-        (out / "x.json").write_text(json.dumps(found))
+        result = {"top1": TOP1[kind], "top5": 0.9, "interval": [0.1, 0.5], "seconds": 3.2}
+        result |= {"architecture": "resnet18", "checkpoint": call[4], "images": 20, "train": "a", "test": "b"}
+        (out / "x.json").write_text(json.dumps(result))
         return SimpleNamespace(returncode=0)
 
 
-def main(monkeypatch: pytest.MonkeyPatch, evaluations: Evaluations, *arguments: str) -> int:
-    monkeypatch.setattr(protocols.subprocess, "run", evaluations)
-    monkeypatch.setattr(sys, "argv", ["protocols", "e.pth", "--train", "a", "--test", "b", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        protocols.main()
-    return int(ended.value.code or 0)
+@pytest.fixture
+def compare(run: Run, monkeypatch: pytest.MonkeyPatch) -> Compare:
+    def compare(evaluations: Evaluations, *arguments: str) -> int:
+        monkeypatch.setattr(protocols.subprocess, "run", evaluations)
+        return run(protocols, "e.pth", "--train", "a", "--test", "b", *arguments)
+
+    return compare
 
 
-def test_every_protocol_is_run_once_with_the_given_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_every_protocol_runs_once_with_the_given_options(compare: Compare, tmp_path: Path) -> None:
     evaluations, more = Evaluations(), ["--out", str(tmp_path / "out"), "--precision", "no"]
-    assert main(monkeypatch, evaluations, *more) == 0
+    assert compare(evaluations, *more) == 0
     assert len(evaluations.calls) == len(protocols.PROTOCOLS)
     assert all(call[-2:] == ["--test", "b"] and "--precision" in call for call in evaluations.calls)
-    assert main(monkeypatch, evaluations, *more) == 0
+    assert compare(evaluations, *more) == 0
     assert len(evaluations.calls) == len(protocols.PROTOCOLS)
 
 
-def test_results_of_other_data_or_encoders_are_not_taken_up(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_results_of_other_data_or_encoders_are_rejected(
+    compare: Compare, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = ["--out", str(tmp_path / "out"), "--only", "kNN"]
-    assert main(monkeypatch, Evaluations(), *out) == 0
+    assert compare(Evaluations(), *out) == 0
     file = tmp_path / "out" / "kNN" / "x.json"
     for key in ("checkpoint", "train", "test"):
-        found = json.loads(file.read_text())
-        file.write_text(json.dumps(found | {key: "other"}))
-        assert main(monkeypatch, Evaluations(), *out) == 2
+        result = json.loads(file.read_text())
+        file.write_text(json.dumps(result | {key: "other"}))
+        assert compare(Evaluations(), *out) == 2
         assert "choose another --out" in capsys.readouterr().err
-        file.write_text(json.dumps(found))
+        file.write_text(json.dumps(result))
 
 
-def test_one_that_fails_ends_the_command_and_is_tried_again(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_failed_evaluation_ends_the_command_and_runs_again_next_time(
+    compare: Compare, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = ["--out", str(tmp_path / "out"), "--only", "kNN", "moco"]
-    failing, whole = Evaluations("moco"), Evaluations()
-    assert main(monkeypatch, failing, *out) == 1
+    failing, working = Evaluations("moco"), Evaluations()
+    assert compare(failing, *out) == 1
     assert "moco: the evaluation failed" in capsys.readouterr().err
-    assert main(monkeypatch, whole, *out) == 0
-    assert ["--protocol" in call for call in whole.calls] == [True]
+    assert compare(working, *out) == 0
+    assert ["--protocol" in call for call in working.calls] == [True]
 
 
-def test_distances_are_between_linear_classifiers_alone(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_distances_are_between_linear_classifiers(compare: Compare, tmp_path: Path) -> None:
     files = ["--json", str(tmp_path / "r.json"), "--markdown", str(tmp_path / "r.md")]
     only = ["--only", "kNN", "fast, center crops", "moco", "moco_v3"]
-    assert main(monkeypatch, Evaluations(), "--out", str(tmp_path / "out"), *only, *files) == 0
+    assert compare(Evaluations(), "--out", str(tmp_path / "out"), *only, *files) == 0
     lines = (tmp_path / "r.md").read_text().splitlines()
     rows = {cells[0]: cells for line in lines if line.startswith("| ") for cells in [line.strip("| ").split(" | ")]}
     assert rows["fast, center crops"][4:] == ["+1.0", "+3.0", "3"]
@@ -101,7 +105,7 @@ def test_protocols_are_compared_on_an_encoder(drawn: Path, tmp_path: Path) -> No
     torch.save(resnet("resnet18", stem="small", width=0.25).state_dict(), tmp_path / "encoder.pth")
     options = ["--train", str(drawn), "--test", str(drawn), "--out", str(tmp_path / "out"), "--size", "16", "--cpu"]
     command = (sys.executable, "-m", "benchmarks.protocols", str(tmp_path / "encoder.pth"))
-    done = run(*options, "--only", "kNN", "fast, 1 pass", "semi, 10 %", command=command)
+    done = test_run.run(*options, "--only", "kNN", "fast, 1 pass", "semi, 10 %", command=command)
     assert done.returncode == 0, done.stderr
     assert "semi, 10 %" in done.stdout
     assert len(list((tmp_path / "out").glob("*/*.json"))) == 3

@@ -1,4 +1,4 @@
-"""The reliability table says of each fault what its tests recorded, and which failed."""
+"""The fault table: recorded figures, and failed tests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.reliability import EXPECTED, outcomes, report
+from benchmarks.reliability import EXPECTED, Outcome, outcomes, report
 
 SUITE = """
 import pytest
@@ -32,20 +32,21 @@ def test_skipped(record_property):
 """
 
 
-def test_figures_are_those_that_tests_recorded(tmp_path: Path) -> None:
+def test_the_table_has_the_recorded_faults_and_figures(tmp_path: Path) -> None:
     first, second, *others = EXPECTED
     (tmp_path / "test_suite.py").write_text(SUITE.format(faults=(first, second)))
     xml = tmp_path / "report.xml"
     call = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={xml}", str(tmp_path)]
     subprocess.run([*call, "-o", "junit_family=xunit1"], cwd=tmp_path, capture_output=True, check=False)
-    found = {outcome.fault: outcome for outcome in outcomes(xml)}
-    assert list(found)[:-1] == list(EXPECTED)
-    assert (found[first].figures, found[first].passed, found[first].verdict) == (["1 of 2", "2 of 2"], 2, "as expected")
-    assert found[second].figures == ["199/200"]
-    assert found[second].verdict == "failed: test_suite::test_fails"
-    assert {found[fault].verdict for fault in others} == {"not provoked"}
-    early = list(found.values())[-1]
+    by_fault = {outcome.fault: outcome for outcome in outcomes(xml)}
+    assert list(by_fault)[:-1] == list(EXPECTED)
+    assert by_fault[first] == Outcome(first, EXPECTED[first], ["1 of 2", "2 of 2"], 2)
+    assert by_fault[first].verdict == "as expected"
+    assert by_fault[second].figures == ["199/200"]
+    assert by_fault[second].verdict == "failed: test_suite::test_fails"
+    assert {by_fault[fault].verdict for fault in others} == {"not provoked"}
+    early = list(by_fault.values())[-1]
     assert early.failed == ["test_suite::test_fails_early"]
-    faults = [vars(outcome) | {"verdict": outcome.verdict} for outcome in found.values()]
+    faults = [vars(outcome) | {"verdict": outcome.verdict} for outcome in by_fault.values()]
     result = {"faults": faults, "tests": {"passed": 2, "failed": 2}, "seconds": 1.0, "quick": True}
     assert report(result).rows[0] == [first, EXPECTED[first], "1 of 2; 2 of 2", "as expected"]

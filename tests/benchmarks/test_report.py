@@ -1,4 +1,4 @@
-"""The page of results says what the files say; the README's table is the one that it makes."""
+"""The page of results, and the README's table."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 REMEDY = "run python -m benchmarks.report --readme README.md"
 
 
-def write(folder: Path, name: str, found: dict[str, Any]) -> None:
-    (folder / name).write_text(json.dumps(found))
+def write(folder: Path, name: str, result: dict[str, Any]) -> None:
+    (folder / name).write_text(json.dumps(result))
 
 
 @pytest.fixture
@@ -45,50 +45,48 @@ def folder(tmp_path: Path) -> Path:
     ],
 )
 def test_goals_are_judged_by_the_newest_result(goal: Goal, measured: str | None, verdict: str, folder: Path) -> None:
-    found = goal.judge(Results(folder))
-    assert found[1] == verdict
-    assert measured is None or found[0] == measured
-    assert f"| g | {goal.bound_text} | {found[0]} | {verdict} |" in goal_table(Results(folder), [goal])
+    text, judged = goal.judge(Results(folder))
+    assert judged == verdict
+    assert measured is None or text == measured
+    assert f"| g | {goal.bound_text} | {text} | {verdict} |" in goal_table(Results(folder), [goal])
 
 
-def test_the_page_shows_the_newest_of_each_series_and_links_the_others(folder: Path) -> None:
+def test_the_page_shows_the_newest_result_and_links_the_others(folder: Path) -> None:
     results = Results(folder)
     assert results.series() == ["speed"]
-    made = page(results, embedded)
-    assert "## Speed\n\nNew.\n\n    python -m speed\n\n| | x |" in made
-    assert "Earlier: [2026-01-01-speed.json](2026-01-01-speed.json)." in made
-    html = as_html(made)
+    markdown = page(results, embedded)
+    assert "## Speed\n\nNew.\n\n    python -m speed\n\n| | x |" in markdown
+    assert "Earlier: [2026-01-01-speed.json](2026-01-01-speed.json)." in markdown
+    html = as_html(markdown)
     assert "<td" in html
     assert "<h2>Speed</h2>" in html
     assert "http" not in html.replace("https://", "")
 
 
-def test_every_goal_is_looked_for_in_what_there_is() -> None:
-    told = [goal.judge(Results(RESULTS)) for goal in GOALS]
-    assert sum(verdict != "not measured" for _, verdict in told) >= 10
+def test_most_goals_are_measured() -> None:
+    verdicts = [goal.judge(Results(RESULTS)) for goal in GOALS]
+    assert sum(verdict != "not measured" for _, verdict in verdicts) >= 10
 
 
-def test_the_readme_has_the_table_that_the_results_give() -> None:
+def test_the_readme_table_is_up_to_date() -> None:
     readme = (ROOT / "README.md").read_text()
-    assert with_table(readme, headline_table(Results(RESULTS))) == readme, (
-        "run python -m benchmarks.report --readme README.md"
-    )
+    assert with_table(readme, headline_table(Results(RESULTS))) == readme, REMEDY
 
 
-def test_the_page_in_the_results_is_up_to_date() -> None:
+def test_the_page_is_up_to_date() -> None:
     def named(name: str, content: bytes) -> str:
         return name if (RESULTS / name).exists() else f"pictures/{name}"
 
     assert (RESULTS / "report.md").read_text() == page(Results(RESULTS), named), REMEDY
 
 
-def test_a_readme_without_its_marks_is_refused() -> None:
+def test_a_readme_without_marks_is_rejected() -> None:
     assert with_table(f"a\n{BEGIN}\nold\n{END}\nb", "new") == f"a\n{BEGIN}\nnew\n{END}\nb"
     with pytest.raises(InputError, match="the README has no"):
         with_table("nothing", "new")
 
 
-def test_faults_are_counted_and_not_tests_that_recorded_none() -> None:
+def test_tests_without_a_fault_are_not_counted() -> None:
     rows = [("kill", "ends alike", "as expected"), ("no space", "loud", "failed: x"), ("(a test)", "", "failed: y")]
     faults = [dict(zip(("fault", "expected", "verdict"), row, strict=True)) for row in rows]
     assert withstood({"faults": faults}) == (1, 2)

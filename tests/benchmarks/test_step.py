@@ -1,11 +1,10 @@
-"""The step benchmark measures each way and part, and its official loop is the algorithm."""
+"""The step benchmark, and the other projects' loops."""
 
 from __future__ import annotations
 
 import copy
 import importlib.util
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,25 +15,19 @@ from torch.nn import functional as F
 
 from benchmarks import step
 from benchmarks.common import peers
+from tests.benchmarks.conftest import Run
 from tests.engine.small import settings
 
 SMALL = ["--model.arch", "resnet18", "--model.stem", "small", "--model.width", "0.25", "--data.size", "16"]
 SMALL += ["--data.batch", "8", "--method.queue_size", "32", "--model.bn", "plain", "--data.augmentation", "moco_v2_32"]
 
 
-def main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["step", *SMALL, *arguments])
-    with pytest.raises(SystemExit) as ended:
-        step.main()
-    return int(ended.value.code or 0)
-
-
 @pytest.mark.slow
-def test_ways_and_parts_are_measured_and_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_and_parts_are_timed(tmp_path: Path, run: Run) -> None:
     threads = torch.get_num_threads()
-    out = ["--ways", "eager,official,official-amp", "--runs", "3", "--json", str(tmp_path / "r.json")]
+    out = ["--compare", "eager,official,official-amp", "--runs", "3", "--json", str(tmp_path / "r.json")]
     out += ["--markdown", str(tmp_path / "r.md")]
-    assert main(monkeypatch, *out, "--terms", "[co2]") == 0
+    assert run(step, *SMALL, *out, "--terms", "[co2]") == 0
     torch.set_num_threads(threads)
     result = json.loads((tmp_path / "r.json").read_text())
     assert set(result["ways"]) == {"eager", "official", "official-amp"}
@@ -44,7 +37,7 @@ def test_ways_and_parts_are_measured_and_written_down(tmp_path: Path, monkeypatc
     for name in ("pairs_per_second", "ratio_to_official", "tflops"):
         assert set(result[name]) == set(result["ways"])
     assert result["ratio_to_official"]["official"] == {"median": 1, "min": 1, "max": 1}
-    assert 0 < result["share_beside_the_encoders"]["eager"]["min"] < 1
+    assert 0 < result["share_outside_encoders"]["eager"]["min"] < 1
     assert result["matrix_tflops"] > 0
     table = (tmp_path / "r.md").read_text()
     assert table.startswith("# Training step\n")
@@ -53,7 +46,7 @@ def test_ways_and_parts_are_measured_and_written_down(tmp_path: Path, monkeypatc
 
 
 def test_ratios_and_shares_are_taken_run_by_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a slow moment that falls on one run of all."""
+    """Although one run of all is slow."""
     times = iter([1.0, 1.0, 5.0, 1.0] * 99)
 
     def clock(call: Any, device: Any) -> dict[str, float]:
@@ -76,7 +69,7 @@ def test_ratios_and_shares_are_taken_run_by_run(monkeypatch: pytest.MonkeyPatch)
     assert set(taken["second"]["cpu"] / taken["first"]["cpu"]) == {1.5}
 
 
-def test_recomputing_is_not_counted_as_work() -> None:
+def test_recomputed_operations_are_not_counted() -> None:
     chosen = replace(settings("moco_v2"), data=replace(settings().data, augmentation="moco_v2_32"))
     accelerator, counts = step.Accelerator(cpu=True), []
     for recompute in (False, True):
@@ -85,18 +78,17 @@ def test_recomputing_is_not_counted_as_work() -> None:
     assert counts[0] == counts[1] > 0
 
 
-def test_other_methods_have_no_official_loop_here(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_wrong_comparisons_are_rejected(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(monkeypatch, "--ways", "warp") == 2
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert main(monkeypatch, "--ways", "lightly") == 2
-    assert "pip install lightly" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "argv", ["step", "--method.name", "simclr", "--ways", "eager,official"])
-    with pytest.raises(SystemExit) as ended:
-        step.main()
-    assert ended.value.code == 2
-    assert "the other loops are MoCo v2's" in capsys.readouterr().err
+    for arguments, message in (
+        (["--compare", "warp"], "choose of eager"),
+        (["--compare", "lightly"], "pip install lightly"),
+        (["--compare", "eager,official", "--method.name", "simclr"], "the other loops are MoCo v2's"),
+    ):
+        assert run(step, *arguments) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_the_official_loop_is_moco() -> None:
@@ -116,13 +108,13 @@ def test_the_official_loop_is_moco() -> None:
 
 
 def test_lightlys_loop_is_moco() -> None:
-    """Its second loss by hand, from its own networks and memory bank."""
+    """Its second loss by hand, from its networks and memory bank."""
     pytest.importorskip("lightly.loss")
     chosen = settings("moco_v2")
     encoder = step.build_model(chosen, step.Accelerator(cpu=True)).step.encoder
     theirs = peers.Lightly(encoder, chosen, torch.device("cpu"), None)
     views = (torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8))
-    theirs.step(views)  # its bank is made at the first step
+    theirs.step(views)  # the first step creates the bank
     bank = theirs._criterion.memory_bank.bank.clone()
     online = copy.deepcopy((theirs._backbone, theirs._head))
     momentum = copy.deepcopy((theirs._backbone_momentum, theirs._head_momentum))

@@ -1,4 +1,4 @@
-"""A study trains what it names, goes on where it was, and says of each row the mean and deviation of its seeds."""
+"""Studies: jobs, figures of rows, resuming."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from tests.engine.test_run import SMALL
 TINY = dict(zip((key.removeprefix("--") for key in SMALL[::2]), SMALL[1::2], strict=True))
 
 
-def written(folder: Path, seed: int, knn: list[float], linear: float | None) -> Job:
-    """Write a finished run's files by hand."""
+def finished_job(folder: Path, seed: int, knn: list[float], linear: float | None) -> Job:
+    """Write the files of a finished run."""
     folder.mkdir()
     settings = {"data": {"batch": 10}, "optim": {"epochs": len(knn)}}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
@@ -45,14 +45,14 @@ def written(folder: Path, seed: int, knn: list[float], linear: float | None) -> 
     (folder / "summary.json").write_text("{}")
     if linear is not None:
         (folder / "evaluation").mkdir()
-        found = {"evaluation": "linear, fast", "top1": linear}
-        (folder / "evaluation" / "linear_fast.json").write_text(json.dumps(found))
+        result = {"evaluation": "linear, fast", "top1": linear}
+        (folder / "evaluation" / "linear_fast.json").write_text(json.dumps(result))
     return Job("a", seed, folder, [], [])
 
 
 def test_rows_have_mean_and_deviation_over_seeds(tmp_path: Path) -> None:
     ends = [(0.3, 0.52), (0.4, 0.5), (0.45, None)]
-    jobs = [written(tmp_path / str(i), i, [0.2, 0.25, 0.28, end], linear) for i, (end, linear) in enumerate(ends)]
+    jobs = [finished_job(tmp_path / str(i), i, [0.2, 0.25, 0.28, end], linear) for i, (end, linear) in enumerate(ends)]
     (row,) = gather([*jobs, Job("a", 3, tmp_path / "none", [], [])])
     assert row["seeds"] == [0, 1, 2]
     assert row["knn"] == {
@@ -73,33 +73,35 @@ def test_rows_have_mean_and_deviation_over_seeds(tmp_path: Path) -> None:
         "problems": {},
         "left_out": ["peer"],
     }
-    made = report(result)
-    assert made.rows == [
+    table = report(result)
+    assert table.rows == [
         ["a", "3", "38.3 ± 7.6", "51.0 ± 1.4", "0.0500 ± 0.0000", "0.0250 ± 0.0000", "8 ± 0", "25 ± 0"]
     ]
-    assert "not installed, and left out: peer" in made.notes
+    assert "not installed, and left out: peer" in table.notes
 
 
-def test_runs_are_timed_to_what_another_ends_with(tmp_path: Path) -> None:
-    jobs = [written(tmp_path / str(i), i, curve, None) for i, curve in enumerate([[0.2, 0.3, 0.3], [0.1, 0.2, 0.3]])]
-    jobs += [replace(written(tmp_path / f"p{i}", i, [0.1, end], None), name="peer") for i, end in enumerate((0.2, 0.3))]
+def test_runs_are_timed_to_the_final_score_of_another(tmp_path: Path) -> None:
+    curves = [[0.2, 0.3, 0.3], [0.1, 0.2, 0.3]]
+    jobs = [finished_job(tmp_path / str(i), i, curve, None) for i, curve in enumerate(curves)]
+    peers = [finished_job(tmp_path / f"p{i}", i, [0.1, end], None) for i, end in enumerate((0.2, 0.3))]
+    jobs += [replace(job, name="peer") for job in peers]
     rows = {row["name"]: row for row in gather(jobs, "peer")}
-    assert [found["reached"] for found in rows["a"]["every"]] == [pytest.approx(4.0), pytest.approx(6.0)]  # s, to 0.25
-    assert [found["reached"] for found in rows["peer"]["every"]] == [None, pytest.approx(4.0)]
+    assert [seed["reached"] for seed in rows["a"]["every"]] == [pytest.approx(4.0), pytest.approx(6.0)]  # s, to 0.25
+    assert [seed["reached"] for seed in rows["peer"]["every"]] == [None, pytest.approx(4.0)]
     result = {"study": "s", "reach": "peer", "at_once": 1, "device": "2 cores", "problems": {}, "left_out": []}
-    made = report(result | {"rows": list(rows.values())})
-    assert made.headings[-1] == "s to peer"
-    assert [row[-1] for row in made.rows] == ["5.0 ± 1.4", "4.0 (1 of 2 seeds)"]
+    table = report(result | {"rows": list(rows.values())})
+    assert table.headings[-1] == "s to peer"
+    assert [row[-1] for row in table.rows] == ["5.0 ± 1.4", "4.0 (1 of 2 seeds)"]
     assert [row["reached"]["mean"] for row in gather(jobs)] == [None, None]
 
 
-def test_a_run_of_nothing_has_no_figures(tmp_path: Path) -> None:
+def test_an_empty_run_has_no_figures(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("{}")
     (run,) = read_runs([tmp_path])
     assert figures(run) == dict.fromkeys(COLUMNS)
 
 
-def test_a_peers_folder_says_how_long_it_took(tmp_path: Path) -> None:
+def test_a_peers_folder_has_its_training_time(tmp_path: Path) -> None:
     """Two epochs of four steps of 64 pairs, at 32 and 16 pairs a second."""
     args = argparse.Namespace(out=tmp_path / "peer", width=0.25, batch=64, bank=128, epochs=2, seed=1)
     args.train, args.test = "train.beton", "test.beton"
@@ -114,16 +116,16 @@ def test_a_peers_folder_says_how_long_it_took(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "studies").glob("*.yaml")), ids=lambda path: path.stem)
-def test_studies_name_recipes_and_settings_that_there_are(path: Path) -> None:
-    found = load_study(path.stem)
-    for run in found.runs.values():
-        settings = {**found.settings, **run.get("settings", {})}
-        given = [part for key, value in settings.items() for part in (f"--{key}", study._written(value))]
-        parse(["--config", str(ROOT / "engine" / "recipes" / f"{run['recipe']}.yaml"), *given])
+def test_studies_name_existing_recipes_and_settings(path: Path) -> None:
+    loaded = load_study(path.stem)
+    for run in loaded.runs.values():
+        settings = {**loaded.settings, **run.get("settings", {})}
+        overrides = [part for key, value in settings.items() for part in (f"--{key}", study._as_argument(value))]
+        parse(["--config", str(ROOT / "engine" / "recipes" / f"{run['recipe']}.yaml"), *overrides])
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("seeds: [0]", "not a study"),
         ("runs: {a: {recipe: nothing}}", "run 'a': give a recipe"),
@@ -132,31 +134,31 @@ def test_studies_name_recipes_and_settings_that_there_are(path: Path) -> None:
         ("runs: {a: {recipe: moco_v2_cifar10}}\nreach: b", r"not a study \(no runs, or reach is none of them\)"),
     ],
 )
-def test_a_wrong_study_is_refused(text: str, says: str, tmp_path: Path) -> None:
+def test_a_wrong_study_is_rejected(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text(text)
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match=message):
         load_study(str(tmp_path / "s.yaml"))
-    with pytest.raises(InputError, match=r"no such study: choose of .*cifar10-cpu"):
+    with pytest.raises(InputError, match=r"no such study: choose one of .*cifar10-cpu"):
         load_study("nothing")
 
 
-def test_a_run_that_was_stopped_is_not_evaluated(tmp_path: Path) -> None:
-    """Training that was asked to stop ends with status 0, and leaves no summary."""
+def test_a_stopped_run_is_not_evaluated(tmp_path: Path) -> None:
+    """Training that was stopped exits with status 0 and leaves no summary."""
     evaluated = tmp_path / "evaluated"
     args = argparse.Namespace(out=tmp_path, at_once=1, launch=sys.executable)
     job = Job("a", 0, tmp_path / "a-0", ["true"], ["touch", str(evaluated)])
-    assert study.carry_out([job], args) == {"a, seed 0": "training was stopped before its end"}
+    assert study.run_jobs([job], args) == {"a, seed 0": "training was stopped before its end"}
     assert not evaluated.exists()
     ended = ["sh", "-c", f"mkdir {job.folder} && touch {job.folder / 'summary.json'}"]
-    assert study.carry_out([replace(job, train=ended)], args) == {}
+    assert study.run_jobs([replace(job, train=ended)], args) == {}
     assert evaluated.exists()
 
 
-def test_a_launcher_starts_runs_and_evaluations_whose_processes_share_out_the_cores(tmp_path: Path) -> None:
+def test_a_launcher_starts_runs_and_evaluations(tmp_path: Path) -> None:
     args = argparse.Namespace(out=tmp_path, at_once=1, launch="accelerate launch", only=None, seeds="3")
     args.train, args.test = "train.beton", "test.beton"
-    found = study.Study({"a": {"recipe": "moco_v2_cifar10"}}, linear=["--passes", 0])
-    (job,) = study.jobs_of(found, args, [])
+    described = study.Study({"a": {"recipe": "moco_v2_cifar10"}}, linear=["--passes", 0])
+    (job,) = study.jobs_of(described, args, [])
     for call in (job.train, job.evaluate):
         assert call[:2] == ["accelerate", "launch"]
     assert job.train[job.train.index("--data.workers") + 1] == "0"
@@ -165,7 +167,7 @@ def test_a_launcher_starts_runs_and_evaluations_whose_processes_share_out_the_co
 
 
 @pytest.mark.slow
-def test_a_study_trains_evaluates_and_goes_on(drawn: Path, tmp_path: Path) -> None:
+def test_a_study_trains_evaluates_and_resumes(drawn: Path, tmp_path: Path) -> None:
     shared: dict[str, Any] = {**TINY, "optim.epochs": 1, "optim.warmup_epochs": 0, "precision": "no"}
     runs = {
         "moco": {"recipe": "moco_v2_cifar10"},
@@ -175,22 +177,22 @@ def test_a_study_trains_evaluates_and_goes_on(drawn: Path, tmp_path: Path) -> No
     described = {"runs": runs, "settings": shared, "linear": ["--protocol", "fast", "--passes", 0], "peers": peers}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(described))
     command = [sys.executable, "-m", "benchmarks.study", str(tmp_path / "tiny.yaml"), "--train", str(drawn)]
-    command += ["--test", str(drawn), "--out", str(tmp_path / "out"), "--json", str(tmp_path / "found.json")]
-    command += ["--png", str(tmp_path / "found.png"), "--markdown", str(tmp_path / "found.md")]
+    command += ["--test", str(drawn), "--out", str(tmp_path / "out"), "--json", str(tmp_path / "result.json")]
+    command += ["--png", str(tmp_path / "result.png"), "--markdown", str(tmp_path / "result.md")]
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert first.returncode == 1, first.stderr
     assert "moco, seed 0: training done" in first.stderr
     assert "moco, seed 0: evaluation done" in first.stderr
     assert "a batch of 3000 from 200 samples" in first.stdout
-    found = json.loads((tmp_path / "found.json").read_text())
-    moco, wrong = found["rows"]
+    result = json.loads((tmp_path / "result.json").read_text())
+    moco, wrong = result["rows"]
     summary = json.loads((tmp_path / "out" / "moco-0" / "summary.json").read_text())
     assert moco["every"][0]["knn"] == summary["knn_top1"]
     assert 0 <= moco["every"][0]["linear"] <= 1
     assert wrong["seeds"] == []
-    assert found["left_out"] == ["a peer"]
-    assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
-    assert "| moco | 1 |" in (tmp_path / "found.md").read_text()
+    assert result["left_out"] == ["a peer"]
+    assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
+    assert "| moco | 1 |" in (tmp_path / "result.md").read_text()
     again = subprocess.run([*command, "--only", "moco"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     assert "training" not in again.stderr

@@ -1,37 +1,21 @@
-"""The training benchmark sets real training against the bare step."""
+"""The training benchmark."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks import train
+from tests.benchmarks.conftest import Run
 from tests.benchmarks.test_step import SMALL
 
 
-def test_both_are_measured_and_written_down(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = [
-        *SMALL,
-        "--data.train",
-        str(drawn),
-        "--steps",
-        "3",
-        "--rounds",
-        "2",
-        "--json",
-        str(tmp_path / "r.json"),
-        "--markdown",
-        str(tmp_path / "r.md"),
-        "--log_every",
-        "2",
-    ]
-    monkeypatch.setattr(sys, "argv", ["train", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        train.main()
-    assert not ended.value.code
+def test_training_and_bare_step_are_timed(drawn: Path, tmp_path: Path, run: Run) -> None:
+    options = ["--steps", "3", "--runs", "2", "--log_every", "2", "--data.train", str(drawn)]
+    files = ["--json", str(tmp_path / "r.json"), "--markdown", str(tmp_path / "r.md")]
+    assert run(train, *SMALL, *options, *files) == 0
     result = json.loads((tmp_path / "r.json").read_text())
     for name in ("training", "step", "ratio", "data_wait_share"):
         assert 0 <= result[name]["min"] <= result[name]["median"] <= result[name]["max"]
@@ -42,10 +26,7 @@ def test_both_are_measured_and_written_down(drawn: Path, tmp_path: Path, monkeyp
     assert "a line of metrics every 2 steps" in (tmp_path / "r.md").read_text()
 
 
-def test_wrong_arguments_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, says in ((["--steps", "0"], "must be positive"), (SMALL, "data.train is not set")):
-        monkeypatch.setattr(sys, "argv", ["train", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            train.main()
-        assert ended.value.code == 2
-        assert says in capsys.readouterr().err
+def test_wrong_arguments_are_rejected(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in ((["--steps", "0"], "--steps 0: give 1 or more"), (SMALL, "data.train is not set")):
+        assert run(train, *arguments) == 2
+        assert message in capsys.readouterr().err

@@ -31,3 +31,8 @@ def test_names_are_not_abbreviated(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parser().parse_args(["--save", "3"])
     assert "unrecognized arguments: --save" in capsys.readouterr().err
+
+
+def test_unknown_options_are_returned_as_typed() -> None:
+    arguments = ["--save_every=1", "--log_every", "2", "--knn.every=3"]
+    assert parser().parse_known_args(arguments)[1] == ["--log_every", "--knn.every=3"]
