@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import math
@@ -109,12 +108,7 @@ def _settings(train: Path, evaluation: Path, out: Path) -> Settings:
             batch=batch,
             eval_crop_ratio=1.0 if small else 0.875,
         ),
-        model=Model(
-            arch="resnet18",
-            stem="small" if small else "imagenet",
-            width=1.0 if gpu else 0.25,
-            bn="shuffle",
-        ),
+        model=Model(arch="resnet18", stem="small" if small else "imagenet", width=1.0 if gpu else 0.25, bn="shuffle"),
         method=Method(temperature=0.1, ema_momentum=0.99, queue_size=max(batch, min(4096, len(beton) // 2))),
         optim=Optim(
             lr=0.12 * math.sqrt(batch / 256), weight_decay=5e-4, epochs=1, schedule="cosine", schedule_interval="step"
@@ -152,13 +146,11 @@ def _with_epochs(settings: Settings, minutes: float) -> Settings:
 
 def _baselines(settings: Settings) -> dict[str, float]:
     """Return kNN top-1 of raw pixels and of the untrained encoder."""
-    data, knn = settings.data, settings.knn
-    device = _device()
-    loading: dict[str, Any] = {"size": data.size, "batch": 256, "share": data.eval_crop_ratio, "device": device}
-    options: dict[str, Any] = {"k": knn.k, "temperature": knn.temperature, "limit": knn.limit}
-    evaluation = KnnEvaluation(Beton(data.train), Beton(data.eval), **options, **loading)
+    data, knn, model, device = settings.data, settings.knn, settings.model, _device()
+    options: dict[str, Any] = {"k": knn.k, "temperature": knn.temperature, "limit": knn.limit, "device": device}
+    options |= {"size": data.size, "batch": 256, "share": data.eval_crop_ratio}
+    evaluation = KnnEvaluation(Beton(data.train), Beton(data.eval), **options)
     set_seed(settings.seed)
-    model = settings.model
     untrained = place(build_backbone(model.arch, stem=model.stem, width=model.width), device)
     return {"raw pixels": evaluation.top1(RawPixels()), "untrained encoder": evaluation.top1(untrained)}
 
@@ -183,10 +175,10 @@ def _launch(config: Path) -> None:
             "--quiet",
             "--mixed_precision",
             "no",
-            *options,
-        ]
+        ] + options
         shown = f"accelerate launch {' '.join(options)}"
-    logger.info(f"$ {shown} {shlex.join(arguments)}")
+    shown = f"{shown} {shlex.join(arguments)}"
+    logger.info(f"$ {shown}")
     interrupted, training = False, subprocess.Popen([*command, *arguments])
     while training.poll() is None:
         try:
@@ -194,7 +186,7 @@ def _launch(config: Path) -> None:
         except KeyboardInterrupt:
             interrupted = True
     if interrupted:
-        logger.info(f"resume its training with: {shown} {shlex.join(arguments)} --resume auto")
+        logger.info(f"resume its training with: {shown} --resume auto")
         raise KeyboardInterrupt
     if training.returncode:
         raise InputError(f"training failed (see the lines above): its settings are in {config}")
@@ -223,17 +215,17 @@ def _table(rows: dict[str, float], summary: dict[str, Any], evaluated: int) -> T
     return table
 
 
-def _arguments() -> argparse.Namespace:
-    parser = ArgumentParser(prog="./millrace demo", description="Prepare, preview, pretrain, evaluate.")
-    parser.add_argument("data", metavar="DATA", nargs="?", help="folder, .tar, .zip or .beton (default: drawn images)")
-    parser.add_argument("--out", type=Path, help="folder for everything (default: runs/demo-DATE-TIME)")
-    parser.add_argument("--minutes", type=float, default=3.5, help="target training time (default %(default)s)")
-    return parser.parse_args()
+def parser() -> ArgumentParser:
+    made = ArgumentParser(prog="./millrace demo", description="Prepare, preview, pretrain, evaluate.")
+    made.add_argument("data", metavar="DATA", nargs="?", help="folder, .tar, .zip or .beton (default: drawn images)")
+    made.add_argument("--out", type=Path, help="folder for everything (default: runs/demo-DATE-TIME)")
+    made.add_argument("--minutes", type=float, default=3.5, help="target training time (default %(default)s)")
+    return made
 
 
 @command
 def main() -> None:
-    args = _arguments()
+    args = parser().parse_args()
     if not 0 < args.minutes <= 10000:
         raise InputError(f"--minutes {args.minutes}: give a number above 0")
     out = args.out or Path("runs") / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -24,9 +24,8 @@ FREE |= {f"knn.{key}" for key in ("every", "k", "temperature", "limit")}
 Of `data.train` and `data.eval` the path alone: the images are compared too.
 """
 FIXED = {"method.name", "method.queue_size", "method.queue_dtype", "optim.name", "data.batch", "data.order", "seed"}
-FIXED |= {
-    f"model.{key}" for key in ("arch", "stem", "width", "dim", "mlp_dim", "bn", "zero_init_residual", "stop_grad_conv1")
-}
+FIXED |= {f"model.{key}" for key in ("arch", "stem", "width", "dim", "mlp_dim", "bn")}
+FIXED |= {"model.zero_init_residual", "model.stop_grad_conv1"}
 """Settings that may never differ: the saved state would not fit."""
 
 
@@ -92,8 +91,8 @@ def compare_knn_images(settings: Settings, images: str | None, saved: str, *, wa
     """
     if images is None or not saved or images == saved:
         return
-    problem = f"data.eval {settings.data.eval!r}: other images than the checkpoint's"
-    problem += f" (fingerprint {images}, there {saved})"
+    prints = f"fingerprint {images}, there {saved}"
+    problem = f"data.eval {settings.data.eval!r}: other images than the checkpoint's ({prints})"
     if not {"data", "data.eval"} & set(settings.allow_change):
         raise InputError(f"{problem}, so that kNN would mix both: give those, or add --allow-change data.eval")
     if warn:

@@ -50,6 +50,4 @@ def recorded(state: dict[str, Any]) -> dict[str, Any]:
     values = dict(saved) if isinstance(saved, dict) else {}
     values["fingerprint"] = loader.get("fingerprint") if isinstance(loader, dict) else None
     valid = {key: values[key] for key, kind in _KINDS.items() if type(values.get(key)) is kind}
-    return {
-        key: printable(value[:_MAX_CHARACTERS]) if isinstance(value, str) else value for key, value in valid.items()
-    }
+    return {key: printable(v[:_MAX_CHARACTERS]) if isinstance(v, str) else v for key, v in valid.items()}

@@ -133,8 +133,10 @@ def settle(folder: Path, step: int, keep: int = 0, keep_every: int = 0) -> None:
 
     Raises OSError.
     """
-    name = f"step_{step:08d}"
-    _point_to(folder, name)
+    name, temporary = f"step_{step:08d}", folder / ".latest.writing"
+    _store(temporary, name.encode())
+    os.replace(temporary, folder / "latest")
+    _sync(folder)
     shutil.rmtree(folder / f".{name}.old", ignore_errors=True)
     for old in _all(folder)[keep:] if keep else []:
         if not keep_every or step_of(old) % keep_every:
@@ -270,10 +272,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _point_to(folder: Path, name: str) -> None:
-    temporary = folder / ".latest.writing"
-    _store(temporary, name.encode())
-    os.replace(temporary, folder / "latest")
-    _sync(folder)

@@ -12,10 +12,15 @@ from pipeline.system.cli import ArgumentParser
 from pipeline.system.errors import command
 
 
+def parser() -> ArgumentParser:
+    return ArgumentParser(
+        prog="python -m engine.launch.slurm_data", description="Print the data sets of a run's settings."
+    )
+
+
 @command
 def main() -> None:
-    about = "Print the data sets of a run's settings."
-    ArgumentParser(prog="python -m engine.launch.slurm_data", description=about).parse_known_args()
+    parser().parse_known_args()  # for --help
     data = parse(sys.argv[1:]).data
     for name in ("train", "eval"):
         if path := getattr(data, name):

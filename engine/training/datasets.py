@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,17 +95,9 @@ def _build_knn(settings: Settings, train: Beton, evaluated: Beton, device: torch
     backend = "ffcv_gpu" if device.type == "cuda" and settings.data.backend != "ffcv" else "ffcv"
     if not (train.in_one_file and evaluated.in_one_file):
         backend = "dali"
-    return Knn(
-        train,
-        evaluated,
-        backend=backend,  # never resident: each image is read once
-        k=knn.k,
-        temperature=knn.temperature,
-        limit=knn.limit,
-        batch=max(256, settings.data.batch),
-        share=settings.data.eval_crop_ratio,
-        **loading(settings, device),
-    )
+    options = {**loading(settings, device), "backend": backend}  # never resident: each image is read once
+    options |= {"batch": max(256, settings.data.batch), "share": settings.data.eval_crop_ratio}
+    return Knn(train, evaluated, k=knn.k, temperature=knn.temperature, limit=knn.limit, **options)
 
 
 def verify_datasets(settings: Settings, data: Datasets) -> None:
@@ -128,9 +119,11 @@ def _verify(settings: Settings, name: str, beton: Beton) -> None:
 
     A record that is damaged on one machine is skipped on all, or ends the run on all, as `data.on_bad` says.
     """
-    own = np.array_split(np.arange(len(beton)), local_world())[local_rank()].tolist()
-    found = all_gather_object(lambda: [platform.node(), verify(beton, own, quiet=local_rank() > 0)], _VERIFY_SECONDS)
-    faults = {int(sample): f"{fault}, on {host}" for host, records in found for sample, fault in records}
+    share = np.array_split(np.arange(len(beton)), local_world())[local_rank()].tolist()
+    results = all_gather_object(
+        lambda: [platform.node(), verify(beton, share, quiet=local_rank() > 0)], _VERIFY_SECONDS
+    )
+    faults = {int(sample): f"{fault}, on {host}" for host, records in results for sample, fault in records}
     if not faults:
         return
     numbers = ", ".join(map(str, sorted(faults)[:_MAX_LISTED])) + (", ..." if len(faults) > _MAX_LISTED else "")
@@ -152,20 +145,11 @@ def _verify(settings: Settings, name: str, beton: Beton) -> None:
 
 def build_loader(settings: Settings, data: Datasets, accelerator: Accelerator) -> Loader:
     """Return the loader of this rank's views."""
-    return Loader(
-        data.train,
-        AUGMENTATIONS[settings.data.augmentation],
-        batch=settings.data.batch,
-        seed=settings.seed,
-        rank=rank(),
-        world=world(),
-        prefetch_factor=settings.data.prefetch_factor,
-        shuffle=_shuffle(settings),
-        backend=data.backend.name,
-        order=settings.data.order,
-        dtype=DTYPES[accelerator.mixed_precision],
-        **{**loading(settings, accelerator.device), "size": settings.size_of_epochs},
-    )
+    chosen, views = settings.data, AUGMENTATIONS[settings.data.augmentation]
+    options = {**loading(settings, accelerator.device), "size": settings.size_of_epochs, "batch": chosen.batch}
+    options |= {"prefetch_factor": chosen.prefetch_factor, "backend": data.backend.name, "order": chosen.order}
+    options |= {"seed": settings.seed, "rank": rank(), "world": world(), "shuffle": _shuffle(settings)}
+    return Loader(data.train, views, dtype=DTYPES[accelerator.mixed_precision], **options)
 
 
 def _shuffle(settings: Settings) -> Shuffle | None:
@@ -177,7 +161,7 @@ def _shuffle(settings: Settings) -> Shuffle | None:
     return Shuffle(tuple(sorted(keys)), collectives.exchange, parts, only=tuple(sorted(keys - queries)))
 
 
-def loading(settings: Settings, device: torch.device) -> Mapping[str, Any]:
+def loading(settings: Settings, device: torch.device) -> dict[str, Any]:
     """Return the options that all loaders of a run share."""
     data = settings.data
     return {

@@ -139,8 +139,7 @@ def _count_parameters(model: Model) -> dict[str, int]:
     online = model.step.encoder
     parts = {"backbone": online.backbone, "projector": online.projector, "predictor": online.predictor}
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part is not None}
-    trained = sum(p.numel() for p in online.parameters() if p.requires_grad)
-    return {**counts, "trained": trained}
+    return {**counts, "trained": sum(p.numel() for p in online.parameters() if p.requires_grad)}
 
 
 def _count_held_bytes(settings: Settings, model: Model) -> int:

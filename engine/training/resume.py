@@ -80,9 +80,8 @@ def _remedy(run: Run) -> str:
     run.writer.wait()
     last, _ = storage.newest(run.folder.checkpoints)
     if last is None:
-        return (
-            "there is no checkpoint of it: start anew with a lower optim.lr, a longer warm-up or optim.clip_grad_norm 1"
-        )
+        remedy = "start anew with a lower optim.lr, a longer warm-up or optim.clip_grad_norm 1"
+        return f"there is no checkpoint of it: {remedy}"
     return f"resume from {last}, the last good one, at a lower rate: --resume auto --allow-change optim.lr --optim.lr N"
 
 
@@ -97,11 +96,9 @@ def restore(run: Run) -> None:
     tensors: dict[str, storage.Tensors] = {}
     checkpoint = broadcast_object(lambda: _open(run, tensors))
     if checkpoint is not None:
-        received = {
-            name: collectives.broadcast(tensors.get(name, {}), like, run.accelerator.device)
-            for name, like in checkpoint["tensors"].items()
-        }
-        _load_tensors(run, received)
+        device = run.accelerator.device
+        files = checkpoint["tensors"].items()
+        _load_tensors(run, {file: collectives.broadcast(tensors.get(file, {}), like, device) for file, like in files})
         if rank():
             _load_state(run, checkpoint)
         logger.info(f"resumed from {checkpoint['path']}")
@@ -143,10 +140,8 @@ def _read(run: Run, tensors: dict[str, storage.Tensors]) -> dict[str, Any] | Non
     compatibility.compare(run.settings, state, run.data.train.fingerprint, run.data.knn_fingerprint)
     later, _ = storage.newest(run.folder.checkpoints)
     if later is not None and storage.step_of(later) > state["step"]:
-        raise InputError(
-            f"{run.folder.path}: holds {later.name}, later than {path}: choose another --out, or remove the later "
-            "checkpoints"
-        )
+        problem = f"{run.folder.path}: holds {later.name}, later than {path}"
+        raise InputError(f"{problem}: choose another --out, or remove the later checkpoints")
     _check_fit(path, {"model": modules(run).state_dict(), "optimizer": _optimizer_tensors(run)}, saved)
     if "ranks" in saved:
         statistics = saved["ranks"].get(_ROWS, torch.zeros(1, 0))
@@ -169,14 +164,12 @@ def _find_checkpoint(run: Run) -> Path | None:
 def _check_fit(path: Path, expected: dict[str, storage.Tensors], saved: dict[str, storage.Tensors]) -> None:
     """Raise InputError for saved tensors of other names, shapes or dtypes than expected."""
     for file, named in expected.items():
-        for name in sorted(named.keys() | saved.get(file, {}).keys()):
-            ours, theirs = named.get(name), saved.get(file, {}).get(name)
-            if ours is None or theirs is None or ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-                kinds = ["is missing" if t is None else f"is {t.dtype} {list(t.shape)}" for t in (ours, theirs)]
-                raise InputError(
-                    f"{path / file}.safetensors: {name} {kinds[1]} there, and {kinds[0]} in this run: resume from "
-                    "another"
-                )
+        ours, theirs = collectives.described(named), collectives.described(saved.get(file, {}))
+        for name in sorted(ours.keys() | theirs.keys()):
+            here, there = ("{} {}".format(*kinds[name]) if name in kinds else "missing" for kinds in (ours, theirs))
+            if here != there:
+                problem = f"{name} is {there} there, and {here} in this run"
+                raise InputError(f"{path / file}.safetensors: {problem}: resume from another")
 
 
 def _load_state(run: Run, checkpoint: dict[str, Any]) -> None:
@@ -193,9 +186,8 @@ def _load_state(run: Run, checkpoint: dict[str, Any]) -> None:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         problem = f"{type(error).__name__}: {error}"
-        raise InputError(
-            f"{checkpoint['path']}/state.json: not of such a run ({problem}): resume from another"
-        ) from None
+        path = f"{checkpoint['path']}/state.json"
+        raise InputError(f"{path}: not of such a run ({problem}): resume from another") from None
     run.done = state["step"]
 
 
@@ -214,11 +206,12 @@ def _statistics(run: Run) -> RunningStatistics:
 
 def modules(run: Run) -> nn.ModuleDict:
     """Return the modules of a checkpoint by name: online encoder, schedule and, if any, momentum encoder and queue."""
+    model = run.model
     named = {
-        "online": run.model.step.encoder,
-        "target": run.model.target,
-        "queue": run.model.queue,
-        "schedule": run.model.step.schedule,
+        "online": model.step.encoder,
+        "target": model.target,
+        "queue": model.queue,
+        "schedule": model.step.schedule,
     }
     return nn.ModuleDict({name: module for name, module in named.items() if module is not None})
 
@@ -226,9 +219,5 @@ def modules(run: Run) -> nn.ModuleDict:
 def _optimizer_tensors(run: Run) -> dict[str, torch.Tensor]:
     """Return the optimizer's tensors by the parameter's name and their own, `PARAMETER|STATE`."""
     names = {id(p): name for name, p in run.model.step.encoder.named_parameters()}
-    return {
-        f"{names[id(p)]}|{key}": value
-        for p, state in run.model.optimizer.state.items()
-        for key, value in state.items()
-        if value is not None
-    }
+    states = {names[id(p)]: state for p, state in run.model.optimizer.state.items()}
+    return {f"{name}|{key}": value for name, s in states.items() for key, value in s.items() if value is not None}

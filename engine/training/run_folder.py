@@ -56,9 +56,9 @@ def check_out(settings: Settings) -> None:
     with _explained(settings):
         existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
         if not existing.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            raise OSError(errno.ENOTDIR, "")
         if not os.access(existing, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            raise OSError(errno.EACCES, "")
         if (out / ".lock").exists():
             _lock(out).close()
     refuse_existing_run(settings)
@@ -67,9 +67,8 @@ def check_out(settings: Settings) -> None:
 def refuse_existing_run(settings: Settings) -> None:
     """Raise InputError where the run folder has checkpoints, and is not to be resumed."""
     if not settings.resume and any((Path(settings.out) / "checkpoints").glob("step_*")):
-        raise InputError(
-            f"{settings.out}: already holds a run: add --resume auto to resume it, or choose another --out"
-        )
+        remedy = "add --resume auto to resume it, or choose another --out"
+        raise InputError(f"{settings.out}: already holds a run: {remedy}")
 
 
 def _lock(out: Path) -> IO[str]:
