@@ -25,7 +25,7 @@ print("beats", flush=True)
 time.sleep(600)  # like a collective that never returns
 """
 BEHAVIOR = {
-    "runs": f"time.sleep({2.5 * LIMIT})",
+    "runs": "time.sleep(600)",
     "finishes": f"time.sleep(1); beating.close(); time.sleep({2.5 * LIMIT})",
     "fails": "time.sleep(1); heartbeat.diagnose(ValueError(), beating); beating.close(); time.sleep(600)",
 }
