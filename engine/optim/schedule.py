@@ -43,7 +43,7 @@ class Schedule(nn.Module):
         steps = np.arange(total)
         rates = learning_rate(settings.optim, steps, steps_per_epoch, settings.data.batch)
         shares = 1 - momentum_after(settings.method, steps, len(steps))
-        dtype = torch.float64 if device.type == "cpu" else torch.float32  # what fused optimizers read
+        dtype = torch.float64 if device.type == "cpu" else torch.float32  # the dtype that fused optimizers read
         table = torch.from_numpy(np.stack([rates, np.broadcast_to(shares, len(steps))])).to(device, dtype)
         self.register_buffer("_table", table, persistent=False)
         self.register_buffer("_now", table[:, :1].clone(), persistent=False)

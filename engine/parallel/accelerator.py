@@ -22,7 +22,7 @@ from pipeline.system.errors import InputError
 logger = get_logger(__name__)
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-"""Dtype of the views by precision: the one that the encoder rounds to."""
+"""Dtype of the views by precision: the encoder rounds to it."""
 _NCCL_EXTRA_SECONDS = 30.0  # NCCL ends the process without a message: the heartbeat names the lost rank before that
 
 
@@ -33,12 +33,12 @@ class DeviceChoice(NamedTuple):
     precision: str
 
     def facts(self) -> dict[str, str]:
-        """Return what has to be the same on all ranks."""
+        """Return device and precision, which have to be the same on all ranks."""
         return {"device": "GPU" if self.on_gpu else "CPU", "precision": self.precision}
 
 
 def choose_device(settings: Settings, *, emulate: bool = False) -> DeviceChoice:
-    """Return this rank's device and precision. Raises InputError where its machine lacks what the settings ask for.
+    """Return this rank's device and precision. Raises InputError where its machine cannot serve the settings.
 
     The precision is `no` on a CPU without bfloat16 instructions, where torch emulates it many times slower than
     float32, unless `emulate`.

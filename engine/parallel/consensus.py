@@ -90,7 +90,7 @@ def _exchange(post: dict[str, Any], seconds: float) -> list[dict[str, Any]]:
 
 
 def leave() -> None:
-    """Have rank 0, whose process may hold the store, wait some seconds until the other ranks have come here too."""
+    """Keep rank 0, which may serve the store, here until the other ranks have read the last exchange, some seconds."""
     shared, key = store(), f"millrace/{_exchanges}/leave"
     if rank():
         shared.set(f"{key}/{rank()}", "")

@@ -33,8 +33,8 @@ _RATE_STEPS = 20
 def train(settings: Settings | None = None) -> dict[str, Any]:
     """Train by `settings`, by default the command line's; return the contents of `OUT/summary.json`.
 
-    Raises InputError, on all ranks, for what cannot work, Stopped after a stop request, Diverged, and LostRank and
-    other RunFailed for failures, the stack of every thread printed where the loader stalled or a rank was lost.
+    Raises InputError, on all ranks, for settings or data that cannot work, Stopped after a stop request, Diverged, and
+    LostRank or another RunFailed; a stalled loader or a lost rank prints the stack of every thread first.
     """
     follow_launcher()
     settings, device = agree_on_launch(settings)

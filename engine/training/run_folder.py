@@ -27,7 +27,7 @@ class RunFolder:
         self._lock: IO[str] | None = None
 
     def claim(self) -> None:
-        """Make the folder, lock it, and clear up what a killed run has left. Raises InputError."""
+        """Make the folder, lock it, and remove the remains of a killed run. Raises InputError."""
         with _explained(self._settings):
             if self._lock is None:
                 self.path.mkdir(parents=True, exist_ok=True)

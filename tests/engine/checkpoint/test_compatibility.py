@@ -134,7 +134,7 @@ def test_resume_is_refused_before_the_data_are_verified(
     monkeypatch.setattr(building, "verify_datasets", lambda *_: verified.append(1))
     monkeypatch.setattr(storage, "_sha256", lambda path: hashed.append(path) or sha256(path))
     resumed = [*out, "--resume", "auto", "--data.verify", "full"]
-    for train, evaluation, more, says in (
+    for train, evaluation, more, message in (
         (drawn, drawn, ["--seed", "1"], "seed 1: the checkpoint has 0"),
         (drawn, drawn, ["--optim.lr", "0.1"], "other settings: optim.lr 0.32 -> 0.1"),
         (drawn, tmp_path / "other.beton", [], "data.eval"),
@@ -143,7 +143,7 @@ def test_resume_is_refused_before_the_data_are_verified(
     ):
         data = ["--data.train", str(train), "--data.eval", str(evaluation)]
         assert main(monkeypatch, *resumed, *data, *more) == 2
-        assert says in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert not verified + hashed
     changed = ["--optim.lr", "0.1", "--allow-change", "optim.lr"]
     assert main(monkeypatch, *resumed, "--data.train", str(drawn), "--data.eval", str(drawn), *changed) == 0

@@ -52,7 +52,7 @@ def test_another_world_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         rendezvous._agree_on_prefix(store)
 
 
-def test_a_late_rank_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_late_rank_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(rendezvous, "NOTICE_SECONDS", 0.2)

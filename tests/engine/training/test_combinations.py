@@ -100,7 +100,7 @@ def test_trains_and_resumes_from_a_checkpoint(base: str, subset: tuple[str, ...]
 
 
 @pytest.mark.parametrize(("base", "term"), CANNOT.items())
-def test_a_term_that_a_base_cannot_carry_is_refused_with_the_reason(base: str, term: str, tmp_path: Path) -> None:
+def test_incompatible_term_is_refused_with_the_reason(base: str, term: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=rf"terms.{term}: {base} has no .*leave the term out"):
         settings(base, (term,), tmp_path, tmp_path)
 

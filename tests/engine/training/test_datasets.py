@@ -116,7 +116,7 @@ def test_intact_set_is_verified_without_a_warning(drawn: Path, capsys: pytest.Ca
     assert "warning" not in capsys.readouterr().err
 
 
-def test_the_set_for_knn_is_verified_too(drawn: Path, many: Path, tmp_path: Path) -> None:
+def test_data_set_for_knn_is_verified_too(drawn: Path, many: Path, tmp_path: Path) -> None:
     path = damaged(drawn, tmp_path / "bad.beton", [7])
     with pytest.raises(InputError, match=r"bad\.beton: 1 of 200 records are damaged, samples 7 "):
         verified(replace(settings(many, eval=str(path)), knn=Knn()))

@@ -1,4 +1,4 @@
-"""Parts of the loop that no whole run shows."""
+"""Parts of the loop that complete runs do not show."""
 
 from __future__ import annotations
 
