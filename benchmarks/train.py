@@ -67,7 +67,7 @@ def _measure(run: Run, steps: int, runs: int) -> dict[str, Any]:
     pairs = steps * run.settings.data.batch
     return {
         "device": run.accelerator.device.type,
-        "backend": f"{run.backend.name} ({run.backend.why})",
+        "backend": f"{run.data.backend.name} ({run.data.backend.why})",
         "log_every": run.settings.log_every,
         "training": spread([pairs / seconds for seconds in training]),
         "step": spread([pairs / seconds for seconds in bare]),

@@ -1,4 +1,4 @@
-"""The main job in small: images to beton, preview, MoCo v2 pretraining on whatever device is there, and what it gained.
+"""Demo: images to beton, preview, MoCo v2 pretraining on the machine's device, and kNN before and after.
 
 ./millrace demo                 # ten classes of drawn images
 ./millrace demo DATA            # a folder, tar, zip or beton of yours
@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+import logging
 import math
 import shlex
 import subprocess
@@ -36,25 +36,26 @@ from pipeline.beton import Beton
 from pipeline.inspect import preview
 from pipeline.prepare import prepare
 from pipeline.sources.archives import open_source
+from pipeline.system.cli import ArgumentParser
 from pipeline.system.errors import InputError, command
-from pipeline.system.text import printable
 from pipeline.views import AUGMENTATIONS
 
-_TRAIN, _TEST = 5000, 1000  # drawn images
-_SMALL = 96  # images of at most this many pixels a side are trained on at 32 pixels
-_MOST_EPOCHS = 60
-_ENOUGH = 125_000  # pairs: of drawn images 140,000 gave a kNN top-1 of 75 %, 40,000 of 31 %
+logger = logging.getLogger(__name__)
+
+_TRAIN_IMAGES, _TEST_IMAGES = 5000, 1000  # drawn
+_SMALL_PIXELS = 96  # images of at most this side are trained on at 32 pixels
+_MIN_IMAGES = 16
+_MAX_EPOCHS = 60
+_ENOUGH_PAIRS = 125_000  # of drawn images 140,000 gave a kNN top-1 of 75 %, 40,000 of 31 %
 _KNN_LIMIT = 10000
-_STEPS = (
-    78  # an epoch at least, where there are images for it: a queue learns in many small steps, not in few large ones
-)
-_MOST_IMAGES = 20000  # of a folder or archive, evenly spread: an epoch ends in a few minutes anywhere
+_MIN_STEPS = 78  # of an epoch, if there are images for it: a queue learns in many small steps, not in few large ones
+_MAX_IMAGES = 20000  # of a folder or archive, evenly spread: an epoch ends in a few minutes anywhere
 
 
 def _sources(data: str | None) -> list[tuple[str, str | None]]:
-    """Return sources and subsets to prepare for training and, where there is one, for evaluation; none for a beton."""
+    """Return sources and subsets to prepare, for training and, if any, for evaluation; none for a beton."""
     if data is None:
-        return [(f"synthetic:{_TRAIN}", None), (f"synthetic:{10 * _TRAIN}:{_TEST}", None)]
+        return [(f"synthetic:{_TRAIN_IMAGES}", None), (f"synthetic:{10 * _TRAIN_IMAGES}:{_TEST_IMAGES}", None)]
     if data.endswith(".beton"):
         Beton(data)
         return []
@@ -64,16 +65,16 @@ def _sources(data: str | None) -> list[tuple[str, str | None]]:
 
 
 def _prepared(sources: list[tuple[str, str | None]], out: Path) -> tuple[Path, Path]:
-    """Return training and evaluation betons, written into `out`.
+    """Write training and evaluation betons into `out`; return their paths.
 
-    With one source both are the same file, of which every tenth image is evaluated.
+    With one source both are the same file, and every tenth image is evaluated.
     """
     written = []
     for (source, subset), name in zip(sources, ("train.beton", "eval.beton"), strict=False):
-        print(f"preparing {source}{f', {subset}' if subset else ''} ...", flush=True)
-        manifest = prepare(source, out / name, subset=subset, skip_bad=100, limit=_MOST_IMAGES)
+        logger.info(f"preparing {source}{f', {subset}' if subset else ''} ...")
+        manifest = prepare(source, out / name, subset=subset, skip_bad=100, limit=_MAX_IMAGES)
         for image, reason in manifest.skipped:
-            print(printable(f"left out: {image}: {reason}"))
+            logger.warning(f"left out: {image}: {reason}")
         written.append(out / name)
     return written[0], written[-1]
 
@@ -90,13 +91,13 @@ def _subsets(data: str) -> list[str | None]:
 
 
 def _settings(train: Path, evaluation: Path, out: Path) -> Settings:
-    """Return a small MoCo v2 run for that data and this machine, its epochs still open."""
+    """Return settings of a small MoCo v2 run for these data and this machine, their epochs still open."""
     beton, gpu = Beton(train), torch.cuda.is_available()
-    if len(beton) < 16:
-        raise InputError(f"{train}: {len(beton)} images: give at least 16, better a thousand")
-    small = beton.longest_side <= _SMALL
+    if len(beton) < _MIN_IMAGES:
+        raise InputError(f"{train}: {len(beton)} images: give at least {_MIN_IMAGES}, better a thousand")
+    small = beton.longest_side <= _SMALL_PIXELS
     devices = 2 * max(1, torch.cuda.device_count())
-    batch = max(devices, min(256, len(beton) // _STEPS) // devices * devices)
+    batch = max(devices, min(256, len(beton) // _MIN_STEPS) // devices * devices)
     labeled = bool((beton.labels >= 0).all() and (Beton(evaluation).labels >= 0).all())
     return Settings(
         data=Data(
@@ -107,12 +108,7 @@ def _settings(train: Path, evaluation: Path, out: Path) -> Settings:
             batch=batch,
             eval_crop_ratio=1.0 if small else 0.875,
         ),
-        model=Model(
-            arch="resnet18",
-            stem="small" if small else "imagenet",
-            width=1.0 if gpu else 0.25,
-            bn="shuffle",
-        ),
+        model=Model(arch="resnet18", stem="small" if small else "imagenet", width=1.0 if gpu else 0.25, bn="shuffle"),
         method=Method(temperature=0.1, ema_momentum=0.99, queue_size=max(batch, min(4096, len(beton) // 2))),
         optim=Optim(
             lr=0.12 * math.sqrt(batch / 256), weight_decay=5e-4, epochs=1, schedule="cosine", schedule_interval="step"
@@ -125,37 +121,36 @@ def _settings(train: Path, evaluation: Path, out: Path) -> Settings:
 
 
 def _precision(gpu: bool) -> Literal["no", "fp16", "bf16"]:
-    """Return the quickest that there is."""
+    """Return the fastest precision of this machine."""
     if gpu:
         return "bf16" if bfloat16_on_gpu() else "fp16"
     return "bf16" if bfloat16_on_cpu() else "no"
 
 
 def _with_epochs(settings: Settings, minutes: float) -> Settings:
-    """Give the run as many epochs as it trains in that time, measured on a few steps."""
+    """Set the number of epochs to fit into `minutes`, by the rate of a few steps; return the settings."""
     rate = measure_rate(settings) * max(1, torch.cuda.device_count())
     samples = len(Beton(settings.data.train))
-    epochs = int(min(max(rate * minutes * 60 / samples, 1), _MOST_EPOCHS))
+    epochs = int(min(max(rate * minutes * 60 / samples, 1), _MAX_EPOCHS))
     settings.optim.epochs = epochs
     settings.optim.warmup_epochs = 1.0 if epochs > 4 else 0.0
     settings.knn.every = max(1, epochs // 10)
     minutes = samples * epochs / rate / 60
     length = f"{epochs} epoch{'s' * (epochs > 1)} of {samples} images, about {minutes:.1f} min"
-    print(f"{rate:.0f} pairs/s here: training {length}")
-    if samples * epochs < _ENOUGH:
-        print(f"that is little to learn from: {_ENOUGH} pairs take --minutes {math.ceil(_ENOUGH / rate / 60)} here")
+    logger.info(f"{rate:.0f} pairs/s here: training {length}")
+    if samples * epochs < _ENOUGH_PAIRS:
+        needed = math.ceil(_ENOUGH_PAIRS / rate / 60)
+        logger.warning(f"that is little to learn from: {_ENOUGH_PAIRS} pairs take --minutes {needed} here")
     return settings
 
 
 def _baselines(settings: Settings) -> dict[str, float]:
     """Return kNN top-1 of raw pixels and of the untrained encoder."""
-    data, knn = settings.data, settings.knn
-    device = _device()
-    loading: dict[str, Any] = {"size": data.size, "batch": 256, "share": data.eval_crop_ratio, "device": device}
-    options: dict[str, Any] = {"k": knn.k, "temperature": knn.temperature, "limit": knn.limit}
-    evaluation = KnnEvaluation(Beton(data.train), Beton(data.eval), **options, **loading)
+    data, knn, model, device = settings.data, settings.knn, settings.model, _device()
+    options: dict[str, Any] = {"k": knn.k, "temperature": knn.temperature, "limit": knn.limit, "device": device}
+    options |= {"size": data.size, "batch": 256, "share": data.eval_crop_ratio}
+    evaluation = KnnEvaluation(Beton(data.train), Beton(data.eval), **options)
     set_seed(settings.seed)
-    model = settings.model
     untrained = place(build_backbone(model.arch, stem=model.stem, width=model.width), device)
     return {"raw pixels": evaluation.top1(RawPixels()), "untrained encoder": evaluation.top1(untrained)}
 
@@ -165,9 +160,9 @@ def _device() -> torch.device:
 
 
 def _launch(config: Path) -> None:
-    """Train as the recipe `config` says, the way a user would.
+    """Train by the recipe `config`, like a user.
 
-    Raises KeyboardInterrupt after Ctrl-C, once the training, which has it too, ended with its checkpoint.
+    Raises KeyboardInterrupt after Ctrl-C, once the training, which receives it too, has ended with its checkpoint.
     """
     arguments = [str(Path(__file__).with_name("run.py")), "--config", str(config)]
     command, shown = [sys.executable], "python"
@@ -180,10 +175,10 @@ def _launch(config: Path) -> None:
             "--quiet",
             "--mixed_precision",
             "no",
-            *options,
-        ]
+        ] + options
         shown = f"accelerate launch {' '.join(options)}"
-    print(f"$ {shown} {shlex.join(arguments)}", flush=True)
+    shown = f"{shown} {shlex.join(arguments)}"
+    logger.info(f"$ {shown}")
     interrupted, training = False, subprocess.Popen([*command, *arguments])
     while training.poll() is None:
         try:
@@ -191,25 +186,26 @@ def _launch(config: Path) -> None:
         except KeyboardInterrupt:
             interrupted = True
     if interrupted:
-        print(f"its training goes on with: {shown} {shlex.join(arguments)} --resume auto", file=sys.stderr)
+        logger.info(f"resume its training with: {shown} --resume auto")
         raise KeyboardInterrupt
     if training.returncode:
         raise InputError(f"training failed (see the lines above): its settings are in {config}")
 
 
-def _evaluated(train: Path, evaluation: Path) -> int:
+def _count_evaluated(train: Path, evaluation: Path) -> int:
     """Return the number of images that kNN classifies."""
     count = len(Beton(evaluation))
     return min(-(-count // 10), _KNN_LIMIT) if train == evaluation else count
 
 
 def _table(rows: dict[str, float], summary: dict[str, Any], evaluated: int) -> Table:
+    """Return kNN top-1 before and after training, and figures of the training."""
     table = Table(title="Millrace demo", show_header=False)
     for name, top1 in rows.items():
         table.add_row(f"kNN top-1, {name}", f"{top1:.1%}")
     if rows:
         table.add_row("evaluated on", f"{evaluated} images")
-    if not rows:
+    else:
         table.add_row("kNN top-1", "none: the images have no labels")
     table.add_row("loss", f"{summary['loss']:.3f}")
     epochs = f"{summary['epoch']:.0f} epoch{'s' * (summary['epoch'] > 1)}"
@@ -219,23 +215,23 @@ def _table(rows: dict[str, float], summary: dict[str, Any], evaluated: int) -> T
     return table
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="./millrace demo", description="Prepare, preview, pretrain, evaluate.")
-    parser.add_argument("data", metavar="DATA", nargs="?", help="folder, .tar, .zip or .beton (default: drawn images)")
-    parser.add_argument("--out", type=Path, help="folder for everything (default: runs/demo-DATE-TIME)")
-    parser.add_argument("--minutes", type=float, default=3.5, help="training time to aim for (default %(default)s)")
-    return parser.parse_args()
+def parser() -> ArgumentParser:
+    made = ArgumentParser(prog="./millrace demo", description="Prepare, preview, pretrain, evaluate.")
+    made.add_argument("data", metavar="DATA", nargs="?", help="folder, .tar, .zip or .beton (default: drawn images)")
+    made.add_argument("--out", type=Path, help="folder for everything (default: runs/demo-DATE-TIME)")
+    made.add_argument("--minutes", type=float, default=3.5, help="target training time (default %(default)s)")
+    return made
 
 
 @command
 def main() -> None:
-    args = _arguments()
+    args = parser().parse_args()
     if not 0 < args.minutes <= 10000:
         raise InputError(f"--minutes {args.minutes}: give a number above 0")
     out = args.out or Path("runs") / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
     sources = _sources(args.data)
     if (out / "run").exists():
-        raise InputError(f"{out}: already holds a demonstration: choose another folder with --out")
+        raise InputError(f"{out}: already holds a demo: choose another folder with --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -254,8 +250,8 @@ def main() -> None:
     if "knn_top1" in summary:
         rows |= {"trained encoder": summary["knn_top1"]}
     (out / "demo.json").write_text(json.dumps(rows, indent=1) + "\n")
-    Console().print(_table(rows, summary, _evaluated(train, evaluation)))
-    wanted = Wanted("", 8, _TEST, settings.seed, "online", _device())
+    Console().print(_table(rows, summary, _count_evaluated(train, evaluation)))
+    wanted = Wanted("", 8, _TEST_IMAGES, settings.seed, "online", _device())
     write(report(read_runs([run]), wanted), out / "report.html")
     files = {"run folder": run, "preview": picture, "curve": out / "curve.png", "report": out / "report.html"}
     for name, path in files.items():

@@ -9,9 +9,9 @@ if __name__ == "__main__":  # a script's own folder comes first on the module pa
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from engine.config.cli import parse, shared, wants_dry_run
-from engine.fault_tolerance.heartbeat import LostProcess
+from engine.fault_tolerance.heartbeat import LostRank
 from engine.fault_tolerance.preemption import Stopped
-from engine.parallel.consensus import together
+from engine.parallel.consensus import run_on_all_ranks
 from engine.parallel.rendezvous import rank
 from engine.training.dry_run import dry_run
 from engine.training.loop import train
@@ -20,25 +20,22 @@ from pipeline.system.errors import command, report
 
 @command
 def main() -> int:
-    settings = together(parse, shared)
     if wants_dry_run():
-        dry_run(settings)
+        dry_run(run_on_all_ranks(parse, must_match=shared))
         return 0
-    first = rank() == 0
     try:
-        summary = train(settings)
+        summary = train()
     except Stopped as stopped:
-        if first:
+        if rank() == 0:
             print(stopped)
         return stopped.status
-    except LostProcess as lost:
+    except LostRank as lost:
         report(lost, 1)
         sys.stdout.flush()
-        os._exit(1)  # torch's own end would wait for the lost one
-    if not first:
-        return 0
-    result = f", kNN top-1 {summary['knn_top1']:.2%}" if "knn_top1" in summary else ""
-    print(f"finished after step {summary['step']}: loss {summary.get('loss', math.nan):.4f}{result}")
+        os._exit(1)  # torch's own end would wait for the lost rank
+    if rank() == 0:
+        result = f", kNN top-1 {summary['knn_top1']:.2%}" if "knn_top1" in summary else ""
+        print(f"finished after step {summary['step']}: loss {summary.get('loss', math.nan):.4f}{result}")
     return 0
 
 

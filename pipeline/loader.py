@@ -157,7 +157,7 @@ class Loader:
         self._views, self._batch, self._seed, self._rank, self._world = views, batch, seed, rank, world
         self._order, self._shuffle, self._device = order, shuffle, numbered(chosen.device)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        # Begin the views of the next batch early, where its crops are ready, unless all ranks exchange views at once.
+        # Begin the views of the next batch early, where its crops are ready; not where ranks exchange views.
         self._stages = self._stream is not None and shuffle is None
         self._staged: Batch | Exception | None = None
         self._orders: dict[int, np.ndarray] = {}  # of this epoch and, near its end, the next

@@ -1,4 +1,4 @@
-"""Runs a function in several CPU processes that talk over gloo."""
+"""Runs a function on several CPU ranks that communicate over gloo."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ import torch
 from torch import multiprocessing
 
 from engine.parallel import consensus, rendezvous
+from pipeline.system import logs
 
-# Processes are forked from one that has imported all this, and done nothing yet. (An optimizer imports torch._dynamo.)
+# Ranks are forked from a process that has imported all this and done nothing yet. (Optimizers import torch._dynamo.)
 multiprocessing.set_forkserver_preload(["accelerate", "torch.distributed", "torch._dynamo", "engine.run"])
 
 
 def on_ranks(world: int, function: Callable[..., None], *arguments: Any) -> None:
-    """Call `function(*arguments)`, of module level, in `world` processes set up as a launcher would set them up."""
+    """Call `function(*arguments)`, of module level, on `world` ranks, set up as a launcher does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.start_processes(_rank, (world, port, function, arguments), world, start_method="forkserver")
+    multiprocessing.start_processes(_run, (world, port, function, arguments), world, start_method="forkserver")
 
 
-def _rank(rank: int, world: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _run(rank: int, world: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -35,6 +36,7 @@ def _rank(rank: int, world: int, port: int, function: Callable[..., None], argum
         ACCELERATE_USE_CPU="true",
     )
     torch.set_num_threads(1)
+    logs.configure()
     function(*arguments)
     if rendezvous._store is not None:
         consensus.leave()

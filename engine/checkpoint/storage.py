@@ -1,11 +1,11 @@
-"""Checkpoints: safetensors and JSON, written beside and renamed, every file hashed. Nothing is ever unpickled.
+"""Checkpoints: safetensors and JSON, written to a temporary folder and renamed, all hashed; nothing is unpickled.
 
 checkpoints/step_00001234/model.safetensors      online.*, target.*, queue.*, schedule.*
                          /optimizer.safetensors  PARAMETER|STATE
-                         /state.json             positions, settings, what made it, and the SHA-256 of the files
-checkpoints/latest                               the newest one's name
+                         /state.json             positions, settings, provenance, and the SHA-256 of the files
+checkpoints/latest                               the name of the newest one
 
-What stands under another name there (`.step_...`) is on its way in or out.
+Folders with a dot before their name (`.step_...`) are being written or removed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -26,24 +27,26 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialized
 
-from pipeline.system.errors import InputError, RunFailed, describe_error, tell
+from pipeline.system.errors import InputError, RunFailed, describe_error
 from pipeline.system.limits import check_levels, read_bytes
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 5
 _READABLE = (4, FORMAT)
 _RENAMED = {"optimiser": "optimizer"}  # files of format 4
 Tensors = dict[str, torch.Tensor]
-_LARGEST_STATE = 1 << 26  # bytes of a state.json: more is not one
-_LAST_STEP = 1 << 53
-_ROOM = 1 << 20  # bytes wanted free besides the tensors'
+_MAX_STATE_BYTES = 1 << 26
+_MAX_STEP = 1 << 53
+_SPARE_BYTES = 1 << 20  # needed in addition to the tensors'
 _KEYS = {"format": int, "step": int, "loader": dict, "monitor": dict, "settings": dict, "files": dict}
 
 
 class Writer:
-    """Writes a run's checkpoints into `folder`, in a thread of its own: training waits for copies on the device only.
+    """Writes a run's checkpoints into `folder` from a thread: training waits for copies on the device only.
 
-    What cannot be written is told on stderr; training goes on, and earlier checkpoints stay. Kept are the newest `keep`
-    (0: all), and those whose step is a multiple of `keep_every` (0: none besides).
+    A failure to write is a warning; training continues, and earlier checkpoints stay. The newest `keep` remain
+    (0: all), and those of steps that are a multiple of `keep_every` (0: no others).
     """
 
     def __init__(self, folder: Path, keep: int, keep_every: int = 0) -> None:
@@ -53,7 +56,7 @@ class Writer:
         """Why the newest checkpoint was not written, if it was not."""
 
     def save(self, step: int, tensors: dict[str, Tensors], state: dict[str, Any]) -> None:
-        """Begin to write a checkpoint of `step` as things stand now; waits for the one before."""
+        """Start to write a checkpoint of `step` from copies of the tensors; waits for the one before."""
         self.wait()
         copies = {file: {name: _copy(t) for name, t in values.items()} for file, values in tensors.items()}
         on_gpu = [t for values in copies.values() for t in values.values() if t.is_cuda]
@@ -62,13 +65,13 @@ class Writer:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until the checkpoint that is being written is there, or has failed."""
+        """Wait until the checkpoint that is being written is finished, or has failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def finish(self) -> None:
-        """Wait for it as the last one. Raises RunFailed where it could not be written."""
+        """Wait for the last checkpoint. Raises RunFailed where it could not be written."""
         self.wait()
         if self.problem:
             raise RunFailed(f"{self._folder}: the last checkpoint could not be written ({self.problem})")
@@ -79,60 +82,61 @@ class Writer:
                 copied.synchronize()
             write(self._folder, step, tensors, state)
             self.problem = ""
-        except Exception as error:  # whatever it is: the run is worth more than one checkpoint of it
+        except Exception as error:  # of any kind: the run is worth more than one checkpoint of it
             self.problem = describe_error(error)
-            left = _all(self._folder)
-            kept = f"the newest is {left[0].name}" if left else "there is none yet"
-            tell(
-                f"warning: step {step}: the checkpoint could not be written ({self.problem}): training goes on; {kept}"
-            )
+            newest = last(self._folder)
+            left = f"the newest is {newest.name}" if newest else "there is none yet"
+            problem = f"the checkpoint could not be written ({self.problem})"
+            logger.warning(f"step {step}: {problem}: training continues; {left}")
             return
         try:
             settle(self._folder, step, self._keep, self._keep_every)
         except OSError as error:
-            says = f"earlier checkpoints could not be tidied up ({describe_error(error)})"
-            tell(f"warning: step {step}: the checkpoint is written, but {says}: training goes on")
+            problem = f"earlier checkpoints could not be removed ({describe_error(error)})"
+            logger.warning(f"step {step}: the checkpoint is written, but {problem}: training continues")
 
 
 def write(folder: Path, step: int, tensors: dict[str, Tensors], state: dict[str, Any]) -> Path:
-    """Write a checkpoint of `step` into `folder`, for `settle` to follow.
+    """Write a checkpoint of `step` into `folder`; call `settle` after it.
 
-    tensors: by file name without suffix. A crash at any point leaves a whole checkpoint, if there was one. Raises
-    OSError where it cannot be written; the others are then as they were.
+    tensors: by file name without suffix. A crash at any point leaves an intact checkpoint, if there was one. Raises
+    OSError where it cannot be written; the others then stay as they were.
     """
     final = folder / f"step_{step:08d}"
-    beside, aside = folder / f".{final.name}.writing", folder / f".{final.name}.old"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    temporary, old = folder / f".{final.name}.writing", folder / f".{final.name}.old"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     try:
-        _check_room(folder, sum(t.nbytes for values in tensors.values() for t in values.values()))
+        _check_free_space(folder, sum(t.nbytes for values in tensors.values() for t in values.values()))
         files = {}
         for name, values in tensors.items():
-            path = beside / f"{name}.safetensors"
+            path = temporary / f"{name}.safetensors"
             files[path.name] = _store(path, serialized({key: value.cpu() for key, value in values.items()}))
         document = {"format": FORMAT, "step": step, **state, "files": files}
         document["sha256"] = _hash_of(document)
-        _store(beside / "state.json", json.dumps(document, indent=1).encode())
-        _sync(beside)
-        shutil.rmtree(aside, ignore_errors=True)
+        _store(temporary / "state.json", json.dumps(document, indent=1).encode())
+        _sync(temporary)
+        shutil.rmtree(old, ignore_errors=True)
         if final.exists():
-            os.replace(final, aside)
-        os.replace(beside, final)
+            os.replace(final, old)
+        os.replace(temporary, final)
     except BaseException:
-        if aside.exists() and not final.exists():
-            os.replace(aside, final)
-        shutil.rmtree(beside, ignore_errors=True)
+        if old.exists() and not final.exists():
+            os.replace(old, final)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     return final
 
 
 def settle(folder: Path, step: int, keep: int = 0, keep_every: int = 0) -> None:
-    """Have `latest` name the checkpoint of `step`, which is whole; remove what is not kept, as `Writer` says.
+    """Set `latest` to the checkpoint of `step`, which is intact; remove older ones as `Writer` says.
 
-    Raises OSError where that cannot be done.
+    Raises OSError.
     """
-    name = f"step_{step:08d}"
-    _point_to(folder, name)
+    name, temporary = f"step_{step:08d}", folder / ".latest.writing"
+    _store(temporary, name.encode())
+    os.replace(temporary, folder / "latest")
+    _sync(folder)
     shutil.rmtree(folder / f".{name}.old", ignore_errors=True)
     for old in _all(folder)[keep:] if keep else []:
         if not keep_every or step_of(old) % keep_every:
@@ -142,7 +146,7 @@ def settle(folder: Path, step: int, keep: int = 0, keep_every: int = 0) -> None:
 
 
 def clear_up(folder: Path) -> None:
-    """Remove what a run that was killed left half written or half removed; put back what it had put aside."""
+    """Remove the checkpoints that a killed run left half written or removed; put back one that it was replacing."""
     for path in folder.glob(".step_*.old"):
         final = folder / path.name.removeprefix(".").removesuffix(".old")
         if not final.exists():
@@ -154,7 +158,7 @@ def clear_up(folder: Path) -> None:
 
 
 def load(path: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
-    """Return tensors and state of the checkpoint at `path`. Raises InputError where it is not whole."""
+    """Return tensors and state of the checkpoint at `path`. Raises InputError where it is damaged."""
     state = read_state(path)
     tensors = {}
     for name in state["files"]:
@@ -167,12 +171,12 @@ def load(path: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
 
 
 def last(folder: Path) -> Path | None:
-    """Return the newest checkpoint in `folder`, whole or not."""
+    """Return the newest checkpoint in `folder`, intact or not."""
     return next(iter(_all(folder)), None)
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest whole checkpoint in `folder`, and what is wrong with each newer one that was passed over."""
+    """Return the newest intact checkpoint in `folder`, and the problem of each newer one, which is skipped."""
     broken: list[str] = []
     for path in _all(folder):
         try:
@@ -189,12 +193,12 @@ def step_of(path: Path) -> int:
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy that shares no memory, contiguous: on its device, or on the CPU where there is no room."""
-    own = tensor.detach()
+    """Return a contiguous copy in new memory: on the same device, or on the CPU where that is full."""
+    tensor = tensor.detach()
     try:
-        return own.clone(memory_format=torch.contiguous_format)
+        return tensor.clone(memory_format=torch.contiguous_format)
     except torch.OutOfMemoryError:
-        return own.to("cpu", copy=True).contiguous()
+        return tensor.to("cpu", copy=True).contiguous()
 
 
 def _all(folder: Path) -> list[Path]:
@@ -202,22 +206,22 @@ def _all(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("step_*") if p.name[5:].isdecimal()), key=step_of, reverse=True)
 
 
-def _check_room(folder: Path, wanted: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < wanted + _ROOM:
-        says = f"{wanted / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free in {folder}"
-        raise OSError(errno.ENOSPC, says)
+def _check_free_space(folder: Path, needed_bytes: int) -> None:
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes + _SPARE_BYTES:
+        problem = f"{needed_bytes / 1e6:.0f} MB are needed, {free_bytes / 1e6:.0f} MB are free in {folder}"
+        raise OSError(errno.ENOSPC, problem)
 
 
 def read_state(path: Path, *, tensors: bool = True) -> dict[str, Any]:
-    """Return what `state.json` of a checkpoint says. Raises InputError where that, or a file of tensors, is damaged.
+    """Return the contents of a checkpoint's `state.json`. Raises InputError where it, or a file of tensors, is damaged.
 
-    tensors: read their files too, to compare their hashes.
+    tensors: read the files of tensors too, to compare their hashes.
     """
     remedy, file = "resume from another checkpoint", path / "state.json"
     if not file.exists():
         raise InputError(f"{path}: not a checkpoint (it has no state.json): give the path of a step_... folder")
-    content = read_bytes(file, _LARGEST_STATE, remedy)
+    content = read_bytes(file, _MAX_STATE_BYTES, remedy)
     try:
         state = json.loads(content)
         check_levels(state)
@@ -231,11 +235,11 @@ def read_state(path: Path, *, tensors: bool = True) -> dict[str, Any]:
     for key, kind in _KEYS.items():
         if not isinstance(state.get(key), kind) or isinstance(state.get(key), bool):
             raise InputError(f"{file}: {key} is {state.get(key)!r}: {remedy}")
-    if not 0 <= state["step"] <= _LAST_STEP:
-        raise InputError(f"{file}: step is beyond all measure: {remedy}")
+    if not 0 <= state["step"] <= _MAX_STEP:
+        raise InputError(f"{file}: step is out of range: {remedy}")
     for name, sha256 in state["files"].items():
         if not re.fullmatch(r"\w+\.safetensors", name):
-            raise InputError(f"{file}: names a file {name!r}: {remedy}")
+            raise InputError(f"{file}: names an impossible file {name!r}: {remedy}")
         if not (path / name).is_file() or (tensors and _sha256(path / name) != sha256):
             raise InputError(f"{path / name}: damaged or missing (its hash differs): {remedy}")
     return state
@@ -254,7 +258,7 @@ def _sha256(path: Path) -> str:
 
 
 def _store(path: Path, content: bytes) -> str:
-    """Write a file to the disk itself; return the SHA-256 of what was to be written."""
+    """Write a file to the disk itself, past the system's cache; return the SHA-256 of `content`."""
     with open(path, "wb") as file:
         file.write(content)
         file.flush()
@@ -268,10 +272,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _point_to(folder: Path, name: str) -> None:
-    beside = folder / ".latest.writing"
-    _store(beside, name.encode())
-    os.replace(beside, folder / "latest")
-    _sync(folder)

@@ -15,8 +15,8 @@ from engine.evaluate.accuracy import Scores
 from engine.evaluate.evaluation import Trial, share_of, start
 from engine.evaluate.splits import HELD_OUT, held_out, refuse_other_classes, refuse_unlabeled, unseen
 from engine.parallel import collectives
-from engine.parallel.consensus import from_all
-from engine.parallel.rendezvous import processes_here
+from engine.parallel.consensus import all_gather_object
+from engine.parallel.rendezvous import local_world
 from methods.vit import PATCH
 from pipeline.backends.select_backend import Choice, agreed, choose
 from pipeline.beton import Beton, count_classes
@@ -58,8 +58,8 @@ class Bench(Trial):
     def loading(self, beton: Beton) -> dict[str, Any]:
         """Return the loaders' options."""
         if beton.fingerprint not in self.backends:
-            sharing = {"processes": processes_here(), "cores": self.workers}
-            wanted = from_all(lambda: choose(self.args.backend, beton, self.device, **sharing))
+            sharing = {"processes": local_world(), "cores": self.workers}
+            wanted = all_gather_object(lambda: choose(self.args.backend, beton, self.device, **sharing))
             self.backends[beton.fingerprint] = agreed([Choice(*choice) for choice in wanted]).name
         return {
             "size": self.size,

@@ -18,8 +18,8 @@ from torch import nn
 from engine.config.settings import Settings
 from engine.parallel import collectives
 from engine.parallel.accelerator import build_accelerator, warn_of_precision
-from engine.parallel.consensus import together
-from engine.parallel.rendezvous import cores_here
+from engine.parallel.consensus import run_on_all_ranks
+from engine.parallel.rendezvous import cores_per_rank
 from engine.weights.load import Loaded, digest, load_encoder
 from methods.encoders import place
 from pipeline.system.errors import InputError, RunFailed
@@ -75,7 +75,7 @@ class Trial:
     @property
     def workers(self) -> int:
         """Threads of this process that load images."""
-        return self.args.workers or cores_here()
+        return self.args.workers or cores_per_rank()
 
     @property
     def sharing(self) -> dict[str, int]:
@@ -160,13 +160,13 @@ D = TypeVar("D", bound=Data)
 def start(kind: type[T], args: argparse.Namespace, open_sets: Callable[[], tuple[D, D]]) -> T:
     """Return the trial of a command line. Raises InputError, on all processes, for what cannot work."""
     accelerator = build_accelerator(Settings(precision=args.precision, cpu=args.cpu, tracker="none", seed=args.seed))
-    encoder = together(lambda: load_encoder(args.checkpoint, args.which, heads=args.heads))
-    train, test = together(
+    encoder = run_on_all_ranks(lambda: load_encoder(args.checkpoint, args.which, heads=args.heads))
+    train, test = run_on_all_ranks(
         open_sets,
         lambda sets: {f"--{n}": s.fingerprint for n, s in zip(("train", "test"), sets, strict=True)},
     )
     trial = kind(args, accelerator, encoder, train, test, args.out or _beside(args.checkpoint))
-    together(trial.check)
+    run_on_all_ranks(trial.check)
     warn_of_precision(args.precision, accelerator)
     trial.say(encoder.summary())
     for warning in encoder.warnings:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.evaluate.classification import Bench
 from engine.parallel import collectives
-from engine.parallel.consensus import from_first
+from engine.parallel.consensus import broadcast_object
 from pipeline.system.errors import describe_error
 
 Pass = tuple[torch.Tensor, torch.Tensor]
@@ -23,7 +23,7 @@ Pass = tuple[torch.Tensor, torch.Tensor]
 def take_up(bench: Bench, path: Path, settings: dict[str, Any]) -> Pass | None:
     """Return, on all processes, the pass in the file at `path`; None where there is none of those settings, whole."""
     read: dict[str, torch.Tensor] = {}
-    like = from_first(lambda: _read(bench, path, settings, read))
+    like = broadcast_object(lambda: _read(bench, path, settings, read))
     if like is None:
         return None
     found = collectives.broadcast(read, like, bench.device)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from engine.evaluate.classification import Bench
 from engine.parallel import collectives
-from engine.parallel.consensus import together
+from engine.parallel.consensus import run_on_all_ranks
 from pipeline.loader import CenterLoader
 from pipeline.system.errors import InputError
 from pipeline.system.files import write_atomic, write_json
@@ -31,11 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(bench: Bench) -> None:
     """Write the features of all images of --train, and their ids and labels."""
     to = bench.args.to or bench.out / "features.npy"
-    together(lambda: _check(to))
+    run_on_all_ranks(lambda: _check(to))
     partial = to.with_name(f".{to.name}.partial.npy")
     ids = _written(bench, partial)
     bench.check_frozen()
-    together(lambda: _finish(bench, partial, to, ids) if bench.first else None)
+    run_on_all_ranks(lambda: _finish(bench, partial, to, ids) if bench.first else None)
     bench.say(f"written: {to}, {len(bench.train)} features of {bench.backbone.features}")
 
 
@@ -52,7 +52,7 @@ def _written(bench: Bench, partial: Path) -> np.ndarray:
     own = shares[collectives.rank()]
     position = partial.with_suffix(f".{collectives.rank()}of{collectives.world()}.json")
     shape, settings = (len(bench.train), int(bench.backbone.features)), bench.settings()  # type: ignore[arg-type]
-    together(lambda: _make(partial, position, shape, settings))
+    run_on_all_ranks(lambda: _make(partial, position, shape, settings))
     rows = np.lib.format.open_memmap(partial, "r+")
     read = _read(position, settings, len(bench.train), len(own)) or []
     batch = bench.args.batch or 256

@@ -16,7 +16,7 @@ from engine.evaluate.evaluation import Trial
 from engine.optim.optimizer import begin_momentum
 from engine.parallel import collectives
 from engine.parallel.accelerator import prepared
-from engine.parallel.consensus import from_first, together
+from engine.parallel.consensus import broadcast_object, run_on_all_ranks
 from pipeline.system.errors import InputError
 
 B = TypeVar("B")
@@ -39,7 +39,7 @@ class Kept:
     def restore(self) -> int:
         """Take up what is there; return the epochs done. Raises InputError where it is of other settings."""
         tensors: dict[str, storage.Tensors] = {}
-        like = from_first(lambda: self._read(tensors))
+        like = broadcast_object(lambda: self._read(tensors))
         if like is None:
             return 0
         found = collectives.broadcast(tensors.get("state", {}), like["tensors"], self._trial.device)
@@ -146,5 +146,5 @@ def check_batch(batch: int, images: int) -> int:
                 f"--batch {batch}: does not divide among {collectives.world()} processes: choose a multiple"
             )
 
-    together(check)
+    run_on_all_ranks(check)
     return batch

@@ -1,7 +1,7 @@
-"""Signs of life: which process was lost is known from who went on giving them.
+"""Heartbeats name a lost rank: a killed, stopped or unreachable rank sends none, the ranks that wait for it do.
 
-Each process counts at the store where they met, four times a second, and names its step. One that was killed, stopped
-or cut off does so no longer, while those that only wait for it go on; one that fails says so.
+`Heartbeat` sends them, `PeerWatch` watches those of the other ranks, `diagnose` finds the lost rank behind an error of
+the training, `end_process` ends a process whose training cannot end, as it waits for a GPU that waits for another rank.
 """
 
 from __future__ import annotations
@@ -19,169 +19,152 @@ from engine.fault_tolerance.watchdog import dump_stacks
 from engine.parallel.rendezvous import rank, store, world
 from pipeline.system.errors import RunFailed, report
 
-_PERIOD = 0.25  # seconds
-_ANSWER = 5.0  # seconds that the store may take
-_GRACE = 5.0  # seconds in which the training may find out by itself
-_WRITING = 30.0  # seconds that a checkpoint under way is waited for
-_GOES_ON, _FINISHED, _FAILED, _LOST = "goes-on", "finished", "failed", "lost"
-_STORE = -1  # in place of a process's number
+_BEAT_SECONDS = 0.25
+_ANSWER_SECONDS = 5.0  # longest time that the store may take
+_GRACE_SECONDS = 5.0  # in which the training may find out without help
+_WRITE_SECONDS = 30.0  # for which the end of a process waits for a checkpoint
+_RUNNING, _FINISHED, _FAILED, _LOST = "running", "finished", "failed", "lost"
+_STORE = -1  # in place of a rank
 
 
-class LostProcess(RunFailed):
-    """A process did not take part in an exchange in time, or ended; the message says which, as far as can be known."""
+class LostRank(RunFailed):
+    """A rank ended or did not answer in time; the message names it, as far as it is known."""
 
 
 class Heartbeat:
-    """Tells the others that this process lives, and at which `step` it is, from a thread of its own; watches theirs.
+    """Sends this rank's step and state from a thread, so that evaluating or compiling does not stop the beats.
 
-    Where another has given no sign of life for `limit` seconds, or has failed, and the training does not find out by
-    itself, as it cannot while it waits for a GPU that waits for the other one, a second thread, which waits for nobody,
-    prints all stacks, says so and ends this process with status 1. Beats come from a thread: evaluating or compiling
-    does not silence a process. limit 0: only tells.
+    limit: seconds of silence after which another rank is lost.
     """
 
-    def __init__(self, limit: float = 0.0) -> None:
-        self.step = 0
-        """Steps trained."""
-        self._limit, self._state = limit, _GOES_ON
-        self._silent = dict.fromkeys([_STORE, *(n for n in range(world()) if n != rank())], 0.0)
-        self._last = dict.fromkeys((n for n in range(world()) if n != rank()), "")  # never grows: two threads read it
-        self._deaf = False  # the store cannot be reached
-        self._end, self._aware = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-        self._watcher = threading.Thread(target=self._watch, name="heartbeats", daemon=True)
+    def __init__(self, limit: float) -> None:
+        self.step, self.state, self.limit = 0, _RUNNING, limit
+        self.peers = PeerWatch(self)
+        self._end = threading.Event()
+        self.thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         if world() > 1:
-            self._shared = store().clone()  # type: ignore[attr-defined]
-            self._thread.start()
-            if limit:
-                self._watcher.start()
-
-    def unwatch(self) -> None:
-        """Watch the others no more: this process ends, or knows."""
-        self._aware.set()
+            self._store = store().clone()  # type: ignore[attr-defined]
+            self.thread.start()
+            self.peers.thread.start()
 
     def close(self) -> None:
-        """Tell no more."""
-        self.unwatch()
-        if self._state == _GOES_ON:
-            self._state = _FINISHED
+        """Send a last beat, and stop."""
+        self.peers.stop()
+        if self.state == _RUNNING:
+            self.state = _FINISHED
         self._end.set()
-        if self._thread.is_alive():
-            self._thread.join(0 if self._deaf else _ANSWER)
+        if self.thread.is_alive():
+            self.thread.join(_ANSWER_SECONDS if self.peers.store_answers else 0)
 
     def _beat(self) -> None:
+        keys, count, last = [f"millrace/beat/{peer}" for peer in range(world())], 0, False
         try:
-            count = 0
-            while not self._end.wait(_PERIOD):
-                count += 1
-                self._tell(count)
-                if count % 4 == 0:
-                    self._listen()
-            self._tell(count + 1)
+            while not last:
+                last, count = self._end.is_set(), count + 1
+                self._store.set(keys[rank()], f"{count} {self.step} {self.state}")
+                if self._store.check(keys):
+                    self.peers.note([beat.decode() for beat in self._store.multi_get(keys)])
+                self._end.wait(_BEAT_SECONDS)
         except (distributed.DistError, RuntimeError):
-            pass  # the store has gone, and with it the run: the training itself will meet that, or the watch
+            pass  # the store is gone, and the run with it: the training fails, or the watch ends the process
 
-    def _tell(self, count: int) -> None:
-        self._shared.set(_key(rank()), f"{count} {self.step} {self._state}")
 
-    def _listen(self) -> None:
-        """Note who has given a sign of life, and that the store has."""
-        for number, last in _heard(self._shared).items():
-            if number != rank() and last != self._last[number]:
-                self._last[number], self._silent[number] = last, 0.0
-        self._silent[_STORE] = 0.0
+class PeerWatch:
+    """Ends this process where another rank is silent or has failed, and the training does not find out.
 
-    def _watch(self) -> None:
-        """End the process where another is lost, and the training has not found out."""
-        before, lost = time.monotonic(), 0.0
-        while not self._aware.wait(_PERIOD):
-            now = time.monotonic()
-            passed = min(now - before, 2 * _PERIOD)  # not the time in which this process was stopped itself
-            before = now
-            for number in self._silent:
-                self._silent[number] += passed
-            lost = lost + passed if self._missed() else 0.0
-            if lost > _GRACE:
-                self._end_all()
+    Its thread never waits for the store: the heartbeat's thread brings it the beats.
+    """
 
-    def _missed(self) -> bool:
-        """Return whether another process has been silent for too long, or said that it has failed."""
-        states = {number: last.split()[2] for number, last in self._last.items() if last}
-        if any(state in (_FAILED, _LOST) for state in states.values()):
-            return True
-        return any(silent > self._limit and states.get(n) != _FINISHED for n, silent in self._silent.items())
+    def __init__(self, heartbeat: Heartbeat) -> None:
+        peers = [peer for peer in range(world()) if peer != rank()]
+        self._heartbeat, self._reads, self.store_answers = heartbeat, 0, True
+        self._beats = dict.fromkeys(peers, "0 0 " + _RUNNING)  # count, step, state; never grows: threads share it
+        self._silent_seconds = dict.fromkeys([_STORE, *peers], 0.0)
+        self._stop = threading.Event()
+        self.thread = threading.Thread(target=self._watch, name="peer watch", daemon=True)
 
-    def _end_all(self) -> None:
-        silent = {number for number, seconds in self._silent.items() if seconds > min(self._limit, _GRACE)}
-        failed = {number for number, last in self._last.items() if last.endswith(_FAILED)}
-        whose = _FIRST if _STORE in silent else _named({number: self._last[number] for number in silent | failed})
-        dump_stacks()
-        why = "it said that it failed" if failed and failed >= silent else "the training waited on"
-        report(self._lost(whose, self._limit, why), 1)
-        for thread in threading.enumerate():
-            if thread.name == "checkpoint":
-                thread.join(_WRITING)
-        sys.stderr.flush()
-        os._exit(1)
+    def stop(self) -> None:
+        """Stop watching: the training has ended, or has found out."""
+        self._stop.set()
 
-    def explained(self, error: BaseException, seconds: float, alike: bool = False) -> BaseException:
-        """Return what a failed exchange of data means, or the error itself where it is none.
+    def note(self, beats: list[str]) -> None:
+        """Note the newest beat of each rank."""
+        for peer, beat in enumerate(beats):
+            if peer != rank() and beat != self._beats[peer]:
+                self._beats[peer], self._silent_seconds[peer] = beat, 0.0
+        self._silent_seconds[_STORE] = 0.0
+        self._reads += 1
 
-        seconds: that processes wait for each other. alike: all processes meet this error.
-        """
-        self._state = _FINISHED if alike else _FAILED
-        self.unwatch()
-        text = str(error)
-        if (
-            world() == 1
-            or not isinstance(error, RuntimeError)
-            or isinstance(error, RunFailed)
-            or not (isinstance(error, distributed.DistError) or re.search("gloo|nccl|timed out", text, re.IGNORECASE))
-        ):
-            return error
-        self._state = _LOST
-        found: list[dict[int, str]] = []
-        if self._silent[_STORE] < _ANSWER:
-            asked = threading.Thread(target=_look, daemon=True, args=(found,))
-            asked.start()
-            asked.join(4 * _PERIOD + _ANSWER)
-        self._deaf = not found
-        return self._lost(_FIRST if not found else _named(found[0]), seconds, text.splitlines()[0][:200])
+    def find_silent_ranks(self) -> set[int]:
+        """Return the ranks that send no beats, or `_STORE` where that does not answer. Takes a second, at most five."""
+        before, first, deadline = dict(self._beats), self._reads, time.monotonic() + _ANSWER_SECONDS
+        while self._reads < first + 4:
+            if time.monotonic() > deadline or not self._heartbeat.thread.is_alive():
+                self.store_answers = False
+                return {_STORE}
+            if self._reads == first + 1:  # now the last beat of a killed rank has been read
+                before = dict(self._beats)
+            time.sleep(_BEAT_SECONDS / 5)
+        return {peer for peer, beat in self._beats.items() if beat == before[peer]}
 
-    def _lost(self, whose: str, seconds: float, why: str) -> LostProcess:
-        return LostProcess(
-            f"process {rank()} on {platform.node()}, step {self.step}: {whose} did not answer within {seconds:g} s, or "
-            f"ended ({why}): see its own output, then give the same command again with --resume auto"
+    def describe(self, ranks: set[int], why: str) -> LostRank:
+        """Return the error that names lost ranks and the steps of their last beats."""
+        beats = {peer: self._beats[peer] for peer in sorted(ranks - {_STORE})}
+        names = ", ".join(f"{peer} (last at step {beat.split()[1]})" for peer, beat in beats.items())
+        lost = f"rank{'s' * (len(beats) > 1)} {names}" if beats else "another rank"
+        lost = "rank 0" if _STORE in ranks else lost
+        return LostRank(
+            f"rank {rank()} on {platform.node()}, step {self._heartbeat.step}: {lost} did not answer within "
+            f"{self._heartbeat.limit:g} s, or ended ({why}): see its own output, then give the same command again with "
+            "--resume auto"
         )
 
+    def _watch(self) -> None:
+        before, lost_seconds, limit = time.monotonic(), 0.0, self._heartbeat.limit
+        while not self._stop.wait(_BEAT_SECONDS):
+            now = time.monotonic()
+            passed = min(now - before, 2 * _BEAT_SECONDS)  # without the time in which this process itself was stopped
+            before = now
+            for peer in self._silent_seconds:
+                self._silent_seconds[peer] += passed
+            trouble = self._silent(limit) | self._in_state(_FAILED) | self._in_state(_LOST)
+            lost_seconds = lost_seconds + passed if trouble else 0.0
+            if lost_seconds > _GRACE_SECONDS:
+                silent, failed = self._silent(min(limit, _GRACE_SECONDS)), self._in_state(_FAILED)
+                why = "it has failed" if failed and failed >= silent else "the training waited for it"
+                end_process(self.describe(silent | failed, why))
 
-_FIRST = "the first process"
+    def _silent(self, limit: float) -> set[int]:
+        """Return the unfinished ranks, and `_STORE`, that have been silent for more than `limit` seconds."""
+        return {peer for peer, seconds in self._silent_seconds.items() if seconds > limit} - self._in_state(_FINISHED)
 
-
-def _key(number: int) -> str:
-    return f"millrace/beat/{number}"
-
-
-def _look(found: list[dict[int, str]]) -> None:
-    """Add the silent processes and the last that was heard of each, if the store can be reached."""
-    try:
-        shared = store().clone()  # type: ignore[attr-defined]
-        before = _heard(shared)
-        time.sleep(2.4 * _PERIOD)
-        after = _heard(shared)
-    except (distributed.DistError, RuntimeError):
-        return
-    found.append({number: last for number, last in after.items() if last == before[number] and number != rank()})
-
-
-def _heard(shared: distributed.Store) -> dict[int, str]:
-    keys = {number: _key(number) for number in range(world())}
-    return {n: shared.get(key).decode() if shared.check([key]) else "" for n, key in keys.items()}
+    def _in_state(self, state: str) -> set[int]:
+        return {peer for peer, beat in self._beats.items() if beat.endswith(state)}
 
 
-def _named(silent: dict[int, str]) -> str:
-    """Return the silent processes in words, those that came least far first."""
-    if not silent:
-        return "another process"
-    told = [f"{n}" + (f" (last at step {last.split()[1]})" if last else "") for n, last in sorted(silent.items())]
-    return f"process{'es' if len(told) > 1 else ''} {', '.join(told)}"
+def diagnose(error: BaseException, heartbeat: Heartbeat, *, on_all_ranks: bool = False) -> BaseException:
+    """Return the LostRank behind an error of a collective, else the error; the other ranks are shown the failure.
+
+    on_all_ranks: every rank meets this error, each in its own time.
+    """
+    heartbeat.state, text = _FINISHED if on_all_ranks else _FAILED, str(error)
+    collective = isinstance(error, distributed.DistError) or re.search("gloo|nccl|timed out", text, re.IGNORECASE)
+    if world() > 1 and collective and isinstance(error, RuntimeError) and not isinstance(error, RunFailed):
+        heartbeat.state = _LOST
+        error = heartbeat.peers.describe(heartbeat.peers.find_silent_ranks(), text.splitlines()[0][:200])
+    heartbeat.peers.stop()
+    return error
+
+
+def end_process(error: LostRank) -> None:
+    """Print all stacks and the error, wait for a checkpoint that is being written, and exit with status 1.
+
+    Not through logging, whose lock the training may hold.
+    """
+    dump_stacks()
+    report(error, 1)
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join(_WRITE_SECONDS)
+    sys.stderr.flush()
+    os._exit(1)

@@ -1,4 +1,4 @@
-"""Ends a run in which nothing goes on any more, with every thread's stack."""
+"""A watchdog: ends a run that takes no more steps, with every thread's stack."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from engine.parallel.rendezvous import rank
 
-_LOOKS = 50  # within the limit
+_CHECKS_PER_LIMIT = 50
 
 
 def dump_stacks(error: BaseException | None = None) -> None:
@@ -28,10 +28,10 @@ def dump_stacks(error: BaseException | None = None) -> None:
 
 
 class Watchdog:
-    """Watches that steps are taken: after `limit` seconds without one, prints all stacks and ends the process.
+    """Ends the process, with all stacks, after `limit` seconds without a step; limit 0: never.
 
     Armed by the first step, which may take long to compile. A second watch, within the interpreter's C code, ends the
-    process a little later where no Python code can run any more. limit 0: no watch.
+    process a little later where no Python code can run any more.
     """
 
     def __init__(self, limit: float) -> None:
@@ -45,12 +45,12 @@ class Watchdog:
             self._thread.start()
 
     def beat(self, step: int) -> None:
-        """Say that `step` was taken."""
+        """Note that `step` was taken."""
         self._step, self._since = step, time.monotonic()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """A context in which no steps are to be expected."""
+        """Return a context in which no steps are expected."""
         self._paused += 1
         try:
             yield
@@ -67,13 +67,13 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        while not self._end.wait(self._limit / _LOOKS):
+        while not self._end.wait(self._limit / _CHECKS_PER_LIMIT):
             faulthandler.dump_traceback_later(1.2 * self._limit + 5, exit=True, file=2)
             if self._paused or self._step is None:
                 self._since = time.monotonic()
-            elif (stood := time.monotonic() - self._since) > self._limit:
-                print(
-                    f"error: process {rank()} on {platform.node()}, step {self._step}: no step for {stood:.1f} s "
+            elif (idle := time.monotonic() - self._since) > self._limit:
+                print(  # not through logging, whose lock a stuck thread may hold
+                    f"error: rank {rank()} on {platform.node()}, step {self._step}: no step for {idle:.1f} s "
                     "(step_timeout): the stack of every thread follows; give the same command again with --resume auto",
                     file=sys.stderr,
                     flush=True,

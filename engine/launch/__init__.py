@@ -1,1 +1,1 @@
-"""What starts runs: configurations of Accelerate, a Slurm script and what it asks."""
+"""Files that launch runs: Accelerate's configurations, a Slurm script and its helper."""

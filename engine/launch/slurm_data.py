@@ -1,23 +1,27 @@
-"""Print the data sets that the settings of a run name, one a line.
+"""Print the data sets of a run's settings, one a line.
 
 python -m engine.launch.slurm_data --config R.yaml [settings]
 """
 
 from __future__ import annotations
 
-import argparse
+import sys
 
 from engine.config.cli import parse
+from pipeline.system.cli import ArgumentParser
 from pipeline.system.errors import command
+
+
+def parser() -> ArgumentParser:
+    return ArgumentParser(
+        prog="python -m engine.launch.slurm_data", description="Print the data sets of a run's settings."
+    )
 
 
 @command
 def main() -> None:
-    about = "Print the data sets that a run's settings name."
-    _, settings = argparse.ArgumentParser(
-        prog="python -m engine.launch.slurm_data", description=about
-    ).parse_known_args()
-    data = parse(settings).data
+    parser().parse_known_args()  # for --help
+    data = parse(sys.argv[1:]).data
     for name in ("train", "eval"):
         if path := getattr(data, name):
             print(f"data.{name} {path}")

@@ -7,19 +7,17 @@ import torch
 from engine.monitoring.embedding_metrics import spread
 
 COLLAPSED = 0.2
-"""Embeddings whose standard deviation is under this share of 1 / sqrt(C) count as collapsed ..."""
-
-
+"""Embeddings count as collapsed where their standard deviation is below this share of 1 / sqrt(C) ..."""
 PATIENCE = 100
-"""... and so many such steps in a row are a collapse."""
+"""... and a collapse is so many such steps in a row."""
 
 
 class CollapseWatch:
-    """Counts, on the device, the steps in a row whose embeddings were collapsed."""
+    """Counts consecutive steps with collapsed embeddings, on the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._count = torch.zeros((), dtype=torch.float64, device=device)
-        self._longest = torch.zeros_like(self._count)  # since the last look
+        self._longest = torch.zeros_like(self._count)  # since the last `warning`
         self._warned = False
 
     @torch.no_grad()
@@ -29,7 +27,7 @@ class CollapseWatch:
         torch.maximum(self._longest, self._count, out=self._longest)
 
     def warning(self) -> str | None:
-        """Return a sentence once a collapse has gone on for PATIENCE steps, until it ends. Waits for the device."""
+        """Return a warning, once for each collapse, after PATIENCE steps of it. Waits for the device."""
         count, now = (int(value) for value in torch.stack([self._longest, self._count]).tolist())
         due = count >= PATIENCE and not self._warned
         self._warned = now >= PATIENCE
@@ -37,16 +35,16 @@ class CollapseWatch:
         if not due:
             return None
         return (
-            f"COLLAPSE: the embeddings' deviation has been under {COLLAPSED} / sqrt(C) for {count} steps, so that "
+            f"COLLAPSE: the embeddings' deviation has been below {COLLAPSED} / sqrt(C) for {count} steps, so that "
             "all images look alike: lower optim.lr or optim.weight_decay, warm up longer, or check model.bn"
         )
 
     def state_dict(self) -> dict[str, float]:
-        """Return the count and whether it was warned of, plain values. Waits for the device."""
+        """Return counts, and whether a warning was given, as plain values. Waits for the device."""
         return {"count": self._count.item(), "longest": self._longest.item(), "warned": self._warned}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on from `state`."""
+        """Load `state`."""
         self._count.fill_(state["count"])
         self._longest.fill_(state["longest"])
         self._warned = bool(state["warned"])

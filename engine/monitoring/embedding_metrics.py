@@ -1,4 +1,4 @@
-"""What tells whether contrastive training goes well, measured on the embeddings of a step."""
+"""Measures of a step's embeddings that show whether contrastive training goes well."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from methods.residual import gap
 def spread(q: torch.Tensor) -> torch.Tensor:
     """Return the mean over dimensions of the standard deviation of q [B, C] over the batch, times sqrt(C).
 
-    Embeddings of norm 1, spread evenly over the sphere, have about 1, collapsed ones 0 (2011.10566, section 4.1).
+    About 1 for embeddings spread evenly over the unit sphere, 0 for collapsed ones (2011.10566, section 4.1).
     """
     return q.std(dim=0).mean() * math.sqrt(q.shape[1])
 
@@ -43,14 +43,14 @@ def effective_rank(q: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def measure(e: Embeddings, base: Base) -> dict[str, torch.Tensor]:
-    """Return the measures of one process's embeddings, scalars on their device.
+    """Return the measures of one rank's embeddings, scalars on their device.
 
-    student_teacher_gap is 1 - cos(q, k) on one view, where `e` has both; alignment, positive and negative similarity
-    are of each query and its own key, and of each query and the mean negative.
+    student_teacher_gap is 1 - cos(q, k) on one view, for methods with a momentum encoder. Alignment and positive
+    similarity compare each query with its own key, negative similarity each query with the mean negative.
     """
     a, b = base.pairs[0]
     q, k = e[f"q{a}"].detach(), e[f"k{b}"].detach()
-    found = {
+    measures = {
         "positive_similarity": (q * k).sum(dim=1).mean(),
         "negative_similarity": _negative_similarity(q, k, e),
         "embedding_std": spread(q),
@@ -59,12 +59,12 @@ def measure(e: Embeddings, base: Base) -> dict[str, torch.Tensor]:
         "effective_rank": effective_rank(q),
     }
     if base.momentum_encoder:
-        found["student_teacher_gap"] = gap(q, e[f"k{a}"])
-    return found
+        measures["student_teacher_gap"] = gap(q, e[f"k{a}"])
+    return measures
 
 
 def _negative_similarity(q: torch.Tensor, k: torch.Tensor, e: Embeddings) -> torch.Tensor:
-    """Return the mean similarity of the queries to the queue, or to the other samples' keys of this process."""
+    """Return the mean similarity of the queries to the queue, or to the other samples' keys of this rank."""
     if e.queue is not None:
         return (q @ e.queue.to(q.dtype).mean(dim=0)).mean()
     others = k.sum(dim=0) - k  # [B, C]

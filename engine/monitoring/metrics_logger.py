@@ -1,14 +1,9 @@
-"""What a run says of itself: metrics.jsonl, trackers, and one progress line.
-
-Losses are summed on the device and fetched once a logging interval, with the measures of that interval's last step;
-nothing else here touches the device.
-"""
+"""The metrics of a run: in metrics.jsonl, in trackers, and as one progress line."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import sys
 import time
@@ -18,222 +13,165 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 
-from engine.monitoring.collapse import CollapseWatch
-from engine.monitoring.loss_spikes import SpikeWatch
+from engine.monitoring.accumulator import Accumulator
 from engine.monitoring.step_result import Result
-from engine.parallel import collectives
-from pipeline.system.errors import InputError, describe_error, tell
+from engine.parallel.rendezvous import rank
+from pipeline.system.errors import InputError, describe_error
+from pipeline.system.files import write_atomic
 from pipeline.system.limits import json_lines
 from pipeline.system.progress import tqdm
 
-_LASTING = ("knn_top1",)  # metrics that still hold where no step was taken since
-_SUBSTITUTED, _TAKEN = "substituted", "taken"
+logger = get_logger(__name__)
+
+_LASTING = ("knn_top1",)  # metrics that stay valid where no step was taken since
 
 
 class Monitor:
-    """Accumulates a step's parts, and writes a line every logging interval and every evaluation."""
+    """Accumulates steps, and writes a line every logging interval and every evaluation."""
 
     def __init__(self, accelerator: Accelerator, out: Path, steps: int, epochs: int) -> None:
-        self._accelerator, self._path = accelerator, out / "metrics.jsonl"
-        self._steps, self._epochs = steps, epochs
-        self._sums: dict[str, torch.Tensor] = {}
-        self._count = 0
-        self._collapse = CollapseWatch(accelerator.device)
-        self._spikes, self._losses = SpikeWatch(), list[torch.Tensor]()
+        self._accumulator = Accumulator(accelerator.device)
+        self._writer = MetricsWriter(accelerator, out / "metrics.jsonl", steps, epochs)
         self.last: dict[str, Any] = {}
         """Newest value of every metric."""
-        self._bar: tqdm | None = None
-        self._seconds_a_step = 0.0
-        self._begin()
         self.pairs, self.seconds, self.waited = 0, 0.0, 0.0
-        """Pairs trained, time it took and time waited for data, seconds, of this process's whole life."""
+        """Pairs trained, seconds of training and seconds waited for data, since this process started."""
         self.skipped = 0
         """Steps skipped in the whole run."""
-        self._unwritten = set[str]()
-        """What could not be written the last time."""
+        self._start_interval()
 
-    def start(self, step: int, evaluated: float = math.inf) -> None:
-        """Begin or go on at `step`, evaluated for the last time after `evaluated` epochs.
+    def start(self, step: int, evaluated: int) -> None:
+        """Start at `step`, the last evaluation after `evaluated` epochs: later lines leave the file. For rank 0."""
+        self._writer.start(step, evaluated)
+        self._start_interval()
 
-        Later lines, of a run that was killed, are taken out of the file.
-        """
-        if self._accelerator.is_main_process:
-            _truncate(self._path, step, evaluated)
-            terminal = sys.stderr.isatty()
-            self._bar = tqdm(total=self._steps, initial=step, unit="step", disable=not terminal, dynamic_ncols=True)
-        self._begin()
-
-    def _begin(self) -> None:
-        """Begin a logging interval."""
+    def _start_interval(self) -> None:
         self._since, self._pairs, self._waited = time.perf_counter(), 0, 0.0
 
     def add(self, result: Result, pairs: int, waited: float, substituted: int | None = None) -> None:
-        """Add a step: what it tells of itself, pairs over all processes, seconds waited for data.
-
-        substituted: this process's samples that stood in for damaged ones; None where there cannot be any.
-        """
-        self._collapse.add(result.q)
-        if substituted is not None:
-            before = self._sums.get(_SUBSTITUTED, torch.zeros((), dtype=torch.float64, device=result.q.device))
-            self._sums[_SUBSTITUTED] = before + substituted
-        for name, value in {**result.parts, _TAKEN: torch.ones_like(result.taken)}.items():
-            value = torch.where(result.taken, value.double(), 0.0)
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._losses.append(torch.where(result.taken, result.parts["loss"].double(), torch.nan))
-        self._newest = result.taken
-        self._count += 1
+        """Add a step: its result, pairs over all ranks, seconds waited for data, `substituted` of `Accumulator.add`."""
+        self._accumulator.add(result, substituted)
         self._pairs += pairs
         self._waited += waited
-        if self._bar is not None:
-            self._bar.update()
+        self._writer.advance()
 
-    def log(self, step: int, epoch: float, measures: Mapping[str, torch.Tensor] | None = None, **values: float) -> None:
-        """Write the means since the last line, the measures of the last step, both over all processes, and `values`.
-
-        Steps that were skipped are left out, and counted as `skipped` where there are any. Waits for the device.
-        """
-        taken = self._sums.pop(_TAKEN)
-        own = {name: value / taken for name, value in self._sums.items()} | dict(measures or {})
-        if _SUBSTITUTED in own:
-            own[_SUBSTITUTED] = self._sums[_SUBSTITUTED] * collectives.world()  # a sum, not a mean
-        every = (taken, self._newest, *own.values(), *self._losses)
-        fetched = collectives.mean(torch.stack([value.double() for value in every])).tolist()
-        spike, self._losses = self._spikes.add(fetched[2 + len(own) :]), []
-        means = dict(zip(own, fetched[2 : 2 + len(own)], strict=True))
-        means = self._without_skipped(means, measures or {}, *fetched[:2])
+    def log(self, step: int, epoch: float, measures: Mapping[str, torch.Tensor], **values: float) -> None:
+        """Write the means since the last line, the measures of the last step, and `values`. Waits for the device."""
+        count = self._accumulator.count
+        means, warnings = self._accumulator.fetch(measures)
         seconds = time.perf_counter() - self._since
         rates = {
             "pairs_per_second": round(self._pairs / seconds, 1),
             "data_wait_fraction": round(self._waited / seconds, 4),
         }
-        self._seconds_a_step = seconds / self._count
-        self.pairs, self.seconds, self.waited = (
-            self.pairs + self._pairs,
-            self.seconds + seconds,
-            self.waited + self._waited,
-        )
-        self._sums, self._count = {}, 0
-        self._begin()
+        self.pairs, self.seconds = self.pairs + self._pairs, self.seconds + seconds
+        self.waited += self._waited
+        self._start_interval()
         if "loss" not in means:
             self.last = {key: value for key, value in self.last.items() if key in _LASTING}
-        self._write({"step": step, "epoch": round(epoch, 4), **means, **values, **rates})
-        self._show(step)
+        self._write({"step": step, "epoch": round(epoch, 4), **means, **values, **rates}, seconds / count)
         if skipped := int(means.get("skipped", 0)):
             self.skipped += skipped
-            if self._accelerator.is_main_process:
-                says = f"{skipped} steps were skipped, as loss or gradients were not finite"
-                tell(f"warning: step {step}: {says}")
-        for warning in (self._collapse.warning(), spike):
-            if warning and self._accelerator.is_main_process:
-                tell(f"warning: step {step}: {warning}")
-
-    def _without_skipped(
-        self, means: dict[str, float], measures: Mapping[str, Any], taken: float, newest: float
-    ) -> dict[str, float]:
-        """Return the metrics without means, where no step was taken, and without measures, where the newest was not."""
-        left_out = set() if newest else set(measures)
-        if not taken:
-            left_out |= self._sums.keys() - {_SUBSTITUTED}
-        counted = {"skipped": self._count - int(taken)} if taken < self._count else {}
-        return {name: value for name, value in means.items() if name not in left_out} | counted
+            warnings.insert(0, f"{skipped} steps were skipped, as loss or gradients were not finite")
+        for warning in warnings:
+            logger.warning(f"step {step}: {warning}")
 
     def evaluation(self, step: int, epoch: float, **values: float) -> None:
-        """Write the result of an evaluation; the time it took is no part of the training rates."""
+        """Write the result of an evaluation."""
         self._write({"step": step, "epoch": round(epoch, 4), **values})
-        self._show(step)
+
+    def _write(self, line: dict[str, Any], seconds_per_step: float | None = None) -> None:
+        self.last.update(line)
+        if rank() == 0:
+            self._writer.write(line)
+            self._writer.show(self.last, seconds_per_step)
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """A context whose duration does not count as training time."""
+        """Return a context whose duration does not count as training time."""
         start = time.perf_counter()
         yield
         self._since += time.perf_counter() - start
 
     def close(self) -> None:
         """End the progress line."""
-        if self._bar is not None:
-            self._bar.close()
+        self._writer.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return every process's sums since the last line, and the newest metrics, as plain values.
-
-        Called by all processes; waits for the device.
-        """
-        sums: dict[str, list[float]] = {}
-        if self._sums:
-            everyone = collectives.gather(torch.stack(list(self._sums.values()))[None])  # [world, parts]
-            sums = {name: column.tolist() for name, column in zip(self._sums, everyone.T, strict=True)}
-        collapse = self._collapse.state_dict()
-        return {
-            "sums": sums,
-            "count": self._count,
-            "collapse": collapse,
-            "last": self.last,
-            "skipped": self.skipped,
-            "spikes": self._spikes.state_dict(),
-            "losses": collectives.mean(torch.stack(self._losses)).tolist() if self._losses else [],
-        }
+        """Return sums and newest metrics as plain values. Called by all ranks; waits for the device."""
+        return {**self._accumulator.state_dict(), "last": self.last, "skipped": self.skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`; on another number of processes with the mean of theirs, equal but for rounding."""
-        device, rank, world = (getattr(self._accelerator, k) for k in ("device", "process_index", "num_processes"))
-        self._sums = {}
-        for name, sums in state["sums"].items():
-            others = world if name == _SUBSTITUTED else len(sums)  # which is a sum over them, not a mean
-            own = sums[rank] if len(sums) == world else sum(sums) / others
-            self._sums[name] = torch.tensor(own, dtype=torch.float64, device=device)
-        self._count, self.last, self.skipped = state["count"], dict(state["last"]), state["skipped"]
-        self._collapse.load_state_dict(state["collapse"])
-        self._spikes.load_state_dict(state["spikes"])
-        losses = torch.tensor(state["losses"], dtype=torch.float64, device=device)
-        self._losses = list(losses.unbind()) if len(losses) else []
+        """Load `state`."""
+        self._accumulator.load_state_dict(state)
+        self.last, self.skipped = dict(state["last"]), state["skipped"]
 
-    def _write(self, line: dict[str, Any]) -> None:
-        self.last.update(line)
-        if not self._accelerator.is_main_process:
-            return
+
+class MetricsWriter:
+    """Writes metrics lines to a file and to the trackers, and shows progress. Only rank 0 starts and writes."""
+
+    def __init__(self, accelerator: Accelerator, path: Path, steps: int, epochs: int) -> None:
+        self._accelerator, self._path = accelerator, path
+        self._steps, self._epochs = steps, epochs
+        self._bar: tqdm | None = None
+        self._seconds_per_step = 0.0
+        self._failing: set[str] = set()  # destinations that could not be written the last time
+
+    def start(self, step: int, evaluated: int) -> None:
+        """Remove later lines, left by a killed run, from the file; start the progress line at `step`."""
+        _truncate(self._path, step, evaluated)
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=self._steps, initial=step, unit="step", disable=not terminal, dynamic_ncols=True)
+
+    def advance(self) -> None:
+        """Advance the progress line by a step."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Write a line, `step` and other metrics. A full disk costs the line, not the run: warns the first time."""
         step, text = line["step"], json.dumps(line) + "\n"
-        self._try(step, str(self._path), lambda: _append(self._path, text))
         values = {key: value for key, value in line.items() if key != "step"}
+        self._try(step, str(self._path), lambda: _append(self._path, text))
         self._try(step, "the tracker's files", lambda: self._accelerator.log(values, step=step))
 
-    def _try(self, step: int, where: str, write: Callable[[], None]) -> None:
-        """Write; where there is no room, say so the first time, and go on: the run is worth more than a line of it."""
+    def _try(self, step: int, place: str, write: Callable[[], None]) -> None:
         try:
             write()
-            self._unwritten.discard(where)
+            self._failing.discard(place)
         except OSError as error:
-            if where not in self._unwritten:
-                says = (
-                    f"{where}: could not be written ({describe_error(error)}): training goes on, its metrics have a gap"
-                )
-                tell(f"warning: step {step}: {says}")
-            self._unwritten.add(where)
+            if place not in self._failing:
+                problem = f"{place}: could not be written ({describe_error(error)})"
+                logger.warning(f"step {step}: {problem}: training continues, its metrics have a gap")
+            self._failing.add(place)
 
-    def _show(self, step: int) -> None:
+    def show(self, last: dict[str, Any], seconds_per_step: float | None) -> None:
+        """Show the newest metrics: in the progress line of a terminal, else as a log line."""
         if self._bar is None:
             return
-        last = self.last
+        self._seconds_per_step = seconds_per_step or self._seconds_per_step
         shown = [f"epoch {last['epoch']:.2f}/{self._epochs}", f"loss {last.get('loss', float('nan')):.3f}"]
         if "knn_top1" in last:
             shown.append(f"kNN {last['knn_top1']:.1%}")
         if "pairs_per_second" in last:
-            shown += [
-                f"{last['pairs_per_second']:.0f} pairs/s",
-                f"data-wait {last['data_wait_fraction']:.1%}",
-            ]
+            shown += [f"{last['pairs_per_second']:.0f} pairs/s", f"data-wait {last['data_wait_fraction']:.1%}"]
         if self._bar.disable:
-            tell(f"step {step}/{self._steps}  {'  '.join(shown)}  left {self._left(step)}")
+            step = last["step"]
+            left = tqdm.format_interval((self._steps - step) * self._seconds_per_step)
+            logger.info(f"step {step}/{self._steps}  {'  '.join(shown)}  left {left}")
         else:
             self._bar.set_postfix_str(", ".join(shown))
 
-    def _left(self, step: int) -> str:
-        return tqdm.format_interval((self._steps - step) * self._seconds_a_step)
+    def close(self) -> None:
+        """End the progress line."""
+        if self._bar is not None:
+            self._bar.close()
 
 
 def _append(path: Path, text: str) -> None:
-    """Append a line, or nothing of it. Raises OSError."""
+    """Append a line as a whole. Raises OSError, and then leaves the file as it was."""
     size = path.stat().st_size if path.exists() else 0
     try:
         with open(path, "a") as file:
@@ -244,17 +182,16 @@ def _append(path: Path, text: str) -> None:
         raise
 
 
-def _truncate(path: Path, step: int, evaluated: float) -> None:
-    """Drop the lines of steps after `step`, of later evaluations, and a last line that was cut off."""
+def _truncate(path: Path, step: int, evaluated: int) -> None:
+    """Remove the lines of later steps and evaluations, and a last line that was cut off. Raises InputError."""
     if not path.exists():
         return
-    beside = path.with_name(f".{path.name}.writing")
+    lines = []
     try:
-        with open(beside, "wb") as file:
-            for line, said in json_lines(path):
-                later = said["epoch"] > evaluated and said.keys() & set(_LASTING)
-                if said["step"] <= step and not later:
-                    file.write(line)
-        os.replace(beside, path)
+        for line, metrics in json_lines(path):
+            later = metrics["epoch"] > evaluated and metrics.keys() & set(_LASTING)
+            if metrics["step"] <= step and not later:
+                lines.append(line)
+        write_atomic(path, b"".join(lines))
     except (OSError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a run's metrics ({error!r}): put it elsewhere") from None

@@ -11,7 +11,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass
 class Result:
-    """What a step tells of itself; tensors on the device, without gradient, which the next step may overwrite."""
+    """The result of a step; tensors on the device, without gradient, which the next step may overwrite."""
 
     parts: Tensors
     """The loss, and its parts without their weights."""
@@ -20,4 +20,4 @@ class Result:
     taken: torch.Tensor
     """bool []: whether loss and gradients were finite, and the step was taken."""
     measures: Tensors = field(default_factory=dict)
-    """Of `watch.measure`, where asked for, and `gradient_share_NAME` of each part."""
+    """Those of `embedding_metrics.measure`, and `gradient_share_NAME` of each part, where they are requested."""

@@ -9,12 +9,12 @@ import torch
 
 
 class LARS(torch.optim.SGD):
-    """SGD whose step of each matrix is scaled to its norm; biases and normalization (ndim 1 or less) are left alone.
+    """SGD with each matrix's step scaled to its norm; biases and normalization (ndim 1 or less) are not scaled.
 
     For ndim > 1: g <- g + decay * w, then g <- g * trust * |w| / |g| (not scaled where either norm is 0). For all:
     v <- momentum * v + g, w <- w - lr * v. As in facebookresearch/moco-v3's `optimizer.py`, but in multi-tensor
-    operations and torch's fused SGD, which wait for nothing; the scaling alone takes torch a small kernel a matrix on a
-    GPU. The gradients are overwritten.
+    operations and torch's fused SGD, without host-device synchronization; the scaling costs a small kernel for each
+    matrix on a GPU. The gradients are overwritten.
     """
 
     def __init__(
@@ -25,7 +25,7 @@ class LARS(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take a step from the gradients; parameters without one stay."""
+        """Take a step; parameters without a gradient stay as they are."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -38,7 +38,7 @@ class LARS(torch.optim.SGD):
         return loss
 
     def _scale(self, weights: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
-        """Add weight decay to the gradients, and give each the length trust * |w|."""
+        """Add weight decay to the gradients, and scale each to the norm trust * |w|."""
         torch._foreach_add_(gradients, weights, alpha=self._decay)
         w, g = torch.stack(torch._foreach_norm(weights)), torch.stack(torch._foreach_norm(gradients))
         ratios = torch.where((w > 0) & (g > 0), self._trust * w / g, 1.0)

@@ -1,4 +1,4 @@
-"""The optimizer: one that updates all parameters at once, and can be told on the device to leave them."""
+"""Optimizers that update all parameters at once, and skip a step by a flag on the device."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from engine.optim.lars import LARS
 
 
 def build_optimizer(model: nn.Module, settings: Optim) -> torch.optim.Optimizer:
-    """Return the optimizer of all parameters that have a gradient.
+    """Return the optimizer of all parameters that require a gradient.
 
-    A tensor `found_inf` [] that is set on it, 1 or 0 on the device, tells its next step to change nothing, or not. Its
-    learning rate may be a tensor on the device. Its state is there from the beginning, all 0: a first step that is
-    skipped would else leave it unwritten.
+    A tensor `found_inf` [] on the device, set as its attribute, makes its steps change nothing while it is 1. Its
+    learning rate may be a tensor on the device. Its state exists from the start, all 0: a skipped first step would
+    otherwise leave it uninitialized.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     decay = settings.weight_decay
@@ -26,16 +26,16 @@ def build_optimizer(model: nn.Module, settings: Optim) -> torch.optim.Optimizer:
             adamw.state[p] |= {"step": torch.zeros((), dtype=torch.float32, device=p.device), **moments}
         return adamw
     if settings.name == "lars":
-        made: torch.optim.SGD = LARS(
+        sgd: torch.optim.SGD = LARS(
             parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=decay, trust=settings.trust_coefficient
         )
     else:
-        made = torch.optim.SGD(parameters, settings.lr, settings.momentum, weight_decay=decay, fused=True)
-    return begin_momentum(made) if settings.momentum else made
+        sgd = torch.optim.SGD(parameters, settings.lr, settings.momentum, weight_decay=decay, fused=True)
+    return begin_momentum(sgd) if settings.momentum else sgd
 
 
 def begin_momentum(sgd: torch.optim.SGD) -> torch.optim.SGD:
-    """Return `sgd` with its momentum there from the beginning, all 0: what is kept and restored has it in any case."""
+    """Return `sgd` with all momentum buffers allocated, all 0, so that every checkpoint has them."""
     for group in sgd.param_groups:
         for p in group["params"]:
             sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)

@@ -1,78 +1,53 @@
-"""The device that a process computes on, in which precision, and how processes are joined: Accelerate's handle."""
+"""Device, precision and process group: Accelerate's handle."""
 
 from __future__ import annotations
 
-import os
 import platform
-import sys
 import time
 import warnings
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.logging import get_logger
 from accelerate.utils import is_wandb_available
 from torch import distributed, nn
 
 from engine.config.settings import Settings
-from engine.parallel.consensus import together
-from engine.parallel.rendezvous import rank, store, world
+from engine.parallel.consensus import run_on_all_ranks
+from engine.parallel.rendezvous import local_rank, rank, store, world
 from pipeline.system.errors import InputError
 
+logger = get_logger(__name__)
+
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-"""Of views, by the precision: what the encoder rounds to."""
-_LATER = 30.0  # seconds after which NCCL ends a process without a word: the heartbeat says before who was lost
+"""Dtype of the views by precision: the encoder rounds to it."""
+_NCCL_EXTRA_SECONDS = 30.0  # NCCL ends the process without a message: the heartbeat names the lost rank before that
 
 
-def build_accelerator(settings: Settings, *, emulate: bool = False) -> Accelerator:
-    """Return Accelerate's handle on device, processes and precision. Raises InputError for what is not there.
+class DeviceChoice(NamedTuple):
+    """The device and the precision that a rank computes with."""
 
-    Where a CPU has no instructions for bfloat16, which torch then emulates many times slower than float32, the
-    precision is `no`, unless emulate: `warn_of_precision` says so, once nothing is left to refuse.
-    """
-    on_gpu, precision = together(lambda: _checked(settings, emulate), _facts)
-    timeout = timedelta(seconds=settings.collective_timeout + (_LATER if on_gpu else 0))
-    if world() > 1 and not distributed.is_initialized():
-        backend = "nccl" if on_gpu else "gloo"
-        meeting_place = distributed.PrefixStore("group", store())
-        distributed.init_process_group(backend, timeout=timeout, store=meeting_place, rank=rank(), world_size=world())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return Accelerator(
-            cpu=settings.cpu or not on_gpu,
-            mixed_precision=precision,
-            log_with=None if settings.tracker == "none" else settings.tracker,
-            project_dir=settings.out,
-            kwargs_handlers=[
-                _exchange(settings),
-                InitProcessGroupKwargs(timeout=timeout),
-            ],
-        )
+    on_gpu: bool
+    precision: str
+
+    def facts(self) -> dict[str, str]:
+        """Return device and precision, which have to be the same on all ranks."""
+        return {"device": "GPU" if self.on_gpu else "CPU", "precision": self.precision}
 
 
-def warn_of_precision(asked: str, accelerator: Accelerator) -> None:
-    """Say, once, where another precision is computed in than the one asked for."""
-    if accelerator.mixed_precision != asked and rank() == 0:
-        says = "this processor has no instructions for it: computing in float32, as precision no"
-        print(f"warning: precision {asked}: {says}", file=sys.stderr)
+def choose_device(settings: Settings, *, emulate: bool = False) -> DeviceChoice:
+    """Return this rank's device and precision. Raises InputError where its machine cannot serve the settings.
 
-
-def _facts(found: tuple[bool, str]) -> dict[str, str]:
-    on_gpu, precision = found
-    return {"device": "GPU" if on_gpu else "CPU", "precision": precision}
-
-
-def _checked(settings: Settings, emulate: bool) -> tuple[bool, str]:
-    """Return whether this process trains on a GPU, and in which precision.
-
-    Raises InputError for what its machine has not.
+    The precision is `no` on a CPU without bfloat16 instructions, where torch emulates it many times slower than
+    float32, unless `emulate`.
     """
     on_gpu = torch.cuda.is_available() and not settings.cpu
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    if on_gpu and local >= torch.cuda.device_count():
+    if on_gpu and local_rank() >= torch.cuda.device_count():
         raise InputError(
-            f"{torch.cuda.device_count()} GPUs on {platform.node()} for {local + 1} processes or more: start one "
-            "process a GPU"
+            f"{torch.cuda.device_count()} GPUs on {platform.node()} for {local_rank() + 1} ranks or more: start one "
+            "rank a GPU"
         )
     if settings.precision == "fp16" and not on_gpu:
         raise InputError("precision 'fp16': needs a GPU: choose bf16 or no")
@@ -81,21 +56,54 @@ def _checked(settings: Settings, emulate: bool) -> tuple[bool, str]:
     if settings.tracker == "wandb" and not is_wandb_available():
         raise InputError("tracker 'wandb': the package is not installed: pip install wandb, or choose tensorboard")
     slow = settings.precision == "bf16" and not on_gpu and not emulate and not bfloat16_on_cpu()
-    return on_gpu, "no" if slow else settings.precision
+    return DeviceChoice(on_gpu, "no" if slow else settings.precision)
+
+
+def build_accelerator(settings: Settings, choice: DeviceChoice | None = None, *, emulate: bool = False) -> Accelerator:
+    """Return Accelerate's handle on device, process group and precision.
+
+    choice: one that all ranks have agreed on; by default they agree here on `choose_device`, which raises InputError.
+    """
+    choice = choice or run_on_all_ranks(lambda: choose_device(settings, emulate=emulate), DeviceChoice.facts)
+    timeout = timedelta(seconds=settings.collective_timeout + (_NCCL_EXTRA_SECONDS if choice.on_gpu else 0))
+    if world() > 1 and not distributed.is_initialized():
+        backend, group_store = "nccl" if choice.on_gpu else "gloo", distributed.PrefixStore("group", store())
+        distributed.init_process_group(backend, timeout=timeout, store=group_store, rank=rank(), world_size=world())
+    gradients = DistributedDataParallelKwargs(
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        static_graph=settings.parts(world()) == 1,  # with several backward passes, only the last one all-reduces
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return Accelerator(
+            cpu=settings.cpu or not choice.on_gpu,
+            mixed_precision=choice.precision,
+            log_with=None if settings.tracker == "none" else settings.tracker,
+            project_dir=settings.out,
+            kwargs_handlers=[gradients, InitProcessGroupKwargs(timeout=timeout)],
+        )
+
+
+def warn_of_precision(requested: str, accelerator: Accelerator) -> None:
+    """Warn where the precision is not the requested one."""
+    if accelerator.mixed_precision != requested:
+        reason = "this processor has no instructions for it: computing in float32, as precision no"
+        logger.warning(f"precision {requested}: {reason}")
 
 
 def bfloat16_on_gpu() -> bool:
-    """Return whether this process's GPU computes in bfloat16, and does not emulate it (Ampere and later)."""
+    """Return whether this rank's GPU computes in bfloat16 (Ampere and later) without emulation."""
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def bfloat16_on_cpu() -> bool:
-    """Return whether this processor computes convolutions in bfloat16 (AVX-512 or AMX), and does not emulate them."""
+    """Return whether this processor computes convolutions in bfloat16 (AVX-512 or AMX) without emulation."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def now(device: torch.device) -> float:
-    """Return seconds of `time.perf_counter`, once the device has done all that it was given. Waits for it."""
+    """Return the seconds of `time.perf_counter` once the device has finished all its work. Waits for it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -104,16 +112,7 @@ def now(device: torch.device) -> float:
 def prepared(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Return model and optimizer as Accelerate wraps them for its processes and precision."""
+    """Return model and optimizer as Accelerate wraps them for its process group and precision."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # older torch needs it
         return accelerator.prepare(model, optimizer)
-
-
-def _exchange(settings: Settings) -> DistributedDataParallelKwargs:
-    """Return how processes exchange gradients: in place, without buffers, and nothing looked for that never changes."""
-    return DistributedDataParallelKwargs(
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-        static_graph=settings.parts(world()) == 1,  # not where only the last of several backward passes exchanges
-    )

@@ -1,4 +1,4 @@
-"""BatchNorm's running statistics, which each process keeps of its own batches, and their mean over all processes."""
+"""BatchNorm's running statistics, which each rank computes from its own batches, and their mean over all ranks."""
 
 from __future__ import annotations
 
@@ -9,40 +9,36 @@ import torch
 from torch import nn
 
 from engine.parallel import collectives
+from engine.parallel.rendezvous import rank, world
 
 _NAMES = ("running_mean", "running_var")
 
 
 class RunningStatistics:
-    """Those of all BatchNorm layers of `modules`, N numbers in all. A module that is None has none."""
+    """The running statistics of all BatchNorm layers of `modules`, N numbers in all; a module may be None."""
 
     def __init__(self, *modules: nn.Module | None) -> None:
         named = [pair for module in modules if module is not None for pair in module.named_buffers()]
-        self._own = [buffer for name, buffer in named if name.rpartition(".")[2] in _NAMES]
+        self._buffers = [buffer for name, buffer in named if name.rpartition(".")[2] in _NAMES]
 
     @torch.no_grad()
-    def own(self) -> torch.Tensor:
-        """Return this process's, [1, N], on the device."""
-        return torch.cat([buffer.flatten() for buffer in self._own])[None] if self._own else torch.zeros(1, 0)
-
-    @torch.no_grad()
-    def rows(self) -> torch.Tensor:
-        """Return every process's, [world, N], on the device. Called by all processes."""
-        return collectives.gather(self.own())
+    def local(self) -> torch.Tensor:
+        """Return this rank's statistics, [1, N], on the device."""
+        return torch.cat([buffer.flatten() for buffer in self._buffers])[None] if self._buffers else torch.zeros(1, 0)
 
     @torch.no_grad()
     def put(self, row: torch.Tensor) -> None:
-        """Set this process's to `row` [N]."""
-        for buffer, values in zip(self._own, row.split([b.numel() for b in self._own]), strict=True):
+        """Set this rank's statistics to `row` [N]."""
+        for buffer, values in zip(self._buffers, row.split([b.numel() for b in self._buffers]), strict=True):
             buffer.copy_(values.view_as(buffer))
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[torch.Tensor | None]:
-        """Have the mean of all processes' in their place meanwhile: one encoder, whichever process is asked.
+        """Replace the statistics by their mean over all ranks in this context, so that all evaluate the same encoder.
 
-        Gives all rows, [world, N], where they differ, else None. Called by all processes.
+        Yields every rank's statistics, [world, N], where they differ, else None. Called by all ranks.
         """
-        rows = self.rows() if self._own and collectives.world() > 1 else None
+        rows = collectives.gather(self.local()) if self._buffers and world() > 1 else None
         if rows is None or (rows == rows[0]).all():
             yield None
             return
@@ -50,4 +46,4 @@ class RunningStatistics:
         try:
             yield rows
         finally:
-            self.put(rows[collectives.rank()])
+            self.put(rows[rank()])

@@ -1,4 +1,4 @@
-"""The one room of collectives: what processes tell each other during a step."""
+"""Collectives of the training step; everything in it that ranks exchange goes through here."""
 
 from __future__ import annotations
 
@@ -9,45 +9,56 @@ import numpy as np
 import torch
 from torch import distributed
 
+from engine.parallel.rendezvous import rank, world
 from pipeline.system.device import to_device
 
-# torch 2.13 gives it a new name, and warns of the old one
+# torch 2.13 renames it, and warns of the old name
 _all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
 
 
-def world() -> int:
-    """Return the number of processes."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def rank() -> int:
-    """Return this process's number."""
-    return distributed.get_rank() if world() > 1 else 0
-
-
 def shares(indices: np.ndarray) -> list[np.ndarray]:
-    """Return each process's share of those indices [N]: runs of neighbors, of lengths as even as can be."""
+    """Return each rank's share of `indices` [N]: consecutive ones, in shares of nearly equal length."""
     return np.array_split(indices, world())
 
 
 def gather(local: torch.Tensor) -> torch.Tensor:
-    """Return the rows of all processes, [world * B, ...] in order of rank, without gradient; the input where alone."""
+    """Return the rows of all ranks, [world * B, ...] in order of rank, without gradient; on one rank the input."""
     if world() == 1:
         return local.detach()
-    everyone = local.new_empty((world() * len(local), *local.shape[1:]))
-    _all_gather(everyone, local.detach().contiguous())
-    return everyone
+    rows = local.new_empty((world() * len(local), *local.shape[1:]))
+    _all_gather(rows, local.detach().contiguous())
+    return rows
 
 
 def gather_uneven(local: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-    """Return the rows of all processes in order of rank, of which each has counts[rank]; the input where alone."""
+    """Return the rows of all ranks in order of rank, counts[rank] of each; on one rank the input."""
     if world() == 1:
         return local
-    most = max(counts)
-    padded = local.new_zeros(most, *local.shape[1:])
+    longest = max(counts)
+    padded = local.new_zeros(longest, *local.shape[1:])
     padded[: len(local)] = local
-    everyone = gather(padded).split(most)
-    return torch.cat([rows[:count] for rows, count in zip(everyone, counts, strict=True)])
+    parts = gather(padded).split(longest)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def gather_later(local: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Start to gather like `gather`, overlapped with the work that follows; call the result for the rows."""
+    if world() == 1:
+        return lambda: local.detach()
+    source = local.detach().contiguous()
+    rows = source.new_empty((world() * len(source), *source.shape[1:]))
+    work = _all_gather(rows, source, async_op=True)
+
+    def finish() -> torch.Tensor:
+        work.wait()
+        return rows
+
+    return finish
+
+
+def gather_with_gradient(local: torch.Tensor) -> torch.Tensor:
+    """Return the rows of all ranks like `gather`, with the gradient of the sum of all ranks' losses."""
+    return local if world() == 1 else _Gather.apply(local)
 
 
 def described(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, list[int]]]:
@@ -58,75 +69,55 @@ def described(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, list[
 def broadcast(
     tensors: dict[str, torch.Tensor], like: Mapping[str, Any], device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Return, on every process, the first one's tensors, on the device; like: of each what `described` says."""
-    found = {}
+    """Return rank 0's tensors, on the device, on every rank; like: `described` of them."""
+    received = {}
     for name, (dtype, shape) in like.items():
         tensor = (
             tensors[name].to(device) if rank() == 0 else torch.empty(shape, dtype=getattr(torch, dtype), device=device)
         )
-        found[name] = tensor.contiguous()
+        received[name] = tensor.contiguous()
         if world() > 1:
-            distributed.broadcast(found[name], 0)
-    return found
-
-
-def gather_later(local: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Begin to gather as `gather` does, beside whatever comes next; the call that is returned gives the result."""
-    if world() == 1:
-        return lambda: local.detach()
-    own = local.detach().contiguous()
-    everyone = own.new_empty((world() * len(own), *own.shape[1:]))
-    under_way = _all_gather(everyone, own, async_op=True)
-
-    def finish() -> torch.Tensor:
-        under_way.wait()
-        return everyone
-
-    return finish
-
-
-def gather_with_gradient(local: torch.Tensor) -> torch.Tensor:
-    """Return the rows of all processes as `gather`, with gradient: of the sum of all processes' losses."""
-    return local if world() == 1 else _Gather.apply(local)
+            distributed.broadcast(received[name], 0)
+    return received
 
 
 def mean(local: torch.Tensor) -> torch.Tensor:
-    """Return the mean of a tensor over all processes, the input where alone."""
-    return local if world() == 1 else _summed(local) / world()
+    """Return the mean of a tensor over all ranks; on one rank the input."""
+    return local if world() == 1 else _sum(local) / world()
 
 
 def mean_in_bfloat16(bucket: distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """Exchange a bucket of gradients in bfloat16: a hook of DistributedDataParallel, which takes their mean.
+    """All-reduce a bucket of gradients in bfloat16 to their mean: a communication hook of DistributedDataParallel.
 
-    As torch's own hook of that kind, which refuses processes without NCCL.
+    Like torch's own hook, which refuses gloo.
     """
     gradients = bucket.buffer()
     half = gradients.to(torch.bfloat16).div_(world())
-    under_way = distributed.all_reduce(half, async_op=True).get_future()
-    return under_way.then(lambda done: gradients.copy_(done.value()[0]))
+    work = distributed.all_reduce(half, async_op=True).get_future()
+    return work.then(lambda done: gradients.copy_(done.value()[0]))
 
 
 def exchange(rows: torch.Tensor, order: np.ndarray) -> torch.Tensor:
-    """Return this process's share of all processes' rows in the order `order`.
+    """Return this rank's share of all ranks' rows in the order `order`.
 
-    rows [B, ...] of each process; order a permutation of world * B, the same on all: process r is given the rows
-    order[r * B : (r + 1) * B]. What stays within each process is not sent.
+    rows [B, ...] of each rank; order a permutation of world * B, the same on all. Rank r receives the rows
+    order[r * B : (r + 1) * B]. Rows that stay within each rank are not sent.
     """
-    count, number = len(rows), rank()
-    owner, at = np.divmod(order, count)
-    asked = np.repeat(np.arange(world()), count)  # who asks for each row of `order`
-    if (owner == asked).all():
-        return rows[to_device(at[asked == number], rows.device)]
-    given, wanted = owner == number, asked == number
-    sent = rows[to_device(at[given], rows.device)]  # in the order of who asks
-    arrival = np.argsort(owner[wanted], kind="stable")  # they come in the order of who owns them
+    count = len(rows)
+    owner, position = np.divmod(order, count)
+    receiver = np.repeat(np.arange(world()), count)  # of each row of `order`
+    outgoing, incoming = owner == rank(), receiver == rank()
+    if (owner == receiver).all():
+        return rows[to_device(position[incoming], rows.device)]
+    sent = rows[to_device(position[outgoing], rows.device)]  # in order of receiver
+    arrival = np.argsort(owner[incoming], kind="stable")  # rows arrive in order of owner
     received = torch.empty_like(sent)
-    splits = [np.bincount(who, minlength=world()).tolist() for who in (owner[wanted], asked[given])]
+    splits = [np.bincount(ranks, minlength=world()).tolist() for ranks in (owner[incoming], receiver[outgoing])]
     distributed.all_to_all_single(received, sent, *splits)
     return received[to_device(np.argsort(arrival), rows.device)]
 
 
-def _summed(local: torch.Tensor) -> torch.Tensor:
+def _sum(local: torch.Tensor) -> torch.Tensor:
     total = local.detach().clone(memory_format=torch.contiguous_format)
     distributed.all_reduce(total)
     return total
@@ -139,4 +130,4 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        return _summed(gradients[0]).chunk(world())[rank()]
+        return _sum(gradients[0]).chunk(world())[rank()]

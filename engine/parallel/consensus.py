@@ -1,7 +1,7 @@
-"""What processes tell each other before and beside the steps: what went wrong on one ends all, with one message.
+"""Agreement between ranks outside the training step: a problem of one rank ends all of them, with one message.
 
-They meet at the store that their launcher names (torch.distributed's environment variables), so that a process without
-a GPU, or with another file, is heard of before any collective that it would not take part in.
+Ranks exchange JSON at the launcher's store, not by torch's object collectives: these need a process group, which NCCL
+cannot form with a rank that has no GPU. Such a rank, or one with another file, must be heard before any collective.
 """
 
 from __future__ import annotations
@@ -16,124 +16,103 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
-from engine.parallel.rendezvous import PATIENCE, SLICE, heard, rank, store, world
+from engine.parallel.rendezvous import JOIN_SECONDS, NOTICE_SECONDS, rank, store, wait_for, world
 from pipeline.system.errors import InputError
 
 T = TypeVar("T")
-_meetings = 0
+_exchanges = 0
 
 
-class Told(InputError):
-    """A problem of one process that all were told of; the first one reports it."""
+class PeerError(InputError):
+    """A problem of one rank, raised on all ranks and reported by rank 0."""
 
     reported = True
 
 
-def together(
+def run_on_all_ranks(
     action: Callable[[], T],
-    facts: Callable[[T], Mapping[str, Any]] = lambda result: {},
-    patience: timedelta = PATIENCE,
+    must_match: Callable[[T], Mapping[str, Any]] = lambda result: {},
+    seconds: float = JOIN_SECONDS,
 ) -> T:
-    """Return `action()` once it has succeeded on all processes, and `facts` of the results are the same on all.
+    """Run `action` on every rank and return its result; see `run_and_gather`."""
+    return run_and_gather(action, lambda result: None, must_match, seconds)[0]
 
-    Else raises Told on all of them: with the message of the first on which it failed. facts: plain JSON values.
-    patience: from the first process to the last. To be called by all processes, in the same order.
+
+def all_gather_object(action: Callable[[], T], seconds: float = JOIN_SECONDS) -> list[T]:
+    """Run `action` on every rank; return the results, plain JSON values, in order of rank; see `run_and_gather`."""
+    return run_and_gather(action, lambda result: result, seconds=seconds)[1]
+
+
+def broadcast_object(action: Callable[[], T]) -> T:
+    """Run `action` on rank 0; return its result, plain JSON values, on every rank; see `run_and_gather`."""
+    return all_gather_object(lambda: action() if rank() == 0 else None)[0]  # type: ignore[return-value]
+
+
+def run_and_gather(
+    action: Callable[[], T],
+    gather: Callable[[T], Any],
+    must_match: Callable[[T], Mapping[str, Any]] = lambda result: {},
+    seconds: float = JOIN_SECONDS,
+) -> tuple[T, list[Any]]:
+    """Run `action` on every rank; return its result, and `gather` of each rank's result, in order of rank.
+
+    Called by all ranks, in the same order. `gather` and `must_match` return plain JSON values. seconds: from the first
+    rank to the last. Raises PeerError, on all ranks, where `action` fails on one, or `must_match` differs on two.
     """
     error: Exception | None = None
-    own: dict[str, Any] = {"host": platform.node(), "problem": "", "facts": {}}
+    post: dict[str, Any] = {"host": platform.node(), "problem": "", "facts": {}, "value": None}
     try:
         result = action()
-        own["facts"] = json.loads(json.dumps({**facts(result), **_own_facts()}))
+        post["facts"] = {**must_match(result), "WORLD_SIZE": world(), "torch": str(torch.__version__)}
+        post["value"] = gather(result)
     except Exception as raised:
-        own["problem"], error = str(raised) or type(raised).__name__, raised
-    if world() == 1:
-        if error is not None:
-            raise error
-        return result
-    verdict = _exchange(own, patience)
-    if error is not None and not isinstance(error, InputError):
-        raise error
-    if verdict:
-        raise Told(verdict) from None
-    return result
-
-
-def from_first(action: Callable[[], T]) -> T:
-    """Return, on all processes, what `action()` returned on the first: plain JSON values. Raises Told on all of them.
-
-    To be called by all processes, in the same order.
-    """
-    found: list[T] = []
-    together(lambda: found.append(action()) if rank() == 0 else None)
-    if world() == 1:
-        return found[0]
-    key = f"millrace/{_meetings}/result"
-    if rank() == 0:
-        store().set(key, json.dumps(found[0]))
-    return json.loads(_wait(key, 0))
-
-
-def from_all(action: Callable[[], T], patience: timedelta = PATIENCE) -> list[T]:
-    """Return, on all processes, what `action()` returned on each: plain JSON values. Raises Told on all of them.
-
-    patience: from the first process to the last. To be called by all processes, in the same order.
-    """
-    own = together(action, patience=patience)
-    if world() == 1:
-        return [own]
-    key = f"millrace/{_meetings}/result"
-    store().set(f"{key}/{rank()}", json.dumps(own))
-    return [json.loads(_wait(f"{key}/{number}", number)) for number in range(world())]
-
-
-def _own_facts() -> dict[str, Any]:
-    """Return what of the processes themselves has to be the same."""
-    return {"WORLD_SIZE": world(), "torch": str(torch.__version__)}
-
-
-def _exchange(own: Mapping[str, Any], patience: timedelta) -> str:
-    """Tell the first process, and return what it finds wrong, if anything."""
-    global _meetings
-    _meetings += 1
-    key = f"millrace/{_meetings}"
-    shared = store()
-    shared.set(f"{key}/{rank()}", json.dumps(own))
-    if rank() == 0:
-        everyone = [json.loads(_wait(f"{key}/{number}", number, patience)) for number in range(world())]
-        shared.set(key, _verdict(everyone))
-    if verdict := _wait(key, 0, patience):
+        post["problem"], error = str(raised) or type(raised).__name__, raised
+    posts = _exchange(post, seconds) if world() > 1 else [post]
+    if world() > 1 and (problem := _find_problem(posts)):
         leave()
-    return verdict
+        if error is None or isinstance(error, InputError):
+            raise PeerError(problem) from None
+    if error is not None:
+        raise error
+    return result, [post["value"] for post in posts]
+
+
+def _exchange(post: dict[str, Any], seconds: float) -> list[dict[str, Any]]:
+    """Return the posts of all ranks, in order. Rank 0 collects them, so that each rank reads one key."""
+    global _exchanges
+    _exchanges += 1
+    key, shared = f"millrace/{_exchanges}", store()
+    shared.set(f"{key}/{rank()}", json.dumps(post))
+    if rank() == 0:
+        posts = [wait_for(shared, f"{key}/{peer}", peer, seconds) for peer in range(world())]
+        shared.set(key, f"[{', '.join(posts)}]")
+    return json.loads(wait_for(shared, key, 0, seconds))
 
 
 def leave() -> None:
-    """Have the first process, with which the store may end, wait until the others have come here, for some seconds."""
-    shared = store()
+    """Keep rank 0, which may serve the store, here until the other ranks have read the last exchange, some seconds."""
+    shared, key = store(), f"millrace/{_exchanges}/leave"
     if rank():
-        shared.set(f"millrace/{_meetings}/leave/{rank()}", "")
+        shared.set(f"{key}/{rank()}", "")
         return
     with contextlib.suppress(distributed.DistError):
-        shared.wait([f"millrace/{_meetings}/leave/{number}" for number in range(1, world())], SLICE)
+        shared.wait([f"{key}/{peer}" for peer in range(1, world())], timedelta(seconds=NOTICE_SECONDS))
 
 
-def _wait(key: str, number: int, patience: timedelta = PATIENCE) -> str:
-    return heard(store(), key, number, patience)
-
-
-def _verdict(everyone: list[dict[str, Any]]) -> str:
-    """Return what is wrong, in one line, or nothing."""
-    problems = [who["problem"] for who in everyone]
+def _find_problem(posts: list[dict[str, Any]]) -> str:
+    """Return the first problem of the posts in one line, or an empty string."""
+    problems = [post["problem"] for post in posts]
     if any(problems):
-        number = next(number for number, problem in enumerate(problems) if problem)
-        alone = len(set(problems)) > 1
-        return f"process {number} on {everyone[number]['host']}: {problems[number]}" if alone else problems[number]
-    first = everyone[0]
-    for number, who in enumerate(everyone):
-        for key in sorted(first["facts"].keys() | who["facts"].keys()):
-            here, there = first["facts"].get(key), who["facts"].get(key)
-            if here != there:
+        source = next(peer for peer, problem in enumerate(problems) if problem)
+        same = len(set(problems)) == 1
+        return problems[source] if same else f"rank {source} on {posts[source]['host']}: {problems[source]}"
+    first = posts[0]
+    for peer, post in enumerate(posts):
+        for key in sorted(first["facts"].keys() | post["facts"].keys()):
+            a, b = first["facts"].get(key), post["facts"].get(key)
+            if a != b:
                 return (
-                    f"{key}: process 0 on {first['host']} has {here!r}, process {number} on {who['host']} {there!r}: "
-                    "give all processes the same"
+                    f"{key}: rank 0 on {first['host']} has {a!r}, rank {peer} on {post['host']} {b!r}: "
+                    "give all ranks the same"
                 )
     return ""

@@ -1,4 +1,4 @@
-"""Synchronized BatchNorm: torch's on GPUs, and a plain one for processes on the CPU, where torch has none."""
+"""Synchronized BatchNorm: torch's on GPUs, and a plain one on CPUs, where torch has none."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.parallel import collectives
+from engine.parallel.rendezvous import world
 
 
 class CpuSyncBatchNorm(_BatchNorm):
-    """BatchNorm over [B, C, ...] whose training statistics are those of all processes' equal batches together.
+    """BatchNorm over [B, C, ...] with training statistics over the batches, of equal size, of all ranks.
 
-    One collective forward, one backward.
+    Costs one collective forward and one backward.
     """
 
     def _check_input_dim(self, input: torch.Tensor) -> None:
@@ -23,11 +24,11 @@ class CpuSyncBatchNorm(_BatchNorm):
             return super().forward(x)
         axes, shape = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
         values = x.to(torch.promote_types(x.dtype, torch.float32))
-        own = torch.stack(torch.var_mean(values, axes, correction=0))[None]  # [1, 2, C]
-        variances, means = collectives.gather_with_gradient(own).unbind(1)  # [world, C] each
+        local = torch.stack(torch.var_mean(values, axes, correction=0))[None]  # [1, 2, C]
+        variances, means = collectives.gather_with_gradient(local).unbind(1)  # [world, C] each
         mean = means.mean(dim=0)
         variance = variances.mean(dim=0) + (means - mean).square().mean(dim=0)
-        count = collectives.world() * x.numel() // x.shape[1]
+        count = world() * x.numel() // x.shape[1]
         self._track(mean.detach(), variance.detach() * count / (count - 1))
         normal = (values - mean.view(shape)) * (variance + self.eps).rsqrt().view(shape)
         if self.affine:
@@ -46,16 +47,16 @@ class CpuSyncBatchNorm(_BatchNorm):
 
 
 def synchronize(module: nn.Module, device: torch.device) -> nn.Module:
-    """Return `module` with every BatchNorm synchronized over all processes; parameters stay the same objects."""
+    """Return `module` with every BatchNorm synchronized over all ranks; parameters stay the same objects."""
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for name, child in module.named_children():
         if isinstance(child, _BatchNorm):
-            made = CpuSyncBatchNorm(child.num_features, child.eps, child.momentum, child.affine)
-            made.weight, made.bias = child.weight, child.bias
-            made.running_mean, made.running_var = child.running_mean, child.running_var
-            made.num_batches_tracked = child.num_batches_tracked
-            setattr(module, name, made)
+            synced = CpuSyncBatchNorm(child.num_features, child.eps, child.momentum, child.affine)
+            synced.weight, synced.bias = child.weight, child.bias
+            synced.running_mean, synced.running_var = child.running_mean, child.running_var
+            synced.num_batches_tracked = child.num_batches_tracked
+            setattr(module, name, synced)
         else:
             synchronize(child, device)
     return module

@@ -1,1 +1,1 @@
-"""The training loop, and what it builds: model, data, step, run folder."""
+"""The training loop and its parts: model, data, step, run folder."""

@@ -1,53 +1,85 @@
-"""The data sets of a run: opened, verified where that is asked for, and the same on all processes."""
+"""Data sets and loader of a run: opened, checked, verified if requested, the same on all ranks."""
 
 from __future__ import annotations
 
-import os
+import logging
 import platform
-import sys
-from collections.abc import Mapping
-from datetime import timedelta
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 
+from engine.checkpoint import compatibility
 from engine.config.settings import Settings
 from engine.evaluate.online_knn import Knn
-from engine.parallel.consensus import from_all, together
-from engine.parallel.rendezvous import cores_here, rank
+from engine.parallel import collectives
+from engine.parallel.accelerator import DTYPES
+from engine.parallel.consensus import PeerError, all_gather_object, run_and_gather
+from engine.parallel.rendezvous import cores_per_rank, local_rank, local_world, rank, world
+from engine.training.model import needed_views
+from methods.norm import SHUFFLED
+from pipeline.backends.select_backend import Choice, agreed, choose
 from pipeline.beton import Beton
 from pipeline.inspect import verify
+from pipeline.loader import Loader, Shuffle
 from pipeline.sampling.substitutes import Substitutes
 from pipeline.storage.in_place import open_data
 from pipeline.system.errors import InputError
+from pipeline.views import AUGMENTATIONS
 
-_NAMED = 10  # damaged records in a message
-_VERIFICATION = timedelta(days=2)  # that the slowest process may take
+logger = logging.getLogger(__name__)
 
-
-def open_sets(settings: Settings) -> tuple[Beton, Beton | None]:
-    """Return the training set and, if there is one, that for kNN. Raises InputError, on all processes alike."""
-    train_set = together(lambda: _open(settings, "train"), lambda beton: {"data.train": beton.fingerprint})
-    asked = settings.data.eval and settings.knn.every
-    eval_set = together(
-        lambda: _open(settings, "eval") if asked else None, lambda beton: {"data.eval": beton and beton.fingerprint}
-    )
-    return train_set, eval_set
+_MAX_LISTED = 10  # damaged records in a message
+_VERIFY_SECONDS = 2 * 24 * 3600.0  # from the fastest rank to the slowest
 
 
-def verify_sets(settings: Settings, train_set: Beton, eval_set: Beton | None) -> None:
-    """Check every record where `data.verify` is full, which may take long. Raises InputError, on all processes alike.
+@dataclass
+class Datasets:
+    """The data sets of a run."""
 
-    Damaged ones that `data.on_bad` passes over become `unreadable`: to be called before a loader is built.
+    train: Beton
+    eval: Beton | None
+    knn: Knn | None
+    backend: Choice
+
+    @property
+    def knn_fingerprint(self) -> str | None:
+        """Fingerprint of the images that kNN classifies, if any."""
+        return self.knn.fingerprint if self.knn else None
+
+    def fingerprints(self) -> dict[str, str | None]:
+        """Return the fingerprints of the images, which have to be the same on all ranks."""
+        return {"data.train": self.train.fingerprint, "data.eval": self.eval.fingerprint if self.eval else None}
+
+
+def open_datasets(settings: Settings, device: torch.device) -> Datasets:
+    """Open the data sets, and check whether they suit the settings and the checkpoint to resume.
+
+    The ranks agree once. Raises InputError, on all of them.
     """
-    if settings.data.verify != "full":
-        return
-    _verify(settings, "train", train_set)
-    if eval_set is not None and eval_set.fingerprint != train_set.fingerprint:
-        _verify(settings, "eval", eval_set)
-    elif eval_set is not None:
-        eval_set.unreadable |= train_set.unreadable
+    data, choices = run_and_gather(
+        lambda: _open_all(settings, device), lambda data: data.backend, Datasets.fingerprints
+    )
+    data.backend = agreed([Choice(*choice) for choice in choices])
+    return data
+
+
+def _open_all(settings: Settings, device: torch.device) -> Datasets:
+    data = settings.data
+    train = _open(settings, "train")
+    if data.batch > len(train):
+        raise InputError(
+            f"{train.path}: a batch of {data.batch} from {len(train)} samples: choose data.batch from 1 to {len(train)}"
+        )
+    evaluated = _open(settings, "eval") if data.eval and settings.knn.every else None
+    knn = _build_knn(settings, train, evaluated, device) if evaluated else None
+    if rank() == 0:
+        compatibility.check(settings, train.fingerprint, knn.fingerprint if knn else None)
+    cores = loading(settings, device)["workers"]
+    backend = choose(data.backend, train, device, processes=local_world(), cores=cores)
+    return Datasets(train, evaluated, knn, backend)
 
 
 def _open(settings: Settings, name: str) -> Beton:
@@ -57,66 +89,85 @@ def _open(settings: Settings, name: str) -> Beton:
     return open_data(path, tolerate=settings.data.on_bad == "skip")
 
 
-def _verify(settings: Settings, name: str, beton: Beton) -> None:
-    """Check every record; those of each machine's copy are shared by its processes.
+def _build_knn(settings: Settings, train: Beton, evaluated: Beton, device: torch.device) -> Knn:
+    """Return the kNN classifier of the images of `evaluated` by their neighbors in `train`."""
+    knn = settings.knn
+    backend = "ffcv_gpu" if device.type == "cuda" and settings.data.backend != "ffcv" else "ffcv"
+    if not (train.in_one_file and evaluated.in_one_file):
+        backend = "dali"
+    options = {**loading(settings, device), "backend": backend}  # never resident: each image is read once
+    options |= {"batch": max(256, settings.data.batch), "share": settings.data.eval_crop_ratio}
+    return Knn(train, evaluated, k=knn.k, temperature=knn.temperature, limit=knn.limit, **options)
 
-    A record that is damaged on any machine is passed over on all, or ends the run on all: as `data.on_bad` says.
+
+def verify_datasets(settings: Settings, data: Datasets) -> None:
+    """Check every record if `data.verify` is full, which may take long. Raises InputError, on all ranks alike.
+
+    Damaged records that `data.on_bad` skips become `unreadable`: call this before the loader is built.
     """
-    local, processes = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    own = np.array_split(np.arange(len(beton)), processes)[local].tolist()
-    everyone = from_all(lambda: [platform.node(), verify(beton, own, quiet=local > 0)], _VERIFICATION)
-    faults = {int(sample): f"{fault}, on {host}" for host, found in everyone for sample, fault in found}
+    if settings.data.verify != "full":
+        return
+    _verify(settings, "train", data.train)
+    if data.eval is not None and data.eval.fingerprint != data.train.fingerprint:
+        _verify(settings, "eval", data.eval)
+    elif data.eval is not None:
+        data.eval.unreadable |= data.train.unreadable
+
+
+def _verify(settings: Settings, name: str, beton: Beton) -> None:
+    """Check every record; the ranks of each machine share those of its copy.
+
+    A record that is damaged on one machine is skipped on all, or ends the run on all, as `data.on_bad` says.
+    """
+    share = np.array_split(np.arange(len(beton)), local_world())[local_rank()].tolist()
+    results = all_gather_object(
+        lambda: [platform.node(), verify(beton, share, quiet=local_rank() > 0)], _VERIFY_SECONDS
+    )
+    faults = {int(sample): f"{fault}, on {host}" for host, records in results for sample, fault in records}
     if not faults:
         return
-    numbers = ", ".join(map(str, sorted(faults)[:_NAMED])) + (", ..." if len(faults) > _NAMED else "")
-    says = f"{beton.path}: {len(faults)} of {len(beton)} records are damaged, samples {numbers}"
+    numbers = ", ".join(map(str, sorted(faults)[:_MAX_LISTED])) + (", ..." if len(faults) > _MAX_LISTED else "")
+    summary = f"{beton.path}: {len(faults)} of {len(beton)} records are damaged, samples {numbers}"
     if settings.data.on_bad == "error":
         first = min(faults)
-        _refuse(
-            f"{says} (the first, {beton.name(first)}: {faults[first]}): write the file again with python -m "
-            "pipeline.prepare, or pass over them with --data.on_bad skip"
+        raise PeerError(
+            f"{summary} (the first, {beton.name(first)}: {faults[first]}): write the file again with python -m "
+            "pipeline.prepare, or skip them with --data.on_bad skip"
         )
     beton.unreadable |= frozenset(faults)
-    together(lambda: Substitutes(beton, "skip"))  # refuses too many
+    try:
+        Substitutes(beton, "skip")
+    except InputError as error:  # too many; all ranks know of the same records
+        raise PeerError(str(error)) from None
     if rank() == 0:
-        print(f"warning: data.{name}: {says}: passed over", file=sys.stderr)
+        logger.warning(f"data.{name}: {summary}: skipped")
 
 
-def _refuse(message: str) -> None:
-    """Raise InputError with a message that all processes have come to, for the first of them to report."""
-
-    def refuse() -> None:
-        raise InputError(message)
-
-    together(refuse)
-
-
-def build_knn(settings: Settings, train_set: Beton, eval_set: Beton, accelerator: Accelerator) -> Knn:
-    """Return what classifies the images of `eval_set` by their neighbors of `train_set`."""
-    knn = settings.knn
-    backend = "ffcv_gpu" if accelerator.device.type == "cuda" and settings.data.backend != "ffcv" else "ffcv"
-    if not (train_set.in_one_file and eval_set.in_one_file):
-        backend = "dali"
-    return Knn(
-        train_set,
-        eval_set,
-        backend=backend,  # never resident: each image is read once
-        k=knn.k,
-        temperature=knn.temperature,
-        limit=knn.limit,
-        batch=max(256, settings.data.batch),
-        share=settings.data.eval_crop_ratio,
-        **loading(settings, accelerator),
-    )
+def build_loader(settings: Settings, data: Datasets, accelerator: Accelerator) -> Loader:
+    """Return the loader of this rank's views."""
+    chosen, views = settings.data, AUGMENTATIONS[settings.data.augmentation]
+    options = {**loading(settings, accelerator.device), "size": settings.size_of_epochs, "batch": chosen.batch}
+    options |= {"prefetch_factor": chosen.prefetch_factor, "backend": data.backend.name, "order": chosen.order}
+    options |= {"seed": settings.seed, "rank": rank(), "world": world(), "shuffle": _shuffle(settings)}
+    return Loader(data.train, views, dtype=DTYPES[accelerator.mixed_precision], **options)
 
 
-def loading(settings: Settings, accelerator: Accelerator) -> Mapping[str, Any]:
-    """Return the options that all loaders of a run have."""
+def _shuffle(settings: Settings) -> Shuffle | None:
+    """Return the shuffle of the keys' views, where BatchNorm meets other samples in them than in the queries."""
+    if settings.model.bn not in SHUFFLED:
+        return None
+    queries, keys = (needed_views(settings, kinds) for kinds in ("qQ", "kK"))
+    parts = 1 if settings.model.bn == "shuffle" else world()
+    return Shuffle(tuple(sorted(keys)), collectives.exchange, parts, only=tuple(sorted(keys - queries)))
+
+
+def loading(settings: Settings, device: torch.device) -> dict[str, Any]:
+    """Return the options that all loaders of a run share."""
     data = settings.data
     return {
         "size": data.size,
-        "device": accelerator.device,
-        "workers": data.workers or cores_here(),
+        "device": device,
+        "workers": data.workers or cores_per_rank(),
         "stall_timeout": data.stall_timeout,
         "hw_decoder_load": data.hw_decoder_load,
         "on_bad": data.on_bad,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from torch import nn
 
@@ -18,6 +18,7 @@ from engine.optim.optimizer import build_optimizer
 from engine.optim.schedule import Schedule
 from engine.parallel import collectives
 from engine.parallel.accelerator import prepared
+from engine.parallel.rendezvous import world
 from engine.parallel.sync_batchnorm import synchronize
 from engine.training.step import Step
 from methods.encoders import place
@@ -30,32 +31,35 @@ from methods.registry import build_backbone, build_encoder, build_objective
 from pipeline.system.errors import InputError
 from pipeline.system.packages import installed
 
+logger = get_logger(__name__)
+
 
 @dataclass
 class Model:
-    """What is trained, and the step that trains it."""
+    """The trained modules, and the step that trains them."""
 
     online: nn.Module
-    """As Accelerate wrapped it."""
+    """The online encoder, as Accelerate has wrapped it."""
     target: Encoder | None
+    """The momentum encoder."""
     queue: KeyQueue | None
     optimizer: Any
     step: Step
 
 
-def build_model(settings: Settings, accelerator: Accelerator, steps_an_epoch: int = 1) -> Model:
-    """Build encoders, queue, objective, optimizer, schedules and step, weights from the settings' seed."""
+def build_model(settings: Settings, accelerator: Accelerator, steps_per_epoch: int = 1) -> Model:
+    """Build encoders, queue, objective, optimizer, schedules and step, with weights from the settings' seed."""
     set_seed(settings.seed)
     base, device = settings.base, accelerator.device
-    accumulate = settings.parts(accelerator.num_processes)
-    online = _online(settings, accelerator, accumulate)
-    if settings.model.bn == "sync" and accelerator.num_processes > 1:
+    accumulate = settings.parts(world())
+    online = _build_online(settings, accumulate)
+    if settings.model.bn == "sync" and world() > 1:
         synchronize(online, device)
     target = place(momentum_copy(online), device) if base.momentum_encoder else None
     place(online, device)
     if settings.compile:
         _compile(online, target, device)
-    queue = _queue(settings, device) if base.queue else None
+    queue = _build_queue(settings, device) if base.queue else None
     wrapped, optimizer = prepared(accelerator, online, build_optimizer(online, settings.optim))
     if settings.gradient_dtype == "bfloat16":
         _exchange_in_bfloat16(wrapped)
@@ -66,7 +70,7 @@ def build_model(settings: Settings, accelerator: Accelerator, steps_an_epoch: in
         queue,
         build_objective(base, settings.terms),
         optimizer,
-        Schedule(settings, steps_an_epoch, device),
+        Schedule(settings, steps_per_epoch, device),
         accumulate=accumulate,
         clip=settings.optim.clip_grad_norm,
         gradient_shares=settings.gradient_shares,
@@ -75,13 +79,12 @@ def build_model(settings: Settings, accelerator: Accelerator, steps_an_epoch: in
     return Model(wrapped, target, queue, optimizer, step)
 
 
-def _online(settings: Settings, accelerator: Accelerator, accumulate: int) -> Encoder:
-    """Return the online encoder, on the CPU; its BatchNorm's groups are those of a part of a process's batch."""
+def _build_online(settings: Settings, accumulate: int) -> Encoder:
+    """Return the online encoder, on the CPU; its BatchNorm groups are parts of the samples of one forward pass."""
     model = settings.model
     assert model.dim is not None
     assert model.bn is not None
-    parts = accelerator.num_processes * accumulate if model.bn == "shuffle" else accumulate
-    groups = max(1, GROUPS // parts)
+    groups = max(1, GROUPS // (accumulate * (world() if model.bn == "shuffle" else 1)))
     backbone = build_backbone(
         model.arch,
         stem=model.stem,
@@ -98,7 +101,7 @@ def _online(settings: Settings, accelerator: Accelerator, accumulate: int) -> En
 
 
 def _compile(online: Encoder, target: Encoder | None, device: torch.device) -> None:
-    """Have torch.compile compile the backbones, once for each size of the views."""
+    """Compile the backbones with torch.compile, once for each size of the views."""
     check_compiler(device)
     torch._dynamo.config.recompile_limit = 64  # one for each encoder and size of the views
     for encoder in (online, target):
@@ -106,7 +109,15 @@ def _compile(online: Encoder, target: Encoder | None, device: torch.device) -> N
             encoder.backbone.compile(dynamic=False)
 
 
-def _queue(settings: Settings, device: torch.device) -> KeyQueue:
+def check_compiler(device: torch.device) -> None:
+    """Raise InputError where torch.compile lacks Triton or a C++ compiler."""
+    if device.type == "cuda" and not installed("triton"):
+        raise InputError("compile true: triton is not installed: pip install triton, or choose compile false")
+    if device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
+        raise InputError("compile true: there is no C++ compiler: install g++, or choose compile false")
+
+
+def _build_queue(settings: Settings, device: torch.device) -> KeyQueue:
     method, dim = settings.method, settings.model.dim
     assert method.queue_size is not None
     assert dim is not None
@@ -114,22 +125,14 @@ def _queue(settings: Settings, device: torch.device) -> KeyQueue:
 
 
 def _exchange_in_bfloat16(wrapped: nn.Module) -> None:
-    """Have processes exchange gradients in bfloat16; say so where there is one alone, and nothing to exchange."""
+    """All-reduce gradients in bfloat16; warn where there is one rank alone."""
     if isinstance(wrapped, nn.parallel.DistributedDataParallel):
         wrapped.register_comm_hook(None, lambda _, bucket: collectives.mean_in_bfloat16(bucket))
     else:
-        print("warning: gradient_dtype bfloat16: there is one process, and nothing to exchange", file=sys.stderr)
-
-
-def check_compiler(device: torch.device) -> None:
-    """Raise InputError where torch.compile has nothing to compile with."""
-    if device.type == "cuda" and not installed("triton"):
-        raise InputError("compile true: triton is not installed: pip install triton, or choose compile false")
-    if device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
-        raise InputError("compile true: there is no C++ compiler: install g++, or choose compile false")
+        logger.warning("gradient_dtype bfloat16: there is one rank, and nothing to exchange")
 
 
 def needed_views(settings: Settings, kinds: str = "qQkK") -> set[int]:
-    """Return the indices of the views whose embeddings are needed, of those kinds."""
+    """Return the indices of the views whose embeddings of those kinds the objective needs."""
     needs = build_objective(settings.base, settings.terms).needs
     return {int(name[1]) - 1 for name in needs if name[0] in kinds}

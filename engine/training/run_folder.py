@@ -1,11 +1,12 @@
-"""The run folder: claimed, locked, cleared of what a killed run left."""
+"""The run folder: claimed by one run at a time, cleared of a killed run's remains, with the settings in config.yaml."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
-import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import IO
@@ -13,36 +14,65 @@ from typing import IO
 from engine.checkpoint import storage
 from engine.config.settings import Settings
 from engine.parallel.rendezvous import rank
-from engine.training.build import Run
 from pipeline.system.errors import InputError
 
 
-def begin(run: Run) -> None:
-    """Make the run folder and start the trackers. Raises InputError where the folder cannot be made."""
-    settings = run.settings
-    if run.accelerator.is_main_process:
-        try:
-            claim(run)
-            replace(settings, resume="", allow_change=[]).write(run.out / "config.yaml")
-        except OSError as error:
-            raise InputError(f"out {settings.out!r}: {error.strerror or error}: choose another folder") from None
-        print(f"data.backend: {run.backend.name} ({run.backend.why})", file=sys.stderr)
-        if settings.compile:
-            print("compile: the first steps, and those of each new size, take a minute or more", file=sys.stderr)
-    if settings.tracker != "none":
-        run.accelerator.init_trackers("millrace")
+class RunFolder:
+    """The folder that `settings.out` names. Rank 0 alone writes there."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.path = Path(settings.out)
+        self.checkpoints = self.path / "checkpoints"
+        self._lock: IO[str] | None = None
+
+    def claim(self) -> None:
+        """Make the folder, lock it, and remove the remains of a killed run. Raises InputError."""
+        with _explained(self._settings):
+            if self._lock is None:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._lock = _lock(self.path)
+                storage.clear_up(self.checkpoints)
+                for unfinished in self.path.glob(".*.writing"):
+                    unfinished.unlink()
+        refuse_existing_run(self._settings)
+
+    def write_config(self) -> None:
+        """Write the settings to config.yaml, from which the run can be repeated. Raises InputError."""
+        with _explained(self._settings):
+            replace(self._settings, resume="", allow_change=[]).write(self.path / "config.yaml")
+
+    def close(self) -> None:
+        """Release the folder."""
+        if self._lock is not None:
+            self._lock.close()
 
 
-def claim(run: Run) -> None:
-    """Make the run folder, keep other runs out of it, and clear up what one that was killed left there."""
-    if run.lock is None:
-        run.out.mkdir(parents=True, exist_ok=True)
-        run.lock = _lock(run.out)
-        storage.clear_up(run.out / "checkpoints")
+def check_out(settings: Settings) -> None:
+    """Raise InputError, on rank 0, where the run folder cannot be written, is locked, or contains another run."""
+    if rank():
+        return
+    out = Path(settings.out)
+    with _explained(settings):
+        existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+        if not existing.is_dir():
+            raise OSError(errno.ENOTDIR, "")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise OSError(errno.EACCES, "")
+        if (out / ".lock").exists():
+            _lock(out).close()
+    refuse_existing_run(settings)
+
+
+def refuse_existing_run(settings: Settings) -> None:
+    """Raise InputError where the run folder has checkpoints, and is not to be resumed."""
+    if not settings.resume and any((Path(settings.out) / "checkpoints").glob("step_*")):
+        remedy = "add --resume auto to resume it, or choose another --out"
+        raise InputError(f"{settings.out}: already holds a run: {remedy}")
 
 
 def _lock(out: Path) -> IO[str]:
-    """Return a file whose lock keeps a second run out of the folder; the system releases it with the process."""
+    """Return a file whose lock keeps other runs out of the folder; the system releases it with the process."""
     file = open(out / ".lock", "w")  # noqa: SIM115 - open as long as the run
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -52,21 +82,11 @@ def _lock(out: Path) -> IO[str]:
     return file
 
 
-def check_out(settings: Settings) -> None:
-    """Raise InputError, on the first process, where the run folder cannot be written, or another run has it."""
-    if rank():
-        return
-    out = Path(settings.out)
+@contextlib.contextmanager
+def _explained(settings: Settings) -> Iterator[None]:
+    """Raise InputError for an OSError in this context."""
     try:
-        there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-        problem = 0 if there.is_dir() else errno.ENOTDIR
-        if not problem and not os.access(there, os.W_OK | os.X_OK):
-            problem = errno.EACCES
-        if (out / ".lock").exists():
-            _lock(out).close()
+        yield
     except OSError as error:
-        problem = error.errno or errno.EINVAL
-    if problem:
-        raise InputError(f"out {settings.out!r}: {os.strerror(problem)}: choose another folder")
-    if not settings.resume and any((out / "checkpoints").glob("step_*")):
-        raise InputError(f"{out}: already holds a run: add --resume auto to go on with it, or choose another --out")
+        reason = os.strerror(error.errno or errno.EINVAL)
+        raise InputError(f"out {settings.out!r}: {reason}: choose another folder") from None

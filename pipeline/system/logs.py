@@ -22,7 +22,8 @@ class _StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        line = printable(f"{level}{record.getMessage()}")
+        message = record.getMessage().removeprefix("[RANK 0] ")  # which accelerate.logging adds
+        line = printable(f"{level}{message}")
         try:
             tqdm.write(line, file=sys.stderr)
             sys.stderr.flush()

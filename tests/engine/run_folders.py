@@ -1,4 +1,4 @@
-"""Run folders as training leaves them, without training."""
+"""Run folders like those of training, without training."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ def settings(data: Path | str = "", **more: Any) -> Settings:
 
 def lines(epochs: float = EPOCHS, shift: float = 0.0) -> list[dict[str, float]]:
     """Return metrics of that many epochs, two lines each, with kNN after each; all values shifted by `shift`."""
-    found: list[dict[str, float]] = []
+    metrics: list[dict[str, float]] = []
     for half in range(1, round(2 * epochs) + 1):
         epoch = half / 2
         line = {"step": half * STEPS // 2, "epoch": epoch, "loss": 5.0 - epoch + shift, "info_nce": 5.0 - epoch + shift}
         line |= {"student_teacher_gap": 0.5 / epoch + shift, "alignment": 1 / epoch, "uniformity": -epoch}
         line |= {"embedding_std": 0.9, "effective_rank": 10 + epoch, "lr": 0.1 / epoch, "momentum": 0.99}
-        found.append(line | {"pairs_per_second": 100.0 * half, "data_wait_fraction": 0.01 * half})
+        metrics.append(line | {"pairs_per_second": 100.0 * half, "data_wait_fraction": 0.01 * half})
         if half % 2 == 0:
-            found.append({"step": half * STEPS // 2, "epoch": epoch, "knn_top1": 0.1 * epoch + shift})
-    return found
+            metrics.append({"step": half * STEPS // 2, "epoch": epoch, "knn_top1": 0.1 * epoch + shift})
+    return metrics
 
 
-def write_lines(folder: Path, found: Sequence[dict[str, float]]) -> None:
+def write_lines(folder: Path, metrics: Sequence[dict[str, float]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
 
 
 def write_run(folder: Path, chosen: Settings | None = None, epochs: float = EPOCHS, shift: float = 0.0) -> Path:
@@ -71,9 +71,9 @@ def write_checkpoint(folder: Path, chosen: Settings, step: int = EPOCHS * STEPS,
     return storage.write(folder / "checkpoints", step, {"model": tensors}, rest)
 
 
-def write_evaluation(folder: Path, name: str, what: str, top1: float, **more: Any) -> None:
-    """Write what an evaluation leaves."""
-    document = {"evaluation": what, "checkpoint": f"x/step_{EPOCHS * STEPS:08d}", "which": "online", "top1": top1}
+def write_evaluation(folder: Path, name: str, title: str, top1: float, **more: Any) -> None:
+    """Write the result of an evaluation."""
+    document = {"evaluation": title, "checkpoint": f"x/step_{EPOCHS * STEPS:08d}", "which": "online", "top1": top1}
     document |= {"train": "a/train.beton", "test": "a/test.beton", "interval": [top1 - 0.01, top1 + 0.01]}
     document["settings"] = {"encoder": folder.name, "train": "f1", "test": "f2", "seed": 0}
     document |= more

@@ -34,7 +34,7 @@ def settings(
 
 
 def built(chosen: Settings, accelerator: Accelerator | None = None) -> Model:
-    """Return the model of those settings in float64, weights as the seed has them."""
+    """Return the model of those settings in float64, with weights from their seed."""
     accelerator = accelerator or Accelerator(cpu=True)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
@@ -55,17 +55,17 @@ def views(seed: int, batch: int = BATCH, size: int = SIZE) -> tuple[torch.Tensor
 
 
 def batch_of(*given: torch.Tensor, **more: Any) -> Batch:
-    """Return views as the loader hands them out."""
+    """Return a batch of those views, like the loader's."""
     return Batch(given, np.arange(len(given[0])), 0, 0, 0.0, **more)
 
 
 def everything(model: Model) -> dict[str, torch.Tensor]:
-    """All that a step may change."""
+    """Return all tensors that a step may change."""
     modules = {"online": model.step.encoder, "target": model.target, "queue": model.queue, "at": model.step.schedule}
-    found = {f"{n}.{k}": v for n, m in modules.items() if m is not None for k, v in m.state_dict().items()}
-    found |= {
+    tensors = {f"{n}.{k}": v for n, m in modules.items() if m is not None for k, v in m.state_dict().items()}
+    tensors |= {
         f"{index}|{key}": value
         for index, state in enumerate(model.optimizer.state.values())
         for key, value in state.items()
     }
-    return {key: value.clone() for key, value in found.items() if key != "at.skipped"}
+    return {key: value.clone() for key, value in tensors.items() if key != "at.skipped"}

@@ -1,4 +1,4 @@
-"""The demonstration on a folder of images, and what it refuses."""
+"""The demo on a folder of images, and its refusals."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.engine.test_run import ENVIRONMENT, run
 DEMO = (sys.executable, "-m", "engine.demo")
 
 
-def test_a_folder_becomes_a_table_a_preview_and_a_curve(tmp_path: Path) -> None:
+def test_folder_becomes_a_table_a_preview_and_a_curve(tmp_path: Path) -> None:
     for number in range(60):
         pixels, label = synthetic.draw(0, number)
         place = tmp_path / "images" / synthetic.CLASSES[label]
@@ -43,10 +43,10 @@ def test_missing_data_is_one_line_and_exit_status_2(tmp_path: Path) -> None:
     assert ENVIRONMENT["OMP_NUM_THREADS"] == "1"
 
 
-def test_ctrl_c_leaves_the_training_time_for_its_checkpoint(
+def test_ctrl_c_leaves_training_time_for_its_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The stand-in for the training takes a second to end after the Ctrl-C that it shares with the demonstration."""
+    """The stand-in for the training takes a second to end after the Ctrl-C, which both receive."""
     (tmp_path / "run.py").write_text(
         "import os, pathlib, signal, time\n"
         "def stop(*_):\n"
@@ -63,19 +63,19 @@ def test_ctrl_c_leaves_the_training_time_for_its_checkpoint(
     assert f"--config {tmp_path / 'recipe.yaml'} --resume auto" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize(("rate", "says"), [(200.0, "125000 pairs take --minutes 11 here"), (2000.0, "")])
-def test_a_machine_too_slow_to_learn_in_that_time_is_told_how_long_it_takes(
-    rate: float, says: str, drawn: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("rate", "message"), [(200.0, "125000 pairs take --minutes 11 here"), (2000.0, "")])
+def test_slow_machine_gets_the_minutes_that_it_needs(
+    rate: float, message: str, drawn: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(demo, "measure_rate", lambda settings: rate)
-    monkeypatch.setattr(demo, "_MOST_EPOCHS", 10**6)
+    monkeypatch.setattr(demo, "_MAX_EPOCHS", 10**6)
     demo._with_epochs(demo._settings(drawn, drawn, Path("out")), 3.5)
-    told = capsys.readouterr().out
-    assert says in told
-    assert bool(says) == ("little to learn from" in told)
+    log = capsys.readouterr().err
+    assert message in log
+    assert bool(message) == ("little to learn from" in log)
 
 
-def test_subsets_are_found_where_there_are_any(tmp_path: Path) -> None:
+def test_subsets_are_found_by_their_folders(tmp_path: Path) -> None:
     for name in ("train/a", "val/a"):
         (tmp_path / name).mkdir(parents=True)
         Image.new("RGB", (20, 20)).save(tmp_path / name / "x.png")
@@ -95,7 +95,7 @@ def test_curves_are_drawn_with_and_without_evaluations(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("minutes", ["0", "-1", "nan"])
-def test_a_training_time_that_is_none_is_refused(minutes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_impossible_training_time_is_refused(minutes: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["demo", "--minutes", minutes])
     with pytest.raises(SystemExit) as ended:
         demo.main()

@@ -1,4 +1,4 @@
-"""Whole runs as a user starts them: images to encoder, killed and resumed, in two processes, with bad input."""
+"""Complete runs like a user's: images to encoder, killed and resumed, on two ranks, with bad input."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def run(*arguments: str, command: tuple[str, ...] = (sys.executable, str(RUN)), 
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
-    """Return the metrics lines without what tells of time."""
+    """Return the metrics lines without measurements of time."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in WALL_CLOCK} for line in lines]
 
@@ -90,11 +90,11 @@ def test_from_image_files_to_knn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.slow
-def test_killed_in_mid_epoch_and_resumed_equals_undisturbed(drawn: Path, tmp_path: Path) -> None:
+def test_run_killed_in_mid_epoch_and_resumed_equals_the_undisturbed(drawn: Path, tmp_path: Path) -> None:
     arguments = ["--data.train", str(drawn), "--data.eval", str(drawn), *SMALL, "--optim.epochs", "3"]
     arguments += ["--save_every", "2", "--log_every", "3"]
-    whole = run(*arguments, "--out", str(tmp_path / "whole"))
-    assert whole.returncode == 0, whole.stderr
+    undisturbed = run(*arguments, "--out", str(tmp_path / "undisturbed"))
+    assert undisturbed.returncode == 0, undisturbed.stderr
     out = tmp_path / "killed"
     command = [sys.executable, str(RUN), *arguments, "--out", str(out)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
@@ -111,42 +111,43 @@ def test_killed_in_mid_epoch_and_resumed_equals_undisturbed(drawn: Path, tmp_pat
     resumed = run(*arguments, "--out", str(out), "--resume", "auto")
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed from" in resumed.stderr
-    assert metrics(out) == metrics(tmp_path / "whole")
+    assert metrics(out) == metrics(tmp_path / "undisturbed")
     for name in ("model", "optimizer"):
         ends = [
-            load_file(p / "checkpoints" / "step_00000015" / f"{name}.safetensors") for p in (tmp_path / "whole", out)
+            load_file(p / "checkpoints" / "step_00000015" / f"{name}.safetensors")
+            for p in (tmp_path / "undisturbed", out)
         ]
         assert ends[0].keys() == ends[1].keys()
         assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
 
 
 @pytest.mark.slow
-def test_a_diverged_run_fails_and_goes_on_from_a_good_checkpoint(drawn: Path, tmp_path: Path) -> None:
-    """With a rate that bursts after the fourth step: what is saved is from before, and a lower rate goes on from it."""
+def test_diverged_run_fails_and_resumes_from_a_good_checkpoint(drawn: Path, tmp_path: Path) -> None:
+    """At a rate that diverges after the fourth step; the saved state is from before, and resumes at a lower rate."""
     out = tmp_path / "out"
     arguments = ["--data.train", str(drawn), *SMALL, "--save_every", "2", "--precision", "no", "--out", str(out)]
     good = run(*arguments, "--optim.epochs", "1", "--optim.schedule", "constant", "--save_every", "4")
     assert good.returncode == 0, good.stderr
     wild = ["--optim.lr", "1e12", "--optim.epochs", "3", "--resume", "auto", "--allow-change", "optim"]
-    burst = run(*arguments, *wild)
-    assert burst.returncode == 1, burst.stderr
-    assert "loss or gradients have not been finite for" in burst.stderr
-    assert "steps were skipped" in burst.stderr
-    kept = sorted(path.name for path in (out / "checkpoints").glob("step_*"))
-    assert kept[-1] <= "step_00000008"  # one more may be saved before three in a row were skipped
-    assert f"go on from {out / 'checkpoints' / kept[-1]}, the last good one" in burst.stderr
-    lower = ["--optim.epochs", "2", "--resume", str(out / "checkpoints" / kept[-1])]
+    diverged = run(*arguments, *wild)
+    assert diverged.returncode == 1, diverged.stderr
+    assert "loss or gradients have not been finite for" in diverged.stderr
+    assert "steps were skipped" in diverged.stderr
+    saved = sorted(path.name for path in (out / "checkpoints").glob("step_*"))
+    assert saved[-1] <= "step_00000008"  # one more may be saved before three in a row were skipped
+    assert f"resume from {out / 'checkpoints' / saved[-1]}, the last good one" in diverged.stderr
+    lower = ["--optim.epochs", "2", "--resume", str(out / "checkpoints" / saved[-1])]
     refused = run(*arguments, *lower)
     assert refused.returncode == 2
     assert refused.stderr.endswith("or add --allow-change optim.lr --allow-change optim.epochs\n")
-    mended = run(*arguments, *lower, "--allow-change", "optim")
-    assert "resumed from" in mended.stderr
-    assert "for 20 steps" not in mended.stderr
+    resumed = run(*arguments, *lower, "--allow-change", "optim")
+    assert "resumed from" in resumed.stderr
+    assert "for 20 steps" not in resumed.stderr
 
 
 @pytest.fixture(scope="module")
 def two_ranks(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of two CPU processes under Accelerate."""
+    """The run folder of two CPU ranks under Accelerate."""
     out = tmp_path_factory.mktemp("two") / "out"
     launcher = (
         sys.executable,
@@ -181,14 +182,14 @@ def two_ranks(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_two_processes_write_one_run_folder(two_ranks: Path) -> None:
+def test_two_ranks_write_one_run_folder(two_ranks: Path) -> None:
     lines = metrics(two_ranks)
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 11))
     assert json.loads((two_ranks / "summary.json").read_text())["processes"] == 2
     assert sorted(p.name for p in (two_ranks / "checkpoints").glob("step_*")) == ["step_00000005", "step_00000010"]
 
 
-def test_two_processes_hold_the_same_queue_and_parameters(two_ranks: Path) -> None:
+def test_two_ranks_have_the_same_queue_and_parameters(two_ranks: Path) -> None:
     first, second = (load_file(two_ranks.parent / f"rank{rank}.safetensors") for rank in (0, 1))
     assert torch.equal(first["queue.keys"], second["queue.keys"])
     parameters = [key for key in first if "running" not in key and "num_batches" not in key]
@@ -205,7 +206,7 @@ def main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         ([], "already holds a run: add --resume auto"),
         (["--resume", "auto", "--method.queue_size", "50"], "method.queue_size 50: the checkpoint has 70"),
@@ -214,11 +215,11 @@ def main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (["--resume", "{first}"], "holds step_00000010, later than"),
     ],
 )
-def test_an_existing_run_is_neither_overwritten_nor_mixed_with_another(
+def test_existing_run_is_neither_overwritten_nor_mixed_with_another(
     two_ranks: Path,
     drawn: Path,
     arguments: list[str],
-    says: str,
+    message: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -226,7 +227,7 @@ def test_an_existing_run_is_neither_overwritten_nor_mixed_with_another(
     given = [a.format(first=two_ranks / "checkpoints" / "step_00000005") for a in arguments]
     options = ["--data.train", str(drawn), "--data.eval", str(drawn), *SMALL, "--optim.epochs", "2"]
     assert main(monkeypatch, *options, "--precision", "no", "--out", str(two_ranks), *given) == 2
-    assert says in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert {path: path.read_bytes() for path in two_ranks.rglob("*") if path.is_file()} == before
 
 
@@ -237,34 +238,32 @@ def test_resuming_a_finished_run_changes_nothing(two_ranks: Path, drawn: Path, m
     assert [(two_ranks / name).read_text() for name in ("summary.json", "config.yaml")] == before
 
 
-def test_a_finished_run_without_a_summary_gets_it(
+def test_finished_run_without_a_summary_gets_one(
     two_ranks: Path, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As one that was killed between its last checkpoint and that."""
+    """As after a kill between its last checkpoint and the summary."""
     shutil.copytree(two_ranks, tmp_path / "run")
-    there = json.loads((two_ranks / "summary.json").read_text())
+    original = json.loads((two_ranks / "summary.json").read_text())
     (tmp_path / "run" / "summary.json").unlink()
     options = ["--data.train", str(drawn), "--data.eval", str(drawn), *SMALL, "--optim.epochs", "2"]
     assert main(monkeypatch, *options, "--precision", "no", "--out", str(tmp_path / "run"), "--resume", "auto") == 0
-    found = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert {key: found[key] for key in ("step", "loss", "knn_top1")} == {
-        key: there[key] for key in ("step", "loss", "knn_top1")
-    }
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert all(summary[key] == original[key] for key in ("step", "loss", "knn_top1"))
 
 
-def test_a_second_run_into_the_same_folder_is_refused(
+def test_second_run_into_the_same_folder_is_refused(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    with open(out / ".lock", "w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with open(out / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         assert main(monkeypatch, "--data.train", str(drawn), *SMALL, "--out", str(out)) == 2
     assert "another run is writing into it" in capsys.readouterr().err
     assert not (out / "config.yaml").exists()
 
 
-def test_a_gpu_whose_memory_is_full_ends_in_one_line_that_says_what_takes_less(
+def test_full_gpu_memory_is_one_line_with_the_remedy(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*_: Any, **__: Any) -> None:
@@ -272,13 +271,13 @@ def test_a_gpu_whose_memory_is_full_ends_in_one_line_that_says_what_takes_less(
 
     monkeypatch.setattr(loop, "train_on", full)
     assert main(monkeypatch, "--data.train", str(drawn), *SMALL, "--out", str(tmp_path / "out")) == 1
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith(
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(
         "error: step 0, memory of the GPU is full (CUDA out of memory): compute less at once (--micro_b"
     )
 
 
-def test_an_out_that_is_a_file_is_refused(
+def test_out_that_is_a_file_is_refused(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
@@ -287,7 +286,7 @@ def test_an_out_that_is_a_file_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["--data.train", "nowhere.beton"], "nowhere.beton: no such file"),
         ([], "data.train is not set"),
@@ -305,7 +304,7 @@ def test_bad_input_is_one_line_and_exit_status_2(
     drawn: Path,
     tmp_path: Path,
     arguments: list[str],
-    says: str,
+    message: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -319,17 +318,17 @@ def test_bad_input_is_one_line_and_exit_status_2(
     assert ended.value.code == 2
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
-    assert says in lines[0]
+    assert message in lines[0]
 
 
-def test_bad_input_ends_the_command_itself_with_one_line_and_exit_status_2() -> None:
+def test_bad_input_of_a_command_is_one_line_and_exit_status_2() -> None:
     refused = run("--data.train", "nowhere.beton")
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: nowhere.beton: no such file")
     assert len(refused.stderr.splitlines()) == 1
 
 
-def test_a_queue_larger_than_the_data_set_is_a_warning(
+def test_queue_larger_than_the_data_set_is_a_warning(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--data.train", str(drawn), "--optim.epochs", "1", "--out", str(tmp_path / "out")]

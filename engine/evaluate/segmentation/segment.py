@@ -23,7 +23,7 @@ from engine.evaluate.segmentation.fcn import Fcn
 from engine.evaluate.segmentation.miou import count, overlap
 from engine.evaluate.trainer import Kept, check_batch, sgd, train_by_steps
 from engine.parallel import collectives
-from engine.parallel.consensus import from_all
+from engine.parallel.consensus import all_gather_object
 from engine.parallel.sync_batchnorm import synchronize
 from methods.encoders import place
 from pipeline.augment.color import normalize
@@ -127,7 +127,7 @@ def _classes(trial: Segmentation) -> list[str]:
 
 def _numbers(data: Masked, classes: int, workers: Workers) -> set[int]:
     """Return the class numbers in all masks, of which each process reads its share."""
-    return set().union(*from_all(lambda: sorted(classes_in(data, share_of(data), classes, workers))))
+    return set().union(*all_gather_object(lambda: sorted(classes_in(data, share_of(data), classes, workers))))
 
 
 def train(trial: Segmentation, classes: int, batch: int, name: str, settings: dict[str, object]) -> tuple[Fcn, float]:

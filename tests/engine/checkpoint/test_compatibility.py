@@ -1,4 +1,4 @@
-"""A resume with any one setting changed: the difference is told, and refused or allowed as the setting is listed."""
+"""A resume with one changed setting: it is free, refused, or refused unless allowed, as the setting is listed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 import engine.training.build as building
 from engine.checkpoint import storage
-from engine.checkpoint.compatibility import compare, compare_images
+from engine.checkpoint.compatibility import compare_knn_images, compare_settings
 from engine.config.cli import flat
 from engine.config.settings import Settings
 from methods.co2 import CO2
@@ -26,20 +26,20 @@ from tests.conftest import Figure
 from tests.engine.test_run import SMALL, main
 
 SAVED = flat(Settings(terms=Terms(co2=CO2(), xmoco=XMoCo(), residual=Residual(), dcl=DCL())).as_dict())
-FREE = set(  # how and where the same is computed, told and kept
+FREE = set(  # they change how and where the same is computed, logged and saved
     """out resume allow_change log_every save_every keep keep_every tracker gradient_shares cpu compile cuda_graph
     activation_checkpointing collective_timeout step_timeout data.train data.eval data.eval_crop_ratio data.verify
     data.on_bad data.samples data.stall_timeout data.workers data.prefetch_factor data.backend data.hw_decoder_load
     knn.every knn.k knn.temperature knn.limit""".split()  # noqa: SIM905 - a list of words
 )
-FIXED = set(  # what is saved would not fit
+FIXED = set(  # the saved state would not fit
     """method.name method.queue_size method.queue_dtype optim.name data.batch data.order seed model.arch model.stem
     model.width model.dim model.mlp_dim model.bn model.zero_init_residual model.stop_grad_conv1""".split()  # noqa: SIM905
 )
 
 
 def other(value: Any) -> Any:
-    """Return another value than this."""
+    """Return another value of the same kind."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int | float):
@@ -48,46 +48,44 @@ def other(value: Any) -> Any:
 
 
 def resumed(key: str, allow: list[str] | None = None) -> Any:
-    """Return settings that differ in that key alone from those saved."""
+    """Return settings that differ from the saved ones in that key alone."""
     now = SAVED | {key: other(SAVED[key]), "allow_change": allow or []}
     return SimpleNamespace(as_dict=lambda: now, allow_change=allow or [])
 
 
 def outcome(key: str, capsys: pytest.CaptureFixture[str]) -> str:
-    """Return what comes of a change; of those that may be allowed, that they are with their key or section alone."""
+    """Return the outcome of a change; one that may be allowed needs its key or section."""
     then, now = SAVED[key], other(SAVED[key])
     try:
-        compare(resumed(key), SAVED)
+        compare_settings(resumed(key), SAVED)
     except InputError as error:
-        said = str(error)
+        message = str(error)
     else:
         assert not capsys.readouterr().err
         return "free"
-    if said == f"{key} {now!r}: the checkpoint has {then!r}: resume with that value":
+    if message == f"{key} {now!r}: the checkpoint has {then!r}: resume with that value":
         with pytest.raises(InputError):
-            compare(resumed(key, [key]), SAVED)
+            compare_settings(resumed(key, [key]), SAVED)
         return "fixed"
     listed = f"{key} {then!r} -> {now!r}"
-    assert said == f"the checkpoint has other settings: {listed}: resume with its own, or add --allow-change {key}"
+    assert message == f"the checkpoint has other settings: {listed}: resume with its own, or add --allow-change {key}"
     with pytest.raises(InputError):
-        compare(resumed(key, ["optim.l", "seed"]), SAVED)
+        compare_settings(resumed(key, ["optim.l", "seed"]), SAVED)
     for allowed in (key, key.split(".")[0]):
-        compare(resumed(key, [allowed]), SAVED)
+        compare_settings(resumed(key, [allowed]), SAVED)
         assert capsys.readouterr().err == f"warning: resuming with other settings: {listed}\n"
-    return "allowed where asked for"
+    return "allowed"
 
 
 @pytest.mark.reliability
-def test_every_setting_is_free_fixed_or_allowed_where_asked_for(
-    figure: Figure, capsys: pytest.CaptureFixture[str]
-) -> None:
-    found = {key: outcome(key, capsys) for key in SAVED if key not in ("allow_change", "resume")}
-    expected = {key: "free" if key in FREE else "fixed" if key in FIXED else "allowed where asked for" for key in found}
-    assert found == expected
-    counts = [sum(kind == name for kind in found.values()) for name in ("free", "fixed", "allowed where asked for")]
+def test_every_setting_is_free_fixed_or_allowed(figure: Figure, capsys: pytest.CaptureFixture[str]) -> None:
+    outcomes = {key: outcome(key, capsys) for key in SAVED if key not in ("allow_change", "resume")}
+    kinds = ("free", "fixed", "allowed")
+    assert outcomes == {key: kinds[0 if key in FREE else 1 if key in FIXED else 2] for key in outcomes}
+    counts = [list(outcomes.values()).count(kind) for kind in kinds]
     figure(
         "resume with each setting changed",
-        "all {} keys: {} free, {} refused, {} refused unless allowed".format(len(found), *counts),
+        "all {} keys: {} free, {} refused, {} refused unless allowed".format(len(outcomes), *counts),
     )
 
 
@@ -110,33 +108,33 @@ def test_other_images_for_knn_are_refused_or_allowed(
 
     assert resumed(1, "--data.eval", drawn)[0] == 0
     assert resumed(2, "--data.eval", tmp_path / "moved.beton")[0] == 0  # the same images elsewhere
-    status, said = resumed(3, "--data.eval", tmp_path / "other.beton")
+    status, err = resumed(3, "--data.eval", tmp_path / "other.beton")
     assert status == 2
-    assert "data.eval" in said
-    assert "give those, or add --allow-change data.eval" in said
-    assert resumed(3)[0] == 0  # no kNN: what it was of is kept
-    status, said = resumed(4, "--data.eval", tmp_path / "other.beton")
+    assert "data.eval" in err
+    assert "give those, or add --allow-change data.eval" in err
+    assert resumed(3)[0] == 0  # no kNN: its images stay those of before
+    status, err = resumed(4, "--data.eval", tmp_path / "other.beton")
     assert status == 2
     fingerprints = [Beton(path).fingerprint for path in (tmp_path / "other.beton", drawn)]
-    assert "fingerprint {}, there {}".format(*fingerprints) in said
-    status, said = resumed(4, "--data.eval", tmp_path / "other.beton", "--allow-change", "data.eval")
+    assert "fingerprint {}, there {}".format(*fingerprints) in err
+    status, err = resumed(4, "--data.eval", tmp_path / "other.beton", "--allow-change", "data.eval")
     assert status == 0
-    assert "kNN is of these from here on" in said
+    assert "kNN classifies these from here on" in err
     assert resumed(5, "--data.eval", tmp_path / "third.beton")[0] == 2
-    figure("resume with each setting changed", "other images for kNN: refused unless allowed, elsewhere: taken up")
+    figure("resume with each setting changed", "other images for kNN: refused unless allowed; the same elsewhere: free")
 
 
-def test_what_cannot_be_resumed_is_refused_before_the_data_are_verified(
+def test_resume_is_refused_before_the_data_are_verified(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepare("synthetic:190", tmp_path / "other.beton", workers=1, quiet=True)
     out = ["--out", str(tmp_path / "out"), *SMALL, "--optim.epochs", "1"]
     assert main(monkeypatch, "--data.train", str(drawn), "--data.eval", str(drawn), *out) == 0
     verified, hashed, sha256 = [], [], storage._sha256
-    monkeypatch.setattr(building, "verify_sets", lambda *_: verified.append(1))
+    monkeypatch.setattr(building, "verify_datasets", lambda *_: verified.append(1))
     monkeypatch.setattr(storage, "_sha256", lambda path: hashed.append(path) or sha256(path))
     resumed = [*out, "--resume", "auto", "--data.verify", "full"]
-    for train, evaluation, more, says in (
+    for train, evaluation, more, message in (
         (drawn, drawn, ["--seed", "1"], "seed 1: the checkpoint has 0"),
         (drawn, drawn, ["--optim.lr", "0.1"], "other settings: optim.lr 0.32 -> 0.1"),
         (drawn, tmp_path / "other.beton", [], "data.eval"),
@@ -145,7 +143,7 @@ def test_what_cannot_be_resumed_is_refused_before_the_data_are_verified(
     ):
         data = ["--data.train", str(train), "--data.eval", str(evaluation)]
         assert main(monkeypatch, *resumed, *data, *more) == 2
-        assert says in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert not verified + hashed
     changed = ["--optim.lr", "0.1", "--allow-change", "optim.lr"]
     assert main(monkeypatch, *resumed, "--data.train", str(drawn), "--data.eval", str(drawn), *changed) == 0
@@ -153,16 +151,16 @@ def test_what_cannot_be_resumed_is_refused_before_the_data_are_verified(
     assert capsys.readouterr().err.count("warning: resuming with other settings: optim.lr 0.32 -> 0.1") == 1
 
 
-def test_an_older_checkpoint_does_not_say_what_knn_was_of() -> None:
-    compare_images(Settings(), "a", "")
+def test_older_checkpoint_without_knn_images_is_accepted() -> None:
+    compare_knn_images(Settings(), "a", "")
 
 
-def test_the_lists_name_settings_that_there_are() -> None:
+def test_listed_settings_exist() -> None:
     assert not (FREE | FIXED) - SAVED.keys()
 
 
 @pytest.mark.parametrize("terms", [(Terms(), Terms(co2=CO2())), (Terms(co2=CO2()), Terms())], ids=["added", "removed"])
-def test_a_term_more_or_less_is_a_difference(terms: tuple[Terms, Terms]) -> None:
+def test_added_or_removed_term_is_a_difference(terms: tuple[Terms, Terms]) -> None:
     then, now = (replace(Settings(), terms=chosen) for chosen in terms)
     with pytest.raises(InputError, match=r"other settings: .*terms\.co2\.weight .* -> .*--allow-change terms\.co2"):
-        compare(now, then.as_dict())
+        compare_settings(now, then.as_dict())

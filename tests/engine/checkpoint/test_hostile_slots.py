@@ -1,4 +1,4 @@
-"""A pickle that would create a file, in the place of every file that is read: it is never run."""
+"""A pickle that would create a file, in place of every file that is read: it is never run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Slot = tuple[Path, Callable[[], Any]]
 
 @pytest.fixture
 def slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Slot]:
-    """Every file that is read, and what reads it."""
+    """Every file that is read, with the function that reads it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     run, beton, tar = tmp_path / "run", tmp_path / "x.beton", tmp_path / "x.tar"
     prepare("synthetic:40", beton, workers=1, quiet=True)
@@ -86,7 +86,7 @@ def slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Slot]:
         "checkpoint: latest": (run / "checkpoints" / "latest", resumed),
         "run: model": (saved_at / "model.safetensors", lambda: load_encoder(run)),
         "run: config": (run / "config.yaml", lambda: parse(["--config", str(run / "config.yaml")])),
-        "run: metrics": (run / "metrics.jsonl", lambda: Monitor(Accelerator(cpu=True), run, 10, 2).start(1)),
+        "run: metrics": (run / "metrics.jsonl", lambda: Monitor(Accelerator(cpu=True), run, 10, 2).start(1, 0)),
         "run: evaluation": (run / "evaluation" / "x.json", lambda: model_card._metrics(saved_at)),
         "beton": (beton, lambda: Beton(beton)),
         "beton: manifest": (manifest_path(beton), lambda: Beton(beton)),
@@ -114,7 +114,7 @@ def slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Slot]:
 
 
 def _payloads(target: Path) -> Iterator[bytes]:
-    """The pickle as it is, as torch.save writes it in both its formats, as an array of objects, and as YAML."""
+    """Yield the pickle as it is, in both formats of torch.save, as an array of objects, as YAML and as JSON."""
     yield hostile_pickle(target)
     for new in (True, False):
         written = io.BytesIO()
@@ -128,7 +128,7 @@ def _payloads(target: Path) -> Iterator[bytes]:
 
 
 @reliability
-def test_no_planted_payload_is_run(
+def test_planted_payload_is_never_run(
     slots: dict[str, Slot], tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     owned = tmp_path / "owned"
@@ -151,8 +151,8 @@ def test_no_planted_payload_is_run(
     assert refused > 0.6 * tried
 
 
-def test_the_payload_runs_where_it_is_let(tmp_path: Path) -> None:
-    """Else the test above would show nothing."""
+def test_payload_runs_where_it_is_allowed(tmp_path: Path) -> None:
+    """Otherwise the test above would show nothing."""
     import pickle
 
     for number, payload in enumerate(_payloads(tmp_path / "owned")):
@@ -170,7 +170,7 @@ def test_the_payload_runs_where_it_is_let(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pipe", "/dev/zero", "folder"])
-def test_no_slot_waits_or_reads_without_end(kind: str, slots: dict[str, Slot]) -> None:
+def test_slots_neither_block_nor_fill_memory(kind: str, slots: dict[str, Slot]) -> None:
     odd = []
     for slot, (path, read) in slots.items():
         path.parent.mkdir(exist_ok=True)
@@ -187,27 +187,27 @@ def test_no_slot_waits_or_reads_without_end(kind: str, slots: dict[str, Slot]) -
     assert not odd
 
 
-# What is read back of a run and its evaluations
+# ---- files of runs and their evaluations ----
 
 
 @pytest.mark.parametrize(
     "line",
     [b"[1]\n", b"null\n", b"3\n", b"\xff\xfe\n", b"[" * 100_000 + b"\n", b'{"step": 2, "epo', b"", b"\0\0\n"],
 )
-def test_metrics_end_where_they_are_none(line: bytes, tmp_path: Path) -> None:
+def test_metrics_end_at_the_first_invalid_line(line: bytes, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "epoch": 1.0}\n' + line)
-    Monitor(Accelerator(cpu=True), tmp_path, 10, 2).start(5)
+    Monitor(Accelerator(cpu=True), tmp_path, 10, 2).start(5, 0)
     assert path.read_bytes() == b'{"step": 1, "epoch": 1.0}\n'
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 @pytest.mark.parametrize("line", [b"{}\n", b'{"step": "x", "epoch": 1}\n', b'{"step": 1}\n', b"x" * (2 << 20) + b"\n"])
-def test_metrics_of_something_else_are_left_as_they_are(line: bytes, tmp_path: Path) -> None:
+def test_other_files_in_place_of_metrics_are_left_unchanged(line: bytes, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "epoch": 1.0}\n' + line)
     with pytest.raises(InputError, match=r"metrics\.jsonl"):
-        Monitor(Accelerator(cpu=True), tmp_path, 10, 2).start(5)
+        Monitor(Accelerator(cpu=True), tmp_path, 10, 2).start(5, 0)
     assert path.read_bytes() == b'{"step": 1, "epoch": 1.0}\n' + line
 
 
@@ -226,7 +226,7 @@ def test_metrics_of_something_else_are_left_as_they_are(line: bytes, tmp_path: P
         None,
     ],
 )
-def test_a_position_that_cannot_be_right_is_begun_anew(noted: object, tmp_path: Path) -> None:
+def test_impossible_position_starts_anew(noted: object, tmp_path: Path) -> None:
     partial, position = tmp_path / "x.partial.npy", tmp_path / "x.json"
     position.write_text(json.dumps(noted))
     np.lib.format.open_memmap(partial, "w+", np.float32, (40, 8))[:] = 1
@@ -236,7 +236,7 @@ def test_a_position_that_cannot_be_right_is_begun_anew(noted: object, tmp_path: 
 
 
 @pytest.mark.parametrize("rows", [np.ones((40, 9), "f4"), np.ones((39, 8), "f4"), np.ones((40, 8)), np.ones(3, "f4")])
-def test_features_of_another_shape_are_begun_anew(rows: np.ndarray, tmp_path: Path) -> None:
+def test_features_of_another_shape_start_anew(rows: np.ndarray, tmp_path: Path) -> None:
     partial, position = tmp_path / "x.partial.npy", tmp_path / "x.json"
     features._note(position, {}, [1, 2])
     np.save(partial, rows)
@@ -245,7 +245,7 @@ def test_features_of_another_shape_are_begun_anew(rows: np.ndarray, tmp_path: Pa
     assert np.load(partial).shape == (40, 8)
 
 
-def test_a_classifier_of_other_shapes_is_refused(tmp_path: Path) -> None:
+def test_classifier_of_other_shapes_is_refused(tmp_path: Path) -> None:
     bench = SimpleNamespace(out=tmp_path, first=True, device=torch.device("cpu"), say=print)
 
     def kept(inputs: int) -> Kept:
@@ -259,13 +259,13 @@ def test_a_classifier_of_other_shapes_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["a 300", "a 2", "a x", "a", "a 1 1", "a 99999999999999999999", "a \u0661"])
-def test_labels_of_voc_are_three(text: str, tmp_path: Path, drawn: Path) -> None:
+def test_voc_labels_are_1_0_or_minus_1(text: str, tmp_path: Path, drawn: Path) -> None:
     (tmp_path / "cat_trainval.txt").write_text(f"{text}\n")
     with pytest.raises(InputError, match="not lines of an image and 1, 0 or -1"):
         svm.multi_labels(tmp_path, "trainval", Beton(drawn))
 
 
-def test_names_are_found_as_they_are_shown(tmp_path: Path, drawn: Path) -> None:
+def test_names_are_read_as_printed(tmp_path: Path, drawn: Path) -> None:
     beton = Beton(drawn)
     assert beton.manifest is not None
     beton.manifest.names[3:5] = ["a/\u202eodd\x1b.jpg", b"caf\xe9.jpg".decode("utf-8", "surrogateescape")]
@@ -273,7 +273,7 @@ def test_names_are_found_as_they_are_shown(tmp_path: Path, drawn: Path) -> None:
     assert semi_supervised.named(beton, tmp_path / "names.txt").tolist() == [3, 4]
 
 
-def test_a_zip_of_a_checkpoint_is_no_zip_of_images(tmp_path: Path) -> None:
+def test_zip_of_a_checkpoint_has_no_images(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.writestr("data.pkl", hostile_pickle(tmp_path / "owned"))
     with pytest.raises(InputError, match="no image in it"):

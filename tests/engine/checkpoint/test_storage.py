@@ -1,4 +1,4 @@
-"""Checkpoints: exact round trips, and damage that is found and named."""
+"""Checkpoints: exact round trips, and damage that is detected and named."""
 
 from __future__ import annotations
 
@@ -47,19 +47,19 @@ def test_newest_is_found_and_older_ones_are_removed(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*writing"))
 
 
-def test_every_so_manieth_is_kept_besides_the_newest(tmp_path: Path) -> None:
+def test_multiples_of_keep_every_stay(tmp_path: Path) -> None:
     for step in range(1, 10):
         write(tmp_path, step, keep=2, keep_every=3)
     assert [storage.step_of(p) for p in sorted(tmp_path.glob("step_*"))] == [3, 6, 8, 9]
 
 
-def test_none_where_there_is_none(tmp_path: Path) -> None:
+def test_missing_folder_has_no_checkpoint(tmp_path: Path) -> None:
     assert storage.newest(tmp_path / "nowhere") == (None, [])
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "delete", "junk"])
-def test_a_damaged_file_is_named_and_the_previous_checkpoint_taken(tmp_path: Path, name: str, damage: str) -> None:
+def test_damaged_file_is_named_and_the_previous_checkpoint_used(tmp_path: Path, name: str, damage: str) -> None:
     good, bad = write(tmp_path, 1), write(tmp_path, 2)
     path = bad / name
     data = bytearray(path.read_bytes())
@@ -71,13 +71,13 @@ def test_a_damaged_file_is_named_and_the_previous_checkpoint_taken(tmp_path: Pat
         path.write_bytes(new[damage])
     with pytest.raises(InputError, match="step_00000002"):
         storage.load(bad)
-    found, broken = storage.newest(tmp_path)
-    assert found == good
+    newest, broken = storage.newest(tmp_path)
+    assert newest == good
     assert len(broken) == 1
     assert "step_00000002" in broken[0]
 
 
-def test_an_unfinished_checkpoint_is_no_checkpoint(tmp_path: Path) -> None:
+def test_unfinished_checkpoint_is_ignored(tmp_path: Path) -> None:
     good = write(tmp_path, 1)
     (tmp_path / ".step_00000002.writing").mkdir()
     assert storage.newest(tmp_path)[0] == good
@@ -85,7 +85,7 @@ def test_an_unfinished_checkpoint_is_no_checkpoint(tmp_path: Path) -> None:
     assert storage.newest(tmp_path)[0] == tmp_path / "step_00000002"
 
 
-def test_another_format_is_refused(tmp_path: Path) -> None:
+def test_other_format_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, 1) / "state.json"
     state = json.loads(path.read_text())
     state["format"] = 99

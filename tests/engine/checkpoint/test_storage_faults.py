@@ -37,7 +37,7 @@ def bytes_of(folder: Path) -> dict[str, str]:
 
 
 def in_child(action: Callable[[], None]) -> int:
-    """Return how a child that did `action` ended: 0, or 9 where it was killed."""
+    """Run `action` in a child; return its exit code, -9 if it was killed."""
     child = os.fork()
     if not child:
         try:
@@ -49,7 +49,7 @@ def in_child(action: Callable[[], None]) -> int:
 
 
 def killed_before(count: int, folder: Path, action: Callable[[], Any]) -> int:
-    """Do `action` in a child that is killed before its operation number `count` on files in `folder`."""
+    """Run `action` in a child that is killed before its file operation number `count` in `folder`."""
 
     def cut() -> None:
         left = count
@@ -69,7 +69,7 @@ def killed_before(count: int, folder: Path, action: Callable[[], Any]) -> int:
 
 @pytest.mark.reliability
 @pytest.mark.parametrize("again", [False, True], ids=["a new step", "the same step"])
-def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(again: bool, tmp_path: Path, figure: Figure) -> None:
+def test_kill_at_any_file_operation_leaves_an_intact_checkpoint(again: bool, tmp_path: Path, figure: Figure) -> None:
     cuts, status = 0, -9
     while status == -9:
         cuts += 1
@@ -80,28 +80,30 @@ def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(again: bool, tmp
         status = killed_before(cuts, folder, lambda: write(folder, 3, keep=2))  # noqa: B023 - called at once
         assert status in (0, -9)
         storage.clear_up(folder)
-        found, broken = storage.newest(folder)
+        newest, broken = storage.newest(folder)
         assert broken == []
-        assert found is not None
-        assert storage.step_of(found) in ((3,) if again else (2, 3))
-        storage.load(found)
+        assert newest is not None
+        assert storage.step_of(newest) in ((3,) if again else (2, 3))
+        storage.load(newest)
         assert bytes_of(folder / "step_00000002") == before
         assert not list(folder.glob(".*"))
-        assert (status == 0) <= (found.name == "step_00000003")
+        assert (status == 0) <= (newest.name == "step_00000003")
         shutil.rmtree(folder)
     kind = "a step saved again" if again else "a new step"
-    figure("kill after every file operation of a save", f"{kind}: a whole checkpoint at {cuts - 1} of {cuts - 1} cuts")
+    figure(
+        "kill after every file operation of a save", f"{kind}: an intact checkpoint at {cuts - 1} of {cuts - 1} cuts"
+    )
     assert cuts > 10
 
 
 @pytest.mark.reliability
 @pytest.mark.parametrize("limit", [0, 1, 300, 2000])
-def test_a_file_that_cannot_be_written_loses_nothing(
+def test_file_that_cannot_be_written_loses_nothing(
     limit: int, tmp_path: Path, capfd: pytest.CaptureFixture[str], figure: Figure
 ) -> None:
-    """The system refuses to let any file grow over a limit, as it does where there is no space."""
+    """The system refuses to let a file grow over a limit, as it does without space."""
     write(tmp_path, 1)
-    said = tmp_path.with_name("said")
+    notes = tmp_path.with_name("notes")
 
     def fail() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -112,25 +114,25 @@ def test_a_file_that_cannot_be_written_loses_nothing(
         writer.save(2, large, STATE)
         writer.wait()
         resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
-        said.write_text(f"{writer.problem}, {storage.newest(tmp_path)}")
+        notes.write_text(f"{writer.problem}, {storage.newest(tmp_path)}")
         writer.save(3, large, STATE)
         writer.wait()
         assert not writer.problem
 
     assert in_child(fail) == 0
-    assert said.read_text().startswith(f"{os.strerror(errno.EFBIG)}, ")
-    assert said.read_text().endswith("step_00000001'), [])")
+    assert notes.read_text().startswith(f"{os.strerror(errno.EFBIG)}, ")
+    assert notes.read_text().endswith("step_00000001'), [])")
     assert [path.name for path in tmp_path.glob("*step_*")] == ["step_00000003"]
     if limit >= 300:  # else stderr, a file here, cannot be written either
-        warned = "step 2: the checkpoint could not be written (File too large): training goes on"
-        assert warned in capfd.readouterr().err
+        warning = "warning: step 2: the checkpoint could not be written (File too large): training continues"
+        assert warning in capfd.readouterr().err
     figure("no space, I/O error in a save", f"no file over {limit} bytes: 0 lost")
 
 
 @pytest.mark.reliability
 @pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EIO], ids=["no space", "I/O error"])
 @pytest.mark.parametrize("at", ["write", "fsync"])
-def test_a_run_goes_on_where_a_save_fails(
+def test_run_continues_where_a_save_fails(
     at: str,
     fault: int,
     drawn: Path,
@@ -139,7 +141,7 @@ def test_a_run_goes_on_where_a_save_fails(
     capsys: pytest.CaptureFixture[str],
     figure: Figure,
 ) -> None:
-    """The second of three checkpoints meets the fault in its second file."""
+    """The second of three checkpoints has the fault in its second file."""
     checkpoints, then = tmp_path / "checkpoints", []
     fsync, opened = os.fsync, open
 
@@ -167,17 +169,22 @@ def test_a_run_goes_on_where_a_save_fails(
     monkeypatch.setattr(storage, "open", writable, raising=False)
     arguments = ["--data.train", str(drawn), *SMALL, "--optim.epochs", "1", "--save_every", "2", "--keep", "1"]
     assert main(monkeypatch, *arguments, "--out", str(tmp_path)) == 0
-    said = f"step 4: the checkpoint could not be written ({os.strerror(fault)}): training goes on; the newest is step_0"
-    assert said in capsys.readouterr().err
+    warning = (
+        f"the checkpoint could not be written ({os.strerror(fault)}): training continues; the newest is step_00000002"
+    )
+    assert f"warning: step 4: {warning}" in capsys.readouterr().err
     assert then == [(checkpoints / "step_00000002", [])]
     assert [path.name for path in checkpoints.glob("*step_*")] == ["step_00000005"]
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5]
     storage.load(checkpoints / "step_00000005")
-    figure("no space, I/O error in a save", f"{os.strerror(fault)} at {at}, in a run: told, trained to the end, 0 lost")
+    figure(
+        "no space, I/O error in a save",
+        f"{os.strerror(fault)} at {at}, in a run: warned of, trained to the end, 0 lost",
+    )
 
 
 @pytest.mark.reliability
-def test_old_checkpoints_that_cannot_be_removed_cost_the_new_one_nothing(
+def test_old_checkpoint_that_cannot_be_removed_leaves_the_new_one_intact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], figure: Figure
 ) -> None:
     remove = shutil.rmtree
@@ -194,14 +201,14 @@ def test_old_checkpoints_that_cannot_be_removed_cost_the_new_one_nothing(
     writer.finish()
     assert storage.newest(tmp_path) == (tmp_path / "step_00000002", [])
     assert (tmp_path / "latest").read_text() == "step_00000002"
-    said = "step 2: the checkpoint is written, but earlier checkpoints could not be tidied up (Input/output error)"
-    assert said in capsys.readouterr().err
-    figure("no space, I/O error in a save", "I/O error where old ones are removed: told, the new one is whole")
+    warning = "step 2: the checkpoint is written, but earlier checkpoints could not be removed (Input/output error)"
+    assert warning in capsys.readouterr().err
+    figure("no space, I/O error in a save", "I/O error where old ones are removed: warned of, the new one is intact")
 
 
 @pytest.mark.reliability
 @pytest.mark.slow
-def test_a_run_trains_to_its_end_on_a_full_disk(drawn: Path, tmp_path: Path, figure: Figure) -> None:
+def test_run_trains_to_its_end_on_a_full_disk(drawn: Path, tmp_path: Path, figure: Figure) -> None:
     """A file system of two pages: one for the settings, one for the first metrics, none for a checkpoint or the log."""
     mount = f"mount -t tmpfs -o size=8k tmpfs {tmp_path} && exec "
     command = [sys.executable, str(RUN), "--data.train", str(drawn), *SMALL, "--optim.epochs", "8"]
@@ -217,11 +224,11 @@ def test_a_run_trains_to_its_end_on_a_full_disk(drawn: Path, tmp_path: Path, fig
         f"error: {tmp_path / 'out' / 'checkpoints'}: the last checkpoint could"
     )
     assert "Traceback" not in done.stderr
-    figure("no space, I/O error in a save", "a full disk from the first epoch on: trained to the end, then an error")
+    figure("no space, I/O error in a save", "a full disk after the first epoch: trained to the end, then an error")
 
 
 class Failing(io.BufferedWriter):
-    """A file that takes half of what is written."""
+    """A file that takes half of each write, and then fails."""
 
     def __init__(self, number: int, fault: int) -> None:
         super().__init__(io.FileIO(number, "wb"))
@@ -233,7 +240,7 @@ class Failing(io.BufferedWriter):
 
 
 @pytest.mark.reliability
-def test_no_room_is_found_before_anything_is_written(
+def test_missing_space_is_found_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], figure: Figure
 ) -> None:
     good = write(tmp_path, 1)
@@ -246,38 +253,38 @@ def test_no_room_is_found_before_anything_is_written(
     assert "the newest is step_00000001" in capsys.readouterr().err
     assert storage.newest(tmp_path) == (good, [])
     assert not list(tmp_path.glob(".step*"))
-    figure("no space, I/O error in a save", "too little room, found before anything is written: 0 lost")
+    figure("no space, I/O error in a save", "too little space, found before anything is written: 0 lost")
 
 
 @pytest.mark.reliability
-def test_every_flip_and_truncation_is_found(tmp_path: Path, figure: Figure) -> None:
+def test_every_flip_and_truncation_is_detected(tmp_path: Path, figure: Figure) -> None:
     good, bad = write(tmp_path, 1), write(tmp_path, 2)
-    draw, count, found = random.Random(0), 200, 0
+    draw, count, detected = random.Random(0), 200, 0
     for _ in range(count):
         path = draw.choice(sorted(bad.iterdir()))
-        whole = path.read_bytes()
-        damaged = bytearray(whole)
+        intact = path.read_bytes()
+        damaged = bytearray(intact)
         if draw.random() < 0.5:
-            damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+            damaged[draw.randrange(len(intact))] ^= 1 << draw.randrange(8)
         else:
-            del damaged[draw.randrange(len(whole)) :]
+            del damaged[draw.randrange(len(intact)) :]
         path.write_bytes(damaged)
         newest, broken = storage.newest(tmp_path)
-        found += newest == good and len(broken) == 1 and "step_00000002" in broken[0]
+        detected += newest == good and len(broken) == 1 and "step_00000002" in broken[0]
         with pytest.raises(InputError, match="step_00000002"):
             storage.load(bad)
-        path.write_bytes(whole)
-    figure("200 random flips and truncations of checkpoint files", f"{found}/{count} named, the one before used")
-    assert found == count
+        path.write_bytes(intact)
+    figure("200 random flips and truncations of checkpoint files", f"{detected}/{count} named, the one before used")
+    assert detected == count
 
 
 @pytest.mark.reliability
-def test_no_file_that_is_missing_or_junk_is_loaded_in_silence(tmp_path: Path, figure: Figure) -> None:
+def test_missing_or_junk_file_is_never_loaded(tmp_path: Path, figure: Figure) -> None:
     good, other, bad = (write(tmp_path / name, step) for name, step in (("run", 1), ("other", 7), ("run", 2)))
     refused, cases = 0, 0
     for path in sorted(bad.iterdir()):
-        whole = path.read_bytes()
-        for junk in (None, b"", b"junk", b"{}", b"null", b"[]", whole[::-1], (other / path.name).read_bytes()):
+        intact = path.read_bytes()
+        for junk in (None, b"", b"junk", b"{}", b"null", b"[]", intact[::-1], (other / path.name).read_bytes()):
             path.unlink()
             if junk is not None:
                 path.write_bytes(junk)
@@ -286,41 +293,41 @@ def test_no_file_that_is_missing_or_junk_is_loaded_in_silence(tmp_path: Path, fi
                 storage.load(bad)
             newest, broken = storage.newest(tmp_path / "run")
             refused += newest == good and len(broken) == 1
-            path.write_bytes(whole)
+            path.write_bytes(intact)
     storage.load(bad)
     figure("each state file deleted or junk", f"{refused}/{cases} refused by name, the one before used")
     assert refused == cases
 
 
-def test_a_checkpoint_is_written_beside_the_training_from_a_copy(tmp_path: Path) -> None:
+def test_checkpoint_is_written_from_a_copy_during_training(tmp_path: Path) -> None:
     writer = storage.Writer(tmp_path, keep=0)
     tensors = tensors_of(5)
-    kept = {name: value.clone() for name, value in tensors["model"].items()}
+    expected = {name: value.clone() for name, value in tensors["model"].items()}
     writer.save(5, tensors, STATE)
     for value in tensors["model"].values():
         value.zero_()
     writer.finish()
     loaded, _ = storage.load(tmp_path / "step_00000005")
-    assert all(torch.equal(loaded["model"][name], value) for name, value in kept.items())
+    assert all(torch.equal(loaded["model"][name], value) for name, value in expected.items())
 
 
 @pytest.mark.slow
 @pytest.mark.reliability
 def test_training_waits_little_for_a_checkpoint(tmp_path: Path, figure: Figure) -> None:
-    """A ResNet-50's 800 MB: the copy is what is waited for."""
+    """A ResNet-50's 800 MB: training waits for the copy."""
     tensors = {"model": {str(i): torch.randn(1 << 20) for i in range(200)}}
     writer = storage.Writer(tmp_path, keep=1)
-    begun = time.perf_counter()
+    begin = time.perf_counter()
     writer.save(1, tensors, STATE)
-    waited = time.perf_counter() - begun
+    waited = time.perf_counter() - begin
     writer.finish()
-    took = time.perf_counter() - begun
-    figure("overhead of guard and checkpointing", f"800 MB: {waited:.2f} s of {took:.2f} s are waited for")
-    assert waited < 0.25 * took
+    total = time.perf_counter() - begin
+    figure("overhead of guard and checkpointing", f"800 MB: training waits for {waited:.2f} s of {total:.2f} s")
+    assert waited < 0.25 * total
 
 
 def forged(folder: Path, **changes: Any) -> Path:
-    """A checkpoint whose state says so, and whose hashes hold."""
+    """Return a checkpoint with a changed state and valid hashes."""
     path = write(folder, 1) / "state.json"
     state = json.loads(path.read_text()) | changes
     del state["sha256"]
@@ -329,24 +336,24 @@ def forged(folder: Path, **changes: Any) -> Path:
 
 
 def nested(levels: int) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    document: dict[str, Any] = {}
     for _ in range(levels):
-        found = {"a": found}
-    return found
+        document = {"a": document}
+    return document
 
 
 @pytest.mark.parametrize(
     "changes", [{"step": -1}, {"step": 2**70}, {"settings": nested(900)}, {"monitor": nested(900)}]
 )
-def test_a_state_beyond_all_measure_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
-    """The hashes tell of damage, not of who wrote them; what follows a nesting so deep by recursion would end in it."""
-    with pytest.raises(InputError, match=r"state\.json: (step is beyond|cannot be read \(more than 20 levels\))"):
+def test_state_out_of_range_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Hashes show damage, not origin; code that followed such a nesting by recursion would crash."""
+    with pytest.raises(InputError, match=r"state\.json: (step is out of range|cannot be read \(more than 20 levels\))"):
         storage.load(forged(tmp_path, **changes))
 
 
 @pytest.mark.parametrize("kind", ["pipe", "/dev/zero"])
-def test_a_state_that_is_no_file_is_refused_and_an_older_checkpoint_taken(kind: str, tmp_path: Path) -> None:
-    """One waited for ever, the other took all memory: each says that it has no bytes at all."""
+def test_state_that_is_no_regular_file_is_refused_and_an_older_checkpoint_used(kind: str, tmp_path: Path) -> None:
+    """Reading one would wait forever, the other would fill all memory: both have a size of 0."""
     good, bad = write(tmp_path, 1), write(tmp_path, 2) / "state.json"
     bad.unlink()
     os.mkfifo(bad) if kind == "pipe" else bad.symlink_to(kind)

@@ -1,4 +1,4 @@
-"""Runs that are begun and killed leave nothing behind that grows: files, shared memory, processes."""
+"""Runs that are started and killed leave nothing that grows: files, shared memory, processes."""
 
 from __future__ import annotations
 
@@ -22,44 +22,44 @@ from tests.engine.test_run import SMALL, main
 CYCLES = 100
 
 
-def left(out: Path) -> dict[str, int]:
-    """Count what there is of these runs, and of their shared memory on the machine."""
-    own = psutil.Process()
-    running = [process for process in own.children(recursive=True) if process.status() != psutil.STATUS_ZOMBIE]
+def count_remains(out: Path) -> dict[str, int]:
+    """Count the files and processes of these runs, and the machine's shared memory."""
+    process = psutil.Process()
+    running = [child for child in process.children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
     return {
         "files": sum(len(files) for _, _, files in os.walk(out)),
         "bytes": sum(path.stat().st_size for path in out.rglob("*") if path.name != "metrics.jsonl"),
         "MiB of shared memory": psutil.virtual_memory().shared // 2**20,
         "processes": len(running),
-        "open files": own.num_fds(),
+        "open files": process.num_fds(),
     }
 
 
-def remaining(before: set[str], seconds: float = 120) -> set[str]:
-    """Return the shared memory that was not there before, and is not gone after so long, as what is in use is."""
-    found, until = set(os.listdir("/dev/shm")) - before, time.monotonic() + seconds
-    while found and time.monotonic() < until:
+def leaked_memory(before: set[str], seconds: float = 120) -> set[str]:
+    """Return new shared memory that outlives `seconds`, and so is not in use."""
+    new, deadline = set(os.listdir("/dev/shm")) - before, time.monotonic() + seconds
+    while new and time.monotonic() < deadline:
         time.sleep(1)
-        found &= set(os.listdir("/dev/shm"))
-    return found
+        new &= set(os.listdir("/dev/shm"))
+    return new
 
 
-def losses_kept(out: Path) -> int:
-    """Return how many losses the newest checkpoint holds: up to a limit, more with every step."""
+def count_saved_losses(out: Path) -> int:
+    """Return the number of losses in the newest checkpoint, which grows up to a limit."""
     newest, _ = storage.newest(out / "checkpoints")
     return len(storage.read_state(newest)["monitor"]["spikes"]["window"]) if newest else 0
 
 
 def growth(counted: list[int]) -> float:
-    """Return by how much a count grows a cycle: the least of its last third less that of its first.
+    """Return the growth of a count per cycle: the minimum of its last third less that of its first.
 
-    What one kill leaves half written, which the next start clears up, is in some cycles, and so not in the least.
+    Files that a kill leaves half written, and the next start removes, are in some cycles, and so not in the minimum.
     """
     third = len(counted) // 3
     return (min(counted[-third:]) - min(counted[:third])) / (len(counted) - third)
 
 
-def test_what_stays_is_growth_and_what_the_next_start_clears_up_is_not() -> None:
+def test_growth_counts_what_stays_alone() -> None:
     draw = random.Random(0)
     assert growth([100 + draw.choice([0, 0, 40]) for _ in range(60)] + [140] * 20 + [100] * 10) == 0
     assert growth([100 + number + draw.choice([0, 0, 40]) for number in range(90)]) == pytest.approx(1, abs=0.1)
@@ -68,46 +68,47 @@ def test_what_stays_is_growth_and_what_the_next_start_clears_up_is_not() -> None
 
 @pytest.mark.slow
 @pytest.mark.reliability
-def test_a_hundred_runs_that_are_killed_leave_nothing_that_grows(
+def test_hundred_killed_runs_leave_nothing_that_grows(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: Figure
 ) -> None:
-    """Each goes on from what the one before it had saved, or fails to begin."""
+    """Each resumes from the last one's checkpoint, or is killed before."""
     out, draw, counted = tmp_path / "out", random.Random(0), []
     arguments = [*arguments_of(drawn, out), "--optim.epochs", "100000", "--save_every", "1", "--keep", "2"]
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    while losses_kept(out) < loss_spikes.WINDOW:
+    while count_saved_losses(out) < loss_spikes.WINDOW:
         seconds_of(arguments, 20.0, temporary)
     before, files = set(os.listdir("/dev/shm")), set(os.listdir(temporary))
     for _ in range(CYCLES):
         seconds_of(arguments, draw.uniform(0.2, 4.0), temporary)
-        counted.append(left(out))
+        counted.append(count_remains(out))
     assert (out / "checkpoints" / "latest").exists()
-    found = {name: growth([count[name] for count in counted]) for name in counted[0]}
-    found |= {"/dev/shm": float(len(remaining(before))), "temporary": float(len(set(os.listdir(temporary)) - files))}
+    grown = {name: growth([count[name] for count in counted]) for name in counted[0]}
+    grown |= {"/dev/shm": float(len(leaked_memory(before)))}
+    grown |= {"temporary": float(len(set(os.listdir(temporary)) - files))}
     figure(
         "100 start–kill cycles",
-        f"growth a cycle over {CYCLES}: " + ", ".join(f"{name} {value:g}" for name, value in found.items()),
+        f"growth a cycle over {CYCLES}: " + ", ".join(f"{name} {value:g}" for name, value in grown.items()),
     )
-    assert abs(found.pop("bytes")) < 1  # the number of a step is written out
-    assert found == dict.fromkeys(found, 0.0), (counted[0], counted[-1])
+    assert abs(grown.pop("bytes")) < 1  # the number of a step has more and more digits
+    assert grown == dict.fromkeys(grown, 0.0), (counted[0], counted[-1])
 
 
 def slope(values: list[float]) -> tuple[float, float, float]:
-    """Return by how much values grow each time, and the 95 % interval: the median slope of all pairs (Theil, Sen).
+    """Return the growth of values per step, and its 95 % interval: the median slope of all pairs (Theil, Sen).
 
-    What the allocator takes once, for whatever reason, is no growth by that measure, as it would be by least squares.
+    Memory that the allocator takes once is no growth by this measure, as it would be by least squares.
     """
-    found = stats.theilslopes(values)
-    return float(found.slope), float(found.low_slope), float(found.high_slope)
+    result = stats.theilslopes(values)
+    return float(result.slope), float(result.low_slope), float(result.high_slope)
 
 
-EPOCHS_EACH, RESUMES = 8, 30
+EPOCHS_PER_RESUME, RESUMES = 8, 30
 
 
 @pytest.mark.slow
 @pytest.mark.reliability
-def test_one_process_that_trains_and_resumes_for_long_does_not_grow(
+def test_process_that_trains_and_resumes_for_long_does_not_grow(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: Figure
 ) -> None:
     """Memory after each resume; the first third, in which caches fill, is left out."""
@@ -115,29 +116,29 @@ def test_one_process_that_trains_and_resumes_for_long_does_not_grow(
     arguments += ["--resume", "auto", "--allow-change", "optim.epochs", "--log_every", "5"]
     counted = []
     for number in range(1, RESUMES + 1):
-        assert main(monkeypatch, *arguments, "--optim.epochs", str(number * EPOCHS_EACH)) == 0
+        assert main(monkeypatch, *arguments, "--optim.epochs", str(number * EPOCHS_PER_RESUME)) == 0
         gc.collect()
         counted.append(psutil.Process().memory_info().rss / 2**20)
     settled = counted[RESUMES // 3 :]
     grows, least, most = slope(settled)
-    each = f"{grows:+.3f} ({least:+.3f} to {most:+.3f}) MiB a resume"
-    said = f"one process, {RESUMES} resumes, {RESUMES * EPOCHS_EACH} epochs: {each}"
-    figure("100 start–kill cycles", f"{said}, {settled[-1] - settled[0]:+.1f} in all, of {settled[-1]:.0f}")
+    rate = f"{grows:+.3f} ({least:+.3f} to {most:+.3f}) MiB a resume"
+    result = f"one process, {RESUMES} resumes, {RESUMES * EPOCHS_PER_RESUME} epochs: {rate}"
+    figure("100 start–kill cycles", f"{result}, {settled[-1] - settled[0]:+.1f} in all, of {settled[-1]:.0f}")
     assert grows < 0.05, counted
     assert settled[-1] - settled[0] < 8, counted
 
 
-def test_starts_that_fail_leave_nothing_behind(
+def test_failed_starts_leave_nothing_behind(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Refused before anything is built, by what is built, and by what is to be resumed."""
-    whole = ["--data.train", str(drawn), *SMALL, "--out", str(tmp_path / "whole"), "--knn.every", "0"]
-    assert main(monkeypatch, *whole, "--optim.epochs", "1") == 0
+    """Refused before anything is built, while building, and by the checkpoint to resume."""
+    valid = ["--data.train", str(drawn), *SMALL, "--out", str(tmp_path / "out"), "--knn.every", "0"]
+    assert main(monkeypatch, *valid, "--optim.epochs", "1") == 0
     bad = [
-        [*whole, "--data.batch", "1"],
-        [*whole, "--data.batch", "201"],
-        [*whole, "--data.backend", "dali", "--data.batch", "300"],
-        [*whole, "--resume", "auto", "--optim.epochs", "2"],
+        [*valid, "--data.batch", "1"],
+        [*valid, "--data.batch", "201"],
+        [*valid, "--data.backend", "dali", "--data.batch", "300"],
+        [*valid, "--resume", "auto", "--optim.epochs", "2"],
     ]
     counted = []
     for _ in range(6):

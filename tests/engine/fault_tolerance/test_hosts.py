@@ -1,4 +1,4 @@
-"""Two machines, which are two network namespaces joined by a cable: training, a cut, and going on afterwards."""
+"""Two machines, as two network namespaces joined by a cable: training, a cut, and a resumed run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 
 from tests.engine.test_run import ENVIRONMENT, ROOT, RUN, SMALL, metrics
 
-TIMEOUT = 8.0  # seconds, of an exchange between the processes
+TIMEOUT_SECONDS = 8.0  # of a collective
 
 
 def ip(*arguments: str) -> None:
@@ -77,7 +77,7 @@ def stop(started: list[subprocess.Popen[str]]) -> None:
     ended(started, 60)
 
 
-def reached(out: Path, step: int, started: list[Any]) -> None:
+def wait_for_step(out: Path, step: int, started: list[Any]) -> None:
     """Wait until the run has logged that step."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and all(process.poll() is None for process in started):
@@ -88,62 +88,62 @@ def reached(out: Path, step: int, started: list[Any]) -> None:
 
 
 @pytest.mark.slow
-def test_a_cut_cable_ends_both_and_the_run_goes_on_afterwards(hosts: list[str], drawn: Path, tmp_path: Path) -> None:
-    arguments = ["--data.train", str(drawn), *SMALL, "--save_every", "5", "--collective_timeout", str(TIMEOUT)]
-    whole = ["--optim.epochs", "3", "--out", str(tmp_path / "whole")]
-    texts = ended(started := launch(hosts, [*arguments, *whole]), 200)
+def test_cut_cable_ends_both_ranks_and_the_run_resumes(hosts: list[str], drawn: Path, tmp_path: Path) -> None:
+    arguments = ["--data.train", str(drawn), *SMALL, "--save_every", "5", "--collective_timeout", str(TIMEOUT_SECONDS)]
+    short = ["--optim.epochs", "3", "--out", str(tmp_path / "short")]
+    texts = ended(started := launch(hosts, [*arguments, *short]), 200)
     assert [process.returncode for process in started] == [0, 0], texts
     long = ["--optim.epochs", "2000", "--out", str(tmp_path / "long")]
     started = launch(hosts, [*arguments, *long])
-    reached(tmp_path / "long", 20, started)
+    wait_for_step(tmp_path / "long", 20, started)
     ip("-n", hosts[1], "link", "set", "mrb", "down")
     cut = time.monotonic()
     texts = ended(started, 90)
-    took = time.monotonic() - cut
-    print(f"both ended {took:.1f} s after the cut, with a timeout of {TIMEOUT} s")
+    seconds = time.monotonic() - cut
+    print(f"both ended {seconds:.1f} s after the cut, with a timeout of {TIMEOUT_SECONDS} s")
     assert all(process.returncode for process in started)
-    assert took < TIMEOUT + 12  # to say who was lost, and for the launchers to end
-    assert "process 0 on" in texts[0]
-    assert re.search(r"process 1 \(last at step \d+\) did not answer", texts[0])
-    assert "process 1 on" in texts[1]
+    assert seconds < TIMEOUT_SECONDS + 12  # to find the lost rank, and for the launchers to end
+    assert "rank 0 on" in texts[0]
+    assert re.search(r"rank 1 \(last at step \d+\) did not answer", texts[0])
+    assert "rank 1 on" in texts[1]
     ip("-n", hosts[1], "link", "set", "mrb", "up")
     steps = max(int(p.name[5:]) for p in (tmp_path / "long" / "checkpoints").glob("step_*"))
     started = launch(hosts, [*arguments, *long, "--resume", "auto"])
-    reached(tmp_path / "long", steps + 20, started)
+    wait_for_step(tmp_path / "long", steps + 20, started)
     stop(started)
     uncut = ["--optim.epochs", "2000", "--out", str(tmp_path / "uncut")]
     started = launch(hosts, [*arguments, *uncut])
-    reached(tmp_path / "uncut", steps + 20, started)
+    wait_for_step(tmp_path / "uncut", steps + 20, started)
     stop(started)
     seen, expected = (metrics(tmp_path / name)[: steps + 20] for name in ("long", "uncut"))
     assert [line["step"] for line in seen] == list(range(1, steps + 21))
     assert seen == expected
 
 
-def children(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """Return the training processes of a launcher."""
-    found = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in found if str(RUN) in child.cmdline()]
+def ranks(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Return the ranks of a launcher."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in children if str(RUN) in child.cmdline()]
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_from_the_last_checkpoint_by_itself(drawn: Path, tmp_path: Path) -> None:
+def test_torchrun_restarts_from_the_last_checkpoint(drawn: Path, tmp_path: Path) -> None:
     arguments = ["--data.train", str(drawn), *SMALL, "--optim.epochs", "12", "--save_every", "4", "--resume", "auto"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:4", "--nproc-per-node", "2"]
     command += ["--max-restarts", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     command += ["--rdzv-conf", "last_call_timeout=1", str(RUN)]
     env = ENVIRONMENT | {"ACCELERATE_USE_CPU": "true"}
-    found = []
+    losses = []
     for name in ("undisturbed", "killed"):
         out, log = tmp_path / name, subprocess.PIPE
         started = subprocess.Popen(
             [*command, *arguments, "--out", str(out)], env=env, stdout=log, stderr=subprocess.STDOUT, text=True
         )
         if name == "killed":
-            reached(out, 10, [started])
-            children(started)[1].kill()
+            wait_for_step(out, 10, [started])
+            ranks(started)[1].kill()
         (text,) = ended([started], 200)
         assert started.returncode == 0, text[-3000:]
         assert ("resumed from" in text) == (name == "killed")
-        found.append(metrics(out))
-    assert found[0] == found[1]
+        losses.append(metrics(out))
+    assert losses[0] == losses[1]

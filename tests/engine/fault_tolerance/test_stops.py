@@ -1,4 +1,4 @@
-"""A run that was stopped or killed, anywhere, ends as the one that was not: state and losses, bit for bit."""
+"""A run that is stopped or killed anywhere, and resumed, equals an undisturbed one bit for bit."""
 
 from __future__ import annotations
 
@@ -26,25 +26,26 @@ from engine.checkpoint import storage
 from engine.evaluate import online_knn
 from engine.evaluate.online_knn import Knn
 from engine.fault_tolerance import preemption
+from engine.parallel.rendezvous import rank, world
 from engine.training import loop
 from pipeline.loader import CenterLoader
 from tests.conftest import Figure
 from tests.engine.test_run import SMALL, metrics
 from tests.gloo import on_ranks
 
-STEPS, EPOCHS = 5, 3  # of an epoch, in all
+STEPS_PER_EPOCH, EPOCHS = 5, 3
 FORKED = multiprocessing.get_context("forkserver")
 
 
 def train(arguments: list[str], stop_after: int = 0) -> None:
-    """Train as engine/run.py does; the last process is asked to stop after that step."""
+    """Train like engine/run.py; the last rank receives SIGTERM after step `stop_after`."""
     sys.argv = ["run.py", *arguments]
-    preemption._EVERY = 0.0  # they ask each other after every step
-    step, last = loop.train_on, int(os.environ.get("WORLD_SIZE", "1")) - 1
+    preemption._POLL_SECONDS = 0.0  # ranks exchange requests after every step
+    step, last = loop.train_on, world() - 1
 
     def counted(run: Any, *rest: Any, **options: Any) -> None:
         step(run, *rest, **options)
-        if run.done == stop_after and run.accelerator.process_index == last:
+        if run.done == stop_after and rank() == last:
             os.kill(os.getpid(), signal.SIGTERM)
 
     loop.train_on = counted
@@ -59,7 +60,7 @@ def arguments_of(drawn: Path, out: Path) -> list[str]:
 
 
 def largest_difference(one: Path, other: Path) -> float:
-    """Return how far the last checkpoints and metrics of two runs are apart."""
+    """Return the largest difference between the last checkpoints and metrics of two runs."""
     assert [line.keys() for line in metrics(one)] == [line.keys() for line in metrics(other)]
     pairs = [
         (torch.tensor(a[key], dtype=torch.float64), torch.tensor(b[key], dtype=torch.float64))
@@ -74,15 +75,15 @@ def largest_difference(one: Path, other: Path) -> float:
 
 
 def last(out: Path) -> Path:
-    found, broken = storage.newest(out / "checkpoints")
-    assert found is not None
+    newest, broken = storage.newest(out / "checkpoints")
+    assert newest is not None
     assert not broken
-    return found
+    return newest
 
 
 @pytest.fixture(scope="module")
 def undisturbed(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """Returns the folder of an undisturbed run of so many processes."""
+    """A function from world size to the folder of an undisturbed run."""
     folder = tmp_path_factory.mktemp("undisturbed")
 
     def trained(world: int) -> Path:
@@ -97,18 +98,18 @@ def undisturbed(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
 @pytest.mark.parametrize(
     ("world", "step"),
     [(2, 5), *(pytest.param(*place, marks=pytest.mark.slow) for place in ((1, 3), (1, 5), (2, 8)))],
-    ids=["2 processes, end of epoch", "1 process, mid-epoch", "1 process, end of epoch", "2 processes, mid-epoch"],
+    ids=["2 ranks, end of epoch", "1 rank, mid-epoch", "1 rank, end of epoch", "2 ranks, mid-epoch"],
 )
-def test_a_run_that_is_stopped_and_resumed_equals_the_undisturbed(
+def test_stopped_and_resumed_run_equals_the_undisturbed(
     world: int, step: int, undisturbed: Callable[[int], Path], drawn: Path, tmp_path: Path, figure: Figure
 ) -> None:
     out = tmp_path / "out"
     on_ranks(world, train, arguments_of(drawn, out), step)
     assert storage.step_of(last(out)) == step
     on_ranks(world, train, arguments_of(drawn, out))
-    assert storage.step_of(last(out)) == STEPS * EPOCHS
+    assert storage.step_of(last(out)) == STEPS_PER_EPOCH * EPOCHS
     difference = largest_difference(undisturbed(world), out)
-    where = "at its end" if step % STEPS == 0 else "mid-epoch"
+    where = "at its end" if step % STEPS_PER_EPOCH == 0 else "mid-epoch"
     figure(
         "stop and resume in a new process, mid-epoch and at its end, 1 and 2 ranks",
         f"{world} rank{'s' * (world > 1)}, {where}: max difference {difference}",
@@ -116,17 +117,17 @@ def test_a_run_that_is_stopped_and_resumed_equals_the_undisturbed(
     assert difference == 0
 
 
-IN_KNN = ["--save_every", "1000", "--knn.limit", "121"]  # of 11 images: on two processes 6 and 5 batches for the bank
+IN_KNN = ["--save_every", "1000", "--knn.limit", "121"]  # of 11 images: on two ranks 6 and 5 batches for the bank
 
 
-def evaluated(arguments: list[str], said: str, stop_in: int = 0) -> None:
-    """Train; the last process is asked to stop at the second batch of the kNN of that epoch. Counts its batches."""
-    counted, read, first = [0], CenterLoader.__iter__, os.environ.get("RANK", "0") == "0"
+def evaluated(arguments: list[str], notes: str, stop_in: int = 0) -> None:
+    """Train; the last rank receives SIGTERM at the second batch of the kNN of epoch `stop_in`. Notes its batches."""
+    counted, read = [0], CenterLoader.__iter__
 
     def read_on(images: CenterLoader) -> Any:
         for batch in read(images):
             counted[0] += 1
-            if counted[0] == 2 and stop_in == -(-counted[-1] // STEPS):
+            if counted[0] == 2 and stop_in == -(-counted[-1] // STEPS_PER_EPOCH):
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
@@ -137,12 +138,12 @@ def evaluated(arguments: list[str], said: str, stop_in: int = 0) -> None:
         counted[:] = [0, run.done]
 
     engine.training.datasets.Knn = lambda *sets, **options: Knn(*sets, **{**options, "batch": 11})  # type: ignore[assignment, misc]
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not first:
+    if world() == 1 or rank():
         online_knn.CenterLoader.__iter__ = read_on  # type: ignore[method-assign]
     loop.train_on = trained
     began = time.monotonic()
     train(arguments)
-    Path(f"{said}{os.environ.get('RANK', '0')}").write_text(f"{counted[0]} {time.monotonic() - began}")
+    Path(f"{notes}{rank()}").write_text(f"{counted[0]} {time.monotonic() - began}")
 
 
 @pytest.mark.reliability
@@ -151,28 +152,28 @@ def evaluated(arguments: list[str], said: str, stop_in: int = 0) -> None:
     [(1, 1), *(pytest.param(n, 3, marks=pytest.mark.slow) for n in (2, 1))],
     ids=["1", "2, last", "1, last"],
 )
-def test_a_run_that_is_stopped_in_knn_saves_and_evaluates_when_resumed(
+def test_run_that_is_stopped_in_knn_evaluates_when_resumed(
     world: int, epoch: int, drawn: Path, tmp_path: Path, figure: Figure
 ) -> None:
-    whole, out, said = tmp_path / "whole", tmp_path / "out", str(tmp_path / "said")
-    on_ranks(world, evaluated, [*arguments_of(drawn, whole), *IN_KNN], said)
-    every = int(Path(f"{said}{world - 1}").read_text().split()[0])
-    on_ranks(world, evaluated, [*arguments_of(drawn, out), *IN_KNN], said, epoch)
-    batches = int(Path(f"{said}{world - 1}").read_text().split()[0])
-    assert storage.step_of(last(out)) == epoch * STEPS
+    undisturbed, out, notes = tmp_path / "undisturbed", tmp_path / "out", str(tmp_path / "notes")
+    on_ranks(world, evaluated, [*arguments_of(drawn, undisturbed), *IN_KNN], notes)
+    total = int(Path(f"{notes}{world - 1}").read_text().split()[0])
+    on_ranks(world, evaluated, [*arguments_of(drawn, out), *IN_KNN], notes, epoch)
+    batches = int(Path(f"{notes}{world - 1}").read_text().split()[0])
+    assert storage.step_of(last(out)) == epoch * STEPS_PER_EPOCH
     assert len(list((out / "checkpoints").glob("step_*"))) == min(epoch, 2)
     assert sum("knn_top1" in line for line in metrics(out)) == epoch - 1
     assert not (out / "summary.json").exists()
     assert bool(storage.load(last(out))[1]["evaluated_on"]) == (epoch > 1)
-    on_ranks(world, evaluated, [*arguments_of(drawn, out), *IN_KNN], said)
+    on_ranks(world, evaluated, [*arguments_of(drawn, out), *IN_KNN], notes)
     assert (out / "summary.json").exists()
-    difference = largest_difference(whole, out)
+    difference = largest_difference(undisturbed, out)
     figure(
         "stop and resume in a new process, mid-epoch and at its end, 1 and 2 ranks",
-        f"{world} rank{'s' * (world > 1)}, in kNN after {batches} of {every} batches: max difference {difference}",
+        f"{world} rank{'s' * (world > 1)}, in kNN after {batches} of {total} batches: max difference {difference}",
     )
     assert batches == 2
-    assert every > 4
+    assert total > 4
     assert difference == 0
 
 
@@ -196,9 +197,9 @@ def silently(arguments: list[str], temporary: Path | None) -> None:
 
 
 def seconds_of(arguments: list[str], kill_after: float = float("inf"), temporary: Path | None = None) -> float:
-    """Train in a process of its own, killed with all it started after so many seconds; return how long it lived.
+    """Train in a process, killed with all its children after `kill_after` seconds; return the seconds it lived.
 
-    temporary: where its temporary files go.
+    temporary: the folder of its temporary files.
     """
     process = FORKED.Process(target=silently, args=(arguments, temporary))
     begun = time.monotonic()
@@ -206,7 +207,7 @@ def seconds_of(arguments: list[str], kill_after: float = float("inf"), temporary
     process.join(min(kill_after, 300))
     if process.exitcode is None:
         assert process.pid
-        with contextlib.suppress(ProcessLookupError):  # it has no group of its own yet
+        with contextlib.suppress(ProcessLookupError):  # it has no process group yet
             os.killpg(process.pid, signal.SIGKILL)
         process.kill()
         process.join()
@@ -217,22 +218,22 @@ def seconds_of(arguments: list[str], kill_after: float = float("inf"), temporary
 
 @pytest.mark.reliability
 @pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_run_that_is_killed_at_any_time_ends_as_the_undisturbed(
+def test_run_that_is_killed_at_any_time_equals_the_undisturbed(
     kills: int, drawn: Path, tmp_path: Path, figure: Figure
 ) -> None:
-    saving = ["--save_every", "1", "--keep", "3"]  # hardly a moment in which nothing is written
+    saving = ["--save_every", "1", "--keep", "3"]  # something is written at nearly every moment
     seconds_of([*arguments_of(drawn, tmp_path / "first"), *saving])
-    whole = seconds_of([*arguments_of(drawn, tmp_path / "whole"), *saving])
-    expected, equal = state_hash(tmp_path / "whole"), 0
+    length = seconds_of([*arguments_of(drawn, tmp_path / "undisturbed"), *saving])
+    expected, equal = state_hash(tmp_path / "undisturbed"), 0
     draw = random.Random(kills)
     for number in range(kills):
         out = tmp_path / str(number)
         moment = draw.uniform(0.1, 0.95)
         for _ in range(8):
-            lived = seconds_of([*arguments_of(drawn, out), *saving], kill_after=moment * whole)
+            lived = seconds_of([*arguments_of(drawn, out), *saving], kill_after=moment * length)
             if not (out / "summary.json").exists():
                 break
-            whole = lived  # it had ended before: the machine is faster now than when the first was timed
+            length = lived  # it ended before: the machine is faster now than when the first run was timed
             shutil.rmtree(out)
         assert not (out / "summary.json").exists()
         seconds_of([*arguments_of(drawn, out), *saving])
@@ -240,6 +241,6 @@ def test_a_run_that_is_killed_at_any_time_ends_as_the_undisturbed(
         assert not list((out / "checkpoints").glob(".*"))
     figure(
         "SIGKILL of the whole tree at 20 random times",
-        f"{equal}/{kills}, all cut short, end with the undisturbed hash",
+        f"{equal}/{kills}, all interrupted, end with the undisturbed hash",
     )
     assert equal == kills

@@ -1,4 +1,4 @@
-"""A process in which nothing goes on any more ends by itself, in time, and says where it stood."""
+"""A process that takes no more steps ends in time, and prints where it is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from engine.checkpoint import storage
 from tests.conftest import Figure
 from tests.engine.test_run import ENVIRONMENT, ROOT, SMALL
 
-BEGIN = """
+START = """
 import ctypes, sys, time
 from engine.fault_tolerance.watchdog import Watchdog
 watchdog = Watchdog({limit})
@@ -25,9 +25,9 @@ print("stuck", flush=True)
 """
 
 
-def stuck(limit: float, how: str) -> tuple[int | None, float, str]:
-    """Run until it ends; return exit status, seconds from the last step, and what it said."""
-    script = BEGIN.format(limit=limit) + how
+def run(limit: float, code: str) -> tuple[int | None, float, str]:
+    """Run five steps, then `code`; return exit status, seconds since the last step, and stderr."""
+    script = START.format(limit=limit) + code
     started = subprocess.Popen(
         [sys.executable, "-c", script],
         cwd=ROOT,
@@ -44,13 +44,13 @@ def stuck(limit: float, how: str) -> tuple[int | None, float, str]:
 
 
 @pytest.mark.reliability
-def test_a_stall_ends_the_process_with_all_stacks_at_the_limit(figure: Figure) -> None:
-    status, took, err = stuck(4.0, "def waits_for_ever():\n    time.sleep(1000)\nwaits_for_ever()")
-    figure("loader worker raises; loader stalls", f"watchdog of 4 s: ended after {took:.2f} s, with all stacks")
+def test_stall_ends_the_process_with_all_stacks_at_the_limit(figure: Figure) -> None:
+    status, seconds, err = run(4.0, "def wait_forever():\n    time.sleep(1000)\nwait_forever()")
+    figure("loader worker raises; loader stalls", f"watchdog of 4 s: ended after {seconds:.2f} s, with all stacks")
     assert status == 1
     assert "step 4: no step for 4." in err
-    assert "waits_for_ever" in err
-    assert took == pytest.approx(4.0, rel=0.1)
+    assert "wait_forever" in err
+    assert seconds == pytest.approx(4.0, rel=0.1)
 
 
 STALL = """
@@ -58,23 +58,21 @@ import sys, threading
 import engine.run
 from engine.training import loop
 from pipeline.backends.ffcv import FfcvBackend
-step, crop, stalls = loop.train_on, FfcvBackend._crop, threading.Event()
-def trained(run, *rest, **options):
+step, fill, stalls = loop.train_on, FfcvBackend._fill, threading.Event()
+def train_on(run, *rest, **options):
     step(run, *rest, **options)
     if run.done == 7:
         stalls.set()
-def a_disk_that_is_dead(*rest):
+def dead_disk(*rest):
     stalls.wait(0) and threading.Event().wait(1000)
-    return crop(*rest)
-loop.train_on, FfcvBackend._crop = trained, a_disk_that_is_dead
+    return fill(*rest)
+loop.train_on, FfcvBackend._fill = train_on, dead_disk
 engine.run.main()
 """
 
 
 @pytest.mark.reliability
-def test_a_loader_that_stalls_ends_the_run_with_rank_step_and_all_stacks(
-    drawn: Path, tmp_path: Path, figure: Figure
-) -> None:
+def test_stalled_loader_ends_the_run_with_rank_step_and_all_stacks(drawn: Path, tmp_path: Path, figure: Figure) -> None:
     arguments = ["--data.train", str(drawn), *SMALL, "--optim.epochs", "100", "--data.stall_timeout", "2.5"]
     ended = subprocess.run(
         [sys.executable, "-c", STALL, *arguments, "--out", str(tmp_path), "--save_every", "1"],
@@ -85,26 +83,26 @@ def test_a_loader_that_stalls_ends_the_run_with_rank_step_and_all_stacks(
         timeout=120,
     )
     assert ended.returncode == 1, ended.stderr
-    *_, said = ended.stderr.splitlines()
-    found = re.match(r"error: process 0 on \S+, step (\d+): .*: no batch for 2\.5 s \(samples \d+ ", said)
-    assert found, ended.stderr
-    assert 7 <= int(found[1]) <= 7 + 4  # batches ahead
-    own, _, threads = ended.stderr.partition("most recent call first")
-    assert "in _epochs" in own
-    assert "in a_disk_that_is_dead" in threads
-    assert storage.newest(tmp_path / "checkpoints")[0] == tmp_path / "checkpoints" / f"step_{int(found[1]):08d}"
+    *_, message = ended.stderr.splitlines()
+    match = re.match(r"error: rank 0 on \S+, step (\d+): .*: no batch for 2\.5 s \(samples \d+ ", message)
+    assert match, ended.stderr
+    assert 7 <= int(match[1]) <= 7 + 4  # batches ahead
+    main, _, threads = ended.stderr.partition("most recent call first")
+    assert "in _train_epochs" in main
+    assert "in dead_disk" in threads
+    assert storage.newest(tmp_path / "checkpoints")[0] == tmp_path / "checkpoints" / f"step_{int(match[1]):08d}"
     figure("loader worker raises; loader stalls", "in a run: rank, step and all stacks, the last step saved")
 
 
-def test_a_process_that_holds_the_interpreter_is_ended_too() -> None:
-    status, took, err = stuck(1.0, "ctypes.PyDLL(None).sleep(1000)")
+def test_process_that_holds_the_interpreter_ends_too() -> None:
+    status, seconds, err = run(1.0, "ctypes.PyDLL(None).sleep(1000)")
     assert status == 1
     assert "most recent call first" in err
-    assert took < 9
+    assert seconds < 9
 
 
 def test_pauses_and_the_time_before_the_first_step_do_not_count() -> None:
-    calm = """
+    code = """
 with watchdog.paused():
     time.sleep(1.5)
 watchdog.close()
@@ -114,4 +112,4 @@ time.sleep(1.5)
 late.close()
 Watchdog(0).close()
 """
-    assert stuck(0.5, calm)[0] == 0
+    assert run(0.5, code)[0] == 0

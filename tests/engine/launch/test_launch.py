@@ -1,4 +1,4 @@
-"""The files that start runs: Accelerate reads its own, and the Slurm script calls what it should, by stand-ins."""
+"""Launch files: Accelerate reads its configurations; the Slurm script calls its tools, which are stand-ins."""
 
 from __future__ import annotations
 
@@ -33,28 +33,28 @@ def test_accelerate_reads_its_configurations(name: str, processes: int, machines
 
 
 def test_torchrun_waits_nearly_as_long_as_slurm_gives_notice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torchrun makes of the variable, and what the script's header asks of Slurm."""
+    """By the environment variable of torchrun, and the script's header for Slurm."""
     text = (LAUNCH / "slurm.sbatch").read_text()
     (notice,) = re.findall(r"^#SBATCH --signal B:USR1@(\d+)$", text, re.MULTILINE)
     (seconds,) = re.findall(r"^export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)", text, re.MULTILINE)
     assert 60 < int(seconds) < int(notice)
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", seconds)
     agent = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=1)
-    assert getattr(agent, "shutdown_timeout", int(seconds)) == int(seconds)  # older ones of PyTorch have no such thing
+    assert getattr(agent, "shutdown_timeout", int(seconds)) == int(seconds)  # older versions of PyTorch lack it
 
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> dict[str, str]:
-    """An environment as Slurm sets it up, in which each tool writes down how it was called."""
+    """The environment of a Slurm job, in which each tool writes its arguments to a file."""
     tools = tmp_path / "tools"
     tools.mkdir()
-    written = f'printf "%s " "${{0##*/}}" "$@" >>{tmp_path}/calls; echo >>{tmp_path}/calls'
+    log = f'printf "%s " "${{0##*/}}" "$@" >>{tmp_path}/calls; echo >>{tmp_path}/calls'
     for name, does in {
-        "srun": f'{written}\nwhile [[ $1 == --* ]]; do [[ $1 == *=* ]] && shift || shift 2; done\nexec "$@"',
-        "scontrol": f"{written}\n[[ $1 == requeue ]] || printf 'node7\\nnode8\\n'",
-        "torchrun": f"{written}\ntrap 'echo torchrun saves >>{tmp_path}/calls; exit 75' USR1\n"
+        "srun": f'{log}\nwhile [[ $1 == --* ]]; do [[ $1 == *=* ]] && shift || shift 2; done\nexec "$@"',
+        "scontrol": f"{log}\n[[ $1 == requeue ]] || printf 'node7\\nnode8\\n'",
+        "torchrun": f"{log}\ntrap 'echo torchrun saves >>{tmp_path}/calls; exit 75' USR1\n"
         "[[ -z ${LASTS:-} ]] || { sleep $LASTS & wait $!; }",
-        "python": f'{written}\n[[ $2 != engine.launch.slurm_data ]] || exec {sys.executable} "$@"',
+        "python": f'{log}\n[[ $2 != engine.launch.slurm_data ]] || exec {sys.executable} "$@"',
     }.items():
         (tools / name).write_text(f"#!/bin/bash\n{does}\n")
         (tools / name).chmod(0o755)
@@ -68,7 +68,7 @@ def calls(tmp_path: Path, tool: str) -> list[str]:
     return [line.strip() for line in (tmp_path / "calls").read_text().splitlines() if line.startswith(f"{tool} ")]
 
 
-def test_a_slurm_job_starts_all_nodes_and_goes_on_from_its_checkpoint(tmp_path: Path, slurm: dict[str, str]) -> None:
+def test_slurm_job_starts_all_nodes_and_resumes(tmp_path: Path, slurm: dict[str, str]) -> None:
     script = ["bash", str(LAUNCH / "slurm.sbatch"), "--config", "R.yaml", "--data.train", "/shared/a b.beton"]
     subprocess.run(script, cwd=tmp_path, env=slurm, check=True)
     assert calls(tmp_path, "torchrun") == [
@@ -76,9 +76,8 @@ def test_a_slurm_job_starts_all_nodes_and_goes_on_from_its_checkpoint(tmp_path: 
         "engine/run.py --resume auto --config R.yaml --data.train /shared/a b.beton"
     ]
     assert "--kill-on-bad-exit=1" in calls(tmp_path, "srun")[0]
-    said = "$SRUN_CPUS_PER_TASK cores, $PET_SIGNALS_TO_HANDLE, $TORCH_ELASTIC_SHUTDOWN_TIMEOUT s"
-    cores = f'#!/bin/bash\necho "srun {said}" >>{tmp_path}/calls'
-    (tmp_path / "tools" / "srun").write_text(cores)
+    variables = "$SRUN_CPUS_PER_TASK cores, $PET_SIGNALS_TO_HANDLE, $TORCH_ELASTIC_SHUTDOWN_TIMEOUT s"
+    (tmp_path / "tools" / "srun").write_text(f'#!/bin/bash\necho "srun {variables}" >>{tmp_path}/calls')
     subprocess.run(script, cwd=tmp_path, env=slurm | {"SLURM_CPUS_PER_TASK": "12"}, check=True)
     assert calls(tmp_path, "srun")[-1] == "srun 12 cores, SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1, 100 s"
 
@@ -94,7 +93,7 @@ def test_a_slurm_job_starts_all_nodes_and_goes_on_from_its_checkpoint(tmp_path: 
         (["--data.trian", "x"], ""),
     ],
 )
-def test_a_slurm_job_stages_its_data_first(form: list[str], recipe: str, tmp_path: Path, slurm: dict[str, str]) -> None:
+def test_slurm_job_stages_its_data_first(form: list[str], recipe: str, tmp_path: Path, slurm: dict[str, str]) -> None:
     (tmp_path / "R.yaml").write_text(recipe or "seed: 1")
     script = ["bash", str(LAUNCH / "slurm.sbatch"), "--config", "R.yaml", *form]
     env = slurm | {"MILLRACE_STAGE": "/local", "PYTHONPATH": str(LAUNCH.parents[1])}
@@ -112,7 +111,7 @@ def test_a_slurm_job_stages_its_data_first(form: list[str], recipe: str, tmp_pat
     )
 
 
-def test_a_slurm_job_stages_files_of_one_name_apart(tmp_path: Path, slurm: dict[str, str]) -> None:
+def test_slurm_job_stages_files_of_one_name_apart(tmp_path: Path, slurm: dict[str, str]) -> None:
     script = ["bash", str(LAUNCH / "slurm.sbatch"), "--data.train", "/s/train/x.beton", "--data.eval", "/s/val/x.beton"]
     env = slurm | {"MILLRACE_STAGE": "/local", "PYTHONPATH": str(LAUNCH.parents[1])}
     subprocess.run(script, cwd=tmp_path, env=env, check=True)
@@ -120,7 +119,7 @@ def test_a_slurm_job_stages_files_of_one_name_apart(tmp_path: Path, slurm: dict[
     assert calls(tmp_path, "torchrun")[0].endswith(staged)
 
 
-def test_a_slurm_job_that_is_preempted_goes_back_into_the_queue(tmp_path: Path, slurm: dict[str, str]) -> None:
+def test_preempted_slurm_job_is_requeued(tmp_path: Path, slurm: dict[str, str]) -> None:
     started = subprocess.Popen(
         ["bash", str(LAUNCH / "slurm.sbatch")], cwd=tmp_path, env=slurm | {"LASTS": "60"}, start_new_session=True
     )

@@ -1,4 +1,4 @@
-"""The optimizer's update and the learning-rate schedule."""
+"""Optimizers and schedules against their formulas."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from engine.optim.optimizer import build_optimizer
 from engine.optim.schedule import learning_rate, momentum_after, peak_rate
 
 
-def test_update_is_sgd_with_momentum_and_decay_on_all_parameters() -> None:
+def test_sgd_has_momentum_and_decays_all_parameters() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     optimizer = build_optimizer(model, Optim(lr=0.1, momentum=0.9, weight_decay=0.01))
@@ -30,7 +30,7 @@ def test_update_is_sgd_with_momentum_and_decay_on_all_parameters() -> None:
         assert torch.allclose(p, e, atol=1e-6)
 
 
-def test_adamw_is_torchs_with_decay_on_all_parameters() -> None:
+def test_adamw_is_torchs_and_decays_all_parameters() -> None:
     torch.manual_seed(0)
     ours, theirs = (nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
@@ -56,8 +56,8 @@ def test_frozen_parameters_are_left_out() -> None:
         assert sum(p.numel() for group in groups for p in group["params"]) == 6
 
 
-def test_lars_is_moco_v3s() -> None:
-    """Matrices: decayed and scaled to trust * |w|; vectors neither; a weight or gradient of 0 is not scaled."""
+def test_lars_is_that_of_moco_v3() -> None:
+    """Matrices are decayed and scaled to trust * |w|, vectors are not; a weight or gradient of 0 is not scaled."""
     torch.manual_seed(0)
     weights = [torch.randn(4, 3), torch.randn(5), torch.zeros(2, 2), torch.randn(2, 2), torch.randn(2, 1, 3, 3)]
     parameters = [nn.Parameter(w.double()) for w in weights]
@@ -82,7 +82,7 @@ def test_lars_is_moco_v3s() -> None:
         assert torch.allclose(p, e, atol=1e-13, rtol=0)
 
 
-def test_lars_leaves_parameters_without_a_gradient() -> None:
+def test_lars_skips_parameters_without_a_gradient() -> None:
     a, b = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
     optimizer = LARS([a, b], lr=1.0)
     a.grad = torch.ones(2, 2)
@@ -92,13 +92,13 @@ def test_lars_leaves_parameters_without_a_gradient() -> None:
 
 
 @pytest.mark.parametrize(("rule", "expected"), [("none", 0.3), ("linear", 4.8), ("sqrt", 1.2)])
-def test_the_rate_grows_with_the_batch_by_its_rule(rule: str, expected: float) -> None:
+def test_rate_grows_with_the_batch_by_its_rule(rule: str, expected: float) -> None:
     settings = Optim(lr=0.3, lr_rule=rule, schedule="constant")  # type: ignore[arg-type]
     assert peak_rate(settings, 4096) == pytest.approx(expected)
     assert learning_rate(settings, 5, 10, 4096) == pytest.approx(expected)
 
 
-def test_cosine_by_epoch_is_mocos() -> None:
+def test_cosine_by_epoch_is_that_of_moco() -> None:
     settings = Optim(lr=0.03, epochs=200)
     for step in (0, 99, 100, 5000, 19999):
         epoch = step // 100
@@ -106,7 +106,7 @@ def test_cosine_by_epoch_is_mocos() -> None:
         assert learning_rate(settings, step, 100, 256) == pytest.approx(expected)
 
 
-def test_steps_are_moco_v1s() -> None:
+def test_steps_are_those_of_moco_v1() -> None:
     settings = Optim(lr=0.03, epochs=200, schedule="steps", milestones=[120, 160])
     rates = [learning_rate(settings, epoch * 10 + 9, 10, 256) for epoch in (0, 119, 120, 159, 160, 199)]
     assert rates == pytest.approx([0.03, 0.03, 0.003, 0.003, 0.0003, 0.0003])
@@ -120,7 +120,7 @@ def test_warm_up_is_linear_and_meets_the_cosine() -> None:
     assert learning_rate(settings, 100, 10, 256) == pytest.approx(0.0, abs=1e-12)
 
 
-def test_constant_stays() -> None:
+def test_constant_rate_stays() -> None:
     assert {learning_rate(Optim(schedule="constant", lr=0.2), s, 7, 64) for s in (0, 3, 1000)} == {0.2}
 
 

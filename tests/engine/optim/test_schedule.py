@@ -1,4 +1,4 @@
-"""The schedules on the device are the functions on the host, and count the steps that were taken."""
+"""Schedules on the device equal the functions on the host, and count taken steps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OPTIMS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", OPTIMS)
 @pytest.mark.parametrize("ema_schedule", ["constant", "cosine"])
-def test_the_numbers_of_each_step(name: str, ema_schedule: Any) -> None:
+def test_rate_and_momentum_of_each_step(name: str, ema_schedule: Any) -> None:
     optim = Optim(lr=0.3, epochs=4, **OPTIMS[name])
     method = Method(name="moco_v3", ema_momentum=0.9, ema_schedule=ema_schedule)
     schedule = Schedule(replace(settings("moco_v3"), optim=optim, method=method), 5, CPU)
@@ -34,11 +34,11 @@ def test_the_numbers_of_each_step(name: str, ema_schedule: Any) -> None:
         assert share.item() == pytest.approx(1 - momentum_after(method, step, 20), abs=1e-15)
         assert schedule.numbers() == pytest.approx({"lr": lr.item(), "momentum": 1 - share.item()}, abs=1e-14)
         schedule.end(YES)
-    schedule.begin()  # and of steps after the last, which only benchmarks take
+    schedule.begin()  # steps after the last are taken by benchmarks alone
     assert lr.item() == learning_rate(optim, 19, 5, 8)
 
 
-def test_skipped_steps_do_not_count_and_many_in_a_row_end_the_run() -> None:
+def test_skipped_steps_do_not_count_and_many_in_a_row_are_divergence() -> None:
     optim = Optim(lr=0.3, epochs=40, schedule_interval="step")
     schedule = Schedule(replace(settings(), optim=optim), 1, CPU)
     for condition in (YES, YES, NO, NO):
@@ -56,7 +56,7 @@ def test_skipped_steps_do_not_count_and_many_in_a_row_end_the_run() -> None:
     assert schedule.diverged(1) == 0
 
 
-def test_the_count_is_the_state() -> None:
+def test_state_is_the_counts() -> None:
     one, two = (Schedule(settings(), 1, CPU) for _ in range(2))
     one.end(YES)
     one.end(NO)

@@ -1,4 +1,4 @@
-"""A run that goes on with another number of processes goes on with the same batches, and nearly the same numbers."""
+"""A run resumed with another world size trains on the same batches, with nearly the same numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from engine.parallel.batchnorm_stats import RunningStatistics
 from engine.training.build import build
 from engine.training.loop import evaluate
 from engine.training.resume import modules, restore, save
-from engine.training.run_folder import begin
 from methods.encoders import resnet
 from pipeline.beton import Beton
 from pipeline.loader import Batch
@@ -33,18 +32,16 @@ def in_float64(batch: Batch) -> Batch:
 
 
 def train(arguments: list[str], steps: int, notes: str, exact: bool) -> None:
-    """Go on with the run, or begin it, for some steps; save, and note the samples and losses."""
+    """Start or resume the run for some steps; save, and note samples and losses."""
     settings = parse([*SMALL, "--precision", "no", "--optim.epochs", str(EPOCHS), *arguments])
-    if exact:  # in float64, in which rounding is not what is seen
+    if exact:  # in float64, where rounding does not show
         torch.set_default_dtype(torch.float64)
     run = build(replace(settings, resume="auto"))
     if exact and run.model.queue is not None:
         run.model.queue.double()
-    found: list[dict[str, Any]] = []
+    notes_now: list[dict[str, Any]] = []
     try:
         restore(run)
-        begin(run)
-        run.monitor.start(run.done)
         while steps:
             for batch in run.loader:
                 result = run.model.step(in_float64(batch) if exact else batch)
@@ -52,27 +49,27 @@ def train(arguments: list[str], steps: int, notes: str, exact: bool) -> None:
                 run.monitor.add(result, 40, 0.0)
                 ids = collectives.gather(torch.from_numpy(batch.ids).to(torch.int32))
                 loss = collectives.mean(result.parts["loss"])
-                found.append({"epoch": batch.epoch, "step": batch.step, "ids": ids.tolist(), "loss": loss.item()})
+                notes_now.append({"epoch": batch.epoch, "step": batch.step, "ids": ids.tolist(), "loss": loss.item()})
                 steps -= 1
                 if not steps:
                     break
         save(run)
         run.writer.finish()
-        if run.knn is not None and not exact:
+        if run.data.knn is not None and not exact:
             evaluate(run, EPOCHS)
         state = {name: value.clone() for name, value in modules(run).state_dict().items()}
         if collectives.rank() == 0:
             path = Path(notes)
             before = torch.load(path, weights_only=True)["notes"] if path.exists() else []
             top1 = run.monitor.last.get("knn_top1")
-            torch.save({"notes": before + found, "state": state, "top1": top1}, path)
+            torch.save({"notes": before + notes_now, "state": state, "top1": top1}, path)
     finally:
         run.monitor.close()
         run.loader.close()
 
 
-def done(folder: Path, pieces: list[tuple[int, int]], *arguments: str, exact: bool = False) -> dict[str, Any]:
-    """Train in pieces of (processes, steps)."""
+def trained(folder: Path, pieces: list[tuple[int, int]], *arguments: str, exact: bool = False) -> dict[str, Any]:
+    """Train in pieces of (world size, steps)."""
     folder.mkdir()
     for world, steps in pieces:
         on_ranks(world, train, [*arguments, "--out", str(folder / "out")], steps, str(folder / "notes.pt"), exact)
@@ -90,35 +87,35 @@ def done(folder: Path, pieces: list[tuple[int, int]], *arguments: str, exact: bo
         ),
     ],
 )
-def test_other_numbers_of_processes_train_on_the_same_batches(
+def test_other_world_sizes_train_on_the_same_batches(
     pieces: list[tuple[int, int]], method: list[str], drawn: Path, tmp_path: Path
 ) -> None:
     arguments = ["--data.train", str(drawn), "--data.eval", str(drawn), *method]
-    exact = len(pieces) == 2  # four processes sum in another order than one, and training amplifies it
-    whole = done(tmp_path / "whole", [(1, EPOCHS * STEPS)], *arguments, exact=exact)
-    parts = done(tmp_path / "parts", pieces, *arguments, exact=exact)
+    exact = len(pieces) == 2  # four ranks sum in another order than one, and training amplifies the difference
+    once = trained(tmp_path / "once", [(1, EPOCHS * STEPS)], *arguments, exact=exact)
+    parts = trained(tmp_path / "parts", pieces, *arguments, exact=exact)
     places = [(note["epoch"], note["step"]) for note in parts["notes"]]
     assert places == [(epoch, step) for epoch in range(EPOCHS) for step in range(STEPS)]
-    for one, other in zip(whole["notes"], parts["notes"], strict=True):
+    for one, other in zip(once["notes"], parts["notes"], strict=True):
         assert one["ids"] == other["ids"]
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-9 if exact else 1e-6)
     for epoch in range(EPOCHS):
         seen = [i for note in parts["notes"] if note["epoch"] == epoch for i in note["ids"]]
         assert sorted(seen) == list(range(200))
-    assert exact or whole["top1"] == pytest.approx(parts["top1"], abs=0.11)  # of twenty images
+    assert exact or once["top1"] == pytest.approx(parts["top1"], abs=0.11)  # of twenty images
 
 
 def nearest(out: str) -> None:
-    """Classify on several processes, whose shares of the bank are uneven and, one of them, smaller than k."""
+    """Classify on several ranks, with uneven shares of the bank, one of them smaller than k."""
     generator = torch.Generator().manual_seed(0)
     bank, queries = (torch.nn.functional.normalize(torch.randn(n, 8, generator=generator)) for n in (35, 50))
     labels = torch.randint(0, 4, (35,), generator=generator)
-    own = [part.tolist() for part in torch.arange(35).tensor_split([5, 20])][collectives.rank()]
+    local = [part.tolist() for part in torch.arange(35).tensor_split([5, 20])][collectives.rank()]
     for k in (1, 7, 20, 35, 200):
         settings: dict[str, Any] = {"k": k, "temperature": 0.1, "classes": 4}
         expected = nearest_neighbors.classify(queries, bank, labels, **settings)
-        found = nearest_neighbors.classify(queries, bank[own], labels[own], rows=16, merged=True, **settings)
-        assert torch.equal(found, expected)
+        predicted = nearest_neighbors.classify(queries, bank[local], labels[local], rows=16, merged=True, **settings)
+        assert torch.equal(predicted, expected)
     counts = [3, 0, 4]
     rows = torch.arange(7)[:, None].repeat(1, 2)
     assert torch.equal(collectives.gather_uneven(rows.split(counts)[collectives.rank()], counts), rows)
@@ -132,20 +129,20 @@ def classify(out: str) -> None:
     nearest(out)
 
 
-def test_neighbors_are_found_over_all_processes(tmp_path: Path) -> None:
+def test_neighbors_are_found_over_all_ranks(tmp_path: Path) -> None:
     on_ranks(3, classify, str(tmp_path))
     assert len(list(tmp_path.iterdir())) == 3
 
 
 def evaluate_differing(drawn: str, out: str, world: int) -> None:
-    """Evaluate an encoder whose running statistics differ between processes, and note what comes of it."""
+    """Evaluate an encoder whose running statistics differ between ranks, and note the result."""
     from accelerate import Accelerator
 
     Accelerator(cpu=True)
     torch.manual_seed(0)
     backbone = resnet("resnet18", stem="small", width=0.125)
     statistics = RunningStatistics(backbone)
-    rows = 0.5 + torch.rand(world, statistics.own().numel(), generator=torch.Generator().manual_seed(1))
+    rows = 0.5 + torch.rand(world, statistics.local().numel(), generator=torch.Generator().manual_seed(1))
     if collectives.world() == 1:
         statistics.put(rows.double().mean(dim=0).float())
     else:
@@ -153,20 +150,18 @@ def evaluate_differing(drawn: str, out: str, world: int) -> None:
     few = {"k": 3, "temperature": 0.1, "device": torch.device("cpu"), "size": 32, "batch": 64}
     knn = Knn(Beton(drawn), Beton(drawn), limit=2, **few), Knn(Beton(drawn), Beton(drawn), **few)
     with statistics.averaged():
-        found = {"top1": [k.top1(backbone) for k in knn], "own": statistics.own()}
+        results = {"top1": [k.top1(backbone) for k in knn], "local": statistics.local()}
     if collectives.world() > 1:
-        assert torch.equal(statistics.own()[0], rows[collectives.rank()])
-    torch.save(found, Path(out, f"{collectives.world()}.{collectives.rank()}"))
+        assert torch.equal(statistics.local()[0], rows[collectives.rank()])
+    torch.save(results, Path(out, f"{collectives.world()}.{collectives.rank()}"))
 
 
 @pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 3])
-def test_all_processes_evaluate_the_mean_of_their_statistics_also_of_fewer_images(
-    world: int, drawn: Path, tmp_path: Path
-) -> None:
+def test_all_ranks_evaluate_the_mean_of_their_statistics(world: int, drawn: Path, tmp_path: Path) -> None:
     on_ranks(world, evaluate_differing, str(drawn), str(tmp_path), world)
     on_ranks(1, evaluate_differing, str(drawn), str(tmp_path), world)
     alone = torch.load(tmp_path / "1.0", weights_only=True)
     for rank in range(world):
-        found = torch.load(tmp_path / f"{world}.{rank}", weights_only=True)
-        assert torch.equal(found["own"], alone["own"])
-        assert found["top1"] == alone["top1"]
+        results = torch.load(tmp_path / f"{world}.{rank}", weights_only=True)
+        assert torch.equal(results["local"], alone["local"])
+        assert results["top1"] == alone["top1"]

@@ -1,4 +1,4 @@
-"""Every base method with every set of terms it carries: it trains, and a checkpoint brings it back exactly."""
+"""Every base method with every set of terms it supports trains, and resumes exactly from a checkpoint."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CARRIED = [(base, subset) for base in BASES for subset in SUBSETS if CANNOT.get(
 
 
 def settings(base: str, subset: tuple[str, ...], beton: Path, out: Path) -> Settings:
-    """Return settings of a small run, each base with another optimizer."""
+    """Return settings of a small run; the bases have various optimizers."""
     queue = {"queue_size": 35} if BASES[base].queue else {}
     optimizer = {"moco_v1": "sgd", "moco_v2": "sgd", "moco_v3": "lars", "simclr": "adamw", "byol": "lars"}[base]
     return Settings(
@@ -44,10 +44,10 @@ def settings(base: str, subset: tuple[str, ...], beton: Path, out: Path) -> Sett
 
 
 def state(run: Run) -> dict[str, torch.Tensor]:
-    found = {name: value.clone() for name, value in modules(run).state_dict().items()}
+    tensors = {name: value.clone() for name, value in modules(run).state_dict().items()}
     for name, p in run.model.online.named_parameters():
-        found |= {f"{name} {key}": value.clone() for key, value in run.model.optimizer.state.get(p, {}).items()}
-    return found
+        tensors |= {f"{name} {key}": value.clone() for key, value in run.model.optimizer.state.get(p, {}).items()}
+    return tensors
 
 
 def train(run: Run, steps: int) -> list[dict[str, float]]:
@@ -71,9 +71,7 @@ def marked(base: str, subset: tuple[str, ...]) -> Any:
 
 
 @pytest.mark.parametrize(("base", "subset"), [marked(*case) for case in CARRIED])
-def test_trains_and_comes_back_from_a_checkpoint(
-    base: str, subset: tuple[str, ...], drawn: Path, tmp_path: Path
-) -> None:
+def test_trains_and_resumes_from_a_checkpoint(base: str, subset: tuple[str, ...], drawn: Path, tmp_path: Path) -> None:
     chosen = settings(base, subset, drawn, tmp_path / "out")
     run, again = build(chosen), None
     try:
@@ -81,8 +79,8 @@ def test_trains_and_comes_back_from_a_checkpoint(
         before = {name: p.detach().clone() for name, p in matrices.items()}
         parts = train(run, 3)
         names = {"loss", *(name.split("_")[0] for name in ({*subset} if "dcl" in subset else {*subset, "base"}))}
-        told = {"base" if name in ("info_nce", "regression") else name.split("_")[0] for name in parts[0]}
-        assert told == names
+        logged = {"base" if name in ("info_nce", "regression") else name.split("_")[0] for name in parts[0]}
+        assert logged == names
         assert all(torch.tensor(list(step.values())).isfinite().all() for step in parts)
         assert not any(torch.equal(p, before[name]) for name, p in matrices.items())
         save(run)
@@ -96,19 +94,19 @@ def test_trains_and_comes_back_from_a_checkpoint(
             assert run.model.queue.position.item() == again.model.queue.position.item() == 60 % 35
         assert train(run, 1) == train(again, 1)
     finally:
-        run.loader.close()
+        run.close()
         if again is not None:
-            again.loader.close()
+            again.close()
 
 
 @pytest.mark.parametrize(("base", "term"), CANNOT.items())
-def test_a_term_that_a_base_cannot_carry_is_refused_with_the_reason(base: str, term: str, tmp_path: Path) -> None:
+def test_incompatible_term_is_refused_with_the_reason(base: str, term: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=rf"terms.{term}: {base} has no .*leave the term out"):
         settings(base, (term,), tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
-def test_settings_of_every_combination_are_complete_and_reread(every: int, tmp_path: Path) -> None:
+def test_settings_of_every_combination_are_written_and_read(every: int, tmp_path: Path) -> None:
     from engine.config.cli import parse
 
     for base, subset in CARRIED[::every]:
@@ -122,8 +120,8 @@ def test_settings_of_every_combination_are_complete_and_reread(every: int, tmp_p
     "more", [{"precision": "bf16"}, {"precision": "fp16"}, {"precision": "bf16", "gradient_accumulation_steps": 2}]
 )
 @pytest.mark.parametrize("base", BASES)
-def test_a_step_on_the_gpu_waits_for_nothing(base: str, more: dict[str, Any], drawn: Path, tmp_path: Path) -> None:
-    """Each base with its optimizer and all terms it carries; those with queries of all processes do not accumulate."""
+def test_step_on_the_gpu_never_synchronizes(base: str, more: dict[str, Any], drawn: Path, tmp_path: Path) -> None:
+    """Each base with its optimizer and all its terms; those with queries of all ranks do not accumulate."""
     alone = {"xmoco", "dcl"} if "gradient_accumulation_steps" in more else set[str]()
     if alone and base == "simclr":
         pytest.skip("refused: SimCLR's queries serve as keys")
@@ -140,16 +138,16 @@ def test_a_step_on_the_gpu_waits_for_nothing(base: str, more: dict[str, Any], dr
         assert all(value.isfinite() for value in result.parts.values())
     finally:
         torch.cuda.set_sync_debug_mode("default")
-        run.loader.close()
+        run.close()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("backend", ["resident", "ffcv", "dali"])
-def test_a_graph_is_recorded_while_the_loader_works(
+def test_graph_is_recorded_while_the_loader_works(
     backend: str, precision: str, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whose threads allocate, copy and launch kernels meanwhile: the losses are those of a plain step."""
+    """Its threads allocate, copy and launch kernels: the losses are those of a plain step."""
     if backend == "dali":
         pytest.importorskip("nvidia.dali")
     losses = []
@@ -159,6 +157,6 @@ def test_a_graph_is_recorded_while_the_loader_works(
         try:
             losses.append([step["loss"] for step in train(run, 10)])
         finally:
-            run.loader.close()
+            run.close()
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
     assert "cuda_graph" not in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Compiled backbones train as eager ones do, and are refused where nothing can compile them."""
+"""Compiled backbones train like eager ones, and are refused where nothing can compile them."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ CASES = [
 
 
 def train(model: Model, steps: int, batch: int = BATCH) -> list[float]:
-    found = []
+    losses = []
     for seed in range(steps):
         given = [view.to(next(model.online.parameters())) for view in views(seed, batch)]
-        found.append(float(model.step(batch_of(*given)).parts["loss"]))
-    return found
+        losses.append(float(model.step(batch_of(*given)).parts["loss"]))
+    return losses
 
 
 def parts(model: Model) -> list[torch.nn.Module]:
@@ -54,7 +54,7 @@ def check_same(a: Model, b: Model, rtol: float, atol: float) -> None:
     CASES,
 )
 @pytest.mark.slow
-def test_compiled_backbones_train_as_eager_ones(name: str, terms: Terms, recompute: bool) -> None:
+def test_compiled_backbones_train_like_eager_ones(name: str, terms: Terms, recompute: bool) -> None:
     """In float64, over 20 steps: losses, parameters, momentum parameters, running statistics."""
     chosen = settings(name, terms)
     eager, compiled = built(chosen), built(replace(chosen, compile=True, activation_checkpointing=recompute))
@@ -64,8 +64,8 @@ def test_compiled_backbones_train_as_eager_ones(name: str, terms: Terms, recompu
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "terms", "lr"), [("moco_v2", CASES[1][1], 0.1), ("moco_v3", Terms(), 0.003)])
-def test_float32_trains_as_float64(name: str, terms: Terms, lr: float, compiled: bool) -> None:
-    """Over 20 steps, losses and parameters; at rates at which training on noise does not multiply what is rounded."""
+def test_float32_trains_like_float64(name: str, terms: Terms, lr: float, compiled: bool) -> None:
+    """Losses and parameters over 20 steps, at rates at which training on noise does not amplify rounding."""
     chosen = replace(settings(name, terms, batch=32), optim=Optim(lr=lr, schedule="constant"))
     exact = built(chosen)
     rounded = model_module.build_model(replace(chosen, compile=compiled), Accelerator(cpu=True))
@@ -78,7 +78,7 @@ def test_float32_trains_as_float64(name: str, terms: Terms, lr: float, compiled:
 
 
 @pytest.mark.slow
-def test_backbones_are_compiled_anew_only_where_the_views_change_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backbones_are_compiled_once_for_each_size_of_views(monkeypatch: pytest.MonkeyPatch) -> None:
     compile_, counts = torch.nn.Module.compile, list[int]()
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: compile_(self, backend="eager", **given))
     torch._dynamo.reset()
@@ -95,19 +95,19 @@ def test_backbones_are_compiled_anew_only_where_the_views_change_size(monkeypatc
 @pytest.mark.gpu
 @pytest.mark.parametrize("way", [{"compile": True}, {"cuda_graph": True}, {"compile": True, "cuda_graph": True}])
 @pytest.mark.parametrize(("name", "terms", "recompute"), CASES)
-def test_compiled_and_graph_train_as_eager_on_a_gpu(
+def test_compiled_and_graph_train_like_eager_on_a_gpu(
     name: str, terms: Terms, recompute: bool, way: dict[str, bool], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In float64, over 20 steps; and that it was a graph that ran."""
+    """In float64, over 20 steps, without a fallback from the graph."""
     chosen = replace(settings(name, terms), activation_checkpointing=recompute)
     accelerator = Accelerator()
     eager, other = built(chosen, accelerator), built(replace(chosen, **way), accelerator)  # type: ignore[arg-type]
     assert train(other, 20) == pytest.approx(train(eager, 20), rel=1e-7)
     check_same(eager, other, 1e-6, 1e-8)
-    assert "cuda_graph" not in capsys.readouterr().err  # which would say why there is none
+    assert "cuda_graph" not in capsys.readouterr().err  # no warning
 
 
-def test_without_a_compiler_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_compiler_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(model_module.shutil, "which", lambda name: None)
     with pytest.raises(InputError, match=r"compile true: there is no C\+\+ compiler: install g\+\+"):

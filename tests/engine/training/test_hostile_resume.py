@@ -1,4 +1,4 @@
-"""Checkpoints forged so that their hashes hold: what a run takes up of them is checked once more."""
+"""Checkpoints that are forged with valid hashes: a run checks all that it loads of them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ FORGED: dict[str, Forge] = {
 }
 
 
-def test_a_forged_state_is_refused(drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_forged_state_is_refused(drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "checkpoints" / "step_00000000"
     given = ["--data.train", str(drawn), *SMALL, "--optim.epochs", "1", "--knn.every", "0", "--out", str(tmp_path)]
     run = build(parse(given))
@@ -57,18 +57,18 @@ def test_a_forged_state_is_refused(drawn: Path, tmp_path: Path, capsys: pytest.C
         run.writer.finish()
         run.settings.resume = str(path)
         tensors, saved = storage.load(path)
-        whole = {key: value for key, value in saved.items() if key not in ("format", "step", "files")}
+        genuine = {key: value for key, value in saved.items() if key not in ("format", "step", "files")}
         for name, forge in FORGED.items():
-            forged, files = dict(whole), {file: dict(values) for file, values in tensors.items()}
+            forged, files = dict(genuine), {file: dict(values) for file, values in tensors.items()}
             forge(forged, files)
             storage.write(path.parent, 0, files, forged)
             print(name)
-            with contextlib.suppress(InputError):  # what it does not look at comes later
+            with contextlib.suppress(InputError):  # other values are checked later
                 compatibility.check(run.settings, run.loader.beton.fingerprint, None)
             with pytest.raises(InputError):
                 resume.restore(run)
-        storage.write(path.parent, 0, tensors, whole)
+        storage.write(path.parent, 0, tensors, genuine)
         resume.restore(run)
         assert "resumed from" in capsys.readouterr().err
     finally:
-        run.loader.close()
+        run.close()

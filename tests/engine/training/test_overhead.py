@@ -1,4 +1,4 @@
-"""What it costs a step that nothing can go wrong in silence: the guard, and checkpoints."""
+"""The cost of the non-finite check and of checkpoints, as a share of a step."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ import torch
 import engine.training.step
 from engine.config.cli import parse
 from engine.training.build import build
-from engine.training.resume import save
-from engine.training.run_folder import begin
+from engine.training.resume import restore, save
 from methods.flat import Buffers
 from tests.conftest import Figure
 from tests.engine.test_run import SMALL
 
 STEPS, WARM, BETWEEN = 4, 1, 100
-"""Measured; before that; and steps between two checkpoints, of which one epoch of ImageNet has 5004."""
+"""Steps measured, steps before that, and steps between two checkpoints (an epoch of ImageNet has 5004)."""
 
 
 @pytest.mark.slow
@@ -50,7 +49,7 @@ def test_guard_and_checkpoints_cost_less_than_a_hundredth(
     given = dict(zip(SMALL[::2], SMALL[1::2], strict=True)) | larger | {"--data.train": str(drawn)}
     run = build(parse([part for pair in given.items() for part in pair] + ["--out", str(tmp_path / "out")]))
     try:
-        begin(run)
+        restore(run)
         batches = (batch for _ in range(99) for batch in run.loader)
         for number in range(WARM + STEPS):
             if number == WARM:

@@ -1,4 +1,4 @@
-"""The training step against plain transcriptions of the published algorithms, and what it promises besides."""
+"""The training step against plain transcriptions of the published algorithms, and its other promises."""
 
 from __future__ import annotations
 
@@ -117,14 +117,14 @@ def test_three_steps_of_moco_v3_with_lars_equal_the_published_algorithm() -> Non
     assert losses == pytest.approx(moco_v3_transcribed(base, momentum, optim, 3, 0.9), abs=1e-12)
     assert equal(model.online.parameters(), base.parameters())
     assert not any(torch.equal(a, b) for a, b in zip(before, base.parameters(), strict=True) if a.ndim > 1)
-    with torch.no_grad():  # the transcription moves its momentum encoder at the next step's beginning
+    with torch.no_grad():  # the transcription updates its momentum encoder at the beginning of the next step
         for name, p in momentum.named_parameters():
             p.copy_(p * shares[2] + base.get_parameter(name) * (1 - shares[2]))
     assert equal(model.target.parameters(), momentum.parameters())
 
 
 def count_views(model: Model) -> dict[str, int]:
-    """Return counts that go up with each view that goes through the online and the momentum backbone."""
+    """Return counts of the views through the online and the momentum backbone, updated by hooks."""
     counts = {"online": 0, "target": 0}
     for name, module in (("online", model.online), ("target", model.target)):
         if module is not None:
@@ -156,7 +156,7 @@ def test_only_needed_embeddings_are_computed(
     assert counts == {"online": online, "target": target}
 
 
-def test_measures_cost_one_momentum_view_where_the_gap_needs_it_and_change_nothing() -> None:
+def test_measures_cost_a_momentum_view_for_the_gap_and_change_nothing() -> None:
     ends = []
     for measured in (False, True):
         model = built(settings())
@@ -168,7 +168,7 @@ def test_measures_cost_one_momentum_view_where_the_gap_needs_it_and_change_nothi
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
-def test_momentum_parameters_and_queue_get_no_gradient() -> None:
+def test_momentum_encoder_and_queue_get_no_gradient() -> None:
     model = built(settings(terms=Terms(co2=CO2(), xmoco=XMoCo(), residual=Residual())))
     model.step(batch_of(*views(0)))
     assert all(p.grad is None for p in model.target.parameters())
@@ -185,8 +185,8 @@ def test_momentum_parameters_and_queue_get_no_gradient() -> None:
         ("byol", Terms(co2=CO2())),
     ],
 )
-def test_accumulated_parts_are_the_whole_batch(name: str, terms: Terms) -> None:
-    """With BatchNorm in evaluation mode, since batch statistics are those of a part."""
+def test_accumulated_parts_equal_the_batch(name: str, terms: Terms) -> None:
+    """With BatchNorm in evaluation mode, as batch statistics are those of a part."""
     ends = []
     for accumulate in (1, 4):
         model = built(replace(settings(name, terms), gradient_accumulation_steps=accumulate))
@@ -201,8 +201,8 @@ def test_accumulated_parts_are_the_whole_batch(name: str, terms: Terms) -> None:
         assert torch.allclose(keys_a, keys_b, atol=1e-12)
 
 
-def test_accumulated_parts_are_the_whole_batch_in_float32() -> None:
-    """To 1e-6, as training has it; the queue moves once."""
+def test_accumulated_parts_equal_the_batch_in_float32() -> None:
+    """To 1e-6; the queue moves once."""
     ends = []
     for accumulate in (1, 4):
         chosen = replace(settings("moco_v2", Terms(co2=CO2())), gradient_accumulation_steps=accumulate)
@@ -216,7 +216,7 @@ def test_accumulated_parts_are_the_whole_batch_in_float32() -> None:
     assert equal(*ends, atol=1e-6)
 
 
-def overflowed(gradient: torch.Tensor) -> torch.Tensor:
+def overflow(gradient: torch.Tensor) -> torch.Tensor:
     return gradient.index_fill(0, torch.tensor([1]), torch.inf)
 
 
@@ -232,10 +232,8 @@ def overflowed(gradient: torch.Tensor) -> torch.Tensor:
         ("byol", "adamw", 2),
     ],
 )
-def test_a_step_that_is_not_finite_leaves_everything(
-    name: str, optimizer: Any, accumulate: int, cause: str, at: int
-) -> None:
-    """By its loss or one gradient, with fp16's scaler or without: and training goes on as if it had not been."""
+def test_non_finite_step_changes_nothing(name: str, optimizer: Any, accumulate: int, cause: str, at: int) -> None:
+    """With a non-finite loss or one gradient, with fp16's scaler or without; the next steps do not depend on it."""
     optim = Optim(name=optimizer, lr=0.1, epochs=6, warmup_epochs=2, clip_grad_norm=1.0)
     momentum = {} if name == "simclr" else {"ema_schedule": "cosine"}
     chosen = replace(settings(name, **momentum), optim=optim, gradient_accumulation_steps=accumulate)
@@ -250,7 +248,7 @@ def test_a_step_that_is_not_finite_leaves_everything(
             if disturbed and step == at:
                 before = everything(model)
                 x1, x2 = views(9)
-                hook = next(model.online.parameters()).register_hook(overflowed)
+                hook = next(model.online.parameters()).register_hook(overflow)
                 result = model.step(batch_of(x1 * float("inf") if cause == "loss" else x1, x2))
                 hook.remove()
                 assert result.parts["loss"].isfinite() == (cause != "loss")
@@ -270,8 +268,8 @@ def test_a_step_that_is_not_finite_leaves_everything(
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_shuffled_keys_return_to_their_own_samples(symmetric: bool) -> None:
-    """With statistics over the whole batch, shuffling changes nothing but the order inside the momentum encoder."""
+def test_shuffled_keys_return_to_their_samples(symmetric: bool) -> None:
+    """With statistics over the batch, shuffling changes only the order inside the momentum encoder."""
     ends = []
     order = shuffled_rows(0, 0, BATCH)
     for shuffle in (False, True):
@@ -289,7 +287,7 @@ def test_shuffled_keys_return_to_their_own_samples(symmetric: bool) -> None:
     assert torch.allclose(ends[0][3][order], ends[1][3])
 
 
-def test_gradient_is_scaled_down_to_the_norm_asked_for() -> None:
+def test_gradient_is_clipped_to_the_norm() -> None:
     plain, clipped = (
         built(settings()),
         built(replace(settings(), optim=Optim(lr=0.1, weight_decay=0, clip_grad_norm=0.01))),
@@ -304,7 +302,7 @@ def test_gradient_is_scaled_down_to_the_norm_asked_for() -> None:
     assert F.cosine_similarity(moves[0], moves[1], dim=0) > 0.99
 
 
-def test_gradient_shares_are_those_of_each_weighted_part_at_the_embeddings() -> None:
+def test_gradient_shares_are_of_each_weighted_part_at_the_embeddings() -> None:
     chosen = replace(settings(terms=Terms(co2=CO2(weight=2.0), residual=Residual())), gradient_shares=True)
     shares = {
         name.removeprefix("gradient_share_"): value.item()
@@ -325,8 +323,8 @@ def test_gradient_shares_are_those_of_each_weighted_part_at_the_embeddings() -> 
     assert shares == pytest.approx({name: norm / sum(norms.values()) for name, norm in norms.items()}, abs=1e-10)
 
 
-def test_the_gaps_key_shares_its_querys_batch_statistics_with_the_term_and_without() -> None:
-    """So that at the beginning, where student and teacher are the same, there is none."""
+def test_gaps_key_shares_its_querys_batch_statistics() -> None:
+    """So that the gap is 0 at the start, where student and teacher are the same; with the term and without."""
     for terms in (Terms(), Terms(residual=Residual())):
         chosen = settings(terms=terms, bn="shuffle", batch=16)
         x1, x2 = views(0, 16)
@@ -336,7 +334,7 @@ def test_the_gaps_key_shares_its_querys_batch_statistics_with_the_term_and_witho
         assert result.measures["student_teacher_gap"].item() == pytest.approx(0, abs=1e-12)
 
 
-def test_result_holds_the_online_embeddings_of_the_first_view() -> None:
+def test_result_has_the_online_embeddings_of_the_first_view() -> None:
     model = built(settings())
     x1, x2 = views(0)
     expected = copy.deepcopy(model.online)(x1)[0]
@@ -351,7 +349,7 @@ def test_symmetric_moco_enqueues_the_second_views_keys() -> None:
     assert torch.allclose(model.queue.keys[:BATCH], expected, atol=1e-12)
 
 
-def test_a_batch_that_is_not_finite_gives_measures_of_nan_and_no_error() -> None:
+def test_non_finite_batch_gives_nan_measures_and_no_error() -> None:
     x1, x2 = views(0)
     result = built(settings()).step(batch_of(x1 * float("inf"), x2), measured=True)
     assert not result.parts["loss"].isfinite()
@@ -365,7 +363,7 @@ def test_simclrs_queries_are_gathered_once(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(gathered) == 2
 
 
-def test_parameters_that_were_moved_after_the_step_was_built_are_refused() -> None:
+def test_parameters_that_were_moved_after_the_build_are_refused() -> None:
     """The momentum encoder would no longer follow, or skipped steps would change statistics."""
     for change in ("parameters", "buffers", "second step"):
         model = built(settings())

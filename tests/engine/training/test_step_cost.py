@@ -1,4 +1,4 @@
-"""What a step costs besides its encoders: operators that do not grow with depth, collectives that are counted."""
+"""The cost of a step without its encoders: operators that do not grow with depth, and counted collectives."""
 
 from __future__ import annotations
 
@@ -16,21 +16,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine.config.settings import Optim
-from engine.parallel import collectives
 from engine.parallel.accelerator import DTYPES, build_accelerator
-from engine.parallel.consensus import together
+from engine.parallel.rendezvous import rank, world
 from engine.training.build import build
 from engine.training.dry_run import estimate
 from engine.training.loop import train_on
 from engine.training.model import Model, build_model
-from engine.training.resume import save
-from engine.training.run_folder import begin
+from engine.training.resume import restore, save
 from methods.co2 import CO2
 from methods.registry import Terms
 from methods.residual import Residual
 from methods.xmoco import XMoCo
 from tests.engine.small import BATCH, batch_of, built, settings, views
-from tests.engine.training.test_build import settings as shuffled_settings
+from tests.engine.training.runs import settings as shuffled_settings
 from tests.gloo import on_ranks
 
 
@@ -48,7 +46,7 @@ class Counting(TorchDispatchMode):
 
 
 def counted(arch: str, optimizer: str) -> Counter[str]:
-    """The operators of the guard's check, the optimizer's second step and the moving average."""
+    """Count the operators of the non-finite check, the optimizer's second step and the moving average."""
     chosen = settings("moco_v2")
     chosen = replace(chosen, model=replace(chosen.model, arch=arch), optim=Optim(name=optimizer, lr=0.1))  # type: ignore[arg-type]
     model = built(chosen)
@@ -64,14 +62,14 @@ def counted(arch: str, optimizer: str) -> Counter[str]:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lars"])
-def test_optimizer_and_moving_average_are_as_many_operators_at_any_depth(optimizer: str) -> None:
+def test_optimizer_and_moving_average_have_as_many_operators_at_any_depth(optimizer: str) -> None:
     shallow, deep = counted("resnet18", optimizer), counted("resnet34", optimizer)
     assert shallow == deep
     assert sum(deep.values()) <= {"sgd": 12, "adamw": 14, "lars": 26}[optimizer]
 
 
 class Layouts(TorchDispatchMode):
-    """Notes the operators on images that take or give one that is not channels-last."""
+    """Counts operators on images, and those that read or write one that is not channels-last."""
 
     IMAGES = ("convolution", "batch_norm", "relu", "threshold", "pool", "add", "cat", "clone", "copy", "lerp")
 
@@ -80,49 +78,49 @@ class Layouts(TorchDispatchMode):
         self.seen, self.others = Counter[str](), Counter[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
+        results = func(*args, **(kwargs or {}))
         name = str(func).removeprefix("aten.")
-        images = [t for t in tree_leaves((args, found)) if isinstance(t, torch.Tensor) and t.ndim == 4]
-        images = [t for t in images if t.shape[1] > 1 and t.shape[2] * t.shape[3] > 1]  # else the layouts are one
+        images = [t for t in tree_leaves((args, results)) if isinstance(t, torch.Tensor) and t.ndim == 4]
+        images = [t for t in images if t.shape[1] > 1 and t.shape[2] * t.shape[3] > 1]  # else both layouts are the same
         images = [t for t in images if 0 not in t.stride()]  # of the mean's gradient, which has none
         if images and any(kind in name for kind in self.IMAGES):
             self.seen[name] += 1
             if not all(t.is_contiguous(memory_format=torch.channels_last) for t in images):
                 self.others[name] += 1
-        return found
+        return results
 
 
 @pytest.mark.parametrize(("bn", "precision"), [("plain", "no"), ("split", "no"), ("plain", "bf16")])
 @pytest.mark.parametrize(("arch", "stem"), [("resnet18", "small"), ("resnet50", "imagenet")])
 def test_every_image_of_a_step_is_channels_last(arch: Any, stem: Any, bn: str, precision: str) -> None:
-    """Forward and backward: no operator is given an image it would have to convert."""
+    """Forward and backward: no operator has to convert an image."""
     chosen = settings("moco_v2", bn=bn, batch=16)
     chosen = replace(chosen, model=replace(chosen.model, arch=arch, stem=stem, width=0.25))
     model = build_model(chosen, Accelerator(cpu=True, mixed_precision=precision))
-    given = [
+    inputs = [
         view.to(DTYPES[precision]).repeat(1, 1, 4, 4).to(memory_format=torch.channels_last) for view in views(0, 16)
     ]
     with Layouts() as layouts:
-        model.step(batch_of(*given))
+        model.step(batch_of(*inputs))
     assert sum(count for name, count in layouts.seen.items() if "convolution_backward" in name) >= 20
     assert not layouts.others
 
 
 class Traffic(TorchDispatchMode):
-    """Notes the bytes that this process gives to each collective, by the collective's name."""
+    """Notes the bytes that this rank sends to each collective, by the collective's name."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.given: dict[str, list[int]] = {}
+        self.sent: dict[str, list[int]] = {}
         self.order: list[tuple[str, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             name = func._schema.name.removeprefix("c10d::").strip("_")
             tensors = args[1] if name.startswith(("allgather", "alltoall")) else args[0]
-            given = [t for t in tree_leaves(tensors) if isinstance(t, torch.Tensor)]
-            self.order.append((name, sum(t.nbytes for t in given)))
-            self.given.setdefault(name, []).append(self.order[-1][1])
+            sent = [t for t in tree_leaves(tensors) if isinstance(t, torch.Tensor)]
+            self.order.append((name, sum(t.nbytes for t in sent)))
+            self.sent.setdefault(name, []).append(self.order[-1][1])
         return func(*args, **(kwargs or {}))
 
 
@@ -138,11 +136,11 @@ METHODS: dict[str, tuple[str, Terms, dict[str, Any]]] = {
     "byol": ("byol", Terms(), {}),
 }
 KEYS = BATCH // 2 * 16 * 8
-"""Bytes of one process's keys of a view, in float64."""
+"""Bytes of one rank's keys of a view, in float64."""
 
 
-def sent(case: str, parameters: int) -> dict[str, list[int]]:
-    """What the mathematics needs: bytes that one process gives, in the order of the collectives."""
+def needed_bytes(case: str, parameters: int) -> dict[str, list[int]]:
+    """Return the bytes that one rank has to send, in the order of the collectives."""
     gathers = {"moco_v2, xmoco": 2, "moco_v3": 2, "simclr": 2, "byol": 0}.get(case, 1)
     # a gather with gradient sums that of all rows on its way back
     sums = {"moco_v2, xmoco": 1, "simclr": 2}.get(case, 0)
@@ -151,34 +149,34 @@ def sent(case: str, parameters: int) -> dict[str, list[int]]:
 
 
 def run(out: str) -> None:
-    world, found = collectives.world, {}
+    results = {}
     for case, (name, terms, more) in METHODS.items():
         chosen = replace(settings(name, terms), cpu=True, tracker="none", **more)
         model = built(chosen, build_accelerator(chosen))
-        halves = [[v.chunk(world())[collectives.rank()] for v in views(step)] for step in range(4)]
+        halves = [[v.chunk(world())[rank()] for v in views(step)] for step in range(4)]
         for half in halves[:-1]:  # the first ones arrange the gradients' buckets
             model.step(batch_of(*half))
         with Traffic() as traffic:
             model.step(batch_of(*halves[-1]))
-        found[case] = {"given": traffic.given, "parameters": _trained(model)}
-    Path(out, f"{collectives.rank()}.json").write_text(json.dumps(found))
+        results[case] = {"sent": traffic.sent, "parameters": count_trained(model)}
+    Path(out, f"{rank()}.json").write_text(json.dumps(results))
 
 
-def _trained(model: Model) -> int:
+def count_trained(model: Model) -> int:
     return sum(p.numel() for p in model.step.encoder.parameters() if p.requires_grad)
 
 
-def test_a_step_sends_gradients_and_keys_and_nothing_else(tmp_path: Path) -> None:
-    """MoCo v2: buckets that together are the parameters, and one gather of the keys. BYOL: no keys either."""
+def test_step_sends_gradients_and_keys_alone(tmp_path: Path) -> None:
+    """MoCo v2: buckets of all gradients, and one gather of the keys. BYOL: no keys either."""
     on_ranks(2, run, str(tmp_path))
-    everyone = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    everyone = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(2)]
     assert everyone[0] == everyone[1]  # the same collectives, in the same order
-    for found in everyone:
-        assert found.keys() == METHODS.keys()
-        for case, told in found.items():
-            expected = sent(case, told["parameters"])
-            sums, gathers = told["given"]["allreduce"], told["given"].get("allgather_base", [])
-            assert told["given"].keys() <= expected.keys(), case
+    for results in everyone:
+        assert results.keys() == METHODS.keys()
+        for case, result in results.items():
+            expected = needed_bytes(case, result["parameters"])
+            sums, gathers = result["sent"]["allreduce"], result["sent"].get("allgather_base", [])
+            assert result["sent"].keys() <= expected.keys(), case
             assert gathers == expected["allgather_base"], case
             *others, gradients = expected["allreduce"]
             assert sums[: len(others)] == others, case
@@ -188,27 +186,28 @@ def test_a_step_sends_gradients_and_keys_and_nothing_else(tmp_path: Path) -> Non
 def run_synchronized(out: str) -> None:
     chosen = replace(settings("moco_v2", bn="sync"), cpu=True, tracker="none")
     model = built(chosen, build_accelerator(chosen))
-    half = [v.chunk(collectives.world())[collectives.rank()] for v in views(0)]
+    half = [v.chunk(world())[rank()] for v in views(0)]
     for _ in range(3):
         model.step(batch_of(*half))
     with Traffic() as traffic:
         model.step(batch_of(*half))
     norms = [module for module in model.step.encoder.modules() if isinstance(module, _BatchNorm)]
-    told = {"layers": len(norms), "channels": sum(norm.num_features for norm in norms), "parameters": _trained(model)}
-    Path(out, f"{collectives.rank()}.json").write_text(json.dumps({"given": traffic.given, **told}))
+    counts = {"layers": len(norms), "channels": sum(norm.num_features for norm in norms)}
+    result = {"sent": traffic.sent, **counts, "parameters": count_trained(model)}
+    Path(out, f"{rank()}.json").write_text(json.dumps(result))
 
 
-def test_synchronized_batchnorm_sends_its_statistics_once_a_layer_and_pass(tmp_path: Path) -> None:
-    """A gather forward, of query and key encoder, and a sum backward of the query encoder: as the plan counts them."""
+def test_synchronized_batchnorm_sends_its_statistics_once_per_layer_and_pass(tmp_path: Path) -> None:
+    """A gather forward, of query and key encoder, and a sum backward of the query encoder."""
     on_ranks(2, run_synchronized, str(tmp_path))
-    everyone = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    everyone = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(2)]
     assert everyone[0] == everyone[1]
-    given, layers, channels = (everyone[0][key] for key in ("given", "layers", "channels"))
+    sent, layers, channels = (everyone[0][key] for key in ("sent", "layers", "channels"))
     statistics = 2 * 8 * channels  # mean and variance, in float64
-    assert len(given["allgather_base"]) == 2 * layers + 1
-    assert sum(given["allgather_base"]) == 2 * statistics + KEYS
-    assert len(given["allreduce"]) > layers
-    assert sum(given["allreduce"]) == 2 * statistics + 8 * everyone[0]["parameters"]
+    assert len(sent["allgather_base"]) == 2 * layers + 1
+    assert sum(sent["allgather_base"]) == 2 * statistics + KEYS
+    assert len(sent["allreduce"]) > layers
+    assert sum(sent["allreduce"]) == 2 * statistics + 8 * everyone[0]["parameters"]
     plain = estimate(replace(settings("moco_v2", bn="sync"), cpu=True, tracker="none"))
     assert plain["norm_passes"] == (layers, layers)
 
@@ -217,20 +216,19 @@ CASES = ("plain", "logged", "saved", "skipped", "skipped, logged")
 
 
 def run_shuffled(beton: str, out: str) -> None:
-    """Steps of a run whose keys come shuffled, from the loader on: one that is logged, saved, skipped."""
+    """Take steps with shuffled keys, from the loader on: plain, logged, saved, skipped."""
     chosen = shuffled_settings(Path(beton), "shuffle")
     run = build(replace(chosen, out=f"{out}/run", optim=replace(chosen.optim, epochs=5)))
-    together(lambda: begin(run))
-    run.monitor.start(0, 0)
+    restore(run)
     batches = run.loader.endless()
     for _ in range(3):
         train_on(run, next(batches), logs=False)
-    found = {}
+    sent = {}
     for case in CASES:
         before = [p.clone() for p in run.model.step.encoder.parameters()]
         with Traffic() as traffic:
             batch = next(batches)
-            if "skipped" in case and collectives.rank() == 1:
+            if "skipped" in case and rank() == 1:
                 assert batch.views[0] is not None
                 batch.views[0].fill_(torch.nan)
             train_on(run, batch, logs="logged" in case)
@@ -238,32 +236,30 @@ def run_shuffled(beton: str, out: str) -> None:
                 save(run)
         taken = any(not torch.equal(*pair) for pair in zip(before, run.model.step.encoder.parameters(), strict=True))
         assert taken == ("skipped" not in case)
-        found[case] = traffic.order
+        sent[case] = traffic.order
     run.close()
-    told = {"given": found, "parameters": _trained(run.model)}
-    Path(out, f"{collectives.rank()}.json").write_text(json.dumps(told))
+    result = {"sent": sent, "parameters": count_trained(run.model)}
+    Path(out, f"{rank()}.json").write_text(json.dumps(result))
 
 
-def test_shuffled_batchnorm_exchanges_one_views_crops_and_all_issue_the_same_collectives(
-    drawn: Path, tmp_path: Path
-) -> None:
+def test_shuffled_batchnorm_exchanges_one_view_in_the_same_order_on_all_ranks(drawn: Path, tmp_path: Path) -> None:
     on_ranks(2, run_shuffled, str(drawn), str(tmp_path))
-    one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    assert one == other  # the same sequence, bytes and all, also where one process alone has a step to skip
-    given = {case: [tuple(each) for each in order] for case, order in one["given"].items()}
-    assert given.keys() == set(CASES)
-    crops = 16 * 3 * 16**2  # uint8, of a process's share of the view with keys
-    gradients = [size for name, size in given["plain"] if name == "allreduce"]
-    assert [each for each in given["plain"] if each[0] != "allreduce"] == [
+    one, other = (json.loads((tmp_path / f"{number}.json").read_text()) for number in range(2))
+    assert one == other  # the same sequence and bytes, also where one rank alone has a step to skip
+    sent = {case: [tuple(each) for each in order] for case, order in one["sent"].items()}
+    assert sent.keys() == set(CASES)
+    crops = 16 * 3 * 16**2  # uint8, of a rank's share of the keys' view
+    gradients = [size for name, size in sent["plain"] if name == "allreduce"]
+    assert [each for each in sent["plain"] if each[0] != "allreduce"] == [
         ("alltoall_base", crops),
         ("allgather_base", 16 * 16 * 4),
     ]
     assert sum(gradients) == 4 * one["parameters"]
-    for case, order in given.items():
+    for case, order in sent.items():
         assert order[0] == ("alltoall_base", crops), case
         assert [name for name, _ in order].count("alltoall_base") == 1, case
-    assert given["skipped"] == given["plain"]
-    early, late = given["logged"], given["skipped, logged"]
+    assert sent["skipped"] == sent["plain"]
+    early, late = sent["logged"], sent["skipped, logged"]
     assert [name for name, _ in early] == [name for name, _ in late]
     assert sum(size for _, size in early) - sum(size for _, size in late) == 2 * 8  # losses: of five steps, of three
     assert (tmp_path / "run" / "checkpoints" / "step_00000006").is_dir()

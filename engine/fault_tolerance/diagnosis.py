@@ -1,0 +1,46 @@
+"""The cause of a failed training in place of its symptom: a lost rank, a stalled loader, a GPU's full memory."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from collections.abc import Iterator
+
+import torch
+
+from engine.fault_tolerance.heartbeat import Heartbeat, LostRank, diagnose
+from engine.fault_tolerance.preemption import Stopped
+from engine.fault_tolerance.watchdog import dump_stacks
+from engine.parallel.consensus import PeerError
+from engine.parallel.rendezvous import rank
+from pipeline.system.errors import LoaderStalled, RunFailed, describe_error
+
+_ON_ALL_RANKS = (Stopped, PeerError, FloatingPointError)
+_LESS_MEMORY = (
+    "compute less at once (--micro_batch, or --activation_checkpointing true); --dry-run estimates the memory of a run"
+)
+
+
+@contextlib.contextmanager
+def translate_failures(heartbeat: Heartbeat) -> Iterator[None]:
+    """Raise LostRank, LoaderStalled or, for a GPU's full memory, RunFailed for the failure that caused it.
+
+    Prints every thread's stack for the first two. The other ranks are watched until the context ends.
+    """
+    try:
+        yield
+    except BaseException as error:
+        cause = diagnose(error, heartbeat, on_all_ranks=isinstance(error, _ON_ALL_RANKS))
+        if isinstance(cause, (LoaderStalled, LostRank)):
+            dump_stacks(error)
+        if isinstance(cause, LoaderStalled):
+            place = f"rank {rank()} on {platform.node()}, step {heartbeat.step}"
+            cause = LoaderStalled(f"{place}: {error}; the stack of every thread is above")
+        if isinstance(cause, torch.OutOfMemoryError):
+            reason = describe_error(error).partition(". ")[0]
+            cause = RunFailed(f"step {heartbeat.step}, memory of the GPU is full ({reason}): {_LESS_MEMORY}")
+        if cause is error:
+            raise
+        raise cause from error
+    finally:
+        heartbeat.peers.stop()

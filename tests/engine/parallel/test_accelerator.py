@@ -1,0 +1,77 @@
+"""Each rank's device and precision are checked before a process group is formed."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.config.settings import Settings
+from engine.parallel import accelerator
+from engine.parallel.accelerator import build_accelerator, choose_device, warn_of_precision
+from engine.parallel.rendezvous import rank
+from pipeline.system.errors import InputError
+from tests.gloo import on_ranks
+
+SETTINGS = Settings(precision="no", tracker="none")
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_that_a_processor_emulates_becomes_float32(
+    native: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(accelerator, "bfloat16_on_cpu", lambda: native)
+    handle = build_accelerator(replace(SETTINGS, precision="bf16", cpu=True))
+    assert handle.mixed_precision == ("bf16" if native else "no")
+    warn_of_precision("bf16", handle)
+    line = "warning: precision bf16: this processor has no instructions for it: computing in float32, as precision no\n"
+    assert capsys.readouterr().err == ("" if native else line)
+    assert choose_device(replace(SETTINGS, precision="bf16", cpu=True), emulate=True) == (False, "bf16")
+
+
+def test_gpu_that_emulates_bfloat16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Like a V100 or T4, which torch by default calls supported."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    with pytest.raises(InputError, match=r"precision 'bf16': this GPU does not have it: choose fp16 or no"):
+        choose_device(Settings())
+    assert choose_device(Settings(precision="fp16")) == (True, "fp16")
+
+
+def lack_a_gpu(out: str) -> None:
+    """Two ranks on a machine with one GPU."""
+    torch.cuda.is_available = lambda: True
+    torch.cuda.device_count = lambda: 1
+    torch.cuda.is_bf16_supported = lambda **_: True
+    with pytest.raises(InputError) as raised:
+        build_accelerator(SETTINGS)
+    Path(out, f"{rank()}.txt").write_text(str(raised.value))
+
+
+def test_rank_without_a_gpu_is_named_on_all(tmp_path: Path) -> None:
+    on_ranks(2, lack_a_gpu, str(tmp_path))
+    host = platform.node()
+    message = f"rank 1 on {host}: 1 GPUs on {host} for 2 ranks or more: start one rank a GPU"
+    assert [(tmp_path / f"{number}.txt").read_text() for number in range(2)] == [message, message]
+
+
+def lack_gpus(out: str) -> None:
+    """Two machines, the second without a GPU."""
+    os.environ["LOCAL_RANK"] = "0"
+    torch.cuda.is_available = lambda: rank() == 0
+    torch.cuda.device_count = lambda: 1 - rank()
+    with pytest.raises(InputError) as raised:
+        build_accelerator(SETTINGS)
+    Path(out, f"{rank()}.txt").write_text(str(raised.value))
+
+
+def test_machine_without_a_gpu_is_named_on_all(tmp_path: Path) -> None:
+    on_ranks(2, lack_gpus, str(tmp_path))
+    host = platform.node()
+    message = f"device: rank 0 on {host} has 'GPU', rank 1 on {host} 'CPU': give all ranks the same"
+    assert [(tmp_path / f"{number}.txt").read_text() for number in range(2)] == [message, message]
