@@ -595,14 +595,14 @@ def test_a_copy_is_never_written_through_a_planted_link(
     victim, disk = tmp_path / "victim", tmp_path / "disk"
     disk.mkdir()
     victim.write_text("precious")
-    for name in (drawn.name, f"{drawn.name}.json", f".{drawn.name}.writing", f".{drawn.name}.json.writing"):
+    for name in (drawn.name, f"{drawn.name}.json", f".writing-{drawn.name}", f".writing-{drawn.name}.json"):
         (disk / name).symlink_to(victim)
     assert stage(drawn, disk).read_bytes() == drawn.read_bytes()
     assert not any(path.is_symlink() for path in disk.iterdir())
     usage = stage_module.shutil.disk_usage
 
     def plant(path: Path) -> object:
-        (disk / f".{drawn.name}.writing").symlink_to(victim)
+        (disk / f".writing-{drawn.name}").symlink_to(victim)
         return usage(path)
 
     (disk / drawn.name).unlink()
