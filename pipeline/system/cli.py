@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from pipeline.system.errors import InputError
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's parser; option names may be typed with hyphens or with underscores, and never abbreviated."""
+    """argparse's parser; option names may be typed with hyphens or with underscores, and never abbreviated.
 
-    def __init__(self, **options: Any) -> None:
+    renamed: former option names with the present ones. Raises InputError for a former name.
+    """
+
+    def __init__(self, *, renamed: Mapping[str, str] | None = None, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **options})
+        self._renamed = renamed or {}
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse like argparse, after `hyphenated`."""
-        return super().parse_known_args(hyphenated(sys.argv[1:] if args is None else args), namespace)
+        arguments = hyphenated(sys.argv[1:] if args is None else args)
+        options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+        for name in (argument.partition("=")[0] for argument in options):
+            if name in self._renamed:
+                raise InputError(f"{name}: renamed to {self._renamed[name]}")
+        return super().parse_known_args(arguments, namespace)
 
 
 def hyphenated(arguments: Sequence[str]) -> list[str]:

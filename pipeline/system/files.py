@@ -1,21 +1,35 @@
-"""Small files, written beside their place and renamed: whoever reads one finds the old content or the new, whole."""
+"""Files written atomically: a reader finds the old content or the new, complete."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 
-def write_whole(path: Path, content: bytes | str) -> None:
-    """Write a file, text as UTF-8. Raises OSError; what was there before then stays, and nothing lies beside it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.writing")
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path next to `path`, of the same suffix: synced and renamed to `path` at the end.
+
+    After an exception the temporary file is removed, and `path` is as before.
+    """
+    temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
     try:
-        beside.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(beside, path)
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Write a file atomically, text as UTF-8. Raises OSError."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, document: Any) -> None:

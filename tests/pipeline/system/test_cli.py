@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.system.cli import ArgumentParser, hyphenated
+from pipeline.system.errors import InputError
 
 
 def parser() -> ArgumentParser:
@@ -31,3 +32,13 @@ def test_names_are_not_abbreviated(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parser().parse_args(["--save", "3"])
     assert "unrecognized arguments: --save" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [["--to", "x"], ["--to=x"]])
+def test_former_names_are_refused_with_the_present_one(given: list[str]) -> None:
+    renaming = ArgumentParser(renamed={"--to": "--out"})
+    renaming.add_argument("--out")
+    renaming.add_argument("rest", nargs="*")
+    with pytest.raises(InputError, match="--to: renamed to --out"):
+        renaming.parse_args(given)
+    assert renaming.parse_args(["--", "--to"]).rest == ["--to"]
