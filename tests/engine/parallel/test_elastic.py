@@ -117,7 +117,8 @@ def nearest(out: str) -> None:
     for k in (1, 7, 20, 35, 200):
         settings: dict[str, Any] = {"k": k, "temperature": 0.1, "classes": 4}
         expected = nearest_neighbors.classify(queries, bank, labels, **settings)
-        found = nearest_neighbors.classify(queries, bank[own], labels[own], rows=16, merged=True, **settings)
+        nearest_neighbors._MAX_ROWS = 16
+        found = nearest_neighbors.classify(queries, bank[own], labels[own], sharded=True, **settings)
         assert torch.equal(found, expected)
     counts = [3, 0, 4]
     rows = torch.arange(7)[:, None].repeat(1, 2)
