@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,18 +83,19 @@ class ClassificationEvaluation(Evaluation):
         options = {"batch": self.args.batch or 256, "share": self.crop_ratio, **self.loader_options(beton)}
         return CenterLoader(beton, indices=indices, **options)
 
-    @torch.no_grad()
     def features(self, beton: Beton, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
         """Return features [n, F] of the center crops of this rank's shard, and the ids of the records, int64 [n]."""
-        features, ids = [], []
-        loader = self.center_loader(beton, shard(beton))
-        try:
+        return self._map(lambda images: self.embed(images).to(dtype), beton)
+
+    @torch.no_grad()
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor], beton: Beton) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a function's rows of the center crops of this rank's shard, and the ids of the records, int64 [n]."""
+        rows, ids = [], []
+        with contextlib.closing(self.center_loader(beton, shard(beton))) as loader:
             for images, batch_ids in self.progress(loader, "batches"):
-                features.append(self.embed(images).to(dtype))
+                rows.append(function(images))
                 ids.append(batch_ids)
-        finally:
-            loader.close()
-        return torch.cat(features), torch.from_numpy(np.concatenate(ids)).to(self.device)
+        return torch.cat(rows), torch.from_numpy(np.concatenate(ids)).to(self.device)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Return the backbone's features [B, F] of images [B, 3, S, S], float32.
@@ -108,22 +110,15 @@ class ClassificationEvaluation(Evaluation):
         """Return all labels, int64 [N], on the device."""
         return torch.from_numpy(beton.labels).to(self.device)
 
-    @torch.no_grad()
     def predict(self, classify: Callable[[torch.Tensor], torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
         """Return the five likeliest classes of all test images, int64 [N, 5], and their labels, int64 [N].
 
         classify: images [B, 3, S, S] to logits [B, C].
         """
-        predicted, ids = [], []
-        loader = self.center_loader(self.test, shard(self.test))
-        try:
-            for images, batch_ids in loader:
-                predicted.append(top5(classify(images)))
-                ids.append(torch.from_numpy(batch_ids).to(self.device))
-        finally:
-            loader.close()
-        labels = self.gather(self.labels(self.test)[torch.cat(ids)], self.test)
-        return self.gather(torch.cat(predicted), self.test).cpu().numpy(), labels.cpu().numpy()
+        classes, ids = self._map(lambda images: top5(classify(images)), self.test)
+        rows = (self.gather(local, self.test) for local in (classes, self.labels(self.test)[ids]))
+        predicted, labels = (gathered.cpu().numpy() for gathered in rows)
+        return predicted, labels
 
     def settings(self, **options: Any) -> dict[str, Any]:
         """Return all settings that affect the result, as plain JSON values."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -103,7 +104,15 @@ class Evaluation:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"--out {self.out}: cannot be created ({error.strerror}): choose another folder") from None
+            problem = f"cannot be created ({error.strerror})"
+            raise InputError(f"--out {self.out}: {problem}: choose another folder") from None
+
+    def require_positive(self, *names: str) -> None:
+        """Raise InputError for an option that is given and not a finite number above 0."""
+        for name in names:
+            value = getattr(self.args, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"--{name} {value}: choose a number above 0")
 
     def check_frozen(self) -> None:
         """Raise RunFailed unless the backbone is bit for bit as loaded."""

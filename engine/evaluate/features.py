@@ -6,6 +6,7 @@ Rows are written as they are computed; after an interruption the same command re
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +40,8 @@ def run(args: argparse.Namespace) -> None:
     """Write the features of all images of --train, and their ids and labels."""
     file = args.out
     if file:
-        together(lambda: _check(file))
+        if file.suffix not in (".npy", ".safetensors"):
+            raise InputError(f"--out {file}: name a file that ends in .npy or .safetensors")
         args.out = file.parent
     evaluation = classification.build(args, labeled=False)
     file = file or evaluation.out / "features.npy"
@@ -48,11 +50,6 @@ def run(args: argparse.Namespace) -> None:
     evaluation.check_frozen()
     together(lambda: _finish(evaluation, partial, file, ids) if evaluation.is_main else None)
     logger.info("written: %s, %d features of %d dimensions", file, len(ids), evaluation.backbone.features)
-
-
-def _check(file: Path) -> None:
-    if file.suffix not in (".npy", ".safetensors"):
-        raise InputError(f"--out {file}: name a file that ends in .npy or .safetensors")
 
 
 def _compute(evaluation: ClassificationEvaluation, partial: Path) -> np.ndarray:
@@ -70,16 +67,13 @@ def _compute(evaluation: ClassificationEvaluation, partial: Path) -> np.ndarray:
 
     if len(ids) < len(local):
         loader = evaluation.center_loader(evaluation.train, local[len(ids) :])
-        try:
-            with torch.no_grad():
-                for number, (images, batch_ids) in enumerate(evaluation.progress(loader, "batches"), start=1):
-                    first = local[0] + len(ids)
-                    rows[first : first + len(batch_ids)] = evaluation.embed(images).cpu().numpy()
-                    ids += batch_ids.tolist()
-                    if number % _SAVE_EVERY_BATCHES == 0:
-                        save()
-        finally:
-            loader.close()
+        with contextlib.closing(loader), torch.no_grad():
+            for number, (images, batch_ids) in enumerate(evaluation.progress(loader, "batches"), start=1):
+                first = local[0] + len(ids)
+                rows[first : first + len(batch_ids)] = evaluation.embed(images).cpu().numpy()
+                ids += batch_ids.tolist()
+                if number % _SAVE_EVERY_BATCHES == 0:
+                    save()
     save()
     counts = [len(shard) for shard in shards]
     return collectives.gather_uneven(torch.tensor(ids, device=evaluation.device), counts).cpu().numpy()
@@ -120,7 +114,7 @@ def _has_rows(partial: Path, shape: tuple[int, int]) -> bool:
 
 
 def _create(partial: Path, shape: tuple[int, int]) -> None:
-    """Create the file of rows, of its final size. Raises OSError if there is no room for it."""
+    """Create the file of rows, at its final size. Raises OSError if the disk has no room for it."""
     with atomic_path(partial) as temporary:
         np.lib.format.open_memmap(temporary, "w+", np.float32, shape).flush()
         with open(temporary, "r+b") as file:  # reserves disk: later writes through memory raise no error

@@ -23,7 +23,6 @@ from engine.evaluate.classification import ClassificationEvaluation
 from engine.evaluate.resume import EpochCheckpoint
 from engine.evaluate.trainer import check_batch, new_head, sgd, train_by_epochs
 from engine.parallel import collectives
-from pipeline.system.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -58,10 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train a linear classifier by the protocol, and score it on the test images."""
     evaluation = classification.build(args)
-    for name in ("epochs", "lr"):
-        value = getattr(args, name)
-        if value is not None and not (0 < value < math.inf):
-            raise InputError(f"--{name} {value}: choose a number above 0")
+    evaluation.require_positive("epochs", "lr")
     if args.protocol == "fast":
         linear_fast.run(evaluation)
         return

@@ -81,7 +81,7 @@ def run(evaluation: ClassificationEvaluation) -> None:
 
 
 def training_features(evaluation: ClassificationEvaluation) -> list[Pass]:
-    """Return the training images' features and labels of all ranks, of each pass; of center crops if there are none.
+    """Return features and labels of the training images of all ranks for each pass; without passes, of center crops.
 
     Complete passes in the cache, of the same settings, are not computed again.
     """
@@ -100,13 +100,17 @@ def training_features(evaluation: ClassificationEvaluation) -> list[Pass]:
     with contextlib.closing(computed):
         for file, (features, ids) in zip(missing, computed, strict=False):
             evaluation.check_frozen()
-            _save_pass(evaluation, file, settings, features, ids)
             passes.append((features, ids))
+            try:
+                if evaluation.is_main:
+                    save_cached(file, settings, {"features": features, "ids": ids})
+            except OSError as error:  # the cache only saves time
+                logger.warning("%s: features are not cached (%s)", file, reason(error))
     return [(features, labels[ids]) for features, ids in passes]
 
 
 def load_pass(evaluation: ClassificationEvaluation, file: Path, settings: dict[str, Any]) -> Pass | None:
-    """Return, on all ranks, the cached features and ids of a pass; None if there are none that fit."""
+    """Return, on all ranks, the cached features and ids of a pass; None if none fit."""
 
     def fits(tensors: Tensors) -> bool:
         features, ids = tensors.get("features"), tensors.get("ids")
@@ -121,21 +125,6 @@ def load_pass(evaluation: ClassificationEvaluation, file: Path, settings: dict[s
     return cached["features"], cached["ids"]
 
 
-def _save_pass(
-    evaluation: ClassificationEvaluation,
-    file: Path,
-    settings: dict[str, Any],
-    features: torch.Tensor,
-    ids: torch.Tensor,
-) -> None:
-    """Cache a pass, on rank 0. Warns where it cannot be written: the cache only saves time."""
-    try:
-        if evaluation.is_main:
-            save_cached(file, settings, {"features": features, "ids": ids})
-    except OSError as error:
-        logger.warning("%s: features are not cached (%s)", file, reason(error))
-
-
 @torch.no_grad()
 def _centered(evaluation: ClassificationEvaluation) -> Generator[Pass, None, None]:
     """Yield the features of all ranks' center crops, and their ids."""
@@ -146,8 +135,7 @@ def _centered(evaluation: ClassificationEvaluation) -> Generator[Pass, None, Non
 @torch.no_grad()
 def _augmented(evaluation: ClassificationEvaluation, batch: int, first: int) -> Generator[Pass, None, None]:
     """Yield the features of all ranks' augmented crops, and their ids, pass by pass from pass `first` on, endlessly."""
-    loader = evaluation.train_loader(evaluation.train, batch)
-    try:
+    with contextlib.closing(evaluation.train_loader(evaluation.train, batch)) as loader:
         loader.load_state_dict({**loader.state_dict(), "epoch": first})
         while True:
             features, ids = [], []
@@ -155,8 +143,6 @@ def _augmented(evaluation: ClassificationEvaluation, batch: int, first: int) -> 
                 features.append(evaluation.embed(crops.views[0]).to(torch.bfloat16))
                 ids.append(to_device(crops.ids, evaluation.device))
             yield collectives.gather(torch.cat(features)), collectives.gather(torch.cat(ids))
-    finally:
-        loader.close()
 
 
 def _statistics(passes: list[Pass]) -> tuple[torch.Tensor, torch.Tensor]:

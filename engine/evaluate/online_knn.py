@@ -19,10 +19,6 @@ from pipeline.loader import CenterLoader
 from pipeline.sampling.order import evenly
 
 
-def nothing() -> None:
-    """Do nothing."""
-
-
 @torch.no_grad()
 def features(
     backbone: nn.Module,
@@ -30,7 +26,7 @@ def features(
     *,
     indices: np.ndarray,
     autocast: Any = contextlib.nullcontext,
-    after: Callable[[], None] = nothing,
+    after: Callable[[], None] = lambda: None,
     **loader: Any,
 ) -> tuple[torch.Tensor, np.ndarray]:
     """Return the backbone's features of the center crops of samples `indices`: float32 [N, F], norm 1, on the device.
@@ -96,7 +92,7 @@ class Knn:
         self.classes = count_classes(train, test)
 
     def top1(
-        self, backbone: nn.Module, autocast: Any = contextlib.nullcontext, after: Callable[[], None] = nothing
+        self, backbone: nn.Module, autocast: Any = contextlib.nullcontext, after: Callable[[], None] = lambda: None
     ) -> float:
         """Return the fraction of test images that the vote classifies correctly. To be called by all ranks.
 

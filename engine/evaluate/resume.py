@@ -138,7 +138,7 @@ def load_cached(path: Path, settings: dict[str, Any], fits: Callable[[Tensors], 
 
 
 def valid_ids(ids: torch.Tensor | None, images: int) -> bool:
-    """Return whether cached ids, int64 [n], are of at most so many images, all of them in range."""
+    """Return whether cached ids are int64 [n], no more than the images, and all in range."""
     if ids is None or ids.dtype != torch.int64 or ids.dim() != 1 or len(ids) > images:
         return False
     return not len(ids) or (int(ids.min()) >= 0 and int(ids.max()) < images)

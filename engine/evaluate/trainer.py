@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -41,7 +42,6 @@ def train_by_epochs(
     """
     evaluation, first = checkpoint.evaluation, checkpoint.restore()
     labels, loader = evaluation.labels(beton), evaluation.train_loader(beton, batch)
-    loader.load_state_dict({**loader.state_dict(), "epoch": first})
 
     def train(epoch: int) -> torch.Tensor:
         for group, rate in zip(checkpoint.optimizer.param_groups, rates(epoch), strict=True):
@@ -52,10 +52,9 @@ def train_by_epochs(
             loss = update(images, labels[to_device(crops.ids, evaluation.device)])
         return loss
 
-    try:
+    with contextlib.closing(loader):
+        loader.load_state_dict({**loader.state_dict(), "epoch": first})
         _run_epochs(checkpoint, range(first, epochs), train, remedy)
-    finally:
-        loader.close()
 
 
 def train_by_steps(
@@ -68,7 +67,7 @@ def train_by_steps(
     epoch_steps: int,
     iterations: int,
 ) -> None:
-    """Train for so many iterations, resumed from the checkpoint. Several short epochs share one save.
+    """Train for `iterations` steps, resumed from the checkpoint. Several short epochs share one save.
 
     batches: of a range of steps. rate: learning rate of a step, for all parameters.
     """
@@ -94,7 +93,7 @@ def train_by_steps(
 def _run_epochs(
     checkpoint: EpochCheckpoint, epochs: range, train: Callable[[int], torch.Tensor], remedy: str, every: int = 1
 ) -> None:
-    """Call `train` for each epoch, which returns its last loss; save every so many epochs, and after the last.
+    """Call `train`, which returns the last loss, for each epoch; save after `every` epochs and after the last.
 
     Raises FloatingPointError for a non-finite loss. The check waits for the device, once an epoch.
     """

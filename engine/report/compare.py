@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -279,7 +280,8 @@ def _evaluation_columns(runs: Sequence[RunFiles]) -> list[Column]:
         namesakes = [json.loads(other.settings) for other in kinds if other.title == kind.title]
         settings = json.loads(kind.settings)
         distinct = [f"{k} {v}" for k, v in settings.items() if any(other.get(k) != v for other in namesakes)]
-        columns.append(Column(", ".join([kind.title, *distinct]), _score(kind), "{:.1f}", max, _score_detail(kind)))
+        title, detail = ", ".join([kind.title, *distinct]), partial(_score_detail, kind)
+        columns.append(Column(title, partial(_score, kind), "{:.1f}", max, detail))
     return columns
 
 
@@ -288,25 +290,18 @@ def _result(run: RunFiles, kind: _Kind) -> dict[str, Any]:
     return next((result for result in run.evaluations if _kind(result) == kind), {})
 
 
-def _score(kind: _Kind) -> Callable[[RunFiles], float | None]:
-    def score(run: RunFiles) -> float | None:
-        result = _result(run, kind)
-        return _percent(number(result.get("map", result.get("top1"))))
-
-    return score
+def _score(kind: _Kind, run: RunFiles) -> float | None:
+    result = _result(run, kind)
+    return _percent(number(result.get("map", result.get("top1"))))
 
 
-def _score_detail(kind: _Kind) -> Callable[[RunFiles], str]:
-    """Return a function of the 95 % interval, and of the checkpoint's step if the run continued after it, as text."""
-
-    def detail(run: RunFiles) -> str:
-        result = _result(run, kind)
-        interval = result.get("interval")
-        bounds = [number(bound) for bound in interval] if isinstance(interval, list) else []
-        parts = ["–".join(f"{100 * bound:.1f}" for bound in bounds if bound is not None)] if len(bounds) == 2 else []
-        step = Path(str(result.get("checkpoint"))).name.removeprefix("step_")
-        if step.isdecimal() and run.lines and int(step) != run.lines[-1]["step"]:
-            parts.append(f"of step {int(step)}")
-        return ", ".join(parts)
-
-    return detail
+def _score_detail(kind: _Kind, run: RunFiles) -> str:
+    """Return the 95 % interval, and the checkpoint's step if the run continued after it, as text."""
+    result = _result(run, kind)
+    interval = result.get("interval")
+    bounds = [number(bound) for bound in interval] if isinstance(interval, list) else []
+    parts = ["–".join(f"{100 * bound:.1f}" for bound in bounds if bound is not None)] if len(bounds) == 2 else []
+    step = Path(str(result.get("checkpoint"))).name.removeprefix("step_")
+    if step.isdecimal() and run.lines and int(step) != run.lines[-1]["step"]:
+        parts.append(f"of step {int(step)}")
+    return ", ".join(parts)

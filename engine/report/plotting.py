@@ -113,9 +113,9 @@ def sheet(
         for axes in every[len(parts) :]:
             axes.set_axis_off()
         pairs = [pair for axes in every for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
-        shown = {label: handle for handle, label in reversed(pairs)}
-        if shown:
-            handles, labels = list(shown.values())[::-1], list(shown)[::-1]
+        by_label = {label: handle for handle, label in reversed(pairs)}
+        if by_label:
+            handles, labels = list(by_label.values())[::-1], list(by_label)[::-1]
             columns_of_names = max(1, int(columns * 50 / (6 + max(len(label) for label in labels))))
             every[0].figure.legend(handles, labels, loc="outside lower left", ncols=columns_of_names)
 

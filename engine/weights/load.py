@@ -101,13 +101,8 @@ class SkipInit(TorchFunctionMode):
         return (args or [kwargs["tensor"]])[0] if func in _INITIALIZERS else func(*args, **kwargs)
 
 
-_INITIALIZERS = {
-    torch.Tensor.uniform_,
-    torch.Tensor.normal_,
-    nn.init.uniform_,
-    nn.init.normal_,
-    nn.init.kaiming_uniform_,
-}
+_INITIALIZERS: set[Any] = {torch.Tensor.uniform_, torch.Tensor.normal_}
+_INITIALIZERS |= {nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_}
 
 
 @dataclass

@@ -10,7 +10,7 @@ lists the differences), synchronized BatchNorm with its running statistics, a ra
 from __future__ import annotations
 
 import argparse
-import math
+import contextlib
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,9 +60,7 @@ class Detection(Evaluation):
         args = self.args
         if not isinstance(self.encoder.backbone, ResNet):
             raise InputError(f"{self.encoder.architecture}: R50-C4 is built from a ResNet's stages: give a ResNet")
-        for name, value in (("iterations", args.iterations), ("lr", args.lr)):
-            if not 0 < value < math.inf:
-                raise InputError(f"--{name} {value}: choose a number above 0")
+        self.require_positive("iterations", "lr")
         if not 32 <= min(args.sizes) <= max(args.sizes) <= args.largest:
             raise InputError(f"--sizes {min(args.sizes)} to {max(args.sizes)}: choose 32 to --largest {args.largest}")
         if collectives.world() > 1 and self.device.type == "cpu":
@@ -147,9 +145,10 @@ def train(task: Detection, batch: int, settings: dict[str, object]) -> nn.Module
             torch.manual_seed(int(keyed(_CHOICES, args.seed, step, collectives.rank())) >> 1)
             yield batch_samples
 
-    try:
+    checkpoint = EpochCheckpoint(task, "detect", model, optimizer, settings)
+    with contextlib.closing(samples):
         train_by_steps(
-            EpochCheckpoint(task, "detect", model, optimizer, settings),
+            checkpoint,
             model,
             batches,
             lambda wrapped, batch_samples: total_loss(wrapped, batch_samples, task.device),
@@ -157,8 +156,6 @@ def train(task: Detection, batch: int, settings: dict[str, object]) -> nn.Module
             epoch_steps=samples.steps,
             iterations=args.iterations,
         )
-    finally:
-        samples.close()
     return model
 
 
@@ -203,16 +200,13 @@ def detect(task: Detection, model: nn.Module) -> np.ndarray:
     """Return the detections in all test images, float64 [D, 7]: image, class, score and box."""
     model.eval()
     local, rows = shard(task.test), [np.zeros((0, 7))]
-    workers = Workers(task.workers, lambda: None)
-    images = workers.in_order(lambda _, index: task.test.read(index), local.tolist(), ahead=8)
-    try:
+    with contextlib.closing(Workers(task.workers, lambda: None)) as workers:
+        images = workers.in_order(lambda _, index: task.test.read(index), local.tolist(), ahead=8)
         for index, image in zip(task.progress(local.tolist(), "images"), images, strict=True):
             with task.accelerator.autocast():
                 (detected,) = model([_pixels(image, task.device)])
             about = [torch.full_like(detected["scores"], index), detected["labels"] - 1.0, detected["scores"]]
             rows.append(torch.cat([torch.stack(about, dim=1), detected["boxes"]], dim=1).double().cpu().numpy())
-    finally:
-        workers.close()
     detections = torch.from_numpy(np.concatenate(rows)).to(task.device)
     counts = collectives.gather(torch.tensor([len(detections)], device=task.device)).tolist()
     return collectives.gather_uneven(detections, counts).cpu().numpy()

@@ -1,7 +1,7 @@
 """Faster R-CNN with a ResNet's C4 backbone (1506.01497; 1911.05722, appendix A.1), built from torchvision's parts.
 
-The paper's R50-C4, of which torchvision has no model: proposals and pooling use the maps of conv1 to conv4, of stride
-16; conv5 is the head of each region of 14 x 14 cells, followed by a BatchNorm. All pretrained stages are used, and only
+The paper's R50-C4, which torchvision lacks: proposals and pooling use the maps of conv1 to conv4, of stride 16; conv5
+is the head of each region of 14 x 14 cells, followed by a BatchNorm. All pretrained stages are used, and only
 that BatchNorm and the predictors are new, so that the result shows the encoder; a feature pyramid would add random
 layers. Numbers of proposals and regions are those of detectron2's C4, MoCo's detector. Its box losses are absolute,
 torchvision's are smooth (below 1/9); annotations and scores are VOC's in both.

@@ -10,7 +10,7 @@ alone.
 from __future__ import annotations
 
 import argparse
-import math
+import contextlib
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -55,10 +55,7 @@ class Segmentation(Evaluation):
 
     def check(self) -> None:
         """Create the folder of results. Raises InputError for it or for other options that cannot work."""
-        for name in ("iterations", "lr", "classes"):
-            value = getattr(self.args, name)
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"--{name} {value}: choose a number above 0")
+        self.require_positive("iterations", "lr", "classes")
         if not 32 <= self.args.size <= 4096:
             raise InputError(f"--size {self.args.size}: choose 32 to 4096 pixels")
         if self.args.classes and self.args.classes > IGNORED:
@@ -111,14 +108,12 @@ def run(args: argparse.Namespace) -> None:
 
 def _class_names(task: Segmentation) -> list[str]:
     """Return the classes' names, after decoding every mask. Raises InputError for an impossible mask."""
-    limit, workers = task.args.classes or 0, Workers(task.workers, lambda: None)
-    try:
+    limit = task.args.classes or 0
+    with contextlib.closing(Workers(task.workers, lambda: None)) as workers:
         in_train, in_test = (_class_numbers(data, limit, workers) for data in (task.train, task.test))
-    finally:
-        workers.close()
     if len(in_train) < 2 or not in_test:
         counts = f"{len(in_train)} classes in the training masks, {len(in_test)} in the test masks"
-        raise InputError(f"{task.train.path}: {counts}: nothing to tell apart: give other masks")
+        raise InputError(f"{task.train.path}: {counts}, at least 2 and 1 are needed: give other masks")
     number = limit or max(in_train | in_test) + 1
     if in_test - in_train:
         logger.warning("classes of the test masks that no training mask has: %s", sorted(in_test - in_train))
@@ -140,10 +135,11 @@ def train(task: Segmentation, classes: int, batch: int, name: str, settings: dic
         synchronize(trained, task.device)
     place(model, task.device)
     optimizer = sgd([{"params": list(trained.parameters())}], weight_decay=_DECAY)
+    checkpoint = EpochCheckpoint(task, name, trained, optimizer, settings)
     crops = ScaleCrops(task.train, size=args.size, batch=batch, seed=args.seed, **task.sharding)
-    try:
+    with contextlib.closing(crops):
         train_by_steps(
-            EpochCheckpoint(task, name, trained, optimizer, settings),
+            checkpoint,
             model,
             lambda first, last: crops.crops(first, last, task.device),
             lambda wrapped, crop: pixel_loss(wrapped(crop[0]), crop[1]),
@@ -151,8 +147,6 @@ def train(task: Segmentation, classes: int, batch: int, name: str, settings: dic
             epoch_steps=crops.steps,
             iterations=args.iterations,
         )
-    finally:
-        crops.close()
     return model
 
 
@@ -177,17 +171,15 @@ def count_test_pixels(task: Segmentation, model: Fcn, classes: int) -> np.ndarra
     model.eval()
     batches = group_by_shape(data.shapes, local)
     counts = torch.zeros(len(local), 3, classes, dtype=torch.int64, device=task.device)
-    workers = Workers(task.workers, lambda: None)
-    pairs = workers.in_order(lambda _, index: data.read(index), np.concatenate(batches).tolist(), ahead=2 * _TEST_BATCH)
-    try:
+    order = np.concatenate(batches).tolist()
+    with contextlib.closing(Workers(task.workers, lambda: None)) as workers:
+        pairs = workers.in_order(lambda _, index: data.read(index), order, ahead=2 * _TEST_BATCH)
         for batch in task.progress(batches, "batches"):
             images, masks = zip(*islice(pairs, len(batch)), strict=True)
             pixels, labels = (to_device(np.stack([*map(np.asarray, some)]), task.device) for some in (images, masks))
             with task.accelerator.autocast():
                 predicted = model(normalize(pixels)).argmax(dim=1)
             counts[batch - local[0]] = count_pixels(predicted, labels.long(), classes)
-    finally:
-        workers.close()
     return task.gather(counts, data).cpu().numpy()
 
 

@@ -31,7 +31,7 @@ def _resnet(width: float = 0.125) -> State:
 def _load(path: Path, **options: Any) -> Outcome:
     """Load a file in a child process; return its outcome, with messages that are short."""
     outcome = survived(lambda _: load_encoder(path, **options), seconds=30)
-    assert all(len(said) < 2000 for said in outcome.said), outcome
+    assert all(len(text) < 2000 for text in outcome.said), outcome
     return outcome
 
 
@@ -264,8 +264,8 @@ def test_hostile_keys_are_escaped_in_messages(tmp_path: Path) -> None:
     state = _resnet() | {f"{evil}{i}.{'x' * 100_000}": torch.zeros(1) for i in range(50)}
     torch.save(state | {f"layer1.{evil}": torch.zeros(1), f"fc.{evil}": torch.zeros(1)}, tmp_path / "x.pth")
     loaded = load_encoder(tmp_path / "x.pth")
-    for said in (loaded.summary(), *loaded.warnings):
-        assert said.isprintable()
-        assert len(said) < 10_000
+    for text in (loaded.summary(), *loaded.warnings):
+        assert text.isprintable()
+        assert len(text) < 10_000
     torch.save({evil + "x" * 10**6: torch.zeros(1)}, tmp_path / "x.pth")
     _refused(tmp_path / "x.pth", "no backbone")
