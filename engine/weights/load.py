@@ -21,7 +21,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from engine.weights.key_maps import to_ours
-from engine.weights.readers import Contents, read
+from engine.weights.readers import read
 from methods.encoders import RESNETS, BasicBlock, Bottleneck, ResNet, Stem, base_channels
 from methods.vit import PATCH, VITS, VisionTransformer
 from pipeline.system.errors import InputError, printable
@@ -154,7 +154,15 @@ def load_encoder(path: Path | str, which: Which = "online", *, heads: int = 0) -
             raise InputError(f"{path}: has no momentum encoder ({prefix}...): leave out --which momentum")
     if path.is_file() and sum(value.nbytes for value in part.values()) > path.stat().st_size:
         raise InputError(f"{path}: its tensors are larger than the file by their shapes: save them with all values")
-    architecture = _architecture(part, layout, contents, heads, path)
+    try:
+        if any(key.startswith("layer") for key in part):
+            architecture = _resnet_architecture(part, contents.described, path)
+        else:
+            architecture = _transformer_architecture(part, contents.described, heads, layout, path)
+    except InputError:
+        raise
+    except (IndexError, TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"{path}: shapes that no encoder here has ({error}): give another file") from None
     with torch.device("meta"):  # shapes alone: nothing is allocated before the file proves to contain it
         expected = architecture.build().state_dict()
     _check(part, expected, path, prefix)
@@ -192,22 +200,8 @@ def _find_layout(state: dict[str, torch.Tensor], path: Path) -> tuple[_Layout, d
     raise InputError(f"{path}: no backbone of a ResNet or a vision transformer ({content}): give one with such keys")
 
 
-def _architecture(
-    part: dict[str, torch.Tensor], layout: _Layout, contents: Contents, heads: int, path: Path
-) -> Architecture:
-    """Return the architecture that the file states, or that its keys and shapes show."""
-    stated = contents.described
-    try:
-        if any(key.startswith("layer") for key in part):
-            return _resnet_architecture(part, stated, path)
-        return _transformer_architecture(part, stated, layout, heads, path)
-    except InputError:
-        raise
-    except (IndexError, TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{path}: shapes that no encoder here has ({error}): give another file") from None
-
-
 def _resnet_architecture(part: dict[str, torch.Tensor], stated: dict[str, Any], path: Path) -> Architecture:
+    """Return the architecture that the file states, or that its keys and shapes show."""
     conv1 = _get("conv1.weight", part, path)
     stem: Stem = "small" if conv1.shape[-1] == 3 else "imagenet"
     arch, channels = _resnet_name(part, path), conv1.shape[0]
@@ -218,8 +212,9 @@ def _resnet_architecture(part: dict[str, torch.Tensor], stated: dict[str, Any], 
 
 
 def _transformer_architecture(
-    part: dict[str, torch.Tensor], stated: dict[str, Any], layout: _Layout, heads: int, path: Path
+    part: dict[str, torch.Tensor], stated: dict[str, Any], heads: int, layout: _Layout, path: Path
 ) -> Architecture:
+    """Return the architecture by keys and shapes, with the heads of the command line, the file, or its kind."""
     dim = _get("cls_token", part, path).shape[-1]
     name, depth, default = _TRANSFORMERS.get(dim, ("", 0, 0))
     tokens = _get("pos_embed", part, path).shape[1]
