@@ -61,8 +61,10 @@ def steps(args: argparse.Namespace) -> list[Step]:
         Step("resume to the end", f"{train} --resume auto"),
         Step("kNN of the demo's encoder", f"python -m engine.evaluate knn walk/demo/run {data}"),
         Step("linear, fast", f"python -m engine.evaluate linear walk/demo/run {data} --protocol fast"),
-        Step("features", "python -m engine.evaluate features walk/run --train walk/train.beton --to walk/features.npy"),
-        Step("export", "python -m engine.export walk/run --format torchvision --to walk/resnet18.pth"),
+        Step(
+            "features", "python -m engine.evaluate features walk/run --train walk/train.beton --out walk/features.npy"
+        ),
+        Step("export", "python -m engine.export walk/run --format torchvision --out walk/resnet18.pth"),
         Step(
             "report",
             "python -m engine.report walk/run walk/demo/run --data walk/demo/eval.beton --out walk/report.html",

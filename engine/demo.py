@@ -25,7 +25,7 @@ from engine.config.settings import Data, Knn, Method, Model, Optim, Settings
 from engine.evaluate.online_knn import Knn as KnnEvaluation
 from engine.evaluate.online_knn import RawPixels
 from engine.parallel.accelerator import bfloat16_on_cpu, bfloat16_on_gpu
-from engine.report.gallery import Wanted
+from engine.report.gallery import GalleryOptions
 from engine.report.page import report, write
 from engine.report.plotting import curves
 from engine.report.run_folder import read_runs
@@ -251,8 +251,8 @@ def main() -> None:
         rows |= {"trained encoder": summary["knn_top1"]}
     (out / "demo.json").write_text(json.dumps(rows, indent=1) + "\n")
     Console().print(_table(rows, summary, _count_evaluated(train, evaluation)))
-    wanted = Wanted("", 8, _TEST_IMAGES, settings.seed, "online", _device())
-    write(report(read_runs([run]), wanted), out / "report.html")
+    options = GalleryOptions("", 8, _TEST_IMAGES, settings.seed, "online", _device())
+    write(report(read_runs([run]), options), out / "report.html")
     files = {"run folder": run, "preview": picture, "curve": out / "curve.png", "report": out / "report.html"}
     for name, path in files.items():
         print(f"{name:11s} {path}")

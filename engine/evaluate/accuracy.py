@@ -1,67 +1,85 @@
-"""Top-1, top-5, accuracy by class, and how far chance alone could have moved them."""
+"""Top-1, top-5 and accuracy of each class, with bootstrap intervals."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 _RESAMPLES = 10000
 _LEVEL = 0.95
+Interval = tuple[float, float]
 
 
 @dataclass
 class Scores:
-    """Shares from 0 to 1."""
+    """Base of an evaluation's scores, fractions from 0 to 1."""
 
-    top1: float
-    top5: float
-    interval: tuple[float, float]
-    """95 % interval of top-1, by bootstrap over the test images."""
-    mean_per_class: float
-    per_class: dict[str, float]
-    """Top-1 by class name, or number, of the classes that occur."""
-    images: int
+    MAIN: ClassVar[str]
+    """Name of the score for a table."""
+
+    @property
+    def main(self) -> float:
+        """The score for a table."""
+        return float(getattr(self, self.MAIN))
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return asdict(self)
 
+
+@dataclass
+class Accuracy(Scores):
+    """Scores of a classifier."""
+
+    MAIN = "top1"
+    top1: float
+    top5: float
+    interval: Interval
+    """95 % interval of top-1, by bootstrap over the test images."""
+    mean_per_class: float
+    per_class: dict[str, float]
+    """Top-1 of each class that occurs, by its name or number."""
+    images: int
+
     def __str__(self) -> str:
-        low, high = (f"{100 * bound:.2f}" for bound in self.interval)
-        return f"top-1 {self.top1:.2%} ({low}-{high}), top-5 {self.top5:.2%}"
+        return f"top-1 {self.top1:.2%} ({percent(self.interval)}), top-5 {self.top5:.2%}"
 
 
-def score(ranked: np.ndarray, labels: np.ndarray, names: list[str] | None = None) -> Scores:
-    """Return the scores of classes `ranked` (int64 [N, 5], likeliest first) for images of class `labels` (int64 [N]).
+def score(predicted: np.ndarray, labels: np.ndarray, names: list[str]) -> Accuracy:
+    """Return the scores of predicted classes int64 [N, 5], likeliest first, for images of `labels`, int64 [N].
 
-    names: of the classes, by label.
+    names: of the classes, by label; empty if unknown.
     """
-    hit = ranked == labels[:, None]
-    right = hit[:, 0]
-    by_class = {int(label): float(right[labels == label].mean()) for label in np.unique(labels)}
-    named = {names[label] if names and label < len(names) else str(label): share for label, share in by_class.items()}
-    return Scores(
-        top1=float(right.mean()),
-        top5=float(hit.any(axis=1).mean()),
-        interval=interval(right),
+    hits = predicted == labels[:, None]
+    correct = hits[:, 0]
+    by_class = {int(label): float(correct[labels == label].mean()) for label in np.unique(labels)}
+    return Accuracy(
+        top1=float(correct.mean()),
+        top5=float(hits.any(axis=1).mean()),
+        interval=binomial_interval(correct),
         mean_per_class=float(np.mean(list(by_class.values()))),
-        per_class=named,
+        per_class={names[label] if label < len(names) else str(label): value for label, value in by_class.items()},
         images=len(labels),
     )
 
 
-def interval(right: np.ndarray) -> tuple[float, float]:
-    """Return the percentile bootstrap's 95 % interval of the mean of `right`, bool [N].
+def binomial_interval(correct: np.ndarray) -> Interval:
+    """Return the percentile bootstrap's 95 % interval of the mean of `correct`, bool [N].
 
-    How many are right among N that are drawn from N with replacement is binomial: so it is drawn, exactly.
+    The number of hits among N images drawn from N with replacement is binomial, so it is drawn directly.
     """
-    draws = np.random.default_rng(0).binomial(len(right), right.mean(), _RESAMPLES) / len(right)
-    return bounds(draws)
+    draws = np.random.default_rng(0).binomial(len(correct), correct.mean(), _RESAMPLES) / len(correct)
+    return percentile_interval(draws)
 
 
-def bounds(draws: np.ndarray) -> tuple[float, float]:
-    """Return the 95 % interval that resampled values [R] span."""
-    low, high = np.quantile(draws, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+def percentile_interval(values: np.ndarray) -> Interval:
+    """Return the central 95 % interval of resampled values [R]."""
+    low, high = np.quantile(values, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
     return float(low), float(high)
+
+
+def percent(interval: Interval) -> str:
+    """Return an interval as text, in percent."""
+    return "-".join(f"{100 * bound:.2f}" for bound in interval)

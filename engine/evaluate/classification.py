@@ -1,20 +1,21 @@
-"""What evaluations on betons share: two of them, their loaders, features, and the likeliest classes."""
+"""Evaluations on betons: loaders, features and predicted classes."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.logging import get_logger
 from torch import nn
 
-from engine.evaluate.accuracy import Scores
-from engine.evaluate.evaluation import Trial, share_of, start
-from engine.evaluate.splits import HELD_OUT, held_out, refuse_other_classes, refuse_unlabeled, unseen
-from engine.parallel import collectives
+from engine.evaluate import evaluation
+from engine.evaluate.evaluation import Evaluation, shard
+from engine.evaluate.splits import HELD_OUT, count_unseen_labels, held_out, refuse_other_classes, refuse_unlabeled
 from engine.parallel.consensus import all_gather_object
 from engine.parallel.rendezvous import local_world
 from methods.vit import PATCH
@@ -26,18 +27,21 @@ from pipeline.storage.subset import Subset
 from pipeline.system.errors import InputError
 from pipeline.views import View
 
+logger = get_logger(__name__)
+
 CROP_AND_FLIP = View(scale=(0.08, 1.0), jitter=0.0, gray=0.0, blur=0.0)
-"""RandomResizedCrop and a flip: what classifiers are trained on, in every protocol here."""
-_FEW, _FEW_PIXELS = 16, 1 << 16  # images at least, and their pixels
+"""RandomResizedCrop and a flip: the training augmentation of every protocol here."""
+_MIN_CHUNK, _CHUNK_PIXELS = 16, 1 << 16  # images in a chunk on the CPU: at least, and by their pixels
 
 
 @dataclass
-class Bench(Trial):
-    """An encoder and the betons, or what is read as one, that it is tried on."""
+class ClassificationEvaluation(Evaluation):
+    """An encoder, and betons (or data read like betons) as training and test set."""
 
     train: Beton
     test: Beton
-    backends: dict[str, str] = field(default_factory=dict)
+    backends: dict[str, str] = field(init=False, default_factory=dict)
+    """Loader backend, by fingerprint of the data set."""
 
     @property
     def size(self) -> int:
@@ -45,22 +49,22 @@ class Bench(Trial):
         return self.args.size or self.encoder.architecture.size
 
     @property
-    def share(self) -> float:
+    def crop_ratio(self) -> float:
         """Side of the test crop over the image's shorter side."""
-        stated = self.encoder.settings.get("data", {}).get("eval_crop_ratio", 0.875)
-        return float(self.args.share or stated)
+        data = self.encoder.settings.get("data", {})
+        return float(self.args.crop_ratio or data.get("eval_crop_ratio", data.get("eval_share", 0.875)))
 
     @property
     def classes(self) -> int:
         """Number of classes."""
         return count_classes(self.train, self.test)
 
-    def loading(self, beton: Beton) -> dict[str, Any]:
-        """Return the loaders' options."""
+    def loader_options(self, beton: Beton) -> dict[str, Any]:
+        """Return the options of both loaders. All ranks choose the backend together, once for a data set."""
         if beton.fingerprint not in self.backends:
             sharing = {"processes": local_world(), "cores": self.workers}
-            wanted = all_gather_object(lambda: choose(self.args.backend, beton, self.device, **sharing))
-            self.backends[beton.fingerprint] = agreed([Choice(*choice) for choice in wanted]).name
+            choices = all_gather_object(lambda: choose(self.args.backend, beton, self.device, **sharing))
+            self.backends[beton.fingerprint] = agreed([Choice(*choice) for choice in choices]).name
         return {
             "size": self.size,
             "device": self.device,
@@ -70,106 +74,110 @@ class Bench(Trial):
         }
 
     def train_loader(self, beton: Beton, batch: int) -> Loader:
-        """Return this process's crops for training a classifier: one view, of a global batch of so many."""
-        place: dict[str, Any] = {"rank": collectives.rank(), "world": collectives.world(), **self.loading(beton)}
-        return Loader(beton, (CROP_AND_FLIP,), batch=batch, seed=self.args.seed, **place)
+        """Return this rank's loader of training crops, one view of each image, for a global batch size."""
+        options = self.loader_options(beton) | self.sharding
+        return Loader(beton, (CROP_AND_FLIP,), batch=batch, seed=self.args.seed, **options)
 
-    def centered(self, beton: Beton) -> CenterLoader:
-        """Return this process's share of a data set, center-cropped."""
-        batch = self.args.batch or 256
-        return CenterLoader(beton, indices=share_of(beton), batch=batch, share=self.share, **self.loading(beton))
+    def center_loader(self, beton: Beton, indices: np.ndarray) -> CenterLoader:
+        """Return a loader of center crops of the images `indices`."""
+        options = {"batch": self.args.batch or 256, "share": self.crop_ratio, **self.loader_options(beton)}
+        return CenterLoader(beton, indices=indices, **options)
+
+    def features(self, beton: Beton, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return features [n, F] of the center crops of this rank's shard, and the ids of the records, int64 [n]."""
+        return self._map(lambda images: self.embed(images).to(dtype), beton)
 
     @torch.no_grad()
-    def features(self, beton: Beton, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return features [n, F] of this process's share, center-cropped, and the ids int64 [n] that were read."""
-        found, ids = [], []
-        images = self.centered(beton)
-        try:
-            for batch, read in self.shown(images, "batches"):
-                found.append(self.embed(batch).to(dtype))
-                ids.append(read)
-        finally:
-            images.close()
-        return torch.cat(found), torch.from_numpy(np.concatenate(ids)).to(self.device)
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor], beton: Beton) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a function's rows of the center crops of this rank's shard, and the ids of the records, int64 [n]."""
+        rows, ids = [], []
+        with contextlib.closing(self.center_loader(beton, shard(beton))) as loader:
+            for images, batch_ids in self.progress(loader, "batches"):
+                rows.append(function(images))
+                ids.append(batch_ids)
+        return torch.cat(rows), torch.from_numpy(np.concatenate(ids)).to(self.device)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Return the backbone's features [B, F] of images [B, 3, S, S], float32.
 
-        On a CPU a few at a time: activations of many leave its caches, and are given fresh memory layer by layer.
+        On a CPU in small chunks: activations of a large batch exceed its caches and need fresh memory at every layer.
         """
-        few = len(images) if images.is_cuda else max(_FEW, _FEW_PIXELS // self.size**2)
+        chunk = len(images) if images.is_cuda else max(_MIN_CHUNK, _CHUNK_PIXELS // self.size**2)
         with self.accelerator.autocast():
-            return torch.cat([self.backbone(part).float() for part in images.split(few)])
+            return torch.cat([self.backbone(part).float() for part in images.split(chunk)])
 
     def labels(self, beton: Beton) -> torch.Tensor:
         """Return all labels, int64 [N], on the device."""
         return torch.from_numpy(beton.labels).to(self.device)
 
-    @torch.no_grad()
-    def ranked(self, classify: Callable[[torch.Tensor], torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the five likeliest classes of all test images, int64 [N, 5], and their labels.
+    def predict(self, classify: Callable[[torch.Tensor], torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the five likeliest classes of all test images, int64 [N, 5], and their labels, int64 [N].
 
         classify: images [B, 3, S, S] to logits [B, C].
         """
-        images, found, ids = self.centered(self.test), [], []
-        try:
-            for batch, read in images:
-                found.append(best(classify(batch)))
-                ids.append(torch.from_numpy(read).to(self.device))
-        finally:
-            images.close()
-        true = self.everywhere(self.labels(self.test)[torch.cat(ids)], self.test)
-        return self.everywhere(torch.cat(found), self.test).cpu().numpy(), true.cpu().numpy()
+        classes, ids = self._map(lambda images: top5(classify(images)), self.test)
+        rows = (self.gather(local, self.test) for local in (classes, self.labels(self.test)[ids]))
+        predicted, labels = (gathered.cpu().numpy() for gathered in rows)
+        return predicted, labels
 
-    def settings(self, **own: Any) -> dict[str, Any]:
-        """Return what a result depends on: plain JSON values."""
-        return super().settings(size=self.size, share=self.share, **own)
-
-    def finish(self, name: str, what: str, scores: Scores, **more: Any) -> dict[str, Any]:
-        """Write OUT/NAME.json and print the scores and a line for a table; return what was written."""
-        return self.write(name, {**scores.as_dict(), **more}, what, f"{100 * scores.top1:.2f}", scores)
+    def settings(self, **options: Any) -> dict[str, Any]:
+        """Return all settings that affect the result, as plain JSON values."""
+        return super().settings(size=self.size, share=self.crop_ratio, **options)
 
     def check(self) -> None:
-        """Raise InputError for options that cannot work."""
+        """Create the folder of results. Raises InputError for it or for other options that cannot work."""
         architecture = self.encoder.architecture
         if architecture.transformer and self.size != architecture.size:
-            raise InputError(f"--size {self.size}: {architecture} has positions for that size alone: leave it out")
+            raise InputError(f"--size {self.size}: {architecture} has positions for that size only: leave it out")
         if not 8 <= self.size <= 1024:
             raise InputError(
                 f"--size {self.size}: choose 8 to 1024 pixels" + f", a multiple of {PATCH}" * architecture.transformer
             )
-        if not 0 < self.share <= 1:
-            raise InputError(f"--share {self.share}: choose a share above 0, up to 1")
+        if not 0 < self.crop_ratio <= 1:
+            raise InputError(f"--crop-ratio {self.crop_ratio}: choose a ratio above 0, up to 1")
         super().check()
 
 
-def best(logits: torch.Tensor) -> torch.Tensor:
-    """Return the five likeliest classes, int64 [B, 5], -1 where there are fewer."""
-    found = logits.topk(min(5, logits.shape[1]), dim=1).indices
-    return nn.functional.pad(found, (0, 5 - found.shape[1]), value=-1)
+def top5(logits: torch.Tensor) -> torch.Tensor:
+    """Return the five likeliest classes, int64 [B, 5], padded with -1."""
+    classes = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    return nn.functional.pad(classes, (0, 5 - classes.shape[1]), value=-1)
 
 
-def setup(args: argparse.Namespace, *, labeled: bool = True) -> Bench:
-    """Return the bench of a command line. Raises InputError, on all processes, for what cannot work."""
-    bench = start(Bench, args, lambda: _open(args, labeled))
-    if labeled and (count := unseen(bench.train.labels, bench.test.labels, bench.test.path)):
-        bench.say(f"warning: {count} of {len(bench.test)} images to test on are of classes without images to train on")
-    return bench
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every evaluation on betons."""
+    evaluation.add_arguments(parser)
+    parser.add_argument("--train", required=True, metavar="DATA", help="beton, folder or tar, labeled")
+    parser.add_argument("--test", metavar="DATA", help="the same (default: every tenth of each class of --train)")
+    parser.add_argument("--size", type=int, help="side of the views, pixels (default: the encoder's)")
+    parser.add_argument(
+        "--crop-ratio", type=float, help="side of the test crop over the shorter side (default: the run's, or 0.875)"
+    )
+    parser.add_argument("--backend", choices=["auto", "ffcv", "dali", "resident"], default="auto")
+    parser.add_argument("--on-bad", choices=["error", "skip"], default="error", help="for a damaged record")
+
+
+def build(args: argparse.Namespace, *, labeled: bool = True) -> ClassificationEvaluation:
+    """Return the evaluation of a command line. Raises InputError, on all ranks, for options that cannot work."""
+    made = evaluation.build(ClassificationEvaluation, args, lambda: _open(args, labeled))
+    if labeled and (count := count_unseen_labels(made.train.labels, made.test.labels, made.test.path)):
+        logger.warning("%d of %d test images are of classes without training images", count, len(made.test))
+    return made
 
 
 def _open(args: argparse.Namespace, labeled: bool) -> tuple[Beton, Beton]:
-    """Return the two data sets; of one, every tenth image, counted class by class, is the second."""
+    """Return training and test set. If labeled and from one file, every tenth image of a class is the test set."""
     tolerate = args.on_bad == "skip"
     train = open_data(args.train, tolerate=tolerate)
     test = open_data(args.test, tolerate=tolerate) if args.test else train
     if labeled:
         refuse_unlabeled(train, test)
     refuse_other_classes(train, test)
-    there = train.path.exists() and test.path.exists()  # a pattern of shards is no path
-    same = train.fingerprint == test.fingerprint or (there and test.path.samefile(train.path))
+    paths_exist = train.path.exists() and test.path.exists()  # not for a pattern of shards
+    same = train.fingerprint == test.fingerprint or (paths_exist and test.path.samefile(train.path))
     if not same or not labeled:
         return train, test
     if len(train) < 2 * HELD_OUT:
-        raise InputError(f"{train.path}: {len(train)} images, of which every tenth is to be for testing: give --test")
+        raise InputError(f"{train.path}: {len(train)} images are too few to hold out every tenth: give --test")
     queries = held_out(train.labels)
     return Subset(train, np.flatnonzero(~queries)), Subset(train, np.flatnonzero(queries))

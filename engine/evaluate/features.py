@@ -1,99 +1,111 @@
-"""Features of all images, center-cropped, to a file: `.npy` with ids beside, or one `.safetensors`.
+"""Features of all images, center-cropped, to a file: `.npy` with ids and labels next to it, or one `.safetensors`.
 
-They are written as they are computed; a command that was broken off goes on where it was when it is given again.
+Rows are written as they are computed; after an interruption the same command resumes.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.logging import get_logger
 from safetensors.torch import save_file
 
-from engine.evaluate.classification import Bench
+from engine.evaluate import classification
+from engine.evaluate.classification import ClassificationEvaluation
+from engine.evaluate.resume import load_cached, save_cached, valid_ids
 from engine.parallel import collectives
-from engine.parallel.consensus import run_on_all_ranks
-from pipeline.loader import CenterLoader
-from pipeline.system.errors import InputError
-from pipeline.system.files import write_atomic, write_json
-from pipeline.system.limits import LIST_BYTES, read_json
+from engine.parallel.consensus import all_gather_object, run_on_all_ranks
+from pipeline.system.errors import InputError, describe_error
+from pipeline.system.files import atomic_path, write_json
+
+logger = get_logger(__name__)
+
+_SAVE_EVERY_BATCHES = 50
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of features."""
-    parser.add_argument("--to", type=Path, metavar="FILE", help=".npy or .safetensors (default: OUT/features.npy)")
+    """Add the options of features. `--out` is a file here, as this evaluation has no other result."""
+    classification.add_arguments(parser)
+    out = "FILE.npy or FILE.safetensors, not a folder (default: features.npy in RUN/evaluation or FILE.evaluation)"
+    parser.add_argument("--out", type=Path, metavar="FILE", help=out)
 
 
-def run(bench: Bench) -> None:
+def run(args: argparse.Namespace) -> None:
     """Write the features of all images of --train, and their ids and labels."""
-    to = bench.args.to or bench.out / "features.npy"
-    run_on_all_ranks(lambda: _check(to))
-    partial = to.with_name(f".{to.name}.partial.npy")
-    ids = _written(bench, partial)
-    bench.check_frozen()
-    run_on_all_ranks(lambda: _finish(bench, partial, to, ids) if bench.first else None)
-    bench.say(f"written: {to}, {len(bench.train)} features of {bench.backbone.features}")
+    file = args.out
+    if file:
+        if file.suffix not in (".npy", ".safetensors"):
+            raise InputError(f"--out {file}: name a file that ends in .npy or .safetensors")
+        args.out = file.parent
+    evaluation = classification.build(args, labeled=False)
+    file = file or evaluation.out / "features.npy"
+    partial = file.with_name(f".{file.name}.partial.npy")
+    ids = _compute(evaluation, partial)
+    evaluation.check_frozen()
+    run_on_all_ranks(lambda: _finish(evaluation, partial, file, ids) if evaluation.is_main else None)
+    logger.info("written: %s, %d features of %d dimensions", file, len(ids), evaluation.backbone.features)
 
 
-def _check(to: Path) -> None:
-    if to.suffix not in (".npy", ".safetensors"):
-        raise InputError(f"--to {to}: name a file that ends in .npy or .safetensors")
-    if not to.parent.is_dir():
-        raise InputError(f"--to {to}: there is no folder {to.parent}: make it first")
-
-
-def _written(bench: Bench, partial: Path) -> np.ndarray:
-    """Write this process's rows to the shared file; return the ids that were read, of all processes."""
-    shares = collectives.shares(np.arange(len(bench.train)))
-    own = shares[collectives.rank()]
-    position = partial.with_suffix(f".{collectives.rank()}of{collectives.world()}.json")
-    shape, settings = (len(bench.train), int(bench.backbone.features)), bench.settings()  # type: ignore[arg-type]
-    run_on_all_ranks(lambda: _make(partial, position, shape, settings))
+def _compute(evaluation: ClassificationEvaluation, partial: Path) -> np.ndarray:
+    """Write this rank's rows to the shared file `partial`; return the ids of the records, of all ranks."""
+    shards = collectives.shares(np.arange(len(evaluation.train)))
+    local = shards[collectives.rank()]
+    position = partial.with_suffix(f".{collectives.rank()}of{collectives.world()}.safetensors")
+    shape, settings = (len(evaluation.train), int(evaluation.backbone.features)), evaluation.settings()  # type: ignore[arg-type]
+    ids = resume(partial, position, shape, settings)
     rows = np.lib.format.open_memmap(partial, "r+")
-    read = _read(position, settings, len(bench.train), len(own)) or []
-    batch = bench.args.batch or 256
-    if len(read) < len(own):
-        options = {"share": bench.share, **bench.loading(bench.train)}
-        images = CenterLoader(bench.train, indices=own[len(read) :], batch=batch, **options)
+
+    def save() -> None:
+        rows.flush()
+        save_cached(position, settings, {"ids": torch.tensor(ids, dtype=torch.int64)})
+
+    if len(ids) < len(local):
+        loader = evaluation.center_loader(evaluation.train, local[len(ids) :])
+        with contextlib.closing(loader), torch.no_grad():
+            for number, (images, batch_ids) in enumerate(evaluation.progress(loader, "batches"), start=1):
+                first = local[0] + len(ids)
+                rows[first : first + len(batch_ids)] = evaluation.embed(images).cpu().numpy()
+                ids += batch_ids.tolist()
+                if number % _SAVE_EVERY_BATCHES == 0:
+                    save()
+    save()
+    counts = [len(shard) for shard in shards]
+    return collectives.gather_uneven(torch.tensor(ids, device=evaluation.device), counts).cpu().numpy()
+
+
+def resume(partial: Path, position: Path, shape: tuple[int, int], settings: dict[str, object]) -> list[int]:
+    """Return the ids of the rows of this rank that are in `partial`.
+
+    If the file or a rank's position in it is missing or does not fit, all ranks begin with an empty file.
+    """
+
+    def fits(tensors: dict[str, torch.Tensor]) -> bool:
+        return valid_ids(tensors.get("ids"), shape[0])
+
+    cached = load_cached(position, settings, fits) if _has_rows(partial, shape) else None
+    if all(all_gather_object(lambda: cached is not None)):
+        return cached["ids"].tolist() if cached else []
+
+    def attempt(write: Callable[[], None]) -> None:
         try:
-            with torch.no_grad():
-                for number, (views, ids) in enumerate(bench.shown(images, "batches"), start=1):
-                    at = own[0] + len(read)
-                    rows[at : at + len(ids)] = bench.embed(views).cpu().numpy()
-                    read += ids.tolist()
-                    if number % 50 == 0:
-                        rows.flush()
-                        _note(position, settings, read)
-        finally:
-            images.close()
-    rows.flush()
-    _note(position, settings, read)
-    counts = [len(share) for share in shares]
-    return collectives.gather_uneven(torch.tensor(read, device=bench.device), counts).cpu().numpy()
+            write()
+        except OSError as error:
+            raise InputError(f"{partial}: cannot be written ({describe_error(error)}): choose another --out") from None
+
+    no_ids = {"ids": torch.zeros(0, dtype=torch.int64)}
+    run_on_all_ranks(lambda: attempt(lambda: save_cached(position, settings, no_ids)))
+    run_on_all_ranks(lambda: attempt(lambda: _create(partial, shape)) if collectives.rank() == 0 else None)
+    return []
 
 
-def _make(partial: Path, position: Path, shape: tuple[int, int], settings: dict[str, object]) -> None:
-    """Make the file and this process's position in it, where there are none of these settings."""
-    if _holds(partial, shape) and _read(position, settings, shape[0], shape[0]) is not None:
-        return
-    beside = partial.with_name(f"{partial.name}.writing")
-    try:
-        _note(position, settings, [])
-        if collectives.rank() == 0:
-            np.lib.format.open_memmap(beside, "w+", np.float32, shape).flush()
-            with open(beside, "r+b") as file:  # whose rows are written through memory, where no error would be told
-                os.posix_fallocate(file.fileno(), 0, beside.stat().st_size)
-            os.replace(beside, partial)
-    except OSError as error:
-        raise InputError(f"{error.filename}: {error.strerror}: choose another --to") from None
-
-
-def _holds(partial: Path, shape: tuple[int, int]) -> bool:
-    """Return whether the file is there with rows of that shape; it is mapped, not read."""
+def _has_rows(partial: Path, shape: tuple[int, int]) -> bool:
+    """Return whether the file contains rows of that shape. Maps it, without reading."""
     try:
         rows = np.lib.format.open_memmap(partial, "r") if partial.is_file() else np.zeros(0)
     except (OSError, ValueError):
@@ -101,36 +113,29 @@ def _holds(partial: Path, shape: tuple[int, int]) -> bool:
     return rows.shape == shape and rows.dtype == np.float32
 
 
-def _read(position: Path, settings: dict[str, object], images: int, most: int) -> list[int] | None:
-    """Return the ids that were read, at most so many of so many images; None where they are of other settings."""
-    try:
-        noted = read_json(position, LIST_BYTES, "remove it")
-        read = noted["read"] if noted["settings"] == settings else None
-    except (InputError, KeyError, TypeError):
-        return None
-    if not isinstance(read, list) or len(read) > most:
-        return None
-    return read if all(type(index) is int and 0 <= index < images for index in read) else None
+def _create(partial: Path, shape: tuple[int, int]) -> None:
+    """Create the file of rows, at its final size. Raises OSError if the disk has no room for it."""
+    with atomic_path(partial) as temporary:
+        np.lib.format.open_memmap(temporary, "w+", np.float32, shape).flush()
+        with open(temporary, "r+b") as file:  # reserves disk: later writes through memory raise no error
+            os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
 
 
-def _note(position: Path, settings: dict[str, object], read: list[int]) -> None:
-    write_atomic(position, json.dumps({"settings": settings, "read": read}))
-
-
-def _finish(bench: Bench, partial: Path, to: Path, ids: np.ndarray) -> None:
-    """Move the rows to where they are wanted, with ids, labels and what they are of."""
-    labels = bench.train.labels[ids]
-    about = bench.settings(checkpoint=str(bench.encoder.path), data=str(bench.train.path))
-    if to.suffix == ".safetensors":
+def _finish(evaluation: ClassificationEvaluation, partial: Path, file: Path, ids: np.ndarray) -> None:
+    """Write ids, labels and settings, and move the rows to the result file."""
+    labels = evaluation.train.labels[ids]
+    about = evaluation.settings(checkpoint=str(evaluation.encoder.path), data=str(evaluation.train.path))
+    if file.suffix == ".safetensors":
         rows = np.lib.format.open_memmap(partial, "r")
-        tensors = {"features": torch.from_numpy(np.array(rows)), "ids": torch.from_numpy(ids)}
-        metadata = {key: str(value) for key, value in about.items()}
-        save_file(tensors | {"labels": torch.from_numpy(labels)}, to, metadata=metadata)
+        arrays = {"features": np.array(rows), "ids": ids, "labels": labels}
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        with atomic_path(file) as temporary:
+            save_file(tensors, temporary, metadata={key: str(value) for key, value in about.items()})
         partial.unlink()
     else:
-        os.replace(partial, to)
-        np.save(to.with_suffix(".ids.npy"), ids)
-        np.save(to.with_suffix(".labels.npy"), labels)
-        write_json(to.with_suffix(".json"), about)
-    for left in partial.parent.glob(f"{partial.stem}.*of*.json"):
-        left.unlink()
+        np.save(file.with_suffix(".ids.npy"), ids)
+        np.save(file.with_suffix(".labels.npy"), labels)
+        write_json(file.with_suffix(".json"), about)
+        os.replace(partial, file)
+    for leftover in partial.parent.glob(f"{partial.stem}.*of*.*"):
+        leftover.unlink()

@@ -1,16 +1,15 @@
-"""A linear classifier on frozen features: MoCo's protocol, MoCo v3's, or `fast`, on features that are kept.
+"""A linear classifier on frozen features: MoCo's protocol, MoCo v3's, or `fast`, on cached features.
 
 moco: facebookresearch/moco `main_lincls.py` (1911.05722, section 4.1): SGD, rate 30, 100 epochs, times 0.1 after 60
-and 80. moco_v3: facebookresearch/moco-v3 `main_lincls.py`: rate 0.1 for a batch of 256, 90 epochs, cosine by epoch.
-Both: RandomResizedCrop and flip, momentum 0.9, no decay, the backbone in evaluation mode. The rates are for a batch of
-256 and grow with the batch. An epoch leaves out what is over from whole batches, which the originals do not.
+and 80. moco_v3: facebookresearch/moco-v3 `main_lincls.py`: rate 0.1, 90 epochs, cosine by epoch.
+Both: RandomResizedCrop and flip, momentum 0.9, no decay, the backbone in evaluation mode. Rates are for a batch of 256
+and proportional to the batch. Unlike the originals, an epoch leaves out its last, incomplete batch.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import time
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -18,18 +17,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from engine.evaluate import linear_fast
+from engine.evaluate import classification, linear_fast
 from engine.evaluate.accuracy import score
-from engine.evaluate.classification import Bench
-from engine.evaluate.trainer import Kept, check_batch, new_head, sgd
+from engine.evaluate.classification import ClassificationEvaluation
+from engine.evaluate.resume import EpochCheckpoint
+from engine.evaluate.trainer import check_batch, new_head, sgd, train_by_epochs
 from engine.parallel import collectives
-from pipeline.system.device import to_device
-from pipeline.system.errors import InputError
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a linear classifier is trained. Rates are for a batch of 256."""
+    """Training of a linear classifier. Rates are for a batch of 256."""
 
     lr: float
     batch: int
@@ -41,7 +39,7 @@ class Protocol:
         highest, done = self.lr * self.batch / 256, epoch / self.epochs
         if self.schedule == "cosine":
             return highest * 0.5 * (1 + math.cos(math.pi * done))
-        return highest * 0.1 ** sum(done >= at for at in (0.6, 0.8))
+        return highest * 0.1 ** sum(done >= milestone for milestone in (0.6, 0.8))
 
 
 PROTOCOLS = {"moco": Protocol(30.0, 256, 100, "steps"), "moco_v3": Protocol(0.1, 1024, 90, "cosine")}
@@ -49,62 +47,52 @@ PROTOCOLS = {"moco": Protocol(30.0, 256, 100, "steps"), "moco_v3": Protocol(0.1,
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of linear classifiers."""
+    classification.add_arguments(parser)
     parser.add_argument("--protocol", choices=[*PROTOCOLS, "fast"], default="moco", help="(default: moco)")
-    parser.add_argument("--epochs", type=int, help="in place of the protocol's; steps move with them")
-    parser.add_argument("--lr", type=float, help="for a batch of 256, in place of the protocol's")
+    parser.add_argument("--epochs", type=int, help="replaces the protocol's; milestones scale")
+    parser.add_argument("--lr", type=float, help="for a batch of 256, replaces the protocol's")
     linear_fast.add_arguments(parser)
 
 
-def run(bench: Bench) -> None:
-    """Train a linear classifier as the protocol says, and score it on the test images."""
-    args = bench.args
-    for name in ("epochs", "lr"):
-        value = getattr(args, name)
-        if value is not None and not (0 < value < math.inf):
-            raise InputError(f"--{name} {value}: choose a number above 0")
+def run(args: argparse.Namespace) -> None:
+    """Train a linear classifier by the protocol, and score it on the test images."""
+    evaluation = classification.build(args)
+    evaluation.require_positive("epochs", "lr")
     if args.protocol == "fast":
-        linear_fast.run(bench)
+        linear_fast.run(evaluation)
         return
-    usual = PROTOCOLS[args.protocol]
-    batch = check_batch(args.batch or usual.batch, len(bench.train))
-    protocol = Protocol(args.lr or usual.lr, batch, args.epochs or usual.epochs, usual.schedule)
-    settings = bench.settings(protocol=args.protocol, **asdict(protocol))
-    head, seconds = train(bench, protocol, Kept, settings)
-    ranked, true = bench.ranked(lambda images: head(bench.embed(images)))
-    bench.check_frozen()
-    what = f"linear, {args.protocol}, {protocol.epochs} epochs"
-    scores = score(ranked, true, bench.test.classes)
-    bench.finish(f"linear_{args.protocol}", what, scores, training_seconds=round(seconds, 2), settings=settings)
+    published = PROTOCOLS[args.protocol]
+    batch = check_batch(args.batch or published.batch, len(evaluation.train))
+    protocol = Protocol(args.lr or published.lr, batch, args.epochs or published.epochs, published.schedule)
+    settings = evaluation.settings(protocol=args.protocol, **asdict(protocol))
+    head = train(evaluation, protocol, settings)
+    predicted, labels = evaluation.predict(lambda images: head(evaluation.embed(images)))
+    evaluation.check_frozen()
+    title = f"linear, {args.protocol}, {protocol.epochs} epochs"
+    scores = score(predicted, labels, evaluation.test.classes)
+    evaluation.write(f"linear_{args.protocol}", title, scores, settings)
 
 
-def train(bench: Bench, protocol: Protocol, keeper: type[Kept], settings: dict[str, Any]) -> tuple[nn.Linear, float]:
-    """Return the classifier and the seconds it took; what was kept of an earlier attempt is gone on from."""
-    head = new_head(bench.backbone.features, bench.classes, bench.args.seed).to(bench.device)  # type: ignore[arg-type]
+def train(evaluation: ClassificationEvaluation, protocol: Protocol, settings: dict[str, Any]) -> nn.Linear:
+    """Return the trained classifier. Resumes an interrupted training."""
+    args, features = evaluation.args, evaluation.backbone.features
+    head = new_head(features, evaluation.classes, args.seed).to(evaluation.device)  # type: ignore[arg-type]
     optimizer = sgd([{"params": list(head.parameters())}])
-    kept = keeper(bench, f"linear_{bench.args.protocol}", head, optimizer, settings)
-    labels, done = bench.labels(bench.train), kept.restore()
-    loader = bench.train_loader(bench.train, protocol.batch)
-    loader.load_state_dict({**loader.state_dict(), "epoch": done})
-    began = time.perf_counter()
-    try:
-        for epoch in bench.shown(range(done, protocol.epochs), "epochs"):
-            for group in optimizer.param_groups:
-                group["lr"] = protocol.rate(epoch)
-            loss = torch.zeros((), device=bench.device)
-            for batch in loader:
-                (view,) = batch.views
-                assert view is not None
-                with torch.no_grad():
-                    features = bench.embed(view)
-                loss = F.cross_entropy(head(features), labels[to_device(batch.ids, bench.device)])
-                optimizer.zero_grad()
-                loss.backward()
-                for parameter in head.parameters():
-                    parameter.grad = collectives.mean(parameter.grad)  # type: ignore[arg-type]
-                optimizer.step()
-            if not math.isfinite(loss.item()):
-                raise FloatingPointError(f"epoch {epoch + 1}: the loss is not finite: choose a lower --lr")
-            kept.save(epoch + 1)
-    finally:
-        loader.close()
-    return head, time.perf_counter() - began
+    checkpoint = EpochCheckpoint(evaluation, f"linear_{args.protocol}", head, optimizer, settings)
+
+    def update(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            features = evaluation.embed(images)
+        loss = F.cross_entropy(head(features), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        for parameter in head.parameters():
+            parameter.grad = collectives.mean(parameter.grad)  # type: ignore[arg-type]
+        optimizer.step()
+        return loss
+
+    def rates(epoch: int) -> list[float]:
+        return [protocol.rate(epoch)]
+
+    train_by_epochs(checkpoint, evaluation.train, protocol.batch, protocol.epochs, rates, update, "--lr")
+    return head

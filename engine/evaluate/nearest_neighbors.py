@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbor classification (1805.01978, section 3.4), exact, of a bank that processes may share."""
+"""Weighted k-nearest-neighbor classification (1805.01978, section 3.4), exact, of a bank that may be sharded."""
 
 from __future__ import annotations
 
@@ -7,61 +7,55 @@ from torch.nn import functional as F
 
 from engine.parallel import collectives
 
-_ROWS = 1024  # of a block of similarities, at most ...
-_ELEMENTS = 1 << 28  # ... and a GiB
-_BEST = 5
+_MAX_ROWS = 1024  # of a block of similarities
+_MAX_ELEMENTS = 1 << 28  # of a block: 1 GiB
+_RANKED = 5
 
 
 def neighbors(
-    queries: torch.Tensor,
-    bank: torch.Tensor,
-    labels: torch.Tensor,
-    k: int,
-    *,
-    rows: int = _ROWS,
-    merged: bool = False,
+    queries: torch.Tensor, bank: torch.Tensor, labels: torch.Tensor, k: int, *, sharded: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the k largest cosines of queries [N, F] with bank [M, F], descending, and their labels: [N, k] each.
 
-    All of norm 1; labels int64 [M]. Computed in blocks of at most so many rows. merged: `bank` is this process's share
-    of one, and `queries` the same on all: the nearest are those of all processes.
+    Rows have norm 1; labels int64 [M]. sharded: `bank` is this rank's shard, `queries` are the same on all ranks, and
+    so is the result. Computed in blocks of queries, which bounds memory.
     """
     longest = torch.tensor([len(bank)], device=bank.device)
-    if merged:
-        longest = collectives.gather(longest).max()  # all processes have the same blocks, whatever their shares
-    found = []
-    for part in queries.split(max(1, min(rows, _ELEMENTS // max(int(longest), 1)))):
+    if sharded:
+        longest = collectives.gather(longest).max()  # so that all ranks have the same blocks
+    blocks = []
+    for part in queries.split(max(1, min(_MAX_ROWS, _MAX_ELEMENTS // max(int(longest), 1)))):
         similarity, index = (part @ bank.T).topk(min(k, len(bank)), dim=1)
-        near = labels[index]
-        found.append(_nearest_of_all(similarity, near, k) if merged else (similarity, near))
-    return torch.cat([s for s, _ in found]), torch.cat([n for _, n in found])
+        nearest = labels[index]
+        blocks.append(_merge_shards(similarity, nearest, k) if sharded else (similarity, nearest))
+    return torch.cat([similarity for similarity, _ in blocks]), torch.cat([nearest for _, nearest in blocks])
 
 
-def _nearest_of_all(similarity: torch.Tensor, near: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the k most similar of all processes' candidates, [N, k], and their classes."""
-    missing = k - similarity.shape[1]  # where this process's share is smaller than k
-    padded = F.pad(similarity, (0, missing), value=-torch.inf), F.pad(near, (0, missing))
-    similarity, near = (
-        torch.cat(collectives.gather(one).chunk(collectives.world()), dim=1) for one in padded
+def _merge_shards(similarity: torch.Tensor, nearest: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the k most similar of all ranks' candidates, [N, k], and their labels."""
+    missing = k - similarity.shape[1]  # a shard may be smaller than k
+    padded = F.pad(similarity, (0, missing), value=-torch.inf), F.pad(nearest, (0, missing))
+    similarity, nearest = (
+        torch.cat(collectives.gather(part).chunk(collectives.world()), dim=1) for part in padded
     )  # [N, world k]
     similarity, index = similarity.topk(k, dim=1)
-    return similarity, near.gather(1, index)
+    return similarity, nearest.gather(1, index)
 
 
-def vote(similarity: torch.Tensor, near: torch.Tensor, temperature: float, classes: int) -> torch.Tensor:
-    """Return the five classes of most votes, int64 [N, 5], -1 for those without any.
+def vote(similarity: torch.Tensor, nearest: torch.Tensor, temperature: float, classes: int) -> torch.Tensor:
+    """Return the five classes with most votes, int64 [N, 5], -1 in place of classes without votes.
 
-    similarity, near: cosines, descending, and classes of the neighbors, [N, k]. A neighbor's vote is exp(cosine /
-    temperature), in parts of the nearest one's; of equal sums the smaller class comes first.
+    similarity, nearest: cosines, descending, and labels of the neighbors, [N, k]. A vote is exp(cosine / temperature)
+    over that of the nearest neighbor, which keeps it finite; of equal sums the smaller class comes first.
     """
-    found = []
-    for cosines, of in zip(similarity.split(8192), near.split(8192), strict=True):
-        votes = torch.zeros(len(of), classes, device=of.device, dtype=torch.float64)
-        votes.scatter_add_(1, of, ((cosines - cosines[:, :1]).double() / temperature).exp())
-        most, ranked = votes.sort(dim=1, descending=True, stable=True)
-        ranked = ranked[:, :_BEST].masked_fill(most[:, :_BEST] == 0, -1)
-        found.append(F.pad(ranked, (0, _BEST - ranked.shape[1]), value=-1))
-    return torch.cat(found)
+    ranked = []
+    for cosines, labels in zip(similarity.split(8192), nearest.split(8192), strict=True):
+        votes = torch.zeros(len(labels), classes, device=labels.device, dtype=torch.float64)
+        votes.scatter_add_(1, labels, ((cosines - cosines[:, :1]).double() / temperature).exp())
+        sums, order = votes.sort(dim=1, descending=True, stable=True)
+        order = order[:, :_RANKED].masked_fill(sums[:, :_RANKED] == 0, -1)
+        ranked.append(F.pad(order, (0, _RANKED - order.shape[1]), value=-1))
+    return torch.cat(ranked)
 
 
 def classify(
@@ -72,8 +66,7 @@ def classify(
     k: int,
     temperature: float,
     classes: int,
-    rows: int = _ROWS,
-    merged: bool = False,
+    sharded: bool = False,
 ) -> torch.Tensor:
-    """Return the class of each query by the `vote` of its k `neighbors`: int64 [N]; arguments are theirs."""
-    return vote(*neighbors(queries, bank, labels, k, rows=rows, merged=merged), temperature, classes)[:, 0]
+    """Return the class of each query by the `vote` of its k `neighbors`, int64 [N]. Arguments are theirs."""
+    return vote(*neighbors(queries, bank, labels, k, sharded=sharded), temperature, classes)[:, 0]

@@ -1,4 +1,4 @@
-"""kNN evaluation of frozen features."""
+"""kNN accuracy of a backbone, during training."""
 
 from __future__ import annotations
 
@@ -12,15 +12,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from engine.evaluate.nearest_neighbors import classify
-from engine.evaluate.splits import held_out, refuse_other_classes, refuse_unlabeled, unseen
+from engine.evaluate.splits import count_unseen_labels, held_out, refuse_other_classes, refuse_unlabeled
 from engine.parallel import collectives
 from pipeline.beton import Beton, count_classes
 from pipeline.loader import CenterLoader
 from pipeline.sampling.order import evenly
-
-
-def nothing() -> None:
-    """Do nothing."""
 
 
 @torch.no_grad()
@@ -30,43 +26,44 @@ def features(
     *,
     indices: np.ndarray,
     autocast: Any = contextlib.nullcontext,
-    after: Callable[[], None] = nothing,
+    after: Callable[[], None] = lambda: None,
     **loader: Any,
 ) -> tuple[torch.Tensor, np.ndarray]:
-    """Return the backbone's features of samples `indices`, center-cropped: float32 [N, F] of norm 1, on the device.
+    """Return the backbone's features of the center crops of samples `indices`: float32 [N, F], norm 1, on the device.
 
-    And the ids, int64 [N], of the records they are of: others, where damaged ones are passed over. The backbone is in
-    evaluation mode meanwhile. after: is called after each batch, and ends this by what it raises. loader: `size`,
-    `batch`, `device` and the rest of `CenterLoader`'s.
+    Also returns the ids of the records read, int64 [N], which differ from `indices` where damaged ones are skipped. The
+    backbone is in evaluation mode for the duration.
+    after: called after each batch; its exceptions end the pass. loader: `size`, `batch`, `device` and other options of
+    `CenterLoader`.
     """
     was_training = backbone.training
     backbone.eval()
     images = CenterLoader(beton, indices=indices, **loader)
     try:
-        found, ids, done = None, indices.copy(), 0
-        with autocast(), torch.compiler.set_stance("force_eager"):  # for one pass over other shapes
-            for batch, read in images:
+        rows, ids, done = None, indices.copy(), 0
+        with autocast(), torch.compiler.set_stance("force_eager"):  # no compilation for one pass over other shapes
+            for batch, batch_ids in images:
                 part = F.normalize(backbone(batch).float().flatten(1), dim=1)
-                found = part.new_empty(len(indices), part.shape[1]) if found is None else found
-                found[done : done + len(part)] = part
-                ids[done : done + len(part)] = read
+                rows = part.new_empty(len(indices), part.shape[1]) if rows is None else rows
+                rows[done : done + len(part)] = part
+                ids[done : done + len(part)] = batch_ids
                 done += len(part)
                 after()
-            if found is None:  # a process more than there are images
-                one = torch.zeros(1, 3, images.size, images.size, device=loader["device"])
-                found = backbone(one).float().flatten(1)[:0]
+            if rows is None:  # more ranks than images: an empty shard still needs the feature dimension
+                blank = torch.zeros(1, 3, images.size, images.size, device=loader["device"])
+                rows = backbone(blank).float().flatten(1)[:0]
     finally:
         images.close()
         backbone.train(was_training)
-    return found, ids
+    return rows, ids
 
 
 class Knn:
     """Top-1 of a backbone on a labeled beton, by neighbors from the training set.
 
-    Where both are the same file, every tenth image of a class is classified by the others. limit: neighbors, and in
-    that case queries, at most; 0 for all. Raises InputError where an image of either has no label, the two name
-    different classes, or no image to classify has neighbors of its class.
+    If both are the same file, every tenth image of a class is a query, and the others are the bank.
+    limit: maximum number of neighbors in the bank, and then of queries; 0: all. Raises InputError if an image of either
+    has no label, the two name different classes, or no query has a class of the bank.
     """
 
     def __init__(
@@ -85,44 +82,44 @@ class Knn:
         self._train, self._test, self._loader = train, test, {"device": device, **loader}
         bank, self._test_ids = np.arange(len(train)), np.arange(len(test))
         if train.fingerprint == test.fingerprint:
-            queries = held_out(train.labels)
-            bank, own = bank[~queries], bank[queries]
-            self._test_ids = own[evenly(len(own), limit)]
+            mask = held_out(train.labels)
+            bank, queries = bank[~mask], bank[mask]
+            self._test_ids = queries[evenly(len(queries), limit)]
         self._bank_ids = bank[evenly(len(bank), limit)]
-        unseen(train.labels[bank], test.labels[self._test_ids], test.path)
+        count_unseen_labels(train.labels[bank], test.labels[self._test_ids], test.path)
         self._k, self._temperature = k, temperature
         self.fingerprint = test.fingerprint
         self.classes = count_classes(train, test)
 
     def top1(
-        self, backbone: nn.Module, autocast: Any = contextlib.nullcontext, after: Callable[[], None] = nothing
+        self, backbone: nn.Module, autocast: Any = contextlib.nullcontext, after: Callable[[], None] = lambda: None
     ) -> float:
-        """Return the share of test images whose class the vote gets right. Called by all processes, which share it.
+        """Return the fraction of test images that the vote classifies correctly. To be called by all ranks.
 
-        after: is called after each batch of images, on all processes equally often, and ends this by what it raises.
+        after: called after each batch of images, equally often on all ranks; its exceptions end the evaluation.
         """
-        bank, known = self._features(backbone, self._train, self._bank_ids, autocast, after)
-        own, classes = self._features(backbone, self._test, self._test_ids, autocast, after)
-        counts = [len(part) for part in collectives.shares(self._test_ids)]
-        queries, labels = collectives.gather_uneven(own, counts), collectives.gather_uneven(classes, counts)
-        settings: dict[str, Any] = {"k": self._k, "temperature": self._temperature, "classes": self.classes}
-        predicted = classify(queries, bank, known, merged=collectives.world() > 1, **settings)
+        bank, bank_labels = self._features(backbone, self._train, self._bank_ids, autocast, after)
+        local, local_labels = self._features(backbone, self._test, self._test_ids, autocast, after)
+        counts = [len(shard) for shard in collectives.shares(self._test_ids)]
+        queries, labels = (collectives.gather_uneven(rows, counts) for rows in (local, local_labels))
+        options: dict[str, Any] = {"k": self._k, "temperature": self._temperature, "classes": self.classes}
+        predicted = classify(queries, bank, bank_labels, sharded=collectives.world() > 1, **options)
         return (predicted == labels).double().mean().item()
 
     def _features(
         self, backbone: nn.Module, beton: Beton, indices: np.ndarray, autocast: Any, after: Callable[[], None]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return features and labels of this process's share."""
-        shares, batch = collectives.shares(indices), self._loader["batch"]
-        own, most = shares[collectives.rank()], max(map(len, shares))
-        found, ids = features(backbone, beton, indices=own, autocast=autocast, after=after, **self._loader)
-        for _ in range(-(-most // batch) - -(-len(own) // batch)):  # batches that others have more
+        """Return features and labels of this rank's shard."""
+        shards, batch = collectives.shares(indices), self._loader["batch"]
+        local, longest = shards[collectives.rank()], max(map(len, shards))
+        rows, ids = features(backbone, beton, indices=local, autocast=autocast, after=after, **self._loader)
+        for _ in range(-(-longest // batch) - -(-len(local) // batch)):  # for the batches that other ranks have more
             after()
-        return found, torch.from_numpy(beton.labels[ids]).to(found.device)
+        return rows, torch.from_numpy(beton.labels[ids]).to(rows.device)
 
 
 class RawPixels(nn.Module):
-    """The identity as a backbone: what kNN gets from pixels alone."""
+    """The identity as a backbone: a baseline of kNN on pixels."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.flatten(1)

@@ -1,23 +1,24 @@
 """One-vs-all linear SVMs on frozen features of multi-label images, in PASCAL VOC's layout: mean average precision.
 
-As VOC07 classification is done since 1905.01235 (section 4; facebookresearch/vissl's `svm` benchmark): features of norm
-1, a squared hinge loss with positives counted twice, the cost of each class chosen by three-fold cross-validation,
-images marked difficult (0) left out. Average precision is scikit-learn's, without interpolation.
+VOC07 classification as in 1905.01235 (section 4; facebookresearch/vissl's `svm` benchmark): features of norm 1, a
+squared hinge loss with positives weighted by 2, the cost of each class chosen by three-fold cross-validation, images
+marked difficult (0) left out. Average precision is scikit-learn's, without interpolation.
 """
 
 from __future__ import annotations
 
 import argparse
 import warnings
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from torch.nn import functional as F
 
-from engine.evaluate.accuracy import bounds
-from engine.evaluate.classification import Bench
-from engine.parallel import collectives
+from engine.evaluate import classification
+from engine.evaluate.accuracy import Interval, Scores, percent, percentile_interval
+from engine.evaluate.classification import ClassificationEvaluation
 from pipeline.beton import Beton
 from pipeline.system.errors import InputError
 from pipeline.system.limits import LIST_BYTES, read_text
@@ -29,61 +30,71 @@ _RESAMPLES = 500
 _FOLDS = 3
 
 
+@dataclass
+class MeanPrecision(Scores):
+    """Scores of SVMs."""
+
+    MAIN = "map"
+    map: float
+    """Mean average precision."""
+    interval: Interval
+    """95 % interval of the mean, by bootstrap over the test images."""
+    per_class: dict[str, float]
+    costs: dict[str, float]
+    """Chosen for each class."""
+    images: int
+
+    def __str__(self) -> str:
+        return f"mAP {100 * self.map:.2f} ({percent(self.interval)}) over {len(self.per_class)} classes"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of SVMs."""
-    parser.add_argument("--sets", type=Path, required=True, metavar="FOLDER", help="VOC2007/ImageSets/Main, of --train")
+    classification.add_arguments(parser)
+    parser.add_argument("--sets", type=Path, required=True, metavar="FOLDER", help="VOC2007/ImageSets/Main of --train")
     parser.add_argument("--test-sets", type=Path, metavar="FOLDER", help="that of --test (default: --sets)")
-    parser.add_argument("--train-set", default="trainval", help="CLASS_trainval.txt there (default: trainval)")
-    parser.add_argument("--test-set", default="test", help="CLASS_test.txt there (default: test)")
-    parser.add_argument("--costs", type=float, nargs="+", default=COSTS, metavar="C", help="to choose from")
+    parser.add_argument("--train-set", default="trainval", help="reads CLASS_trainval.txt (default: trainval)")
+    parser.add_argument("--test-set", default="test", help="reads CLASS_test.txt (default: test)")
+    parser.add_argument("--costs", type=float, nargs="+", default=COSTS, metavar="C", help="candidates")
 
 
-def run(bench: Bench) -> None:
-    """Train an SVM a class, and score them by mean average precision."""
-    args = bench.args
+def run(args: argparse.Namespace) -> None:
+    """Train an SVM for each class, and score them by mean average precision."""
+    evaluation = classification.build(args, labeled=False)
+    train, test = evaluation.train, evaluation.test
     if min(args.costs) <= 0:
         raise InputError(f"--costs {min(args.costs):g}: choose numbers above 0")
-    names, train_labels, train_rows = multi_labels(args.sets, args.train_set, bench.train)
-    test_names, test_labels, test_rows = multi_labels(args.test_sets or args.sets, args.test_set, bench.test)
+    test_sets = args.test_sets or args.sets
+    names, train_labels, train_rows = read_multi_labels(args.sets, args.train_set, train)
+    test_names, test_labels, test_rows = read_multi_labels(test_sets, args.test_set, test)
     if names != test_names:
-        raise InputError(f"{args.test_sets or args.sets}: its classes are not those of {args.sets}: give folders alike")
-    for path, labels, fewest in ((bench.train.path, train_labels, _FOLDS), (bench.test.path, test_labels, 1)):
-        few = [name for name, column in zip(names, labels.T, strict=True) if (column == 1).sum() < fewest]
-        if few:
-            raise InputError(f"{path}: fewer than {fewest} images of {', '.join(few[:4])}: give other sets")
-    rows = {"train": train_rows, "test": test_rows}
-    found, features, of = {}, np.zeros(0), ""
-    for name, beton in (("train", bench.train), ("test", bench.test)):
-        if beton.fingerprint != of:  # VOC's sets are usually parts of one
-            features = F.normalize(bench.everywhere(bench.features(beton)[0], beton), dim=1).cpu().numpy()
-            of = beton.fingerprint
-        found[name] = features[rows[name]]
-    bench.check_frozen()
-    if collectives.rank() == 0:
-        scores, costs = classify(bench, found["train"], train_labels, found["test"], args.costs)
-        _tell(bench, names, test_labels, scores, costs)
+        raise InputError(f"{test_sets}: its classes are not those of {args.sets}: give folders of the same classes")
+    for path, labels, fewest in ((train.path, train_labels, _FOLDS), (test.path, test_labels, 1)):
+        rare = [name for name, column in zip(names, labels.T, strict=True) if (column == 1).sum() < fewest]
+        if rare:
+            raise InputError(f"{path}: fewer than {fewest} images of {', '.join(rare[:4])}: give other sets")
+    features = _features(evaluation, train)
+    # VOC's sets are usually of the same images.
+    test_features = features if test.fingerprint == train.fingerprint else _features(evaluation, test)
+    evaluation.check_frozen()
+    if evaluation.is_main:
+        train_features, test_features = features[train_rows], test_features[test_rows]
+        values, costs = train_svms(evaluation, train_features, train_labels, test_features)
+        scores = score(names, test_labels, values, costs, args.seed)
+        settings = evaluation.settings(train_set=args.train_set, test_set=args.test_set)
+        evaluation.write("svm", "linear SVMs", scores, settings)
 
 
-def _tell(bench: Bench, names: list[str], labels: np.ndarray, scores: np.ndarray, costs: list[float]) -> None:
-    precisions, interval = mean_precision(labels, scores, bench.args.seed)
-    mean = float(np.mean(precisions))
-    result = {
-        "map": mean,
-        "interval": interval,
-        "per_class": dict(zip(names, precisions, strict=True)),
-        "costs": dict(zip(names, costs, strict=True)),
-        "images": len(labels),
-        "settings": bench.settings(train_set=bench.args.train_set, test_set=bench.args.test_set),
-    }
-    shown = f"mAP {100 * mean:.2f} ({100 * interval[0]:.2f}-{100 * interval[1]:.2f}) over {len(names)} classes"
-    bench.write("svm", result, "linear SVMs", f"{100 * mean:.2f}", shown)
+def _features(evaluation: ClassificationEvaluation, beton: Beton) -> np.ndarray:
+    """Return features of norm 1 of all images, float32 [N, F]."""
+    return F.normalize(evaluation.gather(evaluation.features(beton)[0], beton), dim=1).cpu().numpy()
 
 
-def multi_labels(folder: Path, which: str, beton: Beton) -> tuple[list[str], np.ndarray, np.ndarray]:
+def read_multi_labels(folder: Path, which: str, beton: Beton) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Return class names, labels int8 [N, C] (1, -1, or 0: difficult) and samples int64 [N] of a set of images.
 
-    folder: of files CLASS_WHICH.txt with lines `IMAGE LABEL`. Raises InputError where there are none, they do not agree
-    on the images, or an image is not in the data.
+    folder: contains files CLASS_WHICH.txt of lines `IMAGE LABEL`. Raises InputError if there are none, they list
+    different images, or the beton lacks an image.
     """
     files = sorted(path for path in folder.glob(f"*_{which}.txt"))
     if not files:
@@ -97,52 +108,55 @@ def multi_labels(folder: Path, which: str, beton: Beton) -> tuple[list[str], np.
             raise InputError(f"{file}: not lines of an image and 1, 0 or -1 ({error}): fetch it again") from None
         if columns[-1].keys() != columns[0].keys():
             raise InputError(f"{file}: not of the same images as {files[0].name}: fetch both again")
-    where = {PurePosixPath(beton.name(index)).stem: index for index in range(len(beton))}
+    samples = {PurePosixPath(beton.name(index)).stem: index for index in range(len(beton))}
     images = list(columns[0])
-    missing = [name for name in images if name not in where]
+    missing = [name for name in images if name not in samples]
     if missing or not images:
         raise InputError(f"{files[0]}: {len(missing)} of {len(images)} images are not in {beton.path}: {missing[:3]}")
     labels = np.array([[column[name] for column in columns] for name in images], np.int8)
-    return [file.name.removesuffix(f"_{which}.txt") for file in files], labels, np.array([where[n] for n in images])
+    names = [file.name.removesuffix(f"_{which}.txt") for file in files]
+    return names, labels, np.array([samples[name] for name in images])
 
 
-def classify(
-    bench: Bench, train: np.ndarray, labels: np.ndarray, test: np.ndarray, costs: tuple[float, ...]
+def train_svms(
+    evaluation: ClassificationEvaluation, train: np.ndarray, labels: np.ndarray, test: np.ndarray
 ) -> tuple[np.ndarray, list[float]]:
     """Return decision values float64 [N, C] of test features [N, F], and the cost chosen for each class."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.model_selection import GridSearchCV
     from sklearn.svm import LinearSVC
 
-    scores, chosen = np.zeros((len(test), labels.shape[1])), []
-    for column in bench.shown(range(labels.shape[1]), "classes"):
+    values, chosen = np.zeros((len(test), labels.shape[1])), []
+    for column in evaluation.progress(range(labels.shape[1]), "classes"):
         known = labels[:, column] != 0
-        machine = LinearSVC(class_weight={1: 2, -1: 1}, max_iter=2000, random_state=bench.args.seed)
-        search: Any = GridSearchCV(machine, {"C": list(costs)}, scoring="average_precision", cv=_FOLDS)
+        svm = LinearSVC(class_weight={1: 2, -1: 1}, max_iter=2000, random_state=evaluation.args.seed)
+        search: Any = GridSearchCV(svm, {"C": list(evaluation.args.costs)}, scoring="average_precision", cv=_FOLDS)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # of costs too large to be chosen
+            warnings.simplefilter("ignore", ConvergenceWarning)  # at costs too large to be chosen
             search.fit(train[known], labels[known, column])
-        scores[:, column] = search.decision_function(test)
+        values[:, column] = search.decision_function(test)
         chosen.append(float(search.best_params_["C"]))
-    return scores, chosen
+    return values, chosen
 
 
-def mean_precision(labels: np.ndarray, scores: np.ndarray, seed: int) -> tuple[list[float], tuple[float, float]]:
-    """Return each class's average precision, and the bootstrap's 95 % interval of their mean, images drawn anew."""
-    precisions = [_precision(labels[:, c], scores[:, c]) for c in range(labels.shape[1])]
+def score(names: list[str], labels: np.ndarray, values: np.ndarray, costs: list[float], seed: int) -> MeanPrecision:
+    """Return the scores of decision values [N, C] for labels [N, C]. seed: of the bootstrap."""
+    precisions = [_average_precision(labels[:, c], values[:, c]) for c in range(labels.shape[1])]
     random = np.random.default_rng(seed)
     means = []
     for _ in range(_RESAMPLES):
         rows = random.integers(len(labels), size=len(labels))
-        drawn = [_precision(labels[rows, c], scores[rows, c]) for c in range(labels.shape[1])]
-        means.append(np.nanmean(drawn))
-    return precisions, bounds(np.array(means))
+        means.append(np.nanmean([_average_precision(labels[rows, c], values[rows, c]) for c in range(labels.shape[1])]))
+    by_class, chosen = (dict(zip(names, column, strict=True)) for column in (precisions, costs))
+    mean, interval = float(np.mean(precisions)), percentile_interval(np.array(means))
+    return MeanPrecision(mean, interval, by_class, chosen, len(labels))
 
 
-def _precision(labels: np.ndarray, scores: np.ndarray) -> float:
+def _average_precision(labels: np.ndarray, values: np.ndarray) -> float:
+    """Return the average precision of a class, without difficult images; NaN without positives."""
     from sklearn.metrics import average_precision_score
 
     known = labels != 0
     if not (labels[known] == 1).any():
         return float("nan")
-    return float(average_precision_score(labels[known] == 1, scores[known]))
+    return float(average_precision_score(labels[known] == 1, values[known]))

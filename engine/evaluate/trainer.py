@@ -1,7 +1,8 @@
-"""Training that is kept after each epoch, and taken up there when the command is given again."""
+"""Training loops of evaluations, resumed after the last saved epoch, and their parts."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -11,118 +12,102 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from engine.checkpoint import storage
-from engine.evaluate.evaluation import Trial
+from engine.evaluate.classification import ClassificationEvaluation
+from engine.evaluate.resume import EpochCheckpoint
 from engine.optim.optimizer import begin_momentum
 from engine.parallel import collectives
 from engine.parallel.accelerator import prepared
-from engine.parallel.consensus import broadcast_object, run_on_all_ranks
+from engine.parallel.consensus import run_on_all_ranks
+from pipeline.beton import Beton
+from pipeline.system.device import to_device
 from pipeline.system.errors import InputError
 
 B = TypeVar("B")
-_KEEP_AFTER = 100  # steps at least
+_MIN_STEPS_TO_SAVE = 100
 
 
-class Kept:
-    """The state of a network in training, in a folder, whole after every epoch.
+def train_by_epochs(
+    checkpoint: EpochCheckpoint[ClassificationEvaluation],
+    beton: Beton,
+    batch: int,
+    epochs: int,
+    rates: Callable[[int], list[float]],
+    update: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    remedy: str,
+) -> None:
+    """Train a classifier on augmented crops, resumed from the checkpoint.
 
-    model: whose parameters and buffers are kept, and SGD's momentum of those that `optimizer` has. settings: those that
-    bear on what is computed. Only the first process reads and writes.
+    rates: learning rates of an epoch, one for each parameter group. update: takes a step on images [B, 3, S, S] and
+    labels int64 [B], and returns the loss. remedy: option to change after a non-finite loss.
     """
+    evaluation, first = checkpoint.evaluation, checkpoint.restore()
+    labels, loader = evaluation.labels(beton), evaluation.train_loader(beton, batch)
 
-    def __init__(
-        self, trial: Trial, name: str, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
-    ) -> None:
-        self._folder, self._model, self._optimizer, self._settings = trial.out / name, model, optimizer, settings
-        self._trial = trial
+    def train(epoch: int) -> torch.Tensor:
+        for group, rate in zip(checkpoint.optimizer.param_groups, rates(epoch), strict=True):
+            group["lr"] = rate
+        for crops in loader:
+            (images,) = crops.views
+            assert images is not None
+            loss = update(images, labels[to_device(crops.ids, evaluation.device)])
+        return loss
 
-    def restore(self) -> int:
-        """Take up what is there; return the epochs done. Raises InputError where it is of other settings."""
-        tensors: dict[str, storage.Tensors] = {}
-        like = broadcast_object(lambda: self._read(tensors))
-        if like is None:
-            return 0
-        found = collectives.broadcast(tensors.get("state", {}), like["tensors"], self._trial.device)
-        for name, value in self._state().items():
-            value.copy_(found[name])
-        self._trial.say(f"going on after epoch {like['epoch']} of {self._folder}")
-        return int(like["epoch"])
-
-    def save(self, epoch: int) -> None:
-        """Keep the state after that many epochs, in place of the one before."""
-        if self._trial.first:
-            state = {"loader": {}, "monitor": {}, "settings": self._settings}
-            tensors = {name: value.detach().contiguous() for name, value in self._state().items()}
-            storage.write(self._folder, epoch, {"state": tensors}, state)
-            storage.settle(self._folder, epoch, keep=1)
-
-    def _read(self, into: dict[str, storage.Tensors]) -> dict[str, Any] | None:
-        path, _ = storage.newest(self._folder) if self._folder.is_dir() else (None, [])
-        if path is None:
-            return None
-        tensors, state = storage.load(path)
-        then, now = state["settings"], self._settings
-        differing = sorted(key for key in {**then, **now} if then.get(key) != now.get(key))
-        if differing:
-            listed = ", ".join(f"{key} {then.get(key)!r} there, {now.get(key)!r} here" for key in differing)
-            raise InputError(
-                f"{self._folder}: was begun with other settings ({listed}): choose another --out, or remove it"
-            )
-        found, own = collectives.described(tensors.get("state", {})), collectives.described(self._state())
-        if found != own or state["step"] < 0:
-            raise InputError(f"{path}: holds other tensors than this classifier's: remove it")
-        into |= tensors
-        return {"epoch": state["step"], "tensors": found}
-
-    def _state(self) -> storage.Tensors:
-        """Return all tensors by name, momentum among them, as they are."""
-        named = {f"model|{name}": value for name, value in self._model.state_dict().items()}
-        for name, parameter in self._model.named_parameters():
-            state = self._optimizer.state.get(parameter)
-            if state is not None:
-                named[f"momentum|{name}"] = state["momentum_buffer"]
-        return named
+    with contextlib.closing(loader):
+        loader.load_state_dict({**loader.state_dict(), "epoch": first})
+        _run_epochs(checkpoint, range(first, epochs), train, remedy)
 
 
 def train_by_steps(
-    trial: Trial,
-    kept: Kept,
+    checkpoint: EpochCheckpoint,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
     batches: Callable[[int, int], Iterator[B]],
     loss_of: Callable[[nn.Module, B], torch.Tensor],
     rate: Callable[[int], float],
     *,
-    epoch: int,
+    epoch_steps: int,
     iterations: int,
-) -> float:
-    """Train up to that many iterations, from what was kept on; return the seconds it took.
+) -> None:
+    """Train for `iterations` steps, resumed from the checkpoint. Several short epochs share one save.
 
-    batches: of the steps from a first to before a last; `epoch` of them are one, after which the state is kept (after
-    several where they are short). rate: of a step, for all parameters. Raises FloatingPointError for a loss that is not
-    finite.
+    batches: of a range of steps. rate: learning rate of a step, for all parameters.
     """
-    done, epochs, every = kept.restore(), -(-iterations // epoch), -(-_KEEP_AFTER // epoch)
-    wrapped, stepper = prepared(trial.accelerator, model, optimizer)
-    stream, began = batches(done * epoch, iterations), time.perf_counter()
-    for number in trial.shown(range(done, epochs), "epochs"):
+    first, accelerator = checkpoint.restore(), checkpoint.evaluation.accelerator
+    wrapped, optimizer = prepared(accelerator, model, checkpoint.optimizer)
+    stream = batches(first * epoch_steps, iterations)
+
+    def train(epoch: int) -> torch.Tensor:
         wrapped.train()
-        for step, batch in enumerate(islice(stream, epoch), start=number * epoch):
-            for group in optimizer.param_groups:
+        for step, batch in enumerate(islice(stream, epoch_steps), start=epoch * epoch_steps):
+            for group in checkpoint.optimizer.param_groups:
                 group["lr"] = rate(step)
             loss = loss_of(wrapped, batch)
-            trial.accelerator.backward(loss)
-            stepper.step()
-            stepper.zero_grad()
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"epoch {number + 1}: the loss is not finite: choose a lower --lr")
-        if (number + 1) % every == 0 or number + 1 == epochs:
-            kept.save(number + 1)
-    return time.perf_counter() - began
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss
+
+    epochs = range(first, -(-iterations // epoch_steps))
+    _run_epochs(checkpoint, epochs, train, "--lr", every=-(-_MIN_STEPS_TO_SAVE // epoch_steps))
+
+
+def _run_epochs(
+    checkpoint: EpochCheckpoint, epochs: range, train: Callable[[int], torch.Tensor], remedy: str, every: int = 1
+) -> None:
+    """Call `train`, which returns the last loss, for each epoch; save after `every` epochs and after the last.
+
+    Raises FloatingPointError for a non-finite loss. The check waits for the device, once an epoch.
+    """
+    evaluation, began = checkpoint.evaluation, time.perf_counter()
+    for epoch in evaluation.progress(epochs, "epochs"):
+        if not math.isfinite(train(epoch).item()):
+            raise FloatingPointError(f"epoch {epoch + 1}: non-finite loss: choose a lower {remedy}")
+        if (epoch + 1) % every == 0 or epoch + 1 == epochs.stop:
+            checkpoint.save(epoch + 1)
+    evaluation.training_seconds = time.perf_counter() - began
 
 
 def sgd(groups: list[dict[str, Any]], weight_decay: float = 0.0) -> torch.optim.SGD:
-    """Return SGD of momentum 0.9, which is there, all 0, from the beginning; the learning rate is still to be set."""
+    """Return SGD of momentum 0.9, with momentum buffers of 0 from the start; learning rates are to be set."""
     return begin_momentum(torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=weight_decay))
 
 
@@ -137,14 +122,13 @@ def new_head(features: int, classes: int, seed: int) -> nn.Linear:
 
 
 def check_batch(batch: int, images: int) -> int:
-    """Return the global batch, of at most all images. Raises InputError where it does not divide among processes."""
-    batch = min(batch, images // collectives.world() * collectives.world())
+    """Return the global batch size, at most all images. Raises InputError unless the world size divides it."""
+    world = collectives.world()
+    batch = min(batch, images // world * world)
 
     def check() -> None:
-        if batch < 1 or batch % collectives.world():
-            raise InputError(
-                f"--batch {batch}: does not divide among {collectives.world()} processes: choose a multiple"
-            )
+        if batch < 1 or batch % world:
+            raise InputError(f"--batch {batch}: does not divide among {world} ranks: choose a multiple")
 
     run_on_all_ranks(check)
     return batch

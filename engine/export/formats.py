@@ -1,12 +1,11 @@
-"""A pretrained encoder in the formats of other libraries.
+"""A pretrained encoder in the formats of other libraries, with a model card next to the file.
 
-Beside the file goes a model card. What was written is read back, and gives the features it should, or it is removed.
+Every file is read back before it is kept: its features must be those of the encoder.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,76 +17,72 @@ import torch
 from safetensors.torch import save_file
 
 from engine.export.model_card import card
-from engine.weights.key_maps import Library, renamed
-from engine.weights.load import Architecture, Loaded, load_encoder
+from engine.weights.key_maps import Library, to_library
+from engine.weights.load import Architecture, LoadedEncoder, load_encoder
 from engine.weights.readers import METADATA
 from pipeline.system.errors import InputError, RunFailed
+from pipeline.system.files import atomic_path
 
-_CLOSE = 1e-5  # of features, relative to the largest
+_MAX_DISTANCE = 1e-5  # of features, relative to the largest
 _OPSET = 17
 
 
 class Format(NamedTuple):
-    """A file that another library reads."""
+    """A file format of another library."""
 
     suffix: str
-    write: Callable[[Loaded, Path], None]
-    read: Callable[[Path], Callable[[torch.Tensor], torch.Tensor]]
+    write: Callable[[LoadedEncoder, Path], None]
+    read: Callable[[Path, int], Callable[[torch.Tensor], torch.Tensor]]
+    """Returns the encoder in a file, images to features, given its attention heads: a state dict lacks their number."""
     library: Library | None = None
 
 
-def _read_back(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
-    return load_encoder(path, heads=_heads(path)).backbone
+def _read_back(path: Path, heads: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    return load_encoder(path, heads=heads).backbone
 
 
-def _heads(path: Path) -> int:
-    """Return the attention heads that the card beside a file states, 0 for none: a state dict cannot say."""
-    about = json.loads(path.with_name(f"{path.name}.json").read_text())
-    return int(about["heads"])
+def _state(encoder: LoadedEncoder, library: Library) -> dict[str, torch.Tensor]:
+    state = {name: value.contiguous() for name, value in encoder.backbone.state_dict().items()}
+    return to_library(state, library, transformer=encoder.architecture.transformer)
 
 
-def _state(loaded: Loaded, library: Library) -> dict[str, torch.Tensor]:
-    state = {name: value.contiguous() for name, value in loaded.backbone.state_dict().items()}
-    return renamed(state, library, transformer=loaded.architecture.transformer)
+def _as_torchvision(encoder: LoadedEncoder, path: Path) -> None:
+    torch.save(_state(encoder, "torchvision"), path)
 
 
-def _as_torchvision(loaded: Loaded, path: Path) -> None:
-    torch.save(_state(loaded, "torchvision"), path)
+def _as_timm(encoder: LoadedEncoder, path: Path) -> None:
+    save_file(_state(encoder, "timm"), path, metadata=_described(encoder.architecture))
 
 
-def _as_timm(loaded: Loaded, path: Path) -> None:
-    save_file(_state(loaded, "timm"), path, metadata=_described(loaded.architecture))
-
-
-def _as_detectron2(loaded: Loaded, path: Path) -> None:
-    """Write what DetectionCheckpointer reads, which finds each layer's place by the ends of the names."""
-    content = {"model": _state(loaded, "detectron2"), "__author__": "Millrace", "matching_heuristics": True}
+def _as_detectron2(encoder: LoadedEncoder, path: Path) -> None:
+    """Write a file for DetectionCheckpointer, which matches layers by the ends of their names."""
+    content = {"model": _state(encoder, "detectron2"), "__author__": "Millrace", "matching_heuristics": True}
     torch.save(content, path)
 
 
-def _as_mmdet(loaded: Loaded, path: Path) -> None:
-    torch.save({"state_dict": _state(loaded, "mmdet"), "meta": {}}, path)
+def _as_mmdet(encoder: LoadedEncoder, path: Path) -> None:
+    torch.save({"state_dict": _state(encoder, "mmdet"), "meta": {}}, path)
 
 
-def _as_safetensors(loaded: Loaded, path: Path) -> None:
-    """Write our own names; the header says what the shapes do not."""
-    state = {name: value.contiguous() for name, value in loaded.backbone.state_dict().items()}
-    save_file(state, path, metadata=_described(loaded.architecture))
+def _as_safetensors(encoder: LoadedEncoder, path: Path) -> None:
+    """Write our own names, with the architecture in the header."""
+    state = {name: value.contiguous() for name, value in encoder.backbone.state_dict().items()}
+    save_file(state, path, metadata=_described(encoder.architecture))
 
 
 def _described(architecture: Architecture) -> dict[str, str]:
     return {"format": "pt", METADATA: json.dumps(asdict(architecture))}
 
 
-def _as_onnx(loaded: Loaded, path: Path) -> None:
+def _as_onnx(encoder: LoadedEncoder, path: Path) -> None:
     """Write a graph from `images` [B, 3, S, S], normalized, to `features` [B, F], for any B."""
     _onnx()
-    size = loaded.architecture.size
+    size = encoder.architecture.size
     axes = {"images": {0: "batch"}, "features": {0: "batch"}}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter's age: the newer one needs a package more, for the same graph
+        warnings.simplefilter("ignore")  # of deprecation: the newer exporter needs one more package, for the same graph
         torch.onnx.export(
-            loaded.backbone,
+            encoder.backbone,
             (torch.zeros(2, 3, size, size),),
             str(path),
             input_names=["images"],
@@ -98,15 +93,15 @@ def _as_onnx(loaded: Loaded, path: Path) -> None:
         )
 
 
-def _run_onnx(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+def _run_onnx(path: Path, heads: int) -> Callable[[torch.Tensor], torch.Tensor]:
     session = _onnx().InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["features"], {"images": images.numpy()})[0])
 
 
 def _onnx() -> Any:
-    """Return onnxruntime. Raises InputError where it or onnx is not installed."""
+    """Return onnxruntime. Raises InputError if it or onnx is not installed."""
     try:
-        import onnx  # noqa: F401 - the exporter wants it
+        import onnx  # noqa: F401 - the exporter needs it
         import onnxruntime
     except ImportError as error:
         raise InputError(
@@ -125,34 +120,28 @@ FORMATS = {
 }
 
 
-def export(loaded: Loaded, name: str, path: Path) -> float:
+def export(encoder: LoadedEncoder, name: str, path: Path) -> float:
     """Write an encoder to `path` in the format of that name, with its card; return how far its features move.
 
-    That is the largest difference on random images, relative to the largest feature. Raises InputError for an encoder
-    that the library has no model for, and RunFailed, leaving nothing behind, where the features differ.
+    This is the largest difference on random images, relative to the largest feature. Raises InputError if the library
+    has no such model, and RunFailed, without a file, if the features differ.
     """
-    format = FORMATS[name]
-    refuse(loaded.architecture, name, format.library)
-    beside = path.with_name(f".writing-{path.name}")
-    about = beside.with_name(f"{beside.name}.json")
+    format, architecture = FORMATS[name], encoder.architecture
+    refuse(architecture, name, format.library)
     try:
-        about.write_text(json.dumps(asdict(loaded.architecture)))
-        format.write(loaded, beside)
-        distance = _distance(loaded, format.read(beside))
-        if not distance <= _CLOSE:
-            raise RunFailed(f"{path}: gives other features when read back (by {distance:.1e}): nothing was written")
-        os.replace(beside, path)
+        with atomic_path(path) as temporary:
+            format.write(encoder, temporary)
+            distance = _distance(encoder, format.read(temporary, architecture.heads))
+            if not distance <= _MAX_DISTANCE:
+                raise RunFailed(f"{path}: features differ by {distance:.1e} when read back: nothing was written")
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error}): choose another --to") from None
-    finally:
-        for left in (beside, about):
-            left.unlink(missing_ok=True)
-    path.with_name(f"{path.name}.md").write_text(card(loaded, name, path, distance))
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}): choose another --out") from None
+    path.with_name(f"{path.name}.md").write_text(card(encoder, name, path, distance))
     return distance
 
 
 def refuse(architecture: Architecture, name: str, library: Library | None) -> None:
-    """Raise InputError for an encoder that the library has no model for."""
+    """Raise InputError if the library has no model of this architecture."""
     if library is None or architecture.transformer:
         return
     if architecture.width != 1:
@@ -162,11 +151,11 @@ def refuse(architecture: Architecture, name: str, library: Library | None) -> No
 
 
 @torch.no_grad()
-def _distance(loaded: Loaded, read: Callable[[torch.Tensor], torch.Tensor]) -> float:
-    """Return how far the features of the encoder as read back are from its own; infinity where the shapes differ."""
-    size = loaded.architecture.size
+def _distance(encoder: LoadedEncoder, read: Callable[[torch.Tensor], torch.Tensor]) -> float:
+    """Return how far the features of the encoder read back are from the original's; infinite for another shape."""
+    size = encoder.architecture.size
     images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
-    own, other = loaded.backbone(images), read(images)
-    if own.shape != other.shape:
+    original, other = encoder.backbone(images), read(images)
+    if original.shape != other.shape:
         return float(np.inf)
-    return float((own - other).abs().max() / own.abs().max().clamp(min=1e-12))
+    return float((original - other).abs().max() / original.abs().max().clamp(min=1e-12))

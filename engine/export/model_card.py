@@ -1,4 +1,4 @@
-"""The model card that goes with an exported encoder."""
+"""Model card of an exported encoder."""
 
 from __future__ import annotations
 
@@ -9,95 +9,96 @@ import torch
 import yaml
 
 from engine.checkpoint.provenance import commit
-from engine.weights.load import DIMENSIONS, Architecture, Loaded, digest
+from engine.weights.load import DIMENSIONS, Architecture, LoadedEncoder, digest
 from pipeline.augment.color import IMAGENET
 from pipeline.system.errors import InputError
 from pipeline.system.limits import RESULT_BYTES, json_lines, read_json
 from pipeline.system.packages import version
 from pipeline.system.text import printable
 
-_FIGURES = {"top1": "top-1", "map": "mAP", "miou": "mIoU", "ap": "AP"}
-"""Of evaluations, by the key that holds the one for a table."""
+_HEADLINES = {"top1": "top-1", "map": "mAP", "miou": "mIoU", "ap": "AP"}
+"""Names of evaluations' main scores, by their key in the result file."""
 
 
-def card(loaded: Loaded, format: str, path: Path, distance: float) -> str:
-    """Return a model card, in Markdown: recipe, data, metrics, commit, and how the file is loaded.
+def card(encoder: LoadedEncoder, format: str, path: Path, distance: float) -> str:
+    """Return a model card, in Markdown: recipe, data, metrics, commit, and code that loads the file.
 
-    distance: how far features moved when the file was read back.
+    distance: of the features when the file was read back, relative to the largest.
     """
-    architecture = loaded.architecture
+    architecture = encoder.architecture
     front = {"library_name": format if format == "timm" else "pytorch", "pipeline_tag": "image-feature-extraction"}
     front["tags"] = ["self-supervised", "millrace", architecture.arch]  # type: ignore[assignment]
     mean, std = IMAGENET
-    trained = f" Its checkpoint was written by {_told(loaded.origin)}." if "version" in loaded.origin else ""
-    here = {"version": version("millrace") or "unknown"} | ({"commit": commit()} if commit() else {})
+    trained = f" Its checkpoint was written by {_program(encoder.origin)}." if "version" in encoder.origin else ""
+    exporter = {"version": version("millrace") or "unknown"} | ({"commit": commit()} if commit() else {})
     lines = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {architecture}",
-        f"The backbone alone, without heads: the {loaded.which} encoder of {loaded.kind}, `{loaded.path.name}`. Images "
-        f"of {architecture.size} pixels, RGB from 0 to 1 less the mean {mean}, over the deviation {std}, give "
-        f"{loaded.backbone.features} features.",
-        f"SHA-256 of the weights: `{digest(loaded.backbone)}`.{trained} Exported by {_told(here)}, torch "
-        f"{torch.__version__}, as {format}; read back, its features differ by {distance:.1e} of the largest at most.",
+        f"The backbone, without heads, of the {encoder.which} encoder in {encoder.kind}, `{encoder.path.name}`: from "
+        f"images of {architecture.size} pixels, RGB from 0 to 1, normalized by mean {mean} and deviation {std}, to "
+        f"{encoder.backbone.features} features.",
+        f"SHA-256 of the weights: `{digest(encoder.backbone)}`.{trained} Exported by {_program(exporter)}, torch "
+        f"{torch.__version__}, as {format}. Read back, its features differ by {distance:.1e} of the largest.",
         f"## Loading\n\n```python\n{_loading(architecture, format, path)}\n```",
     ]
-    if loaded.settings:
-        lines.append(f"## Data\n\n{_data(loaded)}")
-    if metrics := _metrics(loaded.path):
+    if encoder.settings:
+        lines.append(f"## Data\n\n{_data(encoder)}")
+    if metrics := _metrics(encoder.path):
         lines.append("## Metrics\n\n" + "\n".join(metrics))
-    if loaded.settings:
-        lines.append(f"## Recipe\n\n```yaml\n{yaml.safe_dump(loaded.settings, sort_keys=False)}```")
+    if encoder.settings:
+        lines.append(f"## Recipe\n\n```yaml\n{yaml.safe_dump(encoder.settings, sort_keys=False)}```")
     return "\n\n".join(lines) + "\n"
 
 
-def _told(origin: dict[str, Any]) -> str:
-    """Return which Millrace that is, of version and commit."""
+def _program(origin: dict[str, Any]) -> str:
+    """Return Millrace's version and commit, as text."""
     version = f" {origin['version']}" if "version" in origin else ""
     return f"Millrace{version}, commit {origin.get('commit', 'unknown')}"
 
 
-def _data(loaded: Loaded) -> str:
-    """Return what the run was trained on: name, size and fingerprint, as far as the checkpoint says."""
-    name = printable(Path(str(loaded.settings.get("data", {}).get("train", ""))).name)
-    more = [f"{loaded.origin['images']} images"] if "images" in loaded.origin else []
-    if classes := loaded.origin.get("classes"):
+def _data(encoder: LoadedEncoder) -> str:
+    """Return the training data: name, and, if recorded, size, classes and fingerprint."""
+    name = printable(Path(str(encoder.settings.get("data", {}).get("train", ""))).name)
+    more = [f"{encoder.origin['images']} images"] if "images" in encoder.origin else []
+    if classes := encoder.origin.get("classes"):
         more.append(f"of {classes} classes")
-    if "fingerprint" in loaded.origin:
-        more.append(f"fingerprint `{loaded.origin['fingerprint']}`")
+    if "fingerprint" in encoder.origin:
+        more.append(f"fingerprint `{encoder.origin['fingerprint']}`")
     return f"Trained on `{name}`, without labels" + (f": {', '.join(more)}." if more else ".")
 
 
 def _metrics(path: Path) -> list[str]:
-    """Return what the run that a checkpoint is of has measured: its last metrics, and its evaluations."""
+    """Return the run's results for this checkpoint: its evaluations, and kNN during training."""
     run, lines = path.resolve().parents[1], []
     if not (run / "checkpoints").is_dir():
         return []
-    for kept in sorted((run / "evaluation").glob("*.json")):
-        found = _json(kept)
-        if Path(str(found.get("checkpoint", ""))).name != path.name:
+    for file in sorted((run / "evaluation").glob("*.json")):
+        result = _json(file)
+        if Path(str(result.get("checkpoint", ""))).name != path.name:
             continue
-        figure = next((key for key in _FIGURES if isinstance(found.get(key), float)), None)
-        if figure:
-            name = _FIGURES[figure]
-            lines.append(f"- {found.get('evaluation')}: {name} {found[figure]:.2%} ({found.get('which')} encoder)")
+        key = next((key for key in _HEADLINES if isinstance(result.get(key), float)), None)
+        if key:
+            score = f"{_HEADLINES[key]} {result[key]:.2%}"
+            lines.append(f"- {result.get('evaluation')}: {score} ({result.get('which')} encoder)")
     metrics = run / "metrics.jsonl"
     step = int(path.name.removeprefix("step_")) if path.name.startswith("step_") else None
-    for _, found in json_lines(metrics) if metrics.is_file() else ():
-        if found.get("step") == step and isinstance(found.get("knn_top1"), float):
-            lines.append(f"- kNN while training, after step {step}: top-1 {found['knn_top1']:.2%}")
+    for _, line in json_lines(metrics) if metrics.is_file() else ():
+        if line.get("step") == step and isinstance(line.get("knn_top1"), float):
+            lines.append(f"- kNN during training, after step {step}: top-1 {line['knn_top1']:.2%}")
     return lines
 
 
 def _json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file, empty if there is none."""
     try:
-        found = read_json(path, RESULT_BYTES, "remove it")
+        document = read_json(path, RESULT_BYTES, "remove it")
     except InputError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return document if isinstance(document, dict) else {}
 
 
 def _loading(architecture: Architecture, format: str, path: Path) -> str:
-    """Return Python that loads the file where it belongs, strictly where the library can."""
+    """Return Python code that loads the file in its library, strictly where possible."""
     name, file = architecture.arch, path.name
     if format == "onnx":
         return f'session = onnxruntime.InferenceSession("{file}")\nsession.run(["features"], {{"images": images}})'
@@ -116,10 +117,10 @@ def _loading(architecture: Architecture, format: str, path: Path) -> str:
     if architecture.transformer:
         return f"{_transformer(architecture, format)}\n{load}"
     library = "torchvision.models." if format == "torchvision" else "timm.create_model("
-    made = f"model = {library}{name}()" if format == "torchvision" else f'model = {library}"{name}", num_classes=0)'
+    build = f"model = {library}{name}()" if format == "torchvision" else f'model = {library}"{name}", num_classes=0)'
     stem = "model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)\nmodel.maxpool = torch.nn.Identity()\n"
     head = "model.fc = torch.nn.Identity()\n" if format == "torchvision" else ""
-    return f"{made}\n{head}{stem if architecture.stem == 'small' else ''}{load}"
+    return f"{build}\n{head}{stem if architecture.stem == 'small' else ''}{load}"
 
 
 def _transformer(architecture: Architecture, format: str) -> str:
@@ -137,7 +138,7 @@ def _transformer(architecture: Architecture, format: str) -> str:
 
 
 def _pixels() -> str:
-    """Return detectron2's settings for torchvision's images (facebookresearch/moco `detection/configs`)."""
+    """Return detectron2's settings for torchvision's normalization (facebookresearch/moco `detection/configs`)."""
     mean, std = ([round(255 * value, 3) for value in values] for values in IMAGENET)
     return (
         f"cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = {mean}, {std}\n"

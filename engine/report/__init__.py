@@ -1,1 +1,1 @@
-"""HTML page of one run or of several."""
+"""HTML page of one or several runs."""

@@ -3,39 +3,42 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import logging
 from pathlib import Path
 
 import torch
 
-from engine.report.gallery import Wanted
+from engine.report.gallery import GalleryOptions
 from engine.report.page import report, write
 from engine.report.run_folder import read_runs
+from pipeline.system.cli import ArgumentParser
 from pipeline.system.errors import InputError, command
 
+logger = logging.getLogger(__name__)
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m engine.report", description="Write a page on one or several runs: curves, numbers, pictures."
-    )
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folder, of any state")
-    parser.add_argument(
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    description = "Write a page on one or several runs: curves, numbers, pictures."
+    made = ArgumentParser(prog="python -m engine.report", description=description)
+    made.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folder, of any state")
+    made.add_argument(
         "--out", type=Path, metavar="FILE.html", help="(default: RUN/report.html; ./report.html for several)"
     )
-    parser.add_argument(
+    made.add_argument(
         "--data", default="", help="images for the pictures (default: the run's data.eval, or data.train)"
     )
-    parser.add_argument("--neighbors", type=int, default=8, metavar="N", help="shown of each image (default: 8)")
-    parser.add_argument("--limit", type=int, default=2000, metavar="N", help="images looked at (default: 2000)")
-    parser.add_argument("--seed", type=int, default=0, help="of their choice (default: 0)")
-    parser.add_argument("--which", choices=["online", "momentum"], default="online", help="encoder (default: online)")
-    parser.add_argument("--no-pictures", action="store_true", help="curves and tables alone, which takes seconds")
-    parser.add_argument("--cpu", action="store_true", help="even where there is a GPU")
-    return parser.parse_args()
+    made.add_argument("--neighbors", type=int, default=8, metavar="N", help="shown for each image (default: 8)")
+    made.add_argument("--limit", type=int, default=2000, metavar="N", help="images in the sample (default: 2000)")
+    made.add_argument("--seed", type=int, default=0, help="of the sample (default: 0)")
+    made.add_argument("--which", choices=["online", "momentum"], default="online", help="encoder (default: online)")
+    made.add_argument("--no-pictures", action="store_true", help="only curves and tables, which takes seconds")
+    made.add_argument("--cpu", action="store_true", help="do not use the GPU")
+    return made
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse what cannot work."""
+    """Raise InputError for options that cannot work."""
     if not 1 <= args.neighbors <= 100:
         raise InputError(f"--neighbors {args.neighbors}: choose 1 to 100")
     if not 10 <= args.limit <= 100_000:
@@ -48,17 +51,17 @@ def _check(args: argparse.Namespace) -> None:
 
 @command
 def main() -> None:
-    args = _arguments()
+    args = parser().parse_args()
     _check(args)
     runs = read_runs(args.runs)
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
-    wanted = Wanted(args.data, args.neighbors, args.limit, args.seed, args.which, device)
-    made = report(runs, None if args.no_pictures else wanted)
-    to = args.out or (runs[0].path / "report.html" if len(runs) == 1 else Path("report.html"))
-    files = write(made, to)
+    options = GalleryOptions(args.data, args.neighbors, args.limit, args.seed, args.which, device)
+    page = report(runs, None if args.no_pictures else options)
+    out = args.out or (runs[0].path / "report.html" if len(runs) == 1 else Path("report.html"))
+    files = write(page, out)
     for run in runs:
-        for sentence in run.missing:
-            print(f"{run.name}: {sentence}", file=sys.stderr)
+        for problem in run.problems:
+            logger.warning("%s: %s", run.name, problem)
     print(f"written: {', '.join(map(str, files[::-1]))}")
 
 

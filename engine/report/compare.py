@@ -1,10 +1,11 @@
-"""Runs beside each other: which differ by their seed alone, in what settings the others differ, and their numbers."""
+"""Comparison of runs: groups that differ by their seed alone, settings that differ, and a table of numbers."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +14,12 @@ import numpy as np
 from engine.checkpoint.compatibility import FREE
 from engine.report.run_folder import RunFiles, number
 
-_BEARING = {"data.train", "data.eval", "data.eval_crop_ratio", "knn.k", "knn.temperature", "knn.limit"}
-_FREE = FREE - _BEARING | {"seed"}
-"""Settings in which runs of one group may differ: nothing that is compared depends on them, but by chance."""
-_OWN = {"out", "resume", "allow_change"}
-_LONGEST = 120  # characters of a value in the table of settings
+_COMPARED = {"data.train", "data.eval", "data.eval_share", "data.eval_crop_ratio"}
+_COMPARED |= {"knn.k", "knn.temperature", "knn.limit"}
+_FREE = FREE - _COMPARED | {"seed"}
+"""Settings in which runs of one group may differ: the compared numbers depend on them by chance only."""
+_HIDDEN = {"out", "resume", "allow_change"}
+_MAX_CHARACTERS = 120  # of a value in the table of settings
 
 
 @dataclass(frozen=True)
@@ -25,27 +27,27 @@ class Group:
     """Runs that differ by their seed alone."""
 
     number: int
-    """By which its color is chosen."""
+    """Selects its color."""
     runs: list[RunFiles]
 
     @property
     def label(self) -> str:
-        """Its runs' names."""
+        """Names of its runs."""
         names = [run.name for run in self.runs]
         if len(names) == 1:
             return names[0]
         return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''} (mean of {len(names)})"
 
 
-def grouped(runs: Sequence[RunFiles]) -> list[Group]:
-    """Return the runs in groups of equal settings but for the seed, in the order given.
+def group_by_settings(runs: Sequence[RunFiles]) -> list[Group]:
+    """Return the runs in groups of equal settings, except for the seed, in the order given.
 
-    A run whose settings cannot be read is a group of its own.
+    A run with unreadable settings is a group by itself.
     """
     groups: dict[str, list[RunFiles]] = {}
     for run in runs:
-        own = {key: value for key, value in run.settings.items() if key not in _FREE}
-        key = json.dumps(own, sort_keys=True, default=str) if own else str(run.path)
+        settings = {key: value for key, value in run.settings.items() if key not in _FREE}
+        key = json.dumps(settings, sort_keys=True, default=str) if settings else str(run.path)
         groups.setdefault(key, []).append(run)
     return [Group(index, members) for index, members in enumerate(groups.values())]
 
@@ -54,23 +56,23 @@ def differences(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
     """Return each setting in which the runs differ, and its value in each of them as text."""
     known = [run for run in runs if run.settings]
     every = dict.fromkeys(key for run in known for key in run.settings)
-    above = {key.rpartition(".")[0] for key in every}  # a term that is null in one run, and has parameters in another
-    keys = [key for key in every if key not in _OWN | above]
-    rows = [(key, [_written(run, key) for run in runs]) for key in keys]
-    return [(key, row) for key, row in rows if len({_written(run, key) for run in known}) > 1]
+    sections = {key.rpartition(".")[0] for key in every}  # such as a term: null in one run, with parameters in another
+    keys = [key for key in every if key not in _HIDDEN | sections]
+    rows = [(key, [_as_text(run, key) for run in runs]) for key in keys]
+    return [(key, row) for key, row in rows if len({_as_text(run, key) for run in known}) > 1]
 
 
-def _written(run: RunFiles, key: str) -> str:
-    """Return a setting's value as a recipe has it, – where the run does not have it."""
+def _as_text(run: RunFiles, key: str) -> str:
+    """Return a setting's value as in a recipe, – if the run does not have it."""
     if key not in run.settings:
         return "–"
     value = run.settings[key]
     text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
+    return text if len(text) <= _MAX_CHARACTERS else text[:_MAX_CHARACTERS] + " ..."
 
 
 class Cell(NamedTuple):
-    """A number as text, what goes with it in small, and whether it is the best of its column."""
+    """A number as text, a detail in small print, and whether it is the best of its column."""
 
     text: str
     detail: str = ""
@@ -78,7 +80,7 @@ class Cell(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A run's line of the table, or that of several seeds."""
+    """A row of the table: a run, or the mean over seeds."""
 
     name: str
     group: int
@@ -94,7 +96,7 @@ class Column:
     value: Callable[[RunFiles], float | str | None]
     form: str = "{}"
     best: Callable[[Sequence[float]], float] | None = None
-    """max or min, where one is better than the other."""
+    """max or min, if one is better than the other."""
     detail: Callable[[RunFiles], str] = lambda run: ""
 
     def cell(self, run: RunFiles, best: float | None) -> Cell:
@@ -106,43 +108,44 @@ class Column:
         return Cell(text, self.detail(run), self.is_best(text, best))
 
     def is_best(self, text: str, best: float | None) -> bool:
-        """Return whether a number, as the table shows it, is the best of the column."""
+        """Return whether a number, in the precision of the table, is the best of the column."""
         return best is not None and text == self.form.format(best)
 
 
 def table(groups: Sequence[Group]) -> tuple[list[str], list[Row]]:
     """Return the titles of the table's columns, and its rows.
 
-    After several seeds' comes a row with mean and standard deviation (n - 1) of those that were trained to the end.
-    The best of a column is sought among such means, and the runs that have no other seed.
+    Several seeds are followed by a row with mean and standard deviation (n - 1) of the finished runs. The best of a
+    column is chosen among these means and the runs with a single seed.
     """
     columns = _columns([run for group in groups for run in group.runs])
     best = [_best(column, groups) for column in columns]
     rows = []
     for group in groups:
+        finished = _finished(group)
         for run in group.runs:
-            alone = _ended(group) == [run]
-            cells = [column.cell(run, mark if alone else None) for column, mark in zip(columns, best, strict=True)]
+            marks = best if finished == [run] else [None] * len(best)
+            cells = [column.cell(run, mark) for column, mark in zip(columns, marks, strict=True)]
             rows.append(Row(run.name, group.number, cells))
-        if len(_ended(group)) > 1:
+        if len(finished) > 1:
             cells = [_over_seeds(column, group, mark) for column, mark in zip(columns, best, strict=True)]
-            rows.append(Row(f"mean ± deviation, n = {len(_ended(group))}", group.number, cells, summary=True))
+            rows.append(Row(f"mean ± deviation, n = {len(finished)}", group.number, cells, summary=True))
     return [column.title for column in columns], rows
 
 
-def _ended(group: Group) -> list[RunFiles]:
+def _finished(group: Group) -> list[RunFiles]:
     return [run for run in group.runs if run.finished]
 
 
 def _numbers(column: Column, group: Group) -> list[float]:
-    """Return the column's numbers of a group's runs that were trained to the end."""
-    return [value for run in _ended(group) if isinstance(value := column.value(run), (int, float))]
+    """Return the column's numbers of a group's finished runs."""
+    return [value for run in _finished(group) if isinstance(value := column.value(run), (int, float))]
 
 
 def _best(column: Column, groups: Sequence[Group]) -> float | None:
-    """Return the best of a column, None where there is nothing to choose from."""
-    found = [float(np.mean(values)) for group in groups if (values := _numbers(column, group))]
-    return column.best(found) if column.best and len(found) > 1 else None
+    """Return the best of a column, None if there are fewer than two to compare."""
+    means = [float(np.mean(values)) for group in groups if (values := _numbers(column, group))]
+    return column.best(means) if column.best and len(means) > 1 else None
 
 
 def _over_seeds(column: Column, group: Group, best: float | None) -> Cell:
@@ -151,7 +154,7 @@ def _over_seeds(column: Column, group: Group, best: float | None) -> Cell:
     if len(values) < 2:
         return Cell("")
     mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
-    count = f"n = {len(values)}" if len(values) < len(_ended(group)) else ""
+    count = f"n = {len(values)}" if len(values) < len(_finished(group)) else ""
     text = column.form.format(mean)
     return Cell(f"{text} ± {column.form.format(deviation)}", count, column.is_best(text, best))
 
@@ -159,8 +162,8 @@ def _over_seeds(column: Column, group: Group, best: float | None) -> Cell:
 def _columns(runs: Sequence[RunFiles]) -> list[Column]:
     hours = max((value for run in runs if (value := rates(run).hours)), default=0.0) >= 1
     unit, per_hour = ("hours", 1) if hours else ("minutes", 60)
-    same_loss = _alike(runs, "method.", "terms.", "data.batch")
-    same_knn = _alike(runs, "data.train", "data.eval", "knn.k", "knn.temperature", "knn.limit")
+    same_loss = _same_settings(runs, "method.", "terms.", "data.batch")
+    same_knn = _same_settings(runs, "data.train", "data.eval", "knn.k", "knn.temperature", "knn.limit")
     return [
         Column("method", lambda run: _text(run, "method.name")),
         Column("terms", _terms),
@@ -171,7 +174,7 @@ def _columns(runs: Sequence[RunFiles]) -> list[Column]:
         Column(
             "kNN top-1, %", lambda run: _percent(run.last("knn_top1")), "{:.1f}", max if same_knn else None, _knn_epoch
         ),
-        *_evaluated(runs),
+        *_evaluation_columns(runs),
         Column("gap", lambda run: run.last("student_teacher_gap"), "{:.4f}"),
         Column("pairs/s", lambda run: rates(run).pairs_per_second, "{:.0f}", max),
         Column("data-wait, %", lambda run: _percent(rates(run).data_wait_fraction), "{:.1f}", min),
@@ -186,7 +189,7 @@ def _text(run: RunFiles, key: str) -> str | None:
 
 
 def _terms(run: RunFiles) -> str | None:
-    """Return the terms beside the base's loss."""
+    """Return the terms added to the base's loss."""
     names = [key.split(".")[1] for key, value in run.settings.items() if key.startswith("terms.") and value is not None]
     return ", ".join(dict.fromkeys(names)) or None
 
@@ -209,14 +212,14 @@ def _device(run: RunFiles) -> str | None:
     return f"{count} × {device}" if count not in (1, None) else device
 
 
-def _alike(runs: Sequence[RunFiles], *beginnings: str) -> bool:
-    """Return whether runs have the same values of all settings whose names begin so."""
-    own = ({key: value for key, value in run.settings.items() if key.startswith(beginnings)} for run in runs)
-    return len({json.dumps(values, sort_keys=True, default=str) for values in own}) == 1
+def _same_settings(runs: Sequence[RunFiles], *prefixes: str) -> bool:
+    """Return whether runs have the same values of all settings with these prefixes."""
+    parts = ({key: value for key, value in run.settings.items() if key.startswith(prefixes)} for run in runs)
+    return len({json.dumps(part, sort_keys=True, default=str) for part in parts}) == 1
 
 
 def _knn_epoch(run: RunFiles) -> str:
-    """Return of which epoch the kNN top-1 is, where it is not the last."""
+    """Return the epoch of the kNN top-1, empty for the last."""
     epoch = next((line["epoch"] for line in reversed(run.lines) if "knn_top1" in line), run.done)
     return f"epoch {epoch:g}" if epoch < run.done else ""
 
@@ -230,7 +233,7 @@ def _times(value: float | None, factor: float) -> float | None:
 
 
 class Rates(NamedTuple):
-    """Of training alone, over the whole run, however often it was resumed."""
+    """Of training alone, over the entire run, including before it was resumed."""
 
     pairs_per_second: float | None = None
     data_wait_fraction: float | None = None
@@ -238,7 +241,7 @@ class Rates(NamedTuple):
 
 
 def rates(run: RunFiles) -> Rates:
-    """Return a run's rates, from its metrics: summary.json has those since it was last resumed."""
+    """Return a run's rates, from its metrics: those in summary.json begin at the last resume."""
     lines, seconds = run.timed()
     if not lines:
         return Rates(number(run.summary.get("pairs_per_second")), number(run.summary.get("data_wait_fraction")))
@@ -251,60 +254,54 @@ def rates(run: RunFiles) -> Rates:
 
 
 class _Kind(NamedTuple):
-    """What makes the scores of two evaluations comparable."""
+    """Kind of evaluation: scores of one kind are comparable."""
 
     title: str
     settings: str
-    """All but the encoder and the seed, and what a search has found, as JSON."""
+    """As JSON, without encoder, seed, and values found by a sweep."""
 
 
-def _kind(found: dict[str, Any]) -> _Kind:
-    given = found.get("settings")
-    searched = ("lr", "weight_decay") if "sweep" in found else ()
-    own = {k: v for k, v in given.items() if k not in ("encoder", "seed", *searched)} if isinstance(given, dict) else {}
+def _kind(result: dict[str, Any]) -> _Kind:
+    ignored = {"encoder", "seed", *(("lr", "weight_decay") if "sweep" in result else ())}
+    saved = result.get("settings")
+    settings = {key: value for key, value in saved.items() if key not in ignored} if isinstance(saved, dict) else {}
     for name in ("train", "test"):
-        own[name] = f"{Path(str(found.get(name))).name} ({own.get(name)})"
-    measure = "mAP" if "map" in found else "top-1"
-    which = ", momentum encoder" if found.get("which") == "momentum" else ""
-    return _Kind(f"{found['evaluation']}{which}: {measure}, %", json.dumps(own, sort_keys=True, default=str))
+        settings[name] = f"{Path(str(result.get(name))).name} ({settings.get(name)})"
+    measure = "mAP" if "map" in result else "top-1"
+    which = ", momentum encoder" if result.get("which") == "momentum" else ""
+    return _Kind(f"{result['evaluation']}{which}: {measure}, %", json.dumps(settings, sort_keys=True, default=str))
 
 
-def _evaluated(runs: Sequence[RunFiles]) -> list[Column]:
-    """Return a column for each kind of evaluation, whose title says what tells it from others of that title."""
-    kinds = sorted({_kind(found) for run in runs for found in run.evaluations})
+def _evaluation_columns(runs: Sequence[RunFiles]) -> list[Column]:
+    """Return a column for each kind of evaluation. Titles that would be equal also state the settings that differ."""
+    kinds = sorted({_kind(result) for run in runs for result in run.evaluations})
     columns = []
     for kind in kinds:
-        alike = [json.loads(other.settings) for other in kinds if other.title == kind.title]
-        own = json.loads(kind.settings)
-        told = [f"{k} {v}" for k, v in own.items() if any(other.get(k) != v for other in alike)]
-        title = ", ".join([kind.title, *told])
-        columns.append(Column(title, _score_of(kind), "{:.1f}", max, _score_detail(kind)))
+        namesakes = [json.loads(other.settings) for other in kinds if other.title == kind.title]
+        settings = json.loads(kind.settings)
+        distinct = [f"{k} {v}" for k, v in settings.items() if any(other.get(k) != v for other in namesakes)]
+        title, detail = ", ".join([kind.title, *distinct]), partial(_score_detail, kind)
+        columns.append(Column(title, partial(_score, kind), "{:.1f}", max, detail))
     return columns
 
 
-def _found(run: RunFiles, kind: _Kind) -> dict[str, Any]:
-    return next((found for found in run.evaluations if _kind(found) == kind), {})
+def _result(run: RunFiles, kind: _Kind) -> dict[str, Any]:
+    """Return the run's result of that kind, empty if there is none."""
+    return next((result for result in run.evaluations if _kind(result) == kind), {})
 
 
-def _score_of(kind: _Kind) -> Callable[[RunFiles], float | None]:
-    def score(run: RunFiles) -> float | None:
-        found = _found(run, kind)
-        return _percent(number(found.get("map", found.get("top1"))))
-
-    return score
+def _score(kind: _Kind, run: RunFiles) -> float | None:
+    result = _result(run, kind)
+    return _percent(number(result.get("map", result.get("top1"))))
 
 
-def _score_detail(kind: _Kind) -> Callable[[RunFiles], str]:
-    """Return what says the 95 % interval, and the checkpoint's step where the run has gone on since."""
-
-    def detail(run: RunFiles) -> str:
-        found = _found(run, kind)
-        bounds = found.get("interval")
-        bounds = [number(bound) for bound in bounds] if isinstance(bounds, list) else []
-        told = ["–".join(f"{100 * bound:.1f}" for bound in bounds if bound is not None)] if len(bounds) == 2 else []
-        step = Path(str(found.get("checkpoint"))).name.removeprefix("step_")
-        if step.isdecimal() and run.lines and int(step) != run.lines[-1]["step"]:
-            told.append(f"of step {int(step)}")
-        return ", ".join(told)
-
-    return detail
+def _score_detail(kind: _Kind, run: RunFiles) -> str:
+    """Return the 95 % interval, and the checkpoint's step if the run continued after it, as text."""
+    result = _result(run, kind)
+    interval = result.get("interval")
+    bounds = [number(bound) for bound in interval] if isinstance(interval, list) else []
+    parts = ["–".join(f"{100 * bound:.1f}" for bound in bounds if bound is not None)] if len(bounds) == 2 else []
+    step = Path(str(result.get("checkpoint"))).name.removeprefix("step_")
+    if step.isdecimal() and run.lines and int(step) != run.lines[-1]["step"]:
+        parts.append(f"of step {int(step)}")
+    return ", ".join(parts)

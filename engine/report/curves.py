@@ -1,4 +1,4 @@
-"""Curves of runs over epochs: which there are, and how each is drawn."""
+"""Charts of metrics over epochs: selection and drawing."""
 
 from __future__ import annotations
 
@@ -13,32 +13,28 @@ from engine.report.compare import Group
 from engine.report.plotting import Theme, draw_lines, mean_of, picture, sheet, style_of
 from engine.report.run_folder import Curve, RunFiles, curve
 
-POINTS = 250
-"""Where runs have more than twice as many lines, each point drawn is the mean over one of so many equal spans."""
-_TRAJECTORY = 16  # points of a path, at most: measures of single steps jump about
-_MOST = 40  # charts
+_MAX_POINTS = 250
+_MAX_PATH_POINTS = 16  # few: measures of single steps are noisy
+_MAX_CHARTS = 40
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A metric over epochs, or where `against` is given, over another metric."""
+    """A metric over epochs, or over another metric, `against`."""
 
     key: str
     title: str
-    says: str = ""
-    """In a sentence, what it tells."""
+    caption: str = ""
     factor: float = 1.0
     marked: bool = False
     summed: bool = False
-    """Of counts: as their sum since the start."""
+    """Whether to draw the sum since the start, for counts."""
     against: str = ""
 
 
 _LOSS = Chart("loss", "loss", "All terms with their weights. Losses of different methods do not compare.")
 _KNOWN = (
-    Chart(
-        "knn_top1", "kNN top-1, %", "Nearest neighbors in the backbone's features, while training.", 100, marked=True
-    ),
+    Chart("knn_top1", "kNN top-1, %", "Nearest neighbors in the backbone's features, during training.", 100, True),
     Chart(
         "student_teacher_gap",
         "student-teacher gap",
@@ -50,78 +46,74 @@ _KNOWN = (
         "From the ring to the dot. Down: positive pairs are closer; left: embeddings are spread more evenly.",
         against="uniformity",
     ),
-    Chart("embedding_std", "deviation of the embeddings × √C", "About 1 on the whole sphere, 0 when collapsed."),
+    Chart("embedding_std", "deviation of the embeddings × √C", "About 1 on the full sphere, 0 after collapse."),
     Chart("effective_rank", "effective rank of the embeddings", "Dimensions in use: at most C, and the batch."),
     Chart("positive_similarity", "similarity of positive pairs", "Cosine of a query and its own key."),
     Chart("negative_similarity", "similarity of negative pairs", "Mean cosine of a query and the negatives."),
     Chart("lr", "learning rate"),
     Chart("momentum", "momentum", "Of the momentum encoder."),
-    Chart("pairs_per_second", "pairs/s", "Over all processes, training alone."),
-    Chart("data_wait_fraction", "data-wait, %", "Share of the time spent waiting for data.", 100),
-    Chart("skipped", "skipped steps", "Since the start: loss or gradients were not finite.", summed=True),
-    Chart("substituted", "substituted samples", "Since the start: they stood in for damaged ones.", summed=True),
+    Chart("pairs_per_second", "pairs/s", "Of all ranks, training only."),
+    Chart("data_wait_fraction", "data-wait, %", "Fraction of the time spent waiting for data.", 100),
+    Chart("skipped", "skipped steps", "Since the start, for a non-finite loss or gradient.", summed=True),
+    Chart("substituted", "substituted samples", "Since the start, in place of damaged ones.", summed=True),
 )
 _NO_CHART = {"step", "epoch", "uniformity"}
 
 
-def charts(runs: Sequence[RunFiles]) -> list[Chart]:
-    """Return the charts that these runs have anything for: loss, its parts, what is known, and whatever else there is.
+def select_charts(runs: Sequence[RunFiles]) -> list[Chart]:
+    """Return the charts for which these runs have data: loss, its parts, known metrics, and any others.
 
-    A part is left out where it is all of the loss, and counts where there is nothing to count.
+    A part that equals the loss is left out, and so are counts of zero.
     """
     keys = list(dict.fromkeys(key for run in runs for line in run.lines for key in line))
     known = {chart.key for chart in _KNOWN} | _NO_CHART | {"loss"}
     others = [key for key in keys if key not in known]
     shares = [key for key in others if key.startswith("gradient_share_")]
-    parts = [
-        Chart(key, f"loss: {key}", "A part of the loss, without its weight.") for key in others if key not in shares
-    ]
-    found = [
+    charts = [
         _LOSS,
-        *parts,
+        *(Chart(key, f"loss: {key}", "A part of the loss, without its weight.") for key in others if key not in shares),
         *_KNOWN,
         *(Chart(key, key.replace("_", " "), "Its share of the gradient at the embeddings.") for key in shares),
     ]
-    return [chart for chart in found if any(_has(run, chart) for run in runs)][:_MOST]
+    return [chart for chart in charts if any(_has_data(run, chart) for run in runs)][:_MAX_CHARTS]
 
 
-def _has(run: RunFiles, chart: Chart) -> bool:
-    """Return whether a run has anything to show there that no other chart of it shows."""
+def _has_data(run: RunFiles, chart: Chart) -> bool:
+    """Return whether a run has data for a chart that its loss chart does not show."""
     values = [line[chart.key] for line in run.lines if chart.key in line]
     if chart.summed:
         return any(values)
-    whole = [line["loss"] for line in run.lines if "loss" in line]
-    return bool(values) and (chart.key == "loss" or values != whole)
+    losses = [line["loss"] for line in run.lines if "loss" in line]
+    return bool(values) and (chart.key == "loss" or values != losses)
 
 
 def draw(chart: Chart, groups: Sequence[Group], theme: Theme, axes: Any) -> None:
-    """Draw the chart's lines of all groups that have any."""
+    """Draw the chart's lines of all groups."""
     for group in groups:
-        found = [one for run in group.runs if len((one := _curve(run, chart)).epochs)]
-        if not found:
+        curves = [one for run in group.runs if len((one := _curve(run, chart)).epochs)]
+        if not curves:
             continue
-        label, look = group.label, style_of(theme, group.number)
+        style = style_of(theme, group.number)
         if chart.against:
-            _draw_path(axes, thinned(found, _TRAJECTORY), look.color, label)
+            _draw_path(axes, thin(curves, _MAX_PATH_POINTS), style.color, group.label)
         else:
-            draw_lines(axes, thinned(found, POINTS), look, label=label, marked=chart.marked)
+            draw_lines(axes, thin(curves, _MAX_POINTS), style, label=group.label, marked=chart.marked)
     axes.set(xlabel=chart.against or "epoch", ylabel=chart.key if chart.against else "")
     if not chart.against:
         axes.locator_params(axis="x", integer=True)
 
 
 def _curve(run: RunFiles, chart: Chart) -> Curve:
-    """Return a run's values by epoch; of a path its places, as complex numbers."""
-    found = curve([line for line in run.lines if not chart.against or chart.against in line], chart.key)
+    """Return a run's values by epoch; for a path its points, as complex numbers."""
+    values = curve([line for line in run.lines if not chart.against or chart.against in line], chart.key)
     if chart.against:
         across = curve([line for line in run.lines if chart.key in line], chart.against)
-        return Curve(found.epochs, across.values + 1j * found.values)
-    values = np.cumsum(found.values) if chart.summed else found.values
-    return Curve(found.epochs, chart.factor * values)
+        return Curve(values.epochs, across.values + 1j * values.values)
+    return Curve(values.epochs, chart.factor * (np.cumsum(values.values) if chart.summed else values.values))
 
 
-def thinned(curves: Sequence[Curve], points: int) -> list[Curve]:
-    """Return curves as means over `points` equal spans of epochs, where one has more than twice as many values."""
+def thin(curves: Sequence[Curve], points: int) -> list[Curve]:
+    """Return curves as means over `points` equal spans of epochs, if one has more than twice as many values."""
     if max(len(one.epochs) for one in curves) <= 2 * points:
         return list(curves)
     width = max(one.epochs.max() for one in curves) / points
@@ -129,7 +121,7 @@ def thinned(curves: Sequence[Curve], points: int) -> list[Curve]:
 
 
 def _means(one: Curve, width: float) -> Curve:
-    """Return a curve's means over spans of that many epochs, each at its middle; a value belongs to the span before."""
+    """Return a curve's means over spans of that many epochs, at their centers. A span includes its end."""
     span = np.ceil(one.epochs / width).clip(min=1)
     spans, member = np.unique(span, return_inverse=True)
     sums = np.zeros(len(spans), one.values.dtype)
@@ -147,22 +139,22 @@ def _draw_path(axes: Any, curves: Sequence[Curve], color: str, label: str) -> No
     axes.plot(mean.real[-1:], mean.imag[-1:], "o", color=color, markersize=6)
 
 
-def alone(chart: Chart, groups: Sequence[Group], theme: Theme) -> bytes:
+def draw_chart(chart: Chart, groups: Sequence[Group], theme: Theme) -> bytes:
     """Return the chart as a PNG, without title and legend."""
     return picture(partial(draw, chart, groups, theme), theme)
 
 
-def together(shown: Sequence[Chart], groups: Sequence[Group], theme: Theme) -> bytes:
+def draw_charts(charts: Sequence[Chart], groups: Sequence[Group], theme: Theme) -> bytes:
     """Return all charts as one PNG, with titles and a legend."""
-    parts = [(chart.title, partial(draw, chart, groups, theme)) for chart in shown]
+    parts = [(chart.title, partial(draw, chart, groups, theme)) for chart in charts]
     return sheet(parts, theme, (4.4, 2.9))
 
 
 def last_values(chart: Chart, groups: Sequence[Group]) -> str:
-    """Return the newest value of each run in words, for those who do not see the picture."""
-    told = []
+    """Return the newest value of each run, as text in place of the picture."""
+    texts = []
     for run in (run for group in groups for run in group.runs):
         if len(values := _curve(run, chart).values):
-            at = f"{values[-1].real:.4g} by {values[-1].imag:.4g}" if chart.against else f"{values[-1]:.4g}"
-            told.append(f"{run.name} {at}")
-    return f"{chart.title}; last values: {'; '.join(told)}"
+            last = values[-1]
+            texts.append(f"{run.name} " + (f"{last.real:.4g} by {last.imag:.4g}" if chart.against else f"{last:.4g}"))
+    return f"{chart.title}; last values: {'; '.join(texts)}"

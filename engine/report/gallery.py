@@ -1,8 +1,8 @@
-"""What the runs' encoders make of images: features of one sample of each data set, neighbors and maps of them."""
+"""Images as the runs' encoders embed them: one sample of each data set, with neighbors and maps of its features."""
 
 from __future__ import annotations
 
-import sys
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,140 +12,143 @@ import torch
 from engine.checkpoint import storage
 from engine.report import tsne
 from engine.report.run_folder import RunFiles, number
-from engine.report.sample import Near, Sample, agreement, embed, nearest, sample
-from engine.weights.load import Loaded, Which, load_encoder
+from engine.report.sample import Neighbors, Sample, agreement, draw_sample, embed, nearest
+from engine.weights.load import LoadedEncoder, Which, load_encoder
 from pipeline.beton import Beton
 from pipeline.storage.in_place import open_data
 from pipeline.system.errors import InputError
 
-_CENTER = 0.875  # of the shorter side: what is cropped where a run does not say
+logger = logging.getLogger(__name__)
+
+_DEFAULT_CROP_RATIO = 0.875
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What is asked of the pictures."""
+class GalleryOptions:
+    """Options of the galleries."""
 
     data: str
-    """Images in place of each run's own; empty for these."""
+    """Images in place of the runs' own; empty for these."""
     neighbors: int
     limit: int
+    """Images in a sample, at most."""
     seed: int
     which: Which
     device: torch.device
 
 
 @dataclass
-class Seen:
-    """An encoder's features of a sample, and what is shown of them."""
+class EncoderView:
+    """An encoder's features of a sample, with their neighbors and map."""
 
     run: RunFiles
     checkpoint: str
     features: torch.Tensor
-    near: Near | None = None
+    near: Neighbors | None = None
     agreement: float | None = None
-    """Share of neighbors of the same class, over the whole sample."""
-    places: np.ndarray | None = None
-    """In the plane, [m, 2], of the images that the map shows."""
+    """Fraction of neighbors of the same class, over the entire sample."""
+    points: np.ndarray | None = None
+    """Of the map, [m, 2]."""
 
 
 @dataclass
 class Gallery:
-    """A sample of a data set as several encoders see it."""
+    """A sample of a data set, viewed by several encoders."""
 
     sample: Sample
     size: int
-    """Images that the data set has."""
-    seen: list[Seen] = field(default_factory=list)
-    shown: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    """Places in the sample of the images on the maps, int64 [m]."""
+    """Images in the data set."""
+    views: list[EncoderView] = field(default_factory=list)
+    mapped: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Positions in the sample of the images on the maps, int64 [m]."""
 
 
-def look(runs: list[RunFiles], wanted: Wanted) -> list[Gallery]:
-    """Return each data set's sample as the encoders of its runs see it.
+def build_galleries(runs: list[RunFiles], options: GalleryOptions) -> list[Gallery]:
+    """Return the gallery of each data set, with the encoders of its runs.
 
-    Where there is no encoder, or no data, the run says so. Raises InputError for `wanted.data` that cannot be read.
+    A run without encoder or data gets a note in its `problems`. Raises InputError if `options.data` cannot be read.
     """
-    given = open_data(wanted.data, tolerate=True) if wanted.data else None
+    data = open_data(options.data, tolerate=True) if options.data else None
     galleries: dict[str, Gallery] = {}
     for run in runs:
         try:
-            loaded = _encoder(run, wanted.which)
-            beton = _own_data(run) if given is None else given
-            gallery = galleries.get(beton.fingerprint) or _gallery(beton, run, wanted)
-            _add(gallery, run, loaded, wanted)
+            encoder = _encoder(run, options.which)
+            beton = _run_data(run) if data is None else data
+            gallery = galleries.get(beton.fingerprint) or _empty_gallery(beton, run, options)
+            _add_view(gallery, run, encoder, options)
             galleries[beton.fingerprint] = gallery
         except InputError as error:
-            run.missing.append(f"Its encoder is not looked at: {' '.join(str(error).split())}.")
+            run.problems.append(f"Its encoder is not shown: {' '.join(str(error).split())}.")
     for gallery in galleries.values():
-        _finish(gallery, wanted)
+        _finish(gallery, options)
     return list(galleries.values())
 
 
-def _encoder(run: RunFiles, which: Which) -> Loaded:
-    """Return the run's newest whole checkpoint's encoder. Raises InputError where there is none."""
+def _encoder(run: RunFiles, which: Which) -> LoadedEncoder:
+    """Return the encoder of the run's newest intact checkpoint. Raises InputError if there is none."""
     path, broken = storage.newest(run.path / "checkpoints")
-    run.missing += [f"A checkpoint was passed over: {problem}." for problem in broken]
+    run.problems += [f"A checkpoint was skipped: {problem}." for problem in broken]
     if path is None:
-        raise InputError("there is no whole checkpoint yet")
-    loaded = load_encoder(path, which)
-    if not 8 <= (size := loaded.architecture.size) <= 1024:
+        raise InputError("there is no intact checkpoint yet")
+    encoder = load_encoder(path, which)
+    if not 8 <= (size := encoder.architecture.size) <= 1024:
         raise InputError(f"it is for images of {size} pixels")
-    return loaded
+    return encoder
 
 
-def _own_data(run: RunFiles) -> Beton:
-    """Return the run's data for evaluation, or else for training. Raises InputError where neither can be read."""
-    named = [str(value) for key in ("data.eval", "data.train") if (value := run.settings.get(key))]
+def _run_data(run: RunFiles) -> Beton:
+    """Return the run's evaluation data, or else its training data. Raises InputError if neither can be read."""
+    names = [str(value) for key in ("data.eval", "data.train") if (value := run.settings.get(key))]
     problems = []
-    for name in named:
+    for name in names:
         try:
             return open_data(name if Path(name).exists() else _from_start(run, name), tolerate=True)
-        except (OSError, ValueError) as error:  # such as a name that is too long
+        except (OSError, ValueError) as error:  # OSError: of a name that is too long
             problems.append(str(error))
     raise InputError(f"{'; '.join(problems) or 'its settings name no images'}: give --data")
 
 
 def _from_start(run: RunFiles, name: str) -> str:
-    """Return a path of the settings from where training was started, which `out` tells where it is relative, too."""
+    """Return a path of the settings from the folder in which training was started, deduced from a relative `out`."""
     out = Path(str(run.settings.get("out", "")))
-    for started in run.path.parents:
-        if started / out == run.path and (started / name).exists():
-            return str(started / name)
+    for folder in run.path.parents:
+        if folder / out == run.path and (folder / name).exists():
+            return str(folder / name)
     return name
 
 
-def _share(run: RunFiles) -> float:
-    share = number(run.settings.get("data.eval_crop_ratio"))
-    return share if share and 0 < share <= 1 else _CENTER
+def _crop_ratio(run: RunFiles) -> float:
+    ratio = number(run.settings.get("data.eval_crop_ratio", run.settings.get("data.eval_share")))
+    return ratio if ratio and 0 < ratio <= 1 else _DEFAULT_CROP_RATIO
 
 
-def _gallery(beton: Beton, run: RunFiles, wanted: Wanted) -> Gallery:
-    found = sample(beton, wanted.limit, _share(run), wanted.seed)
-    if len(found.ids) < 2:
-        raise InputError(f"{beton.path}: has fewer than two images that can be read")
-    return Gallery(found, len(beton))
+def _empty_gallery(beton: Beton, run: RunFiles, options: GalleryOptions) -> Gallery:
+    sample = draw_sample(beton, options.limit, _crop_ratio(run), options.seed)
+    if len(sample.ids) < 2:
+        raise InputError(f"{beton.path}: has fewer than two readable images")
+    return Gallery(sample, len(beton))
 
 
-def _add(gallery: Gallery, run: RunFiles, loaded: Loaded, wanted: Wanted) -> None:
-    """Add what an encoder sees. Raises InputError where its features say nothing."""
-    print(f"{run.name}: features of {len(gallery.sample.ids)} images ...", file=sys.stderr, flush=True)
-    found, whole = embed(loaded, gallery.sample, _share(run), wanted.device)
-    if not whole.all():  # the first encoder to meet damaged records takes them out for all
-        gallery.sample, found = gallery.sample.only(whole), found[torch.from_numpy(whole)]
-    if not found.isfinite().all():
-        raise InputError("it gives features that are not finite")
-    if float(found.std(dim=0).max()) < 1e-6:
+def _add_view(gallery: Gallery, run: RunFiles, encoder: LoadedEncoder, options: GalleryOptions) -> None:
+    """Add an encoder's features. Raises InputError for features without information."""
+    logger.info("%s: features of %d images ...", run.name, len(gallery.sample.ids))
+    features, intact = embed(encoder, gallery.sample, _crop_ratio(run), options.device)
+    if not intact.all():  # the first encoder to read damaged records removes them for all
+        gallery.sample, features = gallery.sample.only(intact), features[torch.from_numpy(intact)]
+    if not features.isfinite().all():
+        raise InputError("it gives non-finite features")
+    if float(features.std(dim=0).max()) < 1e-6:
         raise InputError("it gives the same features for all images: it is collapsed")
-    gallery.seen.append(Seen(run, loaded.path.name, found))
+    gallery.views.append(EncoderView(run, encoder.path.name, features))
 
 
-def _finish(gallery: Gallery, wanted: Wanted) -> None:
-    """Find the neighbors and maps."""
-    of = gallery.sample
-    gallery.shown = tsne.shown(of)
-    for seen in gallery.seen:
-        seen.near = nearest(seen.features, of.queries, wanted.neighbors)
-        seen.agreement = agreement(seen.features, of.labels, wanted.neighbors) if of.labeled else None
-        if len(gallery.shown) >= tsne.FEWEST:
-            print(f"{seen.run.name}: map of {len(gallery.shown)} images ...", file=sys.stderr, flush=True)
-            seen.places = tsne.project(seen.features[torch.from_numpy(gallery.shown)], wanted.seed)
+def _finish(gallery: Gallery, options: GalleryOptions) -> None:
+    """Compute neighbors and maps."""
+    sample = gallery.sample
+    gallery.mapped = tsne.choose_points(sample)
+    for view in gallery.views:
+        view.near = nearest(view.features, sample.queries, options.neighbors)
+        view.agreement = agreement(view.features, sample.labels, options.neighbors) if sample.labeled else None
+        if len(gallery.mapped) >= tsne.MIN_POINTS:
+            logger.info("%s: map of %d images ...", view.run.name, len(gallery.mapped))
+            view.points = tsne.project(view.features[torch.from_numpy(gallery.mapped)], options.seed)

@@ -1,6 +1,6 @@
-"""A page that shows what runs did, and what their encoders see
+"""The page: what the runs did, and how their encoders embed images.
 
-One HTML file that needs nothing else, and its pictures as PNGs beside it. A run may be unfinished, or lack a part.
+One HTML file that needs no other, with its pictures as PNGs next to it. A run may be unfinished, or lack a part.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from engine.report import curves, tsne
-from engine.report.compare import Group, differences, grouped, table
-from engine.report.gallery import Gallery, Seen, Wanted, look
+from engine.report.compare import Group, differences, group_by_settings, table
+from engine.report.gallery import EncoderView, Gallery, GalleryOptions, build_galleries
 from engine.report.plotting import DARK, LIGHT, MARKS, uri
 from engine.report.run_folder import RunFiles
-from engine.report.sample import by_chance
+from engine.report.sample import chance_agreement
 from pipeline.system.errors import InputError
 from pipeline.system.files import write_atomic
 
@@ -33,24 +33,24 @@ class Picture(NamedTuple):
 
 
 class Report(NamedTuple):
-    """A page, and pictures to lie beside it by the ends of their names."""
+    """A page, and the pictures next to it by the ends of their names."""
 
     html: str
     pictures: dict[str, bytes]
 
 
-def report(runs: list[RunFiles], wanted: Wanted | None) -> Report:
-    """Return the report on those runs; with pictures of images as `wanted` has it, None: without."""
-    groups = grouped(runs)
-    galleries = look(runs, wanted) if wanted else []
-    shown, pictures = curves.charts(runs), {}
-    if shown:
-        pictures["curves"] = curves.together(shown, groups, LIGHT)
+def report(runs: list[RunFiles], options: GalleryOptions | None) -> Report:
+    """Return the report on the runs, without pictures of images if there are no options for them."""
+    groups = group_by_settings(runs)
+    galleries = build_galleries(runs, options) if options else []
+    charts, pictures = curves.select_charts(runs), {}
+    if charts:
+        pictures["curves"] = curves.draw_charts(charts, groups, LIGHT)
     for number, gallery in enumerate(galleries, start=1):
-        mapped = [(seen.run.name, seen.places) for seen in gallery.seen if seen.places is not None]
-        if mapped:
+        maps = [(view.run.name, view.points) for view in gallery.views if view.points is not None]
+        if maps:
             name = "map" if len(galleries) == 1 else f"map{number}"
-            pictures[name] = tsne.together(mapped, gallery.sample, gallery.shown, LIGHT)
+            pictures[name] = tsne.draw_maps(maps, gallery.sample, gallery.mapped, LIGHT)
     titles, rows = table(groups)
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
@@ -68,9 +68,9 @@ def report(runs: list[RunFiles], wanted: Wanted | None) -> Report:
         marks=MARKS,
         titles=titles,
         rows=rows,
-        charts=[(chart, _chart(chart, groups)) for chart in shown],
+        charts=[(chart, _chart(chart, groups)) for chart in charts],
         galleries=[_gallery(gallery) for gallery in galleries],
-        neighbors=wanted.neighbors if wanted else 0,
+        neighbors=options.neighbors if options else 0,
         differences=differences(runs),
         written=time.strftime("%Y-%m-%d %H:%M"),
     )
@@ -78,63 +78,63 @@ def report(runs: list[RunFiles], wanted: Wanted | None) -> Report:
 
 
 def _chart(chart: curves.Chart, groups: Sequence[Group]) -> Picture:
-    light, dark = (uri(curves.alone(chart, groups, theme)) for theme in (LIGHT, DARK))
+    light, dark = (uri(curves.draw_chart(chart, groups, theme)) for theme in (LIGHT, DARK))
     return Picture(light, dark, curves.last_values(chart, groups))
 
 
 def _gallery(gallery: Gallery) -> dict[str, Any]:
-    """Return what the page shows of a data set."""
-    of = gallery.sample
+    """Return the template's values of a data set."""
+    sample = gallery.sample
     return {
-        "data": of.beton.path.name,
-        "count": len(of.ids),
+        "data": sample.beton.path.name,
+        "count": len(sample.ids),
         "size": gallery.size,
-        "classes": of.classes if of.labeled else 0,
-        "chance": by_chance(of.labels),
-        "seed": of.seed,
-        "seen": gallery.seen,
-        "queries": [_query(gallery, number) for number in range(len(of.queries))],
-        "maps": [(seen, _map(gallery, seen)) for seen in gallery.seen if seen.places is not None],
-        "mapped": len(gallery.shown),
-        "legend": [of.name(int((of.labels == label).argmax())) for label in tsne.frequent(of)],
+        "classes": sample.classes if sample.labeled else 0,
+        "chance": chance_agreement(sample.labels),
+        "seed": sample.seed,
+        "views": gallery.views,
+        "queries": [_query(gallery, number) for number in range(len(sample.queries))],
+        "maps": [(view, _map(gallery, view)) for view in gallery.views if view.points is not None],
+        "mapped": len(gallery.mapped),
+        "legend": [sample.name(int((sample.labels == label).argmax())) for label in tsne.frequent_labels(sample)],
     }
 
 
 def _query(gallery: Gallery, number: int) -> dict[str, Any]:
-    """Return an image and what each encoder holds for most alike."""
-    of = gallery.sample
-    place = int(of.queries[number])
+    """Return the template's values of an image and its neighbors by each encoder."""
+    sample = gallery.sample
+    query = int(sample.queries[number])
     rows = []
-    for seen in gallery.seen:
-        assert seen.near is not None
+    for view in gallery.views:
+        assert view.near is not None
         near = [
             {
-                "picture": of.picture(int(other)),
-                "name": of.name(int(other)),
+                "picture": sample.picture(int(other)),
+                "name": sample.name(int(other)),
                 "cosine": float(cosine),
-                "right": bool(of.labels[other] == of.labels[place]) if of.labeled else None,
+                "right": bool(sample.labels[other] == sample.labels[query]) if sample.labeled else None,
             }
-            for other, cosine in zip(seen.near.places[number], seen.near.cosines[number], strict=True)
+            for other, cosine in zip(view.near.positions[number], view.near.cosines[number], strict=True)
         ]
-        rows.append((seen, near))
-    return {"picture": of.picture(place), "name": of.name(place), "rows": rows}
+        rows.append((view, near))
+    return {"picture": sample.picture(query), "name": sample.name(query), "rows": rows}
 
 
-def _map(gallery: Gallery, seen: Seen) -> Picture:
-    assert seen.places is not None
-    light, dark = (uri(tsne.alone(seen.places, gallery.sample, gallery.shown, theme)) for theme in (LIGHT, DARK))
-    return Picture(light, dark, f"Map of {len(gallery.shown)} images by the features of {seen.run.name}")
+def _map(gallery: Gallery, view: EncoderView) -> Picture:
+    assert view.points is not None
+    light, dark = (uri(tsne.draw_map(view.points, gallery.sample, gallery.mapped, theme)) for theme in (LIGHT, DARK))
+    return Picture(light, dark, f"Map of {len(gallery.mapped)} images by the features of {view.run.name}")
 
 
-def write(made: Report, to: Path) -> list[Path]:
-    """Write the page to `to`, and the pictures beside it; return the files. Raises InputError."""
-    files = {to.with_name(f"{to.stem}-{name}.png"): content for name, content in made.pictures.items()}
-    files[to] = made.html.encode("utf-8", "backslashreplace")
+def write(page: Report, out: Path) -> list[Path]:
+    """Write the page to `out`, and the pictures next to it; return the files. Raises InputError."""
+    files = {out.with_name(f"{out.stem}-{name}.png"): content for name, content in page.pictures.items()}
+    files[out] = page.html.encode("utf-8", "backslashreplace")
     for path, content in files.items():
         try:
             write_atomic(path, content)
         except OSError as error:
             raise InputError(
-                f"--out {to}: cannot be written ({error.strerror or error}): choose another place"
+                f"--out {out}: cannot be written ({error.strerror or error}): choose another path"
             ) from None
     return [*files]

@@ -1,4 +1,4 @@
-"""What a run folder says of itself, read in whatever state it is: unfinished, damaged in part, or somebody else's."""
+"""Text files of a run folder, read in any state: unfinished, partly damaged, or of untrusted origin."""
 
 from __future__ import annotations
 
@@ -14,35 +14,34 @@ import numpy as np
 import yaml
 
 from engine.config.cli import flat
-from engine.config.renamed import translate
 from pipeline.system.errors import InputError, describe_error
 from pipeline.system.limits import RESULT_BYTES, SETTINGS_BYTES, open_regular, parse_yaml
 
-_LARGEST = {".yaml": SETTINGS_BYTES, ".jsonl": 1 << 30, ".json": RESULT_BYTES}  # bytes: more is no such file
+_MAX_BYTES = {".yaml": SETTINGS_BYTES, ".jsonl": 1 << 30, ".json": RESULT_BYTES}
 Line = dict[str, float]
 
 
 @dataclass
 class RunFiles:
-    """A run folder's text files."""
+    """The text files of a run folder."""
 
     path: Path
     name: str = ""
-    """Short, and no other run's of those that are shown."""
+    """Short, and unique among the runs shown."""
     recipe: str = ""
-    """Its config.yaml."""
+    """Text of config.yaml."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """By dotted names; empty where they cannot be read."""
+    """By dotted names; empty if unreadable."""
     lines: list[Line] = field(default_factory=list)
     """Of metrics.jsonl."""
     summary: dict[str, Any] = field(default_factory=dict)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    """A sentence for each thing that is not there or cannot be read."""
+    problems: list[str] = field(default_factory=list)
+    """A sentence on each missing or unreadable part."""
 
     @property
     def epochs(self) -> float:
-        """Epochs to train; 0 where that is not known."""
+        """Epochs to train; 0 if unknown."""
         return number(self.settings.get("optim.epochs")) or 0.0
 
     @property
@@ -56,9 +55,9 @@ class RunFiles:
         return bool(self.epochs) and self.done >= self.epochs
 
     def timed(self) -> tuple[list[Line], np.ndarray]:
-        """Return the lines that say how fast training was, and the seconds of training since the line before, [n].
+        """Return the lines with a training rate, and the seconds of training since the previous such line, [n].
 
-        A line's rate is taken to be that of all steps since the line before. Both are empty where that cannot be.
+        A line's rate counts for all steps since the previous one. Both are empty without rates, batch or ordered steps.
         """
         batch = number(self.settings.get("data.batch"))
         lines = [line for line in self.lines if line.get("pairs_per_second", 0) > 0]
@@ -80,13 +79,13 @@ class Curve(NamedTuple):
 
 
 def curve(lines: Sequence[Line], key: str) -> Curve:
-    """Return a metric over epochs, from those lines that have it."""
-    found = [(line["epoch"], line[key]) for line in lines if key in line]
-    return Curve(*np.array(found).reshape(-1, 2).T)
+    """Return a metric over epochs, from the lines that have it."""
+    points = [(line["epoch"], line[key]) for line in lines if key in line]
+    return Curve(*np.array(points).reshape(-1, 2).T)
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunFiles]:
-    """Return the runs in those folders, each once, under names that tell them apart. Raises InputError."""
+    """Return the runs in these folders, without duplicates, under distinct names. Raises InputError."""
     resolved = list(dict.fromkeys(path.resolve() for path in paths if _is_run(path)))
     runs = [_read(path) for path in resolved]
     for run, name in zip(runs, _names(resolved), strict=True):
@@ -95,7 +94,7 @@ def read_runs(paths: Sequence[Path]) -> list[RunFiles]:
 
 
 def _is_run(path: Path) -> bool:
-    """Return whether there is a run at `path`. Raises InputError where there is none."""
+    """Return True for a run folder. Raises InputError for anything else."""
     if not path.is_dir():
         raise InputError(f"{path}: no such folder: give the run folder that training wrote (its --out)")
     if not any((path / part).exists() for part in ("config.yaml", "metrics.jsonl", "checkpoints")):
@@ -110,15 +109,15 @@ def _read(path: Path) -> RunFiles:
     run = RunFiles(path)
     _read_settings(run)
     run.lines, problem = read_metrics(path / "metrics.jsonl")
-    run.missing += [problem] if problem else []
+    run.problems += [problem] if problem else []
     if (path / "summary.json").exists():
         run.summary = _read_object(run, path / "summary.json")
     for file in sorted((path / "evaluation").glob("*.json")):
-        if "evaluation" in (found := _read_object(run, file)):
-            run.evaluations.append(found)
+        if "evaluation" in (result := _read_object(run, file)):
+            run.evaluations.append(result)
     if run.lines and run.epochs and not run.finished:
         written = time.strftime("%Y-%m-%d %H:%M", time.localtime((path / "metrics.jsonl").stat().st_mtime))
-        run.missing.append(f"Training has not ended: it was at epoch {run.done:.2f} of {run.epochs:g} at {written}.")
+        run.problems.append(f"Training has not ended: at epoch {run.done:.2f} of {run.epochs:g} at {written}.")
     return run
 
 
@@ -127,27 +126,27 @@ def _read_settings(run: RunFiles) -> None:
     file = run.path / "config.yaml"
     try:
         run.recipe = _text(file)
-        run.settings = flat(translate(parse_yaml(run.recipe)))
+        run.settings = flat(parse_yaml(run.recipe))
     except FileNotFoundError:
-        run.missing.append("There is no config.yaml, and so no settings to compare.")
+        run.problems.append("There is no config.yaml, so no settings to compare.")
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
-        run.missing.append(f"config.yaml cannot be read ({describe_error(error)}).")
+        run.problems.append(f"config.yaml cannot be read ({describe_error(error)}).")
 
 
 def _read_object(run: RunFiles, file: Path) -> dict[str, Any]:
-    """Return the JSON object in `file`, empty where there is none, of which the run then says so."""
+    """Return the JSON object in `file`; empty, with a problem noted in the run, if there is none."""
     try:
-        found = mapping(_text(file))
-        problem = "" if found else "it is not a whole JSON object"
+        document = mapping(_text(file))
+        problem = "" if document else "it is not a complete JSON object"
     except (OSError, ValueError) as error:
-        found, problem = {}, describe_error(error)
+        document, problem = {}, describe_error(error)
     if problem:
-        run.missing.append(f"{file.relative_to(run.path)} cannot be read ({problem}).")
-    return found
+        run.problems.append(f"{file.relative_to(run.path)} cannot be read ({problem}).")
+    return document
 
 
 def read_metrics(path: Path) -> tuple[list[Line], str]:
-    """Return the lines of a metrics.jsonl, as far as they are numbers, and a sentence on what is wrong with it."""
+    """Return the valid lines of a metrics.jsonl, and a sentence on its problems, empty if there are none."""
     try:
         text = _text(path)
     except FileNotFoundError:
@@ -155,30 +154,30 @@ def read_metrics(path: Path) -> tuple[list[Line], str]:
     except (OSError, ValueError) as error:
         return [], f"metrics.jsonl cannot be read ({describe_error(error)})."
     rows = text.split("\n")
-    found = [_line(row) for row in rows if row.strip()]
-    lines = [line for line in found if line is not None]
-    cut = bool(found) and found[-1] is None and bool(rows[-1])
-    broken = len(found) - len(lines) - cut
-    problems = [f"{broken} lines of metrics.jsonl cannot be read, and are left out."] * bool(broken)
-    problems += ["The last line of metrics.jsonl is cut off: it is being written, or its writing was ended."] * cut
-    if not found:
+    parsed = [_line(row) for row in rows if row.strip()]
+    lines = [line for line in parsed if line is not None]
+    cut = bool(parsed) and parsed[-1] is None and bool(rows[-1])
+    broken = len(parsed) - len(lines) - cut
+    problems = [f"{broken} lines of metrics.jsonl cannot be read and are left out."] * bool(broken)
+    problems += ["The last line of metrics.jsonl is cut off: writing it is in progress, or was interrupted."] * cut
+    if not parsed:
         problems = ["metrics.jsonl is empty: nothing has been logged yet."]
     return lines, " ".join(problems)
 
 
 def _line(row: str) -> Line | None:
-    """Return the finite numbers of a line, None where it is none of metrics."""
+    """Return the finite numbers of a line, None if it is no line of metrics."""
     line = {str(key): value for key, given in mapping(row).items() if (value := number(given)) is not None}
     return line if line.get("epoch", -1) >= 0 and line.get("step", -1) >= 0 else None
 
 
 def mapping(text: str) -> dict[str, Any]:
-    """Return the JSON object in `text`, empty where there is none."""
+    """Return the JSON object in `text`, empty if there is none."""
     try:
-        found = json.loads(text)
+        document = json.loads(text)
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return document if isinstance(document, dict) else {}
 
 
 def number(value: Any) -> float | None:
@@ -192,20 +191,20 @@ def number(value: Any) -> float | None:
 
 
 def _text(file: Path) -> str:
-    """Return a file's text. Raises OSError, and ValueError where it is too large for what it is."""
+    """Return a file's text. Raises OSError, and ValueError for a file too large for its kind."""
     with open_regular(file) as opened:
-        most = _LARGEST[file.suffix]
-        found = opened.read(most + 1)
-    if len(found) > most:
-        raise ValueError(f"it has more than {most} bytes")
-    return found.decode("utf-8", "replace")
+        limit = _MAX_BYTES[file.suffix]
+        content = opened.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"it has more than {limit} bytes")
+    return content.decode("utf-8", "replace")
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Return the shortest ends of the paths that tell them apart."""
+    """Return the shortest distinct ends of the paths."""
     longest = max((len(path.parts) for path in paths), default=1)
     for count in range(1, longest + 1):
-        found = ["/".join(path.parts[-count:]) for path in paths]
-        if len(set(found)) == len(found):
+        names = ["/".join(path.parts[-count:]) for path in paths]
+        if len(set(names)) == len(names):
             break
-    return found
+    return names

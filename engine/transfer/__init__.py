@@ -1,1 +1,1 @@
-"""Recipes of other libraries that start from an encoder of this one."""
+"""Recipes of other libraries that start from an encoder of this project."""

@@ -1,9 +1,9 @@
-"""What other libraries call the parameters of our backbones, as renamings that work both ways.
+"""Parameter names of other libraries, as renaming rules that work both ways.
 
-Our ResNets have torchvision's names (timm's and mmdetection's ResNet has them too), our transformers timm's.
+Our ResNets have torchvision's names, as timm's and mmdetection's have; our transformers have timm's.
 Sources: facebookresearch/moco `detection/convert-pretrain-to-detectron2.py` (detectron2's ResNet); torchvision
-`models/vision_transformer.py`; open-mmlab/mmpretrain `backbones/vision_transformer.py` (whose transformer mmdetection
-takes). detectron2's transformer (ViTDet) has timm's names.
+`models/vision_transformer.py`; open-mmlab/mmpretrain `backbones/vision_transformer.py` (mmdetection's transformer).
+detectron2's transformer (ViTDet) has timm's names.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _Rules = tuple[tuple[str, str], ...]
 _N = r"(\d+)"
 
 _DETECTRON2_RESNET: _Rules = (
-    (r"bn1\.(.+)", r"stem.conv1.norm.\1"),  # before those of the convolutions, which would take it on the way back
+    (r"bn1\.(.+)", r"stem.conv1.norm.\1"),  # before the convolutions, whose reverse rules match it too
     (r"conv1\.(.+)", r"stem.conv1.\1"),
     *((rf"layer{n}\.{_N}\.downsample\.1\.(.+)", rf"res{n + 1}.\1.shortcut.norm.\2") for n in range(1, 5)),
     *((rf"layer{n}\.{_N}\.downsample\.0\.(.+)", rf"res{n + 1}.\1.shortcut.\2") for n in range(1, 5)),
@@ -53,44 +53,44 @@ _RULES: dict[tuple[Library, bool], _Rules] = {
 }
 
 
-def renamed(state: dict[str, torch.Tensor], library: Library, *, transformer: bool) -> dict[str, torch.Tensor]:
-    """Return our backbone's state under that library's names. Raises KeyError for a name there is no rule for."""
+def to_library(state: dict[str, torch.Tensor], library: Library, *, transformer: bool) -> dict[str, torch.Tensor]:
+    """Return our backbone's state under the library's names. Raises KeyError for a name without a rule."""
     rules = _RULES.get((library, transformer))
-    return {_by(rules, name): value for name, value in state.items()} if rules else dict(state)
+    return {_rename(rules, name): value for name, value in state.items()} if rules else dict(state)
 
 
-def ours(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a state under our names, by whichever library's it has; what no rule knows keeps its own."""
-    for (library, transformer), marks in _MARKS.items():
-        if any(mark in state for mark in marks):
-            rules = tuple(_turned(rule) for rule in _RULES[library, transformer])
-            return {_by(rules, name, name): value for name, value in state.items()}
+def to_ours(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a state of any library under our names. Names without a rule stay."""
+    for (library, transformer), markers in _MARKERS.items():
+        if any(marker in state for marker in markers):
+            rules = tuple(_invert(rule) for rule in _RULES[library, transformer])
+            return {_rename(rules, name, name): value for name, value in state.items()}
     return state
 
 
-_MARKS: dict[tuple[Library, bool], tuple[str, ...]] = {
+_MARKERS: dict[tuple[Library, bool], tuple[str, ...]] = {
     ("detectron2", False): ("stem.conv1.weight", "res2.0.conv1.weight"),
     ("torchvision", True): ("conv_proj.weight", "class_token"),
     ("mmdet", True): ("patch_embed.projection.weight", "layers.0.attn.qkv.weight"),
 }
-"""Names of which one is enough to tell a library's layout."""
+"""Names by which a library is recognized: any one of them."""
 
 
-def _by(rules: _Rules, name: str, otherwise: str | None = None) -> str:
+def _rename(rules: _Rules, name: str, default: str | None = None) -> str:
     for pattern, replacement in rules:
         if re.fullmatch(pattern, name):
             return re.sub(pattern, replacement, name)
-    if otherwise is None:
+    if default is None:
         raise KeyError(name)
-    return otherwise
+    return default
 
 
-def _turned(rule: tuple[str, str]) -> tuple[str, str]:
-    """Return the rule that undoes `rule`: each group, in its order, changes places with the reference to it."""
+def _invert(rule: tuple[str, str]) -> tuple[str, str]:
+    """Return the rule that undoes `rule`: each group, in order, is exchanged with the reference to it."""
     pattern, replacement = rule
     groups = re.findall(r"\([^)]*\)", pattern)
-    back = re.escape(replacement)
+    inverse = re.escape(replacement)
     for number, group in enumerate(groups, start=1):
-        back = back.replace(rf"\\{number}", group)
+        inverse = inverse.replace(rf"\\{number}", group)
         pattern = pattern.replace(group, rf"\{number}", 1)
-    return back, pattern.replace(r"\.", ".")
+    return inverse, pattern.replace(r"\.", ".")

@@ -1,4 +1,4 @@
-"""Tensors by name from the files that encoders come in. Nothing is unpickled but tensors and plain values."""
+"""Readers of encoder files: tensors by name. Only tensors and plain values are unpickled."""
 
 from __future__ import annotations
 
@@ -15,30 +15,29 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from engine.checkpoint import provenance, storage
-from engine.config.renamed import translate
 from pipeline.system.errors import InputError, describe_error
 from pipeline.system.limits import open_regular, parse_json
 
 METADATA = "millrace"
-"""Key of a safetensors file's header under which `engine.export` describes the encoder, as JSON."""
+"""Key in a safetensors header of the architecture, as JSON, written by `engine.export`."""
 _WRAPPED = ("state_dict", "model", "model_state", "model_state_dict")
 
 
 class Contents(NamedTuple):
-    """What a file holds."""
+    """Content of a file."""
 
     path: Path
-    """The file or checkpoint that was read, of those the given path holds."""
+    """The file or checkpoint folder read, which may be within the given path."""
     state: dict[str, torch.Tensor]
     settings: dict[str, Any]
     described: dict[str, Any]
-    """The fields of an `engine.weights.load.Architecture`, as far as the file gives them."""
+    """Fields of an `engine.weights.load.Architecture`, if the file states them."""
     origin: dict[str, Any]
-    """What the run was made by, as far as its checkpoint says (`engine.checkpoint.provenance`)."""
+    """Provenance of the run, if its checkpoint records it (`engine.checkpoint.provenance`)."""
 
 
 def read(path: Path) -> Contents:
-    """Return the tensors of a file by name, and what it says of itself."""
+    """Return the content of a file or folder. Raises InputError."""
     if os.path.isdir(path):
         return _read_checkpoint(path)
     if not os.path.isfile(path):
@@ -50,13 +49,13 @@ def read(path: Path) -> Contents:
 
 
 def _read_checkpoint(path: Path) -> Contents:
-    """Return what a checkpoint folder holds; of a run, or of its folder of checkpoints, the newest whole one."""
+    """Return the content of a checkpoint folder; given a run or its `checkpoints`, of the newest intact one."""
     for folder in (path / "checkpoints", path):
-        if not (path / "state.json").exists() and (found := storage.newest(folder)[0]):
-            path = found
+        if not (path / "state.json").exists() and (newest := storage.newest(folder)[0]):
+            path = newest
             break
     tensors, state = storage.load(path)
-    settings = translate(state["settings"])
+    settings = state["settings"]
     try:
         model, data = settings["model"], settings["data"]
         described = {"arch": model["arch"], "stem": model["stem"], "width": model["width"], "size": data["size"]}
@@ -73,63 +72,63 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
     except (SafetensorError, OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path}: not a whole safetensors file ({error}): fetch it again") from None
+        raise InputError(f"{path}: not an intact safetensors file ({error}): fetch it again") from None
 
 
 def _read_torch(path: Path) -> dict[str, Any]:
-    """Return what torch.save wrote, as long as it is made of tensors and plain values: nothing else is unpickled.
+    """Return the state dict in a file of torch.save. Raises InputError for more than tensors and plain values.
 
-    A zip is mapped into memory, so that no storage can be larger than its file, and none is decompressed.
+    A zip is mapped into memory and never decompressed, so that no tensor can be larger than the file.
     """
     try:
         mapped = _is_zip(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a junk file's supposed protocol
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            warnings.simplefilter("ignore")  # about the pickle protocol of a junk file
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        what = re.search(
+        match = re.search(
             r"GLOBAL ([\w.]+)|Unsupported (?:global|class|operand)[: ]*(?:GLOBAL )?([A-Za-z_][\w.]+)", str(error)
         )
-        named = f" ({next(filter(None, what.groups()))})" if what else ""
+        name = f" ({next(filter(None, match.groups()))})" if match else ""
         raise InputError(
-            f"{path}: refused: it is no file of tensors alone{named}, and to load more would run whatever code its "
-            "maker put in: have its state dict saved as safetensors"
+            f"{path}: refused: contains more than tensors{name}, which could run any code when loaded: save its state "
+            "dict as safetensors"
         ) from None
     except InputError:
         raise
-    except Exception as error:  # torch's readers raise whatever a damaged file makes them stumble over
+    except Exception as error:  # torch's readers may raise anything on a damaged file
         raise InputError(f"{path}: cannot be read ({describe_error(error)}): fetch it again") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: holds {type(found).__name__}, not a state dict: have its state dict saved")
-    return found
+    if not isinstance(state, dict):
+        raise InputError(f"{path}: contains {type(state).__name__}, not a state dict: save the state dict")
+    return state
 
 
 def _is_zip(path: Path) -> bool:
-    """Return whether torch.save wrote a zip. Raises InputError for one that is compressed, as torch's are not."""
+    """Return whether a file of torch.save is a zip. Raises InputError for a compressed one: torch writes none."""
     with open_regular(path) as file:
         if file.read(4) != b"PK\x03\x04":
             return False
         members = zipfile.ZipFile(file).infolist()
     packed = next((m.filename for m in members if m.compress_type or m.compress_size != m.file_size), None)
     if packed is not None:
-        raise InputError(f"{path}: {packed} is compressed, as torch.save does not: fetch it again")
+        raise InputError(f"{path}: {packed} is compressed, which torch.save never does: fetch it again")
     return True
 
 
-def _plain(found: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Return the tensors of a state dict, unwrapped, without what DistributedDataParallel and compilation prefix."""
+def _plain(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the tensors of a state dict, unwrapped, without the prefixes of DDP and compilation."""
     for key in _WRAPPED:
-        inner = found.get(key)
+        inner = state.get(key)
         if isinstance(inner, dict) and any(isinstance(value, torch.Tensor) for value in inner.values()):
-            found = inner
+            state = inner
             break
     return {
-        re.sub(r"^((module|_orig_mod)\.)+", "", str(key)): value for key, value in found.items() if _has_values(value)
+        re.sub(r"^((module|_orig_mod)\.)+", "", str(key)): value for key, value in state.items() if _has_values(value)
     }
 
 
 def _has_values(value: Any) -> bool:
-    """Whether it is a tensor whose numbers are there: a file may hold sparse or quantized ones, or shapes alone."""
+    """Return whether it is a dense tensor with values: a file may contain sparse or quantized ones, or only shapes."""
     return (
         isinstance(value, torch.Tensor)
         and value.layout is torch.strided

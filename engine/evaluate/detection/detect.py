@@ -1,17 +1,16 @@
-"""Object detection: Faster R-CNN, R50-C4, on the encoder, all of it tuned; VOC's average precision. Wants torchvision.
+"""Object detection: Faster R-CNN, R50-C4, on the encoder, all of it tuned; VOC's average precision. Needs torchvision.
 
-As MoCo's on PASCAL VOC (1911.05722, section 4.2.1; facebookresearch/moco `detection/`, whose detectron2 recipe is
-`engine/transfer/`): trained on VOC07+12 trainval for 24,000 iterations of 16, rate 0.02 after 100 iterations of
+MoCo's protocol on PASCAL VOC (1911.05722, section 4.2.1; facebookresearch/moco `detection/`, whose detectron2 recipe is
+in `engine/transfer/`): trained on VOC07+12 trainval for 24,000 iterations of 16, rate 0.02 after 100 iterations of
 warm-up, times 0.1 after 18,000 and 22,000, decay 0.0001, shorter sides of 480 to 800 pixels; tested on VOC07 test at
-800, by the eleven-point metric of 2007, at overlaps of 0.5 to 0.95. Ours: torchvision's detector (`faster_rcnn.py` says
-how it differs), synchronized BatchNorm with its running statistics, the rate grows with the batch.
+800, by the eleven-point metric of 2007, at overlaps of 0.5 to 0.95. Ours: torchvision's detector (`faster_rcnn.py`
+lists the differences), synchronized BatchNorm with its running statistics, a rate proportional to the batch.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-import shutil
+import contextlib
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,12 +18,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.logging import get_logger
 from torch import nn
 
+from engine.evaluate import evaluation
 from engine.evaluate.detection.faster_rcnn import faster_rcnn, torchvision
-from engine.evaluate.detection.voc_ap import Boxes, precision
-from engine.evaluate.evaluation import Trial, share_of, start
-from engine.evaluate.trainer import Kept, check_batch, sgd, train_by_steps
+from engine.evaluate.detection.voc_ap import Boxes, score
+from engine.evaluate.evaluation import Evaluation, shard
+from engine.evaluate.resume import EpochCheckpoint
+from engine.evaluate.trainer import check_batch, sgd, train_by_steps
 from engine.parallel import collectives
 from engine.parallel.sync_batchnorm import synchronize
 from methods.encoders import ResNet, place
@@ -35,41 +37,40 @@ from pipeline.system.device import to_device
 from pipeline.system.errors import InputError
 from pipeline.system.thread_pool import Workers
 
+logger = get_logger(__name__)
+
 BATCH = 16
 SIZES = tuple(range(480, 801, 32))
-_STEPS, _FACTOR, _WARMUP = (18 / 24, 22 / 24), 0.1, 100
+_MILESTONES, _FACTOR, _WARMUP_STEPS = (18 / 24, 22 / 24), 0.1, 100
 _DECAY = 1e-4
-_FLIPS, _CHOICES = 0x666C6970, 0x63686F696365  # keep these random numbers apart from each other and other modules'
-_DRY = 2  # batches, in training and in testing
+_FLIPS, _CHOICES = 0x666C6970, 0x63686F696365  # keys of two random streams, apart from other modules'
+_DRY_BATCHES = 2  # in training and in testing
 Sample = tuple[np.ndarray, Objects]
 
 
 @dataclass
-class Detection(Trial):
-    """An encoder and the images with boxes that it is tried on."""
+class Detection(Evaluation):
+    """An encoder, and images with boxes as training and test set."""
 
     train: Boxed
     test: Boxed
 
     def check(self) -> None:
-        """Raise InputError for options that cannot work."""
+        """Create the folder of results. Raises InputError for it or for other options that cannot work."""
         args = self.args
         if not isinstance(self.encoder.backbone, ResNet):
-            raise InputError(f"{self.encoder.architecture}: R50-C4 is made of a ResNet's stages: give a ResNet")
-        for name, value in (("iterations", args.iterations), ("lr", args.lr)):
-            if not 0 < value < math.inf:
-                raise InputError(f"--{name} {value}: choose a number above 0")
+            raise InputError(f"{self.encoder.architecture}: R50-C4 is built from a ResNet's stages: give a ResNet")
+        self.require_positive("iterations", "lr")
         if not 32 <= min(args.sizes) <= max(args.sizes) <= args.largest:
             raise InputError(f"--sizes {min(args.sizes)} to {max(args.sizes)}: choose 32 to --largest {args.largest}")
         if collectives.world() > 1 and self.device.type == "cpu":
-            raise InputError(
-                "several processes without GPUs: BatchNorm there wants images of one size: start one process"
-            )
+            raise InputError("several ranks without GPUs: synchronized BatchNorm needs images of one size: start one")
         super().check()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of detection."""
+    evaluation.add_arguments(parser)
     parts = {"nargs": "+", "metavar": "FOLDER[:SET]"}
     parser.add_argument("--train", type=_part, required=True, help="VOC2007 VOC2012 (SET: trainval)", **parts)
     parser.add_argument("--test", type=_part, required=True, help="VOC2007 (SET: test)", **parts)
@@ -78,126 +79,114 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="N", help="shorter sides, for training")
     parser.add_argument("--largest", type=int, default=1333, help="longer side at most (default: %(default)s)")
     parser.add_argument("--metric", choices=["voc07", "area"], default="voc07", help="(default: %(default)s)")
-    parser.add_argument("--dry-run", action="store_true", help="two steps, and a test on two batches; keeps nothing")
+    parser.add_argument("--dry-run", action="store_true", help="two steps and a test on two batches; saves nothing")
     parser.set_defaults(precision="no")
 
 
 def _part(text: str) -> tuple[Path, str]:
-    """Return a folder and the name of a set, nothing where there is none."""
+    """Return a folder, and the name of a set or an empty text."""
     folder, _, name = text.partition(":")
     return Path(folder), name
 
 
-def setup(args: argparse.Namespace) -> Detection:
-    """Return the trial of a command line. Raises InputError, on all processes, for what cannot work."""
+def run(args: argparse.Namespace) -> None:
+    """Train a detector, and score it on the test images."""
     torchvision()
     if not args.dry_run:
-        return start(Detection, args, lambda: _open(args))
-    args.iterations, args.out = _DRY, Path(tempfile.mkdtemp(prefix="millrace-"))
-    try:
-        return start(Detection, args, lambda: _open(args))
-    except BaseException:
-        shutil.rmtree(args.out, ignore_errors=True)
-        raise
+        _run(args)
+        return
+    with tempfile.TemporaryDirectory(prefix="millrace-", ignore_cleanup_errors=True) as folder:
+        args.iterations, args.out = _DRY_BATCHES, Path(folder)
+        _run(args)
 
 
 def _open(args: argparse.Namespace) -> tuple[Boxed, Boxed]:
     train = open_boxed([(folder, name or "trainval") for folder, name in args.train])
     test = open_boxed([(folder, name or "test") for folder, name in args.test], train.classes)
-    some = _DRY * (args.batch or BATCH)
-    return (train.part(some), test.part(some)) if args.dry_run else (train, test)
+    images = _DRY_BATCHES * (args.batch or BATCH)
+    return (train.part(images), test.part(images)) if args.dry_run else (train, test)
 
 
-def run(trial: Detection) -> None:
-    """Train a detector, and score it on the test images."""
-    args = trial.args
-    batch = check_batch(args.batch or BATCH, len(trial.train))
-    classes = trial.train.classes
-    settings = trial.settings(batch=batch, iterations=args.iterations, lr=args.lr, classes=list(classes))
+def _run(args: argparse.Namespace) -> None:
+    task = evaluation.build(Detection, args, lambda: _open(args))
+    batch, classes = check_batch(args.batch or BATCH, len(task.train)), task.train.classes
+    settings = task.settings(batch=batch, iterations=args.iterations, lr=args.lr, classes=list(classes))
     settings |= {"sizes": list(args.sizes), "largest": args.largest}
-    trial.say(f"{len(trial.train)} images for training, {len(trial.test)} for testing, {len(classes)} classes")
-    try:
-        model, seconds = train(trial, batch, settings)
-        found = tested(trial, model)
-        true = _true(trial.test)
-        scores = precision([_of_class(found, label) for label in range(len(classes))], true, classes, args.metric)
-        result = {**scores.as_dict(), "metric": args.metric, "images": len(trial.test)}
-        result |= {"training_seconds": round(seconds, 2), "settings": settings}
-        trial.write("detect", result, f"detection, {args.iterations} iterations", f"{100 * scores.ap:.2f}", scores)
-    finally:
-        if args.dry_run:
-            shutil.rmtree(trial.out, ignore_errors=True)
+    logger.info("%d training images, %d test images, %d classes", len(task.train), len(task.test), len(classes))
+    rows = detect(task, train(task, batch, settings))
+    detections = [_of_class(rows, label) for label in range(len(classes))]
+    scores = score(detections, _objects(task.test), classes, args.metric)
+    more = {"metric": args.metric, "images": len(task.test)}
+    task.write("detect", f"detection, {args.iterations} iterations", scores, settings, **more)
 
 
-def train(trial: Detection, batch: int, settings: dict[str, object]) -> tuple[nn.Module, float]:
-    """Return the detector and the seconds its training took; an attempt that was broken off is gone on from."""
-    args = trial.args
-    assert isinstance(trial.backbone, ResNet)
-    torch.manual_seed(args.seed)  # the parts that are new
-    model = faster_rcnn(trial.backbone, len(trial.train.classes), tuple(args.sizes), args.largest)
+def train(task: Detection, batch: int, settings: dict[str, object]) -> nn.Module:
+    """Return the trained detector. Resumes an interrupted training."""
+    args = task.args
+    assert isinstance(task.backbone, ResNet)
+    torch.manual_seed(args.seed)  # for the new layers
+    model = faster_rcnn(task.backbone, len(task.train.classes), tuple(args.sizes), args.largest)
     if collectives.world() > 1:
-        synchronize(model, trial.device)
-    place(model, trial.device)
+        synchronize(model, task.device)
+    place(model, task.device)
     optimizer = sgd([{"params": list(model.parameters())}], weight_decay=_DECAY)
     samples = Samples(
-        trial.train.path,
-        len(trial.train),
-        lambda epoch, index: _flipped(trial.train, index, _flips(args.seed, epoch, index)),
+        task.train.path,
+        len(task.train),
+        lambda epoch, index: _read(task.train, index, _draw_flip(args.seed, epoch, index)),
         batch=batch,
         seed=args.seed,
-        **trial.sharing,
+        **task.sharding,
     )
 
     def batches(first: int, last: int) -> Iterator[list[Sample]]:
-        for step, some in enumerate(samples.batches(first, last), start=first):
-            torch.manual_seed(int(keyed(_CHOICES, args.seed, step, collectives.rank())) >> 1)  # of sizes and regions
-            yield some
+        for step, batch_samples in enumerate(samples.batches(first, last), start=first):
+            # torchvision draws sizes and regions from torch's generator: seeded by step, so that a resume is exact.
+            torch.manual_seed(int(keyed(_CHOICES, args.seed, step, collectives.rank())) >> 1)
+            yield batch_samples
 
-    try:
-        seconds = train_by_steps(
-            trial,
-            Kept(trial, "detect", model, optimizer, settings),
+    checkpoint = EpochCheckpoint(task, "detect", model, optimizer, settings)
+    with contextlib.closing(samples):
+        train_by_steps(
+            checkpoint,
             model,
-            optimizer,
             batches,
-            lambda wrapped, some: losses(wrapped, some, trial.device),
+            lambda wrapped, batch_samples: total_loss(wrapped, batch_samples, task.device),
             lambda step: rate(args.lr * batch / BATCH, step, args.iterations),
-            epoch=samples.steps,
+            epoch_steps=samples.steps,
             iterations=args.iterations,
         )
-    finally:
-        samples.close()
-    return model, seconds
+    return model
 
 
-def rate(highest: float, step: int, iterations: int) -> float:
-    """Return the learning rate of a step: a thousandth of the highest to all of it over the warm-up, then in steps."""
-    warmth = 0.001 + 0.999 * min(1.0, step / _WARMUP)
-    return highest * warmth * _FACTOR ** sum(step / iterations >= at for at in _STEPS)
+def rate(peak: float, step: int, iterations: int) -> float:
+    """Return the learning rate of a step: linear warm-up from a thousandth of the peak, then milestones."""
+    warmup = 0.001 + 0.999 * min(1.0, step / _WARMUP_STEPS)
+    return peak * warmup * _FACTOR ** sum(step / iterations >= milestone for milestone in _MILESTONES)
 
 
-def losses(model: nn.Module, samples: list[Sample], device: torch.device) -> torch.Tensor:
+def total_loss(model: nn.Module, samples: list[Sample], device: torch.device) -> torch.Tensor:
     """Return the sum of the detector's losses: objectness and boxes of proposals, classes and boxes of regions."""
     images = [_pixels(image, device) for image, _ in samples]
     targets = [
         {"boxes": to_device(objects.boxes, device), "labels": to_device(objects.labels + 1, device)}  # 0: background
         for _, objects in samples
     ]
-    found: dict[str, torch.Tensor] = model(images, targets)
-    return torch.stack(list(found.values())).sum()
+    losses: dict[str, torch.Tensor] = model(images, targets)
+    return torch.stack(list(losses.values())).sum()
 
 
 def _pixels(image: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Return an image, uint8 [H, W, 3], as float32 [3, H, W] of 0 to 1."""
+    """Return an image, uint8 [H, W, 3], as float32 [3, H, W] from 0 to 1."""
     return to_device(np.ascontiguousarray(image), device).permute(2, 0, 1).float() / 255
 
 
-def _flips(seed: int, epoch: int, index: int) -> bool:
+def _draw_flip(seed: int, epoch: int, index: int) -> bool:
     return bool(uniforms(keyed(_FLIPS, seed, epoch, index), 1)[0] < 0.5)
 
 
-def _flipped(data: Boxed, index: int, flip: bool) -> Sample:
-    """Return a sample, mirrored if so."""
+def _read(data: Boxed, index: int, flip: bool) -> Sample:
+    """Return a sample, mirrored if `flip`."""
     image, objects = data.read(index), data.objects[index]
     if not flip:
         return image, objects
@@ -207,35 +196,31 @@ def _flipped(data: Boxed, index: int, flip: bool) -> Sample:
 
 
 @torch.no_grad()
-def tested(trial: Detection, model: nn.Module) -> np.ndarray:
-    """Return the detections in all test images: float64 [D, 7], of image, class, score and box."""
+def detect(task: Detection, model: nn.Module) -> np.ndarray:
+    """Return the detections in all test images, float64 [D, 7]: image, class, score and box."""
     model.eval()
-    own, rows = share_of(trial.test), [np.zeros((0, 7))]
-    workers = Workers(trial.workers, lambda: None)
-    images = workers.in_order(lambda _, index: trial.test.read(index), own.tolist(), ahead=8)
-    try:
-        for index, image in zip(trial.shown(own.tolist(), "images"), images, strict=True):
-            with trial.accelerator.autocast():
-                (found,) = model([_pixels(image, trial.device)])
-            about = torch.stack(
-                [torch.full_like(found["scores"], index), found["labels"] - 1.0, found["scores"]], dim=1
-            )
-            rows.append(torch.cat([about, found["boxes"]], dim=1).double().cpu().numpy())
-    finally:
-        workers.close()
-    local = torch.from_numpy(np.concatenate(rows)).to(trial.device)
-    counts = collectives.gather(torch.tensor([len(local)], device=trial.device)).tolist()
-    return collectives.gather_uneven(local, counts).cpu().numpy()
+    local, rows = shard(task.test), [np.zeros((0, 7))]
+    with contextlib.closing(Workers(task.workers, lambda: None)) as workers:
+        images = workers.in_order(lambda _, index: task.test.read(index), local.tolist(), ahead=8)
+        for index, image in zip(task.progress(local.tolist(), "images"), images, strict=True):
+            with task.accelerator.autocast():
+                (detected,) = model([_pixels(image, task.device)])
+            about = [torch.full_like(detected["scores"], index), detected["labels"] - 1.0, detected["scores"]]
+            rows.append(torch.cat([torch.stack(about, dim=1), detected["boxes"]], dim=1).double().cpu().numpy())
+    detections = torch.from_numpy(np.concatenate(rows)).to(task.device)
+    counts = collectives.gather(torch.tensor([len(detections)], device=task.device)).tolist()
+    return collectives.gather_uneven(detections, counts).cpu().numpy()
 
 
 def _of_class(rows: np.ndarray, label: int) -> Boxes:
-    mine = rows[rows[:, 1] == label]
-    return Boxes(mine[:, 0].astype(np.int64), mine[:, 3:], mine[:, 2])
+    """Return the detections of a class."""
+    members = rows[rows[:, 1] == label]
+    return Boxes(members[:, 0].astype(np.int64), members[:, 3:], members[:, 2])
 
 
-def _true(data: Boxed) -> list[Boxes]:
+def _objects(data: Boxed) -> list[Boxes]:
     """Return the objects of all images, by class."""
-    images = np.repeat(np.arange(len(data)), [len(one.labels) for one in data.objects])
+    images = np.repeat(np.arange(len(data)), [len(objects.labels) for objects in data.objects])
     boxes, labels, difficult = (np.concatenate(parts) for parts in zip(*data.objects, strict=True))
     return [
         Boxes(images[labels == label], boxes[labels == label], difficult[labels == label])

@@ -1,10 +1,10 @@
-"""Faster R-CNN with a ResNet's C4 backbone (1506.01497; 1911.05722, appendix A.1), of torchvision's parts.
+"""Faster R-CNN with a ResNet's C4 backbone (1506.01497; 1911.05722, appendix A.1), built from torchvision's parts.
 
-As the paper's R50-C4, which torchvision has no model of: conv1 to conv4 see the image, proposals and pooling are on
-their maps, of stride 16; conv5 is the head of each region, of 14 x 14 cells, with a BatchNorm behind it. All of the
-pretrained stages are used, and none besides but that BatchNorm, so that the encoder shows; a feature pyramid would add
-layers that start at random. Numbers of proposals and regions are detectron2's C4's, which MoCo's detection runs on. Its
-losses of boxes are absolute, torchvision's smooth (below 1/9); its annotations and scores are VOC's in both.
+The paper's R50-C4, which torchvision lacks: proposals and pooling use the maps of conv1 to conv4, of stride 16; conv5
+is the head of each region of 14 x 14 cells, followed by a BatchNorm. All pretrained stages are used, and only
+that BatchNorm and the predictors are new, so that the result shows the encoder; a feature pyramid would add random
+layers. Numbers of proposals and regions are those of detectron2's C4, MoCo's detector. Its box losses are absolute,
+torchvision's are smooth (below 1/9); annotations and scores are VOC's in both.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CELLS = 14
 
 
 class C4(nn.Module):
-    """Stem to third stage: images [B, 3, H, W] to maps [B, C, H / 16, W / 16] (of a small stem, H / 4)."""
+    """Stem to third stage: images [B, 3, H, W] to maps [B, C, H / 16, W / 16] (small stem: H / 4, W / 4)."""
 
     def __init__(self, backbone: ResNet) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class C4(nn.Module):
 
 
 class Res5(nn.Module):
-    """The last stage, a BatchNorm and the mean: regions [R, C, 14, 14] to features [R, F]."""
+    """Last stage, BatchNorm and mean: regions [R, C, 14, 14] to features [R, F]."""
 
     def __init__(self, backbone: ResNet) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Res5(nn.Module):
 
 
 class Pool(nn.Module):
-    """Pools regions aligned to half a pixel, as detectron2's; what torchvision's detectors have is half a pixel off."""
+    """Pooling of regions, aligned as in detectron2; that of torchvision's detectors is half a pixel off."""
 
     def __init__(self, stride: int) -> None:
         super().__init__()
@@ -64,10 +64,10 @@ class Pool(nn.Module):
 
 
 def faster_rcnn(backbone: ResNet, classes: int, sizes: tuple[int, ...], largest: int) -> nn.Module:
-    """Return the detector, all of it trainable. Classes are counted without the background.
+    """Return the detector, all of it trainable. In training it maps images and boxes to losses, else images to boxes.
 
-    sizes: shorter sides that training images are scaled to, one of them at random; test images to the last. largest:
-    the longer side at most. Training: images [3, H, W] of 0 to 1 and their boxes to losses; else to boxes.
+    Images are [3, H, W] from 0 to 1. classes: without the background. sizes: shorter sides of training images, one of
+    them drawn at random; of test images the last. largest: maximum of the longer side.
     """
     detection = torchvision().models.detection
     anchors = detection.rpn.AnchorGenerator((ANCHORS,), (RATIOS,))
@@ -88,20 +88,20 @@ def faster_rcnn(backbone: ResNet, classes: int, sizes: tuple[int, ...], largest:
         box_head=Res5(backbone),
         box_predictor=detection.faster_rcnn.FastRCNNPredictor(backbone.features, classes + 1),
     )
-    model.roi_heads.box_roi_pool = Pool(body.stride)  # which the constructor does not take
+    model.roi_heads.box_roi_pool = Pool(body.stride)  # the constructor refuses it
     return model.requires_grad_(True)
 
 
 def torchvision() -> Any:
-    """Return the library. Raises InputError where it is not installed, or not for this torch."""
+    """Return the library. Raises InputError if it is not installed, or built for another torch."""
     try:
         import torchvision
         import torchvision.models.detection
     except ImportError as error:
-        raise InputError(f"{error.name} is not installed, which detection wants: pip install torchvision") from None
-    except RuntimeError as error:  # its compiled operators are for another torch
+        raise InputError(f"{error.name} is not installed, and detection needs it: pip install torchvision") from None
+    except RuntimeError as error:  # of its compiled operators, built for another torch
         raise InputError(
-            f"torchvision does not load ({error}): install the one for torch {torch.__version__}, from where torch came"
+            f"torchvision does not load ({error}): install the one for torch {torch.__version__}, from torch's index"
         ) from None
     return torchvision
 

@@ -1,16 +1,19 @@
 """PASCAL VOC's average precision, at any overlap.
 
-As the devkit counts: a detection is right where its overlap with an object of its class is above the threshold, and it
-is the most confident to claim that object; objects marked difficult are neither found nor missed. `voc07`: the mean of
-the best precisions at recalls of 0, 0.1 ... 1. `area`: the area below precision that is made to fall (VOC since 2010).
+As in the development kit: a detection is a hit if its overlap with an object of its class is above the threshold and no
+more confident detection has claimed that object; objects marked difficult count neither as hits nor as misses.
+`voc07`: the mean of the best precisions at recalls of 0, 0.1 ... 1. `area`: the area below the precision, made
+monotonic (VOC since 2010).
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+
+from engine.evaluate.accuracy import Scores
 
 Metric = Literal["voc07", "area"]
 THRESHOLDS = tuple(threshold / 100 for threshold in range(50, 100, 5))
@@ -21,70 +24,66 @@ class Boxes:
     """Boxes of one class in many images."""
 
     images: np.ndarray
-    """int64 [N]: which image each is in."""
+    """int64 [N]: the image of each."""
     boxes: np.ndarray
     """float [N, 4]: left, top, right, bottom."""
     marks: np.ndarray
-    """[N]: of detections float scores, of objects bool: difficult."""
+    """[N]: of detections their scores, float; of objects whether they are difficult, bool."""
 
 
 @dataclass
-class Precision:
-    """Shares from 0 to 1, means over classes."""
+class DetectionScores(Scores):
+    """Scores of a detector, means over classes."""
 
+    MAIN = "ap"
     ap: float
-    """Over the thresholds 0.5, 0.55 ... 0.95."""
+    """Mean over the thresholds 0.5, 0.55 ... 0.95."""
     ap50: float
     ap75: float
     per_class: dict[str, float]
     """AP50."""
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
-
     def __str__(self) -> str:
         return f"AP {100 * self.ap:.2f}, AP50 {100 * self.ap50:.2f}, AP75 {100 * self.ap75:.2f}"
 
 
-def precision(found: list[Boxes], true: list[Boxes], names: tuple[str, ...], metric: Metric) -> Precision:
-    """Return the scores of detections, by class. A class without objects has no part in the means."""
+def score(detections: list[Boxes], objects: list[Boxes], names: tuple[str, ...], metric: Metric) -> DetectionScores:
+    """Return the scores of detections, given by class. The means are over classes with objects."""
     table = {
-        name: np.array([average_precision(one, other, at, metric) for at in THRESHOLDS])
-        for name, one, other in zip(names, found, true, strict=True)
-        if (~other.marks).any()
+        name: np.array([average_precision(boxes, truth, threshold, metric) for threshold in THRESHOLDS])
+        for name, boxes, truth in zip(names, detections, objects, strict=True)
+        if (~truth.marks).any()
     }
     means = np.mean(list(table.values()), axis=0)
     per_class = {name: float(values[0]) for name, values in table.items()}
-    return Precision(float(means.mean()), float(means[0]), float(means[THRESHOLDS.index(0.75)]), per_class)
+    return DetectionScores(float(means.mean()), float(means[0]), float(means[THRESHOLDS.index(0.75)]), per_class)
 
 
-def average_precision(found: Boxes, true: Boxes, threshold: float, metric: Metric) -> float:
-    """Return the average precision of one class's detections; NaN where there are no objects but difficult ones."""
-    objects = (~true.marks).sum()
-    if not objects:
+def average_precision(detections: Boxes, objects: Boxes, threshold: float, metric: Metric) -> float:
+    """Return the average precision of one class's detections; NaN without objects that are not difficult."""
+    count = (~objects.marks).sum()
+    if not count:
         return float("nan")
-    order = np.argsort(-found.marks, kind="stable")
-    overlap, which = _best(found.images[order], found.boxes[order], true)
+    order = np.argsort(-detections.marks, kind="stable")
+    overlap, target = _best_overlaps(detections.images[order], detections.boxes[order], objects)
     claims = overlap > threshold
-    difficult = claims & true.marks[which]
-    right = np.zeros(len(order), bool)
-    _, first = np.unique(which[claims & ~difficult], return_index=True)
-    right[np.flatnonzero(claims & ~difficult)[first]] = True
-    counted = right[~difficult]
-    hits = np.cumsum(counted)
-    return _summary(hits / objects, hits / np.arange(1, len(hits) + 1), metric)
+    difficult = claims & objects.marks[target]
+    hits = np.zeros(len(order), bool)
+    _, first = np.unique(target[claims & ~difficult], return_index=True)
+    hits[np.flatnonzero(claims & ~difficult)[first]] = True
+    total = np.cumsum(hits[~difficult])
+    return _average(total / count, total / np.arange(1, len(total) + 1), metric)
 
 
-def _best(images: np.ndarray, boxes: np.ndarray, true: Boxes) -> tuple[np.ndarray, np.ndarray]:
-    """Return each detection's largest overlap with an object of its image, and which object that is; 0 for none."""
-    overlap, which = np.zeros(len(images)), np.zeros(len(images), np.int64)
+def _best_overlaps(images: np.ndarray, boxes: np.ndarray, objects: Boxes) -> tuple[np.ndarray, np.ndarray]:
+    """Return each detection's largest overlap with an object of its image, and that object; 0 and 0 for none."""
+    overlap, target = np.zeros(len(images)), np.zeros(len(images), np.int64)
     for image in np.unique(images):
-        here, there = np.flatnonzero(images == image), np.flatnonzero(true.images == image)
-        if len(there):
-            ious = _ious(boxes[here], true.boxes[there])
-            overlap[here], which[here] = ious.max(axis=1), there[ious.argmax(axis=1)]
-    return overlap, which
+        rows, columns = np.flatnonzero(images == image), np.flatnonzero(objects.images == image)
+        if len(columns):
+            ious = _ious(boxes[rows], objects.boxes[columns])
+            overlap[rows], target[rows] = ious.max(axis=1), columns[ious.argmax(axis=1)]
+    return overlap, target
 
 
 def _ious(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -96,12 +95,12 @@ def _ious(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return both / (areas[0][:, None] + areas[1][None, :] - both)
 
 
-def _summary(recall: np.ndarray, precision: np.ndarray, metric: Metric) -> float:
+def _average(recall: np.ndarray, precision: np.ndarray, metric: Metric) -> float:
     """Return the average of precisions, [N] each, in order of falling confidence."""
     if not len(recall):
         return 0.0
-    falling = np.maximum.accumulate(precision[::-1])[::-1]  # the best at that recall or above
+    best = np.maximum.accumulate(precision[::-1])[::-1]  # the best precision at that recall or above
     if metric == "area":
-        return float((np.diff(recall, prepend=0.0) * falling).sum())
+        return float((np.diff(recall, prepend=0.0) * best).sum())
     at = np.searchsorted(recall, np.linspace(0, 1, 11) - 1e-12)
-    return float(np.append(falling, 0.0)[at].mean())
+    return float(np.append(best, 0.0)[at].mean())

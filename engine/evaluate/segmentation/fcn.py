@@ -1,10 +1,10 @@
-"""The fully convolutional network of MoCo's segmentations (1911.05722, appendix A.5: FCN-16s, 1411.4038).
+"""The fully convolutional network of MoCo's segmentation (1911.05722, appendix A.5: FCN-16s, 1411.4038).
 
-The paper's: 3x3 convolutions of conv5 of dilation 2 and stride 1; two 3x3 convolutions of 256 channels and dilation 6,
-with BatchNorm and ReLU; a 1x1 convolution. Ours, since the paper is silent: their initialization (He's; the classifier
-from N(0, 0.01)), and bilinear upsampling that puts each cell of the maps at the pixel it is centered on, which at crops
-of 513 pixels is what interpolation with aligned corners does. Transformers, of which the paper has none, give their
-patches' features, without dilation.
+From the paper: conv5's 3x3 convolutions with dilation 2 and stride 1; two 3x3 convolutions of 256 channels and dilation
+6, with BatchNorm and ReLU; a 1x1 convolution. Ours, as the paper does not specify them: initialization (He's; the
+classifier from N(0, 0.01)), and bilinear upsampling that places each cell of the maps at its center pixel, which for
+crops of 513 pixels equals interpolation with aligned corners. Transformers, which the paper has not, give the features
+of their patches, without dilation.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ CHANNELS, DILATION = 256, 6
 
 
 class Fcn(nn.Module):
-    """A backbone and a head: images [B, 3, H, W] of any size to logits [B, C, H, W], float32 at least.
+    """A backbone and a head: images [B, 3, H, W] of any size to logits [B, C, H, W], float32 or wider.
 
-    Of a frozen backbone, evaluation mode is kept, and no gradient taken.
+    A frozen backbone stays in evaluation mode and gets no gradient.
     """
 
     def __init__(self, backbone: nn.Module, classes: int, *, frozen: bool, seed: int) -> None:
@@ -47,11 +47,11 @@ class Fcn(nn.Module):
             maps = self.backbone.maps(images)
         logits = self.head(maps)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return upsampled(logits, self.stride, centered=centered)[..., :height, :width]
+        return upsample(logits, self.stride, centered=centered)[..., :height, :width]
 
 
 def dilate(backbone: ResNet) -> int:
-    """Give the last stage's convolutions stride 1, and those of 3x3 dilation 2; return the stride of the maps."""
+    """Give the last stage's convolutions stride 1, and its 3x3 ones dilation 2; return the stride of the maps."""
     for module in backbone.layer4.modules():
         if isinstance(module, nn.Conv2d):
             module.stride = (1, 1)
@@ -61,7 +61,7 @@ def dilate(backbone: ResNet) -> int:
 
 
 def head(features: int, classes: int, seed: int) -> nn.Sequential:
-    """Return the convolutions behind the backbone, maps [B, F, h, w] to logits [B, C, h, w]."""
+    """Return the convolutions after the backbone: maps [B, F, h, w] to logits [B, C, h, w]."""
     layers: list[nn.Module] = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -75,15 +75,14 @@ def head(features: int, classes: int, seed: int) -> nn.Sequential:
     return nn.Sequential(*layers, classifier)
 
 
-def upsampled(maps: torch.Tensor, stride: int, *, centered: bool) -> torch.Tensor:
-    """Return maps [B, C, h, w] bilinearly at every pixel: [B, C, stride h, stride w].
+def upsample(maps: torch.Tensor, stride: int, *, centered: bool) -> torch.Tensor:
+    """Return maps [B, C, h, w], bilinearly interpolated at every pixel: [B, C, stride h, stride w].
 
-    Cell i of a ResNet's maps is centered on pixel stride * i; of a transformer's (`centered`) on the middle of its
-    patch.
+    The center of cell i is pixel stride * i of a ResNet, and the center of the patch of a transformer (`centered`).
     """
     height, width = (stride * cells for cells in maps.shape[2:])
     if centered:
         return F.interpolate(maps, (height, width), mode="bilinear", align_corners=False)
-    beyond = F.pad(maps, (0, 1, 0, 1), mode="replicate")
-    whole = F.interpolate(beyond, (height + 1, width + 1), mode="bilinear", align_corners=True)
-    return whole[..., :height, :width]
+    padded = F.pad(maps, (0, 1, 0, 1), mode="replicate")
+    pixels = F.interpolate(padded, (height + 1, width + 1), mode="bilinear", align_corners=True)
+    return pixels[..., :height, :width]

@@ -1,44 +1,39 @@
-"""Intersection over union by class, its mean, pixel accuracy, and how far chance alone could have moved the mean."""
+"""Intersection over union of each class, its mean with a bootstrap interval, and pixel accuracy."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from engine.evaluate.accuracy import bounds
+from engine.evaluate.accuracy import Interval, Scores, percent, percentile_interval
 from pipeline.dense.masks import IGNORED
 
 _RESAMPLES = 1000
 
 
 @dataclass
-class Overlap:
-    """Shares from 0 to 1."""
+class SegmentationScores(Scores):
+    """Scores of a segmentation."""
 
+    MAIN = "miou"
     miou: float
-    interval: tuple[float, float]
+    interval: Interval
     """95 % interval of the mean, by bootstrap over the test images."""
     pixel_accuracy: float
     per_class: dict[str, float]
-    """By class name, or number, of the classes that occur, in masks or predictions."""
+    """Of each class that occurs in masks or predictions, by its name or number."""
     images: int
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
-
     def __str__(self) -> str:
-        low, high = (f"{100 * bound:.2f}" for bound in self.interval)
-        return f"mIoU {self.miou:.2%} ({low}-{high}), pixel accuracy {self.pixel_accuracy:.2%}"
+        return f"mIoU {self.miou:.2%} ({percent(self.interval)}), pixel accuracy {self.pixel_accuracy:.2%}"
 
 
-def count(predicted: torch.Tensor, masks: torch.Tensor, classes: int) -> torch.Tensor:
-    """Return, of each image and class, the pixels that are both, predicted so, and masked so: int64 [B, 3, C].
+def count_pixels(predicted: torch.Tensor, masks: torch.Tensor, classes: int) -> torch.Tensor:
+    """Return the pixels of each image and class in both, in the prediction, and in the mask: int64 [B, 3, C].
 
-    predicted, masks: int64 [B, H, W]; where the mask is 255, nothing counts.
+    predicted, masks: int64 [B, H, W]; pixels of mask 255 do not count.
     """
     batch, known = len(masks), masks != IGNORED
     image = torch.arange(batch, device=masks.device).view(-1, 1, 1).expand_as(masks)
@@ -47,28 +42,27 @@ def count(predicted: torch.Tensor, masks: torch.Tensor, classes: int) -> torch.T
     return torch.stack([confusion.diagonal(dim1=1, dim2=2), confusion.sum(dim=1), confusion.sum(dim=2)], dim=1)
 
 
-def overlap(counts: np.ndarray, names: list[str] | None = None, seed: int = 0) -> Overlap:
-    """Return the scores of all images together, from the counts of each: int64 [N, 3, C].
+def score(counts: np.ndarray, names: list[str], seed: int) -> SegmentationScores:
+    """Return the scores of all images together, from the counts of each, int64 [N, 3, C].
 
-    A class that occurs nowhere has no part in the mean. names: of the classes, by number.
+    names: of the classes, by number. The mean is over classes that occur. seed: of the bootstrap.
     """
     total = counts.sum(axis=0)
     ious = _ious(total)
-    named = names or [str(number) for number in range(counts.shape[2])]
     random = np.random.default_rng(seed)
-    drawn = random.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), _RESAMPLES)  # [R, N]
-    sums = (drawn.astype(np.float64) @ counts.reshape(len(counts), -1)).reshape(_RESAMPLES, *counts.shape[1:])
-    return Overlap(
+    weights = random.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), _RESAMPLES)  # [R, N]
+    sums = (weights.astype(np.float64) @ counts.reshape(len(counts), -1)).reshape(_RESAMPLES, *counts.shape[1:])
+    return SegmentationScores(
         miou=float(np.nanmean(ious)),
-        interval=bounds(np.array([np.nanmean(_ious(one)) for one in sums])),
+        interval=percentile_interval(np.array([np.nanmean(_ious(resampled)) for resampled in sums])),
         pixel_accuracy=float(total[0].sum() / total[2].sum()),
-        per_class={name: float(iou) for name, iou in zip(named, ious, strict=True) if not np.isnan(iou)},
+        per_class={name: float(iou) for name, iou in zip(names, ious, strict=True) if not np.isnan(iou)},
         images=len(counts),
     )
 
 
 def _ious(counts: np.ndarray) -> np.ndarray:
-    """Return each class's intersection over union from its counts [3, C]; NaN where it occurs nowhere."""
+    """Return each class's intersection over union from its counts [3, C]; NaN for a class that does not occur."""
     both, predicted, masked = counts
     union = predicted + masked - both
     return np.divide(both, union, out=np.full(len(both), np.nan), where=union > 0)

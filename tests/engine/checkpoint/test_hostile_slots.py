@@ -15,14 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from safetensors.torch import load_file
 
 from benchmarks import plan
 from engine.checkpoint import storage
 from engine.config.cli import parse
 from engine.config.settings import Model, Settings
-from engine.evaluate import feature_cache, features, semi_supervised, svm
-from engine.evaluate.trainer import Kept, sgd
+from engine.evaluate import features, linear_fast, semi_supervised, svm
+from engine.evaluate.resume import EpochCheckpoint, save_cached
+from engine.evaluate.trainer import sgd
 from engine.export import model_card
 from engine.monitoring.metrics_logger import Monitor
 from engine.weights.load import load_encoder
@@ -40,7 +42,8 @@ Slot = tuple[Path, Callable[[], Any]]
 
 @pytest.fixture
 def slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Slot]:
-    """Every file that is read, with the function that reads it."""
+    """Every file that is read, and what reads it."""
+    PartialState(cpu=True)  # which log lines of evaluations need
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     run, beton, tar = tmp_path / "run", tmp_path / "x.beton", tmp_path / "x.tar"
     prepare("synthetic:40", beton, workers=1, quiet=True)
@@ -59,20 +62,20 @@ def slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Slot]:
     for name in ("x.pth", "x.pth.tar", "x.safetensors", "names.txt", "cat_trainval.txt", "m.yaml", "r.json"):
         (tmp_path / name).write_bytes(b"")
     head = torch.nn.Linear(3, 2)
-    bench = SimpleNamespace(out=run / "evaluation", first=True, device=torch.device("cpu"), say=print)
-    kept = Kept(bench, "linear", head, sgd([{"params": list(head.parameters())}]), {"lr": 1})  # type: ignore[arg-type]
-    kept.save(3)
+    evaluation: Any = SimpleNamespace(out=run / "evaluation", is_main=True, device=torch.device("cpu"))
+    epochs = EpochCheckpoint(evaluation, "linear", head, sgd([{"params": list(head.parameters())}]), {"lr": 1})
+    epochs.save(3)
     classifier = run / "evaluation" / "linear" / "step_00000003"
-    partial, position = run / ".f.npy.partial.npy", run / ".f.0of1.json"
-    features._note(position, {}, [1])
+    partial, position = run / ".f.npy.partial.npy", run / ".f.npy.partial.0of1.safetensors"
+    save_cached(position, {}, {"ids": torch.tensor([1])})
     np.lib.format.open_memmap(partial, "w+", np.float32, (40, 8)).flush()
 
-    bench.backbone, bench.train = SimpleNamespace(features=8), range(40)
-    kept_pass = run / "evaluation" / "linear_fast" / "center.safetensors"
-    feature_cache.keep(bench, kept_pass, {}, torch.zeros(40, 8, dtype=torch.bfloat16), torch.arange(40))  # type: ignore[arg-type]
+    evaluation.backbone, evaluation.train = SimpleNamespace(features=8), range(40)
+    cache = run / "evaluation" / "linear_fast" / "center.safetensors"
+    save_cached(cache, {}, {"features": torch.zeros(40, 8, dtype=torch.bfloat16), "ids": torch.arange(40)})
 
     def reopened() -> None:
-        features._make(partial, position, (40, 8), {})
+        features.resume(partial, position, (40, 8), {})
         assert np.lib.format.open_memmap(partial, "r").shape == (40, 8)
 
     def resumed() -> None:
@@ -98,13 +101,13 @@ def slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Slot]:
         "encoder: .pth": (tmp_path / "x.pth", lambda: load_encoder(tmp_path / "x.pth")),
         "encoder: .pth.tar": (tmp_path / "x.pth.tar", lambda: load_encoder(tmp_path / "x.pth.tar")),
         "encoder: .safetensors": (tmp_path / "x.safetensors", lambda: load_encoder(tmp_path / "x.safetensors")),
-        "classifier: state": (classifier / "state.safetensors", lambda: kept._read({})),
-        "classifier: json": (classifier / "state.json", lambda: kept._read({})),
-        "classifier: pass": (kept_pass, lambda: feature_cache.take_up(bench, kept_pass, {})),  # type: ignore[arg-type]
+        "classifier: state": (classifier / "state.safetensors", epochs._read),
+        "classifier: json": (classifier / "state.json", epochs._read),
+        "classifier: pass": (cache, lambda: linear_fast.load_pass(evaluation, cache, {})),
         "features": (partial, reopened),
         "features: position": (position, reopened),
-        "names": (tmp_path / "names.txt", lambda: semi_supervised.named(Beton(beton), tmp_path / "names.txt")),
-        "VOC": (tmp_path / "cat_trainval.txt", lambda: svm.multi_labels(tmp_path, "trainval", Beton(beton))),
+        "names": (tmp_path / "names.txt", lambda: semi_supervised.find_named(Beton(beton), tmp_path / "names.txt")),
+        "VOC": (tmp_path / "cat_trainval.txt", lambda: svm.read_multi_labels(tmp_path, "trainval", Beton(beton))),
         "machine": (tmp_path / "m.yaml", lambda: plan.load_machine(str(tmp_path / "m.yaml"))),
         "result": (
             tmp_path / "r.json",
@@ -212,57 +215,60 @@ def test_other_files_in_place_of_metrics_are_left_unchanged(line: bytes, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "noted",
+    ("settings", "tensors"),
     [
-        {"settings": {}, "read": [41]},
-        {"settings": {}, "read": [-1]},
-        {"settings": {}, "read": [True]},
-        {"settings": {}, "read": [0.5]},
-        {"settings": {}, "read": [0] * 41},
-        {"settings": {}, "read": "01"},
-        {"settings": {"other": 1}, "read": [0]},
-        {"settings": {}},
-        [],
-        None,
+        ({}, {"ids": torch.tensor([41])}),
+        ({}, {"ids": torch.tensor([-1])}),
+        ({}, {"ids": torch.tensor([True])}),
+        ({}, {"ids": torch.tensor([0.5])}),
+        ({}, {"ids": torch.zeros(41, dtype=torch.int64)}),
+        ({}, {"ids": torch.zeros(1, 1, dtype=torch.int64)}),
+        ({}, {"other": torch.tensor([0])}),
+        ({}, {}),
+        ({"other": 1}, {"ids": torch.tensor([0])}),
+        (None, {"ids": torch.tensor([0])}),
     ],
 )
-def test_impossible_position_starts_anew(noted: object, tmp_path: Path) -> None:
-    partial, position = tmp_path / "x.partial.npy", tmp_path / "x.json"
-    position.write_text(json.dumps(noted))
+def test_impossible_position_starts_anew(
+    settings: Any, tensors: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    PartialState(cpu=True)
+    partial, position = tmp_path / "x.partial.npy", tmp_path / "x.safetensors"
+    save_cached(position, settings, tensors)
     np.lib.format.open_memmap(partial, "w+", np.float32, (40, 8))[:] = 1
-    features._make(partial, position, (40, 8), {})
-    assert json.loads(position.read_text()) == {"settings": {}, "read": []}
+    assert features.resume(partial, position, (40, 8), {}) == []
+    assert load_file(position)["ids"].tolist() == []
     assert (np.load(partial) == 0).all()
 
 
 @pytest.mark.parametrize("rows", [np.ones((40, 9), "f4"), np.ones((39, 8), "f4"), np.ones((40, 8)), np.ones(3, "f4")])
 def test_features_of_another_shape_start_anew(rows: np.ndarray, tmp_path: Path) -> None:
-    partial, position = tmp_path / "x.partial.npy", tmp_path / "x.json"
-    features._note(position, {}, [1, 2])
+    partial, position = tmp_path / "x.partial.npy", tmp_path / "x.safetensors"
+    save_cached(position, {}, {"ids": torch.tensor([1, 2])})
     np.save(partial, rows)
-    features._make(partial, position, (40, 8), {})
-    assert json.loads(position.read_text())["read"] == []
+    assert features.resume(partial, position, (40, 8), {}) == []
+    assert load_file(position)["ids"].tolist() == []
     assert np.load(partial).shape == (40, 8)
 
 
 def test_classifier_of_other_shapes_is_refused(tmp_path: Path) -> None:
-    bench = SimpleNamespace(out=tmp_path, first=True, device=torch.device("cpu"), say=print)
+    evaluation: Any = SimpleNamespace(out=tmp_path, is_main=True, device=torch.device("cpu"))
 
-    def kept(inputs: int) -> Kept:
+    def checkpoint(inputs: int) -> EpochCheckpoint:
         head = torch.nn.Linear(inputs, 2)
-        return Kept(bench, "linear", head, sgd([{"params": list(head.parameters())}]), {})  # type: ignore[arg-type]
+        return EpochCheckpoint(evaluation, "linear", head, sgd([{"params": list(head.parameters())}]), {})
 
-    kept(1).save(3)
-    assert kept(1)._read({}) is not None
-    with pytest.raises(InputError, match="holds other tensors than this classifier's"):
-        kept(5)._read({})
+    checkpoint(1).save(3)
+    assert checkpoint(1)._read() is not None
+    with pytest.raises(InputError, match="its tensors are not those of this network"):
+        checkpoint(5)._read()
 
 
 @pytest.mark.parametrize("text", ["a 300", "a 2", "a x", "a", "a 1 1", "a 99999999999999999999", "a \u0661"])
 def test_voc_labels_are_1_0_or_minus_1(text: str, tmp_path: Path, drawn: Path) -> None:
     (tmp_path / "cat_trainval.txt").write_text(f"{text}\n")
     with pytest.raises(InputError, match="not lines of an image and 1, 0 or -1"):
-        svm.multi_labels(tmp_path, "trainval", Beton(drawn))
+        svm.read_multi_labels(tmp_path, "trainval", Beton(drawn))
 
 
 def test_names_are_read_as_printed(tmp_path: Path, drawn: Path) -> None:
@@ -270,7 +276,7 @@ def test_names_are_read_as_printed(tmp_path: Path, drawn: Path) -> None:
     assert beton.manifest is not None
     beton.manifest.names[3:5] = ["a/\u202eodd\x1b.jpg", b"caf\xe9.jpg".decode("utf-8", "surrogateescape")]
     (tmp_path / "names.txt").write_bytes("\u202eodd\x1b.jpg\n".encode() + b"caf\xe9.jpg\n")
-    assert semi_supervised.named(beton, tmp_path / "names.txt").tolist() == [3, 4]
+    assert semi_supervised.find_named(beton, tmp_path / "names.txt").tolist() == [3, 4]
 
 
 def test_zip_of_a_checkpoint_has_no_images(tmp_path: Path) -> None:

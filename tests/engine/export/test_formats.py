@@ -1,4 +1,4 @@
-"""Exported encoders: the same features from every format, and strictly in the libraries' own models, if installed."""
+"""Exported encoders: the same features in every format, and strict loading in installed libraries' models."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.export.formats import FORMATS, export
-from engine.weights.load import Architecture, Loaded, load_encoder
+from engine.weights.load import Architecture, LoadedEncoder, load_encoder
 from engine.weights.readers import METADATA
 from methods.encoders import ResNet
 from pipeline.system.errors import InputError, RunFailed
 
-_SIZE = 64  # pixels: small, so that these are quick
+_SIZE = 64  # pixels: small, to be quick
 ARCHITECTURES = [pytest.param("resnet18", marks=pytest.mark.slow), "resnet50", "vit_small"]
 
 
-def _loaded(folder: Path, arch: str, **more: object) -> Loaded:
+def _loaded(folder: Path, arch: str, **more: object) -> LoadedEncoder:
     size = {"size": _SIZE, "heads": 12 if arch.startswith("vit") else 0}
     architecture = Architecture(arch, **size | more)  # type: ignore[arg-type]
     file = folder / "source.safetensors"
@@ -48,21 +48,21 @@ def test_features_are_the_same_after_a_round_trip(format: str, arch: str, tmp_pa
         pytest.importorskip("onnx")
     loaded, file = _loaded(tmp_path, arch), tmp_path / f"x{FORMATS[format].suffix}"
     assert export(loaded, format, file) <= 1e-5
-    images = torch.randn(5, 3, _SIZE, _SIZE)  # other images, and more, than the export itself has tried
+    images = torch.randn(5, 3, _SIZE, _SIZE)  # other and more images than the export itself tries
     if format == "onnx":
-        found = FORMATS["onnx"].read(file)(images)
+        features = FORMATS["onnx"].read(file, 0)(images)
     else:
-        found = load_encoder(file, heads=12 if arch == "vit_small" else 0).backbone(images)
-    own = loaded.backbone(images).detach()
-    assert own.std() > 1e-3
-    assert torch.allclose(found, own, atol=1e-5 * float(own.abs().max()), rtol=0)
+        features = load_encoder(file, heads=12 if arch == "vit_small" else 0).backbone(images)
+    expected = loaded.backbone(images).detach()
+    assert expected.std() > 1e-3
+    assert torch.allclose(features, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
     card = file.with_name(f"{file.name}.md").read_text()
     assert f"{loaded.backbone.features} features" in card
-    assert not list(tmp_path.glob(".writing*"))
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_torchvisions_own_model_loads_it_strictly(arch: str, tmp_path: Path) -> None:
+def test_torchvisions_model_loads_strictly(arch: str, tmp_path: Path) -> None:
     models = pytest.importorskip("torchvision.models", exc_type=ImportError)
     loaded, file = _loaded(tmp_path, arch), tmp_path / "x.pth"
     export(loaded, "torchvision", file)
@@ -77,7 +77,7 @@ def test_torchvisions_own_model_loads_it_strictly(arch: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_timms_own_model_loads_it_strictly(arch: str, tmp_path: Path) -> None:
+def test_timms_model_loads_strictly(arch: str, tmp_path: Path) -> None:
     timm = pytest.importorskip("timm", exc_type=ImportError)
     loaded, file = _loaded(tmp_path, arch), tmp_path / "x.safetensors"
     export(loaded, "timm", file)
@@ -88,36 +88,36 @@ def test_timms_own_model_loads_it_strictly(arch: str, tmp_path: Path) -> None:
     _equal(model, loaded)
 
 
-def _equal(model: torch.nn.Module, loaded: Loaded) -> None:
+def _equal(model: torch.nn.Module, loaded: LoadedEncoder) -> None:
     images = torch.randn(2, 3, _SIZE, _SIZE)
     with torch.no_grad():
-        own, other = loaded.backbone(images), model.eval()(images)
-    assert torch.allclose(other, own, atol=1e-5 * float(own.abs().max()), rtol=0)
+        expected, features = loaded.backbone(images), model.eval()(images)
+    assert torch.allclose(features, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("format", ["torchvision", "timm", "detectron2", "mmdet"])
-def test_files_have_the_names_and_shapes_of_the_libraries_own_models(format: str, arch: str, tmp_path: Path) -> None:
-    """detectron2's ViT alone has no class token and no last norm: a checkpointer leaves these two out."""
+def test_names_and_shapes_are_those_of_the_libraries_models(format: str, arch: str, tmp_path: Path) -> None:
+    """detectron2's ViT has no class token and no last norm: its checkpointer ignores these two."""
     expected = {}
     for line in Path(__file__).with_name(f"{format}_keys.txt").read_text().splitlines()[1:]:
-        of, name, shape = line.split()
-        if of == arch:
+        key_arch, name, shape = line.split()
+        if key_arch == arch:
             expected[name] = [int(side) for side in shape.split("x")] if shape != "-" else []
     loaded, file = _loaded(tmp_path, arch, size=224), tmp_path / f"x{FORMATS[format].suffix}"
     export(loaded, format, file)
-    found: Any = load_file(file) if format == "timm" else torch.load(file, weights_only=True)
-    found = found["model"] if format == "detectron2" else found["state_dict"] if format == "mmdet" else found
+    state: Any = load_file(file) if format == "timm" else torch.load(file, weights_only=True)
+    state = state["model"] if format == "detectron2" else state["state_dict"] if format == "mmdet" else state
     if (format, arch) == ("detectron2", "vit_small"):
-        assert [found.pop(name).shape for name in ("cls_token", "norm.weight", "norm.bias")] == [
+        assert [state.pop(name).shape for name in ("cls_token", "norm.weight", "norm.bias")] == [
             (1, 1, 384),
             (384,),
             (384,),
         ]
-    assert {name: list(value.shape) for name, value in found.items()} == expected
+    assert {name: list(value.shape) for name, value in state.items()} == expected
 
 
-def test_files_have_the_frames_that_their_libraries_expect(tmp_path: Path) -> None:
+def test_state_dicts_are_wrapped_as_their_libraries_expect(tmp_path: Path) -> None:
     loaded = _loaded(tmp_path, "resnet18")
     export(loaded, "detectron2", tmp_path / "d.pth")
     detectron2 = torch.load(tmp_path / "d.pth", weights_only=True)
@@ -126,7 +126,7 @@ def test_files_have_the_frames_that_their_libraries_expect(tmp_path: Path) -> No
     assert torch.load(tmp_path / "m.pth", weights_only=True).keys() == {"state_dict", "meta"}
 
 
-def test_what_a_library_has_no_model_for_is_refused(tmp_path: Path) -> None:
+def test_architectures_that_a_library_lacks_are_refused(tmp_path: Path) -> None:
     narrow = _loaded(tmp_path, "resnet18", width=0.25, stem="small")
     for format in ("torchvision", "timm", "detectron2", "mmdet"):
         with pytest.raises(InputError, match="choose safetensors or onnx"):
@@ -140,15 +140,15 @@ def test_what_a_library_has_no_model_for_is_refused(tmp_path: Path) -> None:
     assert export(small, "timm", tmp_path / "y.safetensors") == 0
 
 
-def test_a_file_that_reads_back_otherwise_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_with_other_features_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = _loaded(tmp_path, "resnet18")
     other = _loaded(tmp_path, "resnet18")
     assert isinstance(other.backbone, ResNet)
     other.backbone.conv1.weight.data *= 1.01
-    monkeypatch.setitem(FORMATS, "timm", FORMATS["timm"]._replace(read=lambda path: other.backbone))
-    with pytest.raises(RunFailed, match="other features"):
+    monkeypatch.setitem(FORMATS, "timm", FORMATS["timm"]._replace(read=lambda path, heads: other.backbone))
+    with pytest.raises(RunFailed, match=r"features differ by .* when read back: nothing was written"):
         export(loaded, "timm", tmp_path / "x.safetensors")
-    assert not (tmp_path / "x.safetensors").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["source.safetensors"]
 
 
 def test_onnx_takes_any_batch(tmp_path: Path) -> None:

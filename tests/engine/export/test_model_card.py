@@ -1,4 +1,4 @@
-"""A model card says what the run says: recipe, data, version and commit, metrics."""
+"""A model card states the run's recipe, data, version, commit and metrics."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.engine.test_run import SMALL
 
 
 def _part(text: str, name: str) -> str:
-    """Return what stands under a heading."""
+    """Return the text under a heading."""
     return text.split(f"## {name}\n\n")[1].split("\n## ")[0]
 
 
@@ -32,13 +32,15 @@ def _recipe(text: str) -> Any:
     return yaml.safe_load(_part(text, "Recipe").removeprefix("```yaml\n").split("```")[0])
 
 
-def test_a_card_is_the_runs(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commit is that of the tree that trained, whatever exports."""
+def test_a_card_states_the_runs_facts(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commit of the training and that of the export are kept apart."""
     out, trained, exporting = tmp_path / "run", "0" * 39 + "1", "0" * 39 + "2"
     data = ["--data.train", str(drawn), "--data.eval", str(drawn)]
     with monkeypatch.context() as then:
         then.setattr("engine.checkpoint.provenance.commit", lambda: trained)
-        train(parse([*data, *SMALL, "--optim.epochs", "1", "--optim.lr", "0.07", "--out", str(out)]))
+        train(
+            parse([*data, *SMALL, "--precision", "no", "--optim.epochs", "1", "--optim.lr", "0.07", "--out", str(out)])
+        )
     common = ["--train", str(drawn), "--size", "16", "--cpu", "--precision", "no", "--workers", "1"]
     evaluate(["knn", str(out), *common, "--k", "5"])
     monkeypatch.setattr("engine.export.model_card.commit", lambda: exporting)
@@ -57,11 +59,11 @@ def test_a_card_is_the_runs(drawn: Path, tmp_path: Path, monkeypatch: pytest.Mon
     result = json.loads((out / "evaluation" / "knn.json").read_text())
     assert _part(text, "Metrics").strip().splitlines() == [
         f"- {result['evaluation']}: top-1 {result['top1']:.2%} (online encoder)",
-        f"- kNN while training, after step {online['step']}: top-1 {online['knn_top1']:.2%}",
+        f"- kNN during training, after step {online['step']}: top-1 {online['knn_top1']:.2%}",
     ]
 
 
-def test_older_checkpoints_have_cards_that_say_less(tmp_path: Path) -> None:
+def test_cards_of_older_checkpoints_are_shorter(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, settings("train.beton"))
     loaded = load_encoder(tmp_path)
     assert loaded.origin == {}
@@ -70,17 +72,17 @@ def test_older_checkpoints_have_cards_that_say_less(tmp_path: Path) -> None:
     assert "checkpoint was written by" not in text
 
 
-def test_what_a_checkpoint_says_stays_in_its_place() -> None:
+def test_provenance_is_escaped_and_shortened() -> None:
     state = {"loader": {"fingerprint": ["x"]}, "origin": {"version": "1\n## Metrics" + 200 * "x", "images": True}}
-    found = provenance.recorded(state)
-    assert found.keys() == {"version"}
-    assert "\n" not in found["version"]
-    assert len(found["version"]) < 120
+    origin = provenance.recorded(state)
+    assert origin.keys() == {"version"}
+    assert "\n" not in origin["version"]
+    assert len(origin["version"]) < 120
     assert provenance.recorded({"loader": {}, "origin": 3}) == {}
 
 
-def test_a_commit_is_a_repositorys_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not that of another repository in which the packages are installed."""
+def test_the_commit_is_of_the_projects_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of another repository that contains the installed packages."""
     if (provenance._ROOT / ".git").exists():
         assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", provenance.commit.__wrapped__())
     around = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]

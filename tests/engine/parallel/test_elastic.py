@@ -114,8 +114,9 @@ def nearest(out: str) -> None:
     for k in (1, 7, 20, 35, 200):
         settings: dict[str, Any] = {"k": k, "temperature": 0.1, "classes": 4}
         expected = nearest_neighbors.classify(queries, bank, labels, **settings)
-        predicted = nearest_neighbors.classify(queries, bank[local], labels[local], rows=16, merged=True, **settings)
-        assert torch.equal(predicted, expected)
+        nearest_neighbors._MAX_ROWS = 16
+        found = nearest_neighbors.classify(queries, bank[local], labels[local], sharded=True, **settings)
+        assert torch.equal(found, expected)
     counts = [3, 0, 4]
     rows = torch.arange(7)[:, None].repeat(1, 2)
     assert torch.equal(collectives.gather_uneven(rows.split(counts)[collectives.rank()], counts), rows)

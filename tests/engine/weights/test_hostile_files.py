@@ -1,4 +1,4 @@
-"""Encoder files made to do harm: no more memory than their own size, no code, refused in one line."""
+"""Malicious encoder files: no more memory than their size, no code run, refused in one line."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def _resnet(width: float = 0.125) -> State:
 
 
 def _load(path: Path, **options: Any) -> Outcome:
-    """Return what became of a child that loads a file; the text of a refusal is one short line."""
+    """Load a file in a child process; return its outcome, with messages that are short."""
     outcome = survived(lambda _: load_encoder(path, **options), seconds=30)
-    assert all(len(message) < 2000 for message in outcome.messages), outcome
+    assert all(len(text) < 2000 for text in outcome.said), outcome
     return outcome
 
 
-def _refused(path: Path, says: str, mebibytes: float = 60) -> None:
+def _refused(path: Path, message: str, mebibytes: float = 60) -> None:
     outcome = _load(path)
     assert outcome.kinds == {"refused": 1}, outcome
-    assert says in outcome.messages[0]
+    assert message in outcome.said[0]
     assert outcome.mebibytes < mebibytes
 
 
@@ -65,20 +65,20 @@ def _refused(path: Path, says: str, mebibytes: float = 60) -> None:
         "9" * 5000,
     ],
 )
-def test_a_described_architecture_is_not_believed(described: str, tmp_path: Path) -> None:
+def test_a_stated_architecture_is_verified(described: str, tmp_path: Path) -> None:
     save_file(_resnet(), tmp_path / "x.safetensors", metadata={"millrace": described})
     _refused(tmp_path / "x.safetensors", "x.safetensors: ")
 
 
 @pytest.mark.parametrize("heads", [7, 5000, -1])
-def test_heads_have_to_divide_the_dimensions(heads: int, tmp_path: Path) -> None:
+def test_heads_must_divide_the_dimensions(heads: int, tmp_path: Path) -> None:
     torch.save(build_backbone("vit_small", size=32).state_dict(), tmp_path / "x.pth")
     with pytest.raises(InputError, match=f"{heads} heads do not divide 384 dimensions: give other --heads"):
         load_encoder(tmp_path / "x.pth", heads=heads)
 
 
 def _expanded(*shape: int) -> torch.Tensor:
-    """A tensor of any size, of one number."""
+    """Return a tensor of any shape that stores one number."""
     return torch.zeros(1).expand(*shape) if shape else torch.zeros(())
 
 
@@ -87,7 +87,7 @@ def _wide() -> State:
 
 
 def _wide_and_consistent() -> State:
-    """All layers of a network eight thousand times as wide as published."""
+    """Return all layers of a network 1000 times as wide as published."""
     with torch.device("meta"):
         like = build_backbone("resnet18", stem="small", width=1000.0).state_dict()
     return {name: _expanded(*value.shape) for name, value in like.items()}
@@ -106,8 +106,8 @@ def test_shapes_larger_than_the_file_are_refused(make: Callable[[], State], lega
     _refused(tmp_path / "x.pth", "its tensors are larger than the file by their shapes", mebibytes=200)
 
 
-def test_a_wide_first_layer_alone_builds_nothing(tmp_path: Path) -> None:
-    """400 KB of a first layer that would be 64 times as wide as published."""
+def test_a_wide_first_layer_is_refused_before_the_network_is_built(tmp_path: Path) -> None:
+    """400 KB of a first layer 64 times as wide as published."""
     save_file(_resnet() | {"conv1.weight": torch.zeros(4096, 3, 3, 3)}, tmp_path / "x.safetensors")
     _refused(tmp_path / "x.safetensors", "have shapes of other layers")
     save_file(_resnet() | {"conv1.weight": torch.zeros(12_800, 3, 3, 3)}, tmp_path / "x.safetensors")
@@ -132,7 +132,7 @@ def test_tensors_without_plain_numbers_are_missing(
 
 
 def _repacked(path: Path, change: Callable[[str, bytes], bytes], method: int = zipfile.ZIP_STORED) -> None:
-    """Write what torch.save wrote again, with other bytes or another compression."""
+    """Rewrite a file of torch.save with other bytes or another compression."""
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w", method) as archive:
@@ -144,11 +144,11 @@ def test_a_compressed_file_is_refused_before_it_is_unpacked(tmp_path: Path) -> N
     torch.save(_resnet() | {"more": torch.zeros(100_000_000)}, tmp_path / "x.pth")
     _repacked(tmp_path / "x.pth", lambda _, data: data, zipfile.ZIP_DEFLATED)
     assert (tmp_path / "x.pth").stat().st_size < 3e6
-    _refused(tmp_path / "x.pth", "is compressed, as torch.save does not")
+    _refused(tmp_path / "x.pth", "is compressed, which torch.save never does")
 
 
 def test_a_storage_that_claims_more_than_its_record_is_refused(tmp_path: Path) -> None:
-    """Numbers behind the record's end would be other memory of the process."""
+    """Values after the end of the record would be other memory of the process."""
     torch.save({"conv1.weight": torch.zeros(12345)}, tmp_path / "x.pth")
     for claimed in (12346, 2**30, 2**31 - 1):
         path = tmp_path / f"{claimed}.pth"
@@ -158,7 +158,7 @@ def test_a_storage_that_claims_more_than_its_record_is_refused(tmp_path: Path) -
             return data.replace(b"M90", b"J" + struct.pack("<i", claimed)) if name.endswith("data.pkl") else data  # noqa: B023
 
         _repacked(path, claim)
-        _refused(path, "cannot be read" if claimed > 12346 else "is missing")  # which is other bytes of the file
+        _refused(path, "cannot be read" if claimed > 12346 else "is missing")  # 12346 is within the file
 
 
 def test_a_legacy_file_that_claims_terabytes_is_refused(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_a_legacy_file_that_claims_terabytes_is_refused(tmp_path: Path) -> None:
 
 
 def _pickled(*parts: bytes) -> bytes:
-    """A legacy file of torch's whose content is these opcodes."""
+    """Return a file of torch's legacy format with these opcodes."""
     head = b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}))
     return head + b"\x80\x02" + b"".join(parts) + b"."
 
@@ -259,13 +259,13 @@ def test_random_changes_to_an_encoder_do_no_harm(suffix: str, tmp_path: Path) ->
     assert outcome.mebibytes < 200
 
 
-def test_hostile_keys_are_told_harmlessly(tmp_path: Path) -> None:
+def test_hostile_keys_are_escaped_in_messages(tmp_path: Path) -> None:
     evil = "\x1b]0;owned\x07\x9b31m"
     state = _resnet() | {f"{evil}{i}.{'x' * 100_000}": torch.zeros(1) for i in range(50)}
     torch.save(state | {f"layer1.{evil}": torch.zeros(1), f"fc.{evil}": torch.zeros(1)}, tmp_path / "x.pth")
     loaded = load_encoder(tmp_path / "x.pth")
-    for said in (loaded.summary(), *loaded.warnings):
-        assert said.isprintable()
-        assert len(said) < 10_000
+    for text in (loaded.summary(), *loaded.warnings):
+        assert text.isprintable()
+        assert len(text) < 10_000
     torch.save({evil + "x" * 10**6: torch.zeros(1)}, tmp_path / "x.pth")
     _refused(tmp_path / "x.pth", "no backbone")

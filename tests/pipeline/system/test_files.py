@@ -45,3 +45,24 @@ def test_a_file_left_by_a_killed_writer_is_replaced(tmp_path: Path) -> None:
 def test_json_has_one_value_a_line(tmp_path: Path) -> None:
     write_json(tmp_path / "x.json", {"a": [1], "b": None})
     assert (tmp_path / "x.json").read_text() == '{\n "a": [\n  1\n ],\n "b": null\n}\n'
+
+
+def test_a_path_is_renamed_at_the_end(tmp_path: Path) -> None:
+    with atomic_path(tmp_path / "x.npy") as temporary:
+        temporary.write_bytes(b"1")
+        assert os.listdir(tmp_path) == [temporary.name]
+        assert temporary.suffix == ".npy"
+    assert os.listdir(tmp_path) == ["x.npy"]
+
+
+def test_a_path_is_removed_after_an_exception(tmp_path: Path) -> None:
+    def write() -> None:
+        with atomic_path(tmp_path / "x.npy") as temporary:
+            temporary.write_bytes(b"2")
+            raise KeyboardInterrupt
+
+    (tmp_path / "x.npy").write_bytes(b"1")
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert os.listdir(tmp_path) == ["x.npy"]
+    assert (tmp_path / "x.npy").read_bytes() == b"1"
