@@ -229,9 +229,7 @@ def test_other_files_in_place_of_metrics_are_left_unchanged(line: bytes, tmp_pat
         (None, {"ids": torch.tensor([0])}),
     ],
 )
-def test_impossible_position_starts_anew(
-    settings: Any, tensors: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
+def test_impossible_position_starts_anew(settings: Any, tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
     PartialState(cpu=True)
     partial, position = tmp_path / "x.partial.npy", tmp_path / "x.safetensors"
     save_cached(position, settings, tensors)

@@ -37,6 +37,8 @@ def test_names_are_not_abbreviated(capsys: pytest.CaptureFixture[str]) -> None:
 def test_unknown_options_are_returned_as_typed() -> None:
     arguments = ["--save_every=1", "--log_every", "2", "--knn.every=3"]
     assert parser().parse_known_args(arguments)[1] == ["--log_every", "--knn.every=3"]
+
+
 @pytest.mark.parametrize("given", [["--to", "x"], ["--to=x"]])
 def test_former_names_are_refused_with_the_present_one(given: list[str]) -> None:
     renaming = ArgumentParser(renamed={"--to": "--out"})
