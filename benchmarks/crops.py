@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import machine
-from benchmarks.common.command_line import benchmark_parser, require_positive
+from benchmarks.common.command_line import ArgumentParser, benchmark_parser, require_positive
 from benchmarks.common.table import Report, publish, spread, spread_cells
 from pipeline.augment.color import IMAGENET, augment, stepwise
 from pipeline.augment.crop import Ragged, crop_views
@@ -28,7 +28,6 @@ from pipeline.beton import Beton
 from pipeline.sampling.order import epoch_order
 from pipeline.storage.decode import decode
 from pipeline.storage.in_place import open_data
-from pipeline.system.cli import ArgumentParser
 from pipeline.system.errors import command
 from pipeline.views import AUGMENTATIONS, view_sizes
 
@@ -103,9 +102,8 @@ def main() -> None:
     args = parser().parse_args()
     require_positive(args, "size", "batch", "runs")
     settings = {"size": args.size, "batch": args.batch, "augmentation": args.augmentation, "runs": args.runs}
-    result: dict[str, Any] = {"machine": machine.describe(), "data": Path(args.data).name, "settings": settings}
-    result |= measure(open_data(args.data), **settings)
-    publish(report(result), result, args)
+    about, taken = machine.describe(), measure(open_data(args.data), **settings)
+    publish(report, args, machine=about, data=Path(args.data).name, settings=settings, **taken)
 
 
 if __name__ == "__main__":

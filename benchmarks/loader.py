@@ -26,12 +26,11 @@ import psutil
 import torch
 
 from benchmarks.common import machine
-from benchmarks.common.command_line import benchmark_parser, numbers, require_positive
+from benchmarks.common.command_line import ArgumentParser, benchmark_parser, numbers, require_positive
 from benchmarks.common.paths import COMPARED, PATHS
 from benchmarks.common.processes import JsonProcess
 from benchmarks.common.table import Report, publish, spread, spread_cell
 from pipeline.storage.in_place import open_data
-from pipeline.system.cli import ArgumentParser
 from pipeline.system.cores import available_cores
 from pipeline.system.errors import InputError, command
 
@@ -161,9 +160,8 @@ def main() -> None:
     if args.batch > count:
         raise InputError(f"--batch {args.batch}: {args.data} has {count} images: give at most as many")
     settings = {key: getattr(args, key) for key in ("size", "views", "batch", "threads", "runs")}
-    result = {"machine": machine.describe(), "data": Path(args.data).name, "images": count, "settings": settings}
-    result["paths"] = measure(args)
-    publish(report(result), result, args)
+    about, paths = machine.describe(), measure(args)
+    publish(report, args, machine=about, data=Path(args.data).name, images=count, settings=settings, paths=paths)
 
 
 if __name__ == "__main__":

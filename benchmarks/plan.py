@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks.common import machine
-from benchmarks.common.command_line import benchmark_parser, require_positive, yaml_file
+from benchmarks.common.command_line import ArgumentParser, benchmark_parser, require_positive, yaml_file
 from benchmarks.common.table import Report, publish
 from benchmarks.step import OURS
 from engine.config.cli import parse
@@ -33,7 +33,6 @@ from engine.config.settings import Settings
 from engine.training.dry_run import estimate, memory_of
 from engine.training.model import needed_views
 from pipeline.backends.resident import SHARE as RESIDENT_SHARE
-from pipeline.system.cli import ArgumentParser
 from pipeline.system.errors import InputError, command
 from pipeline.system.limits import RESULT_BYTES, read_json, read_yaml
 
@@ -398,7 +397,7 @@ def main() -> None:
     for node in nodes:
         rates = load_rates(node, args.loader, args.step)
         plans.append(plan(node, rates, settings, run, args.images) | {"sources": rates.sources})
-    publish(report(settings, plans), {"machine": machine.describe(), "arguments": rest, "plans": plans}, args)
+    publish(lambda result: report(settings, plans), args, machine=machine.describe(), arguments=rest, plans=plans)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import machine
-from benchmarks.common.command_line import benchmark_parser
+from benchmarks.common.command_line import ArgumentParser, benchmark_parser
 from benchmarks.common.table import Report, publish
-from pipeline.system.cli import ArgumentParser
 from pipeline.system.errors import InputError, RunFailed, command
 
 PROTOCOLS = {
@@ -98,8 +97,7 @@ def main() -> None:
     images = max(scores["images"] for scores in results.values())  # fine-tuning counts the images it was tuned on
     first = next(iter(results.values()))
     encoder = f"{first['architecture']}, {first['checkpoint']}; {images} images of {first['test']}"
-    result = {"machine": about, "encoder": encoder, "protocols": results}
-    publish(report(result), result, args)
+    publish(report, args, machine=about, encoder=encoder, protocols=results)
 
 
 if __name__ == "__main__":

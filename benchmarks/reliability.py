@@ -20,9 +20,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 from benchmarks.common import machine
-from benchmarks.common.command_line import benchmark_parser
+from benchmarks.common.command_line import ArgumentParser, benchmark_parser
 from benchmarks.common.table import Report, publish
-from pipeline.system.cli import ArgumentParser
 from pipeline.system.errors import InputError, command
 
 EXPECTED = {
@@ -136,14 +135,10 @@ def main() -> int:
             raise InputError("pytest wrote no report: see above")
         faults = outcomes(xml)
     failed = {name for outcome in faults for name in outcome.failed}
-    result = {
-        "machine": about,
-        "quick": args.quick,
-        "seconds": time.perf_counter() - begin,
-        "faults": [asdict(outcome) | {"verdict": outcome.verdict} for outcome in faults],
-        "tests": {"passed": sum(outcome.passed for outcome in faults), "failed": len(failed)},
-    }
-    publish(report(result), result, args)
+    counts = {"passed": sum(outcome.passed for outcome in faults), "failed": len(failed)}
+    rows = [asdict(outcome) | {"verdict": outcome.verdict} for outcome in faults]
+    seconds = time.perf_counter() - begin
+    publish(report, args, machine=about, quick=args.quick, seconds=seconds, faults=rows, tests=counts)
     return int(any(outcome.failed or not outcome.passed for outcome in faults))
 
 

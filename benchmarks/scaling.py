@@ -29,14 +29,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import machine
-from benchmarks.common.command_line import benchmark_parser, numbers, require_positive
+from benchmarks.common.command_line import ArgumentParser, benchmark_parser, numbers, require_positive
 from benchmarks.common.processes import JsonProcess
 from benchmarks.common.table import Report, publish, spread, spread_cell
 from benchmarks.plan import on_cores
 from engine.config.cli import parse
 from engine.training.build import build
 from engine.training.loop import train_on
-from pipeline.system.cli import ArgumentParser
 from pipeline.system.cores import available_cores
 from pipeline.system.errors import InputError, command
 
@@ -236,9 +235,8 @@ def main() -> None:
     for number in processes:
         if settings.data.batch % number:
             raise InputError(f"data.batch {settings.data.batch} does not divide among {number}: choose a multiple")
-    result: dict[str, Any] = {"machine": machine.describe(), "arguments": rest}
-    result |= measure(rest, processes, threads, args.steps, args.runs)
-    publish(report(result), result, args)
+    about, taken = machine.describe(), measure(rest, processes, threads, args.steps, args.runs)
+    publish(report, args, machine=about, arguments=rest, **taken)
 
 
 if __name__ == "__main__":

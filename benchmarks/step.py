@@ -29,7 +29,7 @@ from torch.nn.utils import get_total_norm
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import machine
-from benchmarks.common.command_line import benchmark_parser, require_positive
+from benchmarks.common.command_line import ArgumentParser, benchmark_parser, require_positive
 from benchmarks.common.peers import PEERS
 from benchmarks.common.table import Report, publish, spread, spread_cell
 from engine.config.cli import parse
@@ -41,7 +41,6 @@ from methods.base import Embeddings, total
 from pipeline.augment.color import IMAGENET, augment
 from pipeline.augment.draws import draw_color
 from pipeline.loader import Batch
-from pipeline.system.cli import ArgumentParser
 from pipeline.system.cores import available_cores
 from pipeline.system.errors import InputError, command
 from pipeline.system.packages import installed
@@ -300,7 +299,7 @@ def main() -> None:
     compared = args.compare.split(",")
     for name in compared:
         if name not in COMPARED:
-            raise InputError(f"--compare {name}: choose of {', '.join(COMPARED)}")
+            raise InputError(f"--compare {name}: choose one of {', '.join(COMPARED)}")
         if name.startswith("lightly") and not installed("lightly"):
             raise InputError(f"--compare {name}: lightly is not installed: pip install lightly, or leave it out")
     require_positive(args, "runs", "torch_threads")
@@ -310,9 +309,8 @@ def main() -> None:
             f"--compare {args.compare}: the other loops are MoCo v2's: leave them out for {settings.method.name}"
         )
     torch.set_num_threads(args.torch_threads)
-    result: dict[str, Any] = {"machine": machine.describe(), "arguments": rest}
-    result |= measure(settings, compared, args.runs)
-    publish(report(result), result, args)
+    about, taken = machine.describe(), measure(settings, compared, args.runs)
+    publish(report, args, machine=about, arguments=rest, **taken)
 
 
 if __name__ == "__main__":

@@ -28,12 +28,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import machine
-from benchmarks.common.command_line import benchmark_parser, numbers, yaml_file
+from benchmarks.common.command_line import ArgumentParser, benchmark_parser, numbers, yaml_file
 from benchmarks.common.table import Report, publish
 from engine.report.compare import rates
 from engine.report.plotting import LIGHT, draw_lines, sheet, style_of
 from engine.report.run_folder import RunFiles, curve, number, read_runs
-from pipeline.system.cli import ArgumentParser
 from pipeline.system.cores import available_cores
 from pipeline.system.errors import InputError, command
 from pipeline.system.limits import read_yaml
@@ -332,20 +331,22 @@ def main() -> int:
     args.train, args.test = (str(Path(path).resolve()) for path in (args.train, args.test))
     jobs = jobs_of(study, args, rest)
     problems = run_jobs(jobs, args)
-    result = {
-        "machine": about,
-        "study": args.study,
-        "arguments": rest,
-        "at_once": args.at_once,
-        "device": about["gpu"] or f"{about['cores']} cores",
-        "reach": study.reach,
-        "rows": gather(jobs, study.reach),
-        "problems": problems,
-        "left_out": sorted(set(args.only or study.peers) & set(study.peers) - {job.name for job in jobs}),
-    }
-    publish(report(result), result, args)
+    rows = gather(jobs, study.reach)
+    publish(
+        report,
+        args,
+        machine=about,
+        study=args.study,
+        arguments=rest,
+        at_once=args.at_once,
+        device=about["gpu"] or f"{about['cores']} cores",
+        reach=study.reach,
+        rows=rows,
+        problems=problems,
+        left_out=sorted(set(args.only or study.peers) & set(study.peers) - {job.name for job in jobs}),
+    )
     if args.png is not None:
-        draw(result["rows"], args.png)
+        draw(rows, args.png)
     return int(bool(problems))
 
 

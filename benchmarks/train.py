@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import machine
-from benchmarks.common.command_line import benchmark_parser, require_positive
+from benchmarks.common.command_line import ArgumentParser, benchmark_parser, require_positive
 from benchmarks.common.table import Report, publish, spread, spread_cells
 from engine.config.cli import parse
 from engine.config.settings import Settings
@@ -27,7 +27,6 @@ from engine.parallel.accelerator import now
 from engine.training.build import Run, build
 from engine.training.cuda_graph import WARM
 from engine.training.loop import train_on
-from pipeline.system.cli import ArgumentParser
 from pipeline.system.errors import command
 
 
@@ -122,9 +121,8 @@ def main() -> None:
     args, rest = parser().parse_known_args()
     require_positive(args, "steps", "runs")
     settings = parse(rest)
-    result: dict[str, Any] = {"machine": machine.describe(), "arguments": rest, "steps": args.steps, "runs": args.runs}
-    result |= measure(settings, args.steps, args.runs)
-    publish(report(result), result, args)
+    about, taken = machine.describe(), measure(settings, args.steps, args.runs)
+    publish(report, args, machine=about, arguments=rest, steps=args.steps, runs=args.runs, **taken)
 
 
 if __name__ == "__main__":

@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import machine
-from benchmarks.common.command_line import benchmark_parser
+from benchmarks.common.command_line import ArgumentParser, benchmark_parser
 from benchmarks.common.processes import logged_session
 from benchmarks.common.table import Report, publish
-from pipeline.system.cli import ArgumentParser
 from pipeline.system.errors import InputError, command
 
 logger = logging.getLogger(__name__)
@@ -98,6 +97,16 @@ def take(step: Step, clone: Path, out: Path) -> dict[str, Any]:
     return row | {"as_expected": as_expected, "log": log.name}
 
 
+def report(result: dict[str, Any]) -> Report:
+    """Return the table of a result."""
+    rows = [
+        [row["name"], f"{row['seconds']:.0f}", str(row["status"]), "" if row["as_expected"] else "unexpected"]
+        for row in result["steps"]
+    ]
+    notes = [f"{name}: kNN top-1 {value:.1%}" for name, value in result["demo"].items()]
+    return Report("The way of a new user", ["command", "seconds", "status", ""], rows, notes)
+
+
 def parser() -> ArgumentParser:
     """Return the parser of the command line."""
     parser = benchmark_parser("walk", "Time every command on the way of a new user.")
@@ -121,14 +130,8 @@ def main() -> int:
     subprocess.run(["git", "clone", "--quiet", str(_ROOT), str(clone)], check=True)
     rows = [take(step, clone, args.out) for step in steps(args)]
     demo = clone / "walk" / "demo" / "demo.json"
-    result = {"machine": about, "steps": rows, "demo": json.loads(demo.read_text()) if demo.exists() else {}}
-    report = Report(
-        "The way of a new user",
-        ["command", "seconds", "status", ""],
-        [[r["name"], f"{r['seconds']:.0f}", str(r["status"]), "" if r["as_expected"] else "unexpected"] for r in rows],
-        [f"{name}: kNN top-1 {value:.1%}" for name, value in result["demo"].items()],
-    )
-    publish(report, result, args)
+    top1 = json.loads(demo.read_text()) if demo.exists() else {}
+    publish(report, args, machine=about, steps=rows, demo=top1)
     return int(not all(row["as_expected"] for row in rows))
 
 

@@ -46,10 +46,5 @@ SIMCLR = Base(
     symmetric=True,
     momentum_encoder=False,
     joint=True,
-    published={
-        "method.temperature": 0.1,
-        "model.dim": 128,
-        "model.bn": "sync",
-        "model.zero_init_residual": True,
-    },
+    published={"method.temperature": 0.1, "model.dim": 128, "model.bn": "sync", "model.zero_init_residual": True},
 )

@@ -37,7 +37,7 @@ from pipeline.storage.writer import BetonWriter
 from pipeline.system.cli import ArgumentParser
 from pipeline.system.cores import available_cores
 from pipeline.system.errors import InputError, command
-from pipeline.system.files import replacing
+from pipeline.system.files import atomic_path
 from pipeline.system.packages import version
 from pipeline.system.progress import progress
 
@@ -128,7 +128,7 @@ def prepare(
     if limit:  # the items are sorted by class: each class retains its share
         images = Source([images.items[i] for i in evenly(len(images.items), limit)], images.classes)
     try:
-        with replacing(manifest_path(out)) as manifest_file, replacing(out) as beton_file:
+        with atomic_path(manifest_path(out)) as manifest_file, atomic_path(out) as beton_file:
             manifest = _write(source, images, beton_file, settings, workers or available_cores(), skip_bad, quiet)
             manifest.write(manifest_file)
             manifest_path(out).unlink(missing_ok=True)  # an old manifest never accompanies a new beton

@@ -18,7 +18,7 @@ from typing import IO
 from pipeline.beton import Beton, find_manifest, manifest_path
 from pipeline.system.cli import ArgumentParser
 from pipeline.system.errors import InputError, command
-from pipeline.system.files import replacing
+from pipeline.system.files import atomic_path
 from pipeline.system.progress import tqdm
 
 _BLOCK_BYTES = 1 << 24
@@ -61,7 +61,7 @@ def _replace(source: Path, target: Path) -> None:
     pairs = [(manifest, manifest_path(target))] if manifest.exists() else []
     pairs.append((source, target))  # last, and therefore renamed first
     with contextlib.ExitStack() as stack:
-        temporaries = [stack.enter_context(replacing(copy, unique=False)) for _, copy in pairs]
+        temporaries = [stack.enter_context(atomic_path(copy, unique=False)) for _, copy in pairs]
         needed, free = sum(path.stat().st_size for path, _ in pairs), shutil.disk_usage(target.parent).free
         if free < needed:
             raise InputError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,9 +57,9 @@ class Report:
         return "\n".join([*lines, "", *(f"- {note}" for note in self.notes)])
 
 
-def publish(report: Report, result: dict[str, Any], args: argparse.Namespace) -> None:
-    """Print a report with the machine of its result, and write both to the files of `args`, if any."""
-    about = result["machine"]
+def publish(make_report: Callable[[dict[str, Any]], Report], args: argparse.Namespace, **result: Any) -> None:
+    """Print the report of a result with its `machine`, and write both to the files of `args`, if any."""
+    report, about = make_report(result), result["machine"]
     hardware, versions = machine.hardware(about), machine.versions(about)
     print(f"{hardware}\n{about['date']}, {versions}")
     Console(width=160).print(report.table())

@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 
-from pipeline.system.errors import InputError
-
 RENAMED = {
     "accumulate": "gradient_accumulation_steps",
     "recompute": "activation_checkpointing",
@@ -29,14 +27,15 @@ RENAMED = {
 _CROP_ON = {"cpu": "write data.backend ffcv", "gpu": "write data.backend ffcv_gpu"}
 
 
-def refuse_former(key: str, value: Any = None) -> None:
-    """Raise InputError for a former name or value, naming the present one."""
+def former(key: str, value: Any = None) -> str:
+    """Return the error for a former name or value, with the present one; none: it is not a former one."""
     if key in RENAMED:
-        raise InputError(f"{key}: renamed to {RENAMED[key]}")
+        return f"{key}: renamed to {RENAMED[key]}"
     if key == "data.order" and value == "chunked":
-        raise InputError("data.order 'chunked': renamed to quasi_random")
+        return "data.order 'chunked': renamed to quasi_random"
     if key == "data.crop_on":
-        raise InputError(f"data.crop_on: now part of data.backend: {_CROP_ON.get(str(value), 'leave it out')}")
+        return f"data.crop_on: now part of data.backend: {_CROP_ON.get(str(value), 'leave it out')}"
+    return ""
 
 
 def translate(settings: dict[str, Any]) -> dict[str, Any]:

@@ -15,16 +15,18 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
 
 
 @contextlib.contextmanager
-def replacing(path: Path, *, unique: bool = True) -> Iterator[Path]:
-    """Yield a temporary path next to `path`. Rename it to `path` after the block, or delete it on an error.
+def atomic_path(path: Path, *, unique: bool = True) -> Iterator[Path]:
+    """Yield a temporary path next to `path`, of the same suffix. After the block, sync it and rename it to `path`.
 
-    unique: add the process id to its name. Otherwise the caller holds a lock, and a file that a killed process left is
-    deleted first. Raises OSError.
+    On an error the temporary file is deleted, and `path` is unchanged. Raises OSError.
+    unique: add the process id to the name. Otherwise the caller holds a lock; a file of a killed process is deleted.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing" if unique else f".{path.name}.writing")
+    temporary = path.with_name(f".writing-{os.getpid()}-{path.name}" if unique else f".writing-{path.name}")
     temporary.unlink(missing_ok=True)
     try:
         yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -32,7 +34,7 @@ def replacing(path: Path, *, unique: bool = True) -> Iterator[Path]:
 
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write a file, text as UTF-8. Raises OSError; the old content then stays, and no temporary file."""
-    with replacing(path) as temporary:
+    with atomic_path(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 

@@ -11,7 +11,6 @@ import logging
 import sys
 
 from pipeline.system.files import DISK_ERRORS
-from pipeline.system.progress import tqdm
 from pipeline.system.text import printable
 
 _LOGGERS = ("pipeline", "methods", "engine", "benchmarks", "__main__")
@@ -25,7 +24,8 @@ class _StderrHandler(logging.Handler):
         message = record.getMessage().removeprefix("[RANK 0] ")  # which accelerate.logging adds
         line = printable(f"{level}{message}")
         try:
-            tqdm.write(line, file=sys.stderr)
+            progress = sys.modules.get("pipeline.system.progress")  # without it there is no bar, and no need of tqdm
+            (progress.tqdm.write if progress else print)(line, file=sys.stderr)
             sys.stderr.flush()
         except OSError as error:
             if error.errno not in DISK_ERRORS:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import json
 from dataclasses import replace
@@ -11,10 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from benchmarks import step
-from benchmarks.common import peers
 from tests.benchmarks.conftest import Run
 from tests.engine.small import settings
 
@@ -83,47 +80,9 @@ def test_wrong_comparisons_are_rejected(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for arguments, message in (
-        (["--compare", "warp"], "choose of eager"),
+        (["--compare", "warp"], "choose one of eager"),
         (["--compare", "lightly"], "pip install lightly"),
         (["--compare", "eager,official", "--method.name", "simclr"], "the other loops are MoCo v2's"),
     ):
         assert run(step, *arguments) == 2
         assert message in capsys.readouterr().err
-
-
-def test_the_official_loop_is_moco() -> None:
-    """Its first loss by hand, the queue's next columns, and the moving average before the keys."""
-    chosen = settings("moco_v2")
-    official = peers.Official(
-        step.build_model(chosen, step.Accelerator(cpu=True)).step.encoder, chosen, torch.device("cpu"), None
-    )
-    views = (torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8))
-    queue, online = official._queue.clone(), copy.deepcopy(official._online)
-    loss = official.step(views)
-    q, k = (F.normalize(online(view)[0], dim=1) for view in views)
-    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue], 1) / 0.2
-    assert loss == pytest.approx(F.cross_entropy(logits, torch.zeros(8, dtype=torch.long)).item(), rel=1e-4)
-    assert torch.allclose(official._queue[:, :8], k.T, atol=1e-4)
-    assert torch.equal(official._queue[:, 8:], queue[:, 8:])
-
-
-def test_lightlys_loop_is_moco() -> None:
-    """Its second loss by hand, from its networks and memory bank."""
-    pytest.importorskip("lightly.loss")
-    chosen = settings("moco_v2")
-    encoder = step.build_model(chosen, step.Accelerator(cpu=True)).step.encoder
-    theirs = peers.Lightly(encoder, chosen, torch.device("cpu"), None)
-    views = (torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8))
-    theirs.step(views)  # the first step creates the bank
-    bank = theirs._criterion.memory_bank.bank.clone()
-    online = copy.deepcopy((theirs._backbone, theirs._head))
-    momentum = copy.deepcopy((theirs._backbone_momentum, theirs._head_momentum))
-    loss = theirs.step(views)
-    with torch.no_grad():
-        for ours, follows in zip(online, momentum, strict=True):
-            for p, m in zip(ours.parameters(), follows.parameters(), strict=True):
-                m.copy_(0.999 * m + 0.001 * p)
-        networks = zip((online, momentum), views, strict=True)
-        q, k = (F.normalize(head(backbone(view).flatten(1)), dim=1) for (backbone, head), view in networks)
-    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ bank.T], 1) / 0.2
-    assert loss == pytest.approx(F.cross_entropy(logits, torch.zeros(8, dtype=torch.long)).item(), rel=1e-3)

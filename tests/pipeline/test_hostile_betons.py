@@ -233,7 +233,7 @@ def test_a_manifest_is_bounded_by_its_beton(small: Path) -> None:
         file.truncate(1 << 40)
     outcome = survived(lambda _: Beton(small))
     assert outcome.kinds == {"refused": 1}
-    assert "at most 16793600 are read" in outcome.said[0]
+    assert "at most 16793600 are read" in outcome.messages[0]
     assert outcome.mebibytes < 10
 
 

@@ -288,6 +288,6 @@ def test_a_signal_ends_all_processes_and_leaves_no_output(number: signal.Signals
     assert "Traceback" not in errors
     remaining = [path.name for path in tmp_path.iterdir()]
     if number == signal.SIGKILL:  # no process can clean up after it
-        assert remaining == [f".x.beton.{process.pid}.writing"]
+        assert remaining == [f".writing-{process.pid}-x.beton"]
     else:
         assert remaining == []

@@ -69,7 +69,7 @@ def _failing_at(call: int) -> Callable[[int], None]:
 
 
 def test_a_killed_copy_is_deleted_and_concurrent_runs_copy_once(drawn: Path, tmp_path: Path) -> None:
-    (tmp_path / f".{drawn.name}.writing").write_bytes(b"half")
+    (tmp_path / f".writing-{drawn.name}").write_bytes(b"half")
     call = [sys.executable, "-m", "pipeline.stage", str(drawn), str(tmp_path)]
     both = [subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [process.communicate() for process in both]

@@ -364,5 +364,5 @@ def test_state_that_is_no_regular_file_is_refused_and_an_older_checkpoint_used(k
 
     outcome = survived(newest, seconds=10)
     assert outcome.kinds == {"refused": 1}, outcome
-    assert "not a regular file" in outcome.said[0]
+    assert "not a regular file" in outcome.messages[0]
     assert outcome.mebibytes < 50

@@ -92,8 +92,8 @@ def test_no_recipe_runs_code_or_takes_memory(
 
     outcome = survived(one, len(RECIPES), seconds=30)
     record(record_property, f"{len(RECIPES)} hostile recipes: 0 executed, {outcome.kinds['refused']} refused")
-    assert outcome.kinds == {"refused": len(RECIPES)}, outcome.said
-    assert all(len(line) < 6000 for line in outcome.said)
+    assert outcome.kinds == {"refused": len(RECIPES)}, outcome.messages
+    assert all(len(line) < 6000 for line in outcome.messages)
     assert outcome.mebibytes < 300
     assert not owned.exists()
 

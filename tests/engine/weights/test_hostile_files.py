@@ -31,14 +31,14 @@ def _resnet(width: float = 0.125) -> State:
 def _load(path: Path, **options: Any) -> Outcome:
     """Return what became of a child that loads a file; the text of a refusal is one short line."""
     outcome = survived(lambda _: load_encoder(path, **options), seconds=30)
-    assert all(len(said) < 2000 for said in outcome.said), outcome
+    assert all(len(message) < 2000 for message in outcome.messages), outcome
     return outcome
 
 
 def _refused(path: Path, says: str, mebibytes: float = 60) -> None:
     outcome = _load(path)
     assert outcome.kinds == {"refused": 1}, outcome
-    assert says in outcome.said[0]
+    assert says in outcome.messages[0]
     assert outcome.mebibytes < mebibytes
 
 

@@ -50,7 +50,7 @@ def _refusal(source: Path | str, *, mebibytes: int = 50, seconds: int = 20) -> s
     outcome = survived(lambda _: _read_all(source), seconds=seconds)
     assert outcome.kinds == {"refused": 1}, outcome
     assert outcome.mebibytes < mebibytes
-    return outcome.said[0]
+    return outcome.messages[0]
 
 
 # ---- zips ----
@@ -376,7 +376,7 @@ def test_decompression_bombs_are_refused_before_memory_is_taken(record_property:
     outcome = survived(one, len(BOMBS), seconds=20)
     record(record_property, f"{len(BOMBS)} decompression bombs: {outcome.kinds['refused']} refused")
     assert outcome.kinds == {"refused": len(BOMBS)}, outcome
-    assert all("pixels" in said or "not an image" in said for said in outcome.said), outcome.said
+    assert all("pixels" in message or "not an image" in message for message in outcome.messages), outcome.messages
     assert outcome.mebibytes < 60
 
 
@@ -595,14 +595,14 @@ def test_a_copy_is_never_written_through_a_planted_link(
     victim, disk = tmp_path / "victim", tmp_path / "disk"
     disk.mkdir()
     victim.write_text("precious")
-    for name in (drawn.name, f"{drawn.name}.json", f".{drawn.name}.writing", f".{drawn.name}.json.writing"):
+    for name in (drawn.name, f"{drawn.name}.json", f".writing-{drawn.name}", f".writing-{drawn.name}.json"):
         (disk / name).symlink_to(victim)
     assert stage(drawn, disk).read_bytes() == drawn.read_bytes()
     assert not any(path.is_symlink() for path in disk.iterdir())
     usage = stage_module.shutil.disk_usage
 
     def plant(path: Path) -> object:
-        (disk / f".{drawn.name}.writing").symlink_to(victim)
+        (disk / f".writing-{drawn.name}").symlink_to(victim)
         return usage(path)
 
     (disk / drawn.name).unlink()

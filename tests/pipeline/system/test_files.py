@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.system.files import replacing, write_atomic, write_json
+from pipeline.system.files import atomic_path, write_atomic, write_json
 
 
 def test_write_atomic_replaces_a_file_without_a_trace(tmp_path: Path) -> None:
@@ -34,8 +34,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_file_left_by_a_killed_writer_is_replaced(tmp_path: Path) -> None:
-    (tmp_path / ".x.writing").write_text("half")
-    with replacing(tmp_path / "x", unique=False) as temporary:
+    (tmp_path / ".writing-x").write_text("half")
+    with atomic_path(tmp_path / "x", unique=False) as temporary:
         assert not temporary.exists()
         temporary.write_text("new")
     assert (tmp_path / "x").read_text() == "new"

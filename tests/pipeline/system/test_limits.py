@@ -35,7 +35,7 @@ def test_special_files_are_not_read(make: Callable[[Path], Path], tmp_path: Path
     path = make(tmp_path)
     outcome = survived(lambda _: read_bytes(path, 1 << 40, "mend it"), seconds=5)
     assert outcome.kinds == {"refused": 1}, outcome
-    assert "not a regular file" in outcome.said[0] or "directory" in outcome.said[0]
+    assert "not a regular file" in outcome.messages[0] or "directory" in outcome.messages[0]
 
 
 def test_an_oversized_sparse_file_takes_no_memory(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_json_is_plain(text: str, tmp_path: Path) -> None:
     (tmp_path / "x").write_text(text)
     outcome = survived(lambda _: read_json(tmp_path / "x", 1 << 20, "mend it"), seconds=10)
     assert outcome.kinds == {"refused": 1}, outcome
-    assert "x: not valid JSON" in outcome.said[0]
+    assert "x: not valid JSON" in outcome.messages[0]
 
 
 LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
@@ -110,7 +110,7 @@ def test_yaml_is_plain(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     outcome = survived(lambda _: read_yaml(tmp_path / "x", "mend it"), seconds=20)
     assert outcome.kinds == {"refused": 1}, outcome
     assert outcome.mebibytes < 50
-    assert len(outcome.said[0]) < 700
+    assert len(outcome.messages[0]) < 700
     assert not (tmp_path / "owned").exists()
 
 

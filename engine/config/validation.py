@@ -1,0 +1,109 @@
+"""Dataclasses that pydantic validates, with its errors as one line: key, value, remedy."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Iterator
+from dataclasses import field
+from typing import Any, TypeVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from typing_extensions import dataclass_transform
+
+from engine.config.renamed import former
+from pipeline.system.errors import InputError
+
+Kind = TypeVar("Kind")
+Rules = dict[str, dict[str, Any]]
+"""JSON Schema of settings, sections and terms by dotted name, with `null` (is it allowed?) and `choose` (bounds in
+words)."""
+_CONFIG = ConfigDict(use_attribute_docstrings=True, allow_inf_nan=False, extra="forbid")
+_BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
+_SHOWN_CHARACTERS = 200
+_TYPES = {
+    "integer": "a whole number",
+    "number": "a number",
+    "boolean": "true or false",
+    "string": "text",
+    "array": "a list such as [160, 224]",
+    "object": "a mapping such as {weight: 1}",
+    "terms": "names such as [co2, residual]",
+}
+
+
+@dataclass_transform(field_specifiers=(field,))
+def section(kind: type[Kind]) -> type[Kind]:
+    """Make a dataclass that validates its arguments. Raises InputError for wrong ones."""
+    made: Any = dataclass(config=_CONFIG)(kind)
+    validated = made.__init__
+
+    @functools.wraps(validated)
+    def __init__(self: Any, *args: Any, **values: Any) -> None:
+        try:
+            validated(self, *args, **values)
+        except ValidationError as error:
+            raise InputError(explain(error, made)) from None
+
+    made.__init__ = __init__
+    return made
+
+
+def choose(words: str, **bounds: Any) -> Any:
+    """Return pydantic's bounds for a number. The error names them in these words."""
+    return Field(json_schema_extra={"choose": words}, **bounds)
+
+
+@functools.cache
+def rules(kind: type) -> Rules:
+    """Return the rules of a dataclass's fields, and of its sections' fields."""
+    schema = TypeAdapter(kind).json_schema()
+    return dict(_rules(schema, schema.get("$defs", {}), ""))
+
+
+def _rules(schema: dict[str, Any], definitions: dict[str, Any], within: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, rule in schema["properties"].items():
+        first = rule.get("anyOf", [rule])[0]  # the second is null
+        inner = definitions.get(first.get("$ref", "").rpartition("/")[2], {})
+        yield within + name, {**inner, **first, **rule, "null": "anyOf" in rule}
+        if inner:
+            yield from _rules(inner, definitions, f"{within}{name}.")
+
+
+def explain(error: ValidationError, kind: type) -> str:
+    """Return the first of pydantic's errors on this dataclass in one line."""
+    prefix = "" if kind.__name__ == "Settings" else f"{kind.__name__.lower()}."
+    known = {prefix + name: rule for name, rule in rules(kind).items()}
+    first = error.errors(include_url=False)[0]
+    wrong, value = first["type"], first["input"]
+    if wrong == "value_error":
+        return str(first["ctx"]["error"])
+    key = prefix + ".".join(part for part in first["loc"] if isinstance(part, str))
+    if former(key, value) or key not in known:
+        return former(key, value) or unknown(key, known)
+    rule = known[key]
+    if wrong in _BOUNDS:
+        remedy = f"choose {rule['choose']}"
+    elif wrong == "finite_number":
+        remedy = "give a finite number"
+    elif "enum" in rule:
+        remedy = f"choose one of {', '.join(map(repr, rule['enum']))}"
+    else:
+        remedy = f"wrong type: give {_TYPES.get(key) or _TYPES[rule['type']]}"
+    return f"{key} {shown(value)}: {remedy}{', or null' if rule['null'] else ''}"
+
+
+def shown(value: Any) -> str:
+    """Return a value as an error shows it."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]} ..."
+
+
+def unknown(key: str, known: Rules) -> str:
+    """Return the error for an unknown setting, with the closest name that is one."""
+    within, _, name = key.rpartition(".")
+    close = difflib.get_close_matches(key, known, n=1) or [other for other in known if other.endswith(f".{name}")]
+    siblings = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == within]
+    remedy = f"choose one of {', '.join(siblings)}" if within.startswith("terms") else "see --help for all of them"
+    return f"{key}: no such setting{f', did you mean {close[0]}' if close else ''}: {remedy}"
