@@ -146,8 +146,8 @@ def _without_example(spans: list[str]) -> list[str]:
 @every_document
 def test_options_in_running_text_are_known(path: Path, known_options: set[str]) -> None:
     words = [word for span in _without_example(documents.spans(path.read_text())) for word in span.split()]
-    named = {word.partition("=")[0] for word in words if re.match(r"--\w", word)}
-    assert not named - known_options
+    named = {word.partition("=")[0].replace("-", "_") for word in words if re.match(r"--\w", word)}
+    assert not named - {option.replace("-", "_") for option in known_options}
 
 
 @every_document

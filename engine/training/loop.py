@@ -66,9 +66,7 @@ def train(settings: Settings) -> dict[str, Any]:
 
 def _memory(error: BaseException) -> str:
     said = reason(error).partition(". ")[0]
-    remedy = (
-        "compute less at once (--micro_batch, or --activation_checkpointing true); --dry-run estimates what a run takes"
-    )
+    remedy = "compute less at once (--micro_batch, or --activation-checkpointing); --dry-run estimates what a run takes"
     return f"memory of the GPU is full ({said}): {remedy}"
 
 

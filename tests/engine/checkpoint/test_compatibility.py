@@ -1,4 +1,4 @@
-"""A resume with any one setting changed: the difference is told, and refused or allowed as the setting is listed."""
+"""Resumes with one setting or the images changed: free, refused, or allowed with a warning."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from tests.conftest import Figure
 from tests.engine.test_run import SMALL, main
 
 SAVED = flat(Settings(terms=Terms(co2=CO2(), xmoco=XMoCo(), residual=Residual(), dcl=DCL())).as_dict())
-FREE = set(  # how and where the same is computed, told and kept
+FREE = set(  # without effect on the training
     """out resume allow_change log_every save_every keep keep_every tracker gradient_shares cpu compile cuda_graph
     activation_checkpointing collective_timeout step_timeout data.train data.eval data.eval_crop_ratio data.verify
     data.on_bad data.samples data.stall_timeout data.workers data.prefetch_factor data.backend data.hw_decoder_load
     knn.every knn.k knn.temperature knn.limit""".split()  # noqa: SIM905 - a list of words
 )
-FIXED = set(  # what is saved would not fit
+FIXED = set(  # the saved tensors or draws would not fit
     """method.name method.queue_size method.queue_dtype optim.name data.batch data.order seed model.arch model.stem
     model.width model.dim model.mlp_dim model.bn model.zero_init_residual model.stop_grad_conv1""".split()  # noqa: SIM905
 )
 
 
 def other(value: Any) -> Any:
-    """Return another value than this."""
+    """Return a different value of the same type."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int | float):
@@ -48,46 +48,46 @@ def other(value: Any) -> Any:
 
 
 def resumed(key: str, allow: list[str] | None = None) -> Any:
-    """Return settings that differ in that key alone from those saved."""
+    """Return the saved settings with another value of one key."""
     now = SAVED | {key: other(SAVED[key]), "allow_change": allow or []}
     return SimpleNamespace(as_dict=lambda: now, allow_change=allow or [])
 
 
-def outcome(key: str, capsys: pytest.CaptureFixture[str]) -> str:
-    """Return what comes of a change; of those that may be allowed, that they are with their key or section alone."""
+def outcome(key: str, caplog: pytest.LogCaptureFixture) -> str:
+    """Return whether a changed setting is free, fixed, or allowed by its key or section alone."""
+    caplog.clear()
     then, now = SAVED[key], other(SAVED[key])
     try:
         compare(resumed(key), SAVED)
     except InputError as error:
-        said = str(error)
+        message = str(error)
     else:
-        assert not capsys.readouterr().err
+        assert not caplog.records
         return "free"
-    if said == f"{key} {now!r}: the checkpoint has {then!r}: resume with that value":
+    if message == f"{key} {now!r}: the checkpoint has {then!r}: resume with that value":
         with pytest.raises(InputError):
             compare(resumed(key, [key]), SAVED)
         return "fixed"
     listed = f"{key} {then!r} -> {now!r}"
-    assert said == f"the checkpoint has other settings: {listed}: resume with its own, or add --allow-change {key}"
+    assert message == f"the checkpoint has other settings: {listed}: resume with its own, or add --allow-change {key}"
     with pytest.raises(InputError):
         compare(resumed(key, ["optim.l", "seed"]), SAVED)
     for allowed in (key, key.split(".")[0]):
         compare(resumed(key, [allowed]), SAVED)
-        assert capsys.readouterr().err == f"warning: resuming with other settings: {listed}\n"
-    return "allowed where asked for"
+        assert caplog.messages == [f"resuming with other settings: {listed}"]
+        caplog.clear()
+    return "allowed if asked for"
 
 
 @pytest.mark.reliability
-def test_every_setting_is_free_fixed_or_allowed_where_asked_for(
-    figure: Figure, capsys: pytest.CaptureFixture[str]
-) -> None:
-    found = {key: outcome(key, capsys) for key in SAVED if key not in ("allow_change", "resume")}
-    expected = {key: "free" if key in FREE else "fixed" if key in FIXED else "allowed where asked for" for key in found}
-    assert found == expected
-    counts = [sum(kind == name for kind in found.values()) for name in ("free", "fixed", "allowed where asked for")]
+def test_every_setting_is_free_fixed_or_allowed_if_asked_for(figure: Figure, caplog: pytest.LogCaptureFixture) -> None:
+    outcomes = {key: outcome(key, caplog) for key in SAVED if key not in ("allow_change", "resume")}
+    expected = {key: "free" if key in FREE else "fixed" if key in FIXED else "allowed if asked for" for key in outcomes}
+    assert outcomes == expected
+    counts = [sum(kind == name for kind in outcomes.values()) for name in ("free", "fixed", "allowed if asked for")]
     figure(
         "resume with each setting changed",
-        "all {} keys: {} free, {} refused, {} refused unless allowed".format(len(found), *counts),
+        "all {} keys: {} free, {} refused, {} refused unless allowed".format(len(outcomes), *counts),
     )
 
 
@@ -97,6 +97,7 @@ def test_other_images_for_knn_are_refused_or_allowed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     figure: Figure,
 ) -> None:
     for name, count in (("other", 190), ("third", 180)):
@@ -110,24 +111,27 @@ def test_other_images_for_knn_are_refused_or_allowed(
 
     assert resumed(1, "--data.eval", drawn)[0] == 0
     assert resumed(2, "--data.eval", tmp_path / "moved.beton")[0] == 0  # the same images elsewhere
-    status, said = resumed(3, "--data.eval", tmp_path / "other.beton")
+    status, error = resumed(3, "--data.eval", tmp_path / "other.beton")
     assert status == 2
-    assert "data.eval" in said
-    assert "give those, or add --allow-change data.eval" in said
-    assert resumed(3)[0] == 0  # no kNN: what it was of is kept
-    status, said = resumed(4, "--data.eval", tmp_path / "other.beton")
+    assert "data.eval" in error
+    assert "give those, or add --allow-change data.eval" in error
+    assert resumed(3)[0] == 0  # no kNN: the fingerprint stays in the checkpoint
+    status, error = resumed(4, "--data.eval", tmp_path / "other.beton")
     assert status == 2
     fingerprints = [Beton(path).fingerprint for path in (tmp_path / "other.beton", drawn)]
-    assert "fingerprint {}, there {}".format(*fingerprints) in said
-    status, said = resumed(4, "--data.eval", tmp_path / "other.beton", "--allow-change", "data.eval")
-    assert status == 0
-    assert "kNN is of these from here on" in said
+    assert "fingerprint {}, there {}".format(*fingerprints) in error
+    assert resumed(4, "--data.eval", tmp_path / "other.beton", "--allow-change", "data.eval")[0] == 0
+    assert "kNN classifies these from here on" in caplog.text
     assert resumed(5, "--data.eval", tmp_path / "third.beton")[0] == 2
-    figure("resume with each setting changed", "other images for kNN: refused unless allowed, elsewhere: taken up")
+    figure("resume with each setting changed", "other images for kNN: refused unless allowed, elsewhere: resumed")
 
 
-def test_what_cannot_be_resumed_is_refused_before_the_data_are_verified(
-    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_refusals_come_before_the_data_are_verified(
+    drawn: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     prepare("synthetic:190", tmp_path / "other.beton", workers=1, quiet=True)
     out = ["--out", str(tmp_path / "out"), *SMALL, "--optim.epochs", "1"]
@@ -150,19 +154,19 @@ def test_what_cannot_be_resumed_is_refused_before_the_data_are_verified(
     changed = ["--optim.lr", "0.1", "--allow-change", "optim.lr"]
     assert main(monkeypatch, *resumed, "--data.train", str(drawn), "--data.eval", str(drawn), *changed) == 0
     assert verified
-    assert capsys.readouterr().err.count("warning: resuming with other settings: optim.lr 0.32 -> 0.1") == 1
+    assert caplog.messages.count("resuming with other settings: optim.lr 0.32 -> 0.1") == 1
 
 
-def test_an_older_checkpoint_does_not_say_what_knn_was_of() -> None:
+def test_older_checkpoints_have_no_fingerprint_of_knn() -> None:
     compare_images(Settings(), "a", "")
 
 
-def test_the_lists_name_settings_that_there_are() -> None:
+def test_the_lists_name_settings() -> None:
     assert not (FREE | FIXED) - SAVED.keys()
 
 
 @pytest.mark.parametrize("terms", [(Terms(), Terms(co2=CO2())), (Terms(co2=CO2()), Terms())], ids=["added", "removed"])
-def test_a_term_more_or_less_is_a_difference(terms: tuple[Terms, Terms]) -> None:
+def test_an_added_or_removed_term_is_a_difference(terms: tuple[Terms, Terms]) -> None:
     then, now = (replace(Settings(), terms=chosen) for chosen in terms)
     with pytest.raises(InputError, match=r"other settings: .*terms\.co2\.weight .* -> .*--allow-change terms\.co2"):
         compare(now, then.as_dict())
