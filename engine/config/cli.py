@@ -90,7 +90,7 @@ def flat(settings: dict[str, Any], within: str = "") -> dict[str, Any]:
     return named
 
 
-def _read_recipe(path: str | Path, remedy: str = "", variants: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _read_recipe(path: str | Path, remedy: str = "", variants: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return the nested settings of a recipe, merged into those of its `base`. Raises InputError.
 
     variants: the recipes with this one as their base.
@@ -113,8 +113,8 @@ def _read_recipe(path: str | Path, remedy: str = "", variants: tuple[Path, ...] 
         return recipe
     if not isinstance(base, str):
         raise InputError(f"{path}: base {shown(base)}: give the path of a recipe, relative to this one")
-    file, variants = Path(path).parent / base, (*variants, Path(path).resolve())
-    if file.resolve() in variants:
+    file, variants = Path(path).parent / _typed("base", base), (*variants, os.path.realpath(path))
+    if os.path.realpath(file) in variants:
         raise InputError(f"{path}: base {base}: is a variant of this recipe: remove one of the two bases")
     settings = _read_recipe(file, f"correct base in {path}", variants)
     _merge(settings, recipe)
@@ -200,7 +200,7 @@ def _read_options(arguments: Sequence[str]) -> list[tuple[str, Any]]:
 def _named_terms(text: str) -> dict[str, Any]:
     """Return the terms that a list names with their defaults, the others as null."""
     names = [] if text == "null" else re.findall(r"\w+", text)
-    if set(names) - set(_TERMS):
+    if set(names) - set(_TERMS) or re.sub(r"[\w\s,]", "", text) not in ("", "[]"):
         remedy = f"give names as in [co2, residual], of {', '.join(_TERMS)}; parameters go by themselves"
         raise InputError(f"terms {shown(text)}: {remedy}")
     return {term: {} if term in names else None for term in _TERMS}

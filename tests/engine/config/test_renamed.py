@@ -81,6 +81,7 @@ def test_settings_of_an_earlier_run_are_translated() -> None:
         ("auto", "cpu", True, "ffcv"),
         ("ffcv", "cpu", True, "ffcv"),
         ("ffcv", "gpu", True, "ffcv_gpu"),
+        ("ffcv", "gpu", False, "ffcv_gpu"),
         ("ffcv", "auto", True, "ffcv_gpu"),
         ("ffcv", "auto", False, "ffcv"),
         ("dali", "cpu", False, "dali"),
