@@ -315,6 +315,12 @@ def test_a_state_goes_on_with_another_number_of_ranks_and_workers(drawn: Path) -
     assert torch.equal(half.views[1], whole.views[1][_BATCH // 2 :])
 
 
+def test_a_state_with_the_former_name_of_its_order_is_loaded(drawn: Path) -> None:
+    with _loader(drawn, order="quasi_random") as loader:
+        loader.load_state_dict(loader.state_dict() | {"order": "chunked", "step": 2})
+        assert loader.state_dict()["step"] == 2
+
+
 @pytest.mark.parametrize("settings", [{"seed": 4}, {"batch": 16}])
 def test_a_state_of_other_settings_is_refused(drawn: Path, settings: dict[str, int]) -> None:
     name = next(iter(settings))
