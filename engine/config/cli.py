@@ -54,7 +54,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     settings: dict[str, Any] = {}
     for key, value in options:
         if key == "config":
-            _merge(settings, _typed("", _read_recipe(value)))
+            _merge(settings, _read_recipe(value))
     for key, value in options:
         if key == "allow_change":
             value = [*(settings.get(key) or []), *value]
@@ -86,7 +86,7 @@ def flat(settings: dict[str, Any], within: str = "") -> dict[str, Any]:
     """Return nested settings by dotted name."""
     named: dict[str, Any] = {}
     for key, value in settings.items():
-        named |= flat(value, f"{within}{key}.") if isinstance(value, dict) else {f"{within}{key}": value}
+        named |= flat(value, f"{within}{key}.") if isinstance(value, dict) else {within + key: value}
     return named
 
 
@@ -98,6 +98,7 @@ def _read_recipe(path: str | Path, remedy: str = "", variants: tuple[str, ...] =
     recipe = read_yaml(path, remedy or f"give a recipe, such as {_EXAMPLE}, or correct it")
     if not isinstance(recipe, dict):
         raise InputError(f"--config {path}: not a mapping of settings: write lines such as optim: {{lr: 0.03}}")
+    recipe = _typed("", recipe)
     if RENAMED.keys() <= flat(recipe).keys():  # complete: written by a run, not by hand
         if os.environ.get("RANK", "0") == "0":
             renamed = ", ".join(f"{old} is {new}" for old, new in RENAMED.items())
@@ -113,7 +114,7 @@ def _read_recipe(path: str | Path, remedy: str = "", variants: tuple[str, ...] =
         return recipe
     if not isinstance(base, str):
         raise InputError(f"{path}: base {shown(base)}: give the path of a recipe, relative to this one")
-    file, variants = Path(path).parent / _typed("base", base), (*variants, os.path.realpath(path))
+    file, variants = Path(path).parent / base, (*variants, os.path.realpath(path))
     if os.path.realpath(file) in variants:
         raise InputError(f"{path}: base {base}: is a variant of this recipe: remove one of the two bases")
     settings = _read_recipe(file, f"correct base in {path}", variants)
@@ -212,7 +213,7 @@ def _help(section: str) -> str:
     for key, rule in _RULES.items():
         if section and not f"{key}.".startswith(f"{section}."):
             continue
-        text, default = rule["description"], rule.get("default", [])
+        text, default = rule.get("description", ""), rule.get("default", [])
         if rule["type"] == "object":
             lines += ["", *textwrap.wrap(f"{key}: {text}", width), ""]
             text = "Add the term with its defaults; null: leave it out."
