@@ -8,17 +8,12 @@ import importlib
 import importlib.util
 import io
 import re
-import runpy
-import signal
 import subprocess
-import sys
-import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import pytest
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
@@ -47,32 +42,7 @@ def parser_of(module: str) -> argparse.ArgumentParser:
     """Return the parser of a command of this project."""
     path = _file_of(module)
     name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    if "\ndef parser()" in path.read_text():
-        return importlib.import_module(name).parser()
-    return _captured(module)
-
-
-class _Captured(BaseException):
-    """Carries a parser out of a command that has no `parser()`."""
-
-
-def _captured(module: str) -> argparse.ArgumentParser:
-    def capture(parser: argparse.ArgumentParser, *_: Any, **__: Any) -> NoReturn:
-        raise _Captured(parser)
-
-    handler = signal.getsignal(signal.SIGTERM)
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # it was imported before
-        for name in ("parse_args", "parse_known_args"):
-            patch.setattr(argparse.ArgumentParser, name, capture)
-        patch.setattr(sys, "argv", [module])
-        try:
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
-        except _Captured as captured:
-            return captured.args[0]
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-    raise AssertionError(f"{module} reads no command line")
+    return importlib.import_module(name).parser()
 
 
 def commands() -> list[str]:

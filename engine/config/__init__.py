@@ -1,1 +1,1 @@
-"""Settings of a run, and the command line and recipes that give them."""
+"""Settings of a run, their validation, and the command line and recipes that set them."""

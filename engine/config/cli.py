@@ -54,7 +54,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     settings: dict[str, Any] = {}
     for key, value in options:
         if key == "config":
-            _merge(settings, _typed("", _read_recipe(value)))
+            _merge(settings, _read_recipe(value))
     for key, value in options:
         if key == "allow_change":
             value = [*(settings.get(key) or []), *value]
@@ -86,11 +86,11 @@ def flat(settings: dict[str, Any], within: str = "") -> dict[str, Any]:
     """Return nested settings by dotted name."""
     named: dict[str, Any] = {}
     for key, value in settings.items():
-        named |= flat(value, f"{within}{key}.") if isinstance(value, dict) else {f"{within}{key}": value}
+        named |= flat(value, f"{within}{key}.") if isinstance(value, dict) else {within + key: value}
     return named
 
 
-def _read_recipe(path: str | Path, remedy: str = "", variants: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _read_recipe(path: str | Path, remedy: str = "", variants: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return the nested settings of a recipe, merged into those of its `base`. Raises InputError.
 
     variants: the recipes with this one as their base.
@@ -98,6 +98,7 @@ def _read_recipe(path: str | Path, remedy: str = "", variants: tuple[Path, ...] 
     recipe = read_yaml(path, remedy or f"give a recipe, such as {_EXAMPLE}, or correct it")
     if not isinstance(recipe, dict):
         raise InputError(f"--config {path}: not a mapping of settings: write lines such as optim: {{lr: 0.03}}")
+    recipe = _typed("", recipe)
     if RENAMED.keys() <= flat(recipe).keys():  # complete: written by a run, not by hand
         if os.environ.get("RANK", "0") == "0":
             renamed = ", ".join(f"{old} is {new}" for old, new in RENAMED.items())
@@ -113,8 +114,8 @@ def _read_recipe(path: str | Path, remedy: str = "", variants: tuple[Path, ...] 
         return recipe
     if not isinstance(base, str):
         raise InputError(f"{path}: base {shown(base)}: give the path of a recipe, relative to this one")
-    file, variants = Path(path).parent / base, (*variants, Path(path).resolve())
-    if file.resolve() in variants:
+    file, variants = Path(path).parent / base, (*variants, os.path.realpath(path))
+    if os.path.realpath(file) in variants:
         raise InputError(f"{path}: base {base}: is a variant of this recipe: remove one of the two bases")
     settings = _read_recipe(file, f"correct base in {path}", variants)
     _merge(settings, recipe)
@@ -200,7 +201,7 @@ def _read_options(arguments: Sequence[str]) -> list[tuple[str, Any]]:
 def _named_terms(text: str) -> dict[str, Any]:
     """Return the terms that a list names with their defaults, the others as null."""
     names = [] if text == "null" else re.findall(r"\w+", text)
-    if set(names) - set(_TERMS):
+    if set(names) - set(_TERMS) or re.sub(r"[\w\s,]", "", text) not in ("", "[]"):
         remedy = f"give names as in [co2, residual], of {', '.join(_TERMS)}; parameters go by themselves"
         raise InputError(f"terms {shown(text)}: {remedy}")
     return {term: {} if term in names else None for term in _TERMS}
@@ -212,7 +213,7 @@ def _help(section: str) -> str:
     for key, rule in _RULES.items():
         if section and not f"{key}.".startswith(f"{section}."):
             continue
-        text, default = rule["description"], rule.get("default", [])
+        text, default = rule.get("description", ""), rule.get("default", [])
         if rule["type"] == "object":
             lines += ["", *textwrap.wrap(f"{key}: {text}", width), ""]
             text = "Add the term with its defaults; null: leave it out."

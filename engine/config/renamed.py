@@ -28,7 +28,7 @@ _CROP_ON = {"cpu": "write data.backend ffcv", "gpu": "write data.backend ffcv_gp
 
 
 def former(key: str, value: Any = None) -> str:
-    """Return the error for a former name or value, with the present one; none: it is not a former one."""
+    """Return the error for a former name or value, with the present one; empty for any other."""
     if key in RENAMED:
         return f"{key}: renamed to {RENAMED[key]}"
     if key == "data.order" and value == "chunked":
@@ -56,7 +56,8 @@ def _renamed(values: dict[str, Any], section: str = "") -> dict[str, Any]:
 
 
 def _backend(backend: Any, crop_on: Any, cpu: bool) -> Any:
-    """Return the present backend for the former pair. `ffcv` on its own cropped on the GPU where there was one."""
-    if backend == "ffcv" and crop_on != "cpu" and not cpu and torch.cuda.is_available():
-        return "ffcv_gpu"
+    """Return the present backend for the former pair. Former ffcv cropped on the GPU, if there was one."""
+    if backend == "ffcv":
+        on_gpu = crop_on == "gpu" or (crop_on == "auto" and not cpu and torch.cuda.is_available())
+        return "ffcv_gpu" if on_gpu else "ffcv"
     return "ffcv" if backend == "auto" and crop_on == "cpu" else backend

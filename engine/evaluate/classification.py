@@ -52,7 +52,7 @@ class ClassificationEvaluation(Evaluation):
     def crop_ratio(self) -> float:
         """Side of the test crop over the image's shorter side."""
         data = self.encoder.settings.get("data", {})
-        return float(self.args.crop_ratio or data.get("eval_crop_ratio", data.get("eval_share", 0.875)))
+        return float(self.args.crop_ratio or data.get("eval_crop_ratio", 0.875))
 
     @property
     def classes(self) -> int:

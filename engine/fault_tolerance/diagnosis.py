@@ -17,7 +17,7 @@ from pipeline.system.errors import LoaderStalled, RunFailed, describe_error
 
 _ON_ALL_RANKS = (Stopped, PeerError, FloatingPointError)
 _LESS_MEMORY = (
-    "compute less at once (--micro_batch, or --activation_checkpointing true); --dry-run estimates the memory of a run"
+    "compute less at once (--micro-batch, or --activation-checkpointing); --dry-run estimates the memory of a run"
 )
 
 

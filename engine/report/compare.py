@@ -14,8 +14,7 @@ import numpy as np
 from engine.checkpoint.compatibility import FREE
 from engine.report.run_folder import RunFiles, number
 
-_COMPARED = {"data.train", "data.eval", "data.eval_share", "data.eval_crop_ratio"}
-_COMPARED |= {"knn.k", "knn.temperature", "knn.limit"}
+_COMPARED = {"data.train", "data.eval", "data.eval_crop_ratio", "knn.k", "knn.temperature", "knn.limit"}
 _FREE = FREE - _COMPARED | {"seed"}
 """Settings in which runs of one group may differ: the compared numbers depend on them by chance only."""
 _HIDDEN = {"out", "resume", "allow_change"}

@@ -118,7 +118,7 @@ def _from_start(run: RunFiles, name: str) -> str:
 
 
 def _crop_ratio(run: RunFiles) -> float:
-    ratio = number(run.settings.get("data.eval_crop_ratio", run.settings.get("data.eval_share")))
+    ratio = number(run.settings.get("data.eval_crop_ratio"))
     return ratio if ratio and 0 < ratio <= 1 else _DEFAULT_CROP_RATIO
 
 

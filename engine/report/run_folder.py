@@ -14,6 +14,7 @@ import numpy as np
 import yaml
 
 from engine.config.cli import flat
+from engine.config.renamed import translate
 from pipeline.system.errors import InputError, describe_error
 from pipeline.system.limits import RESULT_BYTES, SETTINGS_BYTES, open_regular, parse_yaml
 
@@ -126,7 +127,7 @@ def _read_settings(run: RunFiles) -> None:
     file = run.path / "config.yaml"
     try:
         run.recipe = _text(file)
-        run.settings = flat(parse_yaml(run.recipe))
+        run.settings = flat(translate(parse_yaml(run.recipe)))
     except FileNotFoundError:
         run.problems.append("There is no config.yaml, so no settings to compare.")
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:

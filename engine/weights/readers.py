@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from engine.checkpoint import provenance, storage
+from engine.config.renamed import translate
 from pipeline.system.errors import InputError, describe_error
 from pipeline.system.limits import open_regular, parse_json
 
@@ -55,11 +56,11 @@ def _read_checkpoint(path: Path) -> Contents:
             path = newest
             break
     tensors, state = storage.load(path)
-    settings = state["settings"]
     try:
+        settings = translate(state["settings"])
         model, data = settings["model"], settings["data"]
         described = {"arch": model["arch"], "stem": model["stem"], "width": model["width"], "size": data["size"]}
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, AttributeError):
         raise InputError(f"{path}: its settings describe no encoder: give another checkpoint") from None
     return Contents(path, tensors.get("model", {}), settings, described, provenance.recorded(state))
 

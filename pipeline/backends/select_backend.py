@@ -1,4 +1,4 @@
-"""Which backend to take, and why."""
+"""Selection of the backend, with the reason."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from pipeline.system.errors import InputError
 from pipeline.system.packages import installed
 
 PACE = 5000
-"""Samples a second that a GPU may take: an H200 trains a ResNet-50 on somewhat fewer, at 224 pixels."""
+"""Samples a second that a GPU may train on: an H200 trains a ResNet-50 on somewhat fewer, at 224 pixels."""
 _JPEG_BYTE, _JPEG_PIXEL, _RAW_PIXEL = 9e-9, 1.7e-9, 2.7e-9  # seconds of one core at 2.6 GHz, copies included
-_DEMANDS = ("ffcv", "ffcv_gpu", "dali", "resident")  # backends by what they ask of the machine, the least first
+_BY_DEMAND = ("ffcv", "ffcv_gpu", "dali", "resident")  # the least demanding of the machine first
 
 
 class Choice(NamedTuple):
-    """A backend's name among `BACKENDS`, and the reason in a line."""
+    """Name of a backend of `BACKENDS`, and the reason for it in one line."""
 
     name: str
     why: str
 
 
 def decoding_rate(beton: Beton, cores: int) -> float:
-    """Return about how many samples a second so many cores decode, by the sizes of their records."""
+    """Return an estimate of the samples that `cores` cores decode in a second, from the sizes of the records."""
     pixels, jpegs = beton.heights.astype(np.float64) * beton.widths, beton.modes == JPEG
     seconds = np.where(jpegs, _JPEG_BYTE * beton.sizes + _JPEG_PIXEL * pixels, _RAW_PIXEL * pixels)
     return float(cores / seconds.mean())
 
 
 def choose(backend: str, beton: Beton, device: torch.device, *, processes: int = 1, cores: int = 1) -> Choice:
-    """Return the backend for this data on this device: the one asked for, or, for `auto`, the fastest.
+    """Return the backend for this data on this device: the requested one, or, for `auto`, the fastest.
 
-    processes: ranks that share the machine's memory. cores: those of this rank. Raises InputError for crops on a GPU
-    where there is none.
+    processes: ranks that share the machine's memory. cores: those of this rank.
+    Raises InputError for crops on a GPU if there is none.
     """
     if backend == "ffcv_gpu" and device.type != "cuda":
         raise InputError("data.backend 'ffcv_gpu': this machine has no GPU that torch can use: choose auto or ffcv")
     if backend != "auto":
         return Choice(backend, "asked for")
     if not beton.in_one_file:
-        return Choice("dali", "the images are not in one file, which it alone reads")
+        return Choice("dali", "the images are not in one file, and only dali reads those")
     size = f"the decoded images take {resident.needed(beton) / 2**30:.2f} GiB"
     share = resident.SHARE if device.type == "cuda" else resident.SHARE / processes
     room = f"{share:.0%} of the {resident.free(device) / 2**30:.1f} GiB free on {device.type}"
@@ -57,13 +57,13 @@ def choose(backend: str, beton: Beton, device: torch.device, *, processes: int =
     rate = decoding_rate(beton, cores)
     why += f"; {cores} cores decode about {rate:.0f} images/s"
     if rate < PACE and (beton.modes == JPEG).any() and installed("nvidia.dali"):
-        return Choice("dali", f"{why}, less than the {PACE} a GPU may take")
+        return Choice("dali", f"{why}, less than the {PACE} a GPU may train on")
     return Choice("ffcv_gpu", why)
 
 
 def agreed(choices: Sequence[Choice]) -> Choice:
-    """Return what all processes are to take, of what each would: their pixels are the same only on one backend.
+    """Return the least demanding of the ranks' choices, with the reason of the first rank that made it.
 
-    The least demanding one, with the reason of the first process that wants it.
+    All ranks use it, because pixels differ slightly between backends.
     """
-    return min(choices, key=lambda choice: _DEMANDS.index(choice.name))
+    return min(choices, key=lambda choice: _BY_DEMAND.index(choice.name))

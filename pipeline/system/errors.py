@@ -72,15 +72,6 @@ def command(main: Callable[[], int | None]) -> Callable[[], None]:
     return run
 
 
-def tell(line: str) -> None:
-    """Print a line to stderr; where the disk behind it is full, drop the line."""
-    try:
-        print(line, file=sys.stderr, flush=True)
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-
-
 def report(error: Exception, status: int) -> int:
     """Print the error as one line on stderr, with the rank unless it is 0; return `status`.
 

@@ -282,6 +282,12 @@ def test_a_state_resumes_with_other_ranks_and_workers(drawn: Path) -> None:
     assert torch.equal(half.views[1], full.views[1][BATCH // 2 :])
 
 
+def test_a_state_with_the_former_name_of_its_order_is_loaded(drawn: Path) -> None:
+    with small_loader(drawn, order="quasi_random") as loader:
+        loader.load_state_dict(loader.state_dict() | {"order": "chunked", "step": 2})
+        assert loader.state_dict()["step"] == 2
+
+
 @pytest.mark.parametrize("settings", [{"seed": 4}, {"batch": 16}])
 def test_load_state_rejects_other_settings(drawn: Path, settings: dict[str, int]) -> None:
     name = next(iter(settings))

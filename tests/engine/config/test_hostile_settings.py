@@ -1,4 +1,4 @@
-"""Recipes and command lines made to do harm: no code runs, no memory is taken, and each is refused in one line."""
+"""Hostile recipes and command lines are refused in one line: no code runs, no memory is allocated."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEEP = "[" * 60_000
 
 @pytest.fixture
 def owned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The file that hostile settings would create; a module that creates it when it is imported can be named."""
+    """A file that hostile settings would create: `import planted` creates it."""
     target = tmp_path / "owned"
     (tmp_path / "planted.py").write_text(f"open({str(target)!r}, 'w').close()\nclass Thing: pass\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -70,6 +70,12 @@ RECIPES = [
     'data: {train: "a\\e[31mb"}',
     f"out: {'x' * 5000}",
     "config: other.yaml",
+    "base: /dev/zero",
+    "base: {class_path: planted.Thing}",
+    "base: http://127.0.0.1:9/recipe.yaml",
+    f"base: {DEEP}",
+    f"base: {'../' * 5000}r.yaml",
+    'base: "a\\0b"',
     "1: 2",
     "data: [1]",
     "terms: 5",
@@ -80,7 +86,7 @@ RECIPES = [
 
 
 @reliability
-def test_no_recipe_runs_code_or_takes_memory(
+def test_no_recipe_runs_code_or_allocates_memory(
     tmp_path: Path, owned: Path, monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -123,11 +129,16 @@ def test_no_recipe_runs_code_or_takes_memory(
         ["--log_every", "9" * 5000],
         ["--optim.lr", DEEP],
         ["--seed", DEEP],
+        ["--terms", DEEP],
+        ["--allow-change", "9" * 60_000],
+        ["--data.sizes", "[" + "224, " * 2000 + "224]"],
+        ["--data.train", "a\udcffb"],
+        ["--" + "x." * 20_000, "3"],
     ],
 )
-def test_no_argument_runs_code_or_reads_what_it_should_not(arguments: list[str], owned: Path) -> None:
-    given = [argument.replace("OWNED", str(owned)) for argument in arguments]
-    outcome = survived(lambda _: parse(given), seconds=30)
+def test_no_argument_runs_code_or_reads_files(arguments: list[str], owned: Path) -> None:
+    words = [argument.replace("OWNED", str(owned)) for argument in arguments]
+    outcome = survived(lambda _: parse(words), seconds=30)
     assert outcome.kinds == {"refused": 1}, outcome
     assert not owned.exists()
 
@@ -138,7 +149,7 @@ def test_a_pipe_is_no_recipe(tmp_path: Path) -> None:
     assert outcome.kinds == {"refused": 1}, outcome
 
 
-def test_several_recipes_win_over_each_other_in_turn_and_the_command_line_over_all(tmp_path: Path) -> None:
+def test_later_recipes_and_then_options_override(tmp_path: Path) -> None:
     first, second = tmp_path / "1.yaml", tmp_path / "2.yaml"
     first.write_text("\ufeffoptim: {lr: 0.5, epochs: 7}\nterms: {co2: {weight: 2}}\nmodel:\n")
     second.write_text("optim: {lr: 0.25}\nterms: {residual: {}}\nout: 2001-01-01\n")
@@ -151,7 +162,7 @@ def test_several_recipes_win_over_each_other_in_turn_and_the_command_line_over_a
     assert found.terms.residual is not None
 
 
-def test_a_schedule_of_more_steps_than_fit_is_refused() -> None:
+def test_too_many_steps_for_a_schedule_are_refused() -> None:
     settings = Settings(data=Data(batch=2), optim=Optim(epochs=100_000))
     with pytest.raises(InputError, match=r"optim\.epochs 100000: 64000000000 steps in all, at most"):
         Schedule(settings, 640_000, torch.device("cpu"))

@@ -10,9 +10,13 @@ import pytest
 import torch
 import yaml
 
+from engine.checkpoint import storage
+from engine.checkpoint.compatibility import compare_settings
 from engine.config.cli import flat, parse
 from engine.config.renamed import RENAMED, translate
 from engine.config.settings import Settings
+from engine.report.run_folder import read_runs
+from engine.weights.readers import read
 from pipeline.system.errors import InputError
 
 
@@ -81,6 +85,7 @@ def test_settings_of_an_earlier_run_are_translated() -> None:
         ("auto", "cpu", True, "ffcv"),
         ("ffcv", "cpu", True, "ffcv"),
         ("ffcv", "gpu", True, "ffcv_gpu"),
+        ("ffcv", "gpu", False, "ffcv_gpu"),
         ("ffcv", "auto", True, "ffcv_gpu"),
         ("ffcv", "auto", False, "ffcv"),
         ("dali", "cpu", False, "dali"),
@@ -123,3 +128,17 @@ def test_a_changed_config_of_an_earlier_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
     with pytest.raises(InputError, match="renamed to"):
         parse(["--config", str(tmp_path / "config.yaml")])
+
+
+def test_files_of_an_earlier_run_are_read_under_the_present_names(tmp_path: Path) -> None:
+    settings = parse(["--optim.clip-grad-norm", "2", "--data.eval-crop-ratio", "1", "--data.order", "quasi_random"])
+    old = former(settings, order="chunked", crop_on="auto")
+    compare_settings(settings, old)
+    with pytest.raises(InputError, match=r"other settings: optim\.clip_grad_norm 2\.0 -> 3\.0: .*--allow-change optim"):
+        compare_settings(parse(["--optim.clip-grad-norm", "3", "--data.order", "quasi_random"]), old)
+    state = {"loader": {}, "monitor": {}, "settings": old}
+    storage.write(tmp_path / "checkpoints", 1, {"model": {"a": torch.zeros(1)}}, state)
+    assert read(tmp_path).settings == settings.as_dict()
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
+    (run,) = read_runs([tmp_path])
+    assert run.settings == flat(settings.as_dict())

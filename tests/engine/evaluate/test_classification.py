@@ -19,7 +19,6 @@ from tests.engine.evaluate.conftest import evaluate
     [
         ({}, None, 0.875),
         ({"eval_crop_ratio": 0.9}, None, 0.9),
-        ({"eval_share": 0.8}, None, 0.8),  # of an older checkpoint
         ({"eval_crop_ratio": 0.9}, 0.5, 0.5),
     ],
 )

@@ -31,14 +31,14 @@ def _resnet(width: float = 0.125) -> State:
 def _load(path: Path, **options: Any) -> Outcome:
     """Load a file in a child process; return its outcome, with messages that are short."""
     outcome = survived(lambda _: load_encoder(path, **options), seconds=30)
-    assert all(len(text) < 2000 for text in outcome.said), outcome
+    assert all(len(text) < 2000 for text in outcome.messages), outcome
     return outcome
 
 
 def _refused(path: Path, message: str, mebibytes: float = 60) -> None:
     outcome = _load(path)
     assert outcome.kinds == {"refused": 1}, outcome
-    assert message in outcome.said[0]
+    assert message in outcome.messages[0]
     assert outcome.mebibytes < mebibytes
 
 

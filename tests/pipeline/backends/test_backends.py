@@ -323,7 +323,7 @@ def test_what_auto_takes_is_not_refused_once_a_model_has_its_memory(
         ("resident", "cpu", 1, 1, "resident"),
     ],
 )
-def test_the_choice_depends_on_device_and_room_and_says_why(
+def test_choice_depends_on_device_and_memory(
     backend: str,
     device: str,
     room: float,
@@ -338,7 +338,7 @@ def test_the_choice_depends_on_device_and_room_and_says_why(
     assert ("asked for" in select_backend.why) == (backend != "auto")
 
 
-def test_crops_on_a_gpu_that_is_not_there_are_refused(drawn: Path) -> None:
+def test_crops_on_a_missing_gpu_are_refused(drawn: Path) -> None:
     with pytest.raises(InputError, match=r"data\.backend 'ffcv_gpu': this machine has no GPU"):
         choose("ffcv_gpu", Beton(drawn), torch.device("cpu"))
 
