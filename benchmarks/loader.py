@@ -132,7 +132,7 @@ def report(result: dict[str, Any]) -> Report:
 
 def parser() -> ArgumentParser:
     """Return the parser of the command line."""
-    parser = benchmark_parser("loader", "Measure loader throughput.")
+    parser = benchmark_parser("loader", "Measure loader throughput.", {"--backends": "--compare"})
     parser.add_argument("--data", required=True, help="beton, or a tar that is read directly")
     names = ", ".join(PATHS)
     parser.add_argument("--compare", default=",".join(COMPARED), help=f"some of {names} (default %(default)s)")

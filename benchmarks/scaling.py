@@ -210,7 +210,7 @@ def report(result: dict[str, Any]) -> Report:
 
 def parser() -> ArgumentParser:
     """Return the parser of the command line."""
-    parser = benchmark_parser("scaling", "Time training on several processes.")
+    parser = benchmark_parser("scaling", "Time training on several processes.", {"--rounds": "--runs"})
     parser.add_argument("--processes", default="1,2", help="numbers of processes (default %(default)s)")
     parser.add_argument("--threads", default="1,2", help="loader threads of a process (default %(default)s)")
     parser.add_argument("--steps", type=int, default=30, help="steps of a run (default %(default)s)")

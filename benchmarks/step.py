@@ -285,7 +285,8 @@ def report(result: dict[str, Any]) -> Report:
 
 def parser() -> ArgumentParser:
     """Return the parser of the command line."""
-    parser = benchmark_parser("step", "Time training steps.")
+    renamed = {"--ways": "--compare", "--threads": "--torch-threads"}
+    parser = benchmark_parser("step", "Time training steps.", renamed)
     default = "eager,compiled,official,official-amp"
     parser.add_argument("--compare", default=default, help=f"some of {', '.join(COMPARED)} (default %(default)s)")
     parser.add_argument("--runs", type=int, default=10, help="steps timed of each (default %(default)s)")

@@ -110,7 +110,7 @@ def report(result: dict[str, Any]) -> Report:
 
 def parser() -> ArgumentParser:
     """Return the parser of the command line."""
-    parser = benchmark_parser("train", "Time training on real data.")
+    parser = benchmark_parser("train", "Time training on real data.", {"--rounds": "--runs"})
     parser.add_argument("--steps", type=int, default=50, help="steps of a run (default %(default)s)")
     parser.add_argument("--runs", type=int, default=5, help="runs of training, and of bare steps (default %(default)s)")
     return parser

@@ -111,7 +111,7 @@ def report(result: dict[str, Any]) -> Report:
 
 def parser() -> ArgumentParser:
     """Return the parser of the command line."""
-    parser = benchmark_parser("walk", "Time every command on the way of a new user.")
+    parser = benchmark_parser("walk", "Time every command on the way of a new user.", {"--to": "--out"})
     parser.add_argument("source", metavar="SOURCE", help="tar, zip or folder of images")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the clone and the logs")
     parser.add_argument("--minutes", type=float, default=3.5, help="minutes of the demo (default %(default)s)")
