@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pipeline.augment.color import IMAGENET, augment
 from pipeline.augment.draws import draw_views
@@ -94,9 +94,7 @@ def preview(
         pixels = [_pixels(augment(crop, draw.color)) for crop, draw in zip(crops, draws, strict=True)]
     finally:
         backend.close()
-    pixels = [view if view.shape[1] == size else np.stack([_fit(image, size) for image in view]) for view in pixels]
-    groups = [[_fit(decode(beton, int(index)), size), *(view[i] for view in pixels)] for i, index in enumerate(ids)]
-    return _grid(groups, size)
+    return _grid([[decode(beton, int(index)), *(view[i] for view in pixels)] for i, index in enumerate(ids)], size)
 
 
 def _pixels(views: torch.Tensor) -> np.ndarray:
@@ -105,18 +103,8 @@ def _pixels(views: torch.Tensor) -> np.ndarray:
     return ((views * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
 
 
-def _fit(image: np.ndarray, size: int) -> np.ndarray:
-    """Return `image` scaled to fit into a white square of `size` pixels."""
-    picture = Image.fromarray(image)
-    scale = size / max(picture.size)
-    picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
-    square = Image.new("RGB", (size, size), "white")
-    square.paste(picture, ((size - picture.width) // 2, (size - picture.height) // 2))
-    return np.asarray(square)
-
-
 def _grid(groups: list[list[np.ndarray]], size: int) -> Image.Image:
-    """Return the groups of pictures, `size` pixels a side, in `_COLUMNS` columns."""
+    """Return groups of pictures in `_COLUMNS` columns, each fitted into a white square of `size` pixels."""
     scale = max(1, _MIN_CELL_PIXELS // size)
     cell, rows = size * scale + _GAP_PIXELS, -(-len(groups) // _COLUMNS)
     group_width = len(groups[0]) * cell + 2 * _GAP_PIXELS
@@ -124,7 +112,8 @@ def _grid(groups: list[list[np.ndarray]], size: int) -> Image.Image:
     for number, group in enumerate(groups):
         row, column = divmod(number, _COLUMNS)
         for position, pixels in enumerate(group):
-            picture = Image.fromarray(pixels).resize((size * scale,) * 2, Image.Resampling.NEAREST)
+            square = ImageOps.pad(Image.fromarray(pixels), (size, size), color="white")
+            picture = square.resize((size * scale, size * scale), Image.Resampling.NEAREST)
             left, top = column * group_width + position * cell, row * cell
             grid.paste(picture, (left + _GAP_PIXELS, top + _GAP_PIXELS))
     return grid

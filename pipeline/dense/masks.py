@@ -7,14 +7,14 @@ scores. Betons cannot contain masks: PIL reads the files one by one.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
 
-from pipeline.dense.image_files import decoded, header, read_set
+from pipeline.dense.image_files import open_image, read_set
 from pipeline.system.errors import InputError
 from pipeline.system.thread_pool import Workers
 
@@ -43,11 +43,11 @@ class Masked:
 
     def read(self, index: int) -> Pair:
         """Return an image, RGB, and its mask, uint8 [H, W]. Raises InputError where one cannot be decoded."""
-        return decoded(self.images[index]).convert("RGB"), self.mask(index)
+        return open_image(self.images[index]).convert("RGB"), self.mask(index)
 
     def mask(self, index: int) -> np.ndarray:
         """Return a mask of class numbers, uint8 [H, W]. Raises InputError where it cannot be decoded."""
-        return np.asarray(decoded(self.masks[index])).astype(np.uint8)
+        return np.asarray(open_image(self.masks[index])).astype(np.uint8)
 
     def part(self, indices: Iterable[int]) -> Masked:
         """Return a part of the images."""
@@ -134,7 +134,7 @@ def _by_name(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
 
 def _shape(image: Path, mask: Path) -> tuple[int, int]:
     """Return height and width of an image. Raises InputError where its mask's differ, or it is no mask."""
-    image_header, mask_header = header(image), header(mask)
+    image_header, mask_header = open_image(image, pixels=False), open_image(mask, pixels=False)
     if mask_header.mode not in _MASK_MODES:
         raise InputError(
             f"{mask}: is {mask_header.mode}, not class numbers: save it as an 8-bit PNG of palette indices or gray "
@@ -153,8 +153,12 @@ def classes_in(data: Masked, indices: Iterable[int], classes: int, workers: Work
 
     classes: number of classes, 0 for any. Raises InputError for a mask that cannot be decoded or has a larger number.
     """
-    occurring: set[int] = set()
-    for index, numbers in _numbers(data, list(indices), workers):
+    indices, occurring = list(indices), set[int]()
+
+    def numbers_in(_: None, index: int) -> set[int]:
+        return set(np.unique(data.mask(index)).tolist()) - {IGNORED}
+
+    for index, numbers in zip(indices, workers.in_order(numbers_in, indices, ahead=_MASKS_AHEAD), strict=True):
         if classes and max(numbers, default=0) >= classes:
             raise InputError(
                 f"{data.masks[index]}: has class {max(numbers)}, and there are {classes}, 0 to {classes - 1}, except "
@@ -162,13 +166,3 @@ def classes_in(data: Masked, indices: Iterable[int], classes: int, workers: Work
             )
         occurring |= numbers
     return occurring
-
-
-def _numbers(data: Masked, indices: list[int], workers: Workers) -> Iterator[tuple[int, set[int]]]:
-    """Yield each mask's index and its class numbers."""
-
-    def read(_: None, index: int) -> set[int]:
-        counts = np.bincount(data.mask(index).reshape(-1), minlength=IGNORED + 1)
-        return set(np.flatnonzero(counts[:IGNORED]).tolist())
-
-    yield from zip(indices, workers.in_order(read, indices, ahead=_MASKS_AHEAD), strict=True)
