@@ -101,7 +101,7 @@ def decode_only(beton: Beton, size: int, views: int, batch: int, threads: int, d
     config = BackendConfig((size,) * views, batch, threads, _PREFETCH, torch.device("cpu"))
     backend = build("ffcv_gpu", beton, config)
     plans = _plans(beton, size, views, batch)
-    return Feed(_epoch(backend, plans, backend.take_filled), _decoded(beton, plans))  # type: ignore[attr-defined]
+    return Feed(_epoch(backend, plans, backend.wait), _decoded(beton, plans))
 
 
 def ffcv_twice(beton: Beton, size: int, views: int, batch: int, threads: int, device: torch.device) -> Feed:

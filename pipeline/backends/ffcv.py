@@ -55,7 +55,7 @@ def _crop_chunk(
 
 
 class FfcvBackend(ThreadedBackend[Views]):
-    """See `ThreadedBackend`. A buffer is one flat uint8 tensor for each view."""
+    """A backend that decodes and crops on the CPU. A buffer is one flat uint8 tensor for each view."""
 
     def _new_buffer(self, pinned: bool) -> Views:
         sizes = [3 * self._config.batch * size**2 for size in self._config.sizes]
