@@ -167,22 +167,18 @@ def _write(
     except BaseException:
         writer.abort()
         raise
+    packages = {package: version(package) for package in ("millrace", "ffcv", "numpy", "pillow")}
     return Manifest(
         count=len(names),
         classes=images.classes,
         header_crc32=header_crc32,
         file_size=path.stat().st_size,
         settings={"source": source, **asdict(settings)},
-        versions=_versions(),
+        versions={"python": platform.python_version(), **{name: number for name, number in packages.items() if number}},
         crc32=crcs,
         names=names,
         skipped=skipped,
     )
-
-
-def _versions() -> dict[str, str]:
-    packages = {package: version(package) for package in ("millrace", "ffcv", "numpy", "pillow")}
-    return {"python": platform.python_version(), **{name: number for name, number in packages.items() if number}}
 
 
 def _unreadable(source: str, skipped: list[list[str]]) -> InputError:
@@ -222,14 +218,6 @@ def parser() -> ArgumentParser:
     return parser
 
 
-def _classes(path: Path) -> list[str]:
-    """Return the class names of a beton. Raises InputError where it has none."""
-    classes = Beton(path).classes
-    if not classes:
-        raise InputError(f"--classes-of {path}: it has no class names: give one that was prepared from class folders")
-    return classes
-
-
 @command
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # deletes the temporary file
@@ -239,6 +227,11 @@ def main() -> None:
     settings = Settings(args.max_side, args.quality, args.mode, args.jpeg_share, args.ignore_exif, args.encode_all)
     if args.classes_of and not args.labels:
         raise InputError(f"--classes-of {args.classes_of}: it needs --labels: give both or neither")
+    classes = Beton(args.classes_of).classes if args.classes_of else []
+    if args.classes_of and not classes:
+        raise InputError(
+            f"--classes-of {args.classes_of}: it has no class names: give one that was prepared from class folders"
+        )
     manifest = prepare(
         args.source,
         args.out,
@@ -247,7 +240,7 @@ def main() -> None:
         limit=args.limit,
         subset=args.subset,
         labels=args.labels,
-        classes=_classes(args.classes_of) if args.classes_of else (),
+        classes=classes,
         skip_bad=args.skip_bad,
     )
     for name, reason in manifest.skipped:

@@ -27,7 +27,6 @@ MIN_SIZE = 16
 
 _SCALARS = 64  # random numbers of an image before its pixel noise
 _NOISE_LEVELS = 16  # width of the uniform pixel noise, gray levels
-_KEY_LIMIT = 2**64
 
 _Array = npt.NDArray[np.float32]
 _Field = Callable[[_Array, _Array], _Array]
@@ -38,7 +37,11 @@ def draw(seed: int, index: int, size: int = 48) -> tuple[npt.NDArray[np.uint8], 
 
     seed, index: 0 to 2^64 - 1. size: the side, at least 16 pixels. Raises InputError for other values.
     """
-    _check(seed, index, size)
+    for name, value in (("seed", seed), ("index", index)):
+        if not 0 <= value < 2**64:
+            raise InputError(f"{name} is {value}: choose a whole number from 0 to 2**64 - 1")
+    if size < MIN_SIZE:
+        raise InputError(f"size is {size} pixels: choose {MIN_SIZE} or more to keep the patterns visible")
     label = index % len(CLASSES)
     source = np.random.Philox(key=np.array([seed, index], dtype=np.uint64))
     dice = _Dice(source.random_raw(_SCALARS))
@@ -62,14 +65,6 @@ def jpeg(seed: int, index: int, size: int = 48, quality: int = 92) -> tuple[byte
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="JPEG", quality=quality)
     return buffer.getvalue(), label
-
-
-def _check(seed: int, index: int, size: int) -> None:
-    for name, value in (("seed", seed), ("index", index)):
-        if not 0 <= value < _KEY_LIMIT:
-            raise InputError(f"{name} is {value}: choose a whole number from 0 to 2**64 - 1")
-    if size < MIN_SIZE:
-        raise InputError(f"size is {size} pixels: choose {MIN_SIZE} or more to keep the patterns visible")
 
 
 class _Dice:
