@@ -9,8 +9,6 @@ which is the rate of one core; median and spread over epochs. Ours and FFCV's vi
 crops. The file is in the page cache. Ratios compare medians by CPU time to those of ffcv-twice.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging

@@ -12,8 +12,6 @@ Groups of processes train on real data in turn; each process computes with one t
   seconds that `benchmarks.step` and `benchmarks.loader` measure.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

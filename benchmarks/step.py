@@ -13,8 +13,6 @@ Reported are medians and spread of wall clock, and of CPU time without a GPU; ra
 - `official-amp`, `lightly-amp`: the same under autocast, in the run's precision, else bf16.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace

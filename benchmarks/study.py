@@ -8,8 +8,6 @@ options of linear evaluation, if any. Each run has a folder in DIR; the same com
 Peers that are installed train on the same files with their authors' settings.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import json

@@ -9,8 +9,6 @@ of the time that training waited for data. On a CPU the loader shares its cores 
 cost of decoding and augmentation, not a wait for them.
 """
 
-from __future__ import annotations
-
 import itertools
 import tempfile
 from dataclasses import replace

@@ -8,8 +8,6 @@ epochs, interrupted by Ctrl-C in the second and resumed; kNN and a linear classi
 SOURCE, an export and a report. Output goes to `DIR/NAME.log`. Exit status 1 if a command did not behave as expected.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging

@@ -5,8 +5,6 @@ size and pointer against the file before it allocates or reads by it: a forged o
 read out of bounds.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import zlib
@@ -66,7 +64,7 @@ class Manifest:
         path.write_text(json.dumps(asdict(self), ensure_ascii=False), "utf-8", "surrogateescape")
 
     @staticmethod
-    def read(path: Path, samples: int) -> Manifest:
+    def read(path: Path, samples: int) -> "Manifest":
         """Return the manifest at `path`, of a beton of so many samples. Raises InputError for anything else."""
         remedy = f"{_PREPARE_AGAIN}, or delete it to read without CRCs"
         fields = read_json(path, _MANIFEST_BYTES + _MANIFEST_SAMPLE_BYTES * samples, remedy, "surrogateescape")
@@ -113,7 +111,7 @@ def find_manifest(beton: Path) -> Path:
     return path if path.exists() or not beton.is_symlink() else manifest_path(beton.resolve())
 
 
-def count_classes(*betons: Beton) -> int:
+def count_classes(*betons: "Beton") -> int:
     """Return the number of classes, from 0 to the largest label. Raises InputError for a label too large."""
     largest = max(betons, key=lambda beton: beton.labels.max())
     if (label := int(largest.labels.max())) >= MAX_CLASSES:

@@ -4,8 +4,6 @@ Each check returns one `Finding`. A library is imported only inside its own chec
 does not end the program; this module itself needs no package.
 """
 
-from __future__ import annotations
-
 import ctypes
 import importlib
 import re

@@ -3,8 +3,6 @@
 python -m pipeline.inspect FILE [--verify] [--preview out.png] [--augmentation moco_v2] [--size 224]
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain

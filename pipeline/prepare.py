@@ -9,8 +9,6 @@ upright JPEG that is small enough is stored byte for byte. The output does not d
 written to a temporary file and renamed: OUT is complete or absent.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import multiprocessing

@@ -1,7 +1,5 @@
 """Command-line options shared by the benchmarks."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Mapping
 from pathlib import Path

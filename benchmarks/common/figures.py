@@ -1,7 +1,5 @@
 """Goals and headlines, computed from the files of results."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Mapping

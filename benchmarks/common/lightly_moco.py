@@ -10,8 +10,6 @@ ours, on features of norm 1, so that both are measured alike. `engine.report` an
 folder. Needs lightly and torchvision.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import json

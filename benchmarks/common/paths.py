@@ -3,8 +3,6 @@
 Each is a function (beton, size, views, batch, threads, device) to a `Feed`.
 """
 
-from __future__ import annotations
-
 import io
 import itertools
 import random

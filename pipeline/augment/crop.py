@@ -3,8 +3,6 @@
 On a GPU, one Triton kernel for each view reads the pixels in place; on the CPU, compiled code does.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -4,8 +4,6 @@ No draw depends on rank, world size, workers, backend, batch size or the point o
 the random stream of (seed, epoch, id, view): a new draw never changes another.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

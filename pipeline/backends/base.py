@@ -1,7 +1,5 @@
 """The base of all backends: batches under way, in the order of their submission."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, wait

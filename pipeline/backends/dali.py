@@ -7,8 +7,6 @@ damaged JPEGs, so records without a CRC32 are first decoded once on the CPU. Ids
 restart is exact.
 """
 
-from __future__ import annotations
-
 import zlib
 from typing import Any, cast
 

@@ -6,8 +6,6 @@ ever when its thread dies. Here each chunk of a batch is one call of `_crop_chun
 next epoch's batches follow without a pause.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import cache, partial

@@ -4,8 +4,6 @@ One copy of each batch goes to the device, on a separate stream; there `pipeline
 a GPU, compiled code makes the crops on the thread that receives them.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

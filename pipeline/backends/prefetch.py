@@ -1,7 +1,5 @@
 """A backend with several batches under way, and substitutes for damaged records where these are skipped."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace

@@ -4,8 +4,6 @@ For sets that fit: CIFAR, STL, Tiny-ImageNet, ImageNet at reduced size. On a GPU
 CPU this is the FFCV backend without the decoding.
 """
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 

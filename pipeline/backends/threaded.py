@@ -1,7 +1,5 @@
 """The base of backends that decode on the CPU: worker threads fill one buffer for each batch under way."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 

@@ -1,7 +1,5 @@
 """Files of images with masks or boxes: their headers, their pixels, and VOC's lists of their names."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from PIL import Image

@@ -4,8 +4,6 @@ A mask is a PNG of the image's size, of palette indices (as VOC's) or gray level
 scores. Betons cannot contain masks: PIL reads the files one by one.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -49,14 +47,14 @@ class Masked:
         """Return a mask of class numbers, uint8 [H, W]. Raises InputError where it cannot be decoded."""
         return np.asarray(open_image(self.masks[index])).astype(np.uint8)
 
-    def part(self, indices: Iterable[int]) -> Masked:
+    def part(self, indices: Iterable[int]) -> "Masked":
         """Return a part of the images."""
         chosen = list(indices)
         images, masks = (tuple(files[index] for index in chosen) for files in (self.images, self.masks))
         fingerprint = hashlib.sha256(f"{self.fingerprint} {chosen}".encode()).hexdigest()
         return replace(self, images=images, masks=masks, shapes=self.shapes[chosen], fingerprint=fingerprint)
 
-    def held_out(self) -> tuple[Masked, Masked]:
+    def held_out(self) -> "tuple[Masked, Masked]":
         """Return nine tenths of the images for training, and every tenth from the first on for testing."""
         if len(self) < 2:
             raise InputError(f"{self.path}: {len(self)} images are too few to test on every tenth: give --test")

@@ -1,7 +1,5 @@
 """Images with boxes in PASCAL VOC's layout: `JPEGImages/`, `Annotations/`, `ImageSets/Main/SET.txt`."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -51,7 +49,7 @@ class Boxed:
         """Return an image, uint8 [H, W, 3]. Raises InputError where it cannot be decoded."""
         return np.array(open_image(self.images[index]).convert("RGB"))
 
-    def part(self, count: int) -> Boxed:
+    def part(self, count: int) -> "Boxed":
         """Return the first `count` images."""
         fingerprint = hashlib.sha256(f"{self.fingerprint} {count}".encode()).hexdigest()
         return replace(self, images=self.images[:count], objects=self.objects[:count], fingerprint=fingerprint)

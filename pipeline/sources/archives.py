@@ -5,8 +5,6 @@ file, a member of a zip, or a number to draw. Classes are the images' folders in
 unlabeled.
 """
 
-from __future__ import annotations
-
 import os
 import struct
 import tarfile
@@ -84,7 +82,7 @@ class Source:
     items: list[Item]
     classes: list[str]
 
-    def relabeled(self, labels: Iterable[int], classes: list[str]) -> Source:
+    def relabeled(self, labels: Iterable[int], classes: list[str]) -> "Source":
         """Return the same images with other labels and class names."""
         return Source([replace(item, label=label) for item, label in zip(self.items, labels, strict=True)], classes)
 

@@ -1,7 +1,5 @@
 """Labels from a list, for images without class folders, such as ImageNet's validation images."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath

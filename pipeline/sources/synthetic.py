@@ -10,8 +10,6 @@ Each image is a function of `(seed, index, size)` alone. Its random numbers are 
 generator Philox4x64-10 with key `(seed, index)`: any process can draw any image, in any order.
 """
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Image files to the records stored for them."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import zlib

@@ -6,8 +6,6 @@ beton; only DALI reads folders and several tars. Without a manifest, decoding is
 other than RGB or gray JPEGs need `pipeline.prepare`. EXIF orientation is ignored, as by torchvision's loader.
 """
 
-from __future__ import annotations
-
 import contextlib
 import glob
 import hashlib

@@ -1,7 +1,5 @@
 """Writer of FFCV's file format, version 2; `pipeline.beton` reads it."""
 
-from __future__ import annotations
-
 import os
 import zlib
 from pathlib import Path

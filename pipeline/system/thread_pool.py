@@ -1,7 +1,5 @@
 """A pool of worker threads, each with its own buffers, for compiled functions that release the GIL."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import threading
