@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 def work(args: argparse.Namespace) -> None:
-    """Be the process of one loader: build it, then answer each line of standard input with a line of JSON."""
+    """Run one loader's process: build it, then answer each line of standard input with a line of JSON."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     begin = time.perf_counter()
     path = PATHS[args.worker](open_data(args.data), args.size, args.views, args.batch, int(args.threads), device)

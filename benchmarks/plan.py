@@ -180,10 +180,8 @@ def plan(node: Node, rates: Rates, settings: Settings, run: dict[str, Any], imag
         "crops": _sent(node, exchanged["crops"], exchanged["crops"] * n / node.nodes),
     }
     seconds = step_seconds(node, rates, settings, run, sent, parts or 1, resident=resident, cached=cached)
-    limits = {
-        "GPU": seconds["compute"] + seconds["exchange"],
-        **{name: seconds[name] for name in ("decode", "disk", "copy")},
-    }
+    limits = {name: seconds[name] for name in ("decode", "disk", "copy")}
+    limits = {"GPU": seconds["compute"] + seconds["exchange"], **limits}
     limit = max(limits, key=lambda name: limits[name])
     rate = batch / limits[limit]
     hours = images * settings.optim.epochs / rate / 3600

@@ -106,7 +106,7 @@ class Group:
 
 
 def work(rest: list[str], steps: int) -> None:
-    """Be one process: build the run, then train `steps` steps for each line of standard input."""
+    """Run one training process: build the run, then train `steps` steps for each line of standard input."""
     run = build(parse(rest))
     batches = run.loader.endless()
     try:

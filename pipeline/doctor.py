@@ -97,7 +97,7 @@ def _dependencies() -> list[str] | None:
 
 
 def _missing_headers() -> list[str]:
-    """Return what is missing for the compilation of FFCV and of jpeg.c."""
+    """Return the missing tools and headers for compiling FFCV and jpeg.c."""
     libraries = ("opencv4", "libturbojpeg", "libjpeg")
     missing = [name for name in libraries if _output("pkg-config", "--exists", name) is None]
     if shutil.which("pkg-config") is None:

@@ -59,12 +59,13 @@ def _encode_item(item: Item, index: int, settings: Settings) -> Record | str:
 def _start_worker(large_lock: Any) -> None:
     global _large_lock
     _large_lock = large_lock
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers,
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_follow_parent, daemon=True).start()  # and if it is killed, they end themselves
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _follow_parent() -> None:
+def _exit_with_parent() -> None:
+    """End this worker when its parent was killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

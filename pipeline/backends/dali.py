@@ -2,7 +2,7 @@
 
 JPEG bytes go from the beton's memory map into DALI's decoder once for each sample: nvJPEG on a GPU; on the CPU
 libjpeg-turbo, whose pixels equal PIL's. `pipeline.augment.crop` reads DALI's output in place, without a copy. One
-thread drives DALI, which has `workers` threads of its own; as many more read and check the records. DALI accepts
+thread drives DALI, which has `workers` threads of its own; `workers` more read and check the records. DALI accepts
 damaged JPEGs, so records without a CRC32 are first decoded once on the CPU. Ids and draws come from the loader: a
 restart is exact.
 """

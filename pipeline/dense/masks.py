@@ -82,7 +82,7 @@ def open_masked(path: Path, which: str = "train", masks: str = "SegmentationClas
 
 
 def _voc_files(path: Path, which: str, folder: str) -> tuple[list[Path], list[Path]]:
-    """Return images and masks of a set, whose lines have a name, or two paths as those of the augmented set."""
+    """Return images and masks of a set. Its lines have a name each, or two paths as in the augmented set."""
     listed = path / "ImageSets" / "Segmentation" / f"{which}.txt"
     names = sorted({PurePosixPath(word).stem for word in read_set(listed, "name one of them")})
     if not names:

@@ -51,7 +51,7 @@ class Item:
     def read(self) -> bytes:
         """Return the image file's bytes. Raises OSError, also for more than `MAX_FILE_BYTES`."""
         if not self.path:
-            return synthetic.jpeg(_SYNTHETIC_SEED, self.offset)[0]
+            return synthetic.jpeg(_SYNTHETIC_SEED, self.offset)
         with open_regular(self.path) as file:
             size = self.size if self.offset >= 0 else os.fstat(file.fileno()).st_size
             if max(size, self.expanded) > MAX_FILE_BYTES:

@@ -51,18 +51,15 @@ def draw(seed: int, index: int, size: int = 48) -> tuple[npt.NDArray[np.uint8], 
     return np.clip(image, 0.0, 255.0).astype(np.uint8), label
 
 
-def jpeg(seed: int, index: int, size: int = 48, quality: int = 92) -> tuple[bytes, int]:
-    """Return the image of `draw` as a JPEG file of that quality, 1 to 95, and its label. Raises InputError as `draw`.
+def jpeg(seed: int, index: int) -> bytes:
+    """Return the image of `draw`, 48 pixels a side, as a JPEG file. Raises InputError as `draw`.
 
     The same arguments give the same bytes with one build of NumPy and the JPEG library; another build may round or
     encode differently.
     """
-    if not 1 <= quality <= 95:
-        raise InputError(f"quality is {quality}: choose a JPEG quality from 1 to 95")
-    image, label = draw(seed, index, size)
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="JPEG", quality=quality)
-    return buffer.getvalue(), label
+    Image.fromarray(draw(seed, index)[0]).save(buffer, format="JPEG", quality=92)
+    return buffer.getvalue()
 
 
 class _Dice:
