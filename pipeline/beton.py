@@ -201,8 +201,8 @@ class Beton:
         except Exception:  # FFCV's parsing trusts a field's arguments
             raise self._broken("it has a field whose description cannot be read") from None
         row = get_metadata_type(handlers)
-        self._images = self._first(handlers, RGBImageField)
-        self._labels = self._first(handlers, IntField)
+        first = {type(handler): f"f{i}" for i, handler in reversed(list(enumerate(handlers)))}
+        self._images, self._labels = first.get(RGBImageField), first.get(IntField)
         if self._images is None:
             raise self._broken("it has no image field")
         start = HeaderType.itemsize + descriptors.nbytes
@@ -211,14 +211,8 @@ class Beton:
         table = int(header["alloc_table_ptr"])
         if not self.header_end <= table <= self.file_size or (self.file_size - table) % ALLOC_TABLE_TYPE.itemsize:
             raise self._broken("its allocation table is not where the header says")
-        self._table = self._read(
-            ALLOC_TABLE_TYPE, (self.file_size - table) // ALLOC_TABLE_TYPE.itemsize, table, "table"
-        )
-        self._table_start = table
-
-    @staticmethod
-    def _first(handlers: list[Any], kind: type) -> str | None:
-        return next((f"f{i}" for i, handler in enumerate(handlers) if type(handler) is kind), None)
+        entries = (self.file_size - table) // ALLOC_TABLE_TYPE.itemsize
+        self._table, self._table_start = self._read(ALLOC_TABLE_TYPE, entries, table, "table"), table
 
     def _read_records(self) -> None:
         images = self.metadata[self._images]

@@ -8,6 +8,7 @@ restart is exact.
 """
 
 import zlib
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -108,15 +109,9 @@ class DaliBackend(Backend):
 
 def _memory(address: int, size: int, device: torch.device) -> torch.Tensor:
     """Return `size` bytes of memory from `address` on as a tensor that does not own them: uint8."""
-    borrowed = _Borrowed({"data": (address, False), "shape": (size,), "typestr": "|u1", "version": 3})
+    interface = {"data": (address, False), "shape": (size,), "typestr": "|u1", "version": 3}
+    borrowed = SimpleNamespace(__array_interface__=interface, __cuda_array_interface__=interface)
     return torch.as_tensor(borrowed, device=device) if device.type == "cuda" else torch.from_numpy(np.asarray(borrowed))
-
-
-class _Borrowed:
-    """Memory by the array interface of NumPy and of torch."""
-
-    def __init__(self, interface: dict[str, Any]) -> None:
-        self.__array_interface__ = self.__cuda_array_interface__ = interface
 
 
 def _decoder(config: BackendConfig) -> Any:
