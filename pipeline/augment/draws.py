@@ -104,11 +104,7 @@ def between(u: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def crop_boxes(
-    u: np.ndarray,
-    heights: np.ndarray,
-    widths: np.ndarray,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
+    u: np.ndarray, heights: np.ndarray, widths: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> np.ndarray:
     """Return RandomResizedCrop's boxes, int32 [n, 4] (top, left, height, width), from uniforms u [n, tries, 4].
 

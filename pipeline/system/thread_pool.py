@@ -43,11 +43,7 @@ class Workers:
         return future
 
     def in_order(
-        self,
-        function: Callable[[Any, Item], Result],
-        items: Iterable[Item],
-        ahead: int,
-        timeout: float | None = None,
+        self, function: Callable[[Any, Item], Result], items: Iterable[Item], ahead: int, timeout: float | None = None
     ) -> Iterator[Result]:
         """Yield `function(a worker's state, item)` of each item in order, with the next `ahead` always under way.
 
