@@ -4,8 +4,6 @@ Heads are built from `features` (of the backbone), `mlp_dim` (hidden width; None
 embedding), `norm` (factory of BatchNorm layers) and `transformer` (whether the backbone is one).
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 from typing import Literal
 

@@ -9,8 +9,6 @@
 Without shuffling, a network could match key and query by their part's statistics (1911.05722, section 3.3).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Literal
