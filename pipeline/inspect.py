@@ -140,6 +140,12 @@ def main() -> int:
         faults = error.faults
         beton = Beton(args.file, tolerate=True)  # raises if no record is readable
     print(describe(beton))
+    if args.verify:
+        faults = sorted([*faults, *verify(beton)])
+        for index, fault in faults:
+            print(f"bad: sample {index} ({beton.name(index)}): {fault}")
+        state = "are intact" if beton.manifest else "decode; without a manifest their bytes are not checked"
+        print(f"verified: {len(beton) - len(faults)} of {len(beton)} records {state}")
     if args.preview:
         views, options = AUGMENTATIONS[args.augmentation], {"seed": args.seed, "epoch": args.epoch}
         picture = preview(beton, views, size=args.size, count=args.count, **options)
@@ -150,14 +156,7 @@ def main() -> int:
                 f"{args.preview}: cannot be written ({error}): give a .png or .jpg file in a folder that exists"
             ) from None
         print(f"preview: {args.preview} (each original with its {len(views)} views)")
-    if not args.verify:
-        return 0
-    bad = sorted([*faults, *verify(beton)])
-    for index, fault in bad:
-        print(f"bad: sample {index} ({beton.name(index)}): {fault}")
-    state = "are intact" if beton.manifest else "decode; without a manifest their bytes are not checked"
-    print(f"verified: {len(beton) - len(bad)} of {len(beton)} records {state}")
-    return 1 if bad else 0
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":
