@@ -6,7 +6,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -89,7 +89,7 @@ class Evaluation:
 
     def gather(self, local: torch.Tensor, data: ImageSet) -> torch.Tensor:
         """Return the rows of all ranks' shards of a data set, in order."""
-        return collectives.gather_uneven(local, [len(shard) for shard in collectives.shares(np.arange(len(data)))])
+        return collectives.gather_uneven(local, list(map(len, collectives.shares(np.arange(len(data))))))
 
     def progress(self, items: Any, unit: str) -> Any:
         """Yield the items, with a progress bar on rank 0."""
@@ -146,7 +146,7 @@ class Evaluation:
             "architecture": str(encoder.architecture),
             "train": str(self.train.path),
             "test": str(self.test.path),
-            **scores.as_dict(),
+            **asdict(scores),
             **trained,
             **more,
             "settings": settings,
@@ -158,8 +158,8 @@ class Evaluation:
         path = self.out / f"{name}.json"
         write_json(path, document)
         print(f"{title}: {scores}")
-        cells = [f"{encoder.path.name} {encoder.which}", encoder.architecture, title, f"{100 * scores.main:.2f}"]
-        print(f"| {' | '.join(map(str, cells))} | {seconds:.0f} s |")
+        main = f"{100 * getattr(scores, scores.MAIN):.2f}"
+        print(f"| {encoder.path.name} {encoder.which} | {encoder.architecture} | {title} | {main} | {seconds:.0f} s |")
         logger.info("written: %s", path)
 
 

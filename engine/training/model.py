@@ -53,7 +53,7 @@ def build_model(settings: Settings, accelerator: Accelerator, steps_per_epoch: i
     base, device = settings.base, accelerator.device
     accumulate = settings.parts(world())
     online = _build_online(settings, accumulate)
-    if settings.model.bn == "sync" and world() > 1:
+    if settings.model.bn == "sync":
         synchronize(online, device)
     target = place(momentum_copy(online), device) if base.momentum_encoder else None
     place(online, device)

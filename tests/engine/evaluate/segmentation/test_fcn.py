@@ -53,7 +53,7 @@ def test_the_last_stage_is_dilated(arch: str, stem: Any, stride: int) -> None:
 
 def test_transformers_give_their_patches_features_at_any_size() -> None:
     torch.manual_seed(0)
-    vit = VisionTransformer(192, 2, 3, size=64, frozen_patch=False).eval()
+    vit = VisionTransformer(192, 2, 3, size=64, stop_grad_conv1=False).eval()
     tokens: list[torch.Tensor] = []
     vit.norm.register_forward_hook(lambda module, args, out: tokens.append(out))
     images = torch.randn(2, 3, 64, 64)

@@ -129,8 +129,7 @@ def _steps(data: Path, to: Path) -> None:
     accelerator, world = Accelerator(cpu=True), collectives.world()
     torch.manual_seed(0)
     model = Fcn(resnet("resnet18", stem="small", width=0.25), 2, frozen=False, seed=0).double()
-    if world > 1:
-        synchronize(model, torch.device("cpu"))
+    synchronize(model, torch.device("cpu"))
     wrapped, optimizer = accelerator.prepare(model), torch.optim.SGD(model.parameters(), lr=0.1)
     crops = ScaleCrops(open_masked(data), size=49, batch=4, rank=collectives.rank(), world=world, workers=1)
     for images, masks in crops.crops(0, 3, torch.device("cpu")):
@@ -177,7 +176,7 @@ def test_wrong_masks_are_refused_before_training(
     data = Path(shutil.copytree(drawn, tmp_path / "data"))
     mask = data / "masks" / "17.png"
     Image.fromarray(np.full_like(np.asarray(Image.open(mask)), 2)).save(mask)
-    with pytest.raises(InputError, match=r"17\.png: has class 2, and there are 2, 0 to 1, besides 255"):
+    with pytest.raises(InputError, match=r"17\.png: has class 2, and there are 2, 0 to 1, except 255"):
         evaluate(encoder, data, "--classes", "2")
     for file in (data / "masks").iterdir():
         Image.fromarray(np.full_like(np.asarray(Image.open(file)), 255)).save(file)
@@ -207,7 +206,7 @@ def test_impossible_options_are_refused(
 
 
 def test_sets_of_vocs_layout_are_used(encoder: Path, tmp_path: Path) -> None:
-    write(tmp_path / "voc", 9, 2, size=64, quiet=True)
+    write(tmp_path / "voc", 9, 2, size=64)
     result = evaluate(encoder, tmp_path / "voc", "--iterations", "1")
     assert result["images"] == 2
     assert result["settings"]["classes"] == 11
