@@ -73,8 +73,10 @@ class Sample:
     def name(self, position: int) -> str:
         """Return the class of an image, empty if it has none."""
         label = int(self.labels[position])
-        if label < 0:
-            return ""
+        return self.class_name(label) if label >= 0 else ""
+
+    def class_name(self, label: int) -> str:
+        """Return the name of a class, or its number as text."""
         return printable(self.beton.classes[label]) if label < len(self.beton.classes) else f"class {label}"
 
     def picture(self, position: int) -> str:
