@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from engine.checkpoint.provenance import commit
-from engine.weights.load import DIMENSIONS, Architecture, LoadedEncoder, digest
+from engine.weights.load import TRANSFORMERS, Architecture, LoadedEncoder, digest
 from pipeline.augment.color import IMAGENET
 from pipeline.system.errors import InputError
 from pipeline.system.limits import RESULT_BYTES, json_lines, read_json
@@ -124,13 +124,12 @@ def _loading(architecture: Architecture, format: str, path: Path) -> str:
 
 
 def _transformer(architecture: Architecture, format: str) -> str:
-    dim = DIMENSIONS[architecture.arch]
     if format == "timm":
         return (
             f'model = timm.create_model("{architecture.arch}_patch16_224", img_size={architecture.size}, '
             f"num_heads={architecture.heads}, num_classes=0)"
         )
-    depth = 24 if architecture.arch == "vit_large" else 12
+    dim, depth, _ = TRANSFORMERS[architecture.arch]
     return (
         f"model = torchvision.models.VisionTransformer({architecture.size}, 16, {depth}, {architecture.heads}, {dim}, "
         f"{4 * dim})\nmodel.heads = torch.nn.Identity()"
