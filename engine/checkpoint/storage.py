@@ -10,7 +10,6 @@ Folders with a dot before their name (`.step_...`) are being written or removed.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -28,6 +27,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialized
 
 from pipeline.system.errors import InputError, RunFailed, describe_error
+from pipeline.system.files import write_atomic
 from pipeline.system.limits import check_levels, read_bytes
 
 logger = logging.getLogger(__name__)
@@ -133,9 +133,8 @@ def settle(folder: Path, step: int, keep: int = 0, keep_every: int = 0) -> None:
 
     Raises OSError.
     """
-    name, temporary = f"step_{step:08d}", folder / ".latest.writing"
-    _store(temporary, name.encode())
-    os.replace(temporary, folder / "latest")
+    name = f"step_{step:08d}"
+    write_atomic(folder / "latest", name)
     _sync(folder)
     shutil.rmtree(folder / f".{name}.old", ignore_errors=True)
     for old in _all(folder)[keep:] if keep else []:
@@ -153,8 +152,8 @@ def clear_up(folder: Path) -> None:
             os.replace(path, final)
     for path in (*folder.glob(".step_*.writing"), *folder.glob(".step_*.leaving"), *folder.glob(".step_*.old")):
         shutil.rmtree(path, ignore_errors=True)
-    with contextlib.suppress(FileNotFoundError):
-        (folder / ".latest.writing").unlink()
+    for path in folder.glob(".writing-*"):
+        path.unlink(missing_ok=True)
 
 
 def load(path: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:

@@ -137,7 +137,8 @@ def _read(run: Run, tensors: dict[str, storage.Tensors]) -> dict[str, Any] | Non
     if path is None:
         return None
     saved, state = storage.load(path)
-    compatibility.compare(run.settings, state, run.data.train.fingerprint, run.data.knn_fingerprint)
+    for warning in compatibility.compare(run.settings, state, run.data.train.fingerprint, run.data.knn_fingerprint):
+        logger.warning(warning)
     later, _ = storage.newest(run.folder.checkpoints)
     if later is not None and storage.step_of(later) > state["step"]:
         problem = f"{run.folder.path}: holds {later.name}, later than {path}"

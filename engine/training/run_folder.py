@@ -33,7 +33,7 @@ class RunFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._lock = _lock(self.path)
                 storage.clear_up(self.checkpoints)
-                for unfinished in self.path.glob(".*.writing"):
+                for unfinished in self.path.glob(".writing-*"):
                     unfinished.unlink()
         refuse_existing_run(self._settings)
 
