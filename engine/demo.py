@@ -168,14 +168,8 @@ def _launch(config: Path) -> None:
     command, shown = [sys.executable], "python"
     if torch.cuda.device_count() > 1:
         options = ["--multi_gpu", "--num_machines", "1", "--num_processes", str(torch.cuda.device_count())]
-        command += [
-            "-m",
-            "accelerate.commands.accelerate_cli",
-            "launch",
-            "--quiet",
-            "--mixed_precision",
-            "no",
-        ] + options
+        launcher = ["-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", "--mixed_precision", "no"]
+        command += launcher + options
         shown = f"accelerate launch {' '.join(options)}"
     shown = f"{shown} {shlex.join(arguments)}"
     logger.info(f"$ {shown}")

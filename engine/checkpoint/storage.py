@@ -107,7 +107,11 @@ def write(folder: Path, step: int, tensors: dict[str, Tensors], state: dict[str,
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        _check_free_space(folder, sum(t.nbytes for values in tensors.values() for t in values.values()))
+        needed_bytes = sum(t.nbytes for values in tensors.values() for t in values.values())
+        free_bytes = shutil.disk_usage(folder).free
+        if free_bytes < needed_bytes + _SPARE_BYTES:
+            problem = f"{needed_bytes / 1e6:.0f} MB are needed, {free_bytes / 1e6:.0f} MB are free in {folder}"
+            raise OSError(errno.ENOSPC, problem)
         files = {}
         for name, values in tensors.items():
             path = temporary / f"{name}.safetensors"
@@ -203,13 +207,6 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 def _all(folder: Path) -> list[Path]:
     """Return the checkpoints in `folder`, newest first."""
     return sorted((p for p in folder.glob("step_*") if p.name[5:].isdecimal()), key=step_of, reverse=True)
-
-
-def _check_free_space(folder: Path, needed_bytes: int) -> None:
-    free_bytes = shutil.disk_usage(folder).free
-    if free_bytes < needed_bytes + _SPARE_BYTES:
-        problem = f"{needed_bytes / 1e6:.0f} MB are needed, {free_bytes / 1e6:.0f} MB are free in {folder}"
-        raise OSError(errno.ENOSPC, problem)
 
 
 def read_state(path: Path, *, tensors: bool = True) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from engine.evaluate import classification, linear_fast
-from engine.evaluate.accuracy import score
 from engine.evaluate.classification import ClassificationEvaluation
 from engine.evaluate.resume import EpochCheckpoint
 from engine.evaluate.trainer import Head, check_batch, sgd, train_classifier
@@ -61,10 +60,8 @@ def run(args: argparse.Namespace) -> None:
     protocol = Protocol(args.lr or published.lr, batch, args.epochs or published.epochs, published.schedule)
     settings = evaluation.settings(protocol=args.protocol, **asdict(protocol))
     head = train(evaluation, protocol, settings)
-    predicted, labels = evaluation.predict(lambda images: head(evaluation.embed(images)))
-    evaluation.check_frozen()
+    scores = evaluation.score(lambda images: head(evaluation.embed(images)), frozen=True)
     title = f"linear, {args.protocol}, {protocol.epochs} epochs"
-    scores = score(predicted, labels, evaluation.test.classes)
     evaluation.write(f"linear_{args.protocol}", title, scores, settings)
 
 

@@ -19,7 +19,6 @@ from accelerate.logging import get_logger
 from torch import nn
 
 from engine.evaluate import classification
-from engine.evaluate.accuracy import score
 from engine.evaluate.classification import ClassificationEvaluation
 from engine.evaluate.resume import EpochCheckpoint
 from engine.evaluate.trainer import Head, check_batch, sgd, train_classifier
@@ -72,8 +71,7 @@ def run(args: argparse.Namespace) -> None:
         with evaluation.accelerator.autocast():
             return model(images)
 
-    predicted, labels = evaluation.predict(classify)
-    scores = score(predicted, labels, evaluation.test.classes)
+    scores = evaluation.score(classify, frozen=False)
     title = f"fine-tuned on {fraction:.3g} of the labels, {args.epochs} epochs"
     evaluation.write(name, title, scores, settings, images=len(part))
 
