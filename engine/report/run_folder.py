@@ -27,7 +27,7 @@ class RunFiles:
     """The text files of a run folder."""
 
     path: Path
-    name: str = ""
+    name: str
     """Short, and unique among the runs shown."""
     recipe: str = ""
     """Text of config.yaml."""
@@ -88,10 +88,7 @@ def curve(lines: Sequence[Line], key: str) -> Curve:
 def read_runs(paths: Sequence[Path]) -> list[RunFiles]:
     """Return the runs in these folders, without duplicates, under distinct names. Raises InputError."""
     resolved = list(dict.fromkeys(path.resolve() for path in paths if _is_run(path)))
-    runs = [_read(path) for path in resolved]
-    for run, name in zip(runs, _names(resolved), strict=True):
-        run.name = name
-    return runs
+    return [_read(path, name) for path, name in zip(resolved, _names(resolved), strict=True)]
 
 
 def _is_run(path: Path) -> bool:
@@ -106,8 +103,8 @@ def _is_run(path: Path) -> bool:
     return True
 
 
-def _read(path: Path) -> RunFiles:
-    run = RunFiles(path)
+def _read(path: Path, name: str) -> RunFiles:
+    run = RunFiles(path, name)
     _read_settings(run)
     run.lines, problem = read_metrics(path / "metrics.jsonl")
     run.problems += [problem] if problem else []
