@@ -4,8 +4,6 @@
 ./millrace demo DATA            # a folder, tar, zip or beton of yours
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -1,7 +1,5 @@
 """Settings and images in which a resumed run may differ from its checkpoint."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -8,8 +8,6 @@ checkpoints/latest                               the name of the newest one
 Folders with a dot before their name (`.step_...`) are being written or removed.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

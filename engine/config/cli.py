@@ -1,7 +1,5 @@
 """Command line and recipes: read into settings, or refused in one line that says what to write instead."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

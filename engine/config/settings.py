@@ -3,8 +3,6 @@
 `engine.config.cli` reads them from recipes and the command line.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, field, fields, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Top-1, top-5 and accuracy of each class, with bootstrap intervals."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

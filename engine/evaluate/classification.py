@@ -1,7 +1,5 @@
 """Evaluations on betons: loaders, features and predicted classes."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 from collections.abc import Callable

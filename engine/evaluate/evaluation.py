@@ -1,7 +1,5 @@
 """Evaluation of an encoder on a training and a test set, and its result file."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import time

@@ -3,8 +3,6 @@
 Rows are written as they are computed; after an interruption the same command resumes.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os

@@ -6,8 +6,6 @@ Both: RandomResizedCrop and flip, momentum 0.9, no decay, the backbone in evalua
 and proportional to the batch. Unlike the originals, an epoch leaves out its last, incomplete batch.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 from dataclasses import asdict, dataclass

@@ -9,8 +9,6 @@ Features are cached in OUT/linear_fast, 2 F bytes for an image and pass. The sam
 interruption or with another rate, number of epochs or of passes; the steps after them run again.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import itertools

@@ -5,8 +5,6 @@ decay, a batch of 256, 20 epochs, times 0.2 after 12 and 16; rates of backbone a
 and 0.2 for 10 %, proportional to the batch. BatchNorm is trained, synchronized over all ranks.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import re

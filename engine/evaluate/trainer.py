@@ -1,7 +1,5 @@
 """Training of evaluations, resumed after the last saved epoch, and its parts."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import time

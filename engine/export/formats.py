@@ -3,8 +3,6 @@
 Every file is read back before it is kept: its features must be those of the encoder.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import warnings

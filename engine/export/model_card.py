@@ -1,7 +1,5 @@
 """Model card of an exported encoder."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -4,8 +4,6 @@
 the training, `end_process` ends a process whose training cannot end, as it waits for a GPU that waits for another rank.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import re

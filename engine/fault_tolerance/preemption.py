@@ -3,8 +3,6 @@
 SIGTERM and SIGINT request a stop, SIGUSR1 a stop and a place in the queue (Slurm). One rank may receive them, or all.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

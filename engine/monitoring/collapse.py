@@ -1,7 +1,5 @@
 """Collapsed embeddings, counted on the device."""
 
-from __future__ import annotations
-
 import torch
 
 from engine.monitoring.embedding_metrics import spread

@@ -1,7 +1,5 @@
 """Loss spikes: losses far above the trend of the last ones."""
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Iterable

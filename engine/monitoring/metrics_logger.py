@@ -1,7 +1,5 @@
 """The metrics of a run: in metrics.jsonl, in trackers, and as one progress line."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """LARS (1708.03888) as MoCo v3 uses it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Learning rate and EMA momentum of each step: pure functions of the steps taken, which the device counts."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

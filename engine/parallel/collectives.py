@@ -1,7 +1,5 @@
 """Collectives of the training step; everything in it that ranks exchange goes through here."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

@@ -3,8 +3,6 @@
 Every other module asks here: torch and Accelerate know the rank only once there is a process group.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import time

@@ -1,7 +1,5 @@
 """Synchronized BatchNorm: torch's on GPUs, and a plain one on CPUs, where torch has none."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm

@@ -1,7 +1,5 @@
 """Comparison of runs: groups that differ by their seed alone, settings that differ, and a table of numbers."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Charts of metrics over epochs: selection and drawing."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -3,8 +3,6 @@
 One HTML file that needs no other, with its pictures as PNGs next to it. A run may be unfinished, or lack a part.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,5 @@
 """Text files of a run folder, read in any state: unfinished, partly damaged, or of untrusted origin."""
 
-from __future__ import annotations
-
 import json
 import math
 import time

@@ -1,7 +1,5 @@
 """Features in the plane, colored by class: principal components, then t-SNE (van der Maaten and Hinton, 2008)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A training run built from its settings, or refused."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

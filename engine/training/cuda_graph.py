@@ -1,7 +1,5 @@
 """A function of tensors as one CUDA graph: launched at once, without Python and without a launch for each kernel."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar

@@ -1,7 +1,5 @@
 """Data sets and loader of a run: opened, checked, verified if requested, the same on all ranks."""
 
-from __future__ import annotations
-
 import logging
 import platform
 from dataclasses import dataclass

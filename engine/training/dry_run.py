@@ -1,7 +1,5 @@
 """A dry run: build the model, take a step on stub batches, and print parameters, cost, memory and steps."""
 
-from __future__ import annotations
-
 import contextlib
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Encoders, queue, objective, optimizer and step of a run."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The state of a run that cannot be computed: saved in a checkpoint, restored exactly."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

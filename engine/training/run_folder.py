@@ -1,7 +1,5 @@
 """The run folder: claimed by one run at a time, cleared of a killed run's remains, with the settings in config.yaml."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

@@ -1,7 +1,5 @@
 """One training step: momentum encoder, online encoder, loss, backward, optimizer, moving average, queue."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable
 from typing import Any

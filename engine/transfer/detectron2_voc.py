@@ -6,8 +6,6 @@ The recipe is `voc_r50_c4.yaml`; `--settings` change it. `engine.evaluate.detect
 torchvision.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os

@@ -5,8 +5,6 @@ partly loaded encoder still gives features, but poor ones (facebookresearch/moco
 Only tensors are unpickled.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import re

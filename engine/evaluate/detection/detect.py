@@ -7,8 +7,6 @@ warm-up, times 0.1 after 18,000 and 22,000, decay 0.0001, shorter sides of 480 t
 lists the differences), synchronized BatchNorm with its running statistics, a rate proportional to the batch.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import tempfile

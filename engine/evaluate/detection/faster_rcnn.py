@@ -7,8 +7,6 @@ layers. Numbers of proposals and regions are those of detectron2's C4, MoCo's de
 torchvision's are smooth (below 1/9); annotations and scores are VOC's in both.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -7,11 +7,10 @@ crops of 513 pixels equals interpolation with aligned corners. Transformers, whi
 of their patches, without dilation.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 from torch.nn import functional as F
+from typing_extensions import Self
 
 from methods.encoders import ResNet
 from methods.vit import PATCH, VisionTransformer
@@ -33,7 +32,7 @@ class Fcn(nn.Module):
         self.head = head(backbone.features, classes, seed)
         backbone.requires_grad_(not frozen)
 
-    def train(self, mode: bool = True) -> Fcn:
+    def train(self, mode: bool = True) -> Self:
         super().train(mode)
         self.backbone.train(mode and not self.frozen)
         return self

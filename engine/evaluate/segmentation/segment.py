@@ -7,8 +7,6 @@ uniformly, BatchNorm is synchronized over ranks, the rate is proportional to the
 alone.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 from dataclasses import dataclass
