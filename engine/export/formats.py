@@ -1,6 +1,6 @@
 """A pretrained encoder in the formats of other libraries, with a model card next to the file.
 
-Every file is read back before it is kept: its features must be those of the encoder.
+Every file is read back, and deleted if its features differ from the encoder's.
 """
 
 import json

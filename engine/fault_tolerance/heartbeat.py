@@ -26,7 +26,7 @@ _STORE = -1  # in place of a rank
 
 
 class LostRank(RunFailed):
-    """A rank ended or did not answer in time; the message names it, as far as it is known."""
+    """A rank ended or did not answer in time; the message names it, if it is known."""
 
 
 class Heartbeat:

@@ -36,7 +36,7 @@ class Stopped(Exception):
 
 
 class Requests:
-    """The stop requests of this rank, and those that all ranks know of."""
+    """Stop requests of this rank, and their exchange between ranks."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

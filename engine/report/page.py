@@ -1,4 +1,4 @@
-"""The page: what the runs did, and how their encoders embed images.
+"""The page: curves and numbers of runs, and images with their neighbors by each encoder.
 
 One HTML file that needs no other, with its pictures as PNGs next to it. A run may be unfinished, or lack a part.
 """

@@ -163,7 +163,7 @@ def read_metrics(path: Path) -> tuple[list[Line], str]:
 
 def _line(row: str) -> Line | None:
     """Return the finite numbers of a line, None if it is no line of metrics."""
-    line = {str(key): value for key, given in mapping(row).items() if (value := number(given)) is not None}
+    line = {key: value for key, field in mapping(row).items() if (value := number(field)) is not None}
     return line if line.get("epoch", -1) >= 0 and line.get("step", -1) >= 0 else None
 
 

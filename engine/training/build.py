@@ -54,7 +54,7 @@ class Run:
 
     @property
     def total(self) -> int:
-        """Steps of the whole training."""
+        """Steps of the training."""
         return self.settings.optim.epochs * self.loader.steps
 
     @property

@@ -226,13 +226,13 @@ def _transformer_architecture(
             f"{path}: a transformer of {dim} dimensions, {blocks} blocks and {tokens} tokens: known are {known}, of "
             f"patches of {PATCH} pixels"
         )
-    given = heads or int(stated.get("heads", 0)) or layout.heads
-    if name in _OTHER_HEADS and not given:
+    count = heads or int(stated.get("heads", 0)) or layout.heads
+    if name in _OTHER_HEADS and not count:
         raise InputError(
             f"{path}: {name} has {default} heads in MoCo v3 and {_OTHER_HEADS[name]} in timm, DeiT and DINO, and the "
             "file does not say: give --heads"
         )
-    count = given or default
+    count = count or default
     if count < 1 or dim % count:
         raise InputError(f"{path}: {count} heads do not divide {dim} dimensions: give other --heads")
     return Architecture(name, size=_size(side * PATCH), heads=count)
