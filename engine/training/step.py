@@ -99,17 +99,20 @@ class Step:
 
         # Optimizer: a few kernels for all parameters; `taken` is false on every rank if any gradient is not finite.
         taken = self._update()
-        # A skipped step puts the running statistics back; the updates below are multiplied or masked by `taken`.
+        # A skipped step restores the running statistics. The updates below are multiplied or masked by `taken`, which
+        # stays on the device.
         self.buffers.restore_unless(taken, statistics)
 
-        # Momentum encoder: k <- m k + (1 - m) q, one lerp over all parameters.
+        # params_k = m * params_k + (1 - m) * params_q: one in-place lerp over all parameters.
         if self.moving_average is not None:
             self.moving_average.update(self.schedule.share * taken)
-        # Queue: the new keys overwrite the oldest, in place, after the backward pass that read these.
+        # queue[pointer : pointer + G] = keys of all ranks: in place, after the backward pass that read the queue.
         if self._queue is not None:
             self._queue.write(gathered(), taken)
+        # Count the step as taken or skipped; the schedules follow the steps taken.
         self.schedule.end(taken)
 
+        # The loss and its parts, as means over the parts of the batch.
         parts = {name: torch.stack([values[name] for values, _, _ in results]).mean() for name in results[0][0]}
         _, q, measures = results[-1]
         return Result(parts, q, taken, measures)
