@@ -1,6 +1,5 @@
 """A dry run: build the model, take a step on stub batches, and print parameters, cost, memory and steps."""
 
-import contextlib
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine.config.settings import Settings
 from engine.optim.schedule import peak_rate
-from engine.parallel.accelerator import bfloat16_on_cpu, build_accelerator
+from engine.parallel.accelerator import build_accelerator
 from engine.parallel.rendezvous import rank
 from engine.training.build import check_batch, list_warnings
 from engine.training.model import Model, build_model, needed_views
@@ -47,8 +46,8 @@ def estimate(settings: Settings) -> dict[str, Any]:
 
     flops_a_pair: of all matrix products and convolutions of a step. memory: estimated bytes by world size, for
     parameters, gradients, optimizer, momentum encoder, queue, views, and the activations saved for the backward pass,
-    which are extrapolated from the two stub batches; `memory_of` gives it for any share of a batch. Where a CPU would
-    emulate bfloat16, matrix products are not computed. norm_passes: BatchNorm layers passed in a step, without and with
+    which are extrapolated from the two stub batches; `memory_of` gives it for any share of a batch. Matrix products are
+    counted, not computed. norm_passes: BatchNorm layers passed in a step, without and with
     gradient. Raises InputError for settings that cannot work.
     """
     length = _count_steps(settings)
@@ -124,9 +123,7 @@ def _step(settings: Settings, model: Model, count: int) -> tuple[int, int, tuple
     norms = [module for encoder in encoders for module in encoder.modules() if isinstance(module, _BatchNorm)]
     hooks = [norm.register_forward_hook(count_pass) for norm in norms]
     counter = FlopCounterMode(display=False)
-    emulated = settings.precision == "bf16" and device.type == "cpu" and not bfloat16_on_cpu()
-    matmuls = ZeroMatmuls() if emulated else contextlib.nullcontext()
-    with matmuls, counter, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with ZeroMatmuls(), counter, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         model.step(Batch(views, np.arange(count), 0, 0, 0.0))
     for hook in hooks:
         hook.remove()

@@ -273,7 +273,7 @@ def test_full_gpu_memory_is_one_line_with_the_remedy(
     assert main(monkeypatch, "--data.train", str(drawn), *SMALL, "--out", str(tmp_path / "out")) == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(
-        "error: step 0, memory of the GPU is full (CUDA out of memory): compute less at once (--micro_b"
+        "error: step 0, memory of the GPU is full (CUDA out of memory): compute less at once (--micro-b"
     )
 
 
