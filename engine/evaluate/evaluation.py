@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from torch import nn
 
 from engine.config.settings import Settings
 from engine.evaluate.accuracy import Scores
@@ -20,7 +19,7 @@ from engine.parallel import collectives
 from engine.parallel.accelerator import build_accelerator, warn_of_precision
 from engine.parallel.consensus import run_on_all_ranks
 from engine.parallel.rendezvous import cores_per_rank
-from engine.weights.load import LoadedEncoder, digest, load_encoder
+from engine.weights.load import Backbone, LoadedEncoder, digest, load_encoder
 from methods.encoders import place
 from pipeline.system.errors import InputError, RunFailed
 from pipeline.system.files import write_json
@@ -61,7 +60,7 @@ class Evaluation:
         place(self.backbone, self.device)
 
     @property
-    def backbone(self) -> nn.Module:
+    def backbone(self) -> Backbone:
         """The backbone, on the device."""
         return self.encoder.backbone
 

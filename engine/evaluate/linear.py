@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
 def train(evaluation: ClassificationEvaluation, protocol: Protocol, settings: dict[str, Any]) -> Head:
     """Return the trained classifier. Resumes an interrupted training."""
     args, features = evaluation.args, evaluation.backbone.features
-    head = Head(features, evaluation.classes, args.seed).to(evaluation.device)  # type: ignore[arg-type]
+    head = Head(features, evaluation.classes, args.seed).to(evaluation.device)
     optimizer = sgd([{"params": list(head.parameters())}])
     checkpoint = EpochCheckpoint(evaluation, f"linear_{args.protocol}", head, optimizer, settings)
     train_classifier(

@@ -87,7 +87,7 @@ def tune(
     peaks: learning rates of backbone and classifier, for a batch of 256.
     """
     evaluation.backbone.requires_grad_(True)
-    head = Head(evaluation.backbone.features, evaluation.classes, evaluation.args.seed)  # type: ignore[arg-type]
+    head = Head(evaluation.backbone.features, evaluation.classes, evaluation.args.seed)
     model = nn.Sequential(OrderedDict(backbone=evaluation.backbone, head=head))
     place(synchronize(model, evaluation.device), evaluation.device)
     optimizer = sgd([{"params": list(module.parameters())} for module in model])

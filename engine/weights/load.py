@@ -26,6 +26,7 @@ from pipeline.system.errors import InputError
 from pipeline.system.text import printable
 
 Which = Literal["online", "momentum"]
+Backbone = ResNet | VisionTransformer
 _COUNTER = "num_batches_tracked"  # may be missing in older files: unused
 _DEPTHS = {name: depths for name, (_, depths) in RESNETS.items()} | {"resnet152": (3, 8, 36, 3)}
 TRANSFORMERS = {"vit_tiny": (192, 12, 3), **VITS, "vit_large": (1024, 24, 16)}
@@ -75,7 +76,7 @@ class Architecture:
         """Whether it is a transformer."""
         return self.arch.startswith("vit")
 
-    def build(self) -> nn.Module:
+    def build(self) -> Backbone:
         """Return the backbone with random weights, all of it trainable."""
         if self.transformer:
             dim, depth, _ = TRANSFORMERS[self.arch]
@@ -107,7 +108,7 @@ _INITIALIZERS |= {nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_}
 class LoadedEncoder:
     """A backbone and its source."""
 
-    backbone: nn.Module
+    backbone: Backbone
     architecture: Architecture
     path: Path
     kind: str

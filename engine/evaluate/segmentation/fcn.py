@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
+from engine.weights.load import Backbone
 from methods.encoders import ResNet
 from methods.vit import PATCH, VisionTransformer
 
@@ -24,9 +25,8 @@ class Fcn(nn.Module):
     A frozen backbone stays in evaluation mode and gets no gradient.
     """
 
-    def __init__(self, backbone: nn.Module, classes: int, *, frozen: bool, seed: int) -> None:
+    def __init__(self, backbone: Backbone, classes: int, *, frozen: bool, seed: int) -> None:
         super().__init__()
-        assert isinstance(backbone, (ResNet, VisionTransformer))
         self.backbone, self.frozen = backbone, frozen
         self.stride = dilate(backbone) if isinstance(backbone, ResNet) else PATCH
         self.head = head(backbone.features, classes, seed)
