@@ -1,7 +1,5 @@
 """Synchronized BatchNorm: torch's on GPUs, and a plain one on CPUs, where torch has none."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -47,7 +45,12 @@ class CpuSyncBatchNorm(_BatchNorm):
 
 
 def synchronize(module: nn.Module, device: torch.device) -> nn.Module:
-    """Return `module` with every BatchNorm synchronized over all ranks; parameters stay the same objects."""
+    """Return `module` with every BatchNorm synchronized over all ranks; parameters stay the same objects.
+
+    On one rank it is returned as it is.
+    """
+    if world() == 1:
+        return module
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for name, child in module.named_children():
