@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import subprocess
 import sys
 import threading
 from contextlib import closing
@@ -34,7 +33,7 @@ from pipeline.storage.decode import decode
 from pipeline.storage.encode import Settings
 from pipeline.system.errors import DamagedRecord, InputError
 from pipeline.views import AUGMENTATIONS, View, view_sizes
-from tests import ROOT
+from tests import processes
 from tests.pipeline.loading import BATCH, LEVELS, PLAIN, SIZE, pillow, same, take
 from tests.pipeline.loading import small_loader as loader
 
@@ -121,8 +120,8 @@ def test_another_process_resumes_bit_for_bit(drawn: Path, tmp_path: Path) -> Non
             states[backend] = full.state_dict()
             expected[backend] = [torch.stack(batch.views) for batch in take(full, 8)]
     call = [sys.executable, "-c", RESUMED, str(drawn), json.dumps(states), str(tmp_path / "views.pt")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run(call, check=True, timeout=120, env=environment)
+    done = processes.run(call, timeout=120)
+    assert not done.returncode, done.stderr
     actual = torch.load(tmp_path / "views.pt")
     for backend in BACKENDS:
         assert len(actual[backend]) == len(expected[backend])
