@@ -282,6 +282,7 @@ def _become(request: bytes, descriptors: list[int], path: list[str]) -> None:
     os.environ.update(environment)
     os.chdir(folder)
     tempfile.tempdir = None
+    importlib.import_module("numba").config.reload_config()  # its variables of the environment
     search = [part for part in environment.get("PYTHONPATH", "").split(os.pathsep) if part]
     sys.path[:] = [str(ROOT), *search, *path]  # the first is replaced below
     command = pickle.loads(pickled)

@@ -50,9 +50,7 @@ print(*[half({"1": 3, "2": 5.0}[which]) for which in sys.argv[1:]])
 
 
 def output(script: Path, cache: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, str(script), *arguments], env=environment(cache), capture_output=True, text=True, timeout=60
-    )
+    done = processes.run([sys.executable, str(script), *arguments], environment(cache), timeout=60)
     assert not done.returncode, done.stderr
     return done.stdout
 
