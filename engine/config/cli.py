@@ -27,7 +27,8 @@ _RULES = rules(Settings)
 _TERMS = list(_RULES["terms"]["properties"])
 _EXAMPLE = "engine/recipes/moco_v2_in1k.yaml"
 _METAVARS = {"boolean": "true|false", "integer": "N", "number": "X", "string": "TEXT", "array": "LIST", "object": "{}"}
-_HELP = f"""usage: accelerate launch engine/run.py [--config RECIPE] [--SETTING VALUE ...]
+_HELP = f"""usage: python engine/run.py [--config RECIPE] [--SETTING VALUE ...]
+       accelerate launch engine/run.py ...   (several GPUs)
 
 Pretrain an image encoder by momentum contrast. A recipe is a YAML file of the
 settings below. Options override recipes, and later recipes earlier ones.
@@ -40,7 +41,8 @@ settings below. Options override recipes, and later recipes earlier ones.
   --print-config
       Print all settings, as YAML, and exit.
   --terms [NAME, ...]
-      Use these terms, of {", ".join(_TERMS)}, and no others."""
+      Use these terms, of {", ".join(_TERMS)}, and no others.
+      --terms.NAME.help lists the parameters of one."""
 _FLAGS = ("dry_run", "print_config")
 _PER_RANK = ("data.train", "data.eval", "data.workers", "data.prefetch_factor", "data.stall_timeout")
 _MAX_CHARACTERS, _MAX_VALUES, _MAX_INTEGER = 4096, 1000, 2**53  # of a path; of a list; exact as a float
@@ -174,12 +176,17 @@ def _read_options(arguments: Sequence[str]) -> list[tuple[str, Any]]:
             print(_help(key.rpartition(".")[0]))
             sys.exit()
         positive = re.sub(r"(^|\.)no_", r"\1", key, count=1)
-        if not assigned and (key in _FLAGS or (positive != key and _RULES.get(positive, {}).get("type") == "boolean")):
+        switch = _RULES.get(positive, {}).get("type") == "boolean"
+        if not assigned and (key in _FLAGS or (positive != key and switch)):
             options.append((positive, key in _FLAGS))
             continue
+        if positive != key and positive in _RULES:
+            remedy = f"give {option} without a value, or --" if switch else "no such option: give --"
+            example = "true" if switch else "null" if _RULES[positive]["null"] else "VALUE"
+            raise InputError(f"{option}: {remedy}{positive.replace('_', '-')} {example}")
         rule = {"type": "string"} if key == "config" else _RULES.get(key)
         if rule is None or not option.startswith("--"):
-            raise InputError(former(key, text or "".join(words[:1])) or unknown(key, _RULES))
+            raise InputError(former(key, text or "".join(words[:1])) or unknown(key, _RULES, option.lstrip("-")))
         if rule["type"] == "object" and not (rule["null"] or key == "terms"):
             raise InputError(f"{key}: a section: give its settings one by one, see --help for all of them")
         values, several = [text] * bool(assigned), rule["type"] in ("array", "object")  # which the shell may cut
@@ -200,7 +207,7 @@ def _named_terms(text: str) -> dict[str, Any]:
     """Return the terms that a list names with their defaults, the others as null."""
     names = [] if text == "null" else re.findall(r"\w+", text)
     if set(names) - set(_TERMS) or re.sub(r"[\w\s,]", "", text) not in ("", "[]"):
-        remedy = f"give names as in [co2, residual], of {', '.join(_TERMS)}; parameters go by themselves"
+        remedy = f"give names as in [co2, residual], of {', '.join(_TERMS)}; give parameters as --terms.co2.weight 0.5"
         raise InputError(f"terms {shown(text)}: {remedy}")
     return {term: {} if term in names else None for term in _TERMS}
 
