@@ -1,4 +1,4 @@
-"""Pretrain an encoder:  accelerate launch engine/run.py --config engine/recipes/NAME.yaml --data.train F.beton ..."""
+"""Pretrain an encoder:  python engine/run.py --config engine/recipes/NAME.yaml --data.train F.beton ..."""
 
 import math
 import os
