@@ -36,6 +36,7 @@ from pipeline.prepare import prepare
 from pipeline.sources.archives import open_source
 from pipeline.system.cli import ArgumentParser
 from pipeline.system.errors import InputError, command
+from pipeline.system.text import counted
 from pipeline.views import AUGMENTATIONS
 
 logger = logging.getLogger(__name__)
@@ -134,7 +135,7 @@ def _with_epochs(settings: Settings, minutes: float) -> Settings:
     settings.optim.warmup_epochs = 1.0 if epochs > 4 else 0.0
     settings.knn.every = max(1, epochs // 10)
     minutes = samples * epochs / rate / 60
-    length = f"{epochs} epoch{'s' * (epochs > 1)} of {samples} images, about {minutes:.1f} min"
+    length = f"{counted(epochs, 'epoch')} of {samples} images, about {minutes:.1f} min"
     logger.info(f"{rate:.0f} pairs/s here: training {length}")
     if samples * epochs < _ENOUGH_PAIRS:
         needed = math.ceil(_ENOUGH_PAIRS / rate / 60)

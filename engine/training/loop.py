@@ -19,9 +19,10 @@ from engine.parallel.batchnorm_stats import RunningStatistics
 from engine.parallel.consensus import run_on_all_ranks
 from engine.parallel.rendezvous import rank, world
 from engine.training.build import Run, agree_on_launch, build
-from engine.training.resume import refuse_divergence, restore, save
+from engine.training.resume import raise_if_diverged, restore, save
 from pipeline.loader import Batch
 from pipeline.system.files import write_json
+from pipeline.system.text import counted
 
 logger = get_logger(__name__)
 
@@ -62,6 +63,7 @@ def _train_epochs(run: Run, heartbeat: Heartbeat) -> Stopped | None:
     """Train until the last epoch, or until a stop request has been saved."""
     settings, steps = run.settings, run.loader.steps
     heartbeat.step = run.done
+    # With auto, the newest checkpoint contains this very state: no need to save it again before the evaluation.
     if run.awaits_evaluation and (stopped := _end_epoch(run, run.done // steps, saved=settings.resume == "auto")):
         return stopped
     for epoch in range(run.done // steps, settings.optim.epochs):
@@ -70,6 +72,7 @@ def _train_epochs(run: Run, heartbeat: Heartbeat) -> Stopped | None:
             train_on(run, batch, logs=last or (run.done + 1) % settings.log_every == 0)
             heartbeat.step = run.done
             run.watchdog.beat(run.done)
+            # Only evaluation and save follow the last step; the evaluation polls for stop requests by itself.
             stopped = run.requests.poll_stop(run.done) if run.done < run.total else None
             if stopped or (settings.save_every and run.done % settings.save_every == 0 and not last):
                 save(run)
@@ -91,7 +94,7 @@ def train_on(run: Run, batch: Batch, *, logs: bool) -> None:
         if run.model.target is None:
             del rates["momentum"]
         run.monitor.log(run.done, run.done / run.loader.steps, result.measures, **rates)
-        refuse_divergence(run)
+        raise_if_diverged(run)
 
 
 def _end_epoch(run: Run, epoch: int, *, saved: bool = False) -> Stopped | None:
@@ -135,8 +138,8 @@ def evaluate(run: Run, epoch: int) -> None:
 
 def _log_finished(run: Run) -> dict[str, Any]:
     """Return the newest metrics of a run with nothing left to train; write its summary where that is missing."""
-    requested = f"{run.settings.optim.epochs} epochs, {run.total} steps"
-    logger.info(f"nothing to train: {run.done} steps are done of the {requested} requested")
+    requested = f"{counted(run.settings.optim.epochs, 'epoch')}, {counted(run.total, 'step')}"
+    logger.info(f"nothing to train: {counted(run.done, 'step')} done; {requested} requested")
     if rank() == 0 and not (run.folder.path / "summary.json").exists():  # killed after its last checkpoint
         _summarize(run)
     return {**run.monitor.last, "step": run.done}
