@@ -8,7 +8,7 @@ import shutil
 import sys
 import textwrap
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,12 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     """Return the settings of a command line (`sys.argv` by default). Raises InputError, naming key and remedy."""
     options = _read_options(sys.argv[1:] if arguments is None else arguments)
     settings: dict[str, Any] = {}
+    sources: dict[str, str] = {}
     for key, value in options:
         if key == "config":
-            _merge(settings, _read_recipe(value))
+            paths: dict[str, str] = {}
+            _merge(settings, _read_recipe(value, paths))
+            sources |= paths
     for key, value in options:
         if key == "allow_change":
             value = [*(settings.get(key) or []), *value]
@@ -62,10 +65,11 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
             for name in reversed(key.split(".")):
                 value = {name: value}
             _merge(settings, _typed("", value))
+            sources.pop(key, None)
     try:  # as JSON: pydantic's strict mode takes no dict for a dataclass
         parsed = _SETTINGS.validate_json(json.dumps(settings), strict=True)
     except ValidationError as error:
-        raise InputError(explain(error, Settings)) from None
+        raise InputError(_with_source(explain(error, Settings), sources)) from None
     if ("print_config", True) in options:
         print(yaml.safe_dump(parsed.as_dict(), sort_keys=False), end="")
         sys.exit()
@@ -90,10 +94,21 @@ def flat(settings: dict[str, Any], within: str = "") -> dict[str, Any]:
     return named
 
 
-def _read_recipe(path: str | Path, remedy: str = "", variants: tuple[str, ...] = ()) -> dict[str, Any]:
+def _with_source(error: str, sources: dict[str, str]) -> str:
+    """Return the error of a setting with the recipe that it comes from, if it comes from one."""
+    setting = re.match(r"([\w.]+)(?: (?:'[^']*'|\[[^]]*\]|[^\s:'{]+))?(?=: )", error)
+    if setting is None or setting[1] not in sources:
+        return error
+    return f"{setting[0]} ({sources[setting[1]]}){error[setting.end() :]}"
+
+
+def _read_recipe(
+    path: str | Path, sources: dict[str, str], remedy: str = "", variants: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """Return the nested settings of a recipe, merged into those of its `base`. Raises InputError.
 
-    variants: the recipes with this one as their base.
+    sources: receives the path of the file that sets a setting or section, by dotted name. variants: the recipes with
+    this one as their base.
     """
     recipe = read_yaml(path, remedy or f"give a recipe, such as {_EXAMPLE}, or correct it")
     if not isinstance(recipe, dict):
@@ -110,16 +125,27 @@ def _read_recipe(path: str | Path, remedy: str = "", variants: tuple[str, ...] =
         terms = [terms] if isinstance(terms, str) else terms
         listed = [term if isinstance(term, dict) else {str(term): {}} for term in terms]
         recipe["terms"] = dict.fromkeys(_TERMS) | {name: values for term in listed for name, values in term.items()}
-    if (base := recipe.pop("base", None)) is None:
+    base = recipe.pop("base", None)
+    for key in _names(recipe):
+        sources.setdefault(key, str(path))
+    if base is None:
         return recipe
     if not isinstance(base, str):
         raise InputError(f"{path}: base {shown(base)}: give the path of a recipe, relative to this one")
     file, variants = Path(path).parent / base, (*variants, os.path.realpath(path))
     if os.path.realpath(file) in variants:
         raise InputError(f"{path}: base {base}: is a variant of this recipe: remove one of the two bases")
-    settings = _read_recipe(file, f"correct base in {path}", variants)
+    settings = _read_recipe(file, sources, f"correct base in {path}", variants)
     _merge(settings, recipe)
     return settings
+
+
+def _names(settings: dict[str, Any], within: str = "") -> Iterator[str]:
+    """Return the dotted names of nested settings and sections."""
+    for key, value in settings.items():
+        yield within + key
+        if isinstance(value, dict):
+            yield from _names(value, f"{within}{key}.")
 
 
 def _merge(settings: dict[str, Any], changes: dict[str, Any]) -> None:

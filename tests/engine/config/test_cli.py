@@ -223,11 +223,27 @@ def test_null_is_the_published_value(name: str) -> None:
     ],
 )
 def test_wrong_recipes_are_refused(tmp_path: Path, text: bytes, says: str) -> None:
-    (tmp_path / "r.yaml").write_bytes(text)
+    path = tmp_path / "r.yaml"
+    path.write_bytes(text)
     with pytest.raises(InputError) as refused:
-        parse(["--config", str(tmp_path / "r.yaml")])
-    assert says in str(refused.value)
+        parse(["--config", str(path)])
+    assert says in str(refused.value).replace(f" ({path})", "")
+    assert str(path) in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_error_names_the_recipe_of_a_value(tmp_path: Path) -> None:
+    base, variant = tmp_path / "base.yaml", tmp_path / "variant.yaml"
+    base.write_text("optim: {warmup_epochs: 5}\ndata: {augmentation: byol, batch: 1}\n")
+    variant.write_text("base: base.yaml\ndata: {batch: 8, augmentation: crop}\n")
+    recipe = ["--config", str(variant)]
+    for arguments, message in (
+        (["--data.augmentation", "byol", "--optim.epochs", "3"], f"optim.warmup_epochs 5.0 ({base}): choose 0 or more"),
+        ([], f"data.augmentation 'crop' ({variant}): choose one of"),
+        (["--data.augmentation", "crop"], "data.augmentation 'crop': choose one of"),
+    ):
+        with pytest.raises(InputError, match=re.escape(message)):
+            parse([*recipe, *arguments])
 
 
 @pytest.mark.parametrize("columns", ["80", "120"])
