@@ -130,7 +130,7 @@ class LoadedEncoder:
         unused = ", ".join(f"{part[:_MAX_CHARACTERS]} ({count})" for part, count in parts)
         return printable(
             f"{self.path}: {self.architecture}, {self.which} encoder of {self.kind}: {self.matched} of {total} "
-            f"backbone keys matched{f'; unused: {unused}' if unused else ''}"
+            f"backbone keys matched{f'; not used: {unused}' if unused else ''}"
         )
 
 

@@ -46,7 +46,7 @@ def test_a_crash_or_a_full_disk_leaves_the_old_copy(
     usage = namedtuple("usage", "free")
     with monkeypatch.context() as patched:
         patched.setattr(module.shutil, "disk_usage", lambda path: usage(1000))
-        with pytest.raises(InputError, match=r"GiB needed, 0\.0 GiB free"):
+        with pytest.raises(InputError, match=r"MiB needed, 0\.0 MiB free"):
             stage(drawn, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
