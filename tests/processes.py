@@ -136,7 +136,7 @@ def call(function: Callable[..., None], *arguments: Any, env: Mapping[str, str] 
 
 
 def start_server() -> None:
-    """Start the server, for this process and those that it starts."""
+    """Start the server, for this process and its children."""
     global _server
     folder = tempfile.mkdtemp(prefix="millrace-tests-")
     address = os.path.join(folder, "socket")
