@@ -39,6 +39,7 @@ from pipeline.prepare import prepare
 from pipeline.sources.archives import open_source
 from pipeline.system.cli import ArgumentParser
 from pipeline.system.errors import InputError, command
+from pipeline.system.files import write_json
 from pipeline.system.text import counted
 from pipeline.views import AUGMENTATIONS
 
@@ -261,7 +262,7 @@ def main() -> None:
     curves(run / "metrics.jsonl", out / "curve.png", levels=rows)
     if "knn_top1" in summary:
         rows |= {"trained encoder": summary["knn_top1"]}
-    (out / "demo.json").write_text(json.dumps(rows, indent=1) + "\n")
+    write_json(out / "demo.json", rows)
     Console().print(_table(rows, summary, _count_evaluated(train, evaluation)))
     options = GalleryOptions("", 8, _TEST_IMAGES, settings.seed, "online", _device())
     write(report(read_runs([run]), options), out / "report.html")

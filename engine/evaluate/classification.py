@@ -18,6 +18,7 @@ from engine.evaluate.splits import HELD_OUT, count_unseen_labels, held_out, refu
 from engine.parallel.consensus import all_gather_object
 from engine.parallel.rendezvous import local_world
 from methods.vit import PATCH
+from pipeline.backends import BACKENDS
 from pipeline.backends.select_backend import Choice, agreed, choose
 from pipeline.beton import Beton, count_classes
 from pipeline.loader import CenterLoader, Loader
@@ -154,7 +155,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--crop-ratio", type=float, help="side of the test crop over the shorter side (default: the run's, or 0.875)"
     )
-    parser.add_argument("--backend", choices=["auto", "ffcv", "dali", "resident"], default="auto")
+    parser.add_argument("--backend", choices=["auto", *BACKENDS], default="auto")
     parser.add_argument("--on-bad", choices=["error", "skip"], default="error", help="for a damaged record")
 
 
