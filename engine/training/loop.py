@@ -11,7 +11,8 @@ from accelerate.logging import get_logger
 from engine.config.settings import Settings
 from engine.fault_tolerance.diagnosis import translate_failures
 from engine.fault_tolerance.heartbeat import Heartbeat
-from engine.fault_tolerance.preemption import Stopped, follow_launcher
+from engine.fault_tolerance.preemption import Stopped
+from engine.parallel.accelerator import DeviceChoice
 from engine.parallel.batchnorm_stats import RunningStatistics
 from engine.parallel.consensus import run_on_all_ranks
 from engine.parallel.rendezvous import rank, world
@@ -24,14 +25,15 @@ from pipeline.system.text import counted
 logger = get_logger(__name__)
 
 
-def train(settings: Settings | None = None) -> dict[str, Any]:
-    """Train by `settings`, by default the command line's; return the contents of `OUT/summary.json`.
+def train(settings: Settings, device: DeviceChoice | None = None) -> dict[str, Any]:
+    """Train by `settings`; return the contents of `OUT/summary.json`.
 
-    Raises InputError, on all ranks, for settings or data that cannot work, Stopped after a stop request, Diverged, and
-    LostRank or another RunFailed; a stalled loader or a lost rank prints the stack of every thread first.
+    device: that of `agree_on_launch`; by default the ranks agree here. Raises InputError, on all ranks, for settings or
+    data that cannot work, Stopped after a stop request, Diverged, and LostRank or another RunFailed; a stalled loader
+    or a lost rank prints the stack of every thread first.
     """
-    follow_launcher()
-    settings, device = agree_on_launch(settings)
+    if device is None:
+        settings, device = agree_on_launch(settings)
     with contextlib.ExitStack() as stack:
         heartbeat = stack.enter_context(contextlib.closing(Heartbeat(settings.collective_timeout)))
         with translate_failures(heartbeat):

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import engine.run
 from engine.parallel.rendezvous import rank
 from engine.training import loop
-from engine.training.build import Run
+from engine.training.build import Run, agree_on_launch
 from engine.training.resume import modules
 from pipeline.sources import synthetic
 from tests import ROOT, processes
@@ -164,7 +164,7 @@ def train_and_dump(arguments: list[str], folder: str) -> None:
         return runs[-1]
 
     loop.build, sys.argv = built, ["run.py", *arguments]
-    loop.train()
+    loop.train(*agree_on_launch())
     state = {key: value.contiguous() for key, value in modules(runs[0]).state_dict().items()}
     save_file(state, Path(folder) / f"rank{rank()}.safetensors")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.config.cli import flat, parse, wants_dry_run
+from engine.config.cli import flat, parse, parse_command_line
 from engine.config.settings import Settings
 from methods.co2 import CO2
 from methods.dcl import DCL
@@ -234,13 +234,17 @@ def test_wrong_recipes_are_refused(tmp_path: Path, text: bytes, says: str) -> No
 
 def test_error_names_the_recipe_of_a_value(tmp_path: Path) -> None:
     base, variant = tmp_path / "base.yaml", tmp_path / "variant.yaml"
-    base.write_text("optim: {warmup_epochs: 5}\ndata: {augmentation: byol, batch: 1}\n")
+    base.write_text("optim: {warmup_epochs: 5}\nmethod: {symmetric: false}\ndata: {augmentation: byol, batch: 1}\n")
     variant.write_text("base: base.yaml\ndata: {batch: 8, augmentation: crop}\n")
     recipe = ["--config", str(variant)]
     for arguments, message in (
         (["--data.augmentation", "byol", "--optim.epochs", "3"], f"optim.warmup_epochs 5.0 ({base}): choose 0 or more"),
         ([], f"data.augmentation 'crop' ({variant}): choose one of"),
         (["--data.augmentation", "crop"], "data.augmentation 'crop': choose one of"),
+        (
+            ["--data.augmentation", "byol", "--optim.warmup_epochs", "0", "--method.name", "byol"],
+            f"method.symmetric False ({base}): byol is symmetric",
+        ),
     ):
         with pytest.raises(InputError, match=re.escape(message)):
             parse([*recipe, *arguments])
@@ -288,8 +292,8 @@ def test_hyphens_and_underscores_are_the_same(option: str) -> None:
 @pytest.mark.parametrize("option", ["--dry-run", "--dry_run"])
 def test_dry_run_is_an_option(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["run.py", option, "--seed", "3"])
-    assert parse().seed == 3
-    assert wants_dry_run()
+    assert parse_command_line() == (parse(["--seed", "3"]), True)
+    assert not parse_command_line(["--out", "dry-run", "--seed", "3"]).dry_run
 
 
 @pytest.mark.parametrize(
