@@ -167,7 +167,7 @@ def _baselines(settings: Settings) -> dict[str, float]:
     """Return kNN top-1 of raw pixels and of the untrained encoder."""
     data, knn, model, device = settings.data, settings.knn, settings.model, _device()
     options: dict[str, Any] = {"k": knn.k, "temperature": knn.temperature, "limit": knn.limit, "device": device}
-    options |= {"size": data.size, "batch": 256, "share": data.eval_crop_ratio}
+    options |= {"size": data.size, "batch": 256, "crop_ratio": data.eval_crop_ratio}
     evaluation = KnnEvaluation(Beton(data.train), Beton(data.eval), **options)
     set_seed(settings.seed)
     untrained = place(build_backbone(model.arch, stem=model.stem, width=model.width), device)

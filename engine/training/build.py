@@ -13,7 +13,7 @@ from engine.config.cli import parse_command_line, shared
 from engine.config.settings import Settings
 from engine.fault_tolerance.preemption import Requests, follow_launcher
 from engine.fault_tolerance.watchdog import Watchdog
-from engine.monitoring.metrics_logger import Monitor
+from engine.monitoring.metrics_logger import MetricsLogger
 from engine.parallel.accelerator import DeviceChoice, build_accelerator, choose_device, warn_of_precision
 from engine.parallel.consensus import run_on_all_ranks
 from engine.parallel.rendezvous import world
@@ -41,7 +41,7 @@ class Run:
     data: Datasets
     loader: Loader
     model: Model
-    monitor: Monitor
+    monitor: MetricsLogger
     folder: RunFolder
     writer: storage.Writer
     requests: Requests
@@ -134,7 +134,7 @@ def build(settings: Settings, device: DeviceChoice | None = None) -> Run:
         data,
         loader,
         model,
-        Monitor(accelerator, folder.path, settings.optim.epochs * loader.steps, settings.optim.epochs),
+        MetricsLogger(accelerator, folder.path, settings.optim.epochs * loader.steps, settings.optim.epochs),
         folder,
         storage.Writer(folder.checkpoints, settings.keep, settings.keep_every),
         Requests(accelerator.device),

@@ -163,7 +163,7 @@ def _summarize(run: Run) -> dict[str, Any]:
         "pairs_per_second": round(monitor.pairs / monitor.seconds, 1) if monitor.seconds else None,
         "data_wait_fraction": round(monitor.waited / monitor.seconds, 4) if monitor.seconds else None,
         "training_seconds": round(monitor.seconds, 1),
-        "processes": world(),
+        "world_size": world(),
         "precision": run.accelerator.mixed_precision,
         "device": torch.cuda.get_device_name() if run.accelerator.device.type == "cuda" else "cpu",
         "torch": torch.__version__,

@@ -184,7 +184,7 @@ def two_ranks(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_ranks_write_one_run_folder(two_ranks: Path) -> None:
     lines = metrics(two_ranks)
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 11))
-    assert json.loads((two_ranks / "summary.json").read_text())["processes"] == 2
+    assert json.loads((two_ranks / "summary.json").read_text())["world_size"] == 2
     assert sorted(p.name for p in (two_ranks / "checkpoints").glob("step_*")) == ["step_00000005", "step_00000010"]
 
 

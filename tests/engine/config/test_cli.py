@@ -34,8 +34,8 @@ def test_defaults_are_moco_v2_on_imagenet() -> None:
 
 
 def test_sizes_have_equal_shares_of_the_epochs() -> None:
-    found = parse(["--data.sizes", "[160, 192, 224]", "--optim.epochs", "7"]).size_of_epochs
-    assert found == [160, 160, 160, 192, 192, 224, 224]
+    sizes = parse(["--data.sizes", "[160, 192, 224]", "--optim.epochs", "7"]).size_of_epochs
+    assert sizes == [160, 160, 160, 192, 192, 224, 224]
     assert parse(["--optim.epochs", "2"]).size_of_epochs == [224, 224]
 
 
@@ -330,8 +330,8 @@ def test_print_config_shows_all_settings(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_settings_allowed_to_change_add_up(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("allow_change: [seed]")
-    found = parse(["--config", str(tmp_path / "r.yaml"), "--allow-change", "optim.lr", "--allow_change=[data, knn]"])
-    assert found.allow_change == ["seed", "optim.lr", "data", "knn"]
+    settings = parse(["--config", str(tmp_path / "r.yaml"), "--allow-change", "optim.lr", "--allow_change=[data, knn]"])
+    assert settings.allow_change == ["seed", "optim.lr", "data", "knn"]
 
 
 def write(folder: Path, **recipes: str) -> Path:
@@ -347,12 +347,12 @@ def test_a_recipe_overrides_its_base(tmp_path: Path) -> None:
         second="base: first.yaml\noptim: {lr: 0.25}\nterms: {residual: {}, co2: {temperature: 1}}",
         third="base: second.yaml\nterms: [residual]\nmodel: {bn: plain}\nout: b",
     )
-    found = parse(["--config", str(tmp_path / "second.yaml"), "--optim.momentum", "0.5"])
-    assert (found.optim.lr, found.optim.epochs, found.optim.momentum, found.out) == (0.25, 7, 0.5, "a")
-    assert found.terms == Terms(CO2(weight=7, temperature=1), residual=Residual())
-    found = parse(["--config", str(tmp_path / "third.yaml")])
-    assert (found.optim.lr, found.optim.epochs, found.model.bn, found.out) == (0.25, 7, "plain", "b")
-    assert found.terms == Terms(residual=Residual())
+    settings = parse(["--config", str(tmp_path / "second.yaml"), "--optim.momentum", "0.5"])
+    assert (settings.optim.lr, settings.optim.epochs, settings.optim.momentum, settings.out) == (0.25, 7, 0.5, "a")
+    assert settings.terms == Terms(CO2(weight=7, temperature=1), residual=Residual())
+    settings = parse(["--config", str(tmp_path / "third.yaml")])
+    assert (settings.optim.lr, settings.optim.epochs, settings.model.bn, settings.out) == (0.25, 7, "plain", "b")
+    assert settings.terms == Terms(residual=Residual())
 
 
 def test_a_base_is_relative_to_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
