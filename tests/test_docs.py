@@ -149,6 +149,25 @@ def test_options_in_prose_exist(path: Path, known_options: set[str]) -> None:
     assert named - known_options == set()
 
 
+def shown_texts(path: Path) -> list[str]:
+    """Return the text of a document or script; of a module, docstrings and messages of several words."""
+    if path.suffix != ".py":
+        return [path.read_text()]
+    return documents.docstrings(path) + [text for text in documents.messages(path) if " " in text]
+
+
+@pytest.fixture(scope="module")
+def launcher_options() -> set[str]:
+    return set().union(*(options(launcher()) for launcher in LAUNCHERS.values()))
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, *MODULES, *COMMENTED], ids=name_of)
+def test_options_are_written_with_hyphens(path: Path, launcher_options: set[str]) -> None:
+    """Launchers have their own style."""
+    words = [word for text in shown_texts(path) for word in re.findall(r"(?<![\w-])--[a-z][\w.-]*", text)]
+    assert not {word for word in words if "_" in word} - launcher_options
+
+
 @every_document
 def test_settings_in_prose_exist_and_take_their_value(path: Path) -> None:
     known = flat(_with_all_terms().as_dict())

@@ -174,7 +174,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=["no", "bf16", "fp16"], default="bf16", help="of the backbone")
     parser.add_argument("--workers", type=int, default=0, help="loader threads of each rank (default: its cores)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cpu", action="store_true", help="do not use the GPU")
+    parser.add_argument("--cpu", action=argparse.BooleanOptionalAction, default=False, help="do not use the GPU")
     parser.add_argument("--out", type=Path, help="folder of results (default: RUN/evaluation, or FILE.evaluation)")
 
 

@@ -96,7 +96,7 @@ class Direct(Beton):
             faults = [(int(index), "not an RGB or gray JPEG") for index in bad]
             raise BadRecords(
                 f"{self.path}: {self._names[bad[0]]} is not an RGB or gray JPEG ({len(bad)} such images): write a "
-                "beton of them with python -m pipeline.prepare, or skip them with --data.on_bad skip",
+                "beton of them with python -m pipeline.prepare, or skip them with --data.on-bad skip",
                 faults,
             )
         self.unreadable = frozenset(int(index) for index in bad)
