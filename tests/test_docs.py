@@ -112,7 +112,7 @@ def test_command_lines_of_recipes_studies_and_launch_files(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [*DOCUMENTS, *MODULES, *COMMENTED], ids=name_of)
 def test_modules_to_run_exist(path: Path) -> None:
-    """In messages and prose, too."""
+    """Messages and prose name modules, too."""
     text = re.sub(r'"\s*\n\s*f?"', "", path.read_text())  # joins a message of several lines
     named = re.findall(rf"python\s+-m\s+((?:tests|{'|'.join(PACKAGES)})\.[\w.]*\w)", text)
     assert not set(named) - NAMES
@@ -207,7 +207,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_thread")
 def test_the_loader_snippet_yields_the_documented_views(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU, for one epoch, in smaller batches and views."""
+    """It runs on the CPU, for one epoch, in smaller batches and views."""
     code = snippet("Loader(Beton")
     shape = re.search(r"\[(\d+), 3, (\d+), (\d+)\]", code)
     batch, size = re.findall(r"batch=(\d+)", code), re.findall(r"size=(\d+)", code)
@@ -274,7 +274,7 @@ def formulas_with_koleo() -> ModuleType:
 def test_the_example_is_a_term_of_every_base(
     koleo: ModuleType, formulas_with_koleo: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the documented lines added to the registry."""
+    """The documented lines are added to the registry."""
     spans = [span for text in DOCUMENTS.values() for span in documents.spans(text)]
     (imported,) = [span for span in spans if span.startswith("from methods.koleo")]
     source, line = Path(registry.__file__).read_text(), snippet("koleo: KoLeo | None")

@@ -28,9 +28,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--neighbors", type=int, default=8, metavar="N", help="shown for each image (default: 8)")
     made.add_argument("--limit", type=int, default=2000, metavar="N", help="images in the sample (default: 2000)")
-    made.add_argument("--seed", type=int, default=0, help="of the sample (default: 0)")
+    made.add_argument("--seed", type=int, default=0, help="seed of the sample (default: 0)")
     made.add_argument("--which", choices=["online", "momentum"], default="online", help="encoder (default: online)")
-    pictures = "of views and neighbors; without them the page takes seconds"
+    pictures = "pictures of views and neighbors; without them the page takes seconds"
     made.add_argument("--pictures", action=argparse.BooleanOptionalAction, default=True, help=pictures)
     made.add_argument("--cpu", action=argparse.BooleanOptionalAction, default=False, help="do not use the GPU")
     return made

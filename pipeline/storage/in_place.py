@@ -39,7 +39,7 @@ class Direct(Beton):
     """Images of a folder or of tars, with the attributes of a `Beton`.
 
     source: a folder, a .tar, or several by a pattern such as `shards/train-*.tar` or `train-{000..127}.tar`.
-    tolerate: as for `Beton`. Raises InputError where there is no image, and BadRecords for images other than RGB or
+    tolerate: as for `Beton`. Raises InputError if there is no image, and BadRecords for images other than RGB or
     gray JPEGs.
     """
 
