@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from methods.norm import Norm
+from methods.norm import BatchNorm, Norm
 
 Last = Literal["linear", "whiten", "scale"]
 HeadPair = tuple[nn.Module, "nn.Module | None"]
@@ -74,8 +74,8 @@ def _mlp(sizes: list[int], norm: Norm, *, last: Last = "linear", bias: bool = Fa
 class Encoder(nn.Module):
     """Backbone, projector and optional predictor: views to L2-normalized embeddings.
 
-    One call takes all views: a wrapper such as DistributedDataParallel needs one forward pass a step.
-    joint: all views form one batch; otherwise each view has its own batch statistics.
+    One call takes all views, in one forward pass: half the kernels of two.
+    joint: all views share their batch statistics; otherwise each has its own.
     """
 
     def __init__(
@@ -83,12 +83,19 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone, self.projector, self.predictor, self.joint = backbone, projector, predictor, joint
+        self._norms = [module for module in self.modules() if isinstance(module, BatchNorm)]
 
     def forward(self, *views: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return an embedding [B, C] of norm 1, in float32 or better, for each view [B, 3, H, W]."""
-        if self.joint:
-            return self._embed(torch.cat(views)).chunk(len(views))
-        return tuple(self._embed(view) for view in views)
+        if len({view.shape for view in views}) > 1 and not self.joint:
+            return tuple(self(view)[0] for view in views)
+        for norm in self._norms:
+            norm.views = self.passes(len(views))
+        return self._embed(torch.cat(views) if len(views) > 1 else views[0]).chunk(len(views))
+
+    def passes(self, views: int) -> int:
+        """Return the number of batches, each with its own statistics, that so many views make."""
+        return 1 if self.joint else views
 
     def _embed(self, x: torch.Tensor) -> torch.Tensor:
         z = self.projector(self.backbone(x))

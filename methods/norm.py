@@ -71,7 +71,9 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         if self.ranks is None and torch.compiler.is_compiling():
             return _fusible(x, *running, *affine, parts, momentum, self.eps)
         if self.ranks is None and not x.is_cuda:  # native code for each part: faster than torch's operations on all
-            return torch.cat([F.batch_norm(part, *running, *affine, True, momentum, self.eps) for part in x.chunk(parts)])
+            return torch.cat(
+                [F.batch_norm(part, *running, *affine, True, momentum, self.eps) for part in x.chunk(parts)]
+            )
         return _Normalize.apply(x, *running, *affine, parts, momentum, self.eps, self.ranks)  # type: ignore[no-any-return]
 
 

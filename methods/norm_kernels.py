@@ -163,7 +163,17 @@ def _combine(
 
 @triton.jit
 def _normalize(
-    x, out, statistics, weight, bias, eps, rows, channels, AFFINE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr
+    x,
+    out,
+    statistics,
+    weight,
+    bias,
+    eps,
+    rows,
+    channels,
+    AFFINE: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):
     part = tl.program_id(2)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

@@ -109,7 +109,7 @@ def tune(
     head = new_head(evaluation.backbone.features, evaluation.classes, evaluation.args.seed)  # type: ignore[arg-type]
     model = Classifier(evaluation.backbone, head)
     if accelerator.num_processes > 1:
-        synchronize(model, evaluation.device)
+        synchronize(model)
     place(model, evaluation.device)
     bare = sgd([{"params": list(module.parameters())} for module in (model.backbone, model.head)])
     checkpoint = EpochCheckpoint(evaluation, name, model, bare, settings)

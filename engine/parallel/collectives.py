@@ -83,7 +83,7 @@ def broadcast(
 
 def mean(local: torch.Tensor) -> torch.Tensor:
     """Return the mean of a tensor over all ranks; on one rank the input."""
-    return local if world() == 1 else _sum(local) / world()
+    return local if world() == 1 else total(local) / world()
 
 
 def mean_in_bfloat16(bucket: distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -117,10 +117,11 @@ def exchange(rows: torch.Tensor, order: np.ndarray) -> torch.Tensor:
     return received[to_device(np.argsort(arrival), rows.device)]
 
 
-def _sum(local: torch.Tensor) -> torch.Tensor:
-    total = local.detach().clone(memory_format=torch.contiguous_format)
-    distributed.all_reduce(total)
-    return total
+def total(local: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor over all ranks."""
+    summed = local.detach().clone(memory_format=torch.contiguous_format)
+    distributed.all_reduce(summed)
+    return summed
 
 
 class _Gather(torch.autograd.Function):
@@ -130,4 +131,4 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        return _sum(gradients[0]).chunk(world())[rank()]
+        return total(gradients[0]).chunk(world())[rank()]

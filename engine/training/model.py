@@ -54,7 +54,7 @@ def build_model(settings: Settings, accelerator: Accelerator, steps_per_epoch: i
     accumulate = settings.parts(world())
     online = _build_online(settings, accumulate)
     if settings.model.bn == "sync" and world() > 1:
-        synchronize(online, device)
+        synchronize(online)
     target = place(momentum_copy(online), device) if base.momentum_encoder else None
     place(online, device)
     if settings.compile:

@@ -22,6 +22,7 @@ from methods.base import Embeddings, Objective, Part, total
 from methods.flat import Buffers
 from methods.heads import Encoder
 from methods.momentum import MovingAverage
+from methods.norm import count_batches
 from methods.queue import KeyQueue
 from pipeline.loader import Batch
 from pipeline.system.device import to_device
@@ -107,6 +108,11 @@ class Step:
             last = part == self._accumulate - 1
             with contextlib.nullcontext() if last else self._accelerator.no_sync(self._online):
                 results.append(self._forward_backward(inputs, part, keys, all_keys, measured and last))
+
+        # Batches seen by each BatchNorm, in one operation for all layers.
+        count_batches(self.encoder, self._accumulate * self.encoder.passes(len(self._queries)))
+        if self._target is not None:
+            count_batches(self._target, self._accumulate * self._target.passes(len(self._keys)))
 
         # Optimizer: multi-tensor or fused; `taken` is false on every rank if any gradient is not finite.
         taken = self._update()

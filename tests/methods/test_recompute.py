@@ -17,7 +17,7 @@ from methods.vit import vit
 
 def backbones() -> dict[str, nn.Module]:
     torch.manual_seed(0)
-    split, _ = norm_layers("split", 2)
+    split = norm_layers("split", 2)
     return {
         "resnet18": resnet("resnet18", stem="small", width=0.125).double(),
         "resnet50, split": resnet("resnet50", stem="small", width=0.125, norm=split).double(),

@@ -127,7 +127,7 @@ def train(task: Detection, batch: int, settings: dict[str, object]) -> nn.Module
     torch.manual_seed(args.seed)  # for the new layers
     model = faster_rcnn(task.backbone, len(task.train.classes), tuple(args.sizes), args.largest)
     if collectives.world() > 1:
-        synchronize(model, task.device)
+        synchronize(model)
     place(model, task.device)
     optimizer = sgd([{"params": list(model.parameters())}], weight_decay=_DECAY)
     samples = Samples(

@@ -132,7 +132,7 @@ def train(task: Segmentation, classes: int, batch: int, name: str, settings: dic
     model = Fcn(task.backbone, classes, frozen=args.frozen, seed=args.seed)
     trained = model.head if args.frozen else model
     if task.accelerator.num_processes > 1:
-        synchronize(trained, task.device)
+        synchronize(trained)
     place(model, task.device)
     optimizer = sgd([{"params": list(trained.parameters())}], weight_decay=_DECAY)
     checkpoint = EpochCheckpoint(task, name, trained, optimizer, settings)
