@@ -7,8 +7,6 @@ One batch of decoded images lies on the device. Crops (`pipeline.augment.crop`) 
 Triton kernels; their reference, the plain operations, is timed too.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from pathlib import Path

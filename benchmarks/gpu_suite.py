@@ -7,8 +7,6 @@ figures, `failures.txt` the output of failed parts. Drawn images replace missing
 without a GPU, each part runs small on the hardware at hand: a check of the suite itself.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import subprocess

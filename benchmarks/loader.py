@@ -9,8 +9,6 @@ which is the rate of one core; median and spread over epochs. Ours and FFCV's vi
 crops. The file is in the page cache. Ratios compare medians by CPU time to those of ffcv-twice.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging
@@ -39,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 def work(args: argparse.Namespace) -> None:
-    """Be the process of one loader: build it, then answer each line of standard input with a line of JSON."""
+    """Run one loader's process: build it, then answer each line of standard input with a line of JSON."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     begin = time.perf_counter()
     path = PATHS[args.worker](open_data(args.data), args.size, args.views, args.batch, int(args.threads), device)
@@ -132,7 +130,7 @@ def report(result: dict[str, Any]) -> Report:
 
 def parser() -> ArgumentParser:
     """Return the parser of the command line."""
-    parser = benchmark_parser("loader", "Measure loader throughput.")
+    parser = benchmark_parser("loader", "Measure loader throughput.", {"--backends": "--compare"})
     parser.add_argument("--data", required=True, help="beton, or a tar that is read directly")
     names = ", ".join(PATHS)
     parser.add_argument("--compare", default=",".join(COMPARED), help=f"some of {names} (default %(default)s)")

@@ -16,8 +16,6 @@ in the recipe's precision; above `MEMORY_SHARE` of the GPU's, the batch is plann
 costs of start, evaluation and checkpoints are left out.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -103,7 +101,7 @@ def load_machine(name: str) -> Node:
     if not isinstance(node.gpu, str):
         raise InputError(f"{path}: gpu {node.gpu!r}: give its name")
     for field in fields(Node)[2:]:
-        value, kinds = getattr(node, field.name), (int,) if field.type == "int" else (int, float)
+        value, kinds = getattr(node, field.name), (int,) if field.type is int else (int, float)
         may_be_0 = field.name in ("gpu_link_gbytes", "network_gbits")  # of a single GPU or node
         if type(value) not in kinds or not 0 <= value <= _MAX_QUANTITY or not (value or may_be_0):
             kind = "an integer" if kinds == (int,) else "a number"
@@ -182,10 +180,8 @@ def plan(node: Node, rates: Rates, settings: Settings, run: dict[str, Any], imag
         "crops": _sent(node, exchanged["crops"], exchanged["crops"] * n / node.nodes),
     }
     seconds = step_seconds(node, rates, settings, run, sent, parts or 1, resident=resident, cached=cached)
-    limits = {
-        "GPU": seconds["compute"] + seconds["exchange"],
-        **{name: seconds[name] for name in ("decode", "disk", "copy")},
-    }
+    limits = {name: seconds[name] for name in ("decode", "disk", "copy")}
+    limits = {"GPU": seconds["compute"] + seconds["exchange"], **limits}
     limit = max(limits, key=lambda name: limits[name])
     rate = batch / limits[limit]
     hours = images * settings.optim.epochs / rate / 3600

@@ -7,8 +7,6 @@ ENCODER is a run, a checkpoint or a file of weights, as for `engine.evaluate`. E
 own results stay in folders of DIR, and are used again for the same encoder and data.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import subprocess

@@ -6,8 +6,6 @@ Runs the tests marked `reliability`, the slow ones too unless `--quick`, and mak
 that they record. Exit status 1 if a test failed or a fault was not provoked.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -7,8 +7,6 @@ Reads the dated files of the results folder and writes `report.md` and `report.h
 between the marks in the README; a test fails if that table is out of date.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass

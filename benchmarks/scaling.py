@@ -12,8 +12,6 @@ Groups of processes train on real data in turn; each process computes with one t
   seconds that `benchmarks.step` and `benchmarks.loader` measure.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -108,7 +106,7 @@ class Group:
 
 
 def work(rest: list[str], steps: int) -> None:
-    """Be one process: build the run, then train `steps` steps for each line of standard input."""
+    """Run one training process: build the run, then train `steps` steps for each line of standard input."""
     run = build(parse(rest))
     batches = run.loader.endless()
     try:
@@ -210,7 +208,7 @@ def report(result: dict[str, Any]) -> Report:
 
 def parser() -> ArgumentParser:
     """Return the parser of the command line."""
-    parser = benchmark_parser("scaling", "Time training on several processes.")
+    parser = benchmark_parser("scaling", "Time training on several processes.", {"--rounds": "--runs"})
     parser.add_argument("--processes", default="1,2", help="numbers of processes (default %(default)s)")
     parser.add_argument("--threads", default="1,2", help="loader threads of a process (default %(default)s)")
     parser.add_argument("--steps", type=int, default=30, help="steps of a run (default %(default)s)")

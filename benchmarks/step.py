@@ -13,8 +13,6 @@ Reported are medians and spread of wall clock, and of CPU time without a GPU; ra
 - `official-amp`, `lightly-amp`: the same under autocast, in the run's precision, else bf16.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -285,7 +283,8 @@ def report(result: dict[str, Any]) -> Report:
 
 def parser() -> ArgumentParser:
     """Return the parser of the command line."""
-    parser = benchmark_parser("step", "Time training steps.")
+    renamed = {"--ways": "--compare", "--threads": "--torch-threads"}
+    parser = benchmark_parser("step", "Time training steps.", renamed)
     default = "eager,compiled,official,official-amp"
     parser.add_argument("--compare", default=default, help=f"some of {', '.join(COMPARED)} (default %(default)s)")
     parser.add_argument("--runs", type=int, default=10, help="steps timed of each (default %(default)s)")

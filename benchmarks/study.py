@@ -8,8 +8,6 @@ options of linear evaluation, if any. Each run has a folder in DIR; the same com
 Peers that are installed train on the same files with their authors' settings.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import json
@@ -60,7 +58,7 @@ class Study:
     peers: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By name: `module`, for `benchmarks/common/MODULE_moco.py`, and its options."""
     reach: str = ""
-    """Run or peer whose final kNN top-1 (mean over seeds) is the mark that others are timed to."""
+    """A run or peer. Others are timed until they reach its final kNN top-1, the mean over seeds."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +166,7 @@ def run_jobs(jobs: Sequence[Job], args: argparse.Namespace) -> dict[str, str]:
 
 
 def _run_job(job: Job, environment: dict[str, str]) -> str:
-    """Do what is left of a job; return its problem, or nothing."""
+    """Train and evaluate, unless done before; return the problem, or an empty string."""
     summary, log = job.folder / "summary.json", job.folder.with_name(f"{job.folder.name}.log")
     evaluated = any(path.is_file() for path in (job.folder / "evaluation").glob("linear*.json"))
     for task, call, done in (
@@ -223,7 +221,7 @@ def figures(run: RunFiles) -> dict[str, float | None]:
 def gather(jobs: Sequence[Job], reach: str = "") -> list[dict[str, Any]]:
     """Return a row for each name: figures of its finished seeds, and their means and deviations (n - 1).
 
-    reach: the row whose final kNN top-1 (mean over seeds) others are timed to.
+    reach: as in `Study`.
     """
     rows: dict[str, dict[str, Any]] = {}
     runs: dict[str, list[RunFiles]] = {}

@@ -9,8 +9,6 @@ of the time that training waited for data. On a CPU the loader shares its cores 
 cost of decoding and augmentation, not a wait for them.
 """
 
-from __future__ import annotations
-
 import itertools
 import tempfile
 from dataclasses import replace
@@ -110,7 +108,7 @@ def report(result: dict[str, Any]) -> Report:
 
 def parser() -> ArgumentParser:
     """Return the parser of the command line."""
-    parser = benchmark_parser("train", "Time training on real data.")
+    parser = benchmark_parser("train", "Time training on real data.", {"--rounds": "--runs"})
     parser.add_argument("--steps", type=int, default=50, help="steps of a run (default %(default)s)")
     parser.add_argument("--runs", type=int, default=5, help="runs of training, and of bare steps (default %(default)s)")
     return parser

@@ -8,8 +8,6 @@ epochs, interrupted by Ctrl-C in the second and resumed; kNN and a linear classi
 SOURCE, an export and a report. Output goes to `DIR/NAME.log`. Exit status 1 if a command did not behave as expected.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging
@@ -111,7 +109,7 @@ def report(result: dict[str, Any]) -> Report:
 
 def parser() -> ArgumentParser:
     """Return the parser of the command line."""
-    parser = benchmark_parser("walk", "Time every command on the way of a new user.")
+    parser = benchmark_parser("walk", "Time every command on the way of a new user.", {"--to": "--out"})
     parser.add_argument("source", metavar="SOURCE", help="tar, zip or folder of images")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the clone and the logs")
     parser.add_argument("--minutes", type=float, default=3.5, help="minutes of the demo (default %(default)s)")

@@ -4,8 +4,6 @@
 ./millrace demo DATA            # a folder, tar, zip or beton of yours
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math
@@ -168,14 +166,8 @@ def _launch(config: Path) -> None:
     command, shown = [sys.executable], "python"
     if torch.cuda.device_count() > 1:
         options = ["--multi_gpu", "--num_machines", "1", "--num_processes", str(torch.cuda.device_count())]
-        command += [
-            "-m",
-            "accelerate.commands.accelerate_cli",
-            "launch",
-            "--quiet",
-            "--mixed_precision",
-            "no",
-        ] + options
+        launcher = ["-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", "--mixed_precision", "no"]
+        command += launcher + options
         shown = f"accelerate launch {' '.join(options)}"
     shown = f"{shown} {shlex.join(arguments)}"
     logger.info(f"$ {shown}")

@@ -6,8 +6,6 @@ gathered from all ranks: [G, C]. Keys have no gradient. A base without a momentu
 keys, with gradient.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -37,7 +35,7 @@ class Base:
 
     name: str
     heads: Heads
-    loss: Callable[[], Term]
+    loss: Callable[[], "Term"]
     symmetric: bool
     """Both views serve as queries."""
     queue: bool = False

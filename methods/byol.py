@@ -1,7 +1,5 @@
 """BYOL (2006.07733): the online network predicts the momentum encoder's embedding; no negatives."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -8,8 +8,6 @@ The defaults are for MoCo v2; MoCo v1 takes weight 10, temperature 0.04. Neither
 Ours: on bases without a queue the negatives are the other samples' keys of the global batch.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -5,8 +5,6 @@ batches and queues. Replaces the base's own loss, averaged over views. On SimCLR
 other samples, as in the paper.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

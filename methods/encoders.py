@@ -3,8 +3,6 @@
 State dicts load into torchvision's models and back, except for `fc`, which a pretrained backbone lacks.
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal, TypeVar
 
 import torch

@@ -1,7 +1,5 @@
 """Many tensors in one buffer, for one operation on all of them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

@@ -4,8 +4,6 @@ Heads are built from `features` (of the backbone), `mlp_dim` (hidden width; None
 embedding), `norm` (factory of BatchNorm layers) and `transformer` (whether the backbone is one).
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 from typing import Literal
 
@@ -83,12 +81,17 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone, self.projector, self.predictor, self.joint = backbone, projector, predictor, joint
-        self._norms = [module for module in self.modules() if isinstance(module, BatchNorm)]
+        norms = [module for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        self._norms = [norm for norm in norms if isinstance(norm, BatchNorm)]
+        self._apart = len(self._norms) < len(norms)  # a BatchNorm of torch's takes the statistics of all views
 
     def forward(self, *views: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return an embedding [B, C] of norm 1, in float32 or better, for each view [B, 3, H, W]."""
-        if len({view.shape for view in views}) > 1 and not self.joint:
-            return tuple(self(view)[0] for view in views)
+        if not self.joint and (self._apart or len({view.shape for view in views}) > 1):
+            return tuple(self._pass(view)[0] for view in views)
+        return self._pass(*views)
+
+    def _pass(self, *views: torch.Tensor) -> tuple[torch.Tensor, ...]:
         for norm in self._norms:
             norm.views = self.passes(len(views))
         return self._embed(torch.cat(views) if len(views) > 1 else views[0]).chunk(len(views))

@@ -1,7 +1,5 @@
 """MoCo (1911.05722) and MoCo v2 (2003.04297): instance discrimination against a queue of keys."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """MoCo v3 (2104.02057): symmetric contrast against the keys of the global batch, with a predictor."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """The momentum encoder: an exponential moving average (EMA) of the online encoder (1911.05722, equation 2)."""
 
-from __future__ import annotations
-
 import copy
 
 import numpy as np

@@ -9,8 +9,6 @@
 Without shuffling, a network could match key and query by their part's statistics (1911.05722, section 3.3).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -71,9 +69,8 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         if self.ranks is None and torch.compiler.is_compiling():
             return _fusible(x, *running, *affine, parts, momentum, self.eps)
         if self.ranks is None and not x.is_cuda:  # native code for each part: faster than torch's operations on all
-            return torch.cat(
-                [F.batch_norm(part, *running, *affine, True, momentum, self.eps) for part in x.chunk(parts)]
-            )
+            normalize = partial(F.batch_norm, training=True, momentum=momentum, eps=self.eps)
+            return torch.cat([normalize(part, *running, *affine) for part in x.chunk(parts)])
         return _Normalize.apply(x, *running, *affine, parts, momentum, self.eps, self.ranks)  # type: ignore[no-any-return]
 
 
@@ -86,7 +83,8 @@ class SplitBatchNorm(BatchNorm):
 
 def count_batches(module: nn.Module, count: int) -> None:
     """Add to `num_batches_tracked` of every `BatchNorm` in the module."""
-    counters = [m.num_batches_tracked for m in module.modules() if isinstance(m, BatchNorm)]
+    norms = [m for m in module.modules() if isinstance(m, BatchNorm)]
+    counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
     if counters:
         torch._foreach_add_(counters, count)
 
@@ -173,7 +171,7 @@ class _TorchOperations:
     ) -> torch.Tensor:
         mean, var = statistics[:, None].unbind(2)  # [parts, 1, C] each
         normal = (_rows(x, len(statistics)) - mean) * (var + eps).rsqrt()
-        return _images(normal if weight is None else normal * weight + bias, x)
+        return _images(normal if weight is None or bias is None else normal * weight + bias, x)
 
     @staticmethod
     def gradient_sums(gradient: torch.Tensor, x: torch.Tensor, statistics: torch.Tensor, eps: float) -> torch.Tensor:
@@ -218,8 +216,8 @@ def _images(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def _fusible(
     x: torch.Tensor,
-    running_mean: torch.Tensor,
-    running_var: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     parts: int,
@@ -234,11 +232,12 @@ def _fusible(
         count = rows.shape[1]
         decay = (1 - momentum) ** torch.arange(parts - 1, -1, -1, device=x.device, dtype=mean.dtype)[:, None]
         for running, values in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
+            assert running is not None
             moved = (values.detach()[:, 0] * decay).sum(dim=0) * momentum
             running.mul_((1 - momentum) ** parts).add_(moved)
-    return _images(normal if weight is None else normal * weight + bias, x)
+    return _images(normal if weight is None or bias is None else normal * weight + bias, x)
 
 
 def norm_layers(kind: BatchNormKind, groups: int = GROUPS) -> Norm:
-    """Return the BatchNorm layers for images and vectors; `sync` layers get their ranks later, where there are several."""
+    """Return the BatchNorm layer for images and vectors; `sync` layers get their ranks later, if there are several."""
     return partial(SplitBatchNorm, groups=groups) if kind in SHUFFLED else BatchNorm

@@ -1,6 +1,6 @@
-"""Triton kernels of BatchNorm with statistics of equal parts of a batch. With TRITON_INTERPRET=1 they run on CPU tensors.
+"""Triton kernels of BatchNorm with statistics of parts of a batch. With TRITON_INTERPRET=1 they run on CPU tensors.
 
-x is [parts, rows, C] in memory: a channels-last image batch [B, C, H, W] has rows = B / parts * H * W, a batch of vectors
+x is [parts, rows, C] in memory: a channels-last batch [B, C, H, W] has rows = B / parts * H * W, a batch of vectors
 [B, C] rows = B / parts. Sums are float32, or float64 of float64 tensors, and always in the same order.
 """
 
@@ -19,7 +19,7 @@ _PROGRAMS = 512  # enough for every multiprocessor of a large GPU
 
 
 def moments(x: torch.Tensor, parts: int) -> tuple[torch.Tensor, int]:
-    """Return means and biased variances [splits, parts, 2, C] of consecutive rows of each part, and the rows of a split."""
+    """Return means and biased variances [splits, parts, 2, C] of splits of each part, and the rows of a split."""
     return _over_splits(_moments, x, parts)
 
 
@@ -28,7 +28,7 @@ def combine(
 ) -> torch.Tensor:
     """Return mean and biased variance of each part, [parts, 2, C], from those of its splits or ranks [N, parts, 2, C].
 
-    rows: rows of each split but the last; total: of all. running: running mean and variance, moved by each part in turn.
+    rows: of each split but the last; total: of all. running: running mean and variance, moved by each part in turn.
     """
     splits, parts, _, channels = partial.shape
     out = partial.new_empty(parts, 2, channels)
@@ -44,7 +44,7 @@ def normalize(
 ) -> torch.Tensor:
     """Return (x - mean) / sqrt(var + eps) * weight + bias, of x's dtype."""
     out = torch.empty_like(x)
-    parts, rows, channels, grid = _elementwise(x, len(statistics))
+    rows, channels, grid = _elementwise(x, len(statistics))
     affine = weight is not None
     _normalize[grid](x, out, statistics, weight, bias, eps, rows, channels, affine, _ROWS, _CHANNELS)
     return out
@@ -67,7 +67,7 @@ def input_gradient(
 ) -> torch.Tensor:
     """Return the gradient of x; sums: of `gradient_sums`, over `count` rows on all ranks."""
     out = torch.empty_like(x)
-    parts, rows, channels, grid = _elementwise(x, len(statistics))
+    rows, channels, grid = _elementwise(x, len(statistics))
     affine = weight is not None
     _input_gradient[grid](
         gradient, x, out, statistics, weight, sums, eps, 1 / count, rows, channels, affine, _ROWS, _CHANNELS
@@ -75,10 +75,10 @@ def input_gradient(
     return out
 
 
-def _elementwise(x: torch.Tensor, parts: int) -> tuple[int, int, int, tuple[int, int, int]]:
+def _elementwise(x: torch.Tensor, parts: int) -> tuple[int, int, tuple[int, int, int]]:
     channels = x.shape[1]
     rows = x.numel() // channels // parts
-    return parts, rows, channels, (triton.cdiv(rows, _ROWS), triton.cdiv(channels, _CHANNELS), parts)
+    return rows, channels, (triton.cdiv(rows, _ROWS), triton.cdiv(channels, _CHANNELS), parts)
 
 
 def _over_splits(kernel: Any, x: torch.Tensor, parts: int, *more: Any) -> tuple[torch.Tensor, int]:

@@ -1,7 +1,5 @@
 """Losses in float32 or better, whatever the autocast dtype."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from functools import wraps

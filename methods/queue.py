@@ -1,7 +1,5 @@
 """The key queue (1911.05722, section 3.2)."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 from torch.nn import functional as F

@@ -1,7 +1,5 @@
 """Activation checkpointing (1604.06174): blocks that recompute their activations in the backward pass."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Base methods, architectures and terms by name. A new one is a file, and a line here."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 
 from torch import nn

@@ -7,8 +7,6 @@ Symmetric bases average it over both views, whose keys they have already; others
 Gap and cosine are the paper's, by its abstract. Ours: q is taken after the predictor, if any; lambda is 1.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

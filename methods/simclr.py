@@ -1,7 +1,5 @@
 """SimCLR (2002.05709): contrast among all views of the global batch, with one network."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

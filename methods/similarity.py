@@ -1,7 +1,5 @@
 """Rows of similarities, shared by several losses."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

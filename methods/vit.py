@@ -4,8 +4,6 @@ Fixed two-dimensional sine-cosine positions and, optionally, a frozen random pat
 stable (section 4). Both follow facebookresearch/moco-v3 `vits.py`, whose ViT-S has 12 heads.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -9,8 +9,6 @@ Consistency and uniformity are the paper's, by its abstract. Ours: the distances
 temperatures and weights.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal

@@ -5,8 +5,6 @@ size and pointer against the file before it allocates or reads by it: a forged o
 read out of bounds.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import zlib
@@ -66,7 +64,7 @@ class Manifest:
         path.write_text(json.dumps(asdict(self), ensure_ascii=False), "utf-8", "surrogateescape")
 
     @staticmethod
-    def read(path: Path, samples: int) -> Manifest:
+    def read(path: Path, samples: int) -> "Manifest":
         """Return the manifest at `path`, of a beton of so many samples. Raises InputError for anything else."""
         remedy = f"{_PREPARE_AGAIN}, or delete it to read without CRCs"
         fields = read_json(path, _MANIFEST_BYTES + _MANIFEST_SAMPLE_BYTES * samples, remedy, "surrogateescape")
@@ -113,7 +111,7 @@ def find_manifest(beton: Path) -> Path:
     return path if path.exists() or not beton.is_symlink() else manifest_path(beton.resolve())
 
 
-def count_classes(*betons: Beton) -> int:
+def count_classes(*betons: "Beton") -> int:
     """Return the number of classes, from 0 to the largest label. Raises InputError for a label too large."""
     largest = max(betons, key=lambda beton: beton.labels.max())
     if (label := int(largest.labels.max())) >= MAX_CLASSES:
@@ -203,8 +201,8 @@ class Beton:
         except Exception:  # FFCV's parsing trusts a field's arguments
             raise self._broken("it has a field whose description cannot be read") from None
         row = get_metadata_type(handlers)
-        self._images = self._first(handlers, RGBImageField)
-        self._labels = self._first(handlers, IntField)
+        first = {type(handler): f"f{i}" for i, handler in reversed(list(enumerate(handlers)))}
+        self._images, self._labels = first.get(RGBImageField), first.get(IntField)
         if self._images is None:
             raise self._broken("it has no image field")
         start = HeaderType.itemsize + descriptors.nbytes
@@ -213,14 +211,8 @@ class Beton:
         table = int(header["alloc_table_ptr"])
         if not self.header_end <= table <= self.file_size or (self.file_size - table) % ALLOC_TABLE_TYPE.itemsize:
             raise self._broken("its allocation table is not where the header says")
-        self._table = self._read(
-            ALLOC_TABLE_TYPE, (self.file_size - table) // ALLOC_TABLE_TYPE.itemsize, table, "table"
-        )
-        self._table_start = table
-
-    @staticmethod
-    def _first(handlers: list[Any], kind: type) -> str | None:
-        return next((f"f{i}" for i, handler in enumerate(handlers) if type(handler) is kind), None)
+        entries = (self.file_size - table) // ALLOC_TABLE_TYPE.itemsize
+        self._table, self._table_start = self._read(ALLOC_TABLE_TYPE, entries, table, "table"), table
 
     def _read_records(self) -> None:
         images = self.metadata[self._images]

@@ -4,8 +4,6 @@ Each check returns one `Finding`. A library is imported only inside its own chec
 does not end the program; this module itself needs no package.
 """
 
-from __future__ import annotations
-
 import ctypes
 import importlib
 import re
@@ -22,6 +20,7 @@ from types import ModuleType
 
 from pipeline.system.cli import ArgumentParser
 from pipeline.system.cores import available_cores, free_memory
+from pipeline.system.errors import InputError, command
 from pipeline.system.packages import version as _package_version
 
 GIB = 2**30
@@ -34,6 +33,7 @@ _SETUP = "run ./millrace setup (if that changes nothing, delete .venv first)"
 _APT_INSTALL = "apt-get install libopencv-dev libturbojpeg0-dev libjpeg-dev pkg-config g++ python3-dev"
 _BUILD_AGAIN = f"build it on this machine: {_APT_INSTALL}; rm -rf .venv; ./millrace setup"
 _CUDA_PATTERN = re.compile(r"CUDA (?:\w+ )?Version\s*:\s*(\d+)\.(\d+)")
+_TERMINAL_COLORS = {"ok": 32, "BROKEN": 31, "warning": 33, "info": 36}  # green, red, yellow, cyan
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _dependencies() -> list[str] | None:
 
 
 def _missing_headers() -> list[str]:
-    """Return what is missing for the compilation of FFCV and of jpeg.c."""
+    """Return the missing tools and headers for compiling FFCV and jpeg.c."""
     libraries = ("opencv4", "libturbojpeg", "libjpeg")
     missing = [name for name in libraries if _output("pkg-config", "--exists", name) is None]
     if shutil.which("pkg-config") is None:
@@ -112,17 +112,9 @@ def _missing_headers() -> list[str]:
 def _gpus() -> list[Gpu]:
     """Return the GPUs that the driver lists, or PyTorch where there is no nvidia-smi."""
     listing = _output("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
-    if listing is None:
-        return _torch_gpus()
-    rows = [line.rsplit(",", 1) for line in listing.splitlines() if "," in line]
-    return [Gpu(name.strip(), _mebibytes(memory)) for name, memory in rows]
-
-
-def _mebibytes(text: str) -> int:
-    return int(text) * 2**20 if text.strip().isdigit() else 0
-
-
-def _torch_gpus() -> list[Gpu]:
+    if listing is not None:
+        rows = [line.rsplit(",", 1) for line in listing.splitlines() if "," in line]
+        return [Gpu(name.strip(), int(mib) * 2**20 if mib.strip().isdigit() else 0) for name, mib in rows]
     try:
         cuda = _load("torch").cuda
         devices = [cuda.get_device_properties(index) for index in range(cuda.device_count())]
@@ -131,31 +123,18 @@ def _torch_gpus() -> list[Gpu]:
     return [Gpu(device.name, device.total_memory) for device in devices]
 
 
-def _driver_tool() -> bool:
-    return shutil.which("nvidia-smi") is not None
-
-
 def _driver_cuda() -> tuple[int, int] | None:
     """Return the newest CUDA version that the NVIDIA driver runs, or None if unknown."""
     version = _CUDA_PATTERN.search(_output("nvidia-smi") or "")
     return (int(version[1]), int(version[2])) if version else None
 
 
-def _shm_size() -> int | None:
-    """Return the bytes of /dev/shm when empty, or None if there is none."""
-    try:
-        return shutil.disk_usage("/dev/shm").total
-    except OSError:
-        return None
-
-
-def _open_files() -> int | None:
-    """Return the number of files that one process may open, or None for no limit."""
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return None if limit == resource.RLIM_INFINITY else limit
-
-
 # ---- checks: each judges the answers of the probes ----
+
+
+def _judge(name: str, in_order: bool, detail: str, remedy: str) -> Finding:
+    """Return a finding that is ok if `in_order`, else a warning with the remedy."""
+    return Finding(name, True, detail) if in_order else Finding(name, None, detail, remedy)
 
 
 def check_headers() -> Finding:
@@ -181,10 +160,9 @@ def check_ffcv() -> Finding:
         _load("ffcv")
         library = ctypes.CDLL(str(_load("ffcv._libffcv").__file__))
         _ = (library.resize, library.imdecode)
-    except ModuleNotFoundError as error:
-        return Finding("ffcv", False, _first_line(error), _SETUP)
     except Exception as error:
-        return Finding("ffcv", False, _first_line(error), _BUILD_AGAIN)
+        remedy = _SETUP if isinstance(error, ModuleNotFoundError) else _BUILD_AGAIN
+        return Finding("ffcv", False, _first_line(error), remedy)
     return Finding("ffcv", True, "imported, C library loaded")
 
 
@@ -204,11 +182,10 @@ def check_numba() -> Finding:
         threads = int(_load("numba").config.NUMBA_NUM_THREADS)
     except Exception as error:
         return Finding("numba", False, _first_line(error), _SETUP)
-    cores = available_cores()
+    cores, detail = available_cores(), f"{threads} threads"
     if threads < cores:
-        detail = f"{threads} threads on {cores} cores: FFCV's own loader gets no more than {threads}"
-        return Finding("numba", None, detail, "unset NUMBA_NUM_THREADS")
-    return Finding("numba", True, f"{threads} threads")
+        detail += f" on {cores} cores: FFCV's own loader gets no more than {threads}"
+    return _judge("numba", threads >= cores, detail, "unset NUMBA_NUM_THREADS")
 
 
 def check_packages() -> Finding:
@@ -224,13 +201,12 @@ def check_packages() -> Finding:
 
 def check_gpus(gpus: Sequence[Gpu]) -> Finding:
     """List the GPUs. None is information, but a warning where nvidia-smi is installed."""
-    if not gpus and _driver_tool():
+    if not gpus and shutil.which("nvidia-smi"):
         return Finding("GPUs", None, "nvidia-smi is installed but lists no GPU", "run nvidia-smi: it says why")
     if not gpus:
         return Finding("GPUs", None, "none found: training runs on the CPU")
     kinds = [f"{gpu.name} ({gpu.memory / GIB:.0f} GiB)" if gpu.memory else gpu.name for gpu in gpus]
-    counts = [f"{kinds.count(kind)} × {kind}" for kind in dict.fromkeys(kinds)]
-    return Finding("GPUs", True, ", ".join(counts))
+    return Finding("GPUs", True, ", ".join(f"{kinds.count(kind)} × {kind}" for kind in dict.fromkeys(kinds)))
 
 
 def check_cuda(gpus: Sequence[Gpu]) -> Finding:
@@ -245,16 +221,12 @@ def check_cuda(gpus: Sequence[Gpu]) -> Finding:
     if build is None:
         remedy = "point pip at an index that has the CUDA build of torch; rm -rf .venv; ./millrace setup"
         return Finding("CUDA", False, f"torch {_version(torch)} is built for CPUs only", remedy)
-    return _check_driver(build, _driver_cuda(), torch.cuda.is_available())
-
-
-def _check_driver(build: str, driver: tuple[int, int] | None, available: bool) -> Finding:
+    driver, needed = _driver_cuda(), int(build.split(".")[0])
     version = f"CUDA {driver[0]}.{driver[1]}" if driver else "no CUDA version given"
     detail = f"torch is built for CUDA {build}; driver: {version}"
-    needed = int(build.split(".")[0])
     if driver and driver[0] < needed:
         return Finding("CUDA", False, detail, f"install an NVIDIA driver that runs CUDA {needed} or later")
-    if not available:
+    if not torch.cuda.is_available():
         remedy = "check that `nvidia-smi` works and CUDA_VISIBLE_DEVICES is unset or right"
         return Finding("CUDA", False, f"{detail}; torch finds no usable GPU", remedy)
     return Finding("CUDA", True, detail)
@@ -263,13 +235,9 @@ def _check_driver(build: str, driver: tuple[int, int] | None, available: bool) -
 def check_cores(gpus: Sequence[Gpu]) -> Finding:
     """Check that there are enough cores to decode for the GPUs."""
     cores = available_cores()
-    if not gpus:
-        return Finding("cores", True, str(cores))
-    detail = f"{cores} for {len(gpus)} GPU{'s' if len(gpus) > 1 else ''}"
-    if cores < MIN_CORES_PER_GPU * len(gpus):
-        remedy = f"give the job {MIN_CORES_PER_GPU} or more cores for each GPU; with fewer the GPU waits for data"
-        return Finding("cores", None, detail, remedy)
-    return Finding("cores", True, detail)
+    detail = f"{cores} for {len(gpus)} GPU{'s' if len(gpus) > 1 else ''}" if gpus else str(cores)
+    remedy = f"give the job {MIN_CORES_PER_GPU} or more cores for each GPU; with fewer the GPU waits for data"
+    return _judge("cores", cores >= MIN_CORES_PER_GPU * len(gpus), detail, remedy)
 
 
 def check_memory(beton: Path | None) -> Finding:
@@ -277,14 +245,12 @@ def check_memory(beton: Path | None) -> Finding:
     free = free_memory()
     if free is None:
         return Finding("memory", None, "free memory is unknown on this system")
+    detail = f"{_gib(free)} free for the page cache"
     if beton is None:
-        return Finding("memory", True, f"{_gib(free)} free for the page cache")
+        return Finding("memory", True, detail)
     size = beton.stat().st_size
-    detail = f"{beton.name} has {_gib(size)}, {_gib(free)} free for the page cache"
-    if size > free:
-        remedy = "every epoch reads the disk: use a fast local one, smaller images or a machine with more memory"
-        return Finding("memory", None, detail, remedy)
-    return Finding("memory", True, detail)
+    remedy = "every epoch reads the disk: use a fast local one, smaller images or a machine with more memory"
+    return _judge("memory", size <= free, f"{beton.name} has {_gib(size)}, {detail}", remedy)
 
 
 def check_beton(beton: Path) -> Finding:
@@ -299,22 +265,20 @@ def check_beton(beton: Path) -> Finding:
 
 def check_shm() -> Finding:
     """Check that shared memory, which NCCL uses within a machine, is not tiny."""
-    size = _shm_size()
-    if size is None:
+    try:
+        size = shutil.disk_usage("/dev/shm").total
+    except OSError:
         return Finding("/dev/shm", None, "none on this system")
-    if size < MIN_SHM_BYTES:
-        remedy = "start the container with --shm-size=8g, or: mount -o remount,size=8g /dev/shm"
-        return Finding("/dev/shm", None, _gib(size), remedy)
-    return Finding("/dev/shm", True, _gib(size))
+    remedy = "start the container with --shm-size=8g, or: mount -o remount,size=8g /dev/shm"
+    return _judge("/dev/shm", size >= MIN_SHM_BYTES, _gib(size), remedy)
 
 
 def check_open_files() -> Finding:
     """Check that a process may open enough files."""
-    limit = _open_files()
-    detail = "no limit" if limit is None else f"at most {limit} for each process"
-    if limit is not None and limit < MIN_OPEN_FILES:
-        return Finding("open files", None, detail, "ulimit -n 65536")
-    return Finding("open files", True, detail)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit == resource.RLIM_INFINITY:
+        return Finding("open files", True, "no limit")
+    return _judge("open files", limit >= MIN_OPEN_FILES, f"at most {limit} for each process", "ulimit -n 65536")
 
 
 def _gib(size: int) -> str:
@@ -342,42 +306,18 @@ def examine(beton: Path | None = None) -> list[Finding]:
     ]
 
 
-# ---- the report ----
-
-
-def _show(findings: Sequence[Finding]) -> None:
-    """Print the findings as a table, or as plain lines without rich."""
-    try:
-        _show_table(findings)
-    except ImportError:
-        for finding in findings:
-            print(f"{finding.state:8} {finding.name}: {finding.detail}")
-            if finding.remedy:
-                print(f"{'':8} remedy: {finding.remedy}")
-
-
-def _show_table(findings: Sequence[Finding]) -> None:
-    _load("rich")
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    colors = {"ok": "green", "BROKEN": "bold red", "warning": "yellow", "info": "cyan"}
-    table = Table("check", "state", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("finding", overflow="fold")
+def show(findings: Sequence[Finding]) -> None:
+    """Print the findings, in color on a terminal, and how many are broken or warnings."""
     for finding in findings:
-        text = Text(finding.detail)
+        state = f"{finding.state:8}"
+        if sys.stdout.isatty():
+            state = f"\033[{_TERMINAL_COLORS[finding.state]}m{state}\033[0m"
+        print(f"{state} {finding.name}: {finding.detail}")
         if finding.remedy:
-            text.append(f"\nremedy: {finding.remedy}", style="italic")
-        table.add_row(Text(finding.name), Text(finding.state, style=colors[finding.state]), text)
-    Console().print(table)
-
-
-def _summary(findings: Sequence[Finding]) -> str:
+            print(f"{'':8} remedy: {finding.remedy}")
     states = [finding.state for finding in findings]
     broken, warnings = states.count("BROKEN"), states.count("warning")
-    return f"{broken or 'nothing'} broken, {warnings or 'no'} warning{'' if warnings == 1 else 's'}"
+    print(f"{broken or 'nothing'} broken, {warnings or 'no'} warning{'' if warnings == 1 else 's'}")
 
 
 def parser() -> ArgumentParser:
@@ -387,20 +327,15 @@ def parser() -> ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the findings; return the exit status: 0 if nothing is broken, 1 if something is, 2 for no such data set.
-
-    arguments: the command line without the program's name; None for the process's own.
-    """
-    beton: Path | None = parser().parse_args(arguments).beton
+@command
+def main() -> int:
+    beton: Path | None = parser().parse_args().beton
     if beton is not None and not beton.is_file():
-        print(f"error: {beton}: no such file: name an existing .beton file", file=sys.stderr)
-        return 2
+        raise InputError(f"{beton}: no such file: name an existing .beton file")
     findings = examine(beton)
-    _show(findings)
-    print(_summary(findings))
-    return 1 if any(finding.ok is False for finding in findings) else 0
+    show(findings)
+    return int(any(finding.ok is False for finding in findings))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -3,8 +3,7 @@
 python -m pipeline.inspect FILE [--verify] [--preview out.png] [--augmentation moco_v2] [--size 224]
 """
 
-from __future__ import annotations
-
+import contextlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -12,23 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from pipeline.augment.color import IMAGENET, augment
-from pipeline.augment.draws import draw_views
-from pipeline.augment.plan import Plan
-from pipeline.backends import build
-from pipeline.backends.base import BackendConfig
+from pipeline.augment.color import IMAGENET
 from pipeline.beton import Beton
+from pipeline.loader import Loader
 from pipeline.native.libffcv import RAW
-from pipeline.sampling.order import epoch_order
 from pipeline.storage.decode import check_record, decode
 from pipeline.system.cli import ArgumentParser
 from pipeline.system.cores import available_cores
 from pipeline.system.errors import BadRecords, InputError, command
 from pipeline.system.progress import progress
 from pipeline.system.text import printable
-from pipeline.views import AUGMENTATIONS, View, view_sizes
+from pipeline.views import AUGMENTATIONS, View
 
 _CHUNK_RECORDS = 64  # in a call of a thread
 _COLUMNS, _GAP_PIXELS = 2, 6  # of the preview: groups side by side, space between pictures
@@ -84,19 +79,14 @@ def preview(
     beton: Beton, views: Sequence[View], *, size: int, seed: int = 0, epoch: int = 0, count: int = _PREVIEW_IMAGES
 ) -> Image.Image:
     """Return a picture of `count` images, the first of the epoch, each with its augmented views of `size` pixels."""
-    ids, sizes = epoch_order(seed, epoch, len(beton))[:count], view_sizes(views, size)
-    sides = {"heights": beton.heights[ids], "widths": beton.widths[ids]}
-    draws = draw_views(views, seed=seed, epoch=epoch, ids=ids, **sides)
-    backend = build("ffcv", beton, BackendConfig(sizes, len(ids), 1, 1, torch.device("cpu")))
-    try:
-        backend.submit(Plan.from_draws(ids, draws, sizes))
-        crops = backend.receive(timeout=60)
-        pixels = [_pixels(augment(crop, draw.color)) for crop, draw in zip(crops, draws, strict=True)]
-    finally:
-        backend.close()
-    pixels = [view if view.shape[1] == size else np.stack([_fit(image, size) for image in view]) for view in pixels]
-    groups = [[_fit(decode(beton, int(index)), size), *(view[i] for view in pixels)] for i, index in enumerate(ids)]
-    return _grid(groups, size)
+    batch = min(count, len(beton))
+    loader = Loader(beton, tuple(views), seed=seed, size=size, batch=batch, workers=1, prefetch_factor=1)
+    with contextlib.closing(loader):
+        loader.load_state_dict({**loader.state_dict(), "epoch": epoch})
+        drawn = next(iter(loader))
+    pixels = [_pixels(view) for view in drawn.views if view is not None]
+    originals = [decode(beton, int(index)) for index in drawn.ids]
+    return _grid(list(zip(originals, *pixels, strict=True)), size)
 
 
 def _pixels(views: torch.Tensor) -> np.ndarray:
@@ -105,18 +95,8 @@ def _pixels(views: torch.Tensor) -> np.ndarray:
     return ((views * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
 
 
-def _fit(image: np.ndarray, size: int) -> np.ndarray:
-    """Return `image` scaled to fit into a white square of `size` pixels."""
-    picture = Image.fromarray(image)
-    scale = size / max(picture.size)
-    picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
-    square = Image.new("RGB", (size, size), "white")
-    square.paste(picture, ((size - picture.width) // 2, (size - picture.height) // 2))
-    return np.asarray(square)
-
-
-def _grid(groups: list[list[np.ndarray]], size: int) -> Image.Image:
-    """Return the groups of pictures, `size` pixels a side, in `_COLUMNS` columns."""
+def _grid(groups: Sequence[Sequence[np.ndarray]], size: int) -> Image.Image:
+    """Return groups of pictures in `_COLUMNS` columns, each fitted into a white square of `size` pixels."""
     scale = max(1, _MIN_CELL_PIXELS // size)
     cell, rows = size * scale + _GAP_PIXELS, -(-len(groups) // _COLUMNS)
     group_width = len(groups[0]) * cell + 2 * _GAP_PIXELS
@@ -124,7 +104,8 @@ def _grid(groups: list[list[np.ndarray]], size: int) -> Image.Image:
     for number, group in enumerate(groups):
         row, column = divmod(number, _COLUMNS)
         for position, pixels in enumerate(group):
-            picture = Image.fromarray(pixels).resize((size * scale,) * 2, Image.Resampling.NEAREST)
+            square = ImageOps.pad(Image.fromarray(pixels), (size, size), color="white")
+            picture = square.resize((size * scale, size * scale), Image.Resampling.NEAREST)
             left, top = column * group_width + position * cell, row * cell
             grid.paste(picture, (left + _GAP_PIXELS, top + _GAP_PIXELS))
     return grid
@@ -159,6 +140,12 @@ def main() -> int:
         faults = error.faults
         beton = Beton(args.file, tolerate=True)  # raises if no record is readable
     print(describe(beton))
+    if args.verify:
+        faults = sorted([*faults, *verify(beton)])
+        for index, fault in faults:
+            print(f"bad: sample {index} ({beton.name(index)}): {fault}")
+        state = "are intact" if beton.manifest else "decode; without a manifest their bytes are not checked"
+        print(f"verified: {len(beton) - len(faults)} of {len(beton)} records {state}")
     if args.preview:
         views, options = AUGMENTATIONS[args.augmentation], {"seed": args.seed, "epoch": args.epoch}
         picture = preview(beton, views, size=args.size, count=args.count, **options)
@@ -169,14 +156,7 @@ def main() -> int:
                 f"{args.preview}: cannot be written ({error}): give a .png or .jpg file in a folder that exists"
             ) from None
         print(f"preview: {args.preview} (each original with its {len(views)} views)")
-    if not args.verify:
-        return 0
-    bad = sorted([*faults, *verify(beton)])
-    for index, fault in bad:
-        print(f"bad: sample {index} ({beton.name(index)}): {fault}")
-    state = "are intact" if beton.manifest else "decode; without a manifest their bytes are not checked"
-    print(f"verified: {len(beton) - len(bad)} of {len(beton)} records {state}")
-    return 1 if bad else 0
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":

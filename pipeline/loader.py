@@ -6,8 +6,6 @@ for epoch in range(200):
         step(*batch.views)
 """
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence

@@ -9,8 +9,6 @@ upright JPEG that is small enough is stored byte for byte. The output does not d
 written to a temporary file and renamed: OUT is complete or absent.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import multiprocessing
@@ -61,12 +59,13 @@ def _encode_item(item: Item, index: int, settings: Settings) -> Record | str:
 def _start_worker(large_lock: Any) -> None:
     global _large_lock
     _large_lock = large_lock
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers,
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_follow_parent, daemon=True).start()  # and if it is killed, they end themselves
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _follow_parent() -> None:
+def _exit_with_parent() -> None:
+    """End this worker when its parent was killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -167,22 +166,18 @@ def _write(
     except BaseException:
         writer.abort()
         raise
+    packages = {package: version(package) for package in ("millrace", "ffcv", "numpy", "pillow")}
     return Manifest(
         count=len(names),
         classes=images.classes,
         header_crc32=header_crc32,
         file_size=path.stat().st_size,
         settings={"source": source, **asdict(settings)},
-        versions=_versions(),
+        versions={"python": platform.python_version(), **{name: number for name, number in packages.items() if number}},
         crc32=crcs,
         names=names,
         skipped=skipped,
     )
-
-
-def _versions() -> dict[str, str]:
-    packages = {package: version(package) for package in ("millrace", "ffcv", "numpy", "pillow")}
-    return {"python": platform.python_version(), **{name: number for name, number in packages.items() if number}}
 
 
 def _unreadable(source: str, skipped: list[list[str]]) -> InputError:
@@ -222,14 +217,6 @@ def parser() -> ArgumentParser:
     return parser
 
 
-def _classes(path: Path) -> list[str]:
-    """Return the class names of a beton. Raises InputError where it has none."""
-    classes = Beton(path).classes
-    if not classes:
-        raise InputError(f"--classes-of {path}: it has no class names: give one that was prepared from class folders")
-    return classes
-
-
 @command
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # deletes the temporary file
@@ -239,6 +226,11 @@ def main() -> None:
     settings = Settings(args.max_side, args.quality, args.mode, args.jpeg_share, args.ignore_exif, args.encode_all)
     if args.classes_of and not args.labels:
         raise InputError(f"--classes-of {args.classes_of}: it needs --labels: give both or neither")
+    classes = Beton(args.classes_of).classes if args.classes_of else []
+    if args.classes_of and not classes:
+        raise InputError(
+            f"--classes-of {args.classes_of}: it has no class names: give one that was prepared from class folders"
+        )
     manifest = prepare(
         args.source,
         args.out,
@@ -247,7 +239,7 @@ def main() -> None:
         limit=args.limit,
         subset=args.subset,
         labels=args.labels,
-        classes=_classes(args.classes_of) if args.classes_of else (),
+        classes=classes,
         skip_bad=args.skip_bad,
     )
     for name, reason in manifest.skipped:

@@ -4,8 +4,6 @@ For data on a shared file system that many machines read again and again. An exi
 CRCs is reused; any other is replaced once the new copy is complete.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os

@@ -6,8 +6,6 @@ for transformers; swav, 2006.09882 (facebookresearch/swav `main_swav.py`), two v
 in `_32` are without blur, for images of 32 pixels, as in SimCLR's CIFAR-10 appendix B.9.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 

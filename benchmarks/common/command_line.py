@@ -1,17 +1,16 @@
 """Command-line options shared by the benchmarks."""
 
-from __future__ import annotations
-
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.system.cli import ArgumentParser
 from pipeline.system.errors import InputError
 
 
-def benchmark_parser(module: str, description: str) -> ArgumentParser:
-    """Return the parser of a benchmark's module, with options for the result's files."""
-    parser = ArgumentParser(prog=f"python -m benchmarks.{module}", description=description)
+def benchmark_parser(module: str, description: str, renamed: Mapping[str, str] | None = None) -> ArgumentParser:
+    """Return the parser of a benchmark's module, with options for the result's files. renamed: as for its class."""
+    parser = ArgumentParser(prog=f"python -m benchmarks.{module}", description=description, renamed=renamed)
     files = parser.add_argument_group("result files")
     files.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     files.add_argument("--markdown", type=Path, metavar="FILE", help="write the table here")

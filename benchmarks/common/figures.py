@@ -1,7 +1,5 @@
 """Goals and headlines, computed from the files of results."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -23,10 +21,10 @@ class Results:
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder: give one of dated results")
         self._files: dict[str, dict[str, dict[str, Path]]] = {}
-        for path in sorted(folder.iterdir()):
-            if match := _NAME.fullmatch(path.name):
-                date, series, suffix = match.groups()
-                self._files.setdefault(series, {}).setdefault(date, {})[suffix] = path
+        matches = [(match, path) for path in sorted(folder.iterdir()) if (match := _NAME.fullmatch(path.name))]
+        for match, path in sorted(matches, key=lambda pair: pair[0][1], reverse=True):  # the newest date first
+            date, series, suffix = match.groups()
+            self._files.setdefault(series, {}).setdefault(date, {})[suffix] = path
 
     def series(self) -> list[str]:
         """Return the names of all series, sorted."""
@@ -34,19 +32,16 @@ class Results:
 
     def files(self, series: str) -> list[dict[str, Path]]:
         """Return a series' files by suffix, the newest date first."""
-        return [dict(files) for _, files in self._newest_first(series)]
+        return [dict(files) for files in self._files.get(series, {}).values()]
 
     def documents(self, series: str) -> list[tuple[str, Result]]:
         """Return a series' dates and JSON documents, the newest first."""
-        dated = self._newest_first(series)
+        dated = self._files.get(series, {}).items()
         return [(date, json.loads(files[".json"].read_text())) for date, files in dated if ".json" in files]
 
     def newest(self, series: str) -> Result | None:
         """Return the newest JSON document of a series."""
         return next((result for _, result in self.documents(series)), None)
-
-    def _newest_first(self, series: str) -> list[tuple[str, dict[str, Path]]]:
-        return sorted(self._files.get(series, {}).items(), reverse=True)
 
 
 def hardware(result: Result) -> str:

@@ -10,8 +10,6 @@ ours, on features of norm 1, so that both are measured alike. `engine.report` an
 folder. Needs lightly and torchvision.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import json
@@ -162,15 +160,11 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 def begin(args: argparse.Namespace) -> None:
     """Make the run folder, with the settings that readers of runs need."""
     args.out.mkdir(parents=True, exist_ok=True)
+    method = {"name": "lightly's MoCo", "queue_size": args.bank, "ema_momentum": _EMA_MOMENTUM}
     model = {"arch": "resnet18", "stem": "small", "width": args.width, "dim": 128, "bn": "split"}
     settings = {
         "seed": args.seed,
-        "method": {
-            "name": "lightly's MoCo",
-            "queue_size": args.bank,
-            "ema_momentum": _EMA_MOMENTUM,
-            "temperature": _TEMPERATURE,
-        },
+        "method": {**method, "temperature": _TEMPERATURE},
         "model": model,
         "data": {"train": args.train, "eval": args.test, "batch": args.batch, "size": 32},
         "optim": {"epochs": args.epochs},

@@ -3,11 +3,10 @@
 Each is a function (beton, size, views, batch, threads, device) to a `Feed`.
 """
 
-from __future__ import annotations
-
 import io
 import itertools
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -32,6 +31,7 @@ _STALL_SECONDS = 600
 _VIEW = View()  # MoCo v2's
 
 
+Transform = Callable[[Image.Image], torch.Tensor]
 Epoch = Callable[[Callable[[], None]], int]
 """Loads all data once, calls its argument after the first batch, and returns the number of samples."""
 
@@ -101,7 +101,7 @@ def decode_only(beton: Beton, size: int, views: int, batch: int, threads: int, d
     config = BackendConfig((size,) * views, batch, threads, _PREFETCH, torch.device("cpu"))
     backend = build("ffcv_gpu", beton, config)
     plans = _plans(beton, size, views, batch)
-    return Feed(_epoch(backend, plans, backend.take_filled), _decoded(beton, plans))  # type: ignore[attr-defined]
+    return Feed(_epoch(backend, plans, backend.wait), _decoded(beton, plans))
 
 
 def ffcv_twice(beton: Beton, size: int, views: int, batch: int, threads: int, device: torch.device) -> Feed:
@@ -139,16 +139,11 @@ def _count(batches: Iterable[Any], first_batch: Callable[[], None]) -> int:
 class _Official(torch.utils.data.Dataset):
     """facebookresearch/moco's `TwoCropsTransform` of its v2 augmentation on PIL images, including colors.
 
-    Uses torchvision's transforms if it imports, else the same operations of PIL.
+    transform: torchvision's; None: the same operations of PIL.
     """
 
-    def __init__(self, beton: Beton, size: int, views: int) -> None:
-        self._beton, self._size, self._views = beton, size, views
-        self._transform = _torchvision(size)
-
-    @property
-    def by_torchvision(self) -> bool:
-        return self._transform is not None
+    def __init__(self, beton: Beton, size: int, views: int, transform: Transform | None) -> None:
+        self._beton, self._size, self._views, self._transform = beton, size, views, transform
 
     def __len__(self) -> int:
         return len(self._beton)
@@ -181,7 +176,7 @@ class _Official(torch.utils.data.Dataset):
         return (tensor - mean) / std
 
 
-def _torchvision(size: int) -> Callable[[Image.Image], torch.Tensor] | None:
+def _torchvision(size: int) -> Transform | None:
     """Return main_moco.py's transforms, or None if torchvision does not import."""
     try:
         from torchvision import transforms as t
@@ -220,28 +215,18 @@ _JITTER = (*map(_enhanced, (ImageEnhance.Brightness, ImageEnhance.Contrast, Imag
 def official(beton: Beton, size: int, views: int, batch: int, threads: int, device: torch.device) -> Feed:
     """The official MoCo pipeline: PIL transforms in a DataLoader (with one thread in this process)."""
     torch.set_num_threads(1)
-    data = _Official(beton, size, views)
+    transform = _torchvision(size)
+    data = _Official(beton, size, views, transform)
+    endless = torch.utils.data.RandomSampler(data, num_samples=sys.maxsize)  # worker processes start once
     workers = threads if threads > 1 else 0
-    loader = torch.utils.data.DataLoader(data, batch, sampler=_Endless(data), num_workers=workers, drop_last=True)
+    loader = torch.utils.data.DataLoader(data, batch, sampler=endless, num_workers=workers, drop_last=True)
     batches: Iterator[Any] = iter(loader)
     batches_an_epoch = max(2, 200 // batch) * threads  # a part of the data, as it is slow
 
     def epoch(first_batch: Callable[[], None]) -> int:
         return _count(itertools.islice(batches, batches_an_epoch), first_batch)
 
-    library = "(torchvision)" if data.by_torchvision else "(PIL)"
-    return Feed(epoch, float(4 * 3 * size * size * views), library)
-
-
-class _Endless(torch.utils.data.Sampler[int]):
-    """Endless shuffled samples, so that worker processes start once."""
-
-    def __init__(self, data: torch.utils.data.Dataset) -> None:
-        self._count = len(data)  # type: ignore[arg-type]
-
-    def __iter__(self) -> Iterator[int]:
-        while True:
-            yield from torch.randperm(self._count).tolist()
+    return Feed(epoch, float(4 * 3 * size * size * views), "(torchvision)" if transform else "(PIL)")
 
 
 HARDWARE_LOADS = {f"dali-{load}": ours("dali", hw_decoder_load=load / 100) for load in (0, 65, 100)}

@@ -1,7 +1,5 @@
 """Other implementations of the training step, as published by their authors, on our encoder."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable
 

@@ -1,7 +1,5 @@
 """Child processes of the benchmarks."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

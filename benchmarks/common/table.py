@@ -1,7 +1,5 @@
 """Medians and spreads, and the table in which a benchmark prints and writes them."""
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import sys

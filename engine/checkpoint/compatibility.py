@@ -1,8 +1,5 @@
 """Settings and images in which a resumed run may differ from its checkpoint."""
 
-from __future__ import annotations
-
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +8,6 @@ from engine.config.cli import flat
 from engine.config.renamed import translate
 from engine.config.settings import Settings
 from pipeline.system.errors import InputError
-
-logger = logging.getLogger(__name__)
 
 FREE = {"out", "resume", "allow_change", "log_every", "save_every", "keep", "keep_every", "tracker", "gradient_shares"}
 FREE |= {"cpu", "compile", "cuda_graph", "activation_checkpointing", "collective_timeout", "step_timeout"}
@@ -32,7 +27,7 @@ FIXED |= {"model.zero_init_residual", "model.stop_grad_conv1"}
 def check(settings: Settings, train_images: str, knn_images: str | None) -> None:
     """Compare settings and images with the checkpoint that `resume` names, if any, before anything that takes long.
 
-    Reads no tensors, and warns of nothing: `compare` does, when the run is restored. Raises InputError.
+    Reads no tensors. Raises InputError.
     """
     automatic = settings.resume == "auto"
     path = storage.last(Path(settings.out) / "checkpoints") if automatic else Path(settings.resume)
@@ -44,35 +39,36 @@ def check(settings: Settings, train_images: str, knn_images: str | None) -> None
         if automatic:
             return  # it will be skipped for an earlier one
         raise
-    compare(settings, state, train_images, knn_images, warn=False)
+    compare(settings, state, train_images, knn_images)
 
 
-def compare(
-    settings: Settings, state: dict[str, Any], train_images: str, knn_images: str | None, *, warn: bool = True
-) -> None:
+def compare(settings: Settings, state: dict[str, Any], train_images: str, knn_images: str | None) -> list[str]:
     """Raise InputError where settings or images differ from those of a checkpoint's state, and may not.
 
-    Images are given by the fingerprints of their data sets. Logs a warning of differences that were allowed.
+    Images are given by the fingerprints of their data sets. Returns warnings of differences that were allowed.
     """
-    compare_settings(settings, state["settings"], warn=warn)
-    compare_knn_images(settings, knn_images, state.get("evaluated_on", ""), warn=warn)
+    warnings = [
+        compare_settings(settings, state["settings"]),
+        compare_knn_images(settings, knn_images, state.get("evaluated_on", "")),
+    ]
     saved = state["loader"].get("fingerprint")
     if saved != train_images:
         raise InputError(
             f"data.train {settings.data.train!r}: other images than the checkpoint's (fingerprint {train_images}, "
             f"there {saved}): resume with the data that the run was started with"
         )
+    return [warning for warning in warnings if warning]
 
 
-def compare_settings(settings: Settings, saved: dict[str, Any], *, warn: bool = True) -> None:
-    """Raise InputError for a setting that differs and is neither free nor allowed to change."""
+def compare_settings(settings: Settings, saved: dict[str, Any]) -> str:
+    """Raise InputError for a setting that differs and is neither free nor allowed; return a warning of allowed ones."""
     then, now = flat(translate(saved)), flat(settings.as_dict())
     differing = [key for key in {**now, **then} if key not in FREE and then.get(key) != now.get(key)]
     for key in sorted(differing, key=lambda key: key != "method.name"):  # other defaults follow from the method
         if key in FIXED:
             raise InputError(f"{key} {now.get(key)!r}: the checkpoint has {then.get(key)!r}: resume with that value")
     if not differing:
-        return
+        return ""
     listed = ", ".join(f"{key} {then.get(key)!r} -> {now.get(key)!r}" for key in differing)
     allowed = settings.allow_change
     if refused := [key for key in differing if not any(key == a or key.startswith(f"{a}.") for a in allowed)]:
@@ -80,20 +76,18 @@ def compare_settings(settings: Settings, saved: dict[str, Any], *, warn: bool = 
             f"the checkpoint has other settings: {listed}: resume with its own, or add "
             + " ".join(f"--allow-change {key}" for key in refused)
         )
-    if warn:
-        logger.warning(f"resuming with other settings: {listed}")
+    return f"resuming with other settings: {listed}"
 
 
-def compare_knn_images(settings: Settings, images: str | None, saved: str, *, warn: bool = True) -> None:
-    """Raise InputError where kNN would classify other images than before, unless that is allowed.
+def compare_knn_images(settings: Settings, images: str | None, saved: str) -> str:
+    """Raise InputError where kNN would classify other images than before; return a warning where that is allowed.
 
     Images by their fingerprint; None or an empty one: nothing to compare.
     """
     if images is None or not saved or images == saved:
-        return
+        return ""
     prints = f"fingerprint {images}, there {saved}"
     problem = f"data.eval {settings.data.eval!r}: other images than the checkpoint's ({prints})"
     if not {"data", "data.eval"} & set(settings.allow_change):
         raise InputError(f"{problem}, so that kNN would mix both: give those, or add --allow-change data.eval")
-    if warn:
-        logger.warning(f"{problem}: kNN classifies these from here on")
+    return f"{problem}: kNN classifies these from here on"

@@ -1,7 +1,5 @@
 """Provenance of a run, recorded in its checkpoints and in model cards: version, commit, training set."""
 
-from __future__ import annotations
-
 import functools
 import os
 import subprocess

@@ -8,9 +8,6 @@ checkpoints/latest                               the name of the newest one
 Folders with a dot before their name (`.step_...`) are being written or removed.
 """
 
-from __future__ import annotations
-
-import contextlib
 import errno
 import hashlib
 import json
@@ -28,6 +25,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialized
 
 from pipeline.system.errors import InputError, RunFailed, describe_error
+from pipeline.system.files import write_atomic
 from pipeline.system.limits import check_levels, read_bytes
 
 logger = logging.getLogger(__name__)
@@ -107,7 +105,11 @@ def write(folder: Path, step: int, tensors: dict[str, Tensors], state: dict[str,
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        _check_free_space(folder, sum(t.nbytes for values in tensors.values() for t in values.values()))
+        needed_bytes = sum(t.nbytes for values in tensors.values() for t in values.values())
+        free_bytes = shutil.disk_usage(folder).free
+        if free_bytes < needed_bytes + _SPARE_BYTES:
+            problem = f"{needed_bytes / 1e6:.0f} MB are needed, {free_bytes / 1e6:.0f} MB are free in {folder}"
+            raise OSError(errno.ENOSPC, problem)
         files = {}
         for name, values in tensors.items():
             path = temporary / f"{name}.safetensors"
@@ -133,9 +135,8 @@ def settle(folder: Path, step: int, keep: int = 0, keep_every: int = 0) -> None:
 
     Raises OSError.
     """
-    name, temporary = f"step_{step:08d}", folder / ".latest.writing"
-    _store(temporary, name.encode())
-    os.replace(temporary, folder / "latest")
+    name = f"step_{step:08d}"
+    write_atomic(folder / "latest", name)
     _sync(folder)
     shutil.rmtree(folder / f".{name}.old", ignore_errors=True)
     for old in _all(folder)[keep:] if keep else []:
@@ -153,8 +154,8 @@ def clear_up(folder: Path) -> None:
             os.replace(path, final)
     for path in (*folder.glob(".step_*.writing"), *folder.glob(".step_*.leaving"), *folder.glob(".step_*.old")):
         shutil.rmtree(path, ignore_errors=True)
-    with contextlib.suppress(FileNotFoundError):
-        (folder / ".latest.writing").unlink()
+    for path in folder.glob(".writing-*"):
+        path.unlink(missing_ok=True)
 
 
 def load(path: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
@@ -204,13 +205,6 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 def _all(folder: Path) -> list[Path]:
     """Return the checkpoints in `folder`, newest first."""
     return sorted((p for p in folder.glob("step_*") if p.name[5:].isdecimal()), key=step_of, reverse=True)
-
-
-def _check_free_space(folder: Path, needed_bytes: int) -> None:
-    free_bytes = shutil.disk_usage(folder).free
-    if free_bytes < needed_bytes + _SPARE_BYTES:
-        problem = f"{needed_bytes / 1e6:.0f} MB are needed, {free_bytes / 1e6:.0f} MB are free in {folder}"
-        raise OSError(errno.ENOSPC, problem)
 
 
 def read_state(path: Path, *, tensors: bool = True) -> dict[str, Any]:

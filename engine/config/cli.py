@@ -1,6 +1,4 @@
-"""Command line and recipes: read into settings, or refused in one line that says what to write instead."""
-
-from __future__ import annotations
+"""Command line and recipes, read into settings. An error is one line with its remedy."""
 
 import json
 import logging
@@ -134,7 +132,7 @@ def _merge(settings: dict[str, Any], changes: dict[str, Any]) -> None:
 def _typed(key: str, value: Any) -> Any:
     """Return the value of a setting or section, with text as the number, boolean, list or null that it says.
 
-    Raises InputError for a value beyond what any setting can mean.
+    Raises InputError for a value that no setting can have.
     """
     rule = _RULES.get(key, {"type": "string", "null": False})
     if isinstance(value, str) and (rule["type"] != "string" or (rule["null"] and value == "null")):
@@ -158,7 +156,7 @@ def _typed(key: str, value: Any) -> Any:
 
 
 def _plain(text: str) -> Any:
-    """Return what a text says as YAML, or as a number that YAML does not know, such as 1e-3; else the text."""
+    """Return the YAML value of a text, or its number in a form that YAML does not know, such as 1e-3; else the text."""
     try:
         value = parse_yaml(text)
         return float(value) if isinstance(value, str) else value

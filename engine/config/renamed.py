@@ -1,7 +1,5 @@
 """Former names of settings: refused in recipes and on the command line, translated in the files of earlier runs."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -3,8 +3,6 @@
 `engine.config.cli` reads them from recipes and the command line.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, field, fields, replace
 from pathlib import Path
@@ -24,8 +22,8 @@ from pipeline.system.files import write_atomic
 from pipeline.views import AUGMENTATIONS
 
 
-def _require(holds: bool, key: str, value: Any, remedy: str) -> None:
-    if not holds:
+def _require(valid: bool, key: str, value: Any, remedy: str) -> None:
+    if not valid:
         raise InputError(f"{key} {value!r}: {remedy}")
 
 
@@ -239,7 +237,7 @@ class Settings:
     keep: Annotated[int, choose("1 or more, or 0 for all", ge=0)] = 2
     """Newest checkpoints to keep. 0: all."""
     keep_every: Annotated[int, choose("a number of steps, or 0 for none", ge=0)] = 0
-    """Keep the checkpoints of every so many steps, too. 0: none."""
+    """Also keep the checkpoints of steps that are a multiple of this. 0: none."""
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Tracker of metrics, next to metrics.jsonl."""
     cpu: bool = False
@@ -259,7 +257,7 @@ class Settings:
         self._refuse_impossible()
 
     def _fill_published(self) -> None:
-        """Set what is null to the base method's published value."""
+        """Set every setting that is null to the base method's published value."""
         base, transformer = BASES[self.method.name], self.model.arch in VITS
         for dotted, value in {**base.published, "method.symmetric": base.symmetric}.items():
             part, key = dotted.split(".")

@@ -1,7 +1,5 @@
 """Dataclasses that pydantic validates, with its errors as one line: key, value, remedy."""
 
-from __future__ import annotations
-
 import difflib
 import functools
 from collections.abc import Iterator

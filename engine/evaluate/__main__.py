@@ -1,7 +1,5 @@
 """The command line of `python -m engine.evaluate`."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from types import ModuleType

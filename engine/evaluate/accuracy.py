@@ -1,14 +1,11 @@
 """Top-1, top-5 and accuracy of each class, with bootstrap intervals."""
 
-from __future__ import annotations
-
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 _RESAMPLES = 10000
-_LEVEL = 0.95
 Interval = tuple[float, float]
 
 
@@ -18,15 +15,6 @@ class Scores:
 
     MAIN: ClassVar[str]
     """Name of the score for a table."""
-
-    @property
-    def main(self) -> float:
-        """The score for a table."""
-        return float(getattr(self, self.MAIN))
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
 
 
 @dataclass
@@ -76,7 +64,7 @@ def binomial_interval(correct: np.ndarray) -> Interval:
 
 def percentile_interval(values: np.ndarray) -> Interval:
     """Return the central 95 % interval of resampled values [R]."""
-    low, high = np.quantile(values, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+    low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
 
 

@@ -1,7 +1,5 @@
 """Evaluations on betons: loaders, features and predicted classes."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 from collections.abc import Callable
@@ -14,6 +12,7 @@ from accelerate.logging import get_logger
 from torch import nn
 
 from engine.evaluate import evaluation
+from engine.evaluate.accuracy import Accuracy, score
 from engine.evaluate.evaluation import Evaluation, shard
 from engine.evaluate.splits import HELD_OUT, count_unseen_labels, held_out, refuse_other_classes, refuse_unlabeled
 from engine.parallel.consensus import all_gather_object
@@ -110,15 +109,17 @@ class ClassificationEvaluation(Evaluation):
         """Return all labels, int64 [N], on the device."""
         return torch.from_numpy(beton.labels).to(self.device)
 
-    def predict(self, classify: Callable[[torch.Tensor], torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the five likeliest classes of all test images, int64 [N, 5], and their labels, int64 [N].
+    def score(self, classify: Callable[[torch.Tensor], torch.Tensor], *, frozen: bool) -> Accuracy:
+        """Return the scores of a classifier on all test images.
 
-        classify: images [B, 3, S, S] to logits [B, C].
+        classify: images [B, 3, S, S] to logits [B, C]. frozen: raise RunFailed if the backbone has changed.
         """
         classes, ids = self._map(lambda images: top5(classify(images)), self.test)
         rows = (self.gather(local, self.test) for local in (classes, self.labels(self.test)[ids]))
         predicted, labels = (gathered.cpu().numpy() for gathered in rows)
-        return predicted, labels
+        if frozen:
+            self.check_frozen()
+        return score(predicted, labels, self.test.classes)
 
     def settings(self, **options: Any) -> dict[str, Any]:
         """Return all settings that affect the result, as plain JSON values."""

@@ -1,12 +1,10 @@
 """Evaluation of an encoder on a training and a test set, and its result file."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -14,7 +12,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from torch import nn
 
 from engine.config.settings import Settings
 from engine.evaluate.accuracy import Scores
@@ -22,7 +19,7 @@ from engine.parallel import collectives
 from engine.parallel.accelerator import build_accelerator, warn_of_precision
 from engine.parallel.consensus import run_on_all_ranks
 from engine.parallel.rendezvous import cores_per_rank
-from engine.weights.load import LoadedEncoder, digest, load_encoder
+from engine.weights.load import Backbone, LoadedEncoder, digest, load_encoder
 from methods.encoders import place
 from pipeline.system.errors import InputError, RunFailed
 from pipeline.system.files import write_json
@@ -63,7 +60,7 @@ class Evaluation:
         place(self.backbone, self.device)
 
     @property
-    def backbone(self) -> nn.Module:
+    def backbone(self) -> Backbone:
         """The backbone, on the device."""
         return self.encoder.backbone
 
@@ -89,7 +86,7 @@ class Evaluation:
 
     def gather(self, local: torch.Tensor, data: ImageSet) -> torch.Tensor:
         """Return the rows of all ranks' shards of a data set, in order."""
-        return collectives.gather_uneven(local, [len(shard) for shard in collectives.shares(np.arange(len(data)))])
+        return collectives.gather_uneven(local, list(map(len, collectives.shares(np.arange(len(data))))))
 
     def progress(self, items: Any, unit: str) -> Any:
         """Yield the items, with a progress bar on rank 0."""
@@ -146,7 +143,7 @@ class Evaluation:
             "architecture": str(encoder.architecture),
             "train": str(self.train.path),
             "test": str(self.test.path),
-            **scores.as_dict(),
+            **asdict(scores),
             **trained,
             **more,
             "settings": settings,
@@ -158,8 +155,8 @@ class Evaluation:
         path = self.out / f"{name}.json"
         write_json(path, document)
         print(f"{title}: {scores}")
-        cells = [f"{encoder.path.name} {encoder.which}", encoder.architecture, title, f"{100 * scores.main:.2f}"]
-        print(f"| {' | '.join(map(str, cells))} | {seconds:.0f} s |")
+        main = f"{100 * getattr(scores, scores.MAIN):.2f}"
+        print(f"| {encoder.path.name} {encoder.which} | {encoder.architecture} | {title} | {main} | {seconds:.0f} s |")
         logger.info("written: %s", path)
 
 

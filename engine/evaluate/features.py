@@ -3,8 +3,6 @@
 Rows are written as they are computed; after an interruption the same command resumes.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os
@@ -18,6 +16,7 @@ from safetensors.torch import save_file
 
 from engine.evaluate import classification
 from engine.evaluate.classification import ClassificationEvaluation
+from engine.evaluate.evaluation import shard
 from engine.evaluate.resume import load_cached, save_cached, valid_ids
 from engine.parallel import collectives
 from engine.parallel.consensus import all_gather_object, run_on_all_ranks
@@ -54,10 +53,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _compute(evaluation: ClassificationEvaluation, partial: Path) -> np.ndarray:
     """Write this rank's rows to the shared file `partial`; return the ids of the records, of all ranks."""
-    shards = collectives.shares(np.arange(len(evaluation.train)))
-    local = shards[collectives.rank()]
+    local = shard(evaluation.train)
     position = partial.with_suffix(f".{collectives.rank()}of{collectives.world()}.safetensors")
-    shape, settings = (len(evaluation.train), int(evaluation.backbone.features)), evaluation.settings()  # type: ignore[arg-type]
+    shape, settings = (len(evaluation.train), evaluation.backbone.features), evaluation.settings()
     ids = resume(partial, position, shape, settings)
     rows = np.lib.format.open_memmap(partial, "r+")
 
@@ -75,8 +73,7 @@ def _compute(evaluation: ClassificationEvaluation, partial: Path) -> np.ndarray:
                 if number % _SAVE_EVERY_BATCHES == 0:
                     save()
     save()
-    counts = [len(shard) for shard in shards]
-    return collectives.gather_uneven(torch.tensor(ids, device=evaluation.device), counts).cpu().numpy()
+    return evaluation.gather(torch.tensor(ids, device=evaluation.device), evaluation.train).cpu().numpy()
 
 
 def resume(partial: Path, position: Path, shape: tuple[int, int], settings: dict[str, object]) -> list[int]:

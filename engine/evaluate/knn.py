@@ -1,7 +1,5 @@
 """Weighted k-nearest-neighbor classification of frozen features (1805.01978, section 3.4), exact."""
 
-from __future__ import annotations
-
 import argparse
 
 from accelerate.logging import get_logger

@@ -6,23 +6,15 @@ Both: RandomResizedCrop and flip, momentum 0.9, no decay, the backbone in evalua
 and proportional to the batch. Unlike the originals, an epoch leaves out its last, incomplete batch.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import torch
-from torch import nn
-from torch.nn import functional as F
-
 from engine.evaluate import classification, linear_fast
-from engine.evaluate.accuracy import score
 from engine.evaluate.classification import ClassificationEvaluation
 from engine.evaluate.resume import EpochCheckpoint
-from engine.evaluate.trainer import check_batch, new_head, sgd, train_by_epochs
-from engine.parallel import collectives
+from engine.evaluate.trainer import Head, check_batch, sgd, train_classifier
 
 
 @dataclass(frozen=True)
@@ -66,33 +58,25 @@ def run(args: argparse.Namespace) -> None:
     protocol = Protocol(args.lr or published.lr, batch, args.epochs or published.epochs, published.schedule)
     settings = evaluation.settings(protocol=args.protocol, **asdict(protocol))
     head = train(evaluation, protocol, settings)
-    predicted, labels = evaluation.predict(lambda images: head(evaluation.embed(images)))
-    evaluation.check_frozen()
+    scores = evaluation.score(lambda images: head(evaluation.embed(images)), frozen=True)
     title = f"linear, {args.protocol}, {protocol.epochs} epochs"
-    scores = score(predicted, labels, evaluation.test.classes)
     evaluation.write(f"linear_{args.protocol}", title, scores, settings)
 
 
-def train(evaluation: ClassificationEvaluation, protocol: Protocol, settings: dict[str, Any]) -> nn.Linear:
+def train(evaluation: ClassificationEvaluation, protocol: Protocol, settings: dict[str, Any]) -> Head:
     """Return the trained classifier. Resumes an interrupted training."""
     args, features = evaluation.args, evaluation.backbone.features
-    head = new_head(features, evaluation.classes, args.seed).to(evaluation.device)  # type: ignore[arg-type]
+    head = Head(features, evaluation.classes, args.seed).to(evaluation.device)
     optimizer = sgd([{"params": list(head.parameters())}])
     checkpoint = EpochCheckpoint(evaluation, f"linear_{args.protocol}", head, optimizer, settings)
-
-    def update(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            features = evaluation.embed(images)
-        loss = F.cross_entropy(head(features), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        for parameter in head.parameters():
-            parameter.grad = collectives.mean(parameter.grad)  # type: ignore[arg-type]
-        optimizer.step()
-        return loss
-
-    def rates(epoch: int) -> list[float]:
-        return [protocol.rate(epoch)]
-
-    train_by_epochs(checkpoint, evaluation.train, protocol.batch, protocol.epochs, rates, update, "--lr")
+    train_classifier(
+        checkpoint,
+        head,
+        evaluation.train,
+        protocol.batch,
+        protocol.epochs,
+        lambda epoch: [protocol.rate(epoch)],
+        remedy="--lr",
+        prepare=evaluation.embed,
+    )
     return head

@@ -9,8 +9,6 @@ Features are cached in OUT/linear_fast, 2 F bytes for an image and pass. The sam
 interruption or with another rate, number of epochs or of passes; the steps after them run again.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import itertools
@@ -24,7 +22,6 @@ from accelerate.logging import get_logger
 from torch.nn import functional as F
 
 from engine.checkpoint.storage import Tensors
-from engine.evaluate.accuracy import score
 from engine.evaluate.classification import ClassificationEvaluation, top5
 from engine.evaluate.resume import load_cached, read_on_first, save_cached, valid_ids
 from engine.evaluate.trainer import check_batch
@@ -71,9 +68,7 @@ def run(evaluation: ClassificationEvaluation) -> None:
         x = _standardize(evaluation.embed(images), mean, deviation).float()
         return x @ weight[0].T + bias[0]
 
-    predicted, labels = evaluation.predict(classify)
-    evaluation.check_frozen()
-    scores = score(predicted, labels, evaluation.test.classes)
+    scores = evaluation.score(classify, frozen=True)
     rows = [{"lr": a, "decay": b, "held_back": round(value, 5)} for (a, b), value in table.items()]
     settings = evaluation.settings(protocol="fast", passes=args.passes, epochs=epochs, lr=lr, weight_decay=decay)
     views = f"{args.passes} augmented passes" if args.passes else "center crops"

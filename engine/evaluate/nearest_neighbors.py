@@ -1,7 +1,5 @@
 """Weighted k-nearest-neighbor classification (1805.01978, section 3.4), exact, of a bank that may be sharded."""
 
-from __future__ import annotations
-
 import torch
 from torch.nn import functional as F
 

@@ -1,7 +1,5 @@
 """kNN accuracy of a backbone, during training."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Saved state of interrupted evaluations: the same command with the same settings resumes from it."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

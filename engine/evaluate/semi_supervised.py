@@ -5,25 +5,21 @@ decay, a batch of 256, 20 epochs, times 0.2 after 12 and 16; rates of backbone a
 and 0.2 for 10 %, proportional to the batch. BatchNorm is trained, synchronized over all ranks.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import re
+from collections import OrderedDict
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
 from accelerate.logging import get_logger
 from torch import nn
-from torch.nn import functional as F
 
 from engine.evaluate import classification
-from engine.evaluate.accuracy import score
 from engine.evaluate.classification import ClassificationEvaluation
 from engine.evaluate.resume import EpochCheckpoint
-from engine.evaluate.trainer import check_batch, new_head, sgd, train_by_epochs
-from engine.parallel.accelerator import prepared
+from engine.evaluate.trainer import Head, check_batch, sgd, train_classifier
 from engine.parallel.sync_batchnorm import synchronize
 from methods.encoders import place
 from pipeline.beton import Beton
@@ -46,19 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=int, default=20, help="(default: 20)")
     parser.add_argument("--lr", type=float, help="of the backbone, for a batch of 256 (default: by --labels)")
     parser.add_argument("--lr-head", type=float, help="of the classifier (default: by --labels)")
-
-
-class Classifier(nn.Module):
-    """A backbone and a linear classifier: images [B, 3, S, S] to logits [B, C], in float32."""
-
-    def __init__(self, backbone: nn.Module, head: nn.Linear) -> None:
-        super().__init__()
-        self.backbone, self.head = backbone, head
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features = self.backbone(images)
-        with torch.autocast(images.device.type, enabled=False):
-            return self.head(features.float())
 
 
 def run(args: argparse.Namespace) -> None:
@@ -86,8 +69,7 @@ def run(args: argparse.Namespace) -> None:
         with evaluation.accelerator.autocast():
             return model(images)
 
-    predicted, labels = evaluation.predict(classify)
-    scores = score(predicted, labels, evaluation.test.classes)
+    scores = evaluation.score(classify, frozen=False)
     title = f"fine-tuned on {fraction:.3g} of the labels, {args.epochs} epochs"
     evaluation.write(name, title, scores, settings, images=len(part))
 
@@ -104,32 +86,18 @@ def tune(
 
     peaks: learning rates of backbone and classifier, for a batch of 256.
     """
-    accelerator, epochs = evaluation.accelerator, evaluation.args.epochs
     evaluation.backbone.requires_grad_(True)
-    head = new_head(evaluation.backbone.features, evaluation.classes, evaluation.args.seed)  # type: ignore[arg-type]
-    model = Classifier(evaluation.backbone, head)
-    if accelerator.num_processes > 1:
-        synchronize(model)
-    place(model, evaluation.device)
-    bare = sgd([{"params": list(module.parameters())} for module in (model.backbone, model.head)])
-    checkpoint = EpochCheckpoint(evaluation, name, model, bare, settings)
-    wrapped, optimizer = prepared(accelerator, model, bare)
-    wrapped.train()
-
-    def update(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        with accelerator.autocast():
-            logits = wrapped(images)
-        loss = F.cross_entropy(logits.float(), labels)
-        accelerator.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
+    head = Head(evaluation.backbone.features, evaluation.classes, evaluation.args.seed)
+    model = nn.Sequential(OrderedDict(backbone=evaluation.backbone, head=head))
+    place(synchronize(model), evaluation.device)
+    optimizer = sgd([{"params": list(module.parameters())} for module in model])
+    checkpoint, epochs = EpochCheckpoint(evaluation, name, model, optimizer, settings), evaluation.args.epochs
 
     def rates(epoch: int) -> list[float]:
         factor = batch / 256 * _FACTOR ** sum(epoch / epochs >= milestone for milestone in _MILESTONES)
         return [peak * factor for peak in peaks]
 
-    train_by_epochs(checkpoint, part, batch, epochs, rates, update, "--lr or --lr-head")
+    train_classifier(checkpoint, model, part, batch, epochs, rates, remedy="--lr or --lr-head")
     return model
 
 

@@ -1,7 +1,5 @@
 """Training and test images: the split of one file, and checks of two."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

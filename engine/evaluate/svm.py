@@ -5,8 +5,6 @@ squared hinge loss with positives weighted by 2, the cost of each class chosen b
 marked difficult (0) left out. Average precision is scikit-learn's, without interpolation.
 """
 
-from __future__ import annotations
-
 import argparse
 import warnings
 from dataclasses import dataclass

@@ -1,16 +1,14 @@
-"""Training loops of evaluations, resumed after the last saved epoch, and their parts."""
-
-from __future__ import annotations
+"""Training of evaluations, resumed after the last saved epoch, and its parts."""
 
 import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from itertools import islice
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from engine.evaluate.classification import ClassificationEvaluation
 from engine.evaluate.resume import EpochCheckpoint
@@ -26,99 +24,107 @@ B = TypeVar("B")
 _MIN_STEPS_TO_SAVE = 100
 
 
-def train_by_epochs(
+def train(
+    checkpoint: EpochCheckpoint,
+    model: nn.Module,
+    batches: Callable[[int], Iterator[B]],
+    loss_of: Callable[[nn.Module, B], torch.Tensor],
+    rates: Callable[[int], list[float]],
+    *,
+    epoch_steps: int,
+    steps: int,
+    save_every_epoch: bool = False,
+    remedy: str = "--lr",
+) -> None:
+    """Train `model` for `steps` steps, resumed from the checkpoint, which is saved after an epoch and at the end.
+
+    batches: of that epoch and all later ones. rates: learning rates of a step, one for each parameter group.
+    save_every_epoch: else short epochs share one save. remedy: options to lower after a non-finite loss, for
+    which FloatingPointError is raised. The check waits for the device, once an epoch.
+    """
+    evaluation, first, began = checkpoint.evaluation, checkpoint.restore(), time.perf_counter()
+    wrapped, optimizer = prepared(evaluation.accelerator, model, checkpoint.optimizer)
+    wrapped.train()
+    stream, save_every = batches(first), 1 if save_every_epoch else -(-_MIN_STEPS_TO_SAVE // epoch_steps)
+    for epoch in evaluation.progress(range(first, -(-steps // epoch_steps)), "epochs"):
+        end = min((epoch + 1) * epoch_steps, steps)
+        for step in range(epoch * epoch_steps, end):
+            for group, rate in zip(checkpoint.optimizer.param_groups, rates(step), strict=True):
+                group["lr"] = rate
+            loss = loss_of(wrapped, next(stream))
+            evaluation.accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"epoch {epoch + 1}: non-finite loss: choose a lower {remedy}")
+        if (epoch + 1) % save_every == 0 or end == steps:
+            checkpoint.save(epoch + 1)
+    evaluation.training_seconds = time.perf_counter() - began
+
+
+def train_classifier(
     checkpoint: EpochCheckpoint[ClassificationEvaluation],
+    model: nn.Module,
     beton: Beton,
     batch: int,
     epochs: int,
     rates: Callable[[int], list[float]],
-    update: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    *,
     remedy: str,
+    prepare: Callable[[torch.Tensor], torch.Tensor] = lambda images: images,
 ) -> None:
-    """Train a classifier on augmented crops, resumed from the checkpoint.
+    """Train a classifier by cross-entropy on augmented crops, like `train`, saved after every epoch.
 
-    rates: learning rates of an epoch, one for each parameter group. update: takes a step on images [B, 3, S, S] and
-    labels int64 [B], and returns the loss. remedy: option to change after a non-finite loss.
+    rates: learning rates of an epoch. prepare: images [B, 3, S, S] to the input of `model`, without gradient.
     """
-    evaluation, first = checkpoint.evaluation, checkpoint.restore()
+    evaluation = checkpoint.evaluation
     labels, loader = evaluation.labels(beton), evaluation.train_loader(beton, batch)
 
-    def train(epoch: int) -> torch.Tensor:
-        for group, rate in zip(checkpoint.optimizer.param_groups, rates(epoch), strict=True):
-            group["lr"] = rate
-        for crops in loader:
-            (images,) = crops.views
-            assert images is not None
-            loss = update(images, labels[to_device(crops.ids, evaluation.device)])
-        return loss
+    def batches(first: int) -> Iterator[tuple[Any, torch.Tensor]]:
+        loader.load_state_dict({**loader.state_dict(), "epoch": first})
+        for crops in loader.endless():
+            yield crops.views[0], labels[to_device(crops.ids, evaluation.device)]
+
+    def loss_of(wrapped: nn.Module, batch: tuple[Any, torch.Tensor]) -> torch.Tensor:
+        with torch.no_grad():
+            inputs = prepare(batch[0])
+        return F.cross_entropy(wrapped(inputs).float(), batch[1])
 
     with contextlib.closing(loader):
-        loader.load_state_dict({**loader.state_dict(), "epoch": first})
-        _run_epochs(checkpoint, range(first, epochs), train, remedy)
+        steps = loader.steps
+        train(
+            checkpoint,
+            model,
+            batches,
+            loss_of,
+            lambda step: rates(step // steps),
+            epoch_steps=steps,
+            steps=epochs * steps,
+            save_every_epoch=True,
+            remedy=remedy,
+        )
 
 
-def train_by_steps(
-    checkpoint: EpochCheckpoint,
-    model: nn.Module,
-    batches: Callable[[int, int], Iterator[B]],
-    loss_of: Callable[[nn.Module, B], torch.Tensor],
-    rate: Callable[[int], float],
-    *,
-    epoch_steps: int,
-    iterations: int,
-) -> None:
-    """Train for `iterations` steps, resumed from the checkpoint. Several short epochs share one save.
+class Head(nn.Linear):
+    """A linear classifier, computed in float32: features [B, F] to logits [B, C].
 
-    batches: of a range of steps. rate: learning rate of a step, for all parameters.
+    Weights from N(0, 0.01) by `seed`, biases 0 (facebookresearch/moco `main_lincls.py`).
     """
-    first, accelerator = checkpoint.restore(), checkpoint.evaluation.accelerator
-    wrapped, optimizer = prepared(accelerator, model, checkpoint.optimizer)
-    stream = batches(first * epoch_steps, iterations)
 
-    def train(epoch: int) -> torch.Tensor:
-        wrapped.train()
-        for step, batch in enumerate(islice(stream, epoch_steps), start=epoch * epoch_steps):
-            for group in checkpoint.optimizer.param_groups:
-                group["lr"] = rate(step)
-            loss = loss_of(wrapped, batch)
-            accelerator.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
-        return loss
+    def __init__(self, features: int, classes: int, seed: int) -> None:
+        super().__init__(features, classes)
+        with torch.no_grad():
+            self.weight.normal_(0.0, 0.01, generator=torch.Generator().manual_seed(seed))
+            self.bias.zero_()
 
-    epochs = range(first, -(-iterations // epoch_steps))
-    _run_epochs(checkpoint, epochs, train, "--lr", every=-(-_MIN_STEPS_TO_SAVE // epoch_steps))
-
-
-def _run_epochs(
-    checkpoint: EpochCheckpoint, epochs: range, train: Callable[[int], torch.Tensor], remedy: str, every: int = 1
-) -> None:
-    """Call `train`, which returns the last loss, for each epoch; save after `every` epochs and after the last.
-
-    Raises FloatingPointError for a non-finite loss. The check waits for the device, once an epoch.
-    """
-    evaluation, began = checkpoint.evaluation, time.perf_counter()
-    for epoch in evaluation.progress(epochs, "epochs"):
-        if not math.isfinite(train(epoch).item()):
-            raise FloatingPointError(f"epoch {epoch + 1}: non-finite loss: choose a lower {remedy}")
-        if (epoch + 1) % every == 0 or epoch + 1 == epochs.stop:
-            checkpoint.save(epoch + 1)
-    evaluation.training_seconds = time.perf_counter() - began
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            return super().forward(features.float())
 
 
 def sgd(groups: list[dict[str, Any]], weight_decay: float = 0.0) -> torch.optim.SGD:
     """Return SGD of momentum 0.9, with momentum buffers of 0 from the start; learning rates are to be set."""
     return begin_momentum(torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=weight_decay))
-
-
-def new_head(features: int, classes: int, seed: int) -> nn.Linear:
-    """Return a linear classifier of weights from N(0, 0.01) and biases 0 (facebookresearch/moco `main_lincls.py`)."""
-    head = nn.Linear(features, classes)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        head.weight.normal_(0.0, 0.01, generator=generator)
-        head.bias.zero_()
-    return head
 
 
 def check_batch(batch: int, images: int) -> int:

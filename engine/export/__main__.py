@@ -1,7 +1,5 @@
 """Export a pretrained encoder:  python -m engine.export CHECKPOINT --format torchvision|timm|..."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 from pathlib import Path

@@ -1,18 +1,16 @@
 """A pretrained encoder in the formats of other libraries, with a model card next to the file.
 
-Every file is read back before it is kept: its features must be those of the encoder.
+Every file is read back, and deleted if its features differ from the encoder's.
 """
 
-from __future__ import annotations
-
 import json
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -25,60 +23,58 @@ from pipeline.system.files import atomic_path
 
 _MAX_DISTANCE = 1e-5  # of features, relative to the largest
 _OPSET = 17
+State = dict[str, torch.Tensor]
 
 
 class Format(NamedTuple):
     """A file format of another library."""
 
     suffix: str
-    write: Callable[[LoadedEncoder, Path], None]
-    read: Callable[[Path, int], Callable[[torch.Tensor], torch.Tensor]]
-    """Returns the encoder in a file, images to features, given its attention heads: a state dict lacks their number."""
     library: Library | None = None
+    """The library whose names the weights get; None: our own."""
+    wrap: Callable[[State], dict[str, Any]] = lambda state: state
+    """Content of the file, for a state dict."""
 
 
-def _read_back(path: Path, heads: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    return load_encoder(path, heads=heads).backbone
+FORMATS = {
+    "torchvision": Format(".pth", "torchvision"),
+    "timm": Format(".safetensors", "timm"),
+    # for DetectionCheckpointer, which matches layers by the ends of their names
+    "detectron2": Format(
+        ".pth", "detectron2", lambda state: {"model": state, "__author__": "Millrace", "matching_heuristics": True}
+    ),
+    "mmdet": Format(".pth", "mmdet", lambda state: {"state_dict": state, "meta": {}}),
+    "safetensors": Format(".safetensors"),
+    "onnx": Format(".onnx"),
+}
 
 
-def _state(encoder: LoadedEncoder, library: Library) -> dict[str, torch.Tensor]:
+def _write(encoder: LoadedEncoder, format: Format, path: Path) -> None:
+    """Write the weights; a safetensors file also states the architecture, in its header."""
+    architecture = encoder.architecture
     state = {name: value.contiguous() for name, value in encoder.backbone.state_dict().items()}
-    return to_library(state, library, transformer=encoder.architecture.transformer)
+    if format.library is not None:
+        state = to_library(state, format.library, transformer=architecture.transformer)
+    if format.suffix == ".onnx":
+        _write_onnx(encoder, path)
+    elif format.suffix == ".safetensors":
+        save_file(state, path, metadata={"format": "pt", METADATA: json.dumps(asdict(architecture))})
+    else:
+        torch.save(format.wrap(state), path)
 
 
-def _as_torchvision(encoder: LoadedEncoder, path: Path) -> None:
-    torch.save(_state(encoder, "torchvision"), path)
+def read_back(path: Path, heads: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the encoder in a file, images to features. heads: of attention, which a state dict lacks."""
+    if path.suffix != ".onnx":
+        return load_encoder(path, heads=heads).backbone
+    session = _onnx().InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["features"], {"images": images.numpy()})[0])
 
 
-def _as_timm(encoder: LoadedEncoder, path: Path) -> None:
-    save_file(_state(encoder, "timm"), path, metadata=_described(encoder.architecture))
-
-
-def _as_detectron2(encoder: LoadedEncoder, path: Path) -> None:
-    """Write a file for DetectionCheckpointer, which matches layers by the ends of their names."""
-    content = {"model": _state(encoder, "detectron2"), "__author__": "Millrace", "matching_heuristics": True}
-    torch.save(content, path)
-
-
-def _as_mmdet(encoder: LoadedEncoder, path: Path) -> None:
-    torch.save({"state_dict": _state(encoder, "mmdet"), "meta": {}}, path)
-
-
-def _as_safetensors(encoder: LoadedEncoder, path: Path) -> None:
-    """Write our own names, with the architecture in the header."""
-    state = {name: value.contiguous() for name, value in encoder.backbone.state_dict().items()}
-    save_file(state, path, metadata=_described(encoder.architecture))
-
-
-def _described(architecture: Architecture) -> dict[str, str]:
-    return {"format": "pt", METADATA: json.dumps(asdict(architecture))}
-
-
-def _as_onnx(encoder: LoadedEncoder, path: Path) -> None:
+def _write_onnx(encoder: LoadedEncoder, path: Path) -> None:
     """Write a graph from `images` [B, 3, S, S], normalized, to `features` [B, F], for any B."""
     _onnx()
     size = encoder.architecture.size
-    axes = {"images": {0: "batch"}, "features": {0: "batch"}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of deprecation: the newer exporter needs one more package, for the same graph
         torch.onnx.export(
@@ -87,15 +83,10 @@ def _as_onnx(encoder: LoadedEncoder, path: Path) -> None:
             str(path),
             input_names=["images"],
             output_names=["features"],
-            dynamic_axes=axes,
+            dynamic_axes={"images": {0: "batch"}, "features": {0: "batch"}},
             opset_version=_OPSET,
             dynamo=False,
         )
-
-
-def _run_onnx(path: Path, heads: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    session = _onnx().InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(["features"], {"images": images.numpy()})[0])
 
 
 def _onnx() -> Any:
@@ -104,20 +95,9 @@ def _onnx() -> Any:
         import onnx  # noqa: F401 - the exporter needs it
         import onnxruntime
     except ImportError as error:
-        raise InputError(
-            f"--format onnx: {error.name} is not installed: pip install -e '.[onnx]' in the clone"
-        ) from None
+        remedy = "pip install -e '.[onnx]' in the clone"
+        raise InputError(f"--format onnx: {error.name} is not installed: {remedy}") from None
     return onnxruntime
-
-
-FORMATS = {
-    "torchvision": Format(".pth", _as_torchvision, _read_back, "torchvision"),
-    "timm": Format(".safetensors", _as_timm, _read_back, "timm"),
-    "detectron2": Format(".pth", _as_detectron2, _read_back, "detectron2"),
-    "mmdet": Format(".pth", _as_mmdet, _read_back, "mmdet"),
-    "safetensors": Format(".safetensors", _as_safetensors, _read_back),
-    "onnx": Format(".onnx", _as_onnx, _run_onnx),
-}
 
 
 def export(encoder: LoadedEncoder, name: str, path: Path) -> float:
@@ -130,8 +110,8 @@ def export(encoder: LoadedEncoder, name: str, path: Path) -> float:
     refuse(architecture, name, format.library)
     try:
         with atomic_path(path) as temporary:
-            format.write(encoder, temporary)
-            distance = _distance(encoder, format.read(temporary, architecture.heads))
+            _write(encoder, format, temporary)
+            distance = _distance(encoder, read_back(temporary, architecture.heads))
             if not distance <= _MAX_DISTANCE:
                 raise RunFailed(f"{path}: features differ by {distance:.1e} when read back: nothing was written")
     except OSError as error:
@@ -157,5 +137,5 @@ def _distance(encoder: LoadedEncoder, read: Callable[[torch.Tensor], torch.Tenso
     images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
     original, other = encoder.backbone(images), read(images)
     if original.shape != other.shape:
-        return float(np.inf)
+        return math.inf
     return float((original - other).abs().max() / original.abs().max().clamp(min=1e-12))

@@ -1,7 +1,5 @@
 """Model card of an exported encoder."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +7,9 @@ import torch
 import yaml
 
 from engine.checkpoint.provenance import commit
-from engine.weights.load import DIMENSIONS, Architecture, LoadedEncoder, digest
+from engine.report.run_folder import read_runs
+from engine.weights.load import TRANSFORMERS, Architecture, LoadedEncoder, digest
 from pipeline.augment.color import IMAGENET
-from pipeline.system.errors import InputError
-from pipeline.system.limits import RESULT_BYTES, json_lines, read_json
 from pipeline.system.packages import version
 from pipeline.system.text import printable
 
@@ -69,32 +66,20 @@ def _data(encoder: LoadedEncoder) -> str:
 
 def _metrics(path: Path) -> list[str]:
     """Return the run's results for this checkpoint: its evaluations, and kNN during training."""
-    run, lines = path.resolve().parents[1], []
-    if not (run / "checkpoints").is_dir():
+    folder, lines = path.resolve().parents[1], []
+    if not (folder / "checkpoints").is_dir():
         return []
-    for file in sorted((run / "evaluation").glob("*.json")):
-        result = _json(file)
-        if Path(str(result.get("checkpoint", ""))).name != path.name:
-            continue
+    (run,) = read_runs([folder])
+    for result in run.evaluations:
         key = next((key for key in _HEADLINES if isinstance(result.get(key), float)), None)
-        if key:
+        if key and Path(str(result.get("checkpoint", ""))).name == path.name:
             score = f"{_HEADLINES[key]} {result[key]:.2%}"
-            lines.append(f"- {result.get('evaluation')}: {score} ({result.get('which')} encoder)")
-    metrics = run / "metrics.jsonl"
-    step = int(path.name.removeprefix("step_")) if path.name.startswith("step_") else None
-    for _, line in json_lines(metrics) if metrics.is_file() else ():
-        if line.get("step") == step and isinstance(line.get("knn_top1"), float):
+            lines.append(f"- {result['evaluation']}: {score} ({result.get('which')} encoder)")
+    step = path.name.removeprefix("step_").lstrip("0")
+    for line in run.lines:
+        if f"{line['step']:.0f}" == step and "knn_top1" in line:
             lines.append(f"- kNN during training, after step {step}: top-1 {line['knn_top1']:.2%}")
     return lines
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file, empty if there is none."""
-    try:
-        document = read_json(path, RESULT_BYTES, "remove it")
-    except InputError:
-        return {}
-    return document if isinstance(document, dict) else {}
 
 
 def _loading(architecture: Architecture, format: str, path: Path) -> str:
@@ -124,13 +109,12 @@ def _loading(architecture: Architecture, format: str, path: Path) -> str:
 
 
 def _transformer(architecture: Architecture, format: str) -> str:
-    dim = DIMENSIONS[architecture.arch]
     if format == "timm":
         return (
             f'model = timm.create_model("{architecture.arch}_patch16_224", img_size={architecture.size}, '
             f"num_heads={architecture.heads}, num_classes=0)"
         )
-    depth = 24 if architecture.arch == "vit_large" else 12
+    dim, depth, _ = TRANSFORMERS[architecture.arch]
     return (
         f"model = torchvision.models.VisionTransformer({architecture.size}, 16, {depth}, {architecture.heads}, {dim}, "
         f"{4 * dim})\nmodel.heads = torch.nn.Identity()"

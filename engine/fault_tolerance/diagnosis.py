@@ -1,7 +1,5 @@
 """The cause of a failed training in place of its symptom: a lost rank, a stalled loader, a GPU's full memory."""
 
-from __future__ import annotations
-
 import contextlib
 import platform
 from collections.abc import Iterator

@@ -4,8 +4,6 @@
 the training, `end_process` ends a process whose training cannot end, as it waits for a GPU that waits for another rank.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import re
@@ -28,7 +26,7 @@ _STORE = -1  # in place of a rank
 
 
 class LostRank(RunFailed):
-    """A rank ended or did not answer in time; the message names it, as far as it is known."""
+    """A rank ended or did not answer in time; the message names it, if it is known."""
 
 
 class Heartbeat:

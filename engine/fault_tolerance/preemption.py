@@ -3,8 +3,6 @@
 SIGTERM and SIGINT request a stop, SIGUSR1 a stop and a place in the queue (Slurm). One rank may receive them, or all.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os
@@ -38,7 +36,7 @@ class Stopped(Exception):
 
 
 class Requests:
-    """The stop requests of this rank, and those that all ranks know of."""
+    """Stop requests of this rank, and their exchange between ranks."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

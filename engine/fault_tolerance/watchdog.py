@@ -1,7 +1,5 @@
 """A watchdog: ends a run that takes no more steps, with every thread's stack."""
 
-from __future__ import annotations
-
 import contextlib
 import faulthandler
 import os

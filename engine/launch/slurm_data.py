@@ -3,8 +3,6 @@
 python -m engine.launch.slurm_data --config R.yaml [settings]
 """
 
-from __future__ import annotations
-
 import sys
 
 from engine.config.cli import parse

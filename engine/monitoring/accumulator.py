@@ -1,7 +1,5 @@
 """Sums of losses and counts since the last metrics line, on the device."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,15 +1,13 @@
 """Collapsed embeddings, counted on the device."""
 
-from __future__ import annotations
-
 import torch
 
 from engine.monitoring.embedding_metrics import spread
 
 COLLAPSED = 0.2
-"""Embeddings count as collapsed where their standard deviation is below this share of 1 / sqrt(C) ..."""
+"""Embeddings count as collapsed where their standard deviation is below this share of 1 / sqrt(C)."""
 PATIENCE = 100
-"""... and a collapse is so many such steps in a row."""
+"""A collapse is this many steps in a row with collapsed embeddings."""
 
 
 class CollapseWatch:

@@ -1,7 +1,5 @@
 """Measures of a step's embeddings that show whether contrastive training goes well."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Loss spikes: losses far above the trend of the last ones."""
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Iterable
@@ -10,13 +8,13 @@ from typing import Any
 import numpy as np
 
 WINDOW = 200
-"""Steps that a loss is compared with ..."""
+"""Number of last losses that a new one is compared with."""
 FEWEST = 100
-"""... and at least so many."""
+"""Fewest losses to compare with."""
 THRESHOLD = 7.0
-"""A spike is so many robust standard deviations above the trend, and also ..."""
+"""A spike is this many robust standard deviations above the trend, and also ..."""
 LEAP = 2.0
-"""... so many times as far above it as the highest of the last losses."""
+"""... this many times as far above it as the highest of the last losses."""
 CALM = 50
 """Steps without a spike after which the next one is flagged again."""
 _SIGMA = 1.4826  # standard deviations in a median absolute deviation, of normal noise
@@ -59,7 +57,7 @@ class SpikeWatch:
                 warning = warning or spike
             self._calm, self._row = (0, self._row + 1) if spike else (min(self._calm + 1, CALM), 0)
             if self._row == CALM:
-                self._window.clear()  # after so many the level is a new one
+                self._window.clear()  # after CALM spikes in a row the level is a new one
             if not spike:
                 self._window.append(loss)
         return warning

@@ -1,7 +1,5 @@
 """The metrics of a run: in metrics.jsonl, in trackers, and as one progress line."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -39,7 +37,7 @@ class Monitor:
         self.pairs, self.seconds, self.waited = 0, 0.0, 0.0
         """Pairs trained, seconds of training and seconds waited for data, since this process started."""
         self.skipped = 0
-        """Steps skipped in the whole run."""
+        """Steps skipped since the run's first step."""
         self._start_interval()
 
     def start(self, step: int, evaluated: int) -> None:
@@ -171,7 +169,7 @@ class MetricsWriter:
 
 
 def _append(path: Path, text: str) -> None:
-    """Append a line as a whole. Raises OSError, and then leaves the file as it was."""
+    """Append a line. Raises OSError, and then leaves the file as it was."""
     size = path.stat().st_size if path.exists() else 0
     try:
         with open(path, "a") as file:

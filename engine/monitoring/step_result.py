@@ -1,7 +1,5 @@
 """The result of a training step."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import torch

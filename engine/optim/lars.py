@@ -1,7 +1,5 @@
 """LARS (1708.03888) as MoCo v3 uses it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -32,14 +30,13 @@ class LARS(torch.optim.SGD):
                 loss = closure()
         for group in self.param_groups:
             scaled = [p for p in group["params"] if p.grad is not None and p.ndim > 1]
-            if scaled:
-                self._scale(scaled, [p.grad for p in scaled])
+            gradients = [p.grad for p in scaled]
+            if not scaled:
+                continue
+            # Add weight decay to the gradients, and scale each to the norm trust * |w|.
+            torch._foreach_add_(gradients, scaled, alpha=self._decay)
+            w, g = torch.stack(torch._foreach_norm(scaled)), torch.stack(torch._foreach_norm(gradients))
+            ratios = torch.where((w > 0) & (g > 0), self._trust * w / g, 1.0)
+            torch._foreach_mul_(gradients, list(ratios.unbind()))
         super().step()
         return loss
-
-    def _scale(self, weights: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
-        """Add weight decay to the gradients, and scale each to the norm trust * |w|."""
-        torch._foreach_add_(gradients, weights, alpha=self._decay)
-        w, g = torch.stack(torch._foreach_norm(weights)), torch.stack(torch._foreach_norm(gradients))
-        ratios = torch.where((w > 0) & (g > 0), self._trust * w / g, 1.0)
-        torch._foreach_mul_(gradients, list(ratios.unbind()))

@@ -1,7 +1,5 @@
 """Optimizers that update all parameters at once, and skip a step by a flag on the device."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

@@ -1,7 +1,5 @@
 """Learning rate and EMA momentum of each step: pure functions of the steps taken, which the device counts."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -90,7 +88,7 @@ def peak_rate(settings: Optim, batch: int) -> float:
 
 
 def learning_rate(settings: Optim, step: Numbers, steps_per_epoch: int, batch: int) -> Numbers:
-    """Return the learning rate of `step`, counted over the whole run, for global batches of that size.
+    """Return the learning rate of `step`, counted from the run's first step, for global batches of that size.
 
     Linear from 0 over the warm-up. Then for `cosine` the peak times (1 + cos(pi t)) / 2, t the finished share of the
     epochs after warm-up (facebookresearch/moco and moco-v3 `adjust_learning_rate`); for `steps` the peak times `gamma`

@@ -1,7 +1,5 @@
 """Device, precision and process group: Accelerate's handle."""
 
-from __future__ import annotations
-
 import platform
 import time
 import warnings

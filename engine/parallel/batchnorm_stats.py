@@ -1,7 +1,5 @@
 """BatchNorm's running statistics, which each rank computes from its own batches, and their mean over all ranks."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 

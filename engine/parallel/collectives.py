@@ -1,7 +1,5 @@
 """Collectives of the training step; everything in it that ranks exchange goes through here."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,11 +21,7 @@ def shares(indices: np.ndarray) -> list[np.ndarray]:
 
 def gather(local: torch.Tensor) -> torch.Tensor:
     """Return the rows of all ranks, [world * B, ...] in order of rank, without gradient; on one rank the input."""
-    if world() == 1:
-        return local.detach()
-    rows = local.new_empty((world() * len(local), *local.shape[1:]))
-    _all_gather(rows, local.detach().contiguous())
-    return rows
+    return gather_later(local)()
 
 
 def gather_uneven(local: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
@@ -43,9 +37,10 @@ def gather_uneven(local: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
 
 def gather_later(local: torch.Tensor) -> Callable[[], torch.Tensor]:
     """Start to gather like `gather`, overlapped with the work that follows; call the result for the rows."""
+    source = local.detach()
     if world() == 1:
-        return lambda: local.detach()
-    source = local.detach().contiguous()
+        return lambda: source
+    source = source.contiguous()
     rows = source.new_empty((world() * len(source), *source.shape[1:]))
     work = _all_gather(rows, source, async_op=True)
 

@@ -4,8 +4,6 @@ Ranks exchange JSON at the launcher's store, not by torch's object collectives: 
 cannot form with a rank that has no GPU. Such a rank, or one with another file, must be heard before any collective.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import platform

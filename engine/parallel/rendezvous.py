@@ -3,8 +3,6 @@
 Every other module asks here: torch and Accelerate know the rank only once there is a process group.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import time
@@ -21,7 +19,7 @@ logger = logging.getLogger(__name__)
 JOIN_SECONDS = 600.0
 """Longest time from the first rank to the last."""
 NOTICE_SECONDS = 10.0
-"""Wait after which rank 0 logs the rank that it waits for."""
+"""Wait after which rank 0 logs which rank has not answered."""
 _store: distributed.Store | None = None
 
 

@@ -1,12 +1,11 @@
 """BatchNorm with the statistics of all ranks' batches."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.parallel import collectives
+from engine.parallel.rendezvous import world
 from methods.norm import BatchNorm
 
 
@@ -25,8 +24,11 @@ class AllRanks:
 def synchronize(module: nn.Module) -> nn.Module:
     """Return `module` with every BatchNorm synchronized over all ranks; parameters and buffers stay the same objects.
 
-    Unlike torch's SyncBatchNorm it runs on CPUs too, does not wait for the device, and takes batches of equal size only.
+    Unlike torch's SyncBatchNorm it runs on CPUs too, does not wait for the device, and takes batches of equal size
+    alone. On one rank the module is returned as it is.
     """
+    if world() == 1:
+        return module
     if isinstance(module, BatchNorm):
         module.ranks = AllRanks()
     for name, child in module.named_children():

@@ -1,7 +1,5 @@
 """Write a page on one or several runs:  python -m engine.report RUN [RUN ...]"""
 
-from __future__ import annotations
-
 import argparse
 import logging
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Comparison of runs: groups that differ by their seed alone, settings that differ, and a table of numbers."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,6 +34,11 @@ class Group:
         if len(names) == 1:
             return names[0]
         return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''} (mean of {len(names)})"
+
+    @property
+    def finished(self) -> list[RunFiles]:
+        """The runs that were trained to their last epoch."""
+        return [run for run in self.runs if run.finished]
 
 
 def group_by_settings(runs: Sequence[RunFiles]) -> list[Group]:
@@ -93,17 +96,23 @@ class Column:
 
     title: str
     value: Callable[[RunFiles], float | str | None]
+    """Of a run; a number is shown times `factor`."""
     form: str = "{}"
     best: Callable[[Sequence[float]], float] | None = None
     """max or min, if one is better than the other."""
     detail: Callable[[RunFiles], str] = lambda run: ""
+    factor: float = 1
+
+    def number(self, run: RunFiles) -> float | None:
+        """Return a run's number as shown, None for a text."""
+        value = self.value(run)
+        return self.factor * value if isinstance(value, (int, float)) else None
 
     def cell(self, run: RunFiles, best: float | None) -> Cell:
         """Return a run's cell."""
-        value = self.value(run)
-        if value is None:
+        if (value := self.value(run)) is None:
             return Cell("–")
-        text = self.form.format(value)
+        text = value if isinstance(value, str) else self.form.format(self.number(run))
         return Cell(text, self.detail(run), self.is_best(text, best))
 
     def is_best(self, text: str, best: float | None) -> bool:
@@ -121,24 +130,19 @@ def table(groups: Sequence[Group]) -> tuple[list[str], list[Row]]:
     best = [_best(column, groups) for column in columns]
     rows = []
     for group in groups:
-        finished = _finished(group)
         for run in group.runs:
-            marks = best if finished == [run] else [None] * len(best)
+            marks = best if group.finished == [run] else [None] * len(best)
             cells = [column.cell(run, mark) for column, mark in zip(columns, marks, strict=True)]
             rows.append(Row(run.name, group.number, cells))
-        if len(finished) > 1:
+        if len(group.finished) > 1:
             cells = [_over_seeds(column, group, mark) for column, mark in zip(columns, best, strict=True)]
-            rows.append(Row(f"mean ± deviation, n = {len(finished)}", group.number, cells, summary=True))
+            rows.append(Row(f"mean ± deviation, n = {len(group.finished)}", group.number, cells, summary=True))
     return [column.title for column in columns], rows
-
-
-def _finished(group: Group) -> list[RunFiles]:
-    return [run for run in group.runs if run.finished]
 
 
 def _numbers(column: Column, group: Group) -> list[float]:
     """Return the column's numbers of a group's finished runs."""
-    return [value for run in _finished(group) if isinstance(value := column.value(run), (int, float))]
+    return [value for run in group.finished if (value := column.number(run)) is not None]
 
 
 def _best(column: Column, groups: Sequence[Group]) -> float | None:
@@ -153,7 +157,7 @@ def _over_seeds(column: Column, group: Group, best: float | None) -> Cell:
     if len(values) < 2:
         return Cell("")
     mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
-    count = f"n = {len(values)}" if len(values) < len(_finished(group)) else ""
+    count = f"n = {len(values)}" if len(values) < len(group.finished) else ""
     text = column.form.format(mean)
     return Cell(f"{text} ± {column.form.format(deviation)}", count, column.is_best(text, best))
 
@@ -170,14 +174,12 @@ def _columns(runs: Sequence[RunFiles]) -> list[Column]:
         Column("epochs", _epochs),
         Column("batch", lambda run: _text(run, "data.batch")),
         Column("loss", lambda run: run.last("loss"), "{:.3f}", min if same_loss else None),
-        Column(
-            "kNN top-1, %", lambda run: _percent(run.last("knn_top1")), "{:.1f}", max if same_knn else None, _knn_epoch
-        ),
+        Column("kNN top-1, %", lambda run: run.last("knn_top1"), "{:.1f}", max if same_knn else None, _knn_epoch, 100),
         *_evaluation_columns(runs),
         Column("gap", lambda run: run.last("student_teacher_gap"), "{:.4f}"),
         Column("pairs/s", lambda run: rates(run).pairs_per_second, "{:.0f}", max),
-        Column("data-wait, %", lambda run: _percent(rates(run).data_wait_fraction), "{:.1f}", min),
-        Column(unit, lambda run: _times(rates(run).hours, per_hour), "{:.1f}"),
+        Column("data-wait, %", lambda run: rates(run).data_wait_fraction, "{:.1f}", min, factor=100),
+        Column(unit, lambda run: rates(run).hours, "{:.1f}", factor=per_hour),
         Column("device", _device),
     ]
 
@@ -221,14 +223,6 @@ def _knn_epoch(run: RunFiles) -> str:
     """Return the epoch of the kNN top-1, empty for the last."""
     epoch = next((line["epoch"] for line in reversed(run.lines) if "knn_top1" in line), run.done)
     return f"epoch {epoch:g}" if epoch < run.done else ""
-
-
-def _percent(value: float | None) -> float | None:
-    return _times(value, 100)
-
-
-def _times(value: float | None, factor: float) -> float | None:
-    return None if value is None else factor * value
 
 
 class Rates(NamedTuple):
@@ -279,8 +273,8 @@ def _evaluation_columns(runs: Sequence[RunFiles]) -> list[Column]:
         namesakes = [json.loads(other.settings) for other in kinds if other.title == kind.title]
         settings = json.loads(kind.settings)
         distinct = [f"{k} {v}" for k, v in settings.items() if any(other.get(k) != v for other in namesakes)]
-        title, detail = ", ".join([kind.title, *distinct]), partial(_score_detail, kind)
-        columns.append(Column(title, partial(_score, kind), "{:.1f}", max, detail))
+        title, value, detail = ", ".join([kind.title, *distinct]), partial(_score, kind), partial(_score_detail, kind)
+        columns.append(Column(title, value, "{:.1f}", max, detail, 100))
     return columns
 
 
@@ -291,7 +285,7 @@ def _result(run: RunFiles, kind: _Kind) -> dict[str, Any]:
 
 def _score(kind: _Kind, run: RunFiles) -> float | None:
     result = _result(run, kind)
-    return _percent(number(result.get("map", result.get("top1"))))
+    return number(result.get("map", result.get("top1")))
 
 
 def _score_detail(kind: _Kind, run: RunFiles) -> str:

@@ -1,16 +1,13 @@
 """Charts of metrics over epochs: selection and drawing."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from engine.report.compare import Group
-from engine.report.plotting import Theme, draw_lines, mean_of, picture, sheet, style_of
+from engine.report.plotting import Theme, draw_lines, mean_of, style_of
 from engine.report.run_folder import Curve, RunFiles, curve
 
 _MAX_POINTS = 250
@@ -137,17 +134,6 @@ def _draw_path(axes: Any, curves: Sequence[Curve], color: str, label: str) -> No
     axes.plot(mean.real, mean.imag, color=color, linewidth=1.5, label=label)
     axes.plot(mean.real[:1], mean.imag[:1], "o", color=color, markerfacecolor="none", markersize=6)
     axes.plot(mean.real[-1:], mean.imag[-1:], "o", color=color, markersize=6)
-
-
-def draw_chart(chart: Chart, groups: Sequence[Group], theme: Theme) -> bytes:
-    """Return the chart as a PNG, without title and legend."""
-    return picture(partial(draw, chart, groups, theme), theme)
-
-
-def draw_charts(charts: Sequence[Chart], groups: Sequence[Group], theme: Theme) -> bytes:
-    """Return all charts as one PNG, with titles and a legend."""
-    parts = [(chart.title, partial(draw, chart, groups, theme)) for chart in charts]
-    return sheet(parts, theme, (4.4, 2.9))
 
 
 def last_values(chart: Chart, groups: Sequence[Group]) -> str:

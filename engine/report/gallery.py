@@ -1,7 +1,5 @@
 """Images as the runs' encoders embed them: one sample of each data set, with neighbors and maps of its features."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path

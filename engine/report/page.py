@@ -1,27 +1,28 @@
-"""The page: what the runs did, and how their encoders embed images.
+"""The page: curves and numbers of runs, and images with their neighbors by each encoder.
 
 One HTML file that needs no other, with its pictures as PNGs next to it. A run may be unfinished, or lack a part.
 """
 
-from __future__ import annotations
-
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from engine.report import curves, tsne
-from engine.report.compare import Group, differences, group_by_settings, table
+from engine.report.compare import differences, group_by_settings, table
 from engine.report.gallery import EncoderView, Gallery, GalleryOptions, build_galleries
-from engine.report.plotting import DARK, LIGHT, MARKS, uri
+from engine.report.plotting import DARK, LIGHT, MARKS, Theme, picture, sheet, uri
 from engine.report.run_folder import RunFiles
 from engine.report.sample import chance_agreement
 from pipeline.system.errors import InputError
 from pipeline.system.files import write_atomic
 
 _TEMPLATES = Path(__file__).parent
+Draw = Callable[[Theme, Any], None]
+"""Draws on axes, in a theme."""
 
 
 class Picture(NamedTuple):
@@ -42,15 +43,15 @@ class Report(NamedTuple):
 def report(runs: list[RunFiles], options: GalleryOptions | None) -> Report:
     """Return the report on the runs, without pictures of images if there are no options for them."""
     groups = group_by_settings(runs)
-    galleries = build_galleries(runs, options) if options else []
-    charts, pictures = curves.select_charts(runs), {}
+    charts = [(chart, partial(curves.draw, chart, groups)) for chart in curves.select_charts(runs)]
+    galleries = [(gallery, _maps(gallery)) for gallery in (build_galleries(runs, options) if options else [])]
+    pictures = {}
     if charts:
-        pictures["curves"] = curves.draw_charts(charts, groups, LIGHT)
-    for number, gallery in enumerate(galleries, start=1):
-        maps = [(view.run.name, view.points) for view in gallery.views if view.points is not None]
+        pictures["curves"] = sheet([(chart.title, partial(draw, LIGHT)) for chart, draw in charts], LIGHT, (4.4, 2.9))
+    for number, (_, maps) in enumerate(galleries, start=1):
         if maps:
-            name = "map" if len(galleries) == 1 else f"map{number}"
-            pictures[name] = tsne.draw_maps(maps, gallery.sample, gallery.mapped, LIGHT)
+            parts = [(view.run.name, partial(draw, LIGHT)) for view, draw in maps]
+            pictures["map" if len(galleries) == 1 else f"map{number}"] = sheet(parts, LIGHT, (3.9, 3.6))
     titles, rows = table(groups)
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
@@ -68,8 +69,14 @@ def report(runs: list[RunFiles], options: GalleryOptions | None) -> Report:
         marks=MARKS,
         titles=titles,
         rows=rows,
-        charts=[(chart, _chart(chart, groups)) for chart in charts],
-        galleries=[_gallery(gallery) for gallery in galleries],
+        charts=[(chart, _picture(draw, curves.last_values(chart, groups))) for chart, draw in charts],
+        galleries=[
+            (gallery, [(view, _picture(draw, _describe(gallery, view), (4.4, 3.8))) for view, draw in maps])
+            for gallery, maps in galleries
+        ],
+        chance_agreement=chance_agreement,
+        frequent_labels=tsne.frequent_labels,
+        zip=zip,
         neighbors=options.neighbors if options else 0,
         differences=differences(runs),
         written=time.strftime("%Y-%m-%d %H:%M"),
@@ -77,53 +84,19 @@ def report(runs: list[RunFiles], options: GalleryOptions | None) -> Report:
     return Report(html, pictures)
 
 
-def _chart(chart: curves.Chart, groups: Sequence[Group]) -> Picture:
-    light, dark = (uri(curves.draw_chart(chart, groups, theme)) for theme in (LIGHT, DARK))
-    return Picture(light, dark, curves.last_values(chart, groups))
+def _maps(gallery: Gallery) -> list[tuple[EncoderView, Draw]]:
+    """Return the encoders that have a map, with its drawing."""
+    mapped = [(view, view.points) for view in gallery.views if view.points is not None]
+    return [(view, partial(tsne.draw, points, gallery.sample, gallery.mapped)) for view, points in mapped]
 
 
-def _gallery(gallery: Gallery) -> dict[str, Any]:
-    """Return the template's values of a data set."""
-    sample = gallery.sample
-    return {
-        "data": sample.beton.path.name,
-        "count": len(sample.ids),
-        "size": gallery.size,
-        "classes": sample.classes if sample.labeled else 0,
-        "chance": chance_agreement(sample.labels),
-        "seed": sample.seed,
-        "views": gallery.views,
-        "queries": [_query(gallery, number) for number in range(len(sample.queries))],
-        "maps": [(view, _map(gallery, view)) for view in gallery.views if view.points is not None],
-        "mapped": len(gallery.mapped),
-        "legend": [sample.name(int((sample.labels == label).argmax())) for label in tsne.frequent_labels(sample)],
-    }
+def _describe(gallery: Gallery, view: EncoderView) -> str:
+    return f"Map of {len(gallery.mapped)} images by the features of {view.run.name}"
 
 
-def _query(gallery: Gallery, number: int) -> dict[str, Any]:
-    """Return the template's values of an image and its neighbors by each encoder."""
-    sample = gallery.sample
-    query = int(sample.queries[number])
-    rows = []
-    for view in gallery.views:
-        assert view.near is not None
-        near = [
-            {
-                "picture": sample.picture(int(other)),
-                "name": sample.name(int(other)),
-                "cosine": float(cosine),
-                "right": bool(sample.labels[other] == sample.labels[query]) if sample.labeled else None,
-            }
-            for other, cosine in zip(view.near.positions[number], view.near.cosines[number], strict=True)
-        ]
-        rows.append((view, near))
-    return {"picture": sample.picture(query), "name": sample.name(query), "rows": rows}
-
-
-def _map(gallery: Gallery, view: EncoderView) -> Picture:
-    assert view.points is not None
-    light, dark = (uri(tsne.draw_map(view.points, gallery.sample, gallery.mapped, theme)) for theme in (LIGHT, DARK))
-    return Picture(light, dark, f"Map of {len(gallery.mapped)} images by the features of {view.run.name}")
+def _picture(draw: Draw, alt: str, size: tuple[float, float] = (4.6, 2.7)) -> Picture:
+    light, dark = (uri(picture(partial(draw, theme), theme, size)) for theme in (LIGHT, DARK))
+    return Picture(light, dark, alt)
 
 
 def write(page: Report, out: Path) -> list[Path]:

@@ -1,7 +1,5 @@
 """Plots of runs: themes for light and dark pages, and lines over epochs."""
 
-from __future__ import annotations
-
 import base64
 import io
 import warnings

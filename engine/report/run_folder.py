@@ -1,7 +1,5 @@
 """Text files of a run folder, read in any state: unfinished, partly damaged, or of untrusted origin."""
 
-from __future__ import annotations
-
 import json
 import math
 import time
@@ -27,7 +25,7 @@ class RunFiles:
     """The text files of a run folder."""
 
     path: Path
-    name: str = ""
+    name: str
     """Short, and unique among the runs shown."""
     recipe: str = ""
     """Text of config.yaml."""
@@ -88,10 +86,7 @@ def curve(lines: Sequence[Line], key: str) -> Curve:
 def read_runs(paths: Sequence[Path]) -> list[RunFiles]:
     """Return the runs in these folders, without duplicates, under distinct names. Raises InputError."""
     resolved = list(dict.fromkeys(path.resolve() for path in paths if _is_run(path)))
-    runs = [_read(path) for path in resolved]
-    for run, name in zip(runs, _names(resolved), strict=True):
-        run.name = name
-    return runs
+    return [_read(path, name) for path, name in zip(resolved, _names(resolved), strict=True)]
 
 
 def _is_run(path: Path) -> bool:
@@ -106,8 +101,8 @@ def _is_run(path: Path) -> bool:
     return True
 
 
-def _read(path: Path) -> RunFiles:
-    run = RunFiles(path)
+def _read(path: Path, name: str) -> RunFiles:
+    run = RunFiles(path, name)
     _read_settings(run)
     run.lines, problem = read_metrics(path / "metrics.jsonl")
     run.problems += [problem] if problem else []
@@ -168,7 +163,7 @@ def read_metrics(path: Path) -> tuple[list[Line], str]:
 
 def _line(row: str) -> Line | None:
     """Return the finite numbers of a line, None if it is no line of metrics."""
-    line = {str(key): value for key, given in mapping(row).items() if (value := number(given)) is not None}
+    line = {key: value for key, field in mapping(row).items() if (value := number(field)) is not None}
     return line if line.get("epoch", -1) >= 0 and line.get("step", -1) >= 0 else None
 
 

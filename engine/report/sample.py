@@ -1,7 +1,5 @@
 """A sample of a data set, and the nearest neighbors of a few of its images by an encoder's features."""
 
-from __future__ import annotations
-
 import io
 from collections import Counter
 from collections.abc import Iterator
@@ -12,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from typing_extensions import Self
 
 from engine.evaluate.nearest_neighbors import neighbors
 from engine.evaluate.online_knn import features
@@ -56,9 +55,9 @@ class Sample:
             counts[label] += 1
         return order[np.argsort(rounds, kind="stable")][:QUERIES]
 
-    def only(self, mask: np.ndarray) -> Sample:
+    def only(self, mask: np.ndarray) -> Self:
         """Return the images that a mask, bool [n], selects."""
-        return Sample(self.beton, self.ids[mask], self.labels[mask], self.crop_ratio, self.seed)
+        return type(self)(self.beton, self.ids[mask], self.labels[mask], self.crop_ratio, self.seed)
 
     @property
     def labeled(self) -> bool:
@@ -73,8 +72,10 @@ class Sample:
     def name(self, position: int) -> str:
         """Return the class of an image, empty if it has none."""
         label = int(self.labels[position])
-        if label < 0:
-            return ""
+        return self.class_name(label) if label >= 0 else ""
+
+    def class_name(self, label: int) -> str:
+        """Return the name of a class, or its number as text."""
         return printable(self.beton.classes[label]) if label < len(self.beton.classes) else f"class {label}"
 
     def picture(self, position: int) -> str:

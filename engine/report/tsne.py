@@ -1,15 +1,11 @@
 """Features in the plane, colored by class: principal components, then t-SNE (van der Maaten and Hinton, 2008)."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from engine.report.plotting import Theme, picture, sheet, style_of
+from engine.report.plotting import Theme, style_of
 from engine.report.sample import Sample
 
 MIN_POINTS = 10
@@ -47,20 +43,9 @@ def draw(points: np.ndarray, sample: Sample, positions: np.ndarray, theme: Theme
     for number, label in enumerate(frequent_labels(sample) or [-1]):
         members = sample.labels[positions] == label
         style = style_of(theme, number)
-        name = sample.name(int(positions[members][0])) if members.any() and sample.labeled else ""
+        name = sample.class_name(label) if members.any() and sample.labeled else ""
         axes.scatter(
             *points[members].T, s=16, color=style.color, marker=style.marker, alpha=0.75, linewidths=0, label=name
         )
     axes.set(xticks=[], yticks=[], aspect="equal")
     axes.spines[:].set_visible(False)
-
-
-def draw_map(points: np.ndarray, sample: Sample, positions: np.ndarray, theme: Theme) -> bytes:
-    """Return one encoder's map as a PNG, without title and legend."""
-    return picture(partial(draw, points, sample, positions, theme), theme, (4.4, 3.8))
-
-
-def draw_maps(maps: Sequence[tuple[str, np.ndarray]], sample: Sample, positions: np.ndarray, theme: Theme) -> bytes:
-    """Return all encoders' maps as one PNG, with titles and a legend."""
-    parts = [(name, partial(draw, points, sample, positions, theme)) for name, points in maps]
-    return sheet(parts, theme, (3.9, 3.6))

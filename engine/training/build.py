@@ -1,7 +1,5 @@
 """A training run built from its settings, or refused."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +54,7 @@ class Run:
 
     @property
     def total(self) -> int:
-        """Steps of the whole training."""
+        """Steps of the training."""
         return self.settings.optim.epochs * self.loader.steps
 
     @property

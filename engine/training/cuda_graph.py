@@ -1,13 +1,12 @@
 """A function of tensors as one CUDA graph: launched at once, without Python and without a launch for each kernel."""
 
-from __future__ import annotations
-
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import torch
 
+from engine.monitoring.step_result import Tensors
 from engine.parallel.rendezvous import rank, world
 
 logger = logging.getLogger(__name__)
@@ -30,7 +29,7 @@ class Graph(Generic[R]):
     """
 
     def __init__(
-        self, function: Callable[[Any], R], device: torch.device, reset: Callable[[], None] = lambda: None
+        self, function: Callable[[Tensors], R], device: torch.device, reset: Callable[[], None] = lambda: None
     ) -> None:
         self._function, self._device, self._reset = function, device, reset
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -38,23 +37,25 @@ class Graph(Generic[R]):
         if self._obstacle:
             _warn(self._obstacle)
         self._warm = 0
-        self._inputs: Any = {}
+        self._inputs: Tensors = {}
         self._known: dict[str, Any] = {}
         self._replay: Replay | None = None
         self._result: R | None = None
 
-    def __call__(self, inputs: Any) -> R:
+    def __call__(self, inputs: Tensors) -> R:
         """Return the function's result for these inputs."""
         if self._obstacle:
             return self._function(inputs)
-        if self._known != (shapes := _shapes(inputs)):
+        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in inputs.items()}
+        if self._known != shapes:
             self._forget()
             self._known = shapes
         if self._warm < WARM:
             self._warm += 1
             return self._warm_up(inputs)
         if self._replay is None:
-            self._inputs = _copies(inputs)
+            copies = {id(tensor): tensor.clone() for tensor in inputs.values()}  # one of each
+            self._inputs = {name: copies[id(tensor)] for name, tensor in inputs.items()}
             self._obstacle = self._try_to_record()
             if self._obstacle:  # warned of outside of the handler, whose traceback holds on to memory
                 _warn(self._obstacle)
@@ -76,7 +77,7 @@ class Graph(Generic[R]):
             return "there is no GPU"
         return f"{world()} ranks exchange data in it" if world() > 1 else ""
 
-    def _warm_up(self, inputs: Any) -> R:
+    def _warm_up(self, inputs: Tensors) -> R:
         """Call the function on the stream that it will be recorded on."""
         if self._stream is None:
             return self._function(inputs)
@@ -115,13 +116,3 @@ class Graph(Generic[R]):
 def _warn(reason: str) -> None:
     if rank() == 0:
         logger.warning(f"cuda_graph: {reason}: the step runs without")
-
-
-def _shapes(inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    return {name: (tensor.shape, tensor.dtype) for name, tensor in inputs.items()}
-
-
-def _copies(inputs: Mapping[str, torch.Tensor]) -> Any:
-    """Return copies of the tensors, one of each, in a mapping of the same kind."""
-    copies: dict[int, torch.Tensor] = {id(t): t.clone() for t in inputs.values()}
-    return type(inputs)({name: copies[id(tensor)] for name, tensor in inputs.items()})  # type: ignore[call-arg]

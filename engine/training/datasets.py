@@ -1,7 +1,5 @@
 """Data sets and loader of a run: opened, checked, verified if requested, the same on all ranks."""
 
-from __future__ import annotations
-
 import logging
 import platform
 from dataclasses import dataclass
@@ -115,7 +113,7 @@ def verify_datasets(settings: Settings, data: Datasets) -> None:
 
 
 def _verify(settings: Settings, name: str, beton: Beton) -> None:
-    """Check every record; the ranks of each machine share those of its copy.
+    """Check every record of each machine's copy, divided among its ranks.
 
     A record that is damaged on one machine is skipped on all, or ends the run on all, as `data.on_bad` says.
     """

@@ -1,7 +1,5 @@
 """A dry run: build the model, take a step on stub batches, and print parameters, cost, memory and steps."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 
@@ -80,7 +78,7 @@ def estimate(settings: Settings) -> dict[str, Any]:
 
 
 def memory_of(estimates: dict[str, Any], pairs: float, parts: int = 1) -> float:
-    """Return the bytes that a rank needs for a share of the batch of so many pairs, computed in so many parts."""
+    """Return the bytes that a rank needs for `pairs` samples of a batch, computed in `parts` parts."""
     bytes_per_pair = estimates["activation_bytes_a_pair"] / parts + estimates["view_bytes_a_pair"]
     return estimates["held_bytes"] + pairs * bytes_per_pair
 

@@ -1,7 +1,5 @@
 """The training loop, from top to bottom."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import tempfile
@@ -165,7 +163,7 @@ def _summarize(run: Run) -> dict[str, Any]:
 
 
 def measure_rate(settings: Settings) -> float:
-    """Return the pairs per second of such a run on this machine, over 20 steps after as many of warm-up."""
+    """Return the pairs per second of a run with these settings on this machine, over 20 steps after 20 of warm-up."""
     with tempfile.TemporaryDirectory() as folder:
         run = build(replace(settings, out=folder, tracker="none"))
         try:

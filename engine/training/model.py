@@ -1,7 +1,5 @@
 """Encoders, queue, objective, optimizer and step of a run."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from dataclasses import dataclass
@@ -51,40 +49,33 @@ def build_model(settings: Settings, accelerator: Accelerator, steps_per_epoch: i
     """Build encoders, queue, objective, optimizer, schedules and step, with weights from the settings' seed."""
     set_seed(settings.seed)
     base, device = settings.base, accelerator.device
-    accumulate = settings.parts(world())
-    online = _build_online(settings, accumulate)
-    if settings.model.bn == "sync" and world() > 1:
+    online = _build_online(settings)
+    if settings.model.bn == "sync":
         synchronize(online)
     target = place(momentum_copy(online), device) if base.momentum_encoder else None
     place(online, device)
     if settings.compile:
         _compile(online, target, device)
-    queue = _build_queue(settings, device) if base.queue else None
+    queue = None
+    if base.queue:
+        method, dim = settings.method, settings.model.dim
+        assert method.queue_size is not None
+        assert dim is not None
+        queue = KeyQueue(method.queue_size, dim, settings.seed, getattr(torch, method.queue_dtype)).to(device)
     wrapped, optimizer = prepared(accelerator, online, build_optimizer(online, settings.optim))
     if settings.gradient_dtype == "bfloat16":
         _exchange_in_bfloat16(wrapped)
-    step = Step(
-        accelerator,
-        wrapped,
-        target,
-        queue,
-        build_objective(base, settings.terms),
-        optimizer,
-        Schedule(settings, steps_per_epoch, device),
-        accumulate=accumulate,
-        clip=settings.optim.clip_grad_norm,
-        gradient_shares=settings.gradient_shares,
-        graph=settings.cuda_graph,
-    )
+    schedule = Schedule(settings, steps_per_epoch, device)
+    step = Step(settings, accelerator, wrapped, target, queue, optimizer, schedule)
     return Model(wrapped, target, queue, optimizer, step)
 
 
-def _build_online(settings: Settings, accumulate: int) -> Encoder:
+def _build_online(settings: Settings) -> Encoder:
     """Return the online encoder, on the CPU; its BatchNorm groups are parts of the samples of one forward pass."""
     model = settings.model
     assert model.dim is not None
     assert model.bn is not None
-    groups = max(1, GROUPS // (accumulate * (world() if model.bn == "shuffle" else 1)))
+    groups = max(1, GROUPS // (settings.parts(world()) * (world() if model.bn == "shuffle" else 1)))
     backbone = build_backbone(
         model.arch,
         stem=model.stem,
@@ -115,13 +106,6 @@ def check_compiler(device: torch.device) -> None:
         raise InputError("compile true: triton is not installed: pip install triton, or choose compile false")
     if device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
         raise InputError("compile true: there is no C++ compiler: install g++, or choose compile false")
-
-
-def _build_queue(settings: Settings, device: torch.device) -> KeyQueue:
-    method, dim = settings.method, settings.model.dim
-    assert method.queue_size is not None
-    assert dim is not None
-    return KeyQueue(method.queue_size, dim, settings.seed, getattr(torch, method.queue_dtype)).to(device)
 
 
 def _exchange_in_bfloat16(wrapped: nn.Module) -> None:

@@ -1,7 +1,5 @@
 """The state of a run that cannot be computed: saved in a checkpoint, restored exactly."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -133,14 +131,21 @@ def _open(run: Run, tensors: dict[str, storage.Tensors]) -> dict[str, Any] | Non
 
 
 def _read(run: Run, tensors: dict[str, storage.Tensors]) -> dict[str, Any] | None:
-    path = _find_checkpoint(run)
-    if path is None:
+    if not run.settings.resume:
         return None
+    newest, broken = storage.newest(run.folder.checkpoints)
+    path = Path(run.settings.resume)
+    if run.settings.resume == "auto":
+        for problem in broken:
+            logger.warning(f"skipped: {problem}")
+        if newest is None:
+            return None
+        path = newest
     saved, state = storage.load(path)
-    compatibility.compare(run.settings, state, run.data.train.fingerprint, run.data.knn_fingerprint)
-    later, _ = storage.newest(run.folder.checkpoints)
-    if later is not None and storage.step_of(later) > state["step"]:
-        problem = f"{run.folder.path}: holds {later.name}, later than {path}"
+    for warning in compatibility.compare(run.settings, state, run.data.train.fingerprint, run.data.knn_fingerprint):
+        logger.warning(warning)
+    if newest is not None and storage.step_of(newest) > state["step"]:
+        problem = f"{run.folder.path}: holds {newest.name}, later than {path}"
         raise InputError(f"{problem}: choose another --out, or remove the later checkpoints")
     _check_fit(path, {"model": modules(run).state_dict(), "optimizer": _optimizer_tensors(run)}, saved)
     if "ranks" in saved:
@@ -150,15 +155,6 @@ def _read(run: Run, tensors: dict[str, storage.Tensors]) -> dict[str, Any] | Non
     tensors |= saved
     like = {file: collectives.described(named) for file, named in saved.items()}
     return {"path": str(path), "state": state, "tensors": like}
-
-
-def _find_checkpoint(run: Run) -> Path | None:
-    if run.settings.resume != "auto":
-        return Path(run.settings.resume) if run.settings.resume else None
-    path, broken = storage.newest(run.folder.checkpoints)
-    for problem in broken:
-        logger.warning(f"skipped: {problem}")
-    return path
 
 
 def _check_fit(path: Path, expected: dict[str, storage.Tensors], saved: dict[str, storage.Tensors]) -> None:

@@ -1,7 +1,5 @@
 """The run folder: claimed by one run at a time, cleared of a killed run's remains, with the settings in config.yaml."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl
@@ -33,7 +31,7 @@ class RunFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._lock = _lock(self.path)
                 storage.clear_up(self.checkpoints)
-                for unfinished in self.path.glob(".*.writing"):
+                for unfinished in self.path.glob(".writing-*"):
                     unfinished.unlink()
         refuse_existing_run(self._settings)
 

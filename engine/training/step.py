@@ -1,7 +1,5 @@
 """One training step: momentum encoder, online encoder, loss, backward, optimizer, moving average, queue."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable
 from typing import Any
@@ -12,27 +10,22 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from engine.config.settings import Settings
 from engine.monitoring import embedding_metrics
 from engine.monitoring.step_result import Result, Tensors
 from engine.optim.schedule import Schedule
 from engine.parallel import collectives
 from engine.parallel.rendezvous import rank, world
 from engine.training.cuda_graph import Graph
-from methods.base import Embeddings, Objective, Part, total
+from methods.base import Embeddings, Part, total
 from methods.flat import Buffers
 from methods.heads import Encoder
 from methods.momentum import MovingAverage
 from methods.norm import count_batches
 from methods.queue import KeyQueue
+from methods.registry import build_objective
 from pipeline.loader import Batch
 from pipeline.system.device import to_device
-
-
-class Inputs(dict[str, torch.Tensor]):
-    """The tensors that a step reads, on the device: views q1, q2 of the queries, k1, k2 of the keys, and `back`.
-
-    `back` [G] exists for shuffled keys: it brings those of all ranks into the order of the samples.
-    """
 
 
 class Step:
@@ -42,31 +35,26 @@ class Step:
     loss or gradients are not finite, on any rank, changes nothing: parameters, momentum encoder, running statistics,
     queue, optimizer and schedules stay as they were; only fp16's loss scale falls.
 
-    accumulate: parts in which the queries are computed, each against the keys of the whole global batch. clip: maximum
-    norm of the gradients, 0 for none. gradient_shares: measure each loss part's share of the gradient. graph: after a
-    few steps replay the step as one CUDA graph; measured steps run without.
+    The queries may be computed in parts, each against the keys of the global batch. After a few steps the step may be
+    replayed as one CUDA graph; measured steps run without.
     """
 
     def __init__(
         self,
+        settings: Settings,
         accelerator: Accelerator,
         online: nn.Module,
         target: Encoder | None,
         queue: KeyQueue | None,
-        objective: Objective,
         optimizer: Any,
         schedule: Schedule,
-        *,
-        accumulate: int,
-        clip: float,
-        gradient_shares: bool,
-        graph: bool,
     ) -> None:
-        self._accelerator, self._online, self._target = accelerator, online, target
+        self._settings, self._accelerator, self._online, self._target = settings, accelerator, online, target
+        self._queue, self._optimizer, self.schedule = queue, optimizer, schedule
         self.encoder: Encoder = accelerator.unwrap_model(online)
         """The online encoder, unwrapped."""
-        self._queue, self.objective, self._optimizer, self.schedule = queue, objective, optimizer, schedule
-        self._accumulate, self._clip, self._shares = accumulate, clip, gradient_shares
+        self.objective = objective = build_objective(settings.base, settings.terms)
+        self._accumulate = settings.parts(world())
         self.moving_average = MovingAverage(target, self.encoder) if target else None
         self.buffers = Buffers(*(module for module in (self.encoder, target) if module is not None))
         self._parameters = [p for p in self.encoder.parameters() if p.requires_grad]
@@ -77,7 +65,7 @@ class Step:
         self._gathered = sorted((name for name in objective.needs if name[0] in "QK"), reverse=True)  # Q before K
         for group in optimizer.param_groups:
             group["lr"] = schedule.lr
-        self._graph = Graph(self._train_step, accelerator.device, self._reset) if graph else None
+        self._graph = Graph(self._train_step, accelerator.device, self._reset) if settings.cuda_graph else None
 
     def __call__(self, batch: Batch, *, measured: bool = False) -> Result:
         """Train on `batch`.
@@ -92,17 +80,18 @@ class Step:
             return self._train_step(inputs, measured)
         return self._graph(inputs)
 
-    def _train_step(self, inputs: Inputs, measured: bool = False) -> Result:
-        # Learning rate and EMA share of this step, looked up on the device; a copy of the running statistics.
+    def _train_step(self, inputs: Tensors, measured: bool = False) -> Result:
+        # Learning rate and momentum m of this step: a table lookup on the device. A copy of the running statistics.
         self.schedule.begin()
         statistics = self.buffers.snapshot()
 
-        # Keys of the whole batch: one momentum forward pass a view, without gradient.
+        # k = momentum encoder(x): one forward pass for each view of the batch, without gradient.
         keys, all_keys = self._encode_keys(inputs)
         # Start to gather the keys for the queue: one all-gather, overlapped with the queries.
         gathered = self._gather_for_queue(keys, all_keys)
 
-        # Queries, loss and gradients, part by part; DDP all-reduces gradients during the last backward pass only.
+        # q = encoder(x), loss and gradients, part by part: most of the step's time. DDP all-reduces the gradients once,
+        # during the last backward pass.
         results = []
         for part in range(self._accumulate):
             last = part == self._accumulate - 1
@@ -114,34 +103,40 @@ class Step:
         if self._target is not None:
             count_batches(self._target, self._accumulate * self._target.passes(len(self._keys)))
 
-        # Optimizer: multi-tensor or fused; `taken` is false on every rank if any gradient is not finite.
+        # Optimizer: a few kernels for all parameters; `taken` is false on every rank if any gradient is not finite.
         taken = self._update()
-        # A skipped step puts the running statistics back; the updates below are multiplied or masked by `taken`.
+        # A skipped step restores the running statistics. The updates below are multiplied or masked by `taken`, which
+        # stays on the device.
         self.buffers.restore_unless(taken, statistics)
 
-        # Momentum encoder: k <- k + (1 - m) (q - k), one lerp over all parameters.
+        # params_k = m * params_k + (1 - m) * params_q: one in-place lerp over all parameters.
         if self.moving_average is not None:
             self.moving_average.update(self.schedule.share * taken)
-        # Queue: the oldest keys are overwritten, after the backward pass that read them.
+        # queue[pointer : pointer + G] = keys of all ranks: in place, after the backward pass that read the queue.
         if self._queue is not None:
             self._queue.write(gathered(), taken)
+        # Count the step as taken or skipped; the schedules follow the steps taken.
         self.schedule.end(taken)
 
+        # The loss and its parts, as means over the parts of the batch.
         parts = {name: torch.stack([values[name] for values, _, _ in results]).mean() for name in results[0][0]}
         _, q, measures = results[-1]
         return Result(parts, q, taken, measures)
 
-    def _inputs(self, batch: Batch) -> Inputs:
+    def _inputs(self, batch: Batch) -> Tensors:
+        """Return the tensors that a step reads, on the device: views q1, q2 of the queries, k1, k2 of the keys.
+
+        For shuffled keys also `back` [G], which brings those of all ranks into the order of the samples.
+        """
         views = {f"q{n}": batch.views[n - 1] for n in self._queries}
         views |= {f"k{n}": batch.shuffled.get(n - 1, batch.views[n - 1]) for n in self._keys}
-        missing = [name for name, view in views.items() if view is None]
-        assert not missing, f"the loader left out needed views: {missing}"
-        inputs = Inputs({name: view for name, view in views.items() if view is not None})
+        inputs = {name: view for name, view in views.items() if view is not None}
+        assert inputs.keys() == views.keys(), f"the loader left out needed views: {views.keys() - inputs.keys()}"
         if batch.order is not None:
             inputs["back"] = to_device(np.argsort(batch.order), self._accelerator.device)
         return inputs
 
-    def _encode_keys(self, inputs: Inputs) -> tuple[Tensors, Tensors]:
+    def _encode_keys(self, inputs: Tensors) -> tuple[Tensors, Tensors]:
         """Return this rank's keys by name, k1 or k2 or both, [B, C], and the needed keys of all ranks, K1, K2 [G, C].
 
         Shuffled keys return to the ranks of their samples (1911.05722, section 3.3).
@@ -166,7 +161,7 @@ class Step:
         return (lambda: all_keys[name.upper()]) if name.upper() in all_keys else collectives.gather_later(keys[name])
 
     def _forward_backward(
-        self, inputs: Inputs, part: int, keys: Tensors, all_keys: Tensors, measured: bool
+        self, inputs: Tensors, part: int, keys: Tensors, all_keys: Tensors, measured: bool
     ) -> tuple[Tensors, torch.Tensor, Tensors]:
         """Compute a part of the queries, its loss and gradients; return loss parts, online embeddings and measures."""
         # Queries of this part, [B, C], with the keys of the same samples.
@@ -205,8 +200,8 @@ class Step:
         if scaler is not None:
             scaler.unscale_(optimizer)
         norm = get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-        if self._clip:
-            clip_grads_with_norm_(self._parameters, self._clip, norm)
+        if clip := self._settings.optim.clip_grad_norm:
+            clip_grads_with_norm_(self._parameters, clip, norm)
         taken = norm.isfinite()
         optimizer.found_inf = (~taken).float()  # fused optimizers then change nothing
         optimizer.step()
@@ -238,7 +233,7 @@ class Step:
                 e = Embeddings({**e.named, f"k{a}": self._target(views[a])[0]}, e.queue, e.offset)
             self.buffers.restore(statistics)
         measures = embedding_metrics.measure(e, self.objective.base)
-        return {**measures, **(self._gradient_shares(e, parts) if self._shares else {})}
+        return measures | (self._gradient_shares(e, parts) if self._settings.gradient_shares else {})
 
     def _gradient_shares(self, e: Embeddings, parts: dict[str, Part]) -> Tensors:
         """Return each weighted part's gradient norm at the online embeddings, as a share of the sum of these."""

@@ -6,8 +6,6 @@ The recipe is `voc_r50_c4.yaml`; `--settings` change it. `engine.evaluate.detect
 torchvision.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os
@@ -19,7 +17,7 @@ from typing import Any
 import torch
 
 from engine.export.formats import export, refuse
-from engine.weights.load import Architecture, LoadedEncoder, load_encoder
+from engine.weights.load import Architecture, load_encoder
 from pipeline.system.cli import ArgumentParser
 from pipeline.system.errors import InputError, command
 from pipeline.system.files import write_json
@@ -145,18 +143,14 @@ def main() -> None:
     if encoder.architecture.arch not in _DEPTHS:
         raise InputError(f"{args.checkpoint}: {encoder.architecture}: R50-C4 needs one of {', '.join(_DEPTHS)}")
     logger.info("%s", encoder.summary())
-    with tempfile.TemporaryDirectory(prefix="millrace-") if args.dry_run else nullcontext(args.out) as out:
-        start(encoder, args, Path(out))
+    with tempfile.TemporaryDirectory(prefix="millrace-") if args.dry_run else nullcontext(args.out) as folder:
+        out = Path(folder)
+        out.mkdir(parents=True, exist_ok=True)
+        export(encoder, "detectron2", out / "backbone.pth")
+        os.environ["DETECTRON2_DATASETS"] = str(args.data)  # read on import of detectron2, in each process
+        from detectron2.engine import launch
 
-
-def start(encoder: LoadedEncoder, args: argparse.Namespace, out: Path) -> None:
-    """Export the encoder to `out`, and let detectron2 train from it there, one process for each GPU."""
-    out.mkdir(parents=True, exist_ok=True)
-    export(encoder, "detectron2", out / "backbone.pth")
-    os.environ["DETECTRON2_DATASETS"] = str(args.data)  # read on import of detectron2, in each process
-    from detectron2.engine import launch
-
-    launch(train, args.gpus, dist_url="auto", args=(config(encoder.architecture, args, out), args.resume))
+        launch(train, args.gpus, dist_url="auto", args=(config(encoder.architecture, args, out), args.resume))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ Sources: facebookresearch/moco `detection/convert-pretrain-to-detectron2.py` (de
 detectron2's transformer (ViTDet) has timm's names.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Literal
 

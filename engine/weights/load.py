@@ -5,8 +5,6 @@ partly loaded encoder still gives features, but poor ones (facebookresearch/moco
 Only tensors are unpickled.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import re
@@ -28,12 +26,11 @@ from pipeline.system.errors import InputError
 from pipeline.system.text import printable
 
 Which = Literal["online", "momentum"]
+Backbone = ResNet | VisionTransformer
 _COUNTER = "num_batches_tracked"  # may be missing in older files: unused
 _DEPTHS = {name: depths for name, (_, depths) in RESNETS.items()} | {"resnet152": (3, 8, 36, 3)}
-_TRANSFORMERS = {192: ("vit_tiny", 12, 3), 1024: ("vit_large", 24, 16)}  # dim to name, depth, heads
-_TRANSFORMERS |= {dim: (name, depth, heads) for name, (dim, depth, heads) in VITS.items()}
-DIMENSIONS = {name: dim for dim, (name, _, _) in _TRANSFORMERS.items()}
-"""Feature dimensions of the transformers, by name."""
+TRANSFORMERS = {"vit_tiny": (192, 12, 3), **VITS, "vit_large": (1024, 24, 16)}
+"""Feature dimensions, depths and attention heads, by name."""
 _OTHER_HEADS = {"vit_small": 6}  # in timm, DeiT and DINO, with the same shapes as MoCo v3's 12
 
 
@@ -56,6 +53,7 @@ _LAYOUTS = (
     _Layout("a state dict", "backbone.", None, pretraining=False),
     _Layout("a state dict", "", None, pretraining=False),
 )
+_HEADS = ("fc", "head", "heads", "classifier", "linear")
 _MAX_WIDTH = 64
 _MAX_CHARACTERS, _MAX_PARTS = 200, 20  # of a key and of the list of keys in messages
 _ROOTS = r"conv1\.|bn1\.|layer\d\.|cls_token$|pos_embed$|patch_embed\.|blocks\.|norm\."
@@ -78,10 +76,10 @@ class Architecture:
         """Whether it is a transformer."""
         return self.arch.startswith("vit")
 
-    def build(self) -> nn.Module:
+    def build(self) -> Backbone:
         """Return the backbone with random weights, all of it trainable."""
         if self.transformer:
-            dim, depth = next((dim, depth) for dim, (name, depth, _) in _TRANSFORMERS.items() if name == self.arch)
+            dim, depth, _ = TRANSFORMERS[self.arch]
             return VisionTransformer(dim, depth, self.heads, size=self.size, stop_grad_conv1=False)
         block = BasicBlock if self.arch in ("resnet18", "resnet34") else Bottleneck
         depths: tuple[int, int, int, int] = _DEPTHS[self.arch]  # type: ignore[assignment]
@@ -110,7 +108,7 @@ _INITIALIZERS |= {nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_}
 class LoadedEncoder:
     """A backbone and its source."""
 
-    backbone: nn.Module
+    backbone: Backbone
     architecture: Architecture
     path: Path
     kind: str
@@ -118,13 +116,13 @@ class LoadedEncoder:
     which: Which
     matched: int
     """Backbone keys in the file: all, except counters of batches."""
-    unused: dict[str, int] = field(default_factory=dict)
-    """Number of unused keys, by part of the network."""
-    warnings: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     """Settings of the run, for a Millrace checkpoint."""
     origin: dict[str, Any] = field(default_factory=dict)
     """Provenance of that run, if recorded (`engine.checkpoint.provenance`)."""
+    unused: dict[str, int] = field(default_factory=dict)
+    """Number of unused keys, by part of the network."""
+    warnings: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
         """Return a line with the numbers of matched and unused keys."""
@@ -171,8 +169,9 @@ def load_encoder(path: Path | str, which: Which = "online", *, heads: int = 0) -
         backbone = architecture.build()
     backbone.load_state_dict(part, strict=False)
     matched = len(expected.keys() & part.keys())
-    loaded = LoadedEncoder(backbone.eval(), architecture, path, layout.name, which, matched)
-    loaded.settings, loaded.origin = contents.settings, contents.origin
+    loaded = LoadedEncoder(
+        backbone.eval(), architecture, path, layout.name, which, matched, contents.settings, contents.origin
+    )
     _note_unused(loaded, layout, part, [key for key in contents.state if not key.startswith(prefix)])
     return loaded
 
@@ -217,23 +216,24 @@ def _transformer_architecture(
 ) -> Architecture:
     """Return the architecture by keys and shapes, with the heads of the command line, the file, or its kind."""
     dim = _get("cls_token", part, path).shape[-1]
-    name, depth, default = _TRANSFORMERS.get(dim, ("", 0, 0))
+    name = next((name for name, (known, _, _) in TRANSFORMERS.items() if known == dim), "")
+    _, depth, default = TRANSFORMERS.get(name, (0, 0, 0))
     tokens = _get("pos_embed", part, path).shape[1]
     side = math.isqrt(max(tokens - 1, 0))
     blocks = len({key.split(".")[1] for key in part if key.startswith("blocks.")})
     if not name or blocks != depth or side**2 != tokens - 1:
-        known = ", ".join(sorted(DIMENSIONS))
+        known = ", ".join(sorted(TRANSFORMERS))
         raise InputError(
             f"{path}: a transformer of {dim} dimensions, {blocks} blocks and {tokens} tokens: known are {known}, of "
             f"patches of {PATCH} pixels"
         )
-    given = heads or int(stated.get("heads", 0)) or layout.heads
-    if name in _OTHER_HEADS and not given:
+    count = heads or int(stated.get("heads", 0)) or layout.heads
+    if name in _OTHER_HEADS and not count:
         raise InputError(
             f"{path}: {name} has {default} heads in MoCo v3 and {_OTHER_HEADS[name]} in timm, DeiT and DINO, and the "
             "file does not say: give --heads"
         )
-    count = given or default
+    count = count or default
     if count < 1 or dim % count:
         raise InputError(f"{path}: {count} heads do not divide {dim} dimensions: give other --heads")
     return Architecture(name, size=_size(side * PATCH), heads=count)
@@ -300,12 +300,10 @@ def _note_unused(loaded: LoadedEncoder, layout: _Layout, part: dict[str, torch.T
     """Count the unused keys, and warn of keys that a pretrained encoder would not have."""
     known = loaded.backbone.state_dict().keys()
     unused = [key for key in part if key not in known]
-    counts = Counter(key.split(".")[0] for key in unused)
-    heads = {name: count for name, count in counts.items() if name in ("fc", "head", "heads", "classifier", "linear")}
-    of_heads = [key for key in unused if key.split(".")[0] in heads]
-    unknown = [key for key in unused if key.split(".")[0] not in heads]
+    of_heads = [key for key in unused if key.split(".")[0] in _HEADS]
+    unknown = [key for key in unused if key.split(".")[0] not in _HEADS]
     warnings = []
-    if heads and not layout.pretraining:
+    if of_heads and not layout.pretraining:
         names = ", ".join(f"{key[:_MAX_CHARACTERS]} {list(part[key].shape)}" for key in of_heads[:4])
         warnings.append(
             f"{loaded.path}: {names}: the head of a classifier, left out: the encoder may have been trained with labels"
@@ -315,6 +313,6 @@ def _note_unused(loaded: LoadedEncoder, layout: _Layout, part: dict[str, torch.T
         warnings.append(f"{loaded.path}: keys that no {loaded.architecture.arch} has: {keys}")
     loaded.warnings = [printable(warning) for warning in warnings]
     label = "projection head" if layout.pretraining else "head"
-    parts = {f"{label} {name}.*": count for name, count in heads.items()}
-    parts |= Counter(f"{key.split('.')[0]}.*" if "." in key else key for key in others)
-    loaded.unused = parts | ({"others": len(unknown)} if unknown else {})
+    loaded.unused = Counter(f"{label} {key.split('.')[0]}.*" for key in of_heads)
+    loaded.unused |= Counter(f"{key.split('.')[0]}.*" if "." in key else key for key in others)
+    loaded.unused |= {"others": len(unknown)} if unknown else {}

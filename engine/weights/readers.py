@@ -1,7 +1,5 @@
 """Readers of encoder files: tensors by name. Only tensors and plain values are unpickled."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import re

@@ -8,8 +8,6 @@ boxes, but torchvision's: a Gaussian kernel with reflected edges.
 All shapes follow from draws on the host: nothing here synchronizes with the device.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple

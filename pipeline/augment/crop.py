@@ -3,8 +3,6 @@
 On a GPU, one Triton kernel for each view reads the pixels in place; on the CPU, compiled code does.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np
@@ -28,20 +26,17 @@ class Ragged(NamedTuple):
 
 def crop_views(images: Ragged, plan: Plan) -> tuple[torch.Tensor, ...]:
     """Return the crops of `plan`, whose samples are these images: uint8 [B, S, S, 3] for each view."""
+    views = list(zip(plan.boxes, plan.flips, plan.sizes, strict=True))
     if images.pixels.device.type == "cpu":
-        return tuple(_compiled(images, boxes, flips, size) for boxes, flips, size in _views(plan))
+        return tuple(_compiled(images, *view) for view in views)
     from pipeline.augment.triton_kernels import crop_view
 
     device = images.pixels.device
     starts, widths = to_device(images.starts, device), to_device(images.widths, device)
     return tuple(
         crop_view(images.pixels, starts, widths, to_device(boxes, device), to_device(flips, device), size)
-        for boxes, flips, size in _views(plan)
+        for boxes, flips, size in views
     )
-
-
-def _views(plan: Plan) -> list[tuple[np.ndarray, np.ndarray, int]]:
-    return list(zip(plan.boxes, plan.flips, plan.sizes, strict=True))
 
 
 def _compiled(images: Ragged, boxes: np.ndarray, flips: np.ndarray, size: int) -> torch.Tensor:

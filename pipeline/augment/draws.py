@@ -4,8 +4,6 @@ No draw depends on rank, world size, workers, backend, batch size or the point o
 the random stream of (seed, epoch, id, view): a new draw never changes another.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -106,11 +104,7 @@ def between(u: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def crop_boxes(
-    u: np.ndarray,
-    heights: np.ndarray,
-    widths: np.ndarray,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
+    u: np.ndarray, heights: np.ndarray, widths: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> np.ndarray:
     """Return RandomResizedCrop's boxes, int32 [n, 4] (top, left, height, width), from uniforms u [n, tries, 4].
 

@@ -1,7 +1,5 @@
 """The plan of one batch: its records, and the crops of each."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +22,6 @@ class Plan:
     """Side of each view's crops, pixels."""
 
     @staticmethod
-    def from_draws(ids: np.ndarray, draws: Sequence[ViewDraws], sizes: tuple[int, ...]) -> Plan:
+    def from_draws(ids: np.ndarray, draws: Sequence[ViewDraws], sizes: tuple[int, ...]) -> "Plan":
         """Return the plan of records `ids` (int64 [B]) with the draws of each view."""
         return Plan(ids, np.stack([d.boxes for d in draws]), np.stack([d.flips for d in draws]), sizes)

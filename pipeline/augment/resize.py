@@ -6,8 +6,6 @@ pixel overwrites. The column pass is unrolled for the number of taps, rounded up
 loop. All in float32, rounded once; PIL also rounds between the passes, hence the 1/255.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Triton kernels of the data path. With TRITON_INTERPRET=1 they also run on CPU tensors, slowly."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

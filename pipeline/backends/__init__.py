@@ -1,7 +1,5 @@
 """Backends: records to cropped, resized and flipped uint8 views. A file each, with a `build`, found by its name."""
 
-from __future__ import annotations
-
 import importlib
 
 from pipeline.backends.base import Backend, BackendConfig

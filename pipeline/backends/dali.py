@@ -2,16 +2,13 @@
 
 JPEG bytes go from the beton's memory map into DALI's decoder once for each sample: nvJPEG on a GPU; on the CPU
 libjpeg-turbo, whose pixels equal PIL's. `pipeline.augment.crop` reads DALI's output in place, without a copy. One
-thread drives DALI, which has `workers` threads of its own; as many more read and check the records. DALI accepts
+thread drives DALI, which has `workers` threads of its own; `workers` more read and check the records. DALI accepts
 damaged JPEGs, so records without a CRC32 are first decoded once on the CPU. Ids and draws come from the loader: a
 restart is exact.
 """
 
-from __future__ import annotations
-
 import zlib
-from collections import deque
-from concurrent.futures import Future, wait
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -20,8 +17,7 @@ from nvidia import dali
 
 from pipeline.augment.crop import Ragged, crop_views
 from pipeline.augment.plan import Plan
-from pipeline.backends.base import BackendConfig
-from pipeline.backends.threaded import abandon, stalled
+from pipeline.backends.base import Backend, BackendConfig, UnderWay
 from pipeline.beton import Beton
 from pipeline.native.libffcv import RAW
 from pipeline.storage.decode import UNDECODABLE, check_record, damaged
@@ -32,32 +28,25 @@ fn: Any = dali.fn
 types: Any = dali.types
 
 
-class DaliBackend:
-    """See `pipeline.backends.base.Backend`."""
+class DaliBackend(Backend):
+    """A backend whose decoder is a DALI pipeline."""
 
     def __init__(self, beton: Beton, config: BackendConfig) -> None:
-        self.depth = config.depth
-        self._beton, self._device = beton, config.device
-        self._stream = torch.cuda.Stream(config.device) if config.device.type == "cuda" else None
+        super().__init__(beton, config)
         self._decoder = _decoder(config)
-        self._pending: deque[tuple[Plan, Future]] = deque()
         self._failed_input: list[np.ndarray] | None = None
         self._driver = Workers(1, lambda: None)
         self._readers = Workers(config.workers or available_cores(), lambda: None)
         self._unchecked = np.full(len(beton), beton.crc32 is None) & (beton.modes != RAW)
 
-    def submit(self, plan: Plan) -> None:
-        self._pending.append((plan, self._driver.submit(self._views, plan)))
+    def _start(self, plan: Plan) -> UnderWay:
+        return UnderWay(plan, [self._driver.submit(self._views, plan)])
 
-    def receive(self, timeout: float) -> tuple[torch.Tensor, ...]:
-        plan, future = self._pending[0]
-        if wait([future], timeout).not_done:
-            raise stalled(self._beton, plan, timeout)
-        views = future.result()
-        self._pending.popleft()
+    def _finish(self, batch: UnderWay) -> tuple[torch.Tensor, ...]:
+        views = batch.calls[0].result()
         if self._stream is not None:
             for view in views:  # made on this backend's stream; complete, as `_views` waited for it
-                view.record_stream(torch.cuda.current_stream(self._device))
+                view.record_stream(torch.cuda.current_stream(self._config.device))
         return views
 
     def _views(self, state: None, plan: Plan) -> tuple[torch.Tensor, ...]:
@@ -100,7 +89,7 @@ class DaliBackend:
         addresses = np.array([part.data_ptr() for part in parts], np.int64)
         first = int(addresses.min())
         span = int((addresses - first + 3 * heights.astype(np.int64) * widths).max())
-        return Ragged(_memory(first, span, self._device), addresses - first, widths)
+        return Ragged(_memory(first, span, self._config.device), addresses - first, widths)
 
     def _decode_error(self, plan: Plan, error: RuntimeError) -> Exception:
         """Return the error that names the sample DALI could not decode, or DALI's error where all of them decode."""
@@ -109,31 +98,20 @@ class DaliBackend:
                 return damaged(self._beton, int(index), fault)
         return error
 
-    def ready(self) -> bool:
-        return bool(self._pending) and self._pending[0][1].done()
-
     def forget(self) -> bool:
-        futures = [future for _, future in self._pending]
-        self._pending.clear()
-        return abandon(futures) and self._failed_input is None
+        return super().forget() and self._failed_input is None
 
     def close(self) -> None:
-        self._pending.clear()
+        super().close()
         self._driver.close()
         self._readers.close()
 
 
 def _memory(address: int, size: int, device: torch.device) -> torch.Tensor:
     """Return `size` bytes of memory from `address` on as a tensor that does not own them: uint8."""
-    borrowed = _Borrowed({"data": (address, False), "shape": (size,), "typestr": "|u1", "version": 3})
+    interface = {"data": (address, False), "shape": (size,), "typestr": "|u1", "version": 3}
+    borrowed = SimpleNamespace(__array_interface__=interface, __cuda_array_interface__=interface)
     return torch.as_tensor(borrowed, device=device) if device.type == "cuda" else torch.from_numpy(np.asarray(borrowed))
-
-
-class _Borrowed:
-    """Memory by the array interface of NumPy and of torch."""
-
-    def __init__(self, interface: dict[str, Any]) -> None:
-        self.__array_interface__ = self.__cuda_array_interface__ = interface
 
 
 def _decoder(config: BackendConfig) -> Any:

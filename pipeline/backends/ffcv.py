@@ -6,8 +6,6 @@ ever when its thread dies. Here each chunk of a batch is one call of `_crop_chun
 next epoch's batches follow without a pause.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import cache, partial
@@ -55,7 +53,7 @@ def _crop_chunk(
 
 
 class FfcvBackend(ThreadedBackend[Views]):
-    """See `ThreadedBackend`. A buffer is one flat uint8 tensor for each view."""
+    """A backend that decodes and crops on the CPU. A buffer is one flat uint8 tensor for each view."""
 
     def _new_buffer(self, pinned: bool) -> Views:
         sizes = [3 * self._config.batch * size**2 for size in self._config.sizes]

@@ -4,9 +4,7 @@ One copy of each batch goes to the device, on a separate stream; there `pipeline
 a GPU, compiled code makes the crops on the thread that receives them.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,30 +12,17 @@ import torch
 from pipeline.augment.crop import Ragged, crop_views
 from pipeline.augment.plan import Plan
 from pipeline.backends.threaded import ThreadedBackend
-from pipeline.storage.decode import INTACT, Records, damaged, decode_chunk, rectangles
+from pipeline.storage.decode import INTACT, damaged, decode_chunk, rectangles
 
 
 @dataclass(frozen=True)
 class PackedPlan(Plan):
-    """A plan whose images' parts are packed one after another into a buffer."""
+    """A plan whose images' parts are packed one after another into a buffer; its boxes are relative to the parts."""
 
     parts: np.ndarray
     """int32 [B, 4]: the part of each image to decode, as `rectangles` returns."""
     starts: np.ndarray
     """int64 [B + 1]: first byte of each part, and the end of the last."""
-
-    @staticmethod
-    def pack(plan: Plan, records: Records) -> PackedPlan:
-        """Return `plan` with the parts of its images and their positions."""
-        parts = rectangles(records, plan.ids, plan.boxes)
-        ends = np.cumsum(3 * parts[:, 2].astype(np.int64) * parts[:, 3])
-        return PackedPlan(plan.ids, plan.boxes, plan.flips, plan.sizes, parts, np.concatenate([[0], ends]))
-
-    def boxes_in_parts(self) -> np.ndarray:
-        """Return the boxes relative to the parts: int32 [V, B, 4]."""
-        boxes = self.boxes.copy()
-        boxes[:, :, :2] -= self.parts[:, :2]
-        return boxes
 
 
 class GrowingBuffer:
@@ -57,15 +42,17 @@ class GrowingBuffer:
 
 
 class FfcvGpuBackend(ThreadedBackend[GrowingBuffer]):
-    """See `ThreadedBackend`."""
+    """A backend that decodes into one buffer for each batch, and crops on the device."""
 
     def _new_buffer(self, pinned: bool) -> GrowingBuffer:
         return GrowingBuffer(pinned)
 
     def _prepare(self, plan: Plan, buffer: GrowingBuffer) -> PackedPlan:
-        packed = PackedPlan.pack(plan, self._records)
-        buffer.reserve(int(packed.starts[-1]))
-        return packed
+        parts, boxes = rectangles(self._records, plan.ids, plan.boxes), plan.boxes.copy()
+        boxes[:, :, :2] -= parts[:, :2]
+        ends = np.cumsum(3 * parts[:, 2].astype(np.int64) * parts[:, 3])
+        buffer.reserve(int(ends[-1]))
+        return PackedPlan(plan.ids, boxes, plan.flips, plan.sizes, parts, np.concatenate([[0], ends]))
 
     def _fill(self, state: None, plan: Plan, start: int, stop: int, buffer: GrowingBuffer) -> None:
         assert isinstance(plan, PackedPlan)
@@ -77,8 +64,7 @@ class FfcvGpuBackend(ThreadedBackend[GrowingBuffer]):
     def _crops(self, plan: Plan, buffer: GrowingBuffer, slot: int) -> tuple[torch.Tensor, ...]:
         assert isinstance(plan, PackedPlan)
         (pixels,) = self._to_device([buffer.bytes[: plan.starts[-1]]], slot)
-        images = Ragged(pixels, plan.starts[:-1], plan.parts[:, 3].astype(np.int64))
-        return crop_views(images, replace(plan, boxes=plan.boxes_in_parts()))
+        return crop_views(Ragged(pixels, plan.starts[:-1], plan.parts[:, 3].astype(np.int64)), plan)
 
 
 build = FfcvGpuBackend

@@ -1,7 +1,5 @@
 """A backend with several batches under way, and substitutes for damaged records where these are skipped."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,6 +22,7 @@ class PrefetchQueue(Generic[Note]):
 
     def __init__(self, backend: str, beton: Beton, on_bad: OnBad, config: BackendConfig) -> None:
         self._name, self._beton, self._config = backend, beton, config
+        self.depth = config.depth
         self._notes: deque[Note] = deque()
         self.substitutes = Substitutes(beton, on_bad)
         self.backend = self._build()
@@ -31,11 +30,6 @@ class PrefetchQueue(Generic[Note]):
     def __len__(self) -> int:
         """Return the number of batches under way."""
         return len(self._notes)
-
-    @property
-    def depth(self) -> int:
-        """Batches under way at most."""
-        return self._config.depth
 
     def submit(self, plan: Plan, note: Note) -> None:
         """Start a batch."""

@@ -4,8 +4,6 @@ For sets that fit: CIFAR, STL, Tiny-ImageNet, ImageNet at reduced size. On a GPU
 CPU this is the FFCV backend without the decoding.
 """
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,7 +12,7 @@ import torch
 
 from pipeline.augment.crop import Ragged, crop_views
 from pipeline.augment.plan import Plan
-from pipeline.backends.base import Backend, BackendConfig
+from pipeline.backends.base import Backend, BackendConfig, UnderWay
 from pipeline.backends.ffcv import FfcvBackend
 from pipeline.beton import Beton
 from pipeline.native.libffcv import RAW
@@ -118,31 +116,22 @@ def _bytes(beton: Beton) -> np.ndarray:
     return 3 * beton.heights.astype(np.int64) * beton.widths
 
 
-class ResidentBackend:
-    """See `pipeline.backends.base.Backend`. On a GPU: every crop is one kernel, so that no batch is ever waited for."""
+class ResidentBackend(Backend):
+    """A backend on a GPU: every crop is one kernel, so that no batch is ever waited for."""
 
     def __init__(self, beton: Beton, config: BackendConfig, pixels: torch.Tensor, starts: np.ndarray) -> None:
-        self.depth, self._widths = config.depth, beton.widths.astype(np.int64)
-        self._starts, self._pixels = starts, pixels
-        self._pending: list[Plan] = []
+        super().__init__(beton, config)
+        self._widths, self._starts, self._pixels = beton.widths.astype(np.int64), starts, pixels
 
-    def submit(self, plan: Plan) -> None:
-        self._pending.append(plan)
+    def _start(self, plan: Plan) -> UnderWay:
+        return UnderWay(plan, [])
 
-    def receive(self, timeout: float) -> tuple[torch.Tensor, ...]:
-        plan = self._pending.pop(0)
-        images = Ragged(self._pixels, self._starts[plan.ids], self._widths[plan.ids])
-        return crop_views(images, plan)
-
-    def ready(self) -> bool:
-        return bool(self._pending)
-
-    def forget(self) -> bool:
-        self._pending.clear()
-        return True
+    def _finish(self, batch: UnderWay) -> tuple[torch.Tensor, ...]:
+        ids = batch.plan.ids
+        return crop_views(Ragged(self._pixels, self._starts[ids], self._widths[ids]), batch.plan)
 
     def close(self) -> None:
-        self._pending.clear()
+        super().close()
         self._pixels = self._pixels[:0].clone()  # frees the memory
 
 

@@ -1,7 +1,5 @@
 """Selection of the backend, with the reason."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

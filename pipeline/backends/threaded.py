@@ -1,43 +1,23 @@
 """The base of backends that decode on the CPU: worker threads fill one buffer for each batch under way."""
 
-from __future__ import annotations
-
-from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, wait
 from typing import Any, Generic, TypeVar
 
 import torch
 
 from pipeline.augment.plan import Plan
-from pipeline.backends.base import BackendConfig
+from pipeline.backends.base import Backend, BackendConfig, UnderWay
 from pipeline.beton import Beton
 from pipeline.storage.decode import Records, records_of
 from pipeline.system.cores import available_cores
-from pipeline.system.errors import LoaderStalled
 from pipeline.system.thread_pool import Workers
 
 _CHUNKS_PER_WORKER = 4  # of a batch: enough to share out evenly, few enough to cost nothing
-_ABANDON_SECONDS = 5.0
 Buffer = TypeVar("Buffer")
 
 
-def stalled(beton: Beton, plan: Plan, timeout: float) -> LoaderStalled:
-    """Return the error for a batch that did not arrive in time."""
-    return LoaderStalled(
-        f"{beton.path}: no batch for {timeout:g} s (samples {plan.ids[0]} and following): check the disk or network "
-        "the file is on, or allow more with --data.stall_timeout"
-    )
-
-
-def abandon(futures: Sequence[Future]) -> bool:
-    """Cancel the calls that have not begun; return whether the others ended within a few seconds."""
-    running = [future for future in futures if not future.cancel()]
-    return not wait(running, _ABANDON_SECONDS).not_done
-
-
-class ThreadedBackend(Generic[Buffer]):
-    """See `pipeline.backends.base.Backend`. A subclass says how a buffer is made, filled and turned into crops.
+class ThreadedBackend(Backend, Generic[Buffer]):
+    """A backend whose subclass says how a buffer is made, filled and turned into crops.
 
     Each batch is cut into chunks, which the workers fill. There are depth + 1 buffers, made once and used in turn: the
     caller may still read the last batch's. For a GPU buffers are pinned and copied on a stream of this backend; a
@@ -47,17 +27,13 @@ class ThreadedBackend(Generic[Buffer]):
     """
 
     def __init__(self, beton: Beton, config: BackendConfig, records: Records | None = None) -> None:
-        self.depth = config.depth
-        self._beton, self._config, self._records = beton, config, records or records_of(beton)
-        self._stream = torch.cuda.Stream(config.device) if config.device.type == "cuda" else None
+        super().__init__(beton, config)
+        self._records = records or records_of(beton)
         self._buffers = [self._new_buffer(pinned=self._stream is not None) for _ in range(config.depth + 1)]
         self._copied: list[torch.cuda.Event | None] = [None] * len(self._buffers)
-        self._pending: deque[tuple[Plan, int, list[Future]]] = deque()
         self._next = 0
         self._worker_count = config.workers or available_cores()
         self._workers = Workers(self._worker_count, self._worker_state)
-
-    # ---- for subclasses ----
 
     def _new_buffer(self, pinned: bool) -> Buffer:
         raise NotImplementedError
@@ -92,9 +68,7 @@ class ThreadedBackend(Generic[Buffer]):
             copy.record_stream(current)
         return copies
 
-    # ---- the interface ----
-
-    def submit(self, plan: Plan) -> None:
+    def _start(self, plan: Plan) -> UnderWay:
         slot = self._next
         self._next = (slot + 1) % len(self._buffers)
         if (copied := self._copied[slot]) is not None:
@@ -104,31 +78,11 @@ class ThreadedBackend(Generic[Buffer]):
         n = len(plan.ids)
         chunk = max(1, -(-n // (self._worker_count * _CHUNKS_PER_WORKER)))
         spans = [(start, min(start + chunk, n)) for start in range(0, n, chunk)]
-        self._pending.append((plan, slot, [self._workers.submit(self._fill, plan, *span, buffer) for span in spans]))
+        return UnderWay(plan, [self._workers.submit(self._fill, plan, *span, buffer) for span in spans], slot)
 
-    def receive(self, timeout: float) -> tuple[torch.Tensor, ...]:
-        return self._crops(*self.take_filled(timeout))
-
-    def take_filled(self, timeout: float) -> tuple[Plan, Buffer, int]:
-        """Return the oldest batch's plan, its filled buffer and the buffer's number. Raises as `receive`."""
-        plan, slot, futures = self._pending[0]
-        under_way = wait(futures, timeout).not_done
-        for future in futures:
-            if future not in under_way:
-                future.result()  # raises the worker's error
-        if under_way:
-            raise stalled(self._beton, plan, timeout)
-        self._pending.popleft()
-        return plan, self._buffers[slot], slot
-
-    def ready(self) -> bool:
-        return bool(self._pending) and all(future.done() for future in self._pending[0][2])
-
-    def forget(self) -> bool:
-        futures = [future for _, _, futures in self._pending for future in futures]
-        self._pending.clear()
-        return abandon(futures)
+    def _finish(self, batch: UnderWay) -> tuple[torch.Tensor, ...]:
+        return self._crops(batch.plan, self._buffers[batch.slot], batch.slot)
 
     def close(self) -> None:
-        self._pending.clear()
+        super().close()
         self._workers.close()

@@ -1,7 +1,5 @@
 """Files of images with masks or boxes: their headers, their pixels, and VOC's lists of their names."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from PIL import Image
@@ -9,23 +7,16 @@ from PIL import Image
 from pipeline.system.errors import InputError
 
 
-def header(file: Path) -> Image.Image:
-    """Return an image with its size and mode, but without pixels. Raises InputError where it cannot be read."""
+def open_image(file: Path, *, pixels: bool = True) -> Image.Image:
+    """Return an image; without `pixels`, only its size and mode. Raises InputError where it cannot be read."""
     try:
         with Image.open(file) as image:
+            if pixels:
+                image.load()
             return image
     except Exception as error:  # of any kind: PIL's readers fail on damaged files in many ways
-        raise InputError(f"{file}: cannot be read ({error}): replace it, or leave it out") from None
-
-
-def decoded(file: Path) -> Image.Image:
-    """Return an image with its pixels. Raises InputError where it cannot be decoded."""
-    try:
-        with Image.open(file) as image:
-            image.load()
-            return image
-    except Exception as error:  # of any kind, as above
-        raise InputError(f"{file}: cannot be decoded ({error}): replace it, or leave it out") from None
+        action = "decoded" if pixels else "read"
+        raise InputError(f"{file}: cannot be {action} ({error}): replace it, or leave it out") from None
 
 
 def read_set(file: Path, remedy: str) -> list[str]:

@@ -4,17 +4,15 @@ A mask is a PNG of the image's size, of palette indices (as VOC's) or gray level
 scores. Betons cannot contain masks: PIL reads the files one by one.
 """
 
-from __future__ import annotations
-
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
 
-from pipeline.dense.image_files import decoded, header, read_set
+from pipeline.dense.image_files import open_image, read_set
 from pipeline.system.errors import InputError
 from pipeline.system.thread_pool import Workers
 
@@ -43,20 +41,20 @@ class Masked:
 
     def read(self, index: int) -> Pair:
         """Return an image, RGB, and its mask, uint8 [H, W]. Raises InputError where one cannot be decoded."""
-        return decoded(self.images[index]).convert("RGB"), self.mask(index)
+        return open_image(self.images[index]).convert("RGB"), self.mask(index)
 
     def mask(self, index: int) -> np.ndarray:
         """Return a mask of class numbers, uint8 [H, W]. Raises InputError where it cannot be decoded."""
-        return np.asarray(decoded(self.masks[index])).astype(np.uint8)
+        return np.asarray(open_image(self.masks[index])).astype(np.uint8)
 
-    def part(self, indices: Iterable[int]) -> Masked:
+    def part(self, indices: Iterable[int]) -> "Masked":
         """Return a part of the images."""
         chosen = list(indices)
         images, masks = (tuple(files[index] for index in chosen) for files in (self.images, self.masks))
         fingerprint = hashlib.sha256(f"{self.fingerprint} {chosen}".encode()).hexdigest()
         return replace(self, images=images, masks=masks, shapes=self.shapes[chosen], fingerprint=fingerprint)
 
-    def held_out(self) -> tuple[Masked, Masked]:
+    def held_out(self) -> "tuple[Masked, Masked]":
         """Return nine tenths of the images for training, and every tenth from the first on for testing."""
         if len(self) < 2:
             raise InputError(f"{self.path}: {len(self)} images are too few to test on every tenth: give --test")
@@ -84,7 +82,7 @@ def open_masked(path: Path, which: str = "train", masks: str = "SegmentationClas
 
 
 def _voc_files(path: Path, which: str, folder: str) -> tuple[list[Path], list[Path]]:
-    """Return images and masks of a set, whose lines have a name, or two paths as those of the augmented set."""
+    """Return images and masks of a set. Its lines have a name each, or two paths as in the augmented set."""
     listed = path / "ImageSets" / "Segmentation" / f"{which}.txt"
     names = sorted({PurePosixPath(word).stem for word in read_set(listed, "name one of them")})
     if not names:
@@ -134,7 +132,7 @@ def _by_name(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
 
 def _shape(image: Path, mask: Path) -> tuple[int, int]:
     """Return height and width of an image. Raises InputError where its mask's differ, or it is no mask."""
-    image_header, mask_header = header(image), header(mask)
+    image_header, mask_header = open_image(image, pixels=False), open_image(mask, pixels=False)
     if mask_header.mode not in _MASK_MODES:
         raise InputError(
             f"{mask}: is {mask_header.mode}, not class numbers: save it as an 8-bit PNG of palette indices or gray "
@@ -153,8 +151,12 @@ def classes_in(data: Masked, indices: Iterable[int], classes: int, workers: Work
 
     classes: number of classes, 0 for any. Raises InputError for a mask that cannot be decoded or has a larger number.
     """
-    occurring: set[int] = set()
-    for index, numbers in _numbers(data, list(indices), workers):
+    indices, occurring = list(indices), set[int]()
+
+    def numbers_in(_: None, index: int) -> set[int]:
+        return set(np.unique(data.mask(index)).tolist()) - {IGNORED}
+
+    for index, numbers in zip(indices, workers.in_order(numbers_in, indices, ahead=_MASKS_AHEAD), strict=True):
         if classes and max(numbers, default=0) >= classes:
             raise InputError(
                 f"{data.masks[index]}: has class {max(numbers)}, and there are {classes}, 0 to {classes - 1}, except "
@@ -162,13 +164,3 @@ def classes_in(data: Masked, indices: Iterable[int], classes: int, workers: Work
             )
         occurring |= numbers
     return occurring
-
-
-def _numbers(data: Masked, indices: list[int], workers: Workers) -> Iterator[tuple[int, set[int]]]:
-    """Yield each mask's index and its class numbers."""
-
-    def read(_: None, index: int) -> set[int]:
-        counts = np.bincount(data.mask(index).reshape(-1), minlength=IGNORED + 1)
-        return set(np.flatnonzero(counts[:IGNORED]).tolist())
-
-    yield from zip(indices, workers.in_order(read, indices, ahead=_MASKS_AHEAD), strict=True)

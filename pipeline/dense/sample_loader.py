@@ -3,8 +3,6 @@
 Global batches come in an order that depends on the seed alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from functools import lru_cache

@@ -4,8 +4,6 @@ Scale, position and flip of a sample are a pure function of (seed, epoch, id), a
 the same with any number of ranks, and after a resume.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 

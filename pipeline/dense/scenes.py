@@ -9,8 +9,6 @@ Each scene is a function of `(seed, index, size)` alone. Masks have 0 for the ba
 VOC's 255 on the outlines. Boxes are VOC's: pixels counted from 1, the last one included.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple

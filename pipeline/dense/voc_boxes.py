@@ -1,7 +1,5 @@
 """Images with boxes in PASCAL VOC's layout: `JPEGImages/`, `Annotations/`, `ImageSets/Main/SET.txt`."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -11,31 +9,14 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from pipeline.dense.image_files import decoded, header, read_set
+from pipeline.dense.image_files import open_image, read_set
 from pipeline.system.errors import InputError
 
-CLASSES = (
-    "aeroplane",
-    "bicycle",
-    "bird",
-    "boat",
-    "bottle",
-    "bus",
-    "car",
-    "cat",
-    "chair",
-    "cow",
-    "diningtable",
-    "dog",
-    "horse",
-    "motorbike",
-    "person",
-    "pottedplant",
-    "sheep",
-    "sofa",
-    "train",
-    "tvmonitor",
-)
+_NAMES = """
+aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep sofa
+train tvmonitor
+"""
+CLASSES = tuple(_NAMES.split())
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -66,9 +47,9 @@ class Boxed:
 
     def read(self, index: int) -> np.ndarray:
         """Return an image, uint8 [H, W, 3]. Raises InputError where it cannot be decoded."""
-        return np.array(decoded(self.images[index]).convert("RGB"))
+        return np.array(open_image(self.images[index]).convert("RGB"))
 
-    def part(self, count: int) -> Boxed:
+    def part(self, count: int) -> "Boxed":
         """Return the first `count` images."""
         fingerprint = hashlib.sha256(f"{self.fingerprint} {count}".encode()).hexdigest()
         return replace(self, images=self.images[:count], objects=self.objects[:count], fingerprint=fingerprint)
@@ -117,7 +98,7 @@ def _read_annotation(image: Path, annotation: Path) -> tuple[list[str], np.ndarr
     except (OSError, ValueError, ElementTree.ParseError) as error:
         raise InputError(f"{annotation}: not an annotation in VOC's format ({error}): fetch it again") from None
     boxes = np.array(corners, np.float32).reshape(-1, 4) - np.array([1, 1, 0, 0], np.float32)
-    width, height = header(image).size
+    width, height = open_image(image, pixels=False).size
     inside = (boxes[:, :2] >= 0).all(axis=1) & (boxes[:, 2] <= width) & (boxes[:, 3] <= height)
     wrong = ~(inside & (boxes[:, 2:] > boxes[:, :2]).all(axis=1))
     if wrong.any():

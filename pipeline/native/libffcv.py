@@ -5,8 +5,6 @@ numba dictionary of two entries, which takes seconds; a plain dictionary replace
 need of FFCV from this one.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numba

@@ -1,7 +1,5 @@
 """The function of jpeg.c, which is built at installation where libjpeg-turbo's headers are installed."""
 
-from __future__ import annotations
-
 import ctypes
 from typing import Any
 

@@ -9,8 +9,6 @@ It works around two defects of numba's cache (0.68):
   this package that it imports, and the C code. A stale entry is never loaded.
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import ctypes

@@ -3,8 +3,6 @@
 Global batch `s` of an epoch is `order[s * G : (s + 1) * G]`, G the global batch size; a rank takes its slice of it.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import numpy as np

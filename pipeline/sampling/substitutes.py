@@ -1,7 +1,5 @@
 """Substitutes for records that cannot be read: the same on every backend, rank and resumed run."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import numpy as np

@@ -5,8 +5,6 @@ file, a member of a zip, or a number to draw. Classes are the images' folders in
 unlabeled.
 """
 
-from __future__ import annotations
-
 import os
 import struct
 import tarfile
@@ -53,7 +51,7 @@ class Item:
     def read(self) -> bytes:
         """Return the image file's bytes. Raises OSError, also for more than `MAX_FILE_BYTES`."""
         if not self.path:
-            return synthetic.jpeg(_SYNTHETIC_SEED, self.offset)[0]
+            return synthetic.jpeg(_SYNTHETIC_SEED, self.offset)
         with open_regular(self.path) as file:
             size = self.size if self.offset >= 0 else os.fstat(file.fileno()).st_size
             if max(size, self.expanded) > MAX_FILE_BYTES:
@@ -83,6 +81,10 @@ class Source:
 
     items: list[Item]
     classes: list[str]
+
+    def relabeled(self, labels: Iterable[int], classes: list[str]) -> "Source":
+        """Return the same images with other labels and class names."""
+        return Source([replace(item, label=label) for item, label in zip(self.items, labels, strict=True)], classes)
 
 
 def open_source(source: str, subset: str | None = None) -> Source:
@@ -257,7 +259,7 @@ def _label(source: str, items: Iterable[Item], subset: str | None) -> Source:
     classes = sorted({folder[0] for folder in folders if folder})
     number = {name: label for label, name in enumerate(classes)}
     labels = [number[folder[0]] if folder else -1 for folder in folders]
-    return Source([replace(item, label=label) for item, label in zip(images, labels, strict=True)], classes)
+    return Source(images, []).relabeled(labels, classes)
 
 
 def _checked(source: str, items: Iterable[Item]) -> Iterator[Item]:
@@ -273,11 +275,9 @@ def _checked(source: str, items: Iterable[Item]) -> Iterator[Item]:
 
 
 def _is_image(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in SUFFIXES and not _hidden(name)
-
-
-def _hidden(name: str) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+    path = PurePosixPath(name)
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+    return path.suffix.lower() in SUFFIXES and not hidden
 
 
 def _root(source: str, parents: set[tuple[str, ...]], subset: str | None) -> tuple[str, ...]:

@@ -1,10 +1,7 @@
 """Labels from a list, for images without class folders, such as ImageNet's validation images."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from pipeline.sources.archives import Source
@@ -42,7 +39,7 @@ def relabel(source: Source, file: Path, classes: Sequence[str] = ()) -> Source:
             raise InputError(
                 f"{file}: class {name} of {item.name} is none of the {len(names)}, such as {names[0]}: {_REMEDY}"
             )
-    return Source([replace(i, label=number[name]) for i, name in zip(source.items, image_classes, strict=True)], names)
+    return source.relabeled([number[name] for name in image_classes], names)
 
 
 def _read(file: Path) -> dict[str, str]:

@@ -10,8 +10,6 @@ Each image is a function of `(seed, index, size)` alone. Its random numbers are 
 generator Philox4x64-10 with key `(seed, index)`: any process can draw any image, in any order.
 """
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Callable, Iterator
@@ -27,7 +25,6 @@ MIN_SIZE = 16
 
 _SCALARS = 64  # random numbers of an image before its pixel noise
 _NOISE_LEVELS = 16  # width of the uniform pixel noise, gray levels
-_KEY_LIMIT = 2**64
 
 _Array = npt.NDArray[np.float32]
 _Field = Callable[[_Array, _Array], _Array]
@@ -38,7 +35,11 @@ def draw(seed: int, index: int, size: int = 48) -> tuple[npt.NDArray[np.uint8], 
 
     seed, index: 0 to 2^64 - 1. size: the side, at least 16 pixels. Raises InputError for other values.
     """
-    _check(seed, index, size)
+    for name, value in (("seed", seed), ("index", index)):
+        if not 0 <= value < 2**64:
+            raise InputError(f"{name} is {value}: choose a whole number from 0 to 2**64 - 1")
+    if size < MIN_SIZE:
+        raise InputError(f"size is {size} pixels: choose {MIN_SIZE} or more to keep the patterns visible")
     label = index % len(CLASSES)
     source = np.random.Philox(key=np.array([seed, index], dtype=np.uint64))
     dice = _Dice(source.random_raw(_SCALARS))
@@ -50,26 +51,15 @@ def draw(seed: int, index: int, size: int = 48) -> tuple[npt.NDArray[np.uint8], 
     return np.clip(image, 0.0, 255.0).astype(np.uint8), label
 
 
-def jpeg(seed: int, index: int, size: int = 48, quality: int = 92) -> tuple[bytes, int]:
-    """Return the image of `draw` as a JPEG file of that quality, 1 to 95, and its label. Raises InputError as `draw`.
+def jpeg(seed: int, index: int) -> bytes:
+    """Return the image of `draw`, 48 pixels a side, as a JPEG file. Raises InputError as `draw`.
 
     The same arguments give the same bytes with one build of NumPy and the JPEG library; another build may round or
     encode differently.
     """
-    if not 1 <= quality <= 95:
-        raise InputError(f"quality is {quality}: choose a JPEG quality from 1 to 95")
-    image, label = draw(seed, index, size)
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="JPEG", quality=quality)
-    return buffer.getvalue(), label
-
-
-def _check(seed: int, index: int, size: int) -> None:
-    for name, value in (("seed", seed), ("index", index)):
-        if not 0 <= value < _KEY_LIMIT:
-            raise InputError(f"{name} is {value}: choose a whole number from 0 to 2**64 - 1")
-    if size < MIN_SIZE:
-        raise InputError(f"size is {size} pixels: choose {MIN_SIZE} or more to keep the patterns visible")
+    Image.fromarray(draw(seed, index)[0]).save(buffer, format="JPEG", quality=92)
+    return buffer.getvalue()
 
 
 class _Dice:

@@ -1,7 +1,5 @@
 """Decoding of a beton's records in compiled code, after a check of their CRC32."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import numpy as np

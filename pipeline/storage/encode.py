@@ -1,7 +1,5 @@
 """Image files to the records stored for them."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import zlib
@@ -87,27 +85,20 @@ def encode(data: bytes, index: int, settings: Settings, lock: AbstractContextMan
     lock: held while an image of more than 16 million pixels is decoded, to bound the memory of several processes.
     """
     image = _open(data)
-    with lock if image.width * image.height > _LARGE_PIXELS else _NO_LOCK:
-        return _encoded(data, image, index, settings)
-
-
-def _encoded(data: bytes, image: Image.Image, index: int, settings: Settings) -> Record:
     as_jpeg = settings.mode == "jpg" or (
         settings.mode == "proportion" and float(mix(np.uint64(index))) < settings.jpeg_share * 2.0**64
     )
-    if as_jpeg and not settings.encode_all and _storable(data, image, settings):
-        return _record(data, JPEG, image.height, image.width)
-    image = _to_rgb(image, settings)
-    image = _shrink(image, settings.max_side)
-    if not as_jpeg:
-        return _record(image.tobytes(), RAW, image.height, image.width)
+    with lock if image.width * image.height > _LARGE_PIXELS else _NO_LOCK:
+        if not (as_jpeg and not settings.encode_all and _storable(data, image, settings)):
+            image = _shrink(_to_rgb(image, settings), settings.max_side)
+            data = _jpeg(image, settings.quality) if as_jpeg else image.tobytes()
+    return Record(data, JPEG if as_jpeg else RAW, image.height, image.width, zlib.crc32(data))
+
+
+def _jpeg(image: Image.Image, quality: int) -> bytes:
     encoded = io.BytesIO()
-    image.save(encoded, "jpeg", quality=settings.quality)
-    return _record(encoded.getvalue(), JPEG, image.height, image.width)
-
-
-def _record(data: bytes, mode: int, height: int, width: int) -> Record:
-    return Record(data, mode, height, width, zlib.crc32(data))
+    image.save(encoded, "jpeg", quality=quality)
+    return encoded.getvalue()
 
 
 def _open(data: bytes) -> Image.Image:

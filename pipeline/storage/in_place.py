@@ -6,15 +6,13 @@ beton; only DALI reads folders and several tars. Without a manifest, decoding is
 other than RGB or gray JPEGs need `pipeline.prepare`. EXIF orientation is ignored, as by torchvision's loader.
 """
 
-from __future__ import annotations
-
+import contextlib
 import glob
 import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
@@ -88,7 +86,9 @@ class Direct(Beton):
         sides = _load_cached(cache, len(items))
         if sides is None:
             sides = _read_sides(items)
-            _save_cached(cache, sides)
+            with contextlib.suppress(OSError):  # without a cache they are read again next time
+                cache.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(cache, sides.tobytes())
         pixels = sides.prod(axis=1, dtype=np.int64)
         forged = (pixels // MAX_PIXELS_PER_BYTE > self.sizes.astype(np.int64)) | (pixels > MAX_IMAGE_PIXELS)
         bad = np.flatnonzero((sides <= 0).any(axis=1) | forged)
@@ -113,15 +113,6 @@ def _load_cached(path: Path, count: int) -> np.ndarray | None:
     except InputError:
         return None
     return np.frombuffer(data, np.int32).reshape(-1, 2).copy() if len(data) == 8 * count else None
-
-
-def _save_cached(path: Path, sides: np.ndarray) -> None:
-    """Cache the sides; where the cache cannot be written, they are read again next time."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, sides.tobytes())
-    except OSError:
-        return
 
 
 def _read_sides(items: list[Item]) -> np.ndarray:
@@ -155,17 +146,13 @@ def _listed(source: str) -> Source:
     items = [item for part in parts for item in part.items]
     labels = _class_files(paths, items)
     if labels is not None:
-        return _relabeled(items, labels, [str(number) for number in range(max(labels) + 1)])
+        return Source(items, []).relabeled(labels, [str(number) for number in range(max(labels) + 1)])
     if len(parts) == 1:
         return parts[0]
     classes = sorted({name for part in parts for name in part.classes})
     number = {name: label for label, name in enumerate(classes)}
     labels = [number[part.classes[i.label]] if i.label >= 0 else -1 for part in parts for i in part.items]
-    return _relabeled(items, labels, classes)
-
-
-def _relabeled(items: list[Item], labels: list[int], classes: list[str]) -> Source:
-    return Source([replace(item, label=label) for item, label in zip(items, labels, strict=True)], classes)
+    return Source(items, []).relabeled(labels, classes)
 
 
 def _paths(source: str) -> list[str]:

@@ -1,7 +1,5 @@
 """A subset of a beton's samples as a data set."""
 
-from __future__ import annotations
-
 import hashlib
 from functools import cached_property
 

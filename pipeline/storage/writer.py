@@ -1,7 +1,5 @@
 """Writer of FFCV's file format, version 2; `pipeline.beton` reads it."""
 
-from __future__ import annotations
-
 import os
 import zlib
 from pathlib import Path
@@ -27,7 +25,7 @@ _MAX_PAGE_BYTES = 1 << 31
 class BetonWriter:
     """Writes records, in order, to a beton file that FFCV's loader can read too.
 
-    capacity: largest number of samples, for whose metadata room is left before the records.
+    capacity: largest number of samples; space for their metadata precedes the records.
     """
 
     def __init__(self, path: Path, capacity: int) -> None:

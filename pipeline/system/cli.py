@@ -1,7 +1,5 @@
 """Command lines on which `--save-every` and `--save_every` are the same option."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Mapping, Sequence

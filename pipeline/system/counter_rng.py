@@ -4,8 +4,6 @@ Every random number is `mix(key + counter * GOLDEN)`: there is no state, and eac
 Plain 64-bit integer arithmetic gives the same on every platform and NumPy version.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

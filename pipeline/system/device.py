@@ -1,7 +1,5 @@
 """Devices by number, and small arrays copied to them without waiting."""
 
-from __future__ import annotations
-
 import contextlib
 
 import numpy as np

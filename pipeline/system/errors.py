@@ -1,7 +1,5 @@
 """Errors that a user can fix, and how a command reports them."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import os

@@ -1,7 +1,5 @@
 """Files written atomically: a reader finds the old content or the new, complete."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

@@ -4,8 +4,6 @@ Only regular files are read (a pipe would block, a device never ends), and the s
 InputError that says where, what is wrong, and the caller's remedy.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os

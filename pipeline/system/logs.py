@@ -5,8 +5,6 @@ Modules log through `logging.getLogger(__name__)`; those of `engine` that run on
 their log itself.
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 

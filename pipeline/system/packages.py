@@ -1,7 +1,5 @@
 """Installed Python packages and their versions, found without importing them."""
 
-from __future__ import annotations
-
 import importlib.util
 from importlib import metadata
 

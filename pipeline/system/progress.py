@@ -1,7 +1,5 @@
 """Progress bars: rate and time left, continuously on a terminal, a line now and then elsewhere."""
 
-from __future__ import annotations
-
 import sys
 import threading
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Text for terminals and logs."""
 
-from __future__ import annotations
-
 import unicodedata
 
 

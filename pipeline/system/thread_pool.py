@@ -1,7 +1,5 @@
 """A pool of worker threads, each with its own buffers, for compiled functions that release the GIL."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import threading
@@ -45,11 +43,7 @@ class Workers:
         return future
 
     def in_order(
-        self,
-        function: Callable[[Any, Item], Result],
-        items: Iterable[Item],
-        ahead: int,
-        timeout: float | None = None,
+        self, function: Callable[[Any, Item], Result], items: Iterable[Item], ahead: int, timeout: float | None = None
     ) -> Iterator[Result]:
         """Yield `function(a worker's state, item)` of each item in order, with the next `ahead` always under way.
 

@@ -147,11 +147,11 @@ def test_every_dependency_is_checked() -> None:
 
 
 def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    answer(monkeypatch, driver_tool=False)
+    monkeypatch.setattr(doctor.shutil, "which", lambda _: None)
     assert doctor.check_gpus([H200, H200]) == Finding("GPUs", True, "2 × NVIDIA H200 (141 GiB)")
     assert doctor.check_gpus([Gpu("NVIDIA GB10", 0)]).detail == "1 × NVIDIA GB10"
     assert doctor.check_gpus([]).state == "info"
-    answer(monkeypatch, driver_tool=True)
+    monkeypatch.setattr(doctor.shutil, "which", lambda tool: f"/bin/{tool}")
     assert doctor.check_gpus([]).state == "warning"
 
 
@@ -211,13 +211,18 @@ def test_memory_without_a_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("size", "state"), [(GIB, "ok"), (GIB - 1, "warning"), (None, "info")])
 def test_shm(monkeypatch: pytest.MonkeyPatch, size: int | None, state: str) -> None:
-    answer(monkeypatch, shm_size=size)
+    def disk_usage(path: str) -> SimpleNamespace:
+        if size is None:
+            raise FileNotFoundError(path)
+        return SimpleNamespace(total=size)
+
+    monkeypatch.setattr(doctor.shutil, "disk_usage", disk_usage)
     assert doctor.check_shm().state == state
 
 
-@pytest.mark.parametrize(("limit", "state"), [(4096, "ok"), (None, "ok"), (4095, "warning")])
-def test_open_files(monkeypatch: pytest.MonkeyPatch, limit: int | None, state: str) -> None:
-    answer(monkeypatch, open_files=limit)
+@pytest.mark.parametrize(("limit", "state"), [(4096, "ok"), (doctor.resource.RLIM_INFINITY, "ok"), (4095, "warning")])
+def test_open_files(monkeypatch: pytest.MonkeyPatch, limit: int, state: str) -> None:
+    monkeypatch.setattr(doctor.resource, "getrlimit", lambda _: (limit, limit))
     finding = doctor.check_open_files()
     assert finding.state == state
     assert ("ulimit -n 65536" in finding.remedy) == (state == "warning")
@@ -272,15 +277,15 @@ def test_it_runs_without_any_package() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_open_files_without_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    unlimited = doctor.resource.RLIM_INFINITY
-    monkeypatch.setattr(doctor.resource, "getrlimit", lambda _: (unlimited, unlimited))
-    assert doctor._open_files() is None
-    monkeypatch.setattr(doctor.resource, "getrlimit", lambda _: (1024, 4096))
-    assert doctor._open_files() == 1024
-
-
 # ---- the command ----
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Run the command in this process; return its exit status."""
+    monkeypatch.setattr(sys, "argv", ["doctor", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        doctor.main()
+    return int(exit_.value.code or 0)
 
 
 @pytest.mark.parametrize(
@@ -300,14 +305,16 @@ def test_exit_status(
 ) -> None:
     findings = [Finding(f"thing {number}", ok, "as found", "" if ok else "mend") for number, ok in enumerate(oks)]
     monkeypatch.setattr(doctor, "examine", lambda _: findings)
-    assert doctor.main([]) == status
+    assert run(monkeypatch) == status
     printed = capsys.readouterr().out
     assert printed.splitlines()[-1] == summary
     assert printed.count("remedy: mend") == oks.count(False) + oks.count(None)
 
 
-def test_a_missing_data_set_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor.main([str(tmp_path / "none.beton")]) == 2
+def test_a_missing_data_set_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, str(tmp_path / "none.beton")) == 2
     error = capsys.readouterr().err
     assert error == f"error: {tmp_path}/none.beton: no such file: name an existing .beton file\n"
 
@@ -323,24 +330,19 @@ def test_every_library_may_be_missing(
     monkeypatch.setattr(subprocess, "run", fail)
     beton = tmp_path / "train.beton"
     beton.touch()
-    assert doctor.main([str(beton)]) == 1
+    assert run(monkeypatch, str(beton)) == 1
     printed = capsys.readouterr().out
-    assert "BROKEN   torch: ModuleNotFoundError" in printed  # plain lines: rich is missing too
+    assert "BROKEN   torch: ModuleNotFoundError" in printed
     assert "train.beton has 0.0 MiB" in printed
 
 
-def test_markup_in_a_finding_is_printed_verbatim(capsys: pytest.CaptureFixture[str]) -> None:
-    doctor._show([Finding("thing", False, "pip said [test]", "do [red]this")])
-    printed = capsys.readouterr().out
-    assert "pip said [test]" in printed
-    assert "remedy: do [red]this" in printed
-
-
-def test_a_long_word_is_not_cut(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("COLUMNS", "60")
-    doctor._show([Finding("thing", False, "Q" * 120)])
-    printed = capsys.readouterr().out
-    assert printed.count("Q") == 120
+def test_states_are_in_color_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    findings = [Finding("thing", False, "pip said [test]", "do this")]
+    doctor.show(findings)
+    assert capsys.readouterr().out.startswith("BROKEN   thing: pip said [test]\n         remedy: do this\n")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    doctor.show(findings)
+    assert capsys.readouterr().out.startswith("\033[31mBROKEN  \033[0m thing: ")
 
 
 def test_a_beton_is_opened(drawn: Path, tmp_path: Path) -> None:

@@ -7,8 +7,6 @@ warm-up, times 0.1 after 18,000 and 22,000, decay 0.0001, shorter sides of 480 t
 lists the differences), synchronized BatchNorm with its running statistics, a rate proportional to the batch.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import tempfile
@@ -21,12 +19,12 @@ import torch
 from accelerate.logging import get_logger
 from torch import nn
 
-from engine.evaluate import evaluation
+from engine.evaluate import evaluation, trainer
 from engine.evaluate.detection.faster_rcnn import faster_rcnn, torchvision
 from engine.evaluate.detection.voc_ap import Boxes, score
 from engine.evaluate.evaluation import Evaluation, shard
 from engine.evaluate.resume import EpochCheckpoint
-from engine.evaluate.trainer import check_batch, sgd, train_by_steps
+from engine.evaluate.trainer import check_batch, sgd
 from engine.parallel import collectives
 from engine.parallel.sync_batchnorm import synchronize
 from methods.encoders import ResNet, place
@@ -126,35 +124,34 @@ def train(task: Detection, batch: int, settings: dict[str, object]) -> nn.Module
     assert isinstance(task.backbone, ResNet)
     torch.manual_seed(args.seed)  # for the new layers
     model = faster_rcnn(task.backbone, len(task.train.classes), tuple(args.sizes), args.largest)
-    if collectives.world() > 1:
-        synchronize(model)
-    place(model, task.device)
+    place(synchronize(model), task.device)
     optimizer = sgd([{"params": list(model.parameters())}], weight_decay=_DECAY)
     samples = Samples(
         task.train.path,
         len(task.train),
-        lambda epoch, index: _read(task.train, index, _draw_flip(args.seed, epoch, index)),
+        lambda epoch, index: _read(task.train, index, uniforms(keyed(_FLIPS, args.seed, epoch, index), 1)[0] < 0.5),
         batch=batch,
         seed=args.seed,
         **task.sharding,
     )
 
-    def batches(first: int, last: int) -> Iterator[list[Sample]]:
-        for step, batch_samples in enumerate(samples.batches(first, last), start=first):
+    def batches(epoch: int) -> Iterator[list[Sample]]:
+        first = epoch * samples.steps
+        for step, batch_samples in enumerate(samples.batches(first, args.iterations), start=first):
             # torchvision draws sizes and regions from torch's generator: seeded by step, so that a resume is exact.
             torch.manual_seed(int(keyed(_CHOICES, args.seed, step, collectives.rank())) >> 1)
             yield batch_samples
 
     checkpoint = EpochCheckpoint(task, "detect", model, optimizer, settings)
     with contextlib.closing(samples):
-        train_by_steps(
+        trainer.train(
             checkpoint,
             model,
             batches,
             lambda wrapped, batch_samples: total_loss(wrapped, batch_samples, task.device),
-            lambda step: rate(args.lr * batch / BATCH, step, args.iterations),
+            lambda step: [rate(args.lr * batch / BATCH, step, args.iterations)],
             epoch_steps=samples.steps,
-            iterations=args.iterations,
+            steps=args.iterations,
         )
     return model
 
@@ -179,10 +176,6 @@ def total_loss(model: nn.Module, samples: list[Sample], device: torch.device) ->
 def _pixels(image: np.ndarray, device: torch.device) -> torch.Tensor:
     """Return an image, uint8 [H, W, 3], as float32 [3, H, W] from 0 to 1."""
     return to_device(np.ascontiguousarray(image), device).permute(2, 0, 1).float() / 255
-
-
-def _draw_flip(seed: int, epoch: int, index: int) -> bool:
-    return bool(uniforms(keyed(_FLIPS, seed, epoch, index), 1)[0] < 0.5)
 
 
 def _read(data: Boxed, index: int, flip: bool) -> Sample:

@@ -7,8 +7,6 @@ layers. Numbers of proposals and regions are those of detectron2's C4, MoCo's de
 torchvision's are smooth (below 1/9); annotations and scores are VOC's in both.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -30,7 +28,7 @@ class C4(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(backbone.conv1, backbone.bn1, backbone.relu, backbone.maxpool)
         self.stages = nn.Sequential(backbone.layer1, backbone.layer2, backbone.layer3)
-        self.out_channels = _channels_in(backbone.layer4)
+        self.out_channels = backbone.layer4[0].conv1.in_channels  # type: ignore[union-attr]
         self.stride = 4 if isinstance(backbone.maxpool, nn.Identity) else 16
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -70,16 +68,14 @@ def faster_rcnn(backbone: ResNet, classes: int, sizes: tuple[int, ...], largest:
     them drawn at random; of test images the last. largest: maximum of the longer side.
     """
     detection = torchvision().models.detection
-    anchors = detection.rpn.AnchorGenerator((ANCHORS,), (RATIOS,))
-    body = C4(backbone)
-    mean, std = IMAGENET
+    body, (mean, std) = C4(backbone), IMAGENET
     model = detection.FasterRCNN(
         body,
         min_size=sizes,
         max_size=largest,
         image_mean=list(mean),
         image_std=list(std),
-        rpn_anchor_generator=anchors,
+        rpn_anchor_generator=detection.rpn.AnchorGenerator((ANCHORS,), (RATIOS,)),
         rpn_pre_nms_top_n_train=12000,
         rpn_pre_nms_top_n_test=6000,
         rpn_post_nms_top_n_train=2000,
@@ -104,7 +100,3 @@ def torchvision() -> Any:
             f"torchvision does not load ({error}): install the one for torch {torch.__version__}, from torch's index"
         ) from None
     return torchvision
-
-
-def _channels_in(stage: nn.Module) -> int:
-    return next(module.in_channels for module in stage.modules() if isinstance(module, nn.Conv2d))

@@ -6,8 +6,6 @@ more confident detection has claimed that object; objects marked difficult count
 monotonic (VOC since 2010).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -7,12 +7,12 @@ crops of 513 pixels equals interpolation with aligned corners. Transformers, whi
 of their patches, without dilation.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 from torch.nn import functional as F
+from typing_extensions import Self
 
+from engine.weights.load import Backbone
 from methods.encoders import ResNet
 from methods.vit import PATCH, VisionTransformer
 
@@ -25,15 +25,14 @@ class Fcn(nn.Module):
     A frozen backbone stays in evaluation mode and gets no gradient.
     """
 
-    def __init__(self, backbone: nn.Module, classes: int, *, frozen: bool, seed: int) -> None:
+    def __init__(self, backbone: Backbone, classes: int, *, frozen: bool, seed: int) -> None:
         super().__init__()
-        assert isinstance(backbone, (ResNet, VisionTransformer))
         self.backbone, self.frozen = backbone, frozen
         self.stride = dilate(backbone) if isinstance(backbone, ResNet) else PATCH
         self.head = head(backbone.features, classes, seed)
         backbone.requires_grad_(not frozen)
 
-    def train(self, mode: bool = True) -> Fcn:
+    def train(self, mode: bool = True) -> Self:
         super().train(mode)
         self.backbone.train(mode and not self.frozen)
         return self

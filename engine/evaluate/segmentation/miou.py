@@ -1,7 +1,5 @@
 """Intersection over union of each class, its mean with a bootstrap interval, and pixel accuracy."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -7,8 +7,6 @@ uniformly, BatchNorm is synchronized over ranks, the rate is proportional to the
 alone.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 from dataclasses import dataclass
@@ -20,12 +18,12 @@ import torch
 from accelerate.logging import get_logger
 from torch.nn import functional as F
 
-from engine.evaluate import evaluation
+from engine.evaluate import evaluation, trainer
 from engine.evaluate.evaluation import Evaluation, shard
 from engine.evaluate.resume import EpochCheckpoint
 from engine.evaluate.segmentation.fcn import Fcn
 from engine.evaluate.segmentation.miou import count_pixels, score
-from engine.evaluate.trainer import check_batch, sgd, train_by_steps
+from engine.evaluate.trainer import check_batch, sgd
 from engine.parallel import collectives
 from engine.parallel.consensus import all_gather_object
 from engine.parallel.sync_batchnorm import synchronize
@@ -130,22 +128,20 @@ def train(task: Segmentation, classes: int, batch: int, name: str, settings: dic
     """Return the trained network. Resumes an interrupted training."""
     args = task.args
     model = Fcn(task.backbone, classes, frozen=args.frozen, seed=args.seed)
-    trained = model.head if args.frozen else model
-    if task.accelerator.num_processes > 1:
-        synchronize(trained)
+    trained = synchronize(model.head if args.frozen else model)
     place(model, task.device)
     optimizer = sgd([{"params": list(trained.parameters())}], weight_decay=_DECAY)
     checkpoint = EpochCheckpoint(task, name, trained, optimizer, settings)
     crops = ScaleCrops(task.train, size=args.size, batch=batch, seed=args.seed, **task.sharding)
     with contextlib.closing(crops):
-        train_by_steps(
+        trainer.train(
             checkpoint,
             model,
-            lambda first, last: crops.crops(first, last, task.device),
+            lambda epoch: crops.crops(epoch * crops.steps, args.iterations, task.device),
             lambda wrapped, crop: pixel_loss(wrapped(crop[0]), crop[1]),
-            lambda step: rate(args.lr * batch / BATCH, step / args.iterations),
+            lambda step: [rate(args.lr * batch / BATCH, step / args.iterations)],
             epoch_steps=crops.steps,
-            iterations=args.iterations,
+            steps=args.iterations,
         )
     return model
 

@@ -30,9 +30,9 @@ def evaluate(command: str, encoder: Path, drawn: Path, *more: str) -> dict[str, 
     """Run a command on the drawn images at 32 pixels; return the result that it wrote."""
     out = encoder.parent / "out"
     common = ["--train", str(drawn), "--size", "32", "--cpu", "--precision", "no", "--out", str(out), "--workers", "1"]
-    before = {path: path.stat().st_mtime_ns for path in out.glob("*.json")}
+    before = {path: path.stat().st_mtime_ns for path in out.glob("[!.]*.json")}
     run([command, str(encoder), *common, *more])
-    new = [path for path in out.glob("*.json") if before.get(path) != path.stat().st_mtime_ns]
+    new = [path for path in out.glob("[!.]*.json") if before.get(path) != path.stat().st_mtime_ns]
     return json.loads(new[0].read_text()) if new else {}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from engine.evaluate import linear
@@ -29,7 +30,7 @@ class _Crops:
     """A loader of given features in place of crops."""
 
     def __init__(self, x: torch.Tensor, batch: int) -> None:
-        self._x, self._batch, self._epoch = x, batch, 0
+        self._x, self._batch, self._epoch, self.steps = x, batch, 0, len(x) // batch
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -44,6 +45,10 @@ class _Crops:
             ids = order[at : at + self._batch]
             yield type("Batch", (), {"views": (self._x[ids],), "ids": ids})
 
+    def endless(self) -> Any:
+        while True:
+            yield from self
+
     def close(self) -> None:
         pass
 
@@ -54,7 +59,7 @@ class _Evaluation:
     device, classes, train = torch.device("cpu"), 5, None
 
     def __init__(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        self._x, self._y = x, y
+        self._x, self._y, self.accelerator = x, y, Accelerator(cpu=True)
         self.backbone = type("Backbone", (), {"features": x.shape[1]})
         self.args = type("Arguments", (), {"seed": 0, "protocol": "moco"})
 

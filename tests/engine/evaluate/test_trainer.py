@@ -2,34 +2,50 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from engine.evaluate import trainer
 from pipeline.system.errors import InputError
 
 
-def _checkpoint(saved: list[int]) -> SimpleNamespace:
-    evaluation = SimpleNamespace(progress=lambda items, unit: items, training_seconds=None)
-    return SimpleNamespace(evaluation=evaluation, save=saved.append)
+def _train(saved: list[int], losses: list[float], first: int, steps: int) -> SimpleNamespace:
+    """Train for epochs of ten steps with these losses; return the evaluation, and add to `saved` the epochs saved."""
+    accelerator, model = Accelerator(cpu=True), torch.nn.Linear(1, 1)
+    evaluation = SimpleNamespace(progress=lambda items, unit: items, training_seconds=None, accelerator=accelerator)
+    optimizer = trainer.sgd([{"params": list(model.parameters())}])
+    checkpoint = SimpleNamespace(evaluation=evaluation, optimizer=optimizer, restore=lambda: first, save=saved.append)
+    trainer.train(
+        checkpoint,  # type: ignore[arg-type]
+        model,
+        lambda epoch: itertools.chain.from_iterable([loss] * 10 for loss in losses[epoch:]),
+        lambda wrapped, loss: wrapped(torch.zeros(1)).sum() * 0 + loss,
+        lambda step: [0.1],
+        epoch_steps=10,
+        steps=steps,
+    )
+    return evaluation
 
 
-@pytest.mark.parametrize(("every", "epochs"), [(1, [3, 4, 5]), (2, [4, 5]), (9, [5])])
-def test_epochs_are_saved_now_and_then_and_at_the_end(every: int, epochs: list[int]) -> None:
+@pytest.mark.parametrize(("min_steps", "epochs"), [(1, [3, 4, 5]), (20, [4, 5]), (90, [5])])
+def test_epochs_are_saved_now_and_then_and_at_the_end(
+    min_steps: int, epochs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "_MIN_STEPS_TO_SAVE", min_steps)
     saved: list[int] = []
-    checkpoint = _checkpoint(saved)
-    trainer._run_epochs(checkpoint, range(2, 5), lambda epoch: torch.zeros(()), "--lr", every)  # type: ignore[arg-type]
+    assert _train(saved, [0.0] * 5, 2, 44).training_seconds >= 0
     assert saved == epochs
-    assert checkpoint.evaluation.training_seconds >= 0
 
 
-def test_a_non_finite_loss_ends_training_before_it_is_saved() -> None:
+def test_a_non_finite_loss_ends_training_before_it_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "_MIN_STEPS_TO_SAVE", 10)
     saved: list[int] = []
-    losses = [torch.tensor(1.0), torch.tensor(float("nan"))]
     with pytest.raises(FloatingPointError, match="epoch 2: non-finite loss: choose a lower --lr"):
-        trainer._run_epochs(_checkpoint(saved), range(2), losses.__getitem__, "--lr")  # type: ignore[arg-type]
+        _train(saved, [1.0, float("nan")], 0, 20)
     assert saved == [1]
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine.export import formats
 from engine.export.formats import FORMATS, export
 from engine.weights.load import Architecture, LoadedEncoder, load_encoder
 from engine.weights.readers import METADATA
@@ -50,7 +51,7 @@ def test_features_are_the_same_after_a_round_trip(format: str, arch: str, tmp_pa
     assert export(loaded, format, file) <= 1e-5
     images = torch.randn(5, 3, _SIZE, _SIZE)  # other and more images than the export itself tries
     if format == "onnx":
-        features = FORMATS["onnx"].read(file, 0)(images)
+        features = formats.read_back(file, 0)(images)
     else:
         features = load_encoder(file, heads=12 if arch == "vit_small" else 0).backbone(images)
     expected = loaded.backbone(images).detach()
@@ -145,7 +146,7 @@ def test_a_file_with_other_features_is_removed(tmp_path: Path, monkeypatch: pyte
     other = _loaded(tmp_path, "resnet18")
     assert isinstance(other.backbone, ResNet)
     other.backbone.conv1.weight.data *= 1.01
-    monkeypatch.setitem(FORMATS, "timm", FORMATS["timm"]._replace(read=lambda path, heads: other.backbone))
+    monkeypatch.setattr(formats, "read_back", lambda path, heads: other.backbone)
     with pytest.raises(RunFailed, match=r"features differ by .* when read back: nothing was written"):
         export(loaded, "timm", tmp_path / "x.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["source.safetensors"]

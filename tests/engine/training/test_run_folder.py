@@ -35,7 +35,7 @@ def test_claimed_folder_is_refused_until_it_is_closed(drawn: Path, tmp_path: Pat
 
 
 def test_claim_removes_the_remains_of_a_killed_run(drawn: Path, tmp_path: Path) -> None:
-    (tmp_path / ".metrics.jsonl.123.writing").touch()
+    (tmp_path / ".writing-123-metrics.jsonl").touch()
     (tmp_path / "checkpoints" / ".step_00000001.writing").mkdir(parents=True)
     (tmp_path / "metrics.jsonl").touch()
     folder = RunFolder(replace(settings(drawn, "plain"), out=str(tmp_path)))

@@ -255,7 +255,7 @@ def test_a_damaged_zip_member_is_named(kind: str, tmp_path: Path) -> None:
 
 
 def test_several_processes_can_read_one_zip(tmp_path: Path) -> None:
-    files = {f"c{i % 3}/{i:03d}.jpg": synthetic.jpeg(1, i, 16)[0] for i in range(150)}
+    files = {f"c{i % 3}/{i:03d}.jpg": synthetic.jpeg(1, i) for i in range(150)}
     path = pack("zip", files, tmp_path)
     for workers in (1, 2):
         prepare(str(path), tmp_path / f"{workers}.beton", workers=workers, quiet=True)
@@ -281,7 +281,7 @@ def test_synthetic_sources_have_the_images_of_their_numbers(source: str, numbers
     images = open_source(source)
     assert images.classes == list(synthetic.CLASSES)
     assert [item.label for item in images.items] == [number % 10 for number in numbers]
-    assert [item.read() for item in images.items] == [synthetic.jpeg(0, number)[0] for number in numbers]
+    assert [item.read() for item in images.items] == [synthetic.jpeg(0, number) for number in numbers]
     assert len({item.name for item in images.items}) == len(numbers)
 
 

@@ -85,13 +85,13 @@ def test_the_command_labels_a_flat_tar_as_another_beton(
 ) -> None:
     with tarfile.open(tmp_path / "val.tar", "w") as archive:
         for number, name in enumerate(NAMES):
-            data = synthetic.jpeg(0, number)[0]
+            data = synthetic.jpeg(0, number)
             member = tarfile.TarInfo(name)
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
     for label in CLASSES:
         (tmp_path / "train" / label).mkdir(parents=True)
-        (tmp_path / "train" / label / "x.jpg").write_bytes(synthetic.jpeg(0, 9)[0])
+        (tmp_path / "train" / label / "x.jpg").write_bytes(synthetic.jpeg(0, 9))
     prepare.prepare(str(tmp_path / "train"), tmp_path / "train.beton", workers=1, quiet=True)
     (tmp_path / "val.txt").write_text(CAFFE)
     options = ["--labels", str(tmp_path / "val.txt"), "--classes-of", str(tmp_path / "train.beton"), "--workers", "1"]
