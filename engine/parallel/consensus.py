@@ -27,13 +27,9 @@ class PeerError(InputError):
     reported = True
 
 
-def run_on_all_ranks(
-    action: Callable[[], T],
-    must_match: Callable[[T], Mapping[str, Any]] = lambda result: {},
-    seconds: float = JOIN_SECONDS,
-) -> T:
+def run_on_all_ranks(action: Callable[[], T], must_match: Callable[[T], Mapping[str, Any]] = lambda result: {}) -> T:
     """Run `action` on every rank and return its result; see `run_and_gather`."""
-    return run_and_gather(action, lambda result: None, must_match, seconds)[0]
+    return run_and_gather(action, lambda result: None, must_match)[0]
 
 
 def all_gather_object(action: Callable[[], T], seconds: float = JOIN_SECONDS) -> list[T]:

@@ -143,11 +143,10 @@ def mean_of(curves: Sequence[Curve]) -> Curve:
     return Curve(np.array(shared), np.array([np.mean([row[epoch] for row in rows]) for epoch in shared]))
 
 
-def curves(metrics: Path, out: Path, levels: Mapping[str, float] | None = None) -> None:
+def curves(metrics: Path, out: Path, levels: Mapping[str, float]) -> None:
     """Draw loss and kNN top-1 of a metrics.jsonl over epochs to a PNG, `out`; levels: kNN baselines by name."""
     lines, _ = read_metrics(metrics)
     losses, top1 = curve(lines, "loss"), curve(lines, "knn_top1")
-    baselines = levels or {}
 
     def draw(axes: Any) -> None:
         left, right = axes
@@ -156,10 +155,10 @@ def curves(metrics: Path, out: Path, levels: Mapping[str, float] | None = None) 
         if len(top1.epochs):
             percent = top1._replace(values=100 * top1.values)
             draw_lines(right, [percent], style_of(LIGHT, 0), label="trained encoder", marked=True)
-        for number, (name, level) in enumerate(baselines.items(), start=1):
+        for number, (name, level) in enumerate(levels.items(), start=1):
             right.axhline(100 * level, linestyle="--", color=style_of(LIGHT, number).color, label=name)
         right.set(xlabel="epoch", ylabel="kNN top-1, %", ylim=(0, 100))
-        if len(top1.epochs) or baselines:
+        if len(top1.epochs) or levels:
             right.legend()
 
     out.write_bytes(picture(draw, size=(10, 4), grid=(1, 2)))

@@ -86,7 +86,7 @@ def test_subsets_are_found_by_their_folders(tmp_path: Path) -> None:
 def test_curves_are_drawn_with_and_without_evaluations(tmp_path: Path) -> None:
     lines = ['{"step": 1, "epoch": 0.5, "loss": 3.0}', '{"step": 2, "epoch": 1, "loss": 2.0}']
     (tmp_path / "m.jsonl").write_text("\n".join(lines))
-    curves(tmp_path / "m.jsonl", tmp_path / "a.png")
+    curves(tmp_path / "m.jsonl", tmp_path / "a.png", levels={})
     (tmp_path / "m.jsonl").write_text("\n".join([*lines, '{"step": 2, "epoch": 1, "knn_top1": 0.5}']))
     curves(tmp_path / "m.jsonl", tmp_path / "b.png", levels={"raw pixels": 0.2})
     sizes = [Image.open(tmp_path / name).size for name in ("a.png", "b.png")]
