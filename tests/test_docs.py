@@ -226,9 +226,9 @@ def test_the_losses_snippet_equals_the_formulas() -> None:
     code = snippet("from methods.co2 import")
     q1, q2, k1, k2 = (unit(6, 5, seed=seed) for seed in range(4))
     names = {"q1": q1.requires_grad_(), "q2": q2, "k1": k1, "k2": k2, "queue": unit(9, 5, seed=9)}
-    loss = run(code, "snippet", names | {"info_nce": torch.tensor(1.5, dtype=torch.float64)})["loss"]
+    loss = run(code, "snippet", names)["loss"]
     q, a, b, n = (tensor.tolist() for tensor in (q1, k1, k2, names["queue"]))
-    expected = 1.5 + 0.3 * formulas.co2(q, b, n, 0.05) + formulas.residual(q, a)
+    expected = formulas.info_nce(q, b, n, 0.2) + 0.3 * formulas.co2(q, b, n, 0.05) + formulas.residual(q, a)
     expected += formulas.cross_mse(q, b) + 0.1 * formulas.uniformity(q, n, 0.2)
     assert loss.item() == pytest.approx(expected, abs=1e-9)
     loss.backward()

@@ -159,21 +159,23 @@ GOALS = (
 """The project's goals."""
 
 
-def _crops_headline(loader: str, title: str, official: str) -> Headline:
+_PEERS = ("ffcv-twice", "official")
+
+
+def _crops_headline(loader: str, title: str) -> Headline:
     """Return a headline: a loader's rate on two kinds of images, and its ratios to FFCV's and the official loader."""
 
     def headline(results: Results) -> tuple[str, str] | None:
         result = results.newest("loader")
         if result is None:
             return None
-        kinds = ("in500", "q90")
-        rates = [_cpu(result, kind, loader) or 0.0 for kind in kinds]
-        to_ffcv, to_official = (
-            [_ratio(kind, loader, other)(result) or 0.0 for kind in kinds] for other in ("ffcv-twice", "official")
-        )
-        text = "**{:.0f} and {:.0f} pairs/s**, {:.1f} and {:.1f} times FFCV's own loader (decodes twice), {:.1f} and "
-        text += "{:.1f} times the official MoCo pipeline (" + official + ")"
-        return title, f"{text.format(*rates, *to_ffcv, *to_official)}; {hardware(result)}"
+        texts = []
+        for kind, images in (("in500", "originals"), ("q90", "quality 90")):
+            rate, ffcv, peer = (_cpu(result, kind, loader), *(_ratio(kind, loader, name)(result) for name in _PEERS))
+            texts.append(
+                f"{images} **{rate or 0:.0f} pairs/s**, {ffcv or 0:.1f} × FFCV, {peer or 0:.1f} × official MoCo"
+            )
+        return title, f"{'; '.join(texts)} ({hardware(result)})"
 
     return headline
 
@@ -243,10 +245,9 @@ def _walk_headline(results: Results) -> tuple[str, str] | None:
 HEADLINES: tuple[Headline, ...] = (
     _crops_headline(
         "ffcv",
-        "two 224-pixel crops of ImageNet images (500 px) on one core, by CPU time: originals, and all at quality 90",
-        "adds colors",
+        "two 224-pixel crops of ImageNet images (500 px) on a core, by CPU time; FFCV decodes twice, MoCo adds colors",
     ),
-    _crops_headline("decode-only", "the same, decoding alone, for a GPU that crops", "crops and adds colors"),
+    _crops_headline("decode-only", "the same, decoding alone, for a GPU that crops"),
     _step_headline,
     _train_headline,
     _scaling_headline,
