@@ -206,12 +206,11 @@ def _rows(x: torch.Tensor, parts: int) -> torch.Tensor:
 
 
 def _images(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return the inverse of `_rows`."""
-    rows = rows.to(like.dtype)
-    if like.ndim == 2:
-        return rows.view(like.shape)
-    batch, channels, height, width = like.shape
-    return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
+    """Return the inverse of `_rows`: a tensor of the shape, strides and dtype of `like`."""
+    out = torch.empty_like(like)
+    images = out if like.ndim == 2 else out.permute(0, 2, 3, 1)
+    images.copy_(rows.view(images.shape))
+    return out
 
 
 def _fusible(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from methods.encoders import resnet
-from methods.norm import norm_layers
+from methods.norm import BatchNorm, norm_layers
 from methods.recompute import recompute
 from methods.vit import vit
 
@@ -53,7 +53,9 @@ def test_recomputing_saves_memory_and_changes_no_result(name: str) -> None:
     assert recomputing_bytes < 0.4 * plain_bytes
     assert all(torch.allclose(a, b, atol=1e-13, rtol=1e-12) for a, b in zip(results, expected, strict=True))
     norms = [m for m in recomputing.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    assert all((m.momentum, m.num_batches_tracked.item()) == (0.1, 1) for m in norms)
+    counted = [m.num_batches_tracked.item() == (not isinstance(m, BatchNorm)) for m in norms]
+    assert all(counted)
+    assert all(m.momentum == 0.1 for m in norms)
 
 
 def test_blocks_recompute_only_with_gradient() -> None:
