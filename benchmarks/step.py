@@ -193,7 +193,7 @@ def as_graphs(calls: dict[str, Call], model: Model, device: torch.device) -> dic
 
 
 def flops_a_step(settings: Settings, ours: Model, accelerator: Accelerator) -> int:
-    """Return the operations of a step, without those that `activation_checkpointing` repeats."""
+    """Return the operations of a step, without the repetitions of `activation_checkpointing`."""
     model = ours
     if settings.activation_checkpointing:
         plain = replace(settings, activation_checkpointing=False, compile=False, cuda_graph=False)

@@ -4,13 +4,16 @@
 ./millrace demo DATA            # a folder, tar, zip or beton of yours
 """
 
+import itertools
 import json
 import logging
 import math
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,12 +25,12 @@ from rich.table import Table
 from engine.config.settings import Data, Knn, Method, Model, Optim, Settings
 from engine.evaluate.online_knn import Knn as KnnEvaluation
 from engine.evaluate.online_knn import RawPixels
-from engine.parallel.accelerator import bfloat16_on_cpu, bfloat16_on_gpu
+from engine.parallel.accelerator import bfloat16_on_cpu, bfloat16_on_gpu, now
 from engine.report.gallery import GalleryOptions
 from engine.report.page import report, write
 from engine.report.plotting import curves
 from engine.report.run_folder import read_runs
-from engine.training.loop import measure_rate
+from engine.training.build import build
 from methods.encoders import place
 from methods.registry import build_backbone
 from pipeline.beton import Beton
@@ -36,6 +39,7 @@ from pipeline.prepare import prepare
 from pipeline.sources.archives import open_source
 from pipeline.system.cli import ArgumentParser
 from pipeline.system.errors import InputError, command
+from pipeline.system.text import counted
 from pipeline.views import AUGMENTATIONS
 
 logger = logging.getLogger(__name__)
@@ -44,6 +48,7 @@ _TRAIN_IMAGES, _TEST_IMAGES = 5000, 1000  # drawn
 _SMALL_PIXELS = 96  # images of at most this side are trained on at 32 pixels
 _MIN_IMAGES = 16
 _MAX_EPOCHS = 60
+_RATE_STEPS = 20
 _ENOUGH_PAIRS = 125_000  # of drawn images 140,000 gave a kNN top-1 of 75 %, 40,000 of 31 %
 _KNN_LIMIT = 10000
 _MIN_STEPS = 78  # of an epoch, if there are images for it: a queue learns in many small steps, not in few large ones
@@ -134,12 +139,27 @@ def _with_epochs(settings: Settings, minutes: float) -> Settings:
     settings.optim.warmup_epochs = 1.0 if epochs > 4 else 0.0
     settings.knn.every = max(1, epochs // 10)
     minutes = samples * epochs / rate / 60
-    length = f"{epochs} epoch{'s' * (epochs > 1)} of {samples} images, about {minutes:.1f} min"
+    length = f"{counted(epochs, 'epoch')} of {samples} images, about {minutes:.1f} min"
     logger.info(f"{rate:.0f} pairs/s here: training {length}")
     if samples * epochs < _ENOUGH_PAIRS:
         needed = math.ceil(_ENOUGH_PAIRS / rate / 60)
         logger.warning(f"that is little to learn from: {_ENOUGH_PAIRS} pairs take --minutes {needed} here")
     return settings
+
+
+def measure_rate(settings: Settings) -> float:
+    """Return the pairs per second of a run with these settings on this machine, over 20 steps after 20 of warm-up."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = build(replace(settings, out=folder, tracker="none"))
+        try:
+            for number, batch in enumerate(itertools.islice(run.loader.endless(), 2 * _RATE_STEPS)):
+                if number == _RATE_STEPS:
+                    start = now(run.accelerator.device)
+                run.model.step(batch)
+            return _RATE_STEPS * settings.data.batch / (now(run.accelerator.device) - start)
+        finally:
+            run.close()
+            run.accelerator.free_memory()
 
 
 def _baselines(settings: Settings) -> dict[str, float]:

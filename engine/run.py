@@ -1,6 +1,5 @@
-"""Pretrain an encoder:  accelerate launch engine/run.py --config engine/recipes/NAME.yaml --data.train F.beton ..."""
+"""Pretrain an encoder:  python engine/run.py --config engine/recipes/NAME.yaml --data.train F.beton ..."""
 
-import math
 import os
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ def main() -> int:
         dry_run(run_on_all_ranks(parse, must_match=shared))
         return 0
     try:
-        summary = train()
+        train()
     except Stopped as stopped:
         if rank() == 0:
             print(stopped)
@@ -33,9 +32,6 @@ def main() -> int:
         report(lost, 1)
         sys.stdout.flush()
         os._exit(1)  # torch's own end would wait for the lost rank
-    if rank() == 0:
-        result = f", kNN top-1 {summary['knn_top1']:.2%}" if "knn_top1" in summary else ""
-        print(f"finished after step {summary['step']}: loss {summary.get('loss', math.nan):.4f}{result}")
     return 0
 
 

@@ -2,8 +2,8 @@
 
 Embeddings are named by network and view. The views are x1 and x2; q1 and q2 are the online network's embeddings of
 them, k1 and k2 the momentum encoder's: [B, C], this rank's samples, rows of norm 1. Q1, Q2, K1, K2 are the same,
-gathered from all ranks: [G, C]. Keys have no gradient. A base without a momentum encoder (SimCLR) uses its queries as
-keys, with gradient.
+gathered from all ranks: [G, C], G = world size x B. Keys have no gradient. A base without a momentum encoder (SimCLR)
+uses its queries as keys, with gradient.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,10 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import nn
 
-Heads = Callable[..., tuple[nn.Module, "nn.Module | None"]]
-"""(features, mlp_dim, dim, norm, transformer) to projector and predictor, see `methods.heads`."""
+from methods.heads import HeadPair
 
 
 class IncompatibleTerm(ValueError):
@@ -34,7 +32,8 @@ class Base:
     """A base method: heads, loss, properties, published settings."""
 
     name: str
-    heads: Heads
+    heads: Callable[..., HeadPair]
+    """(features, mlp_dim, dim, norm, transformer) to projector and predictor."""
     loss: Callable[[], "Term"]
     symmetric: bool
     """Both views serve as queries."""

@@ -2,10 +2,10 @@
 
 Over the negatives n_i, without the positive: Q(i) = softmax_i(q.n_i / tau_con) for the query, and
 P(i) = softmax_i(k.n_i / tau_con) for the key, a soft label. L_CO2 = KL(P || Q) / 2 + KL(Q || P) / 2, and the loss is
-L_base + alpha L_CO2. Symbols are the paper's: `weight` is alpha, `temperature` is tau_con.
+L_base + alpha L_CO2, alpha the `weight` and tau_con the `temperature`.
 
-The defaults are for MoCo v2; MoCo v1 takes weight 10, temperature 0.04. Neither is verified against the paper's text.
-Ours: on bases without a queue the negatives are the other samples' keys of the global batch.
+The defaults are for MoCo v2; MoCo v1 takes weight 10, temperature 0.04. Symbols and values are not verified against the
+paper's text. Ours: on bases without a queue the negatives are the other samples' keys of the global batch.
 """
 
 from dataclasses import dataclass
@@ -36,9 +36,9 @@ class CO2:
     """Consistency of the similarities to the negatives (2010.02217)."""
 
     weight: float = 0.3
-    """Weight of the term, the paper's alpha."""
+    """Weight of the term, alpha (not verified against the paper)."""
     temperature: float = 0.05
-    """Temperature of both softmaxes, the paper's tau_con."""
+    """Temperature of both softmaxes, tau_con (not verified against the paper)."""
 
     def needs(self, base: Base) -> frozenset[str]:
         return needs_with_negatives(base)

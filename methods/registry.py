@@ -20,7 +20,7 @@ BASES: dict[str, Base] = {base.name: base for base in (moco.V1, moco.V2, mocov3.
 
 @dataclass(frozen=True)
 class Terms:
-    """Regularizers added to the base's own loss; None leaves one out."""
+    """Regularizers added to the base's own loss; null leaves one out."""
 
     co2: CO2 | None = None
     """Consistency of the similarities to the negatives (2010.02217)."""

@@ -5,8 +5,8 @@ similarity when the transformations change places, S_ij = S_ji. Uniformity: a qu
 negatives are spread evenly, L_uni = KL(U || softmax_{j != i}(S_ij / tau_u)). The loss is
 L_base + lambda_cross L_cross + lambda_uni L_uni.
 
-Consistency and uniformity are the paper's, by its abstract. Ours: the distances (squared difference or symmetric KL),
-temperatures and weights.
+Consistency and uniformity are the paper's, by its abstract; its text was not available. Ours: symbols, distances
+(squared difference or symmetric KL), temperatures and weights.
 """
 
 import math
@@ -31,8 +31,8 @@ def cross_similarity(
 ) -> torch.Tensor:
     """Return the distance between S and its transpose, over the rows of this rank's samples.
 
-    q, k [B, C]: this rank's queries and keys. queries, keys [G, C]: all ranks' (on one rank q and k again).
-    All of norm 1; q and queries with gradient.
+    q, k [B, C]: this rank's queries and keys. queries, keys [G, C]: all ranks' (on one rank q and k again),
+    G = world size x B. All of norm 1; q and queries with gradient.
     form: `mse`, the mean of (S_ij - S_ji)^2; `kl`, the symmetric KL divergence between softmax_j(S_ij / t) and
     softmax_j(S_ji / t), the mean over i.
     """
@@ -57,17 +57,18 @@ class XMoCo:
     """Cross-similarity consistency and uniformity (2206.04676). A weight of 0 leaves one out."""
 
     cross: float = 1.0
-    """Weight of the cross-similarity consistency, lambda_cross."""
+    """Weight of the cross-similarity consistency, lambda_cross (ours)."""
     form: Literal["mse", "kl"] = "mse"
-    """Distance between S and its transpose: mean squared difference or symmetric KL divergence."""
+    """Distance between S and its transpose (ours): mean squared difference or symmetric KL divergence."""
     cross_temperature: float = 0.2
-    """Temperature of the softmaxes of form kl."""
+    """Temperature of the softmaxes of form kl (ours)."""
     uniformity: float = 0.1
-    """Weight of the uniformity, lambda_uni."""
+    """Weight of the uniformity, lambda_uni (ours)."""
     temperature: float = 0.2
-    """Temperature of the uniformity's softmax, tau_u."""
+    """Temperature of the uniformity's softmax, tau_u (ours)."""
     negatives: Literal["batch", "queue"] = "batch"
-    """Negatives of the uniformity: the other samples' keys of the global batch, as in the paper, or the queue."""
+    """Negatives of the uniformity: the other samples' keys of the global batch, by the paper's abstract, or the
+    queue."""
 
     def needs(self, base: Base) -> frozenset[str]:
         if not self.cross and not self.uniformity:

@@ -22,6 +22,7 @@ from pipeline.system.cli import ArgumentParser
 from pipeline.system.cores import available_cores, free_memory
 from pipeline.system.errors import InputError, command
 from pipeline.system.packages import version as _package_version
+from pipeline.system.text import binary
 
 GIB = 2**30
 MIN_CORES_PER_GPU = 6
@@ -245,12 +246,12 @@ def check_memory(beton: Path | None) -> Finding:
     free = free_memory()
     if free is None:
         return Finding("memory", None, "free memory is unknown on this system")
-    detail = f"{_gib(free)} free for the page cache"
+    detail = f"{binary(free)} free for the page cache"
     if beton is None:
         return Finding("memory", True, detail)
     size = beton.stat().st_size
     remedy = "every epoch reads the disk: use a fast local one, smaller images or a machine with more memory"
-    return _judge("memory", size <= free, f"{beton.name} has {_gib(size)}, {detail}", remedy)
+    return _judge("memory", size <= free, f"{beton.name} has {binary(size)}, {detail}", remedy)
 
 
 def check_beton(beton: Path) -> Finding:
@@ -270,7 +271,7 @@ def check_shm() -> Finding:
     except OSError:
         return Finding("/dev/shm", None, "none on this system")
     remedy = "start the container with --shm-size=8g, or: mount -o remount,size=8g /dev/shm"
-    return _judge("/dev/shm", size >= MIN_SHM_BYTES, _gib(size), remedy)
+    return _judge("/dev/shm", size >= MIN_SHM_BYTES, binary(size), remedy)
 
 
 def check_open_files() -> Finding:
@@ -279,10 +280,6 @@ def check_open_files() -> Finding:
     if limit == resource.RLIM_INFINITY:
         return Finding("open files", True, "no limit")
     return _judge("open files", limit >= MIN_OPEN_FILES, f"at most {limit} for each process", "ulimit -n 65536")
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.1f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.1f} MiB"
 
 
 def examine(beton: Path | None = None) -> list[Finding]:

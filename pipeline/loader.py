@@ -137,9 +137,7 @@ class Loader:
         self._sizes = (chosen.size,) if isinstance(chosen.size, int) else tuple(chosen.size)
         batch = chosen.batch
         if not 0 < batch <= len(beton):
-            raise InputError(
-                f"{beton.path}: a batch of {batch} from {len(beton)} samples: choose data.batch from 1 to {len(beton)}"
-            )
+            raise InputError(f"{beton.path}: a batch of {batch} from {len(beton)} samples: choose 1 to {len(beton)}")
         if not views or not self._sizes or min(self._sizes) < 1:
             raise ValueError(f"{len(views)} views of {chosen.size} pixels: give one view or more, of 1 pixel or more")
         if not 0 <= rank < world:

@@ -18,6 +18,7 @@ from pipeline.system.cli import ArgumentParser
 from pipeline.system.errors import InputError, command
 from pipeline.system.files import atomic_path
 from pipeline.system.progress import tqdm
+from pipeline.system.text import binary
 
 _BLOCK_BYTES = 1 << 24
 
@@ -62,9 +63,7 @@ def _replace(source: Path, target: Path) -> None:
         temporaries = [stack.enter_context(atomic_path(copy, unique=False)) for _, copy in pairs]
         needed, free = sum(path.stat().st_size for path, _ in pairs), shutil.disk_usage(target.parent).free
         if free < needed:
-            raise InputError(
-                f"{target.parent}: {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free: choose another folder"
-            )
+            raise InputError(f"{target.parent}: {binary(needed)} needed, {binary(free)} free: choose another folder")
         for (path, _), temporary in zip(pairs, temporaries, strict=True):
             _copy(path, temporary)
         manifest_path(target).unlink(missing_ok=True)  # an old manifest never accompanies a new beton

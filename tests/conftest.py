@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
+from filelock import FileLock
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before kernels are defined: they run on CPU tensors
@@ -16,6 +18,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's backgro
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from pipeline.prepare import prepare
+from tests import processes
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the server that processes are forked from, for all workers of pytest-xdist; alone, the first use does."""
+    if getattr(config.option, "numprocesses", None):
+        processes.start_server()
+
+
+def pytest_unconfigure() -> None:
+    processes.stop_server()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -26,6 +39,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def _reset_accelerate() -> None:
+    """Forget Accelerate's state, which is one for the process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> Iterator[None]:
+    """Each test sets up Accelerate anew."""
+    _reset_accelerate()
+    yield
+    _reset_accelerate()
 
 
 Figure = Callable[[str, str], None]
@@ -42,9 +69,23 @@ def figure(record_property: Callable[[str, object], None]) -> Figure:
     return record
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """Return a folder that `make` has filled: the first of pytest's workers to ask does it, for all. Change no file."""
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
+    folder = (factory.getbasetemp() if alone else factory.getbasetemp().parent) / name
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            temporary = factory.mktemp(name)
+            make(temporary)
+            temporary.rename(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A beton of 200 drawn images of ten classes, 48 pixels a side. Copy it before changing it."""
-    path = tmp_path_factory.mktemp("drawn") / "drawn.beton"
-    prepare("synthetic:200", path, workers=1, quiet=True)
-    return path
+
+    def make(folder: Path) -> None:
+        prepare("synthetic:200", folder / "drawn.beton", workers=1, quiet=True)
+
+    return made_once(tmp_path_factory, "drawn", make) / "drawn.beton"

@@ -8,7 +8,7 @@ import shutil
 import sys
 import textwrap
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ _RULES = rules(Settings)
 _TERMS = list(_RULES["terms"]["properties"])
 _EXAMPLE = "engine/recipes/moco_v2_in1k.yaml"
 _METAVARS = {"boolean": "true|false", "integer": "N", "number": "X", "string": "TEXT", "array": "LIST", "object": "{}"}
-_HELP = f"""usage: accelerate launch engine/run.py [--config RECIPE] [--SETTING VALUE ...]
+_HELP = f"""usage: python engine/run.py [--config RECIPE] [--SETTING VALUE ...]
+       accelerate launch engine/run.py ...   (several GPUs)
 
 Pretrain an image encoder by momentum contrast. A recipe is a YAML file of the
 settings below. Options override recipes, and later recipes earlier ones.
@@ -40,7 +41,8 @@ settings below. Options override recipes, and later recipes earlier ones.
   --print-config
       Print all settings, as YAML, and exit.
   --terms [NAME, ...]
-      Use these terms, of {", ".join(_TERMS)}, and no others."""
+      Use these terms, of {", ".join(_TERMS)}, and no others.
+      --terms.NAME.help lists the parameters of one."""
 _FLAGS = ("dry_run", "print_config")
 _PER_RANK = ("data.train", "data.eval", "data.workers", "data.prefetch_factor", "data.stall_timeout")
 _MAX_CHARACTERS, _MAX_VALUES, _MAX_INTEGER = 4096, 1000, 2**53  # of a path; of a list; exact as a float
@@ -50,9 +52,12 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     """Return the settings of a command line (`sys.argv` by default). Raises InputError, naming key and remedy."""
     options = _read_options(sys.argv[1:] if arguments is None else arguments)
     settings: dict[str, Any] = {}
+    sources: dict[str, str] = {}
     for key, value in options:
         if key == "config":
-            _merge(settings, _read_recipe(value))
+            paths: dict[str, str] = {}
+            _merge(settings, _read_recipe(value, paths))
+            sources |= paths
     for key, value in options:
         if key == "allow_change":
             value = [*(settings.get(key) or []), *value]
@@ -60,10 +65,11 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
             for name in reversed(key.split(".")):
                 value = {name: value}
             _merge(settings, _typed("", value))
+            sources.pop(key, None)
     try:  # as JSON: pydantic's strict mode takes no dict for a dataclass
         parsed = _SETTINGS.validate_json(json.dumps(settings), strict=True)
     except ValidationError as error:
-        raise InputError(explain(error, Settings)) from None
+        raise InputError(_with_source(explain(error, Settings), sources)) from None
     if ("print_config", True) in options:
         print(yaml.safe_dump(parsed.as_dict(), sort_keys=False), end="")
         sys.exit()
@@ -88,10 +94,21 @@ def flat(settings: dict[str, Any], within: str = "") -> dict[str, Any]:
     return named
 
 
-def _read_recipe(path: str | Path, remedy: str = "", variants: tuple[str, ...] = ()) -> dict[str, Any]:
+def _with_source(error: str, sources: dict[str, str]) -> str:
+    """Return the error of a setting with the recipe that it comes from, if it comes from one."""
+    setting = re.match(r"([\w.]+)(?: (?:'[^']*'|\[[^]]*\]|[^\s:'{]+))?(?=: )", error)
+    if setting is None or setting[1] not in sources:
+        return error
+    return f"{setting[0]} ({sources[setting[1]]}){error[setting.end() :]}"
+
+
+def _read_recipe(
+    path: str | Path, sources: dict[str, str], remedy: str = "", variants: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """Return the nested settings of a recipe, merged into those of its `base`. Raises InputError.
 
-    variants: the recipes with this one as their base.
+    sources: receives the path of the file that sets a setting or section, by dotted name. variants: the recipes with
+    this one as their base.
     """
     recipe = read_yaml(path, remedy or f"give a recipe, such as {_EXAMPLE}, or correct it")
     if not isinstance(recipe, dict):
@@ -108,16 +125,27 @@ def _read_recipe(path: str | Path, remedy: str = "", variants: tuple[str, ...] =
         terms = [terms] if isinstance(terms, str) else terms
         listed = [term if isinstance(term, dict) else {str(term): {}} for term in terms]
         recipe["terms"] = dict.fromkeys(_TERMS) | {name: values for term in listed for name, values in term.items()}
-    if (base := recipe.pop("base", None)) is None:
+    base = recipe.pop("base", None)
+    for key in _names(recipe):
+        sources.setdefault(key, str(path))
+    if base is None:
         return recipe
     if not isinstance(base, str):
         raise InputError(f"{path}: base {shown(base)}: give the path of a recipe, relative to this one")
     file, variants = Path(path).parent / base, (*variants, os.path.realpath(path))
     if os.path.realpath(file) in variants:
         raise InputError(f"{path}: base {base}: is a variant of this recipe: remove one of the two bases")
-    settings = _read_recipe(file, f"correct base in {path}", variants)
+    settings = _read_recipe(file, sources, f"correct base in {path}", variants)
     _merge(settings, recipe)
     return settings
+
+
+def _names(settings: dict[str, Any], within: str = "") -> Iterator[str]:
+    """Return the dotted names of nested settings and sections."""
+    for key, value in settings.items():
+        yield within + key
+        if isinstance(value, dict):
+            yield from _names(value, f"{within}{key}.")
 
 
 def _merge(settings: dict[str, Any], changes: dict[str, Any]) -> None:
@@ -174,12 +202,17 @@ def _read_options(arguments: Sequence[str]) -> list[tuple[str, Any]]:
             print(_help(key.rpartition(".")[0]))
             sys.exit()
         positive = re.sub(r"(^|\.)no_", r"\1", key, count=1)
-        if not assigned and (key in _FLAGS or (positive != key and _RULES.get(positive, {}).get("type") == "boolean")):
+        switch = _RULES.get(positive, {}).get("type") == "boolean"
+        if not assigned and (key in _FLAGS or (positive != key and switch)):
             options.append((positive, key in _FLAGS))
             continue
+        if positive != key and positive in _RULES:
+            remedy = f"give {option} without a value, or --" if switch else "no such option: give --"
+            example = "true" if switch else "null" if _RULES[positive]["null"] else "VALUE"
+            raise InputError(f"{option}: {remedy}{positive.replace('_', '-')} {example}")
         rule = {"type": "string"} if key == "config" else _RULES.get(key)
         if rule is None or not option.startswith("--"):
-            raise InputError(former(key, text or "".join(words[:1])) or unknown(key, _RULES))
+            raise InputError(former(key, text or "".join(words[:1])) or unknown(key, _RULES, option.lstrip("-")))
         if rule["type"] == "object" and not (rule["null"] or key == "terms"):
             raise InputError(f"{key}: a section: give its settings one by one, see --help for all of them")
         values, several = [text] * bool(assigned), rule["type"] in ("array", "object")  # which the shell may cut
@@ -200,7 +233,7 @@ def _named_terms(text: str) -> dict[str, Any]:
     """Return the terms that a list names with their defaults, the others as null."""
     names = [] if text == "null" else re.findall(r"\w+", text)
     if set(names) - set(_TERMS) or re.sub(r"[\w\s,]", "", text) not in ("", "[]"):
-        remedy = f"give names as in [co2, residual], of {', '.join(_TERMS)}; parameters go by themselves"
+        remedy = f"give names as in [co2, residual], of {', '.join(_TERMS)}; give parameters as --terms.co2.weight 0.5"
         raise InputError(f"terms {shown(text)}: {remedy}")
     return {term: {} if term in names else None for term in _TERMS}
 

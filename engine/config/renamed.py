@@ -29,6 +29,8 @@ def former(key: str, value: Any = None) -> str:
     """Return the error for a former name or value, with the present one; empty for any other."""
     if key in RENAMED:
         return f"{key}: renamed to {RENAMED[key]}"
+    if key == "to":
+        return "to: renamed to out"
     if key == "data.order" and value == "chunked":
         return "data.order 'chunked': renamed to quasi_random"
     if key == "data.crop_on":

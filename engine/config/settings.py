@@ -209,7 +209,7 @@ class Settings:
     precision: Literal["no", "fp16", "bf16"] = "bf16"
     """Mixed precision."""
     compile: bool = False
-    """Compile the backbones with torch.compile: a minute or more at the start, for faster steps."""
+    """Compile the backbones with torch.compile: a minute or more at the start, on a CPU several, for faster steps."""
     cuda_graph: bool = False
     """Replay each step as one CUDA graph, on one GPU, at no cost of Python or kernel launches. Logged steps run
     eagerly, and need as much memory again."""
@@ -292,7 +292,7 @@ class Settings:
             ("model.mlp_dim", model.mlp_dim, base.name != "moco_v1", f"{base.name}'s head is one layer"),
             ("model.zero_init_residual", model.zero_init_residual, model.arch not in VITS, no_blocks),
         ):
-            _require(value is None or applies, key, value, f"{reason}: leave it out, or null")
+            _require(value is None or applies, key, value, f"{reason}: remove {key}, or set it to null")
 
     def _refuse_impossible(self) -> None:
         """Raise InputError for combinations that cannot work."""
@@ -300,14 +300,14 @@ class Settings:
         keys = (self.method.queue_size or 0) * (self.model.dim or 0)
         remedy = f"{self.model.dim} numbers a key are more than 2^30 in all: choose fewer keys"
         _require(keys <= 2**30, "method.queue_size", self.method.queue_size, remedy)
-        remedy = f"{base.name} is symmetric: leave it out, or null"
+        remedy = f"{base.name} is symmetric: remove method.symmetric, or set it to null"
         _require(base.symmetric or base.queue, "method.symmetric", False, remedy)
         remedy = f"{base.name} has no keys to shuffle: choose plain or sync"
         _require(base.momentum_encoder or self.model.bn not in SHUFFLED, "model.bn", self.model.bn, remedy)
         if arch in VITS:
             remedy = f"{arch} has patches of {PATCH} pixels: choose a multiple of {PATCH}"
             _require(size % PATCH == 0, "data.size", size, remedy)
-            _require(not sizes, "data.sizes", sizes, f"{arch} has positions for one size: leave it out")
+            _require(not sizes, "data.sizes", sizes, f"{arch} has positions for one size: leave data.sizes out")
         remedy = f"more than optim.epochs {self.optim.epochs}: give at most one an epoch"
         _require(len(sizes) <= self.optim.epochs, "data.sizes", sizes, remedy)
         try:

@@ -20,6 +20,18 @@ words)."""
 _CONFIG = ConfigDict(use_attribute_docstrings=True, allow_inf_nan=False, extra="forbid")
 _BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
 _SHOWN_CHARACTERS = 200
+_SYNONYMS = {
+    "batch_size": "data.batch",
+    "image_size": "data.size",
+    "num_workers": "data.workers",
+    "backbone": "model.arch",
+    "learning_rate": "optim.lr",
+    "optimizer": "optim.name",
+    "warmup": "optim.warmup_epochs",
+    "wd": "optim.weight_decay",
+    "output_dir": "out",
+}
+"""Other trainers' names of settings, that no similarity of spelling leads to."""
 _TYPES = {
     "integer": "a whole number",
     "number": "a number",
@@ -98,10 +110,16 @@ def shown(value: Any) -> str:
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]} ..."
 
 
-def unknown(key: str, known: Rules) -> str:
-    """Return the error for an unknown setting, with the closest name that is one."""
+def unknown(key: str, known: Rules, typed: str = "") -> str:
+    """Return the error for an unknown setting, with the closest name that is one. typed: the key as typed."""
     within, _, name = key.rpartition(".")
-    close = difflib.get_close_matches(key, known, n=1) or [other for other in known if other.endswith(f".{name}")]
-    siblings = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == within]
+    if (close := _SYNONYMS.get(name, "")) not in known:
+        similar = difflib.get_close_matches(key, known, n=1) or [other for other in known if other.endswith(f".{name}")]
+        close = similar[0] if similar else ""
+    siblings = _names_in(within, known) or _names_in("terms", known)
     remedy = f"choose one of {', '.join(siblings)}" if within.startswith("terms") else "see --help for all of them"
-    return f"{key}: no such setting{f', did you mean {close[0]}' if close else ''}: {remedy}"
+    return f"{typed or key}: no such setting{f', did you mean {close}' if close else ''}: {remedy}"
+
+
+def _names_in(section: str, known: Rules) -> list[str]:
+    return [name for within, _, name in (key.rpartition(".") for key in known) if within == section]

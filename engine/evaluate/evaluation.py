@@ -128,7 +128,7 @@ class Evaluation:
         }
 
     def write(self, name: str, title: str, scores: Scores, settings: dict[str, Any], **more: Any) -> None:
-        """Write OUT/NAME.json with the scores and `more`; print the scores, and a row for a table.
+        """Write OUT/NAME.json with the scores and `more`; print the scores, and a Markdown table of one row.
 
         title: the evaluation, in words. settings: all that affect the result.
         """
@@ -155,6 +155,7 @@ class Evaluation:
         path = self.out / f"{name}.json"
         write_json(path, document)
         print(f"{title}: {scores}")
+        print(f"| encoder | architecture | evaluation | {scores.MAIN}, % | time |\n|---|---|---|---|---|")
         main = f"{100 * getattr(scores, scores.MAIN):.2f}"
         print(f"| {encoder.path.name} {encoder.which} | {encoder.architecture} | {title} | {main} | {seconds:.0f} s |")
         logger.info("written: %s", path)

@@ -71,7 +71,7 @@ def run(evaluation: ClassificationEvaluation) -> None:
     scores = evaluation.score(classify, frozen=True)
     rows = [{"lr": a, "decay": b, "held_back": round(value, 5)} for (a, b), value in table.items()]
     settings = evaluation.settings(protocol="fast", passes=args.passes, epochs=epochs, lr=lr, weight_decay=decay)
-    views = f"{args.passes} augmented passes" if args.passes else "center crops"
+    views = f"{args.passes} augmented pass{'es' * (args.passes > 1)}" if args.passes else "center crops"
     evaluation.write("linear_fast", f"linear, fast, {views}", scores, settings, sweep=rows)
 
 

@@ -26,6 +26,7 @@ from pipeline.beton import Beton
 from pipeline.storage.subset import Subset
 from pipeline.system.errors import InputError, printable
 from pipeline.system.limits import LIST_BYTES, read_text
+from pipeline.system.text import counted
 
 logger = get_logger(__name__)
 
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
             return model(images)
 
     scores = evaluation.score(classify, frozen=False)
-    title = f"fine-tuned on {fraction:.3g} of the labels, {args.epochs} epochs"
+    title = f"fine-tuned on {fraction:.3g} of the labels, {counted(args.epochs, 'epoch')}"
     evaluation.write(name, title, scores, settings, images=len(part))
 
 

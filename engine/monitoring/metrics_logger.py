@@ -81,6 +81,7 @@ class Monitor:
         self._write({"step": step, "epoch": round(epoch, 4), **values})
 
     def _write(self, line: dict[str, Any], seconds_per_step: float | None = None) -> None:
+        """Write a line; seconds_per_step: None of an evaluation."""
         self.last.update(line)
         if rank() == 0:
             self._writer.write(line)
@@ -146,7 +147,7 @@ class MetricsWriter:
             self._failing.add(place)
 
     def show(self, last: dict[str, Any], seconds_per_step: float | None) -> None:
-        """Show the newest metrics: in the progress line of a terminal, else as a log line."""
+        """Show the newest metrics: in a terminal's progress line, else as a log line, short after an evaluation."""
         if self._bar is None:
             return
         self._seconds_per_step = seconds_per_step or self._seconds_per_step
@@ -155,7 +156,9 @@ class MetricsWriter:
             shown.append(f"kNN {last['knn_top1']:.1%}")
         if "pairs_per_second" in last:
             shown += [f"{last['pairs_per_second']:.0f} pairs/s", f"data-wait {last['data_wait_fraction']:.1%}"]
-        if self._bar.disable:
+        if self._bar.disable and seconds_per_step is None:
+            logger.info(f"epoch {last['epoch']:g}: kNN top-1 {last['knn_top1']:.1%}")
+        elif self._bar.disable:
             step = last["step"]
             left = tqdm.format_interval((self._steps - step) * self._seconds_per_step)
             logger.info(f"step {step}/{self._steps}  {'  '.join(shown)}  left {left}")

@@ -20,9 +20,7 @@ def parser() -> argparse.ArgumentParser:
     description = "Write a page on one or several runs: curves, numbers, pictures."
     made = ArgumentParser(prog="python -m engine.report", description=description)
     made.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folder, of any state")
-    made.add_argument(
-        "--out", type=Path, metavar="FILE.html", help="(default: RUN/report.html; ./report.html for several)"
-    )
+    made.add_argument("--out", type=Path, metavar="FILE.html", help="(default of one run: RUN/report.html)")
     made.add_argument(
         "--data", default="", help="images for the pictures (default: the run's data.eval, or data.train)"
     )
@@ -43,6 +41,8 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError(f"--limit {args.limit}: choose 10 to 100000 images")
     if args.seed < 0:
         raise InputError(f"--seed {args.seed}: choose 0 or more")
+    if len(args.runs) > 1 and not args.out:
+        raise InputError(f"{len(args.runs)} runs: name their page, --out FILE.html")
     if args.out and args.out.suffix != ".html":
         raise InputError(f"--out {args.out}: name a file that ends in .html")
 
@@ -55,7 +55,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     options = GalleryOptions(args.data, args.neighbors, args.limit, args.seed, args.which, device)
     page = report(runs, None if args.no_pictures else options)
-    out = args.out or (runs[0].path / "report.html" if len(runs) == 1 else Path("report.html"))
+    out = args.out or runs[0].path / "report.html"
     files = write(page, out)
     for run in runs:
         for problem in run.problems:

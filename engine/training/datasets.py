@@ -69,7 +69,7 @@ def _open_all(settings: Settings, device: torch.device) -> Datasets:
     train = _open(settings, "train")
     if data.batch > len(train):
         raise InputError(
-            f"{train.path}: a batch of {data.batch} from {len(train)} samples: choose data.batch from 1 to {len(train)}"
+            f"{train.path}: a batch of {data.batch} from {len(train)} samples: choose data.batch from 2 to {len(train)}"
         )
     evaluated = _open(settings, "eval") if data.eval and settings.knn.every else None
     knn = _build_knn(settings, train, evaluated, device) if evaluated else None

@@ -23,11 +23,11 @@ from pipeline.loader import Batch
 from pipeline.sampling.order import steps_per_epoch
 from pipeline.storage.in_place import open_data
 from pipeline.system.errors import InputError
+from pipeline.system.text import binary, counted
 
 logger = get_logger(__name__)
 
 _STUB_SAMPLES = 2  # of the smaller of the two stub batches
-_GIB = 2**30
 _ATEN = torch.ops.aten
 _MATMULS = {_ATEN.convolution, _ATEN.convolution_backward, _ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.baddbmm}
 _WORLD_SIZES = (1, 2, 4, 8, 16, 32)
@@ -165,11 +165,11 @@ def _print(settings: Settings, estimates: dict[str, Any]) -> None:
             table.add_row(f"parameters, {name}", f"{estimates[name]:,}")
     table.add_row("FLOPs a pair", f"{estimates['flops_a_pair'] / 1e9:.2f} G")
     table.add_row("activations a pair", f"{estimates['activation_bytes_a_pair'] / 2**20:.1f} MiB")
-    memory = ", ".join(f"{n}: {size / _GIB:.1f}" for n, size in estimates["memory"].items())
-    table.add_row("memory, GiB, by world size (estimate)", memory or "no world size divides the batch")
+    memory = ", ".join(f"{n}: {binary(size)}" for n, size in estimates["memory"].items())
+    table.add_row("memory, by world size (estimate)", memory or "no world size divides the batch")
     table.add_row("peak learning rate", f"{peak_rate(settings.optim, settings.data.batch):g}")
     if "steps" in estimates:
-        steps = f"{estimates['steps']:,} ({settings.optim.epochs} epochs of {estimates['steps_an_epoch']:,})"
+        steps = f"{estimates['steps']:,} ({counted(settings.optim.epochs, 'epoch')} of {estimates['steps_an_epoch']:,})"
         table.add_row("steps", f"{steps}, {estimates['samples']:,} images in batches of {settings.data.batch}")
     else:
         table.add_row("steps", "unknown: give --data.train F.beton, or --data.samples N")

@@ -1,10 +1,8 @@
 """The training loop, from top to bottom."""
 
 import contextlib
-import itertools
-import tempfile
+import math
 import time
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,18 +12,16 @@ from engine.config.settings import Settings
 from engine.fault_tolerance.diagnosis import translate_failures
 from engine.fault_tolerance.heartbeat import Heartbeat
 from engine.fault_tolerance.preemption import Stopped, follow_launcher
-from engine.parallel.accelerator import now
 from engine.parallel.batchnorm_stats import RunningStatistics
 from engine.parallel.consensus import run_on_all_ranks
 from engine.parallel.rendezvous import rank, world
 from engine.training.build import Run, agree_on_launch, build
-from engine.training.resume import refuse_divergence, restore, save
+from engine.training.resume import raise_if_diverged, restore, save
 from pipeline.loader import Batch
 from pipeline.system.files import write_json
+from pipeline.system.text import counted
 
 logger = get_logger(__name__)
-
-_RATE_STEPS = 20
 
 
 def train(settings: Settings | None = None) -> dict[str, Any]:
@@ -49,19 +45,31 @@ def _train(run: Run, heartbeat: Heartbeat) -> dict[str, Any]:
     restore(run)
     if run.finished:
         return _log_finished(run)
+    _log_start(run)
     stopped = _train_epochs(run, heartbeat)
     run_on_all_ranks(run.writer.finish)
     summary = {} if stopped else _summarize(run)
     run.accelerator.end_training()  # not after a failure: it waits for all ranks
     if stopped:
         raise stopped
+    _print_result(run)
     return summary
+
+
+def _log_start(run: Run) -> None:
+    settings, device = run.settings, run.accelerator.device.type
+    length = f"{counted(run.total, 'step')} ({counted(settings.optim.epochs, 'epoch')}), batch {settings.data.batch}"
+    where = f"on {device}" if world() == 1 else f"on {world()} ranks, {device}"
+    logger.info(f"{settings.objective}, {settings.model.arch}: {length}, {where}, run folder {run.folder.path}")
+    if settings.compile and device == "cpu":
+        logger.info("compile takes minutes on a CPU; no step is logged until then")
 
 
 def _train_epochs(run: Run, heartbeat: Heartbeat) -> Stopped | None:
     """Train until the last epoch, or until a stop request has been saved."""
     settings, steps = run.settings, run.loader.steps
     heartbeat.step = run.done
+    # With auto, the newest checkpoint contains this very state: no need to save it again before the evaluation.
     if run.awaits_evaluation and (stopped := _end_epoch(run, run.done // steps, saved=settings.resume == "auto")):
         return stopped
     for epoch in range(run.done // steps, settings.optim.epochs):
@@ -70,6 +78,7 @@ def _train_epochs(run: Run, heartbeat: Heartbeat) -> Stopped | None:
             train_on(run, batch, logs=last or (run.done + 1) % settings.log_every == 0)
             heartbeat.step = run.done
             run.watchdog.beat(run.done)
+            # Only evaluation and save follow the last step; the evaluation polls for stop requests by itself.
             stopped = run.requests.poll_stop(run.done) if run.done < run.total else None
             if stopped or (settings.save_every and run.done % settings.save_every == 0 and not last):
                 save(run)
@@ -91,7 +100,7 @@ def train_on(run: Run, batch: Batch, *, logs: bool) -> None:
         if run.model.target is None:
             del rates["momentum"]
         run.monitor.log(run.done, run.done / run.loader.steps, result.measures, **rates)
-        refuse_divergence(run)
+        raise_if_diverged(run)
 
 
 def _end_epoch(run: Run, epoch: int, *, saved: bool = False) -> Stopped | None:
@@ -135,10 +144,11 @@ def evaluate(run: Run, epoch: int) -> None:
 
 def _log_finished(run: Run) -> dict[str, Any]:
     """Return the newest metrics of a run with nothing left to train; write its summary where that is missing."""
-    requested = f"{run.settings.optim.epochs} epochs, {run.total} steps"
-    logger.info(f"nothing to train: {run.done} steps are done of the {requested} requested")
+    requested = f"{counted(run.settings.optim.epochs, 'epoch')}, {counted(run.total, 'step')}"
+    logger.info(f"nothing to train: {counted(run.done, 'step')} done; {requested} requested")
     if rank() == 0 and not (run.folder.path / "summary.json").exists():  # killed after its last checkpoint
         _summarize(run)
+    _print_result(run)
     return {**run.monitor.last, "step": run.done}
 
 
@@ -162,16 +172,10 @@ def _summarize(run: Run) -> dict[str, Any]:
     return summary
 
 
-def measure_rate(settings: Settings) -> float:
-    """Return the pairs per second of a run with these settings on this machine, over 20 steps after 20 of warm-up."""
-    with tempfile.TemporaryDirectory() as folder:
-        run = build(replace(settings, out=folder, tracker="none"))
-        try:
-            for number, batch in enumerate(itertools.islice(run.loader.endless(), 2 * _RATE_STEPS)):
-                if number == _RATE_STEPS:
-                    start = now(run.accelerator.device)
-                run.model.step(batch)
-            return _RATE_STEPS * settings.data.batch / (now(run.accelerator.device) - start)
-        finally:
-            run.close()
-            run.accelerator.free_memory()
+def _print_result(run: Run) -> None:
+    """Print loss and kNN top-1 of a finished run, on rank 0."""
+    if rank() == 0:
+        last, knn = run.monitor.last, run.settings.knn
+        top1 = f", kNN top-1 {last['knn_top1']:.2%} (k {knn.k}, T {knn.temperature:g})" if "knn_top1" in last else ""
+        loss = last.get("loss", math.nan)
+        print(f"finished after step {run.done}: loss {loss:.4f}{top1}, run folder {run.folder.path}")

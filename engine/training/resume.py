@@ -34,7 +34,7 @@ def save(run: Run) -> None:
     Writes none while steps are being skipped. Raises Diverged, on every rank, where the training has diverged; at the
     end of training a few skipped steps are divergence already: no such state may replace an earlier checkpoint.
     """
-    refuse_divergence(run, DOUBTFUL if run.done == run.total else PATIENCE)
+    raise_if_diverged(run, DOUBTFUL if run.done == run.total else PATIENCE)
     if run.model.step.schedule.diverged(DOUBTFUL):
         logger.warning(f"step {run.done}: not saved: steps are being skipped")
         return
@@ -58,7 +58,7 @@ def save(run: Run) -> None:
             run.writer.save(run.done, tensors, state)
 
 
-def refuse_divergence(run: Run, patience: int = PATIENCE) -> None:
+def raise_if_diverged(run: Run, patience: int = PATIENCE) -> None:
     """Raise Diverged, on every rank, where the last `patience` steps or more were skipped. Waits for the device."""
     if skipped := run.model.step.schedule.diverged(patience):
         raise Diverged(f"step {run.done}: loss or gradients have not been finite for {skipped} steps: {_remedy(run)}")

@@ -203,7 +203,7 @@ class Step:
         if clip := self._settings.optim.clip_grad_norm:
             clip_grads_with_norm_(self._parameters, clip, norm)
         taken = norm.isfinite()
-        optimizer.found_inf = (~taken).float()  # fused optimizers then change nothing
+        optimizer.found_inf = (~taken).float()  # fused SGD and AdamW, and our LARS, then change nothing
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if scaler is not None:

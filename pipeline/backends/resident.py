@@ -19,6 +19,7 @@ from pipeline.native.libffcv import RAW
 from pipeline.storage.decode import INTACT, damaged, decode_chunk, full_rectangles, records_of
 from pipeline.system.cores import available_cores, free_memory
 from pipeline.system.errors import InputError
+from pipeline.system.text import binary
 
 SHARE = 0.5
 """Share of the free memory that the images may take for `auto` to choose this backend, before a model is built."""
@@ -140,8 +141,8 @@ def build(beton: Beton, config: BackendConfig) -> Backend:
     device = config.device
     if not fits(beton, device):
         raise InputError(
-            f"data.backend 'resident': the images of {beton.path} take {needed(beton) / 2**30:.1f} GiB, more than "
-            f"{MOST:.0%} of the {free(device) / 2**30:.1f} GiB free on {device.type}: choose another backend"
+            f"data.backend 'resident': the images of {beton.path} take {binary(needed(beton))}, more than "
+            f"{MOST:.0%} of the {binary(free(device))} free on {device.type}: choose another backend"
         )
     pixels, starts = decode_all(beton, config)
     if device.type == "cuda":

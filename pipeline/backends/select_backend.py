@@ -11,6 +11,7 @@ from pipeline.beton import Beton
 from pipeline.native.libffcv import JPEG
 from pipeline.system.errors import InputError
 from pipeline.system.packages import installed
+from pipeline.system.text import binary
 
 PACE = 5000
 """Samples a second that a GPU may train on: an H200 trains a ResNet-50 on somewhat fewer, at 224 pixels."""
@@ -44,9 +45,9 @@ def choose(backend: str, beton: Beton, device: torch.device, *, processes: int =
         return Choice(backend, "asked for")
     if not beton.in_one_file:
         return Choice("dali", "the images are not in one file, and only dali reads those")
-    size = f"the decoded images take {resident.needed(beton) / 2**30:.2f} GiB"
+    size = f"the decoded images take {binary(resident.needed(beton))}"
     share = resident.SHARE if device.type == "cuda" else resident.SHARE / processes
-    room = f"{share:.0%} of the {resident.free(device) / 2**30:.1f} GiB free on {device.type}"
+    room = f"{share:.0%} of the {binary(resident.free(device))} free on {device.type}"
     if resident.needed(beton) <= share * resident.free(device):
         return Choice("resident", f"{size}, at most {room}")
     why = f"{size}, more than {room}"

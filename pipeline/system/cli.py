@@ -1,9 +1,11 @@
 """Command lines on which `--save-every` and `--save_every` are the same option."""
 
 import argparse
+import difflib
+import re
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn
 
 from pipeline.system.errors import InputError
 
@@ -11,12 +13,14 @@ from pipeline.system.errors import InputError
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's parser, whose option names take hyphens or underscores and must not be abbreviated.
 
-    renamed: former option names with the present ones. Raises InputError for a former name.
+    renamed: former option names with the present ones. Raises InputError for a former name. Other errors are one line,
+    with exit code 2.
     """
 
     def __init__(self, *, renamed: Mapping[str, str] | None = None, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **options})
         self._renamed = renamed or {}
+        self._unknown: list[str] = []
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse like argparse, after `hyphenated`; return unknown arguments as typed."""
@@ -28,7 +32,27 @@ class ArgumentParser(argparse.ArgumentParser):
                 raise InputError(f"{name}: renamed to {self._renamed[name]}")
         namespace, unknown = super().parse_known_args(arguments, namespace)
         as_typed = dict(zip(arguments, typed, strict=True))
-        return namespace, [as_typed.get(argument, argument) for argument in unknown]
+        self._unknown = [as_typed.get(argument, argument) for argument in unknown]
+        return namespace, self._unknown
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2 and a line: the error, the nearest name if there is one, and where to read on."""
+        parser = self
+        if message.startswith("unrecognized arguments"):  # of a command: argparse leaves them to the top-level parser
+            commands = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+            parser = next((one for choices in commands for one in choices.values() if one._unknown), self)
+            name = self._unknown[0].partition("=")[0]
+            kind = "option" if name.startswith("-") else "argument"
+            message = f"{name}: no such {kind}{_nearest(name, parser._option_string_actions)}"
+        elif choice := re.fullmatch(r"argument (.+): invalid choice: '(.*?)'.* \(choose from (.*)\)", message):
+            names = choice[3].replace("'", "").split(", ")
+            message = f"{choice[1]} {choice[2]!r}{_nearest(choice[2], names)}: choose one of {', '.join(names)}"
+        self.exit(2, f"error: {message}: see {parser.prog} --help\n")
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return f", did you mean {close[0]}" if close else ""
 
 
 def hyphenated(arguments: Sequence[str]) -> list[str]:

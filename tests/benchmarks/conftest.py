@@ -10,9 +10,9 @@ from types import ModuleType
 
 import pytest
 
-from tests.engine.conftest import fresh_accelerator
+from tests.engine.conftest import configured_logs
 
-__all__ = ["fresh_accelerator"]
+__all__ = ["configured_logs"]
 Run = Callable[..., int]
 
 

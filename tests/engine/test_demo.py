@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from engine import demo
 from engine.report.plotting import curves
 from pipeline.sources import synthetic
 from tests import ROOT
+from tests.engine import small
 from tests.engine.test_run import ENVIRONMENT, run
 
 DEMO = (sys.executable, "-m", "engine.demo")
@@ -100,3 +102,14 @@ def test_impossible_training_time_is_refused(minutes: str, monkeypatch: pytest.M
     with pytest.raises(SystemExit) as ended:
         demo.main()
     assert ended.value.code == 2
+
+
+def test_measuring_a_rate_leaves_no_thread_behind(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a watchdog, which would end the process at some later standstill."""
+    before = set(threading.enumerate())
+    chosen = small.settings(batch=20)
+    chosen.data.train, chosen.data.workers, chosen.cpu = str(drawn), 1, True
+    monkeypatch.setattr(demo, "_RATE_STEPS", 2)
+    assert demo.measure_rate(chosen) > 0
+    left = {thread.name for thread in set(threading.enumerate()) - before}
+    assert not left, left

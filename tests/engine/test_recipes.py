@@ -33,12 +33,15 @@ def test_resolved_settings_are_unchanged(recipe: Path) -> None:
 
 
 def _repeated() -> set[str]:
-    """Return recipes whose method, model and size are another's, and the largest: their dry runs are slow tests."""
+    """Return recipes whose method, model and size are another's, and the largest: their dry runs are slow tests.
+
+    moco_v2_in1k's is `test_dry_run_of_moco_v2_has_the_known_numbers`.
+    """
     first: dict[str, str] = {}
-    for path in RECIPES:
+    for path in sorted(RECIPES, key=lambda path: path.stem != "moco_v2_in1k"):
         settings = parse(["--config", str(path)])
         first.setdefault(f"{settings.method} {settings.model} {settings.data.size}", path.stem)
-    return {path.stem for path in RECIPES} - set(first.values()) | {"moco_v3_vit_base_in1k"}
+    return {path.stem for path in RECIPES} - set(first.values()) | {"moco_v2_in1k", "moco_v3_vit_base_in1k"}
 
 
 _REPEATED = _repeated()

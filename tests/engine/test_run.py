@@ -17,12 +17,17 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import engine.run
+from engine.parallel.rendezvous import rank
 from engine.training import loop
+from engine.training.build import Run
+from engine.training.resume import modules
 from pipeline.sources import synthetic
-from tests import ROOT
+from tests import ROOT, processes
+from tests.conftest import made_once
+from tests.gloo import on_ranks
 
 RUN = ROOT / "engine" / "run.py"
 LAUNCHER = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch")
@@ -51,9 +56,14 @@ WALL_CLOCK = ("pairs_per_second", "data_wait_fraction")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def run(*arguments: str, command: tuple[str, ...] = (sys.executable, str(RUN)), **env: str) -> Any:
-    environment = {**ENVIRONMENT, **env}
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=300)
+def run(
+    *arguments: str, command: tuple[str, ...] = (sys.executable, str(RUN)), real: bool = False, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in a forked process or, if `real`, in an interpreter of its own."""
+    command, environment = (*command, *arguments), {**ENVIRONMENT, **env}
+    if real:
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    return processes.run(command, environment)
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
@@ -74,8 +84,7 @@ def test_from_image_files_to_knn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert made.returncode == 0, made.stderr
     out = tmp_path / "out"
     betons = ["--data.train", str(tmp_path / "train.beton"), "--data.eval", str(tmp_path / "test.beton")]
-    one = ("--cpu", "--num_processes", "1")
-    done = run(*one, str(RUN), *betons, *SMALL, "--optim.epochs", "2", "--out", str(out), command=LAUNCHER)
+    done = run(*betons, *SMALL, "--optim.epochs", "2", "--out", str(out))
     assert done.returncode == 0, done.stderr
     lines = metrics(out)
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
@@ -93,11 +102,11 @@ def test_from_image_files_to_knn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_run_killed_in_mid_epoch_and_resumed_equals_the_undisturbed(drawn: Path, tmp_path: Path) -> None:
     arguments = ["--data.train", str(drawn), "--data.eval", str(drawn), *SMALL, "--optim.epochs", "3"]
     arguments += ["--save_every", "2", "--log_every", "3"]
-    undisturbed = run(*arguments, "--out", str(tmp_path / "undisturbed"))
+    undisturbed = run(*arguments, "--out", str(tmp_path / "undisturbed"), real=True)
     assert undisturbed.returncode == 0, undisturbed.stderr
     out = tmp_path / "killed"
     command = [sys.executable, str(RUN), *arguments, "--out", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+    process = processes.Process(command, ENVIRONMENT)
     deadline = time.monotonic() + 120
     while not (out / "checkpoints" / "step_00000006").exists() and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -145,41 +154,31 @@ def test_diverged_run_fails_and_resumes_from_a_good_checkpoint(drawn: Path, tmp_
     assert "for 20 steps" not in resumed.stderr
 
 
+def train_and_dump(arguments: list[str], folder: str) -> None:
+    """Train like engine/run.py; write this rank's modules into the folder."""
+    runs: list[Run] = []
+    build = loop.build
+
+    def built(*arguments: Any) -> Run:
+        runs.append(build(*arguments))
+        return runs[-1]
+
+    loop.build, sys.argv = built, ["run.py", *arguments]
+    loop.train()
+    state = {key: value.contiguous() for key, value in modules(runs[0]).state_dict().items()}
+    save_file(state, Path(folder) / f"rank{rank()}.safetensors")
+
+
 @pytest.fixture(scope="module")
 def two_ranks(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of two CPU ranks under Accelerate."""
-    out = tmp_path_factory.mktemp("two") / "out"
-    launcher = (
-        sys.executable,
-        "-m",
-        "accelerate.commands.accelerate_cli",
-        "launch",
-        "--config_file",
-        str(ROOT / "engine" / "launch" / "one_node.yaml"),
-        "--num_processes",
-        "2",
-    )
-    arguments = [
-        "--data.train",
-        str(drawn),
-        "--data.eval",
-        str(drawn),
-        *SMALL,
-        "--optim.epochs",
-        "2",
-        "--out",
-        str(out),
-    ]
-    dump = {"MILLRACE_TEST_QUEUE": str(out.parent)}
-    done = run(
-        str(ROOT / "tests" / "engine" / "two_ranks.py"),
-        *(*arguments, "--precision", "no"),
-        command=launcher,
-        ACCELERATE_USE_CPU="true",
-        **dump,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return out
+    """The run folder of two CPU ranks."""
+
+    def make(folder: Path) -> None:
+        data = ["--data.train", str(drawn), "--data.eval", str(drawn)]
+        arguments = [*data, *SMALL, "--optim.epochs", "2", "--precision", "no", "--out", str(folder / "out")]
+        on_ranks(2, train_and_dump, arguments, str(folder))
+
+    return made_once(tmp_path_factory, "two_ranks", make) / "out"
 
 
 def test_two_ranks_write_one_run_folder(two_ranks: Path) -> None:
@@ -322,7 +321,7 @@ def test_bad_input_is_one_line_and_exit_status_2(
 
 
 def test_bad_input_of_a_command_is_one_line_and_exit_status_2() -> None:
-    refused = run("--data.train", "nowhere.beton")
+    refused = run("--data.train", "nowhere.beton", real=True)
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: nowhere.beton: no such file")
     assert len(refused.stderr.splitlines()) == 1

@@ -460,7 +460,7 @@ def test_other_errors_of_workers_are_raised(
 
 @pytest.mark.parametrize("batch", [0, -1, _SAMPLES + 1])
 def test_a_batch_of_impossible_size_is_refused(drawn: Path, batch: int) -> None:
-    with pytest.raises(InputError, match=f"a batch of {batch} from 200 samples: choose data.batch from 1 to 200"):
+    with pytest.raises(InputError, match=f"a batch of {batch} from 200 samples: choose 1 to 200"):
         small_loader(drawn, batch=batch)
 
 

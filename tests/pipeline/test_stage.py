@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import subprocess
 import sys
 from collections import namedtuple
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pipeline.beton import Beton, manifest_path
 from pipeline.prepare import prepare
 from pipeline.stage import stage
 from pipeline.system.errors import InputError
+from tests import processes
 
 
 def test_a_copy_is_identical_and_made_once(drawn: Path, tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_a_crash_or_a_full_disk_leaves_the_old_copy(
     usage = namedtuple("usage", "free")
     with monkeypatch.context() as patched:
         patched.setattr(module.shutil, "disk_usage", lambda path: usage(1000))
-        with pytest.raises(InputError, match=r"GiB needed, 0\.0 GiB free"):
+        with pytest.raises(InputError, match=r"MiB needed, 0\.0 MiB free"):
             stage(drawn, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -71,7 +71,7 @@ def _failing_at(call: int) -> Callable[[int], None]:
 def test_a_killed_copy_is_deleted_and_concurrent_runs_copy_once(drawn: Path, tmp_path: Path) -> None:
     (tmp_path / f".writing-{drawn.name}").write_bytes(b"half")
     call = [sys.executable, "-m", "pipeline.stage", str(drawn), str(tmp_path)]
-    both = [subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [processes.Process(call) for _ in range(2)]
     outputs = [process.communicate() for process in both]
     assert [out.strip() for out, _ in outputs] == [str(tmp_path / drawn.name)] * 2
     assert sum("100%" in err for _, err in outputs) == 1  # the other one reused the copy

@@ -76,7 +76,13 @@ def test_recipes_are_valid(recipe: Path) -> None:
         (["--data.bach", "3"], "data.bach", "did you mean data.batch"),
         (["--lr", "3"], "lr", "did you mean optim.lr"),
         (["--compile", "1"], "compile 1", "true or false"),
-        (["--no-compile=true"], "no_compile", "did you mean compile"),
+        (["--no-compile=true"], "--no-compile:", "give --no-compile without a value, or --compile true"),
+        (["--no-optim.lr"], "--no-optim.lr:", "give --optim.lr VALUE"),
+        (["--no-terms.co2"], "--no-terms.co2:", "give --terms.co2 null"),
+        (["--optim.learning_rate", "1"], "optim.learning_rate: no such setting", "did you mean optim.lr:"),
+        (["--batch-size", "8"], "batch-size: no such setting", "did you mean data.batch:"),
+        (["--to", "runs/a"], "to", "renamed to out"),
+        (["--terms.xmco.help"], "terms.xmco.help", "did you mean terms.xmoco: choose one of co2, xmoco, residual, dcl"),
         (["--no-compile", "true"], "true", "no such setting"),
         (["--optim.lr"], "optim.lr", "give one"),
         (["--optim.lr", "--seed", "3"], "optim.lr", "give one"),
@@ -90,7 +96,7 @@ def test_recipes_are_valid(recipe: Path) -> None:
         (["--data.sizes", "[160, 192]"], "data.sizes [160, 192]", "end with data.size 224"),
         (["--data.sizes", "[4, 224]"], "data.sizes [4, 224]", "8 to 1024"),
         (["--data.sizes", "[160, 224]", "--optim.epochs", "1"], "data.sizes [160, 224]", "at most one an epoch"),
-        (["--model.arch", "vit_small", "--data.sizes", "[160, 224]"], "data.sizes", "leave it out"),
+        (["--model.arch", "vit_small", "--data.sizes", "[160, 224]"], "data.sizes", "leave data.sizes out"),
         (["--cuda_graph", "true", "--log_every", "1"], "cuda_graph true: log_every 1", "choose 2"),
         (["--gradient_dtype", "float16"], "gradient_dtype 'float16'", "bfloat16"),
         (["--data.backend", "lmdb"], "data.backend 'lmdb'", "ffcv"),
@@ -124,7 +130,7 @@ def test_recipes_are_valid(recipe: Path) -> None:
             "choose 1",
         ),
         (["--terms.xmoco.cross", "1", "--gradient_accumulation_steps", "2"], "terms.xmoco.cross", "choose 1"),
-        (["--gradient-share", "true"], "gradient_share", "did you mean gradient_shares"),
+        (["--gradient-share", "true"], "gradient-share", "did you mean gradient_shares"),
         (["--terms.co2.weight", "null"], "terms.co2.weight None", "give a number"),
         (["--method.name", "null"], "method.name 'null'", "'moco_v1', 'moco_v2'"),
         (
@@ -217,11 +223,27 @@ def test_null_is_the_published_value(name: str) -> None:
     ],
 )
 def test_wrong_recipes_are_refused(tmp_path: Path, text: bytes, says: str) -> None:
-    (tmp_path / "r.yaml").write_bytes(text)
+    path = tmp_path / "r.yaml"
+    path.write_bytes(text)
     with pytest.raises(InputError) as refused:
-        parse(["--config", str(tmp_path / "r.yaml")])
-    assert says in str(refused.value)
+        parse(["--config", str(path)])
+    assert says in str(refused.value).replace(f" ({path})", "")
+    assert str(path) in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_error_names_the_recipe_of_a_value(tmp_path: Path) -> None:
+    base, variant = tmp_path / "base.yaml", tmp_path / "variant.yaml"
+    base.write_text("optim: {warmup_epochs: 5}\ndata: {augmentation: byol, batch: 1}\n")
+    variant.write_text("base: base.yaml\ndata: {batch: 8, augmentation: crop}\n")
+    recipe = ["--config", str(variant)]
+    for arguments, message in (
+        (["--data.augmentation", "byol", "--optim.epochs", "3"], f"optim.warmup_epochs 5.0 ({base}): choose 0 or more"),
+        ([], f"data.augmentation 'crop' ({variant}): choose one of"),
+        (["--data.augmentation", "crop"], "data.augmentation 'crop': choose one of"),
+    ):
+        with pytest.raises(InputError, match=re.escape(message)):
+            parse([*recipe, *arguments])
 
 
 @pytest.mark.parametrize("columns", ["80", "120"])

@@ -12,7 +12,8 @@ import time
 
 import pytest
 
-from tests.engine.test_run import ENVIRONMENT, ROOT
+from tests import processes
+from tests.engine.test_run import ENVIRONMENT
 
 LIMIT, GRACE = 3.0, 2.0
 WAIT = f"""
@@ -31,31 +32,23 @@ BEHAVIOR = {
 }
 
 
-def start(second: str) -> list[subprocess.Popen[str]]:
+def start(second: str) -> list[processes.Process]:
     """Start rank 0, which waits forever at step 7, and rank 1, at step 5, with that behavior."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = ENVIRONMENT | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    shared["PYTHONPATH"] = str(ROOT)
     scripts = WAIT.replace("STEP", "7"), WAIT.replace("STEP", "5").replace("time.sleep(600)", BEHAVIOR[second])
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env=shared | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        processes.Process([sys.executable, "-c", code], shared | {"RANK": str(rank)})
         for rank, code in enumerate(scripts)
     ]
     for process in ranks:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "beats\n"
+        process.wait_for_line("beats")
     return ranks
 
 
-def end_of(process: subprocess.Popen[str]) -> tuple[str, float]:
+def end_of(process: processes.Process) -> tuple[str, float]:
     """Return the process's stderr, and the seconds until it ended."""
     begin = time.monotonic()
     text = process.communicate(timeout=25)[1]

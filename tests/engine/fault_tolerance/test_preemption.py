@@ -165,16 +165,17 @@ def test_stop_works_where_the_reader_of_the_output_is_gone() -> None:
 
 @pytest.mark.reliability
 @pytest.mark.parametrize(
-    ("number", "limit"),
+    ("launch", "number", "limit"),
     [
-        pytest.param(signal.SIGKILL, 5.0, id="SIGKILL"),
-        pytest.param(signal.SIGSTOP, 6.0 + 2.0, id="SIGSTOP", marks=pytest.mark.slow),
+        pytest.param("torchrun, 2", signal.SIGKILL, 5.0, id="SIGKILL"),
+        pytest.param("accelerate, 2", signal.SIGKILL, 5.0, id="SIGKILL, accelerate", marks=pytest.mark.slow),
+        pytest.param("accelerate, 2", signal.SIGSTOP, 6.0 + 2.0, id="SIGSTOP", marks=pytest.mark.slow),
     ],
 )
 def test_lost_rank_is_named_with_its_step(
-    number: int, limit: float, drawn: Path, tmp_path: Path, figure: Figure
+    launch: str, number: int, limit: float, drawn: Path, tmp_path: Path, figure: Figure
 ) -> None:
-    started = start("accelerate, 2", tmp_path, drawn, "--collective_timeout", "6")
+    started = start(launch, tmp_path, drawn, "--collective_timeout", "6")
     wait_for_steps(tmp_path, 12, started)
     everyone = family(started)
     first, last = sorted(ranks(everyone), key=lambda process: int(process.environ()["RANK"]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from engine.checkpoint import storage
+from tests import ROOT, processes
 from tests.conftest import Figure
-from tests.engine.test_run import ENVIRONMENT, ROOT, SMALL
+from tests.engine.test_run import ENVIRONMENT, SMALL
 
 START = """
 import ctypes, sys, time
@@ -28,16 +28,8 @@ print("stuck", flush=True)
 def run(limit: float, code: str) -> tuple[int | None, float, str]:
     """Run five steps, then `code`; return exit status, seconds since the last step, and stderr."""
     script = START.format(limit=limit) + code
-    started = subprocess.Popen(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert started.stdout is not None
-    assert started.stdout.readline() == "stuck\n"
+    started = processes.Process([sys.executable, "-c", script], ENVIRONMENT, ROOT)
+    started.wait_for_line("stuck")
     since = time.monotonic()
     _, err = started.communicate(timeout=60)
     return started.returncode, time.monotonic() - since, err
@@ -74,14 +66,8 @@ engine.run.main()
 @pytest.mark.reliability
 def test_stalled_loader_ends_the_run_with_rank_step_and_all_stacks(drawn: Path, tmp_path: Path, figure: Figure) -> None:
     arguments = ["--data.train", str(drawn), *SMALL, "--optim.epochs", "100", "--data.stall_timeout", "2.5"]
-    ended = subprocess.run(
-        [sys.executable, "-c", STALL, *arguments, "--out", str(tmp_path), "--save_every", "1"],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    command = [sys.executable, "-c", STALL, *arguments, "--out", str(tmp_path), "--save_every", "1"]
+    ended = processes.run(command, ENVIRONMENT, ROOT, timeout=120)
     assert ended.returncode == 1, ended.stderr
     *_, message = ended.stderr.splitlines()
     match = re.match(r"error: rank 0 on \S+, step (\d+): .*: no batch for 2\.5 s \(samples \d+ ", message)

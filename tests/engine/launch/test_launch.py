@@ -89,7 +89,7 @@ def test_slurm_job_starts_all_nodes_and_resumes(tmp_path: Path, slurm: dict[str,
         pytest.param(["--data.train=/shared/t.beton", "--data.eval=/shared/e.beton"], "", marks=pytest.mark.slow),
         pytest.param([], "data: {train: /shared/t.beton, eval: /shared/e.beton}", marks=pytest.mark.slow),
         (["--data.eval", "/shared/e.beton"], "data: {train: /shared/t.beton, eval: /shared/other.beton}"),
-        ([], "seed: 2"),
+        pytest.param([], "seed: 2", marks=pytest.mark.slow),
         (["--data.trian", "x"], ""),
     ],
 )

@@ -165,7 +165,8 @@ def test_progress_line_of_a_log_file_is_complete(tmp_path: Path, capsys: pytest.
     one.evaluation(0, 0, knn_top1=0.25)
     add(one, 1.0)
     one.log(1, 0.2, {})
-    shown = capsys.readouterr().err.splitlines()[-1]
+    evaluated, shown = capsys.readouterr().err.splitlines()
+    assert evaluated == "epoch 0: kNN top-1 25.0%"
     for part in ("step 1/10", "epoch 0.20/2", "loss 2.000", "kNN 25.0%", "pairs/s", "data-wait", "left "):
         assert part in shown
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from filelock import FileLock
 
 from engine.config.settings import Settings
 from engine.parallel import collectives
@@ -26,7 +24,7 @@ from methods.residual import Residual
 from methods.xmoco import XMoCo
 from pipeline.loader import Batch
 from pipeline.sampling.order import shuffled_rows
-from tests.conftest import Figure
+from tests.conftest import Figure, made_once
 from tests.engine.small import batch_of, built, settings, views
 from tests.gloo import on_ranks
 
@@ -121,14 +119,8 @@ def alone(name: str) -> dict[str, torch.Tensor]:
 
 
 def trained_on(world: int, names: list[str], factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Train on `world` ranks; return each one's results. The first of pytest's workers to ask trains, for all."""
-    alone = "PYTEST_XDIST_WORKER" not in os.environ
-    folder = (factory.getbasetemp() if alone else factory.getbasetemp().parent) / f"ranks{world}"
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            temporary = factory.mktemp("ranks")
-            on_ranks(world, run_cases, names, str(temporary))
-            temporary.rename(folder)
+    """Train on `world` ranks; return each one's results."""
+    folder = made_once(factory, f"ranks{world}", lambda folder: on_ranks(world, run_cases, names, str(folder)))
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
 
@@ -145,9 +137,9 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def is_slow(name: str) -> bool:
-    """Return whether a case is a single term on a base that is like another, or has other cases."""
+    """Return whether a case is a single term on another base than MoCo v2; all of a base's terms together are quick."""
     base, _, terms = name.partition(" + ")
-    return base in ("moco_v1", "simclr", "byol") and terms in TERMS.keys() - {"all"}
+    return base in ("moco_v1", "moco_v3", "simclr", "byol") and terms in TERMS.keys() - {"all"}
 
 
 @pytest.mark.parametrize(

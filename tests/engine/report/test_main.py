@@ -22,9 +22,16 @@ def test_pictures_are_written_next_to_the_page(tmp_path: Path, monkeypatch: pyte
     assert command(monkeypatch, str(run), "--no-pictures") == 0
     assert {path.name for path in run.iterdir()} >= {"report.html", "report-curves.png"}
     assert not list(run.glob(".*"))
-    monkeypatch.chdir(tmp_path)
-    assert command(monkeypatch, str(run), str(write_run(tmp_path / "b", settings(seed=1))), "--no-pictures") == 0
-    assert (tmp_path / "report.html").read_text().startswith("<!DOCTYPE html>")
+    other, page = write_run(tmp_path / "b", settings(seed=1)), tmp_path / "report.html"
+    assert command(monkeypatch, str(run), str(other), "--no-pictures", "--out", str(page)) == 0
+    assert page.read_text().startswith("<!DOCTYPE html>")
+
+
+def test_several_runs_need_a_file_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(monkeypatch, str(write_run(tmp_path / "a")), str(tmp_path / "b"), "--no-pictures") == 2
+    assert capsys.readouterr().err == "error: 2 runs: name their page, --out FILE.html\n"
 
 
 @pytest.mark.parametrize(

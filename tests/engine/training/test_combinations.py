@@ -63,8 +63,8 @@ def test_every_term_is_among_the_subsets() -> None:
 
 
 def marked(base: str, subset: tuple[str, ...]) -> Any:
-    """Return a case; several terms on MoCo v1, whose step is v2's, are slow."""
-    slow = base == "moco_v1" and 1 < len(subset) < len(TERMS)
+    """Return a case: none, each one and all of the base's terms, or other subsets, which are slow tests."""
+    slow = 1 < len(subset) < len(TERMS) - (base in CANNOT)
     return pytest.param(
         base, subset, marks=[pytest.mark.slow] if slow else [], id=f"{base}-{'+'.join(subset) or 'alone'}"
     )

@@ -82,7 +82,7 @@ def read_ids(beton: Beton, rank: int, world: int) -> np.ndarray:
 
 
 @pytest.mark.reliability
-@pytest.mark.parametrize("count", [1, 5, 50])
+@pytest.mark.parametrize("count", [*(pytest.param(count, marks=pytest.mark.slow) for count in (1, 5)), 50])
 def test_exactly_the_damaged_records_are_found_and_skipped(
     count: int, many: Path, tmp_path: Path, figure: Figure, capsys: pytest.CaptureFixture[str]
 ) -> None:

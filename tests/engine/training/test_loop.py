@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,14 +24,3 @@ def test_launcher_is_followed_before_anything_is_built(monkeypatch: pytest.Monke
     with pytest.raises(InputError, match="enough"):
         loop.train(small.settings(batch=20))
     assert events == ["followed", "built"]
-
-
-def test_measuring_a_rate_leaves_no_thread_behind(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such as a watchdog, which would end the process at some later standstill."""
-    before = set(threading.enumerate())
-    chosen = small.settings(batch=20)
-    chosen.data.train, chosen.data.workers, chosen.cpu = str(drawn), 1, True
-    monkeypatch.setattr(loop, "_RATE_STEPS", 2)
-    assert loop.measure_rate(chosen) > 0
-    left = {thread.name for thread in set(threading.enumerate()) - before}
-    assert not left, left

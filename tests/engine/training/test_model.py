@@ -1,4 +1,4 @@
-"""The networks of a run are those that its settings ask for."""
+"""A run's networks follow its settings."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def test_optimizer_and_moving_average_have_as_many_operators_at_any_depth(optimi
 
 
 class Layouts(TorchDispatchMode):
-    """Counts operators on images, and those that read or write one that is not channels-last."""
+    """Counts operators on images, and the operators with an image that is not channels-last."""
 
     IMAGES = ("convolution", "batch_norm", "relu", "threshold", "pool", "add", "cat", "clone", "copy", "lerp")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from engine.transfer import detectron2_voc
 from engine.weights.load import Architecture
 from methods.encoders import resnet
 from pipeline.system.errors import InputError
-from tests import ROOT
+from tests import processes
 
 
 @pytest.fixture
@@ -93,12 +92,7 @@ def test_the_recipe_equals_the_settings_of_detect() -> None:
 
 
 def test_help_needs_no_detectron2() -> None:
-    ended = subprocess.run(
-        [sys.executable, "-m", "engine.transfer.detectron2_voc", "--help"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+    ended = processes.run([sys.executable, "-m", "engine.transfer.detectron2_voc", "--help"])
     assert ended.returncode == 0
     assert "--dry-run" in ended.stdout
 

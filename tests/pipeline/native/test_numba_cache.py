@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.native.numba_cache import _imported_sources, compiled
-from tests import ROOT
+from tests import ROOT, processes
 
 SCRIPT = """
 import sys
@@ -50,9 +50,7 @@ print(*[half({"1": 3, "2": 5.0}[which]) for which in sys.argv[1:]])
 
 
 def output(script: Path, cache: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, str(script), *arguments], env=environment(cache), capture_output=True, text=True, timeout=60
-    )
+    done = processes.run([sys.executable, str(script), *arguments], environment(cache), timeout=60)
     assert not done.returncode, done.stderr
     return done.stdout
 
@@ -148,9 +146,7 @@ print(len(compiled.buffer))
 def test_a_second_process_compiles_nothing(drawn: Path, tmp_path: Path) -> None:
     script = tmp_path / "batches.py"
     script.write_text(FIRST_BATCHES)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     for _ in range(2):
-        command = [sys.executable, str(script), str(drawn)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        done = processes.run([sys.executable, str(script), str(drawn)])
         assert not done.returncode, done.stderr
     assert done.stdout == "0\n"

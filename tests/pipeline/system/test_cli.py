@@ -31,7 +31,31 @@ def test_values_and_arguments_after_a_double_dash_are_unchanged() -> None:
 def test_names_are_not_abbreviated(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parser().parse_args(["--save", "3"])
-    assert "unrecognized arguments: --save" in capsys.readouterr().err
+    assert capsys.readouterr().err == "error: --save: no such option, did you mean --save-every: see x --help\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["knn", "--tests", "a"], "--tests: no such option, did you mean --test: see x knn --help"),
+        (["knn", "--top_k=3"], "--top_k: no such option: see x knn --help"),
+        (["kn"], "command 'kn', did you mean knn: choose one of linear, knn: see x --help"),
+        (["knn", "--format", "c"], "--format 'c': choose one of a, b: see x knn --help"),
+        (["knn", "--test"], "argument --test: expected one argument: see x knn --help"),
+        (["knn", "b"], "b: no such argument: see x knn --help"),
+    ],
+)
+def test_errors_are_one_line_with_a_remedy(given: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    top = ArgumentParser(prog="x")
+    commands = top.add_subparsers(dest="command", required=True)
+    commands.add_parser("linear")
+    knn = commands.add_parser("knn")
+    knn.add_argument("--test")
+    knn.add_argument("--format", choices=["a", "b"])
+    with pytest.raises(SystemExit) as ended:
+        top.parse_args(given)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
 
 
 def test_unknown_options_are_returned_as_typed() -> None:
