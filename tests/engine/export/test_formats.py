@@ -41,8 +41,18 @@ def _drawn(architecture: Architecture) -> dict[str, torch.Tensor]:
     return state
 
 
-@pytest.mark.parametrize("arch", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow), "vit_small"])
-@pytest.mark.parametrize("format", list(FORMATS))
+_OTHER_VITS = {"torchvision", "mmdet", "onnx"}  # whose names differ from timm's, which ours are
+
+
+@pytest.mark.parametrize(
+    ("format", "arch"),
+    [
+        pytest.param(format, arch, marks=[pytest.mark.slow] * (arch == "resnet50" or arch not in fast))
+        for format in FORMATS
+        for fast in [{"resnet18", "vit_small"} if format in _OTHER_VITS else {"resnet18"}]
+        for arch in ("resnet18", "resnet50", "vit_small")
+    ],
+)
 def test_features_are_the_same_after_a_round_trip(format: str, arch: str, tmp_path: Path) -> None:
     if format == "onnx":
         pytest.importorskip("onnxruntime")
@@ -51,7 +61,9 @@ def test_features_are_the_same_after_a_round_trip(format: str, arch: str, tmp_pa
     assert export(loaded, format, file) <= 1e-5
     images = torch.randn(5, 3, _SIZE, _SIZE)  # other and more images than the export itself tries
     if format == "onnx":
-        features = formats.read_back(file, 0)(images)
+        run = formats.read_back(file, 0)
+        features = run(images)
+        assert torch.allclose(run(images[:1]), features[:1], atol=1e-5 * float(features.abs().max()))
     else:
         features = load_encoder(file, heads=12 if arch == "vit_small" else 0).backbone(images)
     expected = loaded.backbone(images).detach()
@@ -98,7 +110,9 @@ def _equal(model: torch.nn.Module, loaded: LoadedEncoder) -> None:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("format", ["torchvision", "timm", "detectron2", "mmdet"])
-def test_names_and_shapes_are_those_of_the_libraries_models(format: str, arch: str, tmp_path: Path) -> None:
+def test_names_and_shapes_are_those_of_the_libraries_models(
+    format: str, arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """detectron2's ViT has no class token and no last norm: its checkpointer ignores these two."""
     expected = {}
     for line in Path(__file__).with_name(f"{format}_keys.txt").read_text().splitlines()[1:]:
@@ -107,6 +121,7 @@ def test_names_and_shapes_are_those_of_the_libraries_models(format: str, arch: s
             expected[name] = [int(side) for side in shape.split("x")] if shape != "-" else []
     size = 224 if arch.startswith("vit") else _SIZE  # a ResNet has no parameter of its size
     loaded, file = _loaded(tmp_path, arch, size=size), tmp_path / f"x{FORMATS[format].suffix}"
+    monkeypatch.setattr(formats, "_distance", lambda encoder, read: 0.0)  # of features, which other tests compare
     export(loaded, format, file)
     state: Any = load_file(file) if format == "timm" else torch.load(file, weights_only=True)
     state = state["model"] if format == "detectron2" else state["state_dict"] if format == "mmdet" else state
@@ -151,14 +166,3 @@ def test_a_file_with_other_features_is_removed(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(RunFailed, match=r"features differ by .* when read back: nothing was written"):
         export(loaded, "timm", tmp_path / "x.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["source.safetensors"]
-
-
-def test_onnx_takes_any_batch(tmp_path: Path) -> None:
-    pytest.importorskip("onnx")
-    runtime = pytest.importorskip("onnxruntime")
-    loaded = _loaded(tmp_path, "vit_small")
-    export(loaded, "onnx", tmp_path / "x.onnx")
-    session = runtime.InferenceSession(str(tmp_path / "x.onnx"), providers=["CPUExecutionProvider"])
-    for batch in (1, 7):
-        images = torch.randn(batch, 3, _SIZE, _SIZE).numpy()
-        assert session.run(["features"], {"images": images})[0].shape == (batch, 384)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
@@ -203,7 +204,8 @@ def seconds_of(arguments: list[str], kill_after: float = float("inf"), temporary
         status = process.wait(min(kill_after, 300))
         assert status == 0, process.communicate()[1]
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it ended at this moment
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     return time.monotonic() - begun
 
