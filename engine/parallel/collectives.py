@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import distributed
+from torch import distributed, nn
 
 from engine.parallel.rendezvous import rank, world
 from pipeline.system.device import to_device
@@ -81,15 +81,15 @@ def mean(local: torch.Tensor) -> torch.Tensor:
     return local if world() == 1 else total(local) / world()
 
 
-def mean_in_bfloat16(bucket: distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """All-reduce a bucket of gradients in bfloat16 to their mean: a communication hook of DistributedDataParallel.
-
-    Like torch's own hook, which refuses gloo.
-    """
-    gradients = bucket.buffer()
-    half = gradients.to(torch.bfloat16).div_(world())
-    work = distributed.all_reduce(half, async_op=True).get_future()
-    return work.then(lambda done: gradients.copy_(done.value()[0]))
+def broadcast_parameters(module: nn.Module) -> None:
+    """Give all ranks the parameters of rank 0, before a momentum copy is made."""
+    parameters = [p.detach() for p in module.parameters()]
+    if world() == 1 or not parameters:
+        return
+    row = torch.cat([p.flatten() for p in parameters])
+    distributed.broadcast(row, 0)
+    for p, values in zip(parameters, row.split([p.numel() for p in parameters]), strict=True):
+        p.copy_(values.view_as(p))
 
 
 def exchange(rows: torch.Tensor, order: np.ndarray) -> torch.Tensor:

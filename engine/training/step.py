@@ -15,8 +15,11 @@ from engine.monitoring import embedding_metrics
 from engine.monitoring.step_result import Result, Tensors
 from engine.optim.schedule import Schedule
 from engine.parallel import collectives
+from engine.parallel.accelerator import DTYPES
+from engine.parallel.gradients import Gradients
 from engine.parallel.rendezvous import rank, world
 from engine.training.cuda_graph import Graph
+from engine.training.low_precision import LowPrecisionWeights
 from methods.base import Embeddings, Part, total
 from methods.flat import Buffers
 from methods.heads import Encoder
@@ -58,6 +61,16 @@ class Step:
         self.moving_average = MovingAverage(target, self.encoder) if target else None
         self.buffers = Buffers(*(module for module in (self.encoder, target) if module is not None))
         self._parameters = [p for p in self.encoder.parameters() if p.requires_grad]
+        # Weights that autocast would cast one by one; compiled code casts them within its kernels.
+        dtype = DTYPES[accelerator.mixed_precision]
+        self._weights = [
+            LowPrecisionWeights(module, dtype)
+            for module in (self.encoder, target)
+            if module is not None and dtype != torch.float32 and not settings.compile
+        ]
+        leaves = self._weights[0].leaves if self._weights else {}
+        exchange = torch.bfloat16 if settings.gradient_dtype == "bfloat16" else None
+        self._gradients = Gradients(self._parameters, leaves, exchange) if leaves or world() > 1 else None
         # The embeddings that the objective needs, and no others; without a momentum encoder queries serve as keys.
         needs = objective.needs if target else {name.replace("k", "q").replace("K", "Q") for name in objective.needs}
         self._queries = sorted({int(name[1]) for name in needs if name[0] in "qQ"})
@@ -84,19 +97,21 @@ class Step:
         # Learning rate and momentum m of this step: a table lookup on the device. A copy of the running statistics.
         self.schedule.begin()
         statistics = self.buffers.snapshot()
+        # Weights in low precision: one cast of all in place of one for each layer.
+        for weights in self._weights:
+            weights.update()
 
         # k = momentum encoder(x): one forward pass for each view of the batch, without gradient.
         keys, all_keys = self._encode_keys(inputs)
         # Start to gather the keys for the queue: one all-gather, overlapped with the queries.
         gathered = self._gather_for_queue(keys, all_keys)
 
-        # q = encoder(x), loss and gradients, part by part: most of the step's time. DDP all-reduces the gradients once,
-        # during the last backward pass.
+        # q = encoder(x), loss and gradients, part by part: most of the step's time. The gradients are averaged over the
+        # ranks in a few all-reduces, during the last backward pass.
         results = []
         for part in range(self._accumulate):
             last = part == self._accumulate - 1
-            with contextlib.nullcontext() if last else self._accelerator.no_sync(self._online):
-                results.append(self._forward_backward(inputs, part, keys, all_keys, measured and last))
+            results.append(self._forward_backward(inputs, part, keys, all_keys, measured and last))
 
         # Batches seen by each BatchNorm, in one operation for all layers.
         count_batches(self.encoder, self._accumulate * self.encoder.passes(len(self._queries)))
@@ -144,7 +159,7 @@ class Step:
         if self._target is None:
             return {}, {}
         names = [f"k{n}" for n in self._keys]
-        with torch.no_grad(), self._accelerator.autocast():
+        with torch.no_grad(), self._accelerator.autocast(), self._low_precision(-1):
             parts = zip(*(inputs[name].chunk(self._accumulate) for name in names), strict=True)
             encoded = [self._target(*part) for part in parts]
         keys = {name: torch.cat(rows) for name, rows in zip(names, zip(*encoded, strict=True), strict=True)}
@@ -166,7 +181,8 @@ class Step:
         """Compute a part of the queries, its loss and gradients; return loss parts, online embeddings and measures."""
         # Queries of this part, [B, C], with the keys of the same samples.
         views = {n: inputs[f"q{n}"].chunk(self._accumulate)[part] for n in self._queries}
-        named = dict(zip((f"q{n}" for n in self._queries), self._online(*views.values()), strict=True))
+        with self._low_precision(0):
+            named = dict(zip((f"q{n}" for n in self._queries), self._online(*views.values()), strict=True))
         named |= {name: k.chunk(self._accumulate)[part] for name, k in keys.items()}
         if self._target is None:
             named |= {f"k{n}": named[f"q{n}"] for n in self._queries}
@@ -185,9 +201,18 @@ class Step:
 
         # A non-finite loss becomes NaN gradients, and the all-reduce makes them NaN on every rank.
         factor = torch.where(loss.detach().isfinite(), loss.new_full((), 1 / self._accumulate), torch.nan)
-        self._accelerator.backward(loss * factor)
+        if self._gradients is not None:
+            self._gradients.begin(first=part == 0, last=part == self._accumulate - 1)
+        with self._low_precision(0):  # for activations that are computed again
+            self._accelerator.backward(loss * factor)
+        if self._gradients is not None:
+            self._gradients.finish()
         values = {"loss": loss.detach(), **{name: p.value.detach() for name, p in parts.items()}}
         return values, named[f"q{self._queries[0]}"].detach(), measures
+
+    def _low_precision(self, index: int) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which an encoder, 0 online, -1 momentum, has its weights in low precision."""
+        return self._weights[index].applied() if self._weights else contextlib.nullcontext()
 
     def _gather_queries(self, named: Tensors, name: str) -> torch.Tensor:
         """Return all ranks' queries, with gradient; gathered once where SimCLR's queries serve as keys too."""
@@ -199,7 +224,8 @@ class Step:
         optimizer, scaler = self._optimizer.optimizer, self._accelerator.scaler
         if scaler is not None:
             scaler.unscale_(optimizer)
-        norm = get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = get_total_norm(gradients if self._gradients is None else [self._gradients.flat])
         if clip := self._settings.optim.clip_grad_norm:
             clip_grads_with_norm_(self._parameters, clip, norm)
         taken = norm.isfinite()
@@ -219,6 +245,8 @@ class Step:
     def _reset(self) -> None:
         """Discard the gradients, scaled or not, of an interrupted step."""
         self._optimizer.zero_grad(set_to_none=True)
+        if self._gradients is not None:
+            self._gradients.discard()
         if self._accelerator.scaler is not None:
             self._accelerator.scaler._per_optimizer_states.clear()
 

@@ -154,11 +154,12 @@ def run(out: str) -> None:
         chosen = replace(settings(name, terms), cpu=True, tracker="none", **more)
         model = built(chosen, build_accelerator(chosen))
         halves = [[v.chunk(world())[rank()] for v in views(step)] for step in range(4)]
-        for half in halves[:-1]:  # the first ones arrange the gradients' buckets
+        for half in halves[:-1]:
             model.step(batch_of(*half))
         with Traffic() as traffic:
             model.step(batch_of(*halves[-1]))
-        results[case] = {"sent": traffic.sent, "parameters": count_trained(model)}
+        tensors = len(list(model.step.encoder.parameters()))
+        results[case] = {"sent": traffic.sent, "parameters": count_trained(model), "tensors": tensors}
     Path(out, f"{rank()}.json").write_text(json.dumps(results))
 
 
@@ -180,7 +181,10 @@ def test_step_sends_gradients_and_keys_alone(tmp_path: Path) -> None:
             assert gathers == expected["allgather_base"], case
             *others, gradients = expected["allreduce"]
             assert sums[: len(others)] == others, case
-            assert sum(sums[len(others) :]) == gradients, case
+            sent = sums[len(others) :]
+            assert len(sent) <= 3, case
+            padding = 64 * (gradients // result["parameters"]) * result["tensors"]  # each starts at 64 elements
+            assert gradients <= sum(sent) < gradients + padding, case
 
 
 def run_synchronized(out: str) -> None:
