@@ -4,6 +4,7 @@ Heads are built from `features` (of the backbone), `mlp_dim` (hidden width; None
 embedding), `norm` (factory of BatchNorm layers) and `transformer` (whether the backbone is one).
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -87,20 +88,29 @@ class Encoder(nn.Module):
 
     def forward(self, *views: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return an embedding [B, C] of norm 1, in float32 or better, for each view [B, 3, H, W]."""
-        if not self.joint and (self._apart or len({view.shape for view in views}) > 1):
+        if not self.one_pass or (not self.joint and len({view.shape for view in views}) > 1):
             return tuple(self._pass(view)[0] for view in views)
         return self._pass(*views)
 
+    @property
+    def one_pass(self) -> bool:
+        """Whether all views of a size are encoded in one forward pass."""
+        return self.joint or not self._apart
+
     def _pass(self, *views: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        z = self.projector(self.backbone(self.joined(views)))
+        return self.embeddings(z if self.predictor is None else self.predictor(z), len(views))
+
+    def joined(self, views: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the batch of a forward pass of these views, for which the BatchNorm layers are set."""
         for norm in self._norms:
             norm.views = self.passes(len(views))
-        return self._embed(torch.cat(views) if len(views) > 1 else views[0]).chunk(len(views))
+        return torch.cat(list(views)) if len(views) > 1 else views[0]
+
+    def embeddings(self, z: torch.Tensor, views: int) -> tuple[torch.Tensor, ...]:
+        """Return the normalized embeddings of each view, from the heads' output for the batch."""
+        return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1).chunk(views)
 
     def passes(self, views: int) -> int:
         """Return the number of batches, each with its own statistics, that so many views make."""
         return 1 if self.joint else views
-
-    def _embed(self, x: torch.Tensor) -> torch.Tensor:
-        z = self.projector(self.backbone(x))
-        z = z if self.predictor is None else self.predictor(z)
-        return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)

@@ -59,19 +59,43 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(x)
         if not self.training:
             return super().forward(x)
-        samples = len(x) // self.views
-        groups = next(g for g in range(max(1, min(self.groups, samples // 2)), 0, -1) if samples % g == 0)
-        momentum = 1 - (1 - (self.momentum or 0.0)) ** (1 / groups)  # `groups` updates make one of self.momentum
-        parts = self.views * groups
+        if self.ranks is not None:
+            return self.normalize(x, self.ranks.gather(self.statistics(x)))
         running, affine = (self.running_mean, self.running_var), (self.weight, self.bias)
-        if self.ranks is None and parts == 1:
+        parts, momentum = self._parts(x)
+        if parts == 1:
             return F.batch_norm(x, *running, *affine, True, momentum, self.eps)
-        if self.ranks is None and torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return _fusible(x, *running, *affine, parts, momentum, self.eps)
-        if self.ranks is None and not x.is_cuda:  # native code for each part: faster than torch's operations on all
+        if not x.is_cuda:  # native code for each part: faster than torch's operations on all
             normalize = partial(F.batch_norm, training=True, momentum=momentum, eps=self.eps)
             return torch.cat([normalize(part, *running, *affine) for part in x.chunk(parts)])
-        return _Normalize.apply(x, *running, *affine, parts, momentum, self.eps, self.ranks)  # type: ignore[no-any-return]
+        return self.normalize(x, self.statistics(x))
+
+    def statistics(self, x: torch.Tensor) -> torch.Tensor:
+        """Return mean and variance of the parts of this rank's batch, [1, parts, 2, C], without gradient."""
+        with torch.no_grad():
+            x, operations, (parts, _) = _channels_last(x), _operations(x), self._parts(x)
+            partial, length = operations.moments(x, parts)
+            if len(partial) == 1:
+                return partial  # type: ignore[no-any-return]
+            return operations.combine(partial, length, _rows_of(x, parts), None, 0.0)[None]  # type: ignore[no-any-return]
+
+    def normalize(self, x: torch.Tensor, statistics: torch.Tensor) -> torch.Tensor:
+        """Return x normalized by all ranks' statistics, [world, parts, 2, C]; they also move the running ones."""
+        x, operations, (parts, momentum) = _channels_last(x), _operations(x), self._parts(x)
+        rows = _rows_of(x, parts)
+        count = rows * len(statistics)
+        with torch.no_grad():
+            combined = operations.combine(statistics, rows, count, (self.running_mean, self.running_var), momentum)
+        return _Normalize.apply(x, combined, self.weight, self.bias, count, self.eps, self.ranks)  # type: ignore[no-any-return]
+
+    def _parts(self, x: torch.Tensor) -> tuple[int, float]:
+        """Return the number of parts of a batch, and the running statistics' momentum for each."""
+        samples = len(x) // self.views
+        groups = next(g for g in range(max(1, min(self.groups, samples // 2)), 0, -1) if samples % g == 0)
+        # `groups` updates make one of self.momentum
+        return self.views * groups, 1 - (1 - (self.momentum or 0.0)) ** (1 / groups)
 
 
 class SplitBatchNorm(BatchNorm):
@@ -89,50 +113,45 @@ def count_batches(module: nn.Module, count: int) -> None:
         torch._foreach_add_(counters, count)
 
 
+def _channels_last(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.contiguous_format)
+
+
+def _rows_of(x: torch.Tensor, parts: int) -> int:
+    """Return the values of each channel in a part."""
+    return x.numel() // x.shape[1] // parts
+
+
 class _Normalize(torch.autograd.Function):
-    """BatchNorm with statistics of parts of the batch, of this rank or of all ranks."""
+    """Normalization by statistics [parts, 2, C], those of `count` values each; its gradient includes theirs."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        running_mean: torch.Tensor,
-        running_var: torch.Tensor,
+        statistics: torch.Tensor,
         weight: torch.Tensor | None,
         bias: torch.Tensor | None,
-        parts: int,
-        momentum: float,
+        count: int,
         eps: float,
         ranks: Ranks | None,
     ) -> torch.Tensor:
-        x = x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.contiguous_format)
-        operations, running = _operations(x), (running_mean, running_var)
-        rows = x.numel() // x.shape[1] // parts
-        partial, length = operations.moments(x, parts)
-        if ranks is None:
-            statistics, count = operations.combine(partial, length, rows, running, momentum), rows
-        else:
-            local = operations.combine(partial, length, rows, None, 0.0) if len(partial) > 1 else partial[0]
-            gathered = ranks.gather(local[None])
-            count = rows * len(gathered)
-            statistics = operations.combine(gathered, rows, count, running, momentum)
         ctx.save_for_backward(x, weight, statistics)
         ctx.count, ctx.eps, ctx.ranks = count, eps, ranks
-        return operations.normalize(x, statistics, weight, bias, eps)
+        return _operations(x).normalize(x, statistics, weight, bias, eps)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, statistics = ctx.saved_tensors
         operations = _operations(x)
-        layout = torch.channels_last if x.ndim == 4 else torch.contiguous_format
-        gradient = gradients[0].contiguous(memory_format=layout)
+        gradient = _channels_last(gradients[0])
         local = operations.gradient_sums(gradient, x, statistics, ctx.eps)  # [parts, 2, C]
         sums = local if ctx.ranks is None else ctx.ranks.sum(local)
         x_gradient = operations.input_gradient(gradient, x, statistics, weight, sums, ctx.count, ctx.eps)
         bias_gradient, weight_gradient = local.sum(dim=0) if len(local) > 1 else local[0]
         if weight is None:
             bias_gradient = weight_gradient = None  # type: ignore[assignment]
-        return x_gradient, None, None, weight_gradient, bias_gradient, None, None, None, None
+        return x_gradient, None, weight_gradient, bias_gradient, None, None, None
 
 
 def _operations(x: torch.Tensor) -> Any:

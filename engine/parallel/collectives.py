@@ -92,7 +92,7 @@ def broadcast_parameters(module: nn.Module) -> None:
         p.copy_(values.view_as(p))
 
 
-def exchange(rows: torch.Tensor, order: np.ndarray) -> torch.Tensor:
+def exchange(rows: torch.Tensor, order: np.ndarray, group: distributed.ProcessGroup | None = None) -> torch.Tensor:
     """Return this rank's share of all ranks' rows in the order `order`.
 
     rows [B, ...] of each rank; order a permutation of world * B, the same on all. Rank r receives the rows
@@ -108,7 +108,7 @@ def exchange(rows: torch.Tensor, order: np.ndarray) -> torch.Tensor:
     arrival = np.argsort(owner[incoming], kind="stable")  # rows arrive in order of owner
     received = torch.empty_like(sent)
     splits = [np.bincount(ranks, minlength=world()).tolist() for ranks in (owner[incoming], receiver[outgoing])]
-    distributed.all_to_all_single(received, sent, *splits)
+    distributed.all_to_all_single(received, sent, splits[0], splits[1], group)
     return received[to_device(np.argsort(arrival), rows.device)]
 
 

@@ -1,4 +1,4 @@
-"""Gradients in one buffer: collected, cast and averaged over all ranks in a few operations, during the backward pass."""
+"""Gradients in one buffer, averaged over all ranks in a few all-reduces during the backward pass."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,21 +49,17 @@ class Gradients:
         self.flat = flatten(gradients)
         """All gradients, 0 between them."""
         self._gradients = gradients[::-1]
-        self._buckets = [self._bucket(backward[span], gradients[span], leaves or {}) for span in _spans(gradients)]
+        spans, leaves = _spans(gradients), leaves or {}
+        starts = [gradients[span.start].storage_offset() for span in spans] + [self.flat.numel()]
+        self._buckets = [
+            _Bucket([leaves.get(p, p) for p in backward[span]], gradients[span], self.flat[begin:end])
+            for span, begin, end in zip(spans, starts, starts[1:], strict=False)
+        ]
         self._next = 0  # bucket to be exchanged: all ranks do it in one order
         self._first = self._last = True
         for bucket in self._buckets:
             for position, leaf in enumerate(bucket.leaves):
                 leaf.register_post_accumulate_grad_hook(lambda _, b=bucket, at=position: self._arrived(b, at))
-
-    def _bucket(
-        self,
-        parameters: Sequence[nn.Parameter],
-        gradients: list[torch.Tensor],
-        leaves: Mapping[nn.Parameter, torch.Tensor],
-    ) -> _Bucket:
-        begin, end = gradients[0].storage_offset(), gradients[-1].storage_offset() + gradients[-1].numel()
-        return _Bucket([leaves.get(p, p) for p in parameters], gradients, self.flat[begin:end])
 
     def begin(self, *, first: bool, last: bool) -> None:
         """Prepare for a backward pass, the first or the last of a step, which add up their gradients."""
@@ -111,7 +107,8 @@ class Gradients:
         if self._first and missing:
             torch._foreach_zero_(missing)
         for pairs in by_dtype.values():
-            (torch._foreach_copy_ if self._first else torch._foreach_add_)(*map(list, zip(*pairs, strict=True)))
+            into, arrived = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+            (torch._foreach_copy_ if self._first else torch._foreach_add_)(into, arrived)
         if self._last and world() > 1:
             bucket.work = self._average(bucket.flat)
 

@@ -24,9 +24,9 @@ class LowPrecisionWeights:
             for name, p in layer.named_parameters(recurse=False)
         ]
         self._places = [(layer._parameters, name) for layer, name, _ in named]
-        self._parameters = [p for _, _, p in named]
+        self._parameters: list[torch.Tensor] = [p for _, _, p in named]
         self._copies = [torch.empty_like(p, dtype=dtype, requires_grad=p.requires_grad) for p in self._parameters]
-        self.leaves = {p: copy for p, copy in zip(self._parameters, self._copies, strict=True) if p.requires_grad}
+        self.leaves = {p: copy for (_, _, p), copy in zip(named, self._copies, strict=True) if p.requires_grad}
         """The copy of each trained parameter."""
 
     @torch.no_grad()

@@ -20,6 +20,7 @@ from engine.parallel.gradients import Gradients
 from engine.parallel.rendezvous import rank, world
 from engine.training.cuda_graph import Graph
 from engine.training.low_precision import LowPrecisionWeights
+from methods import lockstep
 from methods.base import Embeddings, Part, total
 from methods.flat import Buffers
 from methods.heads import Encoder
@@ -76,6 +77,14 @@ class Step:
         self._queries = sorted({int(name[1]) for name in needs if name[0] in "qQ"})
         self._keys = sorted({int(name[1]) for name in needs if name[0] in "kK"})
         self._gathered = sorted((name for name in objective.needs if name[0] in "QK"), reverse=True)  # Q before K
+        self._lockstep = (
+            settings.model.bn == "sync"
+            and world() > 1
+            and target is not None
+            and self._accumulate == 1
+            and not (settings.compile or settings.activation_checkpointing)
+            and self.encoder.one_pass
+        )
         for group in optimizer.param_groups:
             group["lr"] = schedule.lr
         self._graph = Graph(self._train_step, accelerator.device, self._reset) if settings.cuda_graph else None
@@ -101,8 +110,10 @@ class Step:
         for weights in self._weights:
             weights.update()
 
-        # k = momentum encoder(x): one forward pass for each view of the batch, without gradient.
-        keys, all_keys = self._encode_keys(inputs)
+        # Where ranks share BatchNorm statistics, both encoders run layer by layer, for half the collectives.
+        q, k = self._encode_in_lockstep(inputs) if self._lockstep else (None, None)
+        # k = momentum encoder(x): one forward pass for all views, without gradient.
+        keys, all_keys = self._encode_keys(inputs, k)
         # Start to gather the keys for the queue: one all-gather, overlapped with the queries.
         gathered = self._gather_for_queue(keys, all_keys)
 
@@ -111,7 +122,7 @@ class Step:
         results = []
         for part in range(self._accumulate):
             last = part == self._accumulate - 1
-            results.append(self._forward_backward(inputs, part, keys, all_keys, measured and last))
+            results.append(self._forward_backward(inputs, part, q, keys, all_keys, measured and last))
 
         # Batches seen by each BatchNorm, in one operation for all layers.
         count_batches(self.encoder, self._accumulate * self.encoder.passes(len(self._queries)))
@@ -151,9 +162,18 @@ class Step:
             inputs["back"] = to_device(np.argsort(batch.order), self._accelerator.device)
         return inputs
 
-    def _encode_keys(self, inputs: Tensors) -> tuple[Tensors, Tensors]:
+    def _encode_in_lockstep(self, inputs: Tensors) -> list[Any]:
+        """Return the embeddings of the queries' views and of the keys' views, [B, C] each."""
+        assert self._target is not None
+        queries, keys = [inputs[f"q{n}"] for n in self._queries], [inputs[f"k{n}"] for n in self._keys]
+        with self._accelerator.autocast(), self._low_precision(0), self._low_precision(-1):
+            passes = [lockstep.forward(self.encoder, *queries), lockstep.forward(self._target, *keys)]
+            return lockstep.in_lockstep(passes, collectives.gather, gradients=(True, False))
+
+    def _encode_keys(self, inputs: Tensors, encoded: Any = None) -> tuple[Tensors, Tensors]:
         """Return this rank's keys by name, k1 or k2 or both, [B, C], and the needed keys of all ranks, K1, K2 [G, C].
 
+        encoded: the embeddings, where they have been computed.
         Shuffled keys return to the ranks of their samples (1911.05722, section 3.3).
         """
         if self._target is None:
@@ -161,8 +181,8 @@ class Step:
         names = [f"k{n}" for n in self._keys]
         with torch.no_grad(), self._accelerator.autocast(), self._low_precision(-1):
             parts = zip(*(inputs[name].chunk(self._accumulate) for name in names), strict=True)
-            encoded = [self._target(*part) for part in parts]
-        keys = {name: torch.cat(rows) for name, rows in zip(names, zip(*encoded, strict=True), strict=True)}
+            by_part = [self._target(*part) for part in parts] if encoded is None else [encoded]
+        keys = {name: torch.cat(rows) for name, rows in zip(names, zip(*by_part, strict=True), strict=True)}
         if "back" not in inputs:
             return keys, {name: collectives.gather(keys[name.lower()]) for name in self._gathered if name[0] == "K"}
         all_keys = {name.upper(): collectives.gather(k)[inputs["back"]] for name, k in keys.items()}
@@ -176,13 +196,17 @@ class Step:
         return (lambda: all_keys[name.upper()]) if name.upper() in all_keys else collectives.gather_later(keys[name])
 
     def _forward_backward(
-        self, inputs: Tensors, part: int, keys: Tensors, all_keys: Tensors, measured: bool
+        self, inputs: Tensors, part: int, encoded: Any, keys: Tensors, all_keys: Tensors, measured: bool
     ) -> tuple[Tensors, torch.Tensor, Tensors]:
-        """Compute a part of the queries, its loss and gradients; return loss parts, online embeddings and measures."""
+        """Compute a part of the queries, its loss and gradients; return loss parts, online embeddings and measures.
+
+        encoded: the queries' embeddings, where they have been computed.
+        """
         # Queries of this part, [B, C], with the keys of the same samples.
         views = {n: inputs[f"q{n}"].chunk(self._accumulate)[part] for n in self._queries}
         with self._low_precision(0):
-            named = dict(zip((f"q{n}" for n in self._queries), self._online(*views.values()), strict=True))
+            q = self._online(*views.values()) if encoded is None else encoded
+        named = dict(zip((f"q{n}" for n in self._queries), q, strict=True))
         named |= {name: k.chunk(self._accumulate)[part] for name, k in keys.items()}
         if self._target is None:
             named |= {f"k{n}": named[f"q{n}"] for n in self._queries}
