@@ -287,7 +287,9 @@ def _sent(node: Node, bytes_of_gpu: float, bytes_of_node: float) -> tuple[float,
 def _parts(settings: Settings, run: dict[str, Any], node: Node) -> int:
     """Return the fewest equal parts, but at least the run's, in which a GPU's share of a batch fits; 0 if none do."""
     local_batch, limit = settings.data.batch // node.world, MEMORY_SHARE * node.gpu_memory_gib * 2**30
-    possible = [parts for parts in range(settings.parts(node.world), local_batch // 2 + 1) if local_batch % parts == 0]
+    possible = [
+        parts for parts in range(settings.micro_batches(node.world), local_batch // 2 + 1) if local_batch % parts == 0
+    ]
     return next((parts for parts in possible if memory_of(run, local_batch, parts) <= limit), 0)
 
 
@@ -298,7 +300,7 @@ def _advice(limit: str, seconds: dict[str, float], node: Node, cores: float, mem
             f"memory: {memory:.0f} GiB of {node.gpu_memory_gib:g} needed: activation_checkpointing true, or more GPUs"
         )
     if seconds["norms"] > 0.1 * seconds["compute"]:
-        return "BatchNorm's collectives, one for each layer, forward and backward: a larger batch a GPU, or another model.bn"
+        return "BatchNorm's collectives, two for each layer: a larger batch a GPU, or another model.bn"
     if limit == "GPU" and seconds["compute"] == LAUNCH_SECONDS:
         return "the batch, too small for so many GPUs: launches take longer than computing: a larger one, or cuda_graph"
     if limit == "decode":
@@ -367,7 +369,7 @@ def _notes(settings: Settings, row: dict[str, Any]) -> list[str]:
         f"{name}: data.backend {row['backend']}; step: {row['sources'][1]}",
         f"{name}: GiB a GPU by pairs computed at once: {sizes}",
     ]
-    if row["parts"] > settings.parts(row["gpus"]):
+    if row["parts"] > settings.micro_batches(row["gpus"]):
         micro_batch = local_batch // row["parts"]
         notes.insert(0, f"{name}: {local_batch} pairs a GPU do not fit: planned with micro_batch {micro_batch}")
     return notes

@@ -70,7 +70,8 @@ def build_accelerator(settings: Settings, choice: DeviceChoice | None = None, *,
     gradients = DistributedDataParallelKwargs(
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
-        static_graph=settings.parts(world()) == 1,  # with several backward passes, only the last one all-reduces
+        static_graph=settings.micro_batches(world())
+        == 1,  # with several backward passes, only the last one all-reduces
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)

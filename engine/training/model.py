@@ -77,7 +77,7 @@ def _build_online(settings: Settings) -> Encoder:
     model = settings.model
     assert model.dim is not None
     assert model.bn is not None
-    groups = max(1, GROUPS // (settings.parts(world()) * (world() if model.bn == "shuffle" else 1)))
+    groups = max(1, GROUPS // (settings.micro_batches(world()) * (world() if model.bn == "shuffle" else 1)))
     backbone = build_backbone(
         model.arch,
         stem=model.stem,

@@ -39,8 +39,8 @@ class Step:
     loss or gradients are not finite, on any rank, changes nothing: parameters, momentum encoder, running statistics,
     queue, optimizer and schedules stay as they were; only fp16's loss scale falls.
 
-    The queries may be computed in parts, each against the keys of the global batch. After a few steps the step may be
-    replayed as one CUDA graph; measured steps run without.
+    The queries may be computed in micro-batches, each against the keys of the global batch. After a few steps the step
+    may be replayed as one CUDA graph; measured steps run without.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Step:
         self.encoder: Encoder = accelerator.unwrap_model(online)
         """The online encoder, unwrapped."""
         self.objective = objective = build_objective(settings.base, settings.terms)
-        self._accumulate = settings.parts(world())
+        self._micro_batches = settings.micro_batches(world())
         self.moving_average = MovingAverage(target, self.encoder) if target else None
         self.buffers = Buffers(*(module for module in (self.encoder, target) if module is not None))
         self._parameters = [p for p in self.encoder.parameters() if p.requires_grad]
@@ -81,7 +81,7 @@ class Step:
             settings.model.bn == "sync"
             and world() > 1
             and target is not None
-            and self._accumulate == 1
+            and self._micro_batches == 1
             and not (settings.compile or settings.activation_checkpointing)
             and self.encoder.one_pass
         )
@@ -117,17 +117,17 @@ class Step:
         # Start to gather the keys for the queue: one all-gather, overlapped with the queries.
         gathered = self._gather_for_queue(keys, all_keys)
 
-        # q = encoder(x), loss and gradients, part by part: most of the step's time. The gradients are averaged over the
-        # ranks in a few all-reduces, during the last backward pass.
+        # q = encoder(x), loss and gradients, by micro-batches: most of the step's time. The gradients are averaged over
+        # the ranks in a few all-reduces, during the last backward pass.
         results = []
-        for part in range(self._accumulate):
-            last = part == self._accumulate - 1
-            results.append(self._forward_backward(inputs, part, q, keys, all_keys, measured and last))
+        for index in range(self._micro_batches):
+            last = index == self._micro_batches - 1
+            results.append(self._forward_backward(inputs, index, q, keys, all_keys, measured and last))
 
         # Batches seen by each BatchNorm, in one operation for all layers.
-        count_batches(self.encoder, self._accumulate * self.encoder.passes(len(self._queries)))
+        count_batches(self.encoder, self._micro_batches * self.encoder.passes(len(self._queries)))
         if self._target is not None:
-            count_batches(self._target, self._accumulate * self._target.passes(len(self._keys)))
+            count_batches(self._target, self._micro_batches * self._target.passes(len(self._keys)))
 
         # Optimizer: a few kernels for all parameters; `taken` is false on every rank if any gradient is not finite.
         taken = self._update()
@@ -137,14 +137,14 @@ class Step:
 
         # params_k = m * params_k + (1 - m) * params_q: one in-place lerp over all parameters.
         if self.moving_average is not None:
-            self.moving_average.update(self.schedule.share * taken)
+            self.moving_average.update(self.schedule.ema_weight * taken)
         # queue[pointer : pointer + G] = keys of all ranks: in place, after the backward pass that read the queue.
         if self._queue is not None:
             self._queue.write(gathered(), taken)
         # Count the step as taken or skipped; the schedules follow the steps taken.
         self.schedule.end(taken)
 
-        # The loss and its parts, as means over the parts of the batch.
+        # The loss and its parts, as means over the micro-batches.
         parts = {name: torch.stack([values[name] for values, _, _ in results]).mean() for name in results[0][0]}
         _, q, measures = results[-1]
         return Result(parts, q, taken, measures)
@@ -152,14 +152,14 @@ class Step:
     def _inputs(self, batch: Batch) -> Tensors:
         """Return the tensors that a step reads, on the device: views q1, q2 of the queries, k1, k2 of the keys.
 
-        For shuffled keys also `back` [G], which brings those of all ranks into the order of the samples.
+        For shuffled keys also `unshuffle` [G], which brings those of all ranks into the order of the samples.
         """
         views = {f"q{n}": batch.views[n - 1] for n in self._queries}
         views |= {f"k{n}": batch.shuffled.get(n - 1, batch.views[n - 1]) for n in self._keys}
         inputs = {name: view for name, view in views.items() if view is not None}
         assert inputs.keys() == views.keys(), f"the loader left out needed views: {views.keys() - inputs.keys()}"
         if batch.order is not None:
-            inputs["back"] = to_device(np.argsort(batch.order), self._accelerator.device)
+            inputs["unshuffle"] = to_device(np.argsort(batch.order), self._accelerator.device)
         return inputs
 
     def _encode_in_lockstep(self, inputs: Tensors) -> list[Any]:
@@ -180,12 +180,12 @@ class Step:
             return {}, {}
         names = [f"k{n}" for n in self._keys]
         with torch.no_grad(), self._accelerator.autocast(), self._low_precision(-1):
-            parts = zip(*(inputs[name].chunk(self._accumulate) for name in names), strict=True)
-            by_part = [self._target(*part) for part in parts] if encoded is None else [encoded]
-        keys = {name: torch.cat(rows) for name, rows in zip(names, zip(*by_part, strict=True), strict=True)}
-        if "back" not in inputs:
+            batches = zip(*(inputs[name].chunk(self._micro_batches) for name in names), strict=True)
+            results = [self._target(*views) for views in batches] if encoded is None else [encoded]
+        keys = {name: torch.cat(rows) for name, rows in zip(names, zip(*results, strict=True), strict=True)}
+        if "unshuffle" not in inputs:
             return keys, {name: collectives.gather(keys[name.lower()]) for name in self._gathered if name[0] == "K"}
-        all_keys = {name.upper(): collectives.gather(k)[inputs["back"]] for name, k in keys.items()}
+        all_keys = {name.upper(): collectives.gather(k)[inputs["unshuffle"]] for name, k in keys.items()}
         return {name.lower(): k.chunk(world())[rank()] for name, k in all_keys.items()}, all_keys
 
     def _gather_for_queue(self, keys: Tensors, all_keys: Tensors) -> Callable[[], torch.Tensor]:
@@ -196,52 +196,52 @@ class Step:
         return (lambda: all_keys[name.upper()]) if name.upper() in all_keys else collectives.gather_later(keys[name])
 
     def _forward_backward(
-        self, inputs: Tensors, part: int, encoded: Any, keys: Tensors, all_keys: Tensors, measured: bool
+        self, inputs: Tensors, index: int, encoded: Any, keys: Tensors, all_keys: Tensors, measured: bool
     ) -> tuple[Tensors, torch.Tensor, Tensors]:
-        """Compute a part of the queries, its loss and gradients; return loss parts, online embeddings and measures.
+        """Compute a micro-batch of queries, loss and gradients; return loss parts, online embeddings and measures.
 
         encoded: the queries' embeddings, where they have been computed.
         """
-        # Queries of this part, [B, C], with the keys of the same samples.
-        views = {n: inputs[f"q{n}"].chunk(self._accumulate)[part] for n in self._queries}
+        # Queries of this micro-batch, [B, C], with the keys of the same samples.
+        views = {n: inputs[f"q{n}"].chunk(self._micro_batches)[index] for n in self._queries}
         with self._low_precision(0):
             q = self._online(*views.values()) if encoded is None else encoded
-        named = dict(zip((f"q{n}" for n in self._queries), q, strict=True))
-        named |= {name: k.chunk(self._accumulate)[part] for name, k in keys.items()}
+        embeddings = dict(zip((f"q{n}" for n in self._queries), q, strict=True))
+        embeddings |= {name: k.chunk(self._micro_batches)[index] for name, k in keys.items()}
         if self._target is None:
-            named |= {f"k{n}": named[f"q{n}"] for n in self._queries}
+            embeddings |= {f"k{n}": embeddings[f"q{n}"] for n in self._queries}
 
-        # Embeddings of all ranks, [G, C], in which this part begins at row `first`.
-        rows = len(named[f"q{self._queries[0]}"])
-        first = (rank() * self._accumulate + part) * rows
+        # Embeddings of all ranks, [G, C], in which this micro-batch begins at row `offset`.
+        rows = len(embeddings[f"q{self._queries[0]}"])
+        offset = (rank() * self._micro_batches + index) * rows
         for name in self._gathered:
-            named[name] = all_keys[name] if name in all_keys else self._gather_queries(named, name)
+            embeddings[name] = all_keys[name] if name in all_keys else self._gather_queries(embeddings, name)
 
         # Loss: the base method's own and its terms.
-        e = Embeddings(named, None if self._queue is None else self._queue.keys, first)
+        e = Embeddings(embeddings, None if self._queue is None else self._queue.keys, offset)
         parts = self.objective(e)
         loss = total(parts)
-        measures = self._measures(e, parts, views, "back" in inputs) if measured else {}
+        measures = self._measures(e, parts, views, "unshuffle" in inputs) if measured else {}
 
         # A non-finite loss becomes NaN gradients, and the all-reduce makes them NaN on every rank.
-        factor = torch.where(loss.detach().isfinite(), loss.new_full((), 1 / self._accumulate), torch.nan)
+        factor = torch.where(loss.detach().isfinite(), loss.new_full((), 1 / self._micro_batches), torch.nan)
         if self._gradients is not None:
-            self._gradients.begin(first=part == 0, last=part == self._accumulate - 1)
+            self._gradients.begin(first=index == 0, last=index == self._micro_batches - 1)
         with self._low_precision(0):  # for activations that are computed again
             self._accelerator.backward(loss * factor)
         if self._gradients is not None:
             self._gradients.finish()
         values = {"loss": loss.detach(), **{name: p.value.detach() for name, p in parts.items()}}
-        return values, named[f"q{self._queries[0]}"].detach(), measures
+        return values, embeddings[f"q{self._queries[0]}"].detach(), measures
 
     def _low_precision(self, index: int) -> contextlib.AbstractContextManager[None]:
         """Return a context in which an encoder, 0 online, -1 momentum, has its weights in low precision."""
         return self._weights[index].applied() if self._weights else contextlib.nullcontext()
 
-    def _gather_queries(self, named: Tensors, name: str) -> torch.Tensor:
+    def _gather_queries(self, embeddings: Tensors, name: str) -> torch.Tensor:
         """Return all ranks' queries, with gradient; gathered once where SimCLR's queries serve as keys too."""
         query = f"Q{name[1]}"
-        return named[query] if query in named else collectives.gather_with_gradient(named[query.lower()])
+        return embeddings[query] if query in embeddings else collectives.gather_with_gradient(embeddings[query.lower()])
 
     def _update(self) -> torch.Tensor:
         """Take the optimizer's step unless a gradient is not finite; return whether, bool [], alike on all ranks."""
