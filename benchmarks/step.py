@@ -124,7 +124,7 @@ def build_parts(settings: Settings, model: Model, accelerator: Accelerator) -> d
     parts: dict[str, Call] = {ENCODERS[0]: encode_queries}
     if model.target is not None and moving_average is not None:
         parts[ENCODERS[1]] = encode_keys
-        parts["moving average"] = lambda: moving_average.update(model.step.schedule.share)
+        parts["moving average"] = lambda: moving_average.update(model.step.schedule.ema_weight)
     if model.queue is not None:
         new_keys = named.get("k2", next(iter(named.values())))
         parts["queue"] = lambda: model.queue.write(new_keys)  # type: ignore[union-attr]

@@ -337,8 +337,8 @@ class Settings:
         sizes, epochs = self.data.sizes or [self.data.size], self.optim.epochs
         return [sizes[epoch * len(sizes) // epochs] for epoch in range(epochs)]
 
-    def parts(self, world: int) -> int:
-        """Return the parts in which each of `world` ranks computes its share of a batch."""
+    def micro_batches(self, world: int) -> int:
+        """Return the number of micro-batches in which each of `world` ranks computes its share of a batch."""
         share = self.data.batch // world
         if not self.micro_batch:
             return self.gradient_accumulation_steps

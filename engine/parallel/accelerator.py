@@ -63,14 +63,15 @@ def build_accelerator(settings: Settings, choice: DeviceChoice | None = None, *,
     choice: one that all ranks have agreed on; by default they agree here on `choose_device`, which raises InputError.
     """
     choice = choice or run_on_all_ranks(lambda: choose_device(settings, emulate=emulate), DeviceChoice.facts)
-    timeout = timedelta(seconds=settings.collective_timeout + (_NCCL_EXTRA_SECONDS if choice.on_gpu else 0))
+    timeout = _timeout(settings, choice.on_gpu)
     if world() > 1 and not distributed.is_initialized():
         backend, group_store = "nccl" if choice.on_gpu else "gloo", distributed.PrefixStore("group", store())
         distributed.init_process_group(backend, timeout=timeout, store=group_store, rank=rank(), world_size=world())
     gradients = DistributedDataParallelKwargs(
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
-        static_graph=settings.parts(world()) == 1,  # with several backward passes, only the last one all-reduces
+        static_graph=settings.micro_batches(world())
+        == 1,  # with several backward passes, only the last one all-reduces
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -81,6 +82,15 @@ def build_accelerator(settings: Settings, choice: DeviceChoice | None = None, *,
             project_dir=settings.out,
             kwargs_handlers=[gradients, InitProcessGroupKwargs(timeout=timeout)],
         )
+
+
+def _timeout(settings: Settings, on_gpu: bool) -> timedelta:
+    return timedelta(seconds=settings.collective_timeout + (_NCCL_EXTRA_SECONDS if on_gpu else 0))
+
+
+def new_group(settings: Settings, device: torch.device) -> distributed.ProcessGroup | None:
+    """Return a process group of all ranks with a communicator of its own; None for one rank. Called by all ranks."""
+    return distributed.new_group(timeout=_timeout(settings, device.type == "cuda")) if world() > 1 else None
 
 
 def warn_of_precision(requested: str, accelerator: Accelerator) -> None:
