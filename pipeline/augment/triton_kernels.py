@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+# Launches name `enable_fp_fusion`, multiply and add in one rounding: its default is true up to Triton 3.7, then false.
 _BLOCK = 256  # pixels of one program
 
 
@@ -24,7 +25,8 @@ def crop_view(
     """
     out = torch.empty((len(boxes), size, size, 3), dtype=torch.uint8, device=pixels.device)
     grid = (triton.cdiv(size * size, _BLOCK), len(boxes))
-    _crop_view[grid](pixels, starts, widths, boxes, flips, out, SIZE=size, BLOCK=_BLOCK)
+    options: dict[str, Any] = {"SIZE": size, "BLOCK": _BLOCK, "enable_fp_fusion": True}
+    _crop_view[grid](pixels, starts, widths, boxes, flips, out, **options)
     return out
 
 
@@ -109,6 +111,7 @@ def augment_view(
     batch, size = crops.shape[0], crops.shape[1]
     sums = torch.zeros(batch, dtype=torch.int32, device=crops.device)
     grid = (triton.cdiv(size * size, _BLOCK), batch)
+    # Not fused, so that products are rounded as on the CPU, and each level below equals `stepwise`'s.
     common: dict[str, Any] = {"PIXELS": size * size, "BLOCK": _BLOCK, "enable_fp_fusion": False}
     colored = torch.empty_like(crops) if len(blurs) else crops
     _sum_luma[grid](crops, parameters, sums, GRAY_FIRST=gray_first, **common)
