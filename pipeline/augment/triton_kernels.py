@@ -149,13 +149,12 @@ def _hue(r, g, b, shift):
     """Shift the hue by `shift` levels of 256 through PIL's 8-bit HSV, as `color.hue` does."""
     high, low = tl.maximum(tl.maximum(r, g), b), tl.minimum(tl.minimum(r, g), b)
     chroma = high - low
-    safe = tl.maximum(chroma, 1.0)
-    rc = tl.div_rn(high - r, safe).to(tl.float64)
-    gc = tl.div_rn(high - g, safe).to(tl.float64)
-    bc = tl.div_rn(high - b, safe).to(tl.float64)
-    sixths = tl.where(r == high, bc - gc, tl.where(g == high, (rc - bc) + 2.0, (gc - rc) + 4.0)).to(tl.float32)
-    turn = _wrap(sixths.to(tl.float64) / 6.0 + 1.0, 1.0).to(tl.float32)
-    h = tl.where(chroma > 0, tl.floor(turn.to(tl.float64) * 255.0).to(tl.float32), 0.0)
+    share = tl.div_rn(high - (r + g + b - high - low), tl.maximum(chroma, 1.0))
+    red = tl.where(b == low, 1.0 - share, share - 1.0)
+    green = tl.where(b == low, share + 1.0, 3.0 - share)
+    blue = tl.where(r == low, share + 3.0, 5.0 - share)
+    turn = tl.div_rn(tl.where(r == high, red, tl.where(g == high, green, blue)), 6.0)
+    h = tl.where(chroma > 0, tl.floor(tl.where(turn < 0, turn + 1.0, turn) * 255.0), 0.0)
     s = tl.floor(tl.div_rn(chroma * 255.0, tl.maximum(high, 1.0)))
     h6 = _wrap(_wrap(h + shift, 256.0) + 256.0, 256.0) * (6 / 255)
     vs = s * high * (1 / 255)
@@ -247,7 +246,7 @@ def _color(crops, parameters, sums, colored, out, GRAY_FIRST: tl.constexpr, PIXE
     if GRAY_FIRST:
         r, g, b = _to_gray(r, g, b, row)
     if tl.load(row + _JITTER) != 0:
-        mean = tl.floor(tl.load(sums + sample).to(tl.float64) / PIXELS + 0.5).to(tl.float32)
+        mean = ((2 * tl.load(sums + sample) + PIXELS) // (2 * PIXELS)).to(tl.float32)  # below 2^30
         for position in range(4):
             r, g, b = _jittered(r, g, b, row, tl.load(row + _ORDER + position), mean)
     if not GRAY_FIRST:
