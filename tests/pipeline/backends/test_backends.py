@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import threading
+from concurrent.futures import wait
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -154,6 +155,29 @@ def test_forgetting_batches_does_not_rebuild_the_backend(backend: str, drawn: Pa
         one.load_state_dict({**one.state_dict(), "step": 0})
         assert same(take(one, 3), first)
         assert one._queue.backend is built
+
+
+def test_dali_decodes_the_next_batch_meanwhile(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two batches at most; those that are dropped leave nothing behind."""
+    with loader(drawn, "dali") as one:
+        expected = take(one, 3)
+    with loader(drawn, "dali") as one:
+        backend: Any = one._queue.backend
+        decoding, share, free = [], backend._decoder.share_outputs, threading.Event()
+        monkeypatch.setattr(
+            backend._decoder, "share_outputs", lambda **on: (decoding.append(len(backend._decoding)), share(**on))[1]
+        )
+        backend._driver.submit(lambda state: free.wait())
+        one._refill()
+        wait([record for records in backend._reading for record in records])
+        free.set()
+        assert same(take(one, 1), expected[:1])
+        assert decoding[0] == 2
+        one.load_state_dict({**one.state_dict(), "step": 0})
+        assert not backend._decoding
+        assert same(take(one, 3), expected)
+        assert max(decoding) == 2
+        assert one._queue.backend is backend
 
 
 def test_gpu_crops_take_memory_for_the_largest_batch(drawn: Path) -> None:
