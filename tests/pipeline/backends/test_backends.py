@@ -326,7 +326,7 @@ def test_fifty_epochs_leak_no_threads_files_or_memory(backend: str, drawn: Path)
         after = threading.active_count(), len(os.listdir("/proc/self/fd")), psutil.Process().memory_info().rss
     assert after[0] == before[0]
     assert after[1] <= before[1]
-    assert after[2] < before[2] + 8 * 2**20
+    assert after[2] < before[2] + 20 * 2**20  # all images of these epochs: 66 MiB
 
 
 def test_resident_refuses_what_does_not_fit(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
