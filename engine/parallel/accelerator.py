@@ -1,9 +1,11 @@
 """Device, precision and process group: Accelerate's handle."""
 
+import contextlib
 import os
 import platform
 import time
 import warnings
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -114,6 +116,26 @@ def bfloat16_on_gpu() -> bool:
 def bfloat16_on_cpu() -> bool:
     """Return whether this processor computes convolutions in bfloat16 (AVX-512 or AMX) without emulation."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def tune_convolutions(device: torch.device) -> None:
+    """On a GPU, have cuDNN time its algorithms at a convolution's first call of each size, and use the fastest.
+
+    Not in torch's deterministic mode: the fastest may be another in the next run.
+    """
+    deterministic = torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic
+    torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
+
+
+@contextlib.contextmanager
+def untuned_convolutions() -> Iterator[None]:
+    """Suspend `tune_convolutions`, for batches of sizes that come once."""
+    tuned = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = tuned
 
 
 def now(device: torch.device) -> float:

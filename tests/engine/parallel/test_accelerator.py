@@ -12,7 +12,13 @@ import torch
 
 from engine.config.settings import Settings
 from engine.parallel import accelerator
-from engine.parallel.accelerator import build_accelerator, choose_device, warn_of_precision
+from engine.parallel.accelerator import (
+    build_accelerator,
+    choose_device,
+    tune_convolutions,
+    untuned_convolutions,
+    warn_of_precision,
+)
 from engine.parallel.rendezvous import rank
 from pipeline.system.errors import InputError
 from tests.gloo import on_ranks
@@ -130,3 +136,18 @@ def test_missing_gpu_is_refused_where_one_is_wanted(
             choose_device(settings)
     else:
         assert choose_device(settings) == (False, "no")
+
+
+@pytest.mark.parametrize(
+    ("device", "deterministic", "tuned"), [("cuda", False, True), ("cuda", True, False), ("cpu", False, False)]
+)
+def test_convolutions_are_tuned_for_training_on_a_gpu(
+    device: str, deterministic: bool, tuned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not tuned)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", deterministic)
+    tune_convolutions(torch.device(device))
+    assert torch.backends.cudnn.benchmark == tuned
+    with untuned_convolutions():
+        assert not torch.backends.cudnn.benchmark
+    assert torch.backends.cudnn.benchmark == tuned
