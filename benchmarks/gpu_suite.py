@@ -69,7 +69,7 @@ def parts(data: Path, cifar: Path, threads: list[int]) -> list[Part]:
     counts, hardware = ",".join(map(str, threads)), ",".join(HARDWARE_LOADS)
     recipe = ["--config", str(_ROOT / "engine/recipes/moco_v2_in1k.yaml"), "--data.batch", "256", "--data.eval", ""]
     tiny_run = ["--model.arch", "resnet18", "--model.width", "0.25", "--data.size", "32", "--data.batch", "8"]
-    tiny_run += ["--method.queue_size", "64", "--model.bn", "plain"]
+    tiny_run += ["--method.queue_size", "64", "--model.bn", "plain", "--no-require-gpu"]
     lightly = ",lightly-amp" if installed("lightly") else ""
     steps = [*recipe, "--compare", f"eager,compiled,graph,official-amp{lightly}", "--model.bn", "plain"]
     trains = [*recipe, "--data.train", str(data), "--compile", "true"]

@@ -242,6 +242,8 @@ class Settings:
     """Tracker of metrics, next to metrics.jsonl."""
     cpu: bool = False
     """Train on the CPU even if there is a GPU."""
+    require_gpu: bool = False
+    """End with an error where there is no GPU, unless `cpu`. So does `accelerate launch` without its own --cpu."""
 
     def __post_init__(self) -> None:
         _require(bool(self.out), "out", self.out, "name a folder")

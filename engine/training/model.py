@@ -15,6 +15,7 @@ from engine.config.settings import Settings
 from engine.optim.optimizer import build_optimizer
 from engine.optim.schedule import Schedule
 from engine.parallel import collectives
+from engine.parallel.accelerator import tune_convolutions
 from engine.parallel.rendezvous import world
 from engine.parallel.sync_batchnorm import synchronize
 from engine.training.step import Step
@@ -48,6 +49,7 @@ def build_model(settings: Settings, accelerator: Accelerator, steps_per_epoch: i
     """Build encoders, queue, objective, optimizer, schedules and step, with weights from the settings' seed."""
     set_seed(settings.seed)
     base, device = settings.base, accelerator.device
+    tune_convolutions(device)
     online = _build_online(settings)
     if settings.model.bn == "sync":
         synchronize(online)
