@@ -39,6 +39,7 @@ from pipeline.prepare import prepare
 from pipeline.sources.archives import open_source
 from pipeline.system.cli import ArgumentParser
 from pipeline.system.errors import InputError, command
+from pipeline.system.files import write_json
 from pipeline.system.text import counted
 from pipeline.views import AUGMENTATIONS
 
@@ -167,7 +168,7 @@ def _baselines(settings: Settings) -> dict[str, float]:
     """Return kNN top-1 of raw pixels and of the untrained encoder."""
     data, knn, model, device = settings.data, settings.knn, settings.model, _device(settings.cpu)
     options: dict[str, Any] = {"k": knn.k, "temperature": knn.temperature, "limit": knn.limit, "device": device}
-    options |= {"size": data.size, "batch": 256, "share": data.eval_crop_ratio}
+    options |= {"size": data.size, "batch": 256, "crop_ratio": data.eval_crop_ratio}
     evaluation = KnnEvaluation(Beton(data.train), Beton(data.eval), **options)
     set_seed(settings.seed)
     untrained = place(build_backbone(model.arch, stem=model.stem, width=model.width), device)
@@ -269,7 +270,7 @@ def main() -> None:
     curves(run / "metrics.jsonl", out / "curve.png", levels=rows)
     if "knn_top1" in summary:
         rows |= {"trained encoder": summary["knn_top1"]}
-    (out / "demo.json").write_text(json.dumps(rows, indent=1) + "\n")
+    write_json(out / "demo.json", rows)
     Console().print(_table(rows, summary, _count_evaluated(train, evaluation)))
     options = GalleryOptions("", 8, _TEST_IMAGES, settings.seed, "online", _device(args.cpu))
     write(report(read_runs([run]), options), out / "report.html")

@@ -7,11 +7,10 @@ from pathlib import Path
 if __name__ == "__main__":  # a script's own folder comes first on the module path: put the project's root there
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from engine.config.cli import parse, shared, wants_dry_run
 from engine.fault_tolerance.heartbeat import LostRank
 from engine.fault_tolerance.preemption import Stopped
-from engine.parallel.consensus import run_on_all_ranks
 from engine.parallel.rendezvous import rank
+from engine.training.build import agree_on_launch
 from engine.training.dry_run import dry_run
 from engine.training.loop import train
 from pipeline.system.errors import command, report
@@ -19,11 +18,12 @@ from pipeline.system.errors import command, report
 
 @command
 def main() -> int:
-    if wants_dry_run():
-        dry_run(run_on_all_ranks(parse, must_match=shared))
+    settings, device = agree_on_launch()
+    if device is None:
+        dry_run(settings)
         return 0
     try:
-        train()
+        train(settings, device)
     except Stopped as stopped:
         if rank() == 0:
             print(stopped)

@@ -16,7 +16,14 @@ from methods.heads import HeadPair
 
 
 class IncompatibleTerm(ValueError):
-    """The base method lacks something that a term needs. The message names it."""
+    """The base method lacks something that a term needs, or two terms exclude each other: `key value: remedy`.
+
+    key: a term, or its parameter. value: of the parameter.
+    """
+
+    def __init__(self, key: str, remedy: str, value: str = "") -> None:
+        super().__init__(f"{key} {value}: {remedy}" if value else f"{key}: {remedy}")
+        self.key, self.value, self.remedy = key, value, remedy
 
 
 class Part(NamedTuple):
@@ -102,7 +109,7 @@ class Objective:
     def __init__(self, base: Base, loss: Term, terms: Mapping[str, Term]) -> None:
         replacing = [name for name, term in terms.items() if getattr(term, "replaces", False)]
         if len(replacing) > 1:
-            raise IncompatibleTerm(f"{' and '.join(replacing)}: both replace the base's own loss: choose one")
+            raise IncompatibleTerm(" and ".join(replacing), "both replace the base's own loss: choose one")
         self.base = base
         self.terms = [*([] if replacing else [loss]), *terms.values()]
         self.needs: frozenset[str] = frozenset().union(*(term.needs(base) for term in self.terms))

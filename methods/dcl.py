@@ -49,7 +49,7 @@ class DCL:
 
     def needs(self, base: Base) -> frozenset[str]:
         if not base.contrastive:
-            raise IncompatibleTerm(f"dcl: {base.name} has no contrastive loss to replace: leave the term out")
+            raise IncompatibleTerm("dcl", f"{base.name} has no contrastive loss to replace: leave the term out")
         return needs_with_negatives(base) | (frozenset() if base.momentum_encoder else frozenset({"Q1", "Q2"}))
 
     def __call__(self, e: Embeddings, base: Base) -> dict[str, Part]:

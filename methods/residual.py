@@ -31,7 +31,7 @@ class Residual:
 
     def needs(self, base: Base) -> frozenset[str]:
         if not base.momentum_encoder:
-            raise IncompatibleTerm(f"residual: {base.name} has no momentum encoder, so no gap: leave the term out")
+            raise IncompatibleTerm("residual", f"{base.name} has no momentum encoder, so no gap: leave the term out")
         return frozenset(f"{kind}{a}" for kind in "qk" for a, _ in base.pairs)
 
     def __call__(self, e: Embeddings, base: Base) -> dict[str, Part]:

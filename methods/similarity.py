@@ -32,9 +32,9 @@ def drop_own_column(similarity: torch.Tensor, offset: int | None) -> torch.Tenso
     if offset is None:
         return similarity
     rows, columns = similarity.shape
-    own = torch.arange(offset, offset + rows, device=similarity.device)[:, None]
+    dropped = torch.arange(offset, offset + rows, device=similarity.device)[:, None]
     column = torch.arange(columns - 1, device=similarity.device).expand(rows, -1)
-    return similarity.gather(1, column + (column >= own))
+    return similarity.gather(1, column + (column >= dropped))
 
 
 def symmetric_kl(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

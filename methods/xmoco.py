@@ -72,9 +72,9 @@ class XMoCo:
 
     def needs(self, base: Base) -> frozenset[str]:
         if not self.cross and not self.uniformity:
-            raise IncompatibleTerm("xmoco: cross and uniformity are both 0: set a weight, or leave the term out")
+            raise IncompatibleTerm("xmoco", "cross and uniformity are both 0: set a weight, or leave the term out")
         if self.negatives == "queue" and not base.queue:
-            raise IncompatibleTerm(f"xmoco.negatives 'queue': {base.name} has no queue: choose batch")
+            raise IncompatibleTerm("xmoco.negatives", f"{base.name} has no queue: choose batch", "'queue'")
         names = needs_of(base, "q")
         if self.cross:
             names |= needs_of(base, "kQK")

@@ -301,18 +301,18 @@ class Loader:
 class CenterLoader:
     """Samples `indices` (default: all) of `beton` in order, center-cropped, normalized: (images [B, 3, S, S], ids [B]).
 
-    ids are the records that were read: where damaged ones are skipped, their substitutes. `share`: the crop's side over
-    the image's shorter side; 0.875 is the usual 224 of 256. options: the fields of `LoaderOptions`.
+    ids are the records that were read: where damaged ones are skipped, their substitutes. `crop_ratio`: the crop's
+    side over the image's shorter side; 0.875 is the usual 224 of 256. options: the fields of `LoaderOptions`.
     """
 
     def __init__(
-        self, beton: Beton, *, share: float = 0.875, indices: np.ndarray | None = None, **options: Any
+        self, beton: Beton, *, crop_ratio: float = 0.875, indices: np.ndarray | None = None, **options: Any
     ) -> None:
         self._options = chosen = LoaderOptions(**options)
         if not isinstance(chosen.size, int):
             raise ValueError(f"size is {chosen.size}: give one side, in pixels")
         self.size, self.indices = chosen.size, np.arange(len(beton)) if indices is None else indices
-        self._beton, self._share, self._device = beton, share, numbered(chosen.device)
+        self._beton, self._crop_ratio, self._device = beton, crop_ratio, numbered(chosen.device)
         self._batch = min(chosen.batch, max(len(self.indices), 1))
         self._queue: PrefetchQueue[np.ndarray] = chosen.queue(beton, (self.size,), self._batch)
 
@@ -335,7 +335,7 @@ class CenterLoader:
         for number in range(first + len(self._queue), min(first + self._queue.depth, len(self))):
             ids = self.indices[number * self._batch : (number + 1) * self._batch]
             records = self._queue.substitutes.resolve(ids)
-            boxes = center_boxes(self._beton.heights[records], self._beton.widths[records], self._share)
+            boxes = center_boxes(self._beton.heights[records], self._beton.widths[records], self._crop_ratio)
             plan = Plan(records, boxes[None], np.zeros((1, len(records)), bool), (self.size,))
             self._queue.submit(plan, records)
 

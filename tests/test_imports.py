@@ -89,9 +89,18 @@ def test_packages_import_only_those_before_them(file: Path) -> None:
     assert not _packages(_imports_of(file)) & _FORBIDDEN[package]
 
 
-def _room(module: str) -> str:
-    """A module's folder in its package, `engine.training`; the module itself where it lies in the package's folder."""
-    return ".".join(module.split(".")[:2])
+def _folders(modules: dict[str, set[str]]) -> dict[str, dict[str, set[str]]]:
+    """For each folder, "" for the project's, the graph of imports between its files and sub-folders."""
+    folders: dict[str, dict[str, set[str]]] = {}
+    for module, targets in modules.items():
+        for target in targets:
+            above, below = module.split("."), target.split(".")
+            pairs = enumerate(zip(above, below, strict=False))
+            depth = next((depth for depth, (one, other) in pairs if one != other), None)
+            if depth is not None:  # None: one is the package of the other
+                graph = folders.setdefault(".".join(above[:depth]), {})
+                graph.setdefault(above[depth], set()).add(below[depth])
+    return folders
 
 
 def _circle(graph: dict[str, set[str]]) -> list[str]:
@@ -102,17 +111,31 @@ def _circle(graph: dict[str, set[str]]) -> list[str]:
     return []
 
 
-def test_neither_modules_nor_rooms_import_in_circles() -> None:
+@pytest.mark.parametrize(
+    ("modules", "folder"),
+    [
+        ({"a.x.m": {"a.y.n"}, "a.y.o": {"a.x.p"}}, "a"),
+        ({"a.b.x.m": {"a.b.y.n"}, "a.b.y.o": {"a.b.x.p"}}, "a.b"),
+        ({"a.b.m": {"a.b.x.n"}, "a.b.x.o": {"a.b.m"}}, "a.b"),
+        ({"a.x": {"b.y"}, "b.z": {"a.w"}}, ""),
+        ({"a.x.m": {"a.y.n"}, "a.y.n": {"a.z"}, "a.w": {"a.x.m"}}, None),
+    ],
+)
+def test_circles_are_found_at_every_depth(modules: dict[str, set[str]], folder: str | None) -> None:
+    circles = [name for name, graph in _folders(modules).items() if _circle(graph)]
+    assert circles == ([] if folder is None else [folder])
+
+
+def test_neither_modules_nor_folders_import_in_circles() -> None:
     modules = {
         module: {part for name in _imports_of(file) for part in (name, name.rpartition(".")[0])} & {*_MODULES}
         for module, file in _MODULES.items()
     }
-    rooms: dict[str, set[str]] = {}
-    for module, targets in modules.items():
-        rooms.setdefault(_room(module), set()).update({_room(target) for target in targets} - {_room(module)})
     assert sum(map(len, modules.values())) > len(modules)
     assert not _circle({module: targets - {module} for module, targets in modules.items()})
-    assert not _circle(rooms)
+    folders = _folders(modules)
+    assert {"", "engine", "engine.evaluate", "engine.evaluate.detection"} <= folders.keys()
+    assert not {name: circle for name, graph in folders.items() if (circle := _circle(graph))}
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,13 @@ import textwrap
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from engine.config.renamed import RENAMED, former, translate
+from engine.config.setting_error import SettingError
 from engine.config.settings import Settings
 from engine.config.validation import explain, rules, shown, unknown
 from pipeline.system.errors import InputError
@@ -48,8 +49,20 @@ _PER_RANK = ("data.train", "data.eval", "data.workers", "data.prefetch_factor", 
 _MAX_CHARACTERS, _MAX_VALUES, _MAX_INTEGER = 4096, 1000, 2**53  # of a path; of a list; exact as a float
 
 
+class CommandLine(NamedTuple):
+    """Contents of a command line."""
+
+    settings: Settings
+    dry_run: bool
+
+
 def parse(arguments: Sequence[str] | None = None) -> Settings:
-    """Return the settings of a command line (`sys.argv` by default). Raises InputError, naming key and remedy."""
+    """Return the settings of a command line; see `parse_command_line`."""
+    return parse_command_line(arguments).settings
+
+
+def parse_command_line(arguments: Sequence[str] | None = None) -> CommandLine:
+    """Return the contents of a command line (`sys.argv` by default). Raises InputError, naming key and remedy."""
     options = _read_options(sys.argv[1:] if arguments is None else arguments)
     settings: dict[str, Any] = {}
     sources: dict[str, str] = {}
@@ -69,16 +82,12 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     try:  # as JSON: pydantic's strict mode takes no dict for a dataclass
         parsed = _SETTINGS.validate_json(json.dumps(settings), strict=True)
     except ValidationError as error:
-        raise InputError(_with_source(explain(error, Settings), sources)) from None
+        wrong = explain(error, Settings)
+        raise wrong.in_recipe(sources.get(wrong.key, "")) from None
     if ("print_config", True) in options:
         print(yaml.safe_dump(parsed.as_dict(), sort_keys=False), end="")
         sys.exit()
-    return parsed
-
-
-def wants_dry_run() -> bool:
-    """Return whether the command line asks for a dry run."""
-    return not {"--dry-run", "--dry_run"}.isdisjoint(sys.argv[1:])
+    return CommandLine(parsed, ("dry_run", True) in options)
 
 
 def shared(settings: Settings) -> dict[str, Any]:
@@ -94,14 +103,6 @@ def flat(settings: dict[str, Any], within: str = "") -> dict[str, Any]:
     return named
 
 
-def _with_source(error: str, sources: dict[str, str]) -> str:
-    """Return the error of a setting with the recipe that it comes from, if it comes from one."""
-    setting = re.match(r"([\w.]+)(?: (?:'[^']*'|\[[^]]*\]|[^\s:'{]+))?(?=: )", error)
-    if setting is None or setting[1] not in sources:
-        return error
-    return f"{setting[0]} ({sources[setting[1]]}){error[setting.end() :]}"
-
-
 def _read_recipe(
     path: str | Path, sources: dict[str, str], remedy: str = "", variants: tuple[str, ...] = ()
 ) -> dict[str, Any]:
@@ -113,7 +114,10 @@ def _read_recipe(
     recipe = read_yaml(path, remedy or f"give a recipe, such as {_EXAMPLE}, or correct it")
     if not isinstance(recipe, dict):
         raise InputError(f"--config {path}: not a mapping of settings: write lines such as optim: {{lr: 0.03}}")
-    recipe = _typed("", recipe)
+    try:
+        recipe = _typed("", recipe)
+    except SettingError as error:
+        raise error.in_recipe(str(path)) from None
     if RENAMED.keys() <= flat(recipe).keys():  # complete: written by a run, not by hand
         if os.environ.get("RANK", "0") == "0":
             renamed = ", ".join(f"{old} is {new}" for old, new in RENAMED.items())
@@ -160,7 +164,7 @@ def _merge(settings: dict[str, Any], changes: dict[str, Any]) -> None:
 def _typed(key: str, value: Any) -> Any:
     """Return the value of a setting or section, with text as the number, boolean, list or null that it says.
 
-    Raises InputError for a value that no setting can have.
+    Raises SettingError for a value that no setting can have.
     """
     rule = _RULES.get(key, {"type": "string", "null": False})
     if isinstance(value, str) and (rule["type"] != "string" or (rule["null"] and value == "null")):
@@ -171,15 +175,15 @@ def _typed(key: str, value: Any) -> Any:
         return {str(name): _typed(f"{key}.{name}".lstrip("."), inner) for name, inner in value.items()}
     if isinstance(value, list):
         if len(value) > _MAX_VALUES:
-            raise InputError(f"{key}: {len(value)} values: give at most {_MAX_VALUES}")
+            raise SettingError(key, "", f"{len(value)} values: give at most {_MAX_VALUES}")
         return [_typed(key, item) for item in value]
     if isinstance(value, int) and abs(value) > _MAX_INTEGER:
-        raise InputError(f"{key}: a number of more than 15 digits: give a smaller one")
+        raise SettingError(key, "", "a number of more than 15 digits: give a smaller one")
     if isinstance(value, str):
         controls = any(unicodedata.category(letter) in ("Cc", "Cs") for letter in value)
         if controls or len(value) > _MAX_CHARACTERS:
             remedy = f"give at most {_MAX_CHARACTERS} characters, and no control characters"
-            raise InputError(f"{key} {value[:40]!r}: {remedy}")
+            raise SettingError(key, repr(value[:40]), remedy)
     return value
 
 
@@ -212,7 +216,7 @@ def _read_options(arguments: Sequence[str]) -> list[tuple[str, Any]]:
             raise InputError(f"{option}: {remedy}{positive.replace('_', '-')} {example}")
         rule = {"type": "string"} if key == "config" else _RULES.get(key)
         if rule is None or not option.startswith("--"):
-            raise InputError(former(key, text or "".join(words[:1])) or unknown(key, _RULES, option.lstrip("-")))
+            raise former(key, text or "".join(words[:1])) or unknown(key, _RULES, option.lstrip("-"))
         if rule["type"] == "object" and not (rule["null"] or key == "terms"):
             raise InputError(f"{key}: a section: give its settings one by one, see --help for all of them")
         values, several = [text] * bool(assigned), rule["type"] in ("array", "object")  # which the shell may cut

@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from engine.config.setting_error import SettingError
+
 RENAMED = {
     "accumulate": "gradient_accumulation_steps",
     "recompute": "activation_checkpointing",
@@ -25,17 +27,15 @@ RENAMED = {
 _CROP_ON = {"cpu": "write data.backend ffcv", "gpu": "write data.backend ffcv_gpu"}
 
 
-def former(key: str, value: Any = None) -> str:
-    """Return the error for a former name or value, with the present one; empty for any other."""
-    if key in RENAMED:
-        return f"{key}: renamed to {RENAMED[key]}"
-    if key == "to":
-        return "to: renamed to out"
+def former(key: str, value: Any = None) -> SettingError | None:
+    """Return the error for a former name or value, with the present one; None for any other."""
+    if key in RENAMED or key == "to":
+        return SettingError(key, "", f"renamed to {RENAMED.get(key, 'out')}")
     if key == "data.order" and value == "chunked":
-        return "data.order 'chunked': renamed to quasi_random"
+        return SettingError(key, "'chunked'", "renamed to quasi_random")
     if key == "data.crop_on":
-        return f"data.crop_on: now part of data.backend: {_CROP_ON.get(str(value), 'leave it out')}"
-    return ""
+        return SettingError(key, "", f"now part of data.backend: {_CROP_ON.get(str(value), 'leave it out')}")
+    return None
 
 
 def translate(settings: dict[str, Any]) -> dict[str, Any]:

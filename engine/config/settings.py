@@ -11,20 +11,20 @@ from typing import Annotated, Any, Literal
 import yaml
 
 from engine.config.renamed import former
+from engine.config.setting_error import SettingError
 from engine.config.validation import choose, section
 from methods.base import Base, IncompatibleTerm
 from methods.norm import SHUFFLED, BatchNormKind
 from methods.registry import BASES, Terms, build_objective
 from methods.vit import PATCH, VITS
 from pipeline.sampling.order import Order
-from pipeline.system.errors import InputError
 from pipeline.system.files import write_atomic
 from pipeline.views import AUGMENTATIONS
 
 
 def _require(valid: bool, key: str, value: Any, remedy: str) -> None:
     if not valid:
-        raise InputError(f"{key} {value!r}: {remedy}")
+        raise SettingError(key, repr(value), remedy)
 
 
 @section
@@ -249,10 +249,11 @@ class Settings:
         _require(bool(self.out), "out", self.out, "name a folder")
         _require(self.micro_batch != 1, "micro_batch", self.micro_batch, "choose 2 or more, or 0")
         for key in self.allow_change:
-            if message := former(key):
-                raise InputError(f"allow_change: {message}")
+            if renamed := former(key):
+                raise SettingError("allow_change", "", str(renamed))
         if self.cuda_graph and self.log_every == 1:
-            raise InputError("cuda_graph true: log_every 1 logs every step, and those run eagerly: choose 2 or more")
+            remedy = "log_every 1 logs every step, and those run eagerly: choose 2 or more"
+            raise SettingError("cuda_graph", "true", remedy)
         self._fill_published()
         self._check_terms()
         self._refuse_without_effect()
@@ -267,7 +268,7 @@ class Settings:
                 setattr(getattr(self, part), key, value)
 
     def _check_terms(self) -> None:
-        """Raise InputError for a term's parameter out of range: weights and temperatures are above 0."""
+        """Raise SettingError for a term's parameter out of range: weights and temperatures are above 0."""
         for part in fields(self.terms):
             term = getattr(self.terms, part.name)
             for parameter in fields(term) if term is not None else ():
@@ -280,7 +281,7 @@ class Settings:
                     _require(value > 0, key, value, "choose a number above 0, or leave the term out")
 
     def _refuse_without_effect(self) -> None:
-        """Raise InputError for settings that would change nothing."""
+        """Raise SettingError for settings that would change nothing."""
         base, method, model = self.base, self.method, self.model
         queue_dtype = method.queue_dtype if method.queue_dtype != "float32" else None
         no_queue, no_teacher = f"{base.name} has no queue", f"{base.name} has no momentum encoder"
@@ -297,7 +298,7 @@ class Settings:
             _require(value is None or applies, key, value, f"{reason}: remove {key}, or set it to null")
 
     def _refuse_impossible(self) -> None:
-        """Raise InputError for combinations that cannot work."""
+        """Raise SettingError for combinations that cannot work."""
         base, arch, size, sizes = self.base, self.model.arch, self.data.size, self.data.sizes
         keys = (self.method.queue_size or 0) * (self.model.dim or 0)
         remedy = f"{self.model.dim} numbers a key are more than 2^30 in all: choose fewer keys"
@@ -315,12 +316,13 @@ class Settings:
         try:
             needs = build_objective(base, self.terms).needs
         except IncompatibleTerm as error:
-            raise InputError(f"terms.{error}") from None
+            raise SettingError(f"terms.{error.key}", error.value, error.remedy) from None
         for key, one_part in (("gradient_accumulation_steps", 1), ("micro_batch", 0)):
             if (value := getattr(self, key)) > one_part and any(name[0] == "Q" for name in needs):
                 by_base = any(name[0] == "Q" for name in base.loss().needs(base))
                 term = base.name if by_base else "terms.xmoco.cross"
-                raise InputError(f"{key} {value}: {term} compares all queries of a batch at once: choose {one_part}")
+                remedy = f"{term} compares all queries of a batch at once: choose {one_part}"
+                raise SettingError(key, str(value), remedy)
 
     @property
     def objective(self) -> str:

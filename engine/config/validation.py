@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from typing_extensions import dataclass_transform
 
 from engine.config.renamed import former
-from pipeline.system.errors import InputError
+from engine.config.setting_error import SettingError
 
 Kind = TypeVar("Kind")
 Rules = dict[str, dict[str, Any]]
@@ -45,7 +45,7 @@ _TYPES = {
 
 @dataclass_transform(field_specifiers=(field,))
 def section(kind: type[Kind]) -> type[Kind]:
-    """Make a dataclass that validates its arguments. Raises InputError for wrong ones."""
+    """Make a dataclass that validates its arguments. Raises SettingError for wrong ones."""
     made: Any = dataclass(config=_CONFIG)(kind)
     validated = made.__init__
 
@@ -54,7 +54,7 @@ def section(kind: type[Kind]) -> type[Kind]:
         try:
             validated(self, *args, **values)
         except ValidationError as error:
-            raise InputError(explain(error, made)) from None
+            raise explain(error, made) from None
 
     made.__init__ = __init__
     return made
@@ -81,17 +81,17 @@ def _rules(schema: dict[str, Any], definitions: dict[str, Any], within: str) -> 
             yield from _rules(inner, definitions, f"{within}{name}.")
 
 
-def explain(error: ValidationError, kind: type) -> str:
-    """Return the first of pydantic's errors on this dataclass in one line."""
+def explain(error: ValidationError, kind: type) -> SettingError:
+    """Return the error for the first of pydantic's errors on this dataclass."""
     prefix = "" if kind.__name__ == "Settings" else f"{kind.__name__.lower()}."
     known = {prefix + name: rule for name, rule in rules(kind).items()}
     first = error.errors(include_url=False)[0]
     wrong, value = first["type"], first["input"]
     if wrong == "value_error":
-        return str(first["ctx"]["error"])
+        return first["ctx"]["error"]  # of a `__post_init__`
     key = prefix + ".".join(part for part in first["loc"] if isinstance(part, str))
-    if former(key, value) or key not in known:
-        return former(key, value) or unknown(key, known)
+    if (renamed := former(key, value)) or key not in known:
+        return renamed or unknown(key, known)
     rule = known[key]
     if wrong in _BOUNDS:
         remedy = f"choose {rule['choose']}"
@@ -101,7 +101,7 @@ def explain(error: ValidationError, kind: type) -> str:
         remedy = f"choose one of {', '.join(map(repr, rule['enum']))}"
     else:
         remedy = f"wrong type: give {_TYPES.get(key) or _TYPES[rule['type']]}"
-    return f"{key} {shown(value)}: {remedy}{', or null' if rule['null'] else ''}"
+    return SettingError(key, shown(value), f"{remedy}{', or null' if rule['null'] else ''}")
 
 
 def shown(value: Any) -> str:
@@ -110,7 +110,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]} ..."
 
 
-def unknown(key: str, known: Rules, typed: str = "") -> str:
+def unknown(key: str, known: Rules, typed: str = "") -> SettingError:
     """Return the error for an unknown setting, with the closest name that is one. typed: the key as typed."""
     within, _, name = key.rpartition(".")
     if (close := _SYNONYMS.get(name, "")) not in known:
@@ -118,7 +118,8 @@ def unknown(key: str, known: Rules, typed: str = "") -> str:
         close = similar[0] if similar else ""
     siblings = _names_in(within, known) or _names_in("terms", known)
     remedy = f"choose one of {', '.join(siblings)}" if within.startswith("terms") else "see --help for all of them"
-    return f"{typed or key}: no such setting{f', did you mean {close}' if close else ''}: {remedy}"
+    suggestion = f", did you mean {close}" if close else ""
+    return SettingError(typed or key, "", f"no such setting{suggestion}: {remedy}")
 
 
 def _names_in(section: str, known: Rules) -> list[str]:

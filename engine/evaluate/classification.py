@@ -18,7 +18,8 @@ from engine.evaluate.splits import HELD_OUT, count_unseen_labels, held_out, refu
 from engine.parallel.consensus import all_gather_object
 from engine.parallel.rendezvous import local_world
 from methods.vit import PATCH
-from pipeline.backends.select_backend import Choice, agreed, choose
+from pipeline.backends import BACKENDS
+from pipeline.backends.select_backend import Choice, choose, least_demanding
 from pipeline.beton import Beton, count_classes
 from pipeline.loader import CenterLoader, Loader
 from pipeline.storage.in_place import open_data
@@ -61,9 +62,9 @@ class ClassificationEvaluation(Evaluation):
     def loader_options(self, beton: Beton) -> dict[str, Any]:
         """Return the options of both loaders. All ranks choose the backend together, once for a data set."""
         if beton.fingerprint not in self.backends:
-            sharing = {"processes": local_world(), "cores": self.workers}
+            sharing = {"local_world": local_world(), "cores": self.workers}
             choices = all_gather_object(lambda: choose(self.args.backend, beton, self.device, **sharing))
-            self.backends[beton.fingerprint] = agreed([Choice(*choice) for choice in choices]).name
+            self.backends[beton.fingerprint] = least_demanding([Choice(*choice) for choice in choices]).name
         return {
             "size": self.size,
             "device": self.device,
@@ -79,7 +80,7 @@ class ClassificationEvaluation(Evaluation):
 
     def center_loader(self, beton: Beton, indices: np.ndarray) -> CenterLoader:
         """Return a loader of center crops of the images `indices`."""
-        options = {"batch": self.args.batch or 256, "share": self.crop_ratio, **self.loader_options(beton)}
+        options = {"batch": self.args.batch or 256, "crop_ratio": self.crop_ratio, **self.loader_options(beton)}
         return CenterLoader(beton, indices=indices, **options)
 
     def features(self, beton: Beton, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,7 +124,7 @@ class ClassificationEvaluation(Evaluation):
 
     def settings(self, **options: Any) -> dict[str, Any]:
         """Return all settings that affect the result, as plain JSON values."""
-        return super().settings(size=self.size, share=self.crop_ratio, **options)
+        return super().settings(size=self.size, crop_ratio=self.crop_ratio, **options)
 
     def check(self) -> None:
         """Create the folder of results. Raises InputError for it or for other options that cannot work."""
@@ -154,7 +155,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--crop-ratio", type=float, help="side of the test crop over the shorter side (default: the run's, or 0.875)"
     )
-    parser.add_argument("--backend", choices=["auto", "ffcv", "dali", "resident"], default="auto")
+    parser.add_argument("--backend", choices=["auto", *BACKENDS], default="auto")
     parser.add_argument("--on-bad", choices=["error", "skip"], default="error", help="for a damaged record")
 
 

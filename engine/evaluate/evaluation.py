@@ -149,7 +149,7 @@ class Evaluation:
             "settings": settings,
             "seconds": round(seconds, 2),
             "device": str(self.device),
-            "processes": collectives.world(),
+            "world_size": collectives.world(),
             "torch": torch.__version__,
         }
         path = self.out / f"{name}.json"

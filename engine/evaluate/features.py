@@ -21,7 +21,7 @@ from engine.evaluate.resume import load_cached, save_cached, valid_ids
 from engine.parallel import collectives
 from engine.parallel.consensus import all_gather_object, run_on_all_ranks
 from pipeline.system.errors import InputError, describe_error
-from pipeline.system.files import atomic_path, write_json
+from pipeline.system.files import atomic_path, replace_synced, write_json
 
 logger = get_logger(__name__)
 
@@ -119,7 +119,7 @@ def _create(partial: Path, shape: tuple[int, int]) -> None:
 
 
 def _finish(evaluation: ClassificationEvaluation, partial: Path, file: Path, ids: np.ndarray) -> None:
-    """Write ids, labels and settings, and move the rows to the result file."""
+    """Write ids, labels and settings, and last move the rows to the result file. Raises OSError."""
     labels = evaluation.train.labels[ids]
     about = evaluation.settings(checkpoint=str(evaluation.encoder.path), data=str(evaluation.train.path))
     if file.suffix == ".safetensors":
@@ -130,9 +130,10 @@ def _finish(evaluation: ClassificationEvaluation, partial: Path, file: Path, ids
             save_file(tensors, temporary, metadata={key: str(value) for key, value in about.items()})
         partial.unlink()
     else:
-        np.save(file.with_suffix(".ids.npy"), ids)
-        np.save(file.with_suffix(".labels.npy"), labels)
+        for name, array in {"ids": ids, "labels": labels}.items():
+            with atomic_path(file.with_suffix(f".{name}.npy")) as temporary:
+                np.save(temporary, array)
         write_json(file.with_suffix(".json"), about)
-        os.replace(partial, file)
+        replace_synced(partial, file)
     for leftover in partial.parent.glob(f"{partial.stem}.*of*.*"):
         leftover.unlink()

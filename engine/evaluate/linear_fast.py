@@ -82,7 +82,7 @@ def training_features(evaluation: ClassificationEvaluation) -> list[Pass]:
     """
     labels, augmented = evaluation.labels(evaluation.train), evaluation.args.passes > 0
     batch = check_batch(evaluation.args.batch or 256, len(evaluation.train))
-    settings = evaluation.settings(batch=batch, processes=collectives.world())
+    settings = evaluation.settings(batch=batch, world_size=collectives.world())
     names = [f"pass_{number}" for number in range(evaluation.args.passes)] if augmented else ["center"]
     files = [evaluation.out / "linear_fast" / f"{name}.safetensors" for name in names]
     passes: list[Pass] = []

@@ -23,6 +23,8 @@ from pipeline.system.files import atomic_path
 logger = get_logger(__name__)
 
 
+_RENAMED = {"share": "crop_ratio", "processes": "world_size"}
+
 E = TypeVar("E", bound=Evaluation)
 
 
@@ -64,7 +66,7 @@ class EpochCheckpoint(Generic[E]):
         if path is None:
             return None
         files, state = storage.load(path)
-        saved, current = state["settings"], self._settings
+        saved, current = _translate(state["settings"]), self._settings
         differing = sorted(key for key in {**saved, **current} if saved.get(key) != current.get(key))
         if differing:
             listed = ", ".join(f"{key} {saved.get(key)!r} there, {current.get(key)!r} here" for key in differing)
@@ -121,9 +123,10 @@ def load_cached(path: Path, settings: dict[str, Any], fits: Callable[[Tensors], 
         return None
     try:
         with safe_open(path, "pt") as file:
-            same = (file.metadata() or {}).get("settings") == json.dumps(settings, sort_keys=True)
+            saved = json.loads((file.metadata() or {}).get("settings", "null"))
+        same = isinstance(saved, dict) and _translate(saved) == json.loads(json.dumps(settings))
         tensors = load_file(path) if same else {}
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         logger.warning("%s: cannot be read (%s): recomputing", path, describe_error(error))
         return None
     if not same:
@@ -133,6 +136,11 @@ def load_cached(path: Path, settings: dict[str, Any], fits: Callable[[Tensors], 
         logger.warning("%s: its tensors do not fit these images: recomputing", path)
         return None
     return tensors
+
+
+def _translate(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of an earlier version under their present names."""
+    return {_RENAMED.get(name, name): value for name, value in settings.items()}
 
 
 def valid_ids(ids: torch.Tensor | None, images: int) -> bool:

@@ -19,7 +19,7 @@ from engine.weights.key_maps import Library, to_library
 from engine.weights.load import Architecture, LoadedEncoder, load_encoder
 from engine.weights.readers import METADATA
 from pipeline.system.errors import InputError, RunFailed
-from pipeline.system.files import atomic_path
+from pipeline.system.files import atomic_path, write_atomic
 
 _MAX_DISTANCE = 1e-5  # of features, relative to the largest
 _OPSET = 17
@@ -104,7 +104,7 @@ def export(encoder: LoadedEncoder, name: str, path: Path) -> float:
     """Write an encoder to `path` in the format of that name, with its card; return how far its features move.
 
     This is the largest difference on random images, relative to the largest feature. Raises InputError if the library
-    has no such model, and RunFailed, without a file, if the features differ.
+    has no such model or a file cannot be written, and RunFailed, without a file, if the features differ.
     """
     format, architecture = FORMATS[name], encoder.architecture
     refuse(architecture, name, format.library)
@@ -114,9 +114,9 @@ def export(encoder: LoadedEncoder, name: str, path: Path) -> float:
             distance = _distance(encoder, read_back(temporary, architecture.heads))
             if not distance <= _MAX_DISTANCE:
                 raise RunFailed(f"{path}: features differ by {distance:.1e} when read back: nothing was written")
+            write_atomic(path.with_name(f"{path.name}.md"), card(encoder, name, path, distance))
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error}): choose another --out") from None
-    path.with_name(f"{path.name}.md").write_text(card(encoder, name, path, distance))
     return distance
 
 

@@ -2,15 +2,17 @@
 
 import contextlib
 import platform
+import re
 from collections.abc import Iterator
 
 import torch
+from torch import distributed
 
-from engine.fault_tolerance.heartbeat import Heartbeat, LostRank, diagnose
+from engine.fault_tolerance.heartbeat import FAILED, FINISHED, LOST, Heartbeat, LostRank
 from engine.fault_tolerance.preemption import Stopped
 from engine.fault_tolerance.watchdog import dump_stacks
 from engine.parallel.consensus import PeerError
-from engine.parallel.rendezvous import rank
+from engine.parallel.rendezvous import rank, world
 from pipeline.system.errors import LoaderStalled, RunFailed, describe_error
 
 _ON_ALL_RANKS = (Stopped, PeerError, FloatingPointError)
@@ -42,3 +44,17 @@ def translate_failures(heartbeat: Heartbeat) -> Iterator[None]:
         raise cause from error
     finally:
         heartbeat.peers.stop()
+
+
+def diagnose(error: BaseException, heartbeat: Heartbeat, *, on_all_ranks: bool = False) -> BaseException:
+    """Return the LostRank behind an error of a collective, else the error; the other ranks are shown the failure.
+
+    on_all_ranks: every rank meets this error, each in its own time.
+    """
+    heartbeat.state, text = FINISHED if on_all_ranks else FAILED, str(error)
+    collective = isinstance(error, distributed.DistError) or re.search("gloo|nccl|timed out", text, re.IGNORECASE)
+    if world() > 1 and collective and isinstance(error, RuntimeError) and not isinstance(error, RunFailed):
+        heartbeat.state = LOST
+        error = heartbeat.peers.describe(heartbeat.peers.find_silent_ranks(), text.splitlines()[0][:200])
+    heartbeat.peers.stop()
+    return error

@@ -1,27 +1,24 @@
 """Heartbeats name a lost rank: a killed, stopped or unreachable rank sends none, the ranks that wait for it do.
 
-`Heartbeat` sends them, `PeerWatch` watches those of the other ranks, `diagnose` finds the lost rank behind an error of
-the training, `end_process` ends a process whose training cannot end, as it waits for a GPU that waits for another rank.
+`Heartbeat` sends them; `PeerWatch` watches those of the other ranks, and ends a process whose training cannot end, as
+it waits for a GPU that waits for another rank.
 """
 
-import os
 import platform
-import re
-import sys
 import threading
 import time
 
 from torch import distributed
 
-from engine.fault_tolerance.watchdog import dump_stacks
+from engine.fault_tolerance.watchdog import end_process
 from engine.parallel.rendezvous import rank, store, world
-from pipeline.system.errors import RunFailed, report
+from pipeline.system.errors import RunFailed
 
 _BEAT_SECONDS = 0.25
 _ANSWER_SECONDS = 5.0  # longest time that the store may take
 _GRACE_SECONDS = 5.0  # in which the training may find out without help
-_WRITE_SECONDS = 30.0  # for which the end of a process waits for a checkpoint
-_RUNNING, _FINISHED, _FAILED, _LOST = "running", "finished", "failed", "lost"
+RUNNING, FINISHED, FAILED, LOST = "running", "finished", "failed", "lost"
+"""States of a rank. LOST: it waited for another rank that did not answer."""
 _STORE = -1  # in place of a rank
 
 
@@ -36,7 +33,7 @@ class Heartbeat:
     """
 
     def __init__(self, limit: float) -> None:
-        self.step, self.state, self.limit = 0, _RUNNING, limit
+        self.step, self.state, self.limit = 0, RUNNING, limit
         self.peers = PeerWatch(self)
         self._end = threading.Event()
         self.thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
@@ -48,8 +45,8 @@ class Heartbeat:
     def close(self) -> None:
         """Send a last beat, and stop."""
         self.peers.stop()
-        if self.state == _RUNNING:
-            self.state = _FINISHED
+        if self.state == RUNNING:
+            self.state = FINISHED
         self._end.set()
         if self.thread.is_alive():
             self.thread.join(_ANSWER_SECONDS if self.peers.store_answers else 0)
@@ -76,7 +73,7 @@ class PeerWatch:
     def __init__(self, heartbeat: Heartbeat) -> None:
         peers = [peer for peer in range(world()) if peer != rank()]
         self._heartbeat, self._reads, self.store_answers = heartbeat, 0, True
-        self._beats = dict.fromkeys(peers, "0 0 " + _RUNNING)  # count, step, state; never grows: threads share it
+        self._beats = dict.fromkeys(peers, "0 0 " + RUNNING)  # count, step, state; never grows: threads share it
         self._silent_seconds = dict.fromkeys([_STORE, *peers], 0.0)
         self._stop = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="peer watch", daemon=True)
@@ -125,44 +122,16 @@ class PeerWatch:
             before = now
             for peer in self._silent_seconds:
                 self._silent_seconds[peer] += passed
-            trouble = self._silent(limit) | self._in_state(_FAILED) | self._in_state(_LOST)
+            trouble = self._silent(limit) | self._in_state(FAILED) | self._in_state(LOST)
             lost_seconds = lost_seconds + passed if trouble else 0.0
             if lost_seconds > _GRACE_SECONDS:
-                silent, failed = self._silent(min(limit, _GRACE_SECONDS)), self._in_state(_FAILED)
+                silent, failed = self._silent(min(limit, _GRACE_SECONDS)), self._in_state(FAILED)
                 why = "it has failed" if failed and failed >= silent else "the training waited for it"
                 end_process(self.describe(silent | failed, why))
 
     def _silent(self, limit: float) -> set[int]:
         """Return the unfinished ranks, and `_STORE`, that have been silent for more than `limit` seconds."""
-        return {peer for peer, seconds in self._silent_seconds.items() if seconds > limit} - self._in_state(_FINISHED)
+        return {peer for peer, seconds in self._silent_seconds.items() if seconds > limit} - self._in_state(FINISHED)
 
     def _in_state(self, state: str) -> set[int]:
         return {peer for peer, beat in self._beats.items() if beat.endswith(state)}
-
-
-def diagnose(error: BaseException, heartbeat: Heartbeat, *, on_all_ranks: bool = False) -> BaseException:
-    """Return the LostRank behind an error of a collective, else the error; the other ranks are shown the failure.
-
-    on_all_ranks: every rank meets this error, each in its own time.
-    """
-    heartbeat.state, text = _FINISHED if on_all_ranks else _FAILED, str(error)
-    collective = isinstance(error, distributed.DistError) or re.search("gloo|nccl|timed out", text, re.IGNORECASE)
-    if world() > 1 and collective and isinstance(error, RuntimeError) and not isinstance(error, RunFailed):
-        heartbeat.state = _LOST
-        error = heartbeat.peers.describe(heartbeat.peers.find_silent_ranks(), text.splitlines()[0][:200])
-    heartbeat.peers.stop()
-    return error
-
-
-def end_process(error: LostRank) -> None:
-    """Print all stacks and the error, wait for a checkpoint that is being written, and exit with status 1.
-
-    Not through logging, whose lock the training may hold.
-    """
-    dump_stacks()
-    report(error, 1)
-    for thread in threading.enumerate():
-        if thread.name == "checkpoint":
-            thread.join(_WRITE_SECONDS)
-    sys.stderr.flush()
-    os._exit(1)

@@ -1,4 +1,4 @@
-"""A watchdog: ends a run that takes no more steps, with every thread's stack."""
+"""The end of a process that is stuck, with every thread's stack; a watchdog ends one that takes no more steps."""
 
 import contextlib
 import faulthandler
@@ -11,8 +11,10 @@ import traceback
 from collections.abc import Iterator
 
 from engine.parallel.rendezvous import rank
+from pipeline.system.errors import RunFailed, report
 
 _CHECKS_PER_LIMIT = 50
+_WRITE_SECONDS = 30.0  # longest wait for a checkpoint that is being written
 
 
 def dump_stacks(error: BaseException | None = None) -> None:
@@ -23,6 +25,20 @@ def dump_stacks(error: BaseException | None = None) -> None:
             traceback.print_tb(error.__traceback__)
             sys.stderr.flush()
         faulthandler.dump_traceback(file=2, all_threads=True)
+
+
+def end_process(error: RunFailed) -> None:
+    """Print all stacks and the error, wait for a checkpoint that is being written, and exit with status 1.
+
+    Not through logging, whose lock the training may hold.
+    """
+    dump_stacks()
+    report(error, 1)
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join(_WRITE_SECONDS)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 class Watchdog:

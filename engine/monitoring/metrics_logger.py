@@ -26,7 +26,7 @@ logger = get_logger(__name__)
 _LASTING = ("knn_top1",)  # metrics that stay valid where no step was taken since
 
 
-class Monitor:
+class MetricsLogger:
     """Accumulates steps, and writes a line every logging interval and every evaluation."""
 
     def __init__(self, accelerator: Accelerator, out: Path, steps: int, epochs: int) -> None:

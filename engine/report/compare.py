@@ -207,7 +207,8 @@ def _epochs(run: RunFiles) -> str | None:
 
 
 def _device(run: RunFiles) -> str | None:
-    device, count = run.summary.get("device"), run.summary.get("processes")
+    summary = run.summary
+    device, count = summary.get("device"), summary.get("world_size", summary.get("processes"))  # the former key
     if not isinstance(device, str):
         return None
     return f"{count} × {device}" if count not in (1, None) else device

@@ -117,8 +117,9 @@ def embed(
 ) -> tuple[torch.Tensor, np.ndarray]:
     """Return an encoder's features of the sample, float32 [n, F] of norm 1, on the CPU, and a mask of intact images."""
     part, cores = Subset(sample.beton, sample.ids), available_cores()
-    options: dict[str, Any] = {"size": encoder.architecture.size, "batch": 128, "share": crop_ratio, "device": device}
-    options |= {"backend": choose("auto", part, device, cores=cores).name, "workers": cores, "on_bad": "skip"}
+    options: dict[str, Any] = {"size": encoder.architecture.size, "batch": 128, "device": device}
+    options |= {"crop_ratio": crop_ratio, "workers": cores, "on_bad": "skip"}
+    options["backend"] = choose("auto", part, device, cores=cores).name
     place(encoder.backbone, device)
     indices = np.arange(len(part))
     rows, ids = features(encoder.backbone, part, indices=indices, **options)

@@ -1,6 +1,7 @@
 """A training run built from its settings, or refused."""
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -8,11 +9,11 @@ from accelerate.logging import get_logger
 from torch import nn
 
 from engine.checkpoint import storage
-from engine.config.cli import parse, shared
+from engine.config.cli import parse_command_line, shared
 from engine.config.settings import Settings
-from engine.fault_tolerance.preemption import Requests
+from engine.fault_tolerance.preemption import Requests, follow_launcher
 from engine.fault_tolerance.watchdog import Watchdog
-from engine.monitoring.metrics_logger import Monitor
+from engine.monitoring.metrics_logger import MetricsLogger
 from engine.parallel.accelerator import DeviceChoice, build_accelerator, choose_device, warn_of_precision
 from engine.parallel.consensus import run_on_all_ranks
 from engine.parallel.rendezvous import world
@@ -40,7 +41,7 @@ class Run:
     data: Datasets
     loader: Loader
     model: Model
-    monitor: Monitor
+    monitor: MetricsLogger
     folder: RunFolder
     writer: storage.Writer
     requests: Requests
@@ -82,18 +83,33 @@ class Run:
         self.folder.close()
 
 
-def agree_on_launch(settings: Settings | None = None) -> tuple[Settings, DeviceChoice]:
-    """Return settings, by default the command line's, and device, once all ranks have the same ones.
+class Launch(NamedTuple):
+    """Settings, and the device to train on; None for a dry run, which has no need of that device."""
+
+    settings: Settings
+    device: DeviceChoice | None
+
+    def facts(self) -> dict[str, Any]:
+        """Return the values that must be the same on all ranks."""
+        device = {} if self.device is None else self.device.facts()
+        return {**shared(self.settings), "--dry-run": self.device is None, **device}
+
+
+def agree_on_launch(settings: Settings | None = None) -> Launch:
+    """Return the launch with these settings, by default the command line's, once all ranks have the same one.
 
     The first of four agreements before training. Raises InputError, on all ranks.
     """
 
-    def check() -> tuple[Settings, DeviceChoice]:
-        chosen = settings or parse()
+    def check() -> Launch:
+        chosen, dry_run = (settings, False) if settings else parse_command_line()
+        if dry_run:
+            return Launch(chosen, None)
         check_out(chosen)
-        return chosen, check_launch(chosen)
+        return Launch(chosen, check_launch(chosen))
 
-    return run_on_all_ranks(check, lambda launch: {**shared(launch[0]), **launch[1].facts()})
+    follow_launcher()  # checks and agreement may take long, and the launcher may be killed during them
+    return run_on_all_ranks(check, Launch.facts)
 
 
 def build(settings: Settings, device: DeviceChoice | None = None) -> Run:
@@ -118,7 +134,7 @@ def build(settings: Settings, device: DeviceChoice | None = None) -> Run:
         data,
         loader,
         model,
-        Monitor(accelerator, folder.path, settings.optim.epochs * loader.steps, settings.optim.epochs),
+        MetricsLogger(accelerator, folder.path, settings.optim.epochs * loader.steps, settings.optim.epochs),
         folder,
         storage.Writer(folder.checkpoints, settings.keep, settings.keep_every),
         Requests(accelerator.device),

@@ -19,7 +19,7 @@ from engine.parallel.consensus import PeerError, all_gather_object, run_and_gath
 from engine.parallel.rendezvous import cores_per_rank, local_rank, local_world, rank, world
 from engine.training.model import needed_views
 from methods.norm import SHUFFLED
-from pipeline.backends.select_backend import Choice, agreed, choose
+from pipeline.backends.select_backend import Choice, choose, least_demanding
 from pipeline.beton import Beton
 from pipeline.inspect import verify
 from pipeline.loader import Loader, Shuffle
@@ -61,7 +61,7 @@ def open_datasets(settings: Settings, device: torch.device) -> Datasets:
     data, choices = run_and_gather(
         lambda: _open_all(settings, device), lambda data: data.backend, Datasets.fingerprints
     )
-    data.backend = agreed([Choice(*choice) for choice in choices])
+    data.backend = least_demanding([Choice(*choice) for choice in choices])
     return data
 
 
@@ -77,7 +77,7 @@ def _open_all(settings: Settings, device: torch.device) -> Datasets:
     if rank() == 0:
         compatibility.check(settings, train.fingerprint, knn.fingerprint if knn else None)
     cores = loading(settings, device)["workers"]
-    backend = choose(data.backend, train, device, processes=local_world(), cores=cores)
+    backend = choose(data.backend, train, device, local_world=local_world(), cores=cores)
     return Datasets(train, evaluated, knn, backend)
 
 
@@ -95,7 +95,7 @@ def _build_knn(settings: Settings, train: Beton, evaluated: Beton, device: torch
     if not (train.in_one_file and evaluated.in_one_file):
         backend = "dali"
     options = {**loading(settings, device), "backend": backend}  # never resident: each image is read once
-    options |= {"batch": max(256, settings.data.batch), "share": settings.data.eval_crop_ratio}
+    options |= {"batch": max(256, settings.data.batch), "crop_ratio": settings.data.eval_crop_ratio}
     return Knn(train, evaluated, k=knn.k, temperature=knn.temperature, limit=knn.limit, **options)
 
 

@@ -11,8 +11,8 @@ from accelerate.logging import get_logger
 from engine.config.settings import Settings
 from engine.fault_tolerance.diagnosis import translate_failures
 from engine.fault_tolerance.heartbeat import Heartbeat
-from engine.fault_tolerance.preemption import Stopped, follow_launcher
-from engine.parallel.accelerator import untuned_convolutions
+from engine.fault_tolerance.preemption import Stopped
+from engine.parallel.accelerator import DeviceChoice, untuned_convolutions
 from engine.parallel.batchnorm_stats import RunningStatistics
 from engine.parallel.consensus import run_on_all_ranks
 from engine.parallel.rendezvous import rank, world
@@ -25,14 +25,15 @@ from pipeline.system.text import counted
 logger = get_logger(__name__)
 
 
-def train(settings: Settings | None = None) -> dict[str, Any]:
-    """Train by `settings`, by default the command line's; return the contents of `OUT/summary.json`.
+def train(settings: Settings, device: DeviceChoice | None = None) -> dict[str, Any]:
+    """Train by `settings`; return the contents of `OUT/summary.json`.
 
-    Raises InputError, on all ranks, for settings or data that cannot work, Stopped after a stop request, Diverged, and
-    LostRank or another RunFailed; a stalled loader or a lost rank prints the stack of every thread first.
+    device: that of `agree_on_launch`; by default the ranks agree here. Raises InputError, on all ranks, for settings or
+    data that cannot work, Stopped after a stop request, Diverged, and LostRank or another RunFailed; a stalled loader
+    or a lost rank prints the stack of every thread first.
     """
-    follow_launcher()
-    settings, device = agree_on_launch(settings)
+    if device is None:
+        settings, device = agree_on_launch(settings)
     with contextlib.ExitStack() as stack:
         heartbeat = stack.enter_context(contextlib.closing(Heartbeat(settings.collective_timeout)))
         with translate_failures(heartbeat):
@@ -162,7 +163,7 @@ def _summarize(run: Run) -> dict[str, Any]:
         "pairs_per_second": round(monitor.pairs / monitor.seconds, 1) if monitor.seconds else None,
         "data_wait_fraction": round(monitor.waited / monitor.seconds, 4) if monitor.seconds else None,
         "training_seconds": round(monitor.seconds, 1),
-        "processes": world(),
+        "world_size": world(),
         "precision": run.accelerator.mixed_precision,
         "device": torch.cuda.get_device_name() if run.accelerator.device.type == "cuda" else "cpu",
         "torch": torch.__version__,

@@ -162,9 +162,9 @@ def _check_fit(path: Path, expected: dict[str, storage.Tensors], saved: dict[str
     for file, named in expected.items():
         ours, theirs = collectives.described(named), collectives.described(saved.get(file, {}))
         for name in sorted(ours.keys() | theirs.keys()):
-            here, there = ("{} {}".format(*kinds[name]) if name in kinds else "missing" for kinds in (ours, theirs))
-            if here != there:
-                problem = f"{name} is {there} there, and {here} in this run"
+            present, stored = ("{} {}".format(*kinds[name]) if name in kinds else "missing" for kinds in (ours, theirs))
+            if present != stored:
+                problem = f"{name} is {stored} in the checkpoint, and {present} in this run"
                 raise InputError(f"{path / file}.safetensors: {problem}: resume from another")
 
 

@@ -26,7 +26,7 @@ class RunFolder:
 
     def claim(self) -> None:
         """Make the folder, lock it, and remove the remains of a killed run. Raises InputError."""
-        with _explained(self._settings):
+        with _as_input_error(self._settings):
             if self._lock is None:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._lock = _lock(self.path)
@@ -37,7 +37,7 @@ class RunFolder:
 
     def write_config(self) -> None:
         """Write the settings to config.yaml, from which the run can be repeated. Raises InputError."""
-        with _explained(self._settings):
+        with _as_input_error(self._settings):
             replace(self._settings, resume="", allow_change=[]).write(self.path / "config.yaml")
 
     def close(self) -> None:
@@ -51,7 +51,7 @@ def check_out(settings: Settings) -> None:
     if rank():
         return
     out = Path(settings.out)
-    with _explained(settings):
+    with _as_input_error(settings):
         existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
         if not existing.is_dir():
             raise OSError(errno.ENOTDIR, "")
@@ -81,7 +81,7 @@ def _lock(out: Path) -> IO[str]:
 
 
 @contextlib.contextmanager
-def _explained(settings: Settings) -> Iterator[None]:
+def _as_input_error(settings: Settings) -> Iterator[None]:
     """Raise InputError for an OSError in this context."""
     try:
         yield

@@ -132,7 +132,7 @@ def _largest_centered(heights: np.ndarray, widths: np.ndarray, ratio: tuple[floa
     return np.stack([(high - h) // 2, (wide - w) // 2, h, w], axis=-1).astype(np.int32)
 
 
-def center_boxes(heights: np.ndarray, widths: np.ndarray, share: float) -> np.ndarray:
-    """Return centered square boxes, int32 [n, 4], of `share` of the image's shorter side (0.875 is 224 of 256)."""
-    side = np.maximum(np.rint(np.minimum(heights, widths) * share), 1).astype(np.int32)
+def center_boxes(heights: np.ndarray, widths: np.ndarray, crop_ratio: float) -> np.ndarray:
+    """Return centered square boxes, int32 [n, 4], of `crop_ratio` of the image's shorter side (0.875 is 224 of 256)."""
+    side = np.maximum(np.rint(np.minimum(heights, widths) * crop_ratio), 1).astype(np.int32)
     return np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=-1).astype(np.int32)

@@ -33,20 +33,20 @@ def decoding_rate(beton: Beton, cores: int) -> float:
     return float(cores / seconds.mean())
 
 
-def choose(backend: str, beton: Beton, device: torch.device, *, processes: int = 1, cores: int = 1) -> Choice:
+def choose(backend: str, beton: Beton, device: torch.device, *, local_world: int = 1, cores: int = 1) -> Choice:
     """Return the backend for this data on this device: the requested one, or, for `auto`, the fastest.
 
-    processes: ranks that share the machine's memory. cores: those of this rank.
+    local_world: ranks that share the machine's memory. cores: those of this rank.
     Raises InputError for crops on a GPU if there is none.
     """
     if backend == "ffcv_gpu" and device.type != "cuda":
         raise InputError("data.backend 'ffcv_gpu': this machine has no GPU that torch can use: choose auto or ffcv")
     if backend != "auto":
-        return Choice(backend, "asked for")
+        return Choice(backend, "requested")
     if not beton.in_one_file:
         return Choice("dali", "the images are not in one file, and only dali reads those")
     size = f"the decoded images take {binary(resident.needed(beton))}"
-    share = resident.SHARE if device.type == "cuda" else resident.SHARE / processes
+    share = resident.SHARE if device.type == "cuda" else resident.SHARE / local_world
     room = f"{share:.0%} of the {binary(resident.free(device))} free on {device.type}"
     if resident.needed(beton) <= share * resident.free(device):
         return Choice("resident", f"{size}, at most {room}")
@@ -60,7 +60,7 @@ def choose(backend: str, beton: Beton, device: torch.device, *, processes: int =
     return Choice("ffcv_gpu", why)
 
 
-def agreed(choices: Sequence[Choice]) -> Choice:
+def least_demanding(choices: Sequence[Choice]) -> Choice:
     """Return the least demanding of the ranks' choices, with the reason of the first rank that made it.
 
     All ranks use it, because pixels differ slightly between backends.

@@ -73,13 +73,18 @@ def _imported_sources(path: Path) -> set[Path]:
 
 @cache
 def _imports(path: Path) -> list[Path]:
-    """Return the possible files of the pipeline modules that `path` imports."""
-    imported = []
+    """Return the possible files of the pipeline modules that `path` imports, and of the packages that contain them."""
+    modules: list[Path] = []
     for node in ast.walk(ast.parse(path.read_bytes())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == _PACKAGE.name:
-            module = _PACKAGE.parent.joinpath(*str(node.module).split("."))
-            imported += [module.with_suffix(".py"), *(module / f"{alias.name}.py" for alias in node.names)]
-    return imported
+        if isinstance(node, ast.Import):
+            modules += [_PACKAGE.parent.joinpath(*alias.name.split(".")) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = path.parents[node.level - 1] if node.level else _PACKAGE.parent
+            module = base.joinpath(*(node.module or "").split("."))
+            modules += [module, *(module / alias.name for alias in node.names)]
+    modules = [module for module in modules if module.is_relative_to(_PACKAGE)]
+    packages = {folder for module in modules for folder in (module, *module.parents) if folder.is_relative_to(_PACKAGE)}
+    return [*(module.with_suffix(".py") for module in modules), *(folder / "__init__.py" for folder in packages)]
 
 
 @cache

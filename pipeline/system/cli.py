@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -35,19 +34,26 @@ class ArgumentParser(argparse.ArgumentParser):
         self._unknown = [as_typed.get(argument, argument) for argument in unknown]
         return namespace, self._unknown
 
-    def error(self, message: str) -> NoReturn:
-        """Exit with code 2 and a line: the error, the nearest name if there is one, and where to read on."""
-        parser = self
-        if message.startswith("unrecognized arguments"):  # of a command: argparse leaves them to the top-level parser
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parse like argparse. An unknown argument is an error that suggests the nearest option."""
+        namespace, unknown = self.parse_known_args(args, namespace)
+        if unknown:  # of a command: argparse leaves them to the top-level parser
             commands = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
             parser = next((one for choices in commands for one in choices.values() if one._unknown), self)
-            name = self._unknown[0].partition("=")[0]
+            name = unknown[0].partition("=")[0]
             kind = "option" if name.startswith("-") else "argument"
-            message = f"{name}: no such {kind}{_nearest(name, parser._option_string_actions)}"
-        elif choice := re.fullmatch(r"argument (.+): invalid choice: '(.*?)'.* \(choose from (.*)\)", message):
-            names = choice[3].replace("'", "").split(", ")
-            message = f"{choice[1]} {choice[2]!r}{_nearest(choice[2], names)}: choose one of {', '.join(names)}"
-        self.exit(2, f"error: {message}: see {parser.prog} --help\n")
+            parser.error(f"{name}: no such {kind}{_nearest(name, parser._option_string_actions)}")
+        return namespace
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Refuse a value that is not among the action's choices, and suggest the nearest one."""
+        if action.choices is not None and value not in action.choices:
+            option, names = argparse.ArgumentError(action, "").argument_name, [*map(str, action.choices)]
+            self.error(f"{option} {value!r}{_nearest(str(value), names)}: choose one of {', '.join(names)}")
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2 and a line: the error, and where to read on."""
+        self.exit(2, f"error: {message}: see {self.prog} --help\n")
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:

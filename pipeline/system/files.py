@@ -23,11 +23,16 @@ def atomic_path(path: Path, *, unique: bool = True) -> Iterator[Path]:
     temporary.unlink(missing_ok=True)
     try:
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace_synced(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace_synced(source: Path, path: Path) -> None:
+    """Sync a file and rename it to `path`. Raises OSError."""
+    with open(source, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(source, path)
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:

@@ -26,8 +26,8 @@ RESOLVED = json.loads(Path(__file__).with_name("recipes.json").read_text())
 def test_resolved_settings_are_unchanged(recipe: Path) -> None:
     """recipes.json: the defaults, and each recipe's settings that differ from them."""
     expected = RESOLVED["defaults"] | RESOLVED[recipe.stem]
-    found = flat(parse(["--config", str(recipe)]).as_dict())
-    assert {key: value for key, value in found.items() if value is not None} == {
+    settings = flat(parse(["--config", str(recipe)]).as_dict())
+    assert {key: value for key, value in settings.items() if value is not None} == {
         key: value for key, value in expected.items() if value is not None
     }
 
@@ -54,28 +54,29 @@ _REPEATED = _repeated()
 def test_every_recipe_passes_a_dry_run(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
     settings = parse(["--config", str(recipe), "--cpu", "true"])
-    found = dry_run(settings)
+    estimates = dry_run(settings)
     shown = capsys.readouterr().out
-    assert found["trained"] > 1e5
-    assert found["flops_a_pair"] > 1e7
-    assert found["steps"] == found["steps_an_epoch"] * settings.optim.epochs
-    assert f"{found['steps']:,}" in shown
-    assert all(size > 0 for size in found["memory"].values())
+    assert estimates["trained"] > 1e5
+    assert estimates["flops_a_pair"] > 1e7
+    assert estimates["steps"] == estimates["steps_an_epoch"] * settings.optim.epochs
+    assert f"{estimates['steps']:,}" in shown
+    assert all(size > 0 for size in estimates["memory"].values())
     assert torch.get_num_threads() == threads
 
 
 def test_dry_run_of_moco_v2_has_the_known_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     """ResNet-50's parameters and operations (He et al.: 4.1 G multiply-adds an image), four passes a pair."""
-    found = dry_run(parse(["--config", str(RECIPES[0].with_name("moco_v2_in1k.yaml")), "--cpu", "true"]))
+    estimates = dry_run(parse(["--config", str(RECIPES[0].with_name("moco_v2_in1k.yaml")), "--cpu", "true"]))
     parameters = 23_508_032 + 2048 * 2048 + 2048 + 2048 * 128 + 128
-    assert (found["backbone"], found["trained"]) == (23_508_032, parameters)
-    assert found["flops_a_pair"] == pytest.approx(4 * 2 * 4.09e9, rel=0.02)
+    assert (estimates["backbone"], estimates["trained"]) == (23_508_032, parameters)
+    assert estimates["flops_a_pair"] == pytest.approx(4 * 2 * 4.09e9, rel=0.02)
     held = 4 * (4 * parameters + 65536 * 128)  # weights, momentum weights, gradients, momentum of the optimizer
-    batch = 256 * (found["activation_bytes_a_pair"] + 2 * 4 * 3 * 224**2)
-    assert found["memory"][1] == pytest.approx(held + batch, rel=0.02)
-    assert found["memory"][8] == pytest.approx(held + batch / 8, rel=0.1)
-    assert 30 * 2**20 < found["activation_bytes_a_pair"] < 60 * 2**20  # 11 M outputs of convolutions, twice, in bf16
-    assert (found["steps_an_epoch"], found["steps"]) == (5004, 1_000_800)
+    batch = 256 * (estimates["activation_bytes_a_pair"] + 2 * 4 * 3 * 224**2)
+    assert estimates["memory"][1] == pytest.approx(held + batch, rel=0.02)
+    assert estimates["memory"][8] == pytest.approx(held + batch / 8, rel=0.1)
+    # 11 M outputs of convolutions, twice, in bf16
+    assert 30 * 2**20 < estimates["activation_bytes_a_pair"] < 60 * 2**20
+    assert (estimates["steps_an_epoch"], estimates["steps"]) == (5004, 1_000_800)
     assert "32.5" in capsys.readouterr().out
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import engine.run
 from engine.parallel.rendezvous import rank
 from engine.training import loop
-from engine.training.build import Run
+from engine.training.build import Run, agree_on_launch
 from engine.training.resume import modules
 from pipeline.sources import synthetic
 from tests import ROOT, processes
@@ -164,7 +164,7 @@ def train_and_dump(arguments: list[str], folder: str) -> None:
         return runs[-1]
 
     loop.build, sys.argv = built, ["run.py", *arguments]
-    loop.train()
+    loop.train(*agree_on_launch())
     state = {key: value.contiguous() for key, value in modules(runs[0]).state_dict().items()}
     save_file(state, Path(folder) / f"rank{rank()}.safetensors")
 
@@ -184,7 +184,7 @@ def two_ranks(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_ranks_write_one_run_folder(two_ranks: Path) -> None:
     lines = metrics(two_ranks)
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 11))
-    assert json.loads((two_ranks / "summary.json").read_text())["processes"] == 2
+    assert json.loads((two_ranks / "summary.json").read_text())["world_size"] == 2
     assert sorted(p.name for p in (two_ranks / "checkpoints").glob("step_*")) == ["step_00000005", "step_00000010"]
 
 

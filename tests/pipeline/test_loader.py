@@ -564,10 +564,10 @@ def test_gpu_views_equal_cpu_views(drawn: Path) -> None:
 # ---- CenterLoader ----
 
 
-@pytest.mark.parametrize("share", [1.0, 0.875])
-def test_center_crops_equal_pillow(odd: Path, share: float) -> None:
+@pytest.mark.parametrize("crop_ratio", [1.0, 0.875])
+def test_center_crops_equal_pillow(odd: Path, crop_ratio: float) -> None:
     beton = Beton(odd)
-    with closing(CenterLoader(beton, size=24, batch=4, share=share, workers=1, statistics=LEVELS)) as loader:
+    with closing(CenterLoader(beton, size=24, batch=4, crop_ratio=crop_ratio, workers=1, statistics=LEVELS)) as loader:
         batches = list(loader)
         assert len(loader) == len(batches) == 3
     assert [ids.tolist() for _, ids in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
@@ -575,7 +575,7 @@ def test_center_crops_equal_pillow(odd: Path, share: float) -> None:
         assert images.shape == (len(ids), 3, 24, 24)
         for image, sample in zip(_levels(images), ids.tolist(), strict=True):
             height, width = _SHAPES[sample]
-            side = max(1, round(share * min(height, width)))
+            side = max(1, round(crop_ratio * min(height, width)))
             box = ((height - side) // 2, (width - side) // 2, side, side)
             assert np.abs(image - _pillow(beton, sample, box, 24)).max() < 1.01
 

@@ -26,7 +26,7 @@ from engine.evaluate import features, linear_fast, semi_supervised, svm
 from engine.evaluate.resume import EpochCheckpoint, save_cached
 from engine.evaluate.trainer import sgd
 from engine.export import model_card
-from engine.monitoring.metrics_logger import Monitor
+from engine.monitoring.metrics_logger import MetricsLogger
 from engine.weights.load import load_encoder
 from methods.registry import build_backbone
 from pipeline.beton import Beton, manifest_path
@@ -89,7 +89,7 @@ def slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Slot]:
         "checkpoint: latest": (run / "checkpoints" / "latest", resumed),
         "run: model": (saved_at / "model.safetensors", lambda: load_encoder(run)),
         "run: config": (run / "config.yaml", lambda: parse(["--config", str(run / "config.yaml")])),
-        "run: metrics": (run / "metrics.jsonl", lambda: Monitor(Accelerator(cpu=True), run, 10, 2).start(1, 0)),
+        "run: metrics": (run / "metrics.jsonl", lambda: MetricsLogger(Accelerator(cpu=True), run, 10, 2).start(1, 0)),
         "run: evaluation": (run / "evaluation" / "x.json", lambda: model_card._metrics(saved_at)),
         "beton": (beton, lambda: Beton(beton)),
         "beton: manifest": (manifest_path(beton), lambda: Beton(beton)),
@@ -200,7 +200,7 @@ def test_slots_neither_block_nor_fill_memory(kind: str, slots: dict[str, Slot]) 
 def test_metrics_end_at_the_first_invalid_line(line: bytes, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "epoch": 1.0}\n' + line)
-    Monitor(Accelerator(cpu=True), tmp_path, 10, 2).start(5, 0)
+    MetricsLogger(Accelerator(cpu=True), tmp_path, 10, 2).start(5, 0)
     assert path.read_bytes() == b'{"step": 1, "epoch": 1.0}\n'
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
@@ -210,7 +210,7 @@ def test_other_files_in_place_of_metrics_are_left_unchanged(line: bytes, tmp_pat
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "epoch": 1.0}\n' + line)
     with pytest.raises(InputError, match=r"metrics\.jsonl"):
-        Monitor(Accelerator(cpu=True), tmp_path, 10, 2).start(5, 0)
+        MetricsLogger(Accelerator(cpu=True), tmp_path, 10, 2).start(5, 0)
     assert path.read_bytes() == b'{"step": 1, "epoch": 1.0}\n' + line
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.config.cli import flat, parse, wants_dry_run
+from engine.config.cli import flat, parse, parse_command_line
 from engine.config.settings import Settings
 from methods.co2 import CO2
 from methods.dcl import DCL
@@ -34,8 +34,8 @@ def test_defaults_are_moco_v2_on_imagenet() -> None:
 
 
 def test_sizes_have_equal_shares_of_the_epochs() -> None:
-    found = parse(["--data.sizes", "[160, 192, 224]", "--optim.epochs", "7"]).size_of_epochs
-    assert found == [160, 160, 160, 192, 192, 224, 224]
+    sizes = parse(["--data.sizes", "[160, 192, 224]", "--optim.epochs", "7"]).size_of_epochs
+    assert sizes == [160, 160, 160, 192, 192, 224, 224]
     assert parse(["--optim.epochs", "2"]).size_of_epochs == [224, 224]
 
 
@@ -234,13 +234,17 @@ def test_wrong_recipes_are_refused(tmp_path: Path, text: bytes, says: str) -> No
 
 def test_error_names_the_recipe_of_a_value(tmp_path: Path) -> None:
     base, variant = tmp_path / "base.yaml", tmp_path / "variant.yaml"
-    base.write_text("optim: {warmup_epochs: 5}\ndata: {augmentation: byol, batch: 1}\n")
+    base.write_text("optim: {warmup_epochs: 5}\nmethod: {symmetric: false}\ndata: {augmentation: byol, batch: 1}\n")
     variant.write_text("base: base.yaml\ndata: {batch: 8, augmentation: crop}\n")
     recipe = ["--config", str(variant)]
     for arguments, message in (
         (["--data.augmentation", "byol", "--optim.epochs", "3"], f"optim.warmup_epochs 5.0 ({base}): choose 0 or more"),
         ([], f"data.augmentation 'crop' ({variant}): choose one of"),
         (["--data.augmentation", "crop"], "data.augmentation 'crop': choose one of"),
+        (
+            ["--data.augmentation", "byol", "--optim.warmup_epochs", "0", "--method.name", "byol"],
+            f"method.symmetric False ({base}): byol is symmetric",
+        ),
     ):
         with pytest.raises(InputError, match=re.escape(message)):
             parse([*recipe, *arguments])
@@ -288,8 +292,8 @@ def test_hyphens_and_underscores_are_the_same(option: str) -> None:
 @pytest.mark.parametrize("option", ["--dry-run", "--dry_run"])
 def test_dry_run_is_an_option(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["run.py", option, "--seed", "3"])
-    assert parse().seed == 3
-    assert wants_dry_run()
+    assert parse_command_line() == (parse(["--seed", "3"]), True)
+    assert not parse_command_line(["--out", "dry-run", "--seed", "3"]).dry_run
 
 
 @pytest.mark.parametrize(
@@ -326,8 +330,8 @@ def test_print_config_shows_all_settings(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_settings_allowed_to_change_add_up(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("allow_change: [seed]")
-    found = parse(["--config", str(tmp_path / "r.yaml"), "--allow-change", "optim.lr", "--allow_change=[data, knn]"])
-    assert found.allow_change == ["seed", "optim.lr", "data", "knn"]
+    settings = parse(["--config", str(tmp_path / "r.yaml"), "--allow-change", "optim.lr", "--allow_change=[data, knn]"])
+    assert settings.allow_change == ["seed", "optim.lr", "data", "knn"]
 
 
 def write(folder: Path, **recipes: str) -> Path:
@@ -343,12 +347,12 @@ def test_a_recipe_overrides_its_base(tmp_path: Path) -> None:
         second="base: first.yaml\noptim: {lr: 0.25}\nterms: {residual: {}, co2: {temperature: 1}}",
         third="base: second.yaml\nterms: [residual]\nmodel: {bn: plain}\nout: b",
     )
-    found = parse(["--config", str(tmp_path / "second.yaml"), "--optim.momentum", "0.5"])
-    assert (found.optim.lr, found.optim.epochs, found.optim.momentum, found.out) == (0.25, 7, 0.5, "a")
-    assert found.terms == Terms(CO2(weight=7, temperature=1), residual=Residual())
-    found = parse(["--config", str(tmp_path / "third.yaml")])
-    assert (found.optim.lr, found.optim.epochs, found.model.bn, found.out) == (0.25, 7, "plain", "b")
-    assert found.terms == Terms(residual=Residual())
+    settings = parse(["--config", str(tmp_path / "second.yaml"), "--optim.momentum", "0.5"])
+    assert (settings.optim.lr, settings.optim.epochs, settings.optim.momentum, settings.out) == (0.25, 7, 0.5, "a")
+    assert settings.terms == Terms(CO2(weight=7, temperature=1), residual=Residual())
+    settings = parse(["--config", str(tmp_path / "third.yaml")])
+    assert (settings.optim.lr, settings.optim.epochs, settings.model.bn, settings.out) == (0.25, 7, "plain", "b")
+    assert settings.terms == Terms(residual=Residual())
 
 
 def test_a_base_is_relative_to_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,13 +153,14 @@ def test_later_recipes_and_then_options_override(tmp_path: Path) -> None:
     first, second = tmp_path / "1.yaml", tmp_path / "2.yaml"
     first.write_text("\ufeffoptim: {lr: 0.5, epochs: 7}\nterms: {co2: {weight: 2}}\nmodel:\n")
     second.write_text("optim: {lr: 0.25}\nterms: {residual: {}}\nout: 2001-01-01\n")
-    found = parse(
+    settings = parse(
         ["--optim.clip_grad_norm", "2", "--config", str(first), f"--config={second}", "--terms.co2.temperature", "0.5"]
     )
-    assert (found.optim.lr, found.optim.epochs, found.optim.clip_grad_norm, found.out) == (0.25, 7, 2, "2001-01-01")
-    assert found.terms.co2 is not None
-    assert (found.terms.co2.weight, found.terms.co2.temperature) == (2, 0.5)
-    assert found.terms.residual is not None
+    optim = settings.optim
+    assert (optim.lr, optim.epochs, optim.clip_grad_norm, settings.out) == (0.25, 7, 2, "2001-01-01")
+    assert settings.terms.co2 is not None
+    assert (settings.terms.co2.weight, settings.terms.co2.temperature) == (2, 0.5)
+    assert settings.terms.residual is not None
 
 
 def test_too_many_steps_for_a_schedule_are_refused() -> None:

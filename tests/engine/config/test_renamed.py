@@ -111,8 +111,8 @@ def test_a_config_of_an_earlier_run_is_read_with_one_warning(tmp_path: Path, cap
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(former(settings, order="chunked", crop_on="cpu")))
     with caplog.at_level(logging.WARNING):
-        found = parse(["--config", str(config), "--seed", "3"])
-    assert (found.optim.clip_grad_norm, found.data.order, found.data.backend, found.seed) == (
+        translated = parse(["--config", str(config), "--seed", "3"])
+    assert (translated.optim.clip_grad_norm, translated.data.order, translated.data.backend, translated.seed) == (
         2,
         "quasi_random",
         "ffcv",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,28 @@ def test_an_interrupted_command_resumes_exactly(encoder: Path, drawn: Path, monk
     assert np.load(file.with_suffix(".ids.npy")).tolist() == list(range(200))
     assert np.load(file.with_suffix(".labels.npy")).tolist() == Beton(drawn).labels.tolist()
     assert not list(encoder.parent.glob(".*"))
+
+
+def test_rows_come_last_and_a_failed_write_leaves_the_old_files(
+    encoder: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, save = encoder.parent / "failed.npy", np.save
+    labels = file.with_suffix(".labels.npy")
+    labels.write_bytes(b"old")
+
+    def fail(path: Path, array: np.ndarray) -> None:
+        if "labels" in path.name:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(path, array)
+
+    monkeypatch.setattr(np, "save", fail)
+    common = ["--size", "32", "--cpu", "--precision", "no", "--workers", "1", "--train", str(drawn)]
+    with pytest.raises(OSError, match="No space left"):
+        run(["features", str(encoder), *common, "--out", str(file)])
+    assert labels.read_bytes() == b"old"
+    assert not file.exists()
+    assert file.with_name(".failed.npy.partial.npy").exists()  # the same command resumes
 
 
 def test_out_is_a_file_of_a_known_kind(encoder: Path, drawn: Path) -> None:

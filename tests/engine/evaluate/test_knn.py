@@ -30,6 +30,6 @@ def test_two_ranks_score_as_one(encoder: Path, drawn: Path) -> None:
     alone = evaluate("knn", encoder, drawn, "--k", "10", "150")
     on_ranks(2, _on_two, str(encoder), str(drawn))
     both = json.loads((encoder.parent / "out" / "knn.json").read_text())
-    assert both["processes"] == 2
+    assert both["world_size"] == 2
     assert both["every"] == alone["every"]
     assert both["per_class"] == alone["per_class"]

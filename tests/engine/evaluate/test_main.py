@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from engine.evaluate.__main__ import main, parser
+from pipeline.backends import BACKENDS
 
 
 @pytest.mark.parametrize(("old", "new"), [("--share", "--crop-ratio"), ("--to", "--out")])
@@ -16,6 +17,12 @@ def test_former_option_names_are_refused_in_one_line(
         main()
     assert ended.value.code == 2
     assert capsys.readouterr().err == f"error: {old}: renamed to {new}\n"
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_every_backend_can_be_chosen(backend: str) -> None:
+    arguments = ["knn", "x.pth", "--train", "x.beton", "--backend", backend]
+    assert parser().parse_args(arguments).backend == backend
 
 
 def test_out_is_a_file_for_features_and_a_folder_otherwise(capsys: pytest.CaptureFixture[str]) -> None:

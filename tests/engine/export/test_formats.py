@@ -157,6 +157,14 @@ def test_architectures_that_a_library_lacks_are_refused(tmp_path: Path) -> None:
     assert export(small, "timm", tmp_path / "y.safetensors") == 0
 
 
+def test_there_are_no_weights_without_a_card(tmp_path: Path) -> None:
+    loaded = _loaded(tmp_path, "resnet18")
+    (tmp_path / "x.safetensors.md").mkdir()
+    with pytest.raises(InputError, match=r"x.safetensors: cannot be written \(Is a directory\): choose another --out"):
+        export(loaded, "timm", tmp_path / "x.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source.safetensors", "x.safetensors.md"]
+
+
 def test_a_file_with_other_features_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = _loaded(tmp_path, "resnet18")
     other = _loaded(tmp_path, "resnet18")

@@ -19,6 +19,7 @@ LIMIT, GRACE = 3.0, 2.0
 WAIT = f"""
 import sys, time
 from engine.fault_tolerance import heartbeat
+from engine.fault_tolerance.diagnosis import diagnose
 heartbeat._GRACE_SECONDS = {GRACE}
 beating = heartbeat.Heartbeat({LIMIT})
 beating.step = STEP
@@ -28,7 +29,7 @@ time.sleep(600)  # like a collective that never returns
 BEHAVIOR = {
     "runs": "time.sleep(600)",
     "finishes": f"time.sleep(1); beating.close(); time.sleep({2.5 * LIMIT})",
-    "fails": "time.sleep(1); heartbeat.diagnose(ValueError(), beating); beating.close(); time.sleep(600)",
+    "fails": "time.sleep(1); diagnose(ValueError(), beating); beating.close(); time.sleep(600)",
 }
 
 

@@ -17,24 +17,24 @@ from accelerate import Accelerator
 
 from engine.monitoring import metrics_logger
 from engine.monitoring.collapse import PATIENCE
-from engine.monitoring.metrics_logger import Monitor
+from engine.monitoring.metrics_logger import MetricsLogger
 from engine.monitoring.step_result import Result
 
 SPREAD, COLLAPSED = torch.eye(4), torch.ones(4, 4) / 2
 
 
-def monitor(out: Path) -> Monitor:
-    return Monitor(Accelerator(cpu=True), out, steps=10, epochs=2)
+def monitor(out: Path) -> MetricsLogger:
+    return MetricsLogger(Accelerator(cpu=True), out, steps=10, epochs=2)
 
 
-def started(out: Path) -> Monitor:
+def started(out: Path) -> MetricsLogger:
     out.mkdir(exist_ok=True)
     new = monitor(out)
     new.start(0, 0)
     return new
 
 
-def add(target: Monitor, *losses: float, waited: float = 0.0) -> None:
+def add(target: MetricsLogger, *losses: float, waited: float = 0.0) -> None:
     for loss in losses:
         parts = {"loss": torch.tensor(loss + 1), "a": torch.tensor(loss), "b": torch.tensor(1.0)}
         target.add(Result(parts, SPREAD, torch.tensor(math.isfinite(loss))), pairs=8, waited=waited)
@@ -174,7 +174,7 @@ def test_progress_line_of_a_log_file_is_complete(tmp_path: Path, capsys: pytest.
 def test_count_of_a_collapse_survives_a_restart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, two = started(tmp_path), monitor(tmp_path)
 
-    def train(target: Monitor, steps: int) -> bool:
+    def train(target: MetricsLogger, steps: int) -> bool:
         """Train and log; return whether a collapse was warned of."""
         for _ in range(steps):
             target.add(Result({"loss": torch.tensor(1.0)}, COLLAPSED, torch.tensor(True)), pairs=8, waited=0.0)

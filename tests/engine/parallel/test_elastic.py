@@ -115,8 +115,8 @@ def nearest(out: str) -> None:
         settings: dict[str, Any] = {"k": k, "temperature": 0.1, "classes": 4}
         expected = nearest_neighbors.classify(queries, bank, labels, **settings)
         nearest_neighbors._MAX_ROWS = 16
-        found = nearest_neighbors.classify(queries, bank[local], labels[local], sharded=True, **settings)
-        assert torch.equal(found, expected)
+        classes = nearest_neighbors.classify(queries, bank[local], labels[local], sharded=True, **settings)
+        assert torch.equal(classes, expected)
     counts = [3, 0, 4]
     rows = torch.arange(7)[:, None].repeat(1, 2)
     assert torch.equal(collectives.gather_uneven(rows.split(counts)[collectives.rank()], counts), rows)

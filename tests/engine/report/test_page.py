@@ -51,7 +51,7 @@ def test_text_of_runs_is_escaped(drawn: Path, tmp_path: Path) -> None:
     recipe = (run / "config.yaml").read_text().replace("name: moco_v2", f"name: {json.dumps(evil)}")
     (run / "config.yaml").write_text(f"{recipe}extra: {json.dumps(evil)}\n")
     write_lines(run, [line | {evil: 1.0, "gradient_share_" + evil: 0.5} for line in lines()])
-    (run / "summary.json").write_text(json.dumps({"device": evil, "processes": evil}))
+    (run / "summary.json").write_text(json.dumps({"device": evil, "world_size": evil}))
     write_evaluation(run, "x", evil, 0.5, which=evil, interval=[evil, None], checkpoint=evil, test=evil)
     write_evaluation(run, "y", evil, 0.5, settings=evil, map=evil, interval=evil)
     other = write_run(tmp_path / "other", settings(seed=1))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from engine.training import build as building
 from engine.training import loop
 from pipeline.system.errors import InputError
 from tests.engine import small
@@ -19,7 +20,7 @@ def test_launcher_is_followed_before_anything_is_built(monkeypatch: pytest.Monke
         events.append("built")
         raise InputError("enough")
 
-    monkeypatch.setattr(loop, "follow_launcher", lambda: events.append("followed"))
+    monkeypatch.setattr(building, "follow_launcher", lambda: events.append("followed"))
     monkeypatch.setattr(loop, "build", build)
     with pytest.raises(InputError, match="enough"):
         loop.train(small.settings(batch=20))

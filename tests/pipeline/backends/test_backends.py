@@ -123,12 +123,12 @@ from pipeline.views import AUGMENTATIONS
 
 path, states, out = sys.argv[1:]
 settings = {"size": 16, "batch": 32, "seed": 3, "workers": 1}
-found = {}
+views = {}
 for backend, state in json.loads(states).items():
     with closing(Loader(Beton(path), AUGMENTATIONS["moco_v2"], backend=backend, **settings)) as loader:
         loader.load_state_dict(state)
-        found[backend] = [torch.stack(batch.views).clone() for _ in range(2) for batch in loader]
-torch.save(found, out)
+        views[backend] = [torch.stack(batch.views).clone() for _ in range(2) for batch in loader]
+torch.save(views, out)
 """
 
 
@@ -352,7 +352,7 @@ def test_what_auto_takes_is_not_refused_once_a_model_has_its_memory(
 
 
 @pytest.mark.parametrize(
-    ("backend", "device", "room", "processes", "name"),
+    ("backend", "device", "room", "local_world", "name"),
     [
         ("auto", "cpu", 2, 1, "resident"),
         ("auto", "cpu", 2, 2, "ffcv"),
@@ -369,15 +369,15 @@ def test_choice_depends_on_device_and_memory(
     backend: str,
     device: str,
     room: float,
-    processes: int,
+    local_world: int,
     name: str,
     drawn: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(resident, "free", lambda device: int(room * resident.needed(Beton(drawn))))
-    select_backend = choose(backend, Beton(drawn), torch.device(device), processes=processes, cores=64)
-    assert select_backend.name == name
-    assert ("asked for" in select_backend.why) == (backend != "auto")
+    choice = choose(backend, Beton(drawn), torch.device(device), local_world=local_world, cores=64)
+    assert choice.name == name
+    assert (choice.why == "requested") == (backend != "auto")
 
 
 def test_crops_on_a_missing_gpu_are_refused(drawn: Path) -> None:
@@ -416,13 +416,13 @@ def test_without_dali_the_cores_decode(drawn: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_processes_agree_on_the_backend_that_asks_for_least() -> None:
-    def agreed(*names: str) -> select_backend.Choice:
-        return select_backend.agreed([select_backend.Choice(name, f"why {i}") for i, name in enumerate(names)])
+    def least_demanding(*names: str) -> select_backend.Choice:
+        return select_backend.least_demanding([select_backend.Choice(name, f"why {i}") for i, name in enumerate(names)])
 
-    assert agreed("resident", "resident") == ("resident", "why 0")
-    assert agreed("resident", "ffcv", "resident") == ("ffcv", "why 1")
-    assert agreed("resident", "dali", "ffcv_gpu") == ("ffcv_gpu", "why 2")
-    assert agreed("resident", "dali") == ("dali", "why 1")
+    assert least_demanding("resident", "resident") == ("resident", "why 0")
+    assert least_demanding("resident", "ffcv", "resident") == ("ffcv", "why 1")
+    assert least_demanding("resident", "dali", "ffcv_gpu") == ("ffcv_gpu", "why 2")
+    assert least_demanding("resident", "dali") == ("dali", "why 1")
 
 
 def test_views_of_one_size_each(drawn: Path) -> None:

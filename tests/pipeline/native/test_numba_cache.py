@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.native import numba_cache
 from pipeline.native.numba_cache import _imported_sources, compiled
 from tests import ROOT, processes
 
@@ -96,6 +97,33 @@ def test_sources_are_all_imported_modules() -> None:
     sources = {path.relative_to(package).as_posix() for path in _imported_sources(package / "backends" / "ffcv.py")}
     assert {"augment/resize.py", "storage/decode.py", "native/libffcv.py", "system/limits.py"} <= sources
     assert not {"prepare.py", "doctor.py", "sources/archives.py"} & sources
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pipeline.native.inner",
+        "import numpy, pipeline.native.inner as inner",
+        "from pipeline.native import inner",
+        "from pipeline.native.inner import *",
+        "from . import inner",
+        "from .inner import one",
+        "from ..native import inner",
+        "from ..native.inner import one",
+        "def f():\n    from .inner import one",
+        "from pipeline import native",
+        "import pipeline.native",
+    ],
+)
+def test_every_kind_of_import_is_followed(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last two by the `__init__.py` of the package."""
+    package = tmp_path / "pipeline"
+    (package / "native").mkdir(parents=True)
+    for name, text in (("outer", line), ("inner", ""), ("__init__", "from pipeline.native.inner import one")):
+        (package / "native" / f"{name}.py").write_text(text)
+    monkeypatch.setattr(numba_cache, "_PACKAGE", package)
+    sources = numba_cache._imported_sources(package / "native" / "outer.py")
+    assert {package / "native" / "inner.py", package / "native" / "__init__.py"} <= sources
 
 
 @pytest.mark.parametrize("changed", ["native/inner.py", "constants.py"])

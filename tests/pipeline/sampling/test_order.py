@@ -174,16 +174,16 @@ def test_a_window_reads_few_chunks_and_each_chunk_once(monkeypatch: pytest.Monke
 def test_quasi_random_order_mixes_imagenet_nearly_as_well_as_a_full_shuffle() -> None:
     """Sorted by class: classes in a batch of 256 and in a queue of 65536; pairs in a batch from one chunk."""
     n = 1_281_167
-    classes, found = np.arange(n) // 1282, {}
+    classes, statistics = np.arange(n) // 1282, {}
     for kind in ("random", "quasi_random"):
         order = ordered(kind, 0, 0, n)  # type: ignore[arg-type]
         batches = [order[i : i + 256] for i in range(0, n - 256, 256 * 25)]
-        found[kind] = (
+        statistics[kind] = (
             np.mean([len(np.unique(classes[batch])) for batch in batches]),
             len(np.unique(classes[order[:65536]])),
             np.mean([256 - len(np.unique(batch // CHUNK)) for batch in batches]),
         )
-    assert found["random"] == pytest.approx((226, 1000, 0.4), rel=0.5)
-    assert found["quasi_random"][0] > 0.93 * found["random"][0]
-    assert found["quasi_random"][1] > 0.97 * found["random"][1]
-    assert found["quasi_random"][2] < 17
+    assert statistics["random"] == pytest.approx((226, 1000, 0.4), rel=0.5)
+    assert statistics["quasi_random"][0] > 0.93 * statistics["random"][0]
+    assert statistics["quasi_random"][1] > 0.97 * statistics["random"][1]
+    assert statistics["quasi_random"][2] < 17

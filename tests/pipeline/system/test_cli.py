@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 
 from pipeline.system.cli import ArgumentParser, hyphenated
@@ -56,6 +58,21 @@ def test_errors_are_one_line_with_a_remedy(given: list[str], message: str, capsy
         top.parse_args(given)
     assert ended.value.code == 2
     assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_suggestions_do_not_depend_on_argparses_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(argparse, "_", lambda text: "?")
+    made = parser()
+    made.add_argument("--bits", type=int, choices=[8, 16])
+    for given, message in (
+        (["--bits", "9"], "--bits 9: choose one of 8, 16"),
+        (["--bit", "8"], "--bit: no such option, did you mean --bits"),
+    ):
+        with pytest.raises(SystemExit):
+            made.parse_args(given)
+        assert capsys.readouterr().err == f"error: {message}: see x --help\n"
 
 
 def test_unknown_options_are_returned_as_typed() -> None:

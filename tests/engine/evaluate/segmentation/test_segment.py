@@ -159,7 +159,7 @@ def test_two_ranks_train_and_score_as_one(encoder: Path, drawn: Path) -> None:
     both, of_one = (
         json.loads((encoder.parent / folder / "segment_frozen.json").read_text()) for folder in ("out", "alone")
     )
-    assert both["processes"] == of_one["processes"] == 2
+    assert both["world_size"] == of_one["world_size"] == 2
     for key in ("miou", "interval", "pixel_accuracy", "per_class", "images"):
         assert of_one[key] == alone[key]
     for key, value in _state(encoder.parent / "out" / "segment_frozen").items():
