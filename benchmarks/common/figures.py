@@ -103,7 +103,10 @@ def _ratio(images: str, above: str, below: str) -> Figure:
 
 def _fastest(spreads: Mapping[str, Any]) -> float | None:
     """Return the highest median of our steps."""
-    return max((_median(spreads[name]) for name in ("eager", "compiled", "graph") if name in spreads), default=None)
+    return max(
+        (_median(spreads[name]) for name in ("eager", "eager-graph", "compiled", "graph") if name in spreads),
+        default=None,
+    )
 
 
 def _best_step(result: Result) -> float | None:
