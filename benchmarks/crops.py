@@ -52,7 +52,7 @@ def milliseconds(function: Callable[[], Any], device: torch.device) -> float:
 def measure(
     beton: Beton, *, size: int, batch: int, augmentation: str, runs: int, kernels: bool = False
 ) -> dict[str, Any]:
-    """Return milliseconds a batch of crops, of the augmentation, of its plain operations and, if asked, of each kernel."""
+    """Return milliseconds a batch of crops, of the augmentation, of its plain operations and, if asked, each kernel."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     views = AUGMENTATIONS[augmentation]
     ids = np.resize(epoch_order(0, 0, len(beton)), batch)
