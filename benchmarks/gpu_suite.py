@@ -24,6 +24,7 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -112,7 +113,8 @@ def parts(data: Path, cifar: Path, threads: list[int], out: Path) -> list[Part]:
 
     def steps(name: str, compared: str, *options: str, small: str = "eager") -> Call:
         arguments = [*recipe, "--compare", compared, *options]
-        return Call(name, "benchmarks.step", arguments, [*tiny_run, "--runs", "1", "--compare", small], step.report)
+        reduced = [*tiny_run, "--runs", "1", "--torch-threads", "1", "--compare", small]
+        return Call(name, "benchmarks.step", arguments, reduced, step.report)
 
     def training(name: str, backend: str, small: str, *options: str) -> Call:
         arguments = [*recipe, "--data.train", str(data), "--data.backend", backend, "--cuda_graph", "true", *options]
@@ -267,6 +269,7 @@ def parser() -> ArgumentParser:
 
 @command
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the running call too
     args = parser().parse_args()
     begin, small = time.perf_counter(), args.dry_run or not torch.cuda.is_available()
     threads = numbers(args.threads, "--threads")
