@@ -45,6 +45,9 @@ class _One(int):
     def __eq__(self, other: object) -> bool:
         return False
 
+    def __ne__(self, other: object) -> bool:
+        return True
+
     __hash__ = int.__hash__
 
 
