@@ -13,6 +13,7 @@ from tests import processes
 from tests.benchmarks.test_step import SMALL
 
 
+@pytest.mark.slow
 def test_every_collective_is_called_and_the_states_are_compared(tmp_path: Path) -> None:
     out = tmp_path / "r.json"
     call = [sys.executable, "-m", "benchmarks.nccl_graph", *SMALL, "--steps", "1", "--json", str(out)]
