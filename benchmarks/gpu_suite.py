@@ -99,10 +99,14 @@ def parts(data: Path, cifar: Path, threads: list[int], out: Path) -> list[Part]:
     """Return the parts, the most important first."""
     counts, hardware = ",".join(map(str, threads)), ",".join(HARDWARE_LOADS)
     pytest = ["-m", "gpu", "-q", "--no-header", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
-    recipe = ["--config", str(_ROOT / "engine/recipes/moco_v2_in1k.yaml"), "--data.eval", "", "--model.bn", "plain"]
-    recipe += ["--data.batch", "256"]
+    recipe, v3 = (
+        ["--config", str(_ROOT / f"engine/recipes/{name}_in1k.yaml"), "--data.eval", ""]
+        for name in ("moco_v2", "moco_v3")
+    )
+    recipe += ["--model.bn", "plain", "--data.batch", "256"]
     tiny_run = ["--model.arch", "resnet18", "--model.width", "0.25", "--data.size", "32", "--data.batch", "8"]
-    tiny_run += ["--method.queue_size", "64", "--precision", "bf16"]
+    tiny_run += ["--precision", "bf16"]
+    tiny_v2 = [*tiny_run, "--method.queue_size", "64"]
     lightly = ",lightly-amp" if installed("lightly") else ""
     big, tiny = ["--data", str(data), "--batch", "512"], ["--batch", "32", "--size", "32", "--runs", "1"]
     resident = ["--data", str(cifar), "--batch", "512", "--size", "32", "--compare", "resident", "--threads", "1"]
@@ -113,26 +117,26 @@ def parts(data: Path, cifar: Path, threads: list[int], out: Path) -> list[Part]:
 
     def steps(name: str, compared: str, *options: str, small: str = "eager") -> Call:
         arguments = [*recipe, "--compare", compared, *options]
-        reduced = [*tiny_run, "--runs", "1", "--torch-threads", "1", "--compare", small]
+        reduced = [*tiny_v2, "--runs", "1", "--torch-threads", "1", "--compare", small]
         return Call(name, "benchmarks.step", arguments, reduced, step.report)
 
     def training(name: str, backend: str, small: str, *options: str) -> Call:
         arguments = [*recipe, "--data.train", str(data), "--data.backend", backend, "--cuda_graph", "true", *options]
-        reduced = [*tiny_run, "--steps", "2", "--runs", "1", "--data.backend", small]
+        reduced = [*tiny_v2, "--steps", "2", "--runs", "1", "--data.backend", small]
         return Call(name, "benchmarks.train", arguments, reduced, train.report)
 
-    def graph(name: str, *options: str) -> Call:
-        arguments = [*recipe, "--data.batch", "32", *options]
-        return Call(name, "benchmarks.nccl_graph", arguments, [*tiny_run, "--steps", "2"], nccl_graph.report)
+    def graph(name: str, recipe: list[str], small: list[str]) -> Call:
+        arguments = [*recipe, "--data.batch", "32"]
+        return Call(name, "benchmarks.nccl_graph", arguments, [*small, "--steps", "2"], nccl_graph.report)
 
-    def crop(name: str, augmentation: str) -> Call:
-        return Call(name, "benchmarks.crops", [*big, "--augmentation", augmentation, "--kernels"], tiny, crops.report)
+    def crop(name: str, augmentation: str, *options: str) -> Call:
+        return Call(name, "benchmarks.crops", [*big, "--augmentation", augmentation, *options], tiny, crops.report)
 
     def rates(name: str, compared: str, threads: str, *needs: str) -> Call:
         arguments = [*big, "--compare", compared, "--threads", threads]
         return Call(name, "benchmarks.loader", arguments, few, _loader, needs)
 
-    fast, v3 = ["--no-parts", "--cudnn-benchmark"], str(_ROOT / "engine/recipes/moco_v3_in1k.yaml")
+    fast = ["--no-parts", "--cudnn-benchmark"]
     both, trace = "eager,eager-graph", str(out / "trace.json.gz")
     return [
         Part("A", "GPU tests of the pipeline", 240, [tests("tests of the pipeline", "tests/pipeline")]),
@@ -146,14 +150,20 @@ def parts(data: Path, cifar: Path, threads: list[int], out: Path) -> list[Part]:
         Part("D", "training step, compiled", 360, [
             steps("compiled", "eager,compiled,graph", *fast, "on", small="graph"),
         ]),
-        Part("E", "crops and augmentation", 240, [crop("crops", "moco_v2"), crop("crops, moco_v3", "moco_v3")]),
+        Part("E", "crops and augmentation", 240, [
+            crop("crops", "moco_v2"),
+            crop("crops, moco_v3", "moco_v3"),
+            crop("kernels", "moco_v2", "--kernels"),
+            crop("kernels, moco_v3", "moco_v3", "--kernels"),
+        ]),
         Part("F", "training on real data", 300, [
-            training("train", "ffcv_gpu", "ffcv", "--trace", trace),
+            training("train", "ffcv_gpu", "ffcv"),
             training("train, resident", "resident", "resident"),
+            training("trace", "ffcv_gpu", "ffcv", "--steps", "5", "--runs", "1", "--trace", trace),
         ]),
         Part("G", "NCCL within a CUDA graph", 180, [
-            graph("graph of moco_v2"),
-            graph("graph of moco_v3, bn sync", "--config", v3, "--model.bn", "sync"),
+            graph("graph of moco_v2", recipe, tiny_v2),
+            graph("graph of moco_v3, bn sync", v3, tiny_run),
         ]),
         Part("H", "loaders", 540, [
             Call("resident", "benchmarks.loader", resident, few, _loader),
