@@ -166,7 +166,7 @@ def check_jpeg() -> Finding:
     try:
         _load("pipeline.native._jpeg")
     except Exception as error:
-        detail = f"{_first_line(error)}; FFCV's is used: slower, and less exact"
+        detail = f"{_first_line(error)}; FFCV's is used (less exact), or Pillow's: slower"
         return Finding("JPEG decoder", None, detail, _BUILD_AGAIN)
     return Finding("JPEG decoder", True, "decodes the cropped part only, with Pillow's pixels")
 

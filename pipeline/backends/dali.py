@@ -21,7 +21,7 @@ from pipeline.augment.crop import Ragged, crop_views
 from pipeline.augment.plan import Plan
 from pipeline.backends.base import Backend, BackendConfig, UnderWay
 from pipeline.beton import Beton
-from pipeline.native.libffcv import RAW
+from pipeline.beton_format import RAW
 from pipeline.storage.decode import UNDECODABLE, check_record, damaged
 from pipeline.system.cores import available_cores
 from pipeline.system.thread_pool import Workers

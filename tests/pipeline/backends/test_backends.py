@@ -25,8 +25,8 @@ from pipeline.backends import BACKENDS, ffcv_gpu, resident, select_backend
 from pipeline.backends.base import BackendConfig
 from pipeline.backends.select_backend import choose, decoding_rate
 from pipeline.beton import Beton, manifest_path
+from pipeline.beton_format import JPEG, RAW
 from pipeline.loader import Batch, CenterLoader, Loader
-from pipeline.native.libffcv import JPEG, RAW
 from pipeline.native.libjpeg import decode_rectangle
 from pipeline.prepare import prepare
 from pipeline.sampling.order import epoch_order
