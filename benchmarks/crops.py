@@ -1,10 +1,12 @@
 """Crops and augmentation on the device: views a second, and milliseconds a batch.
 
-    python -m benchmarks.crops --data F.beton [--batch 512] [--size 224] [--augmentation moco_v2] [--json OUT]
+    python -m benchmarks.crops --data F.beton [--batch 512] [--size 224] [--augmentation moco_v2] [--kernels]
+        [--json OUT]
 
 One batch of decoded images lies on the device. Crops (`pipeline.augment.crop`) and augmentation
 (`pipeline.augment.color`) are timed separately: by events on a GPU, by CPU time of one thread elsewhere. A GPU runs the
-Triton kernels; their reference, the plain operations, is timed too.
+Triton kernels; their reference, the plain operations, is timed too. With --kernels the profiler names each kernel (on a
+CPU each operation) and its time.
 """
 
 import time
@@ -17,6 +19,7 @@ import torch
 
 from benchmarks.common import machine
 from benchmarks.common.command_line import ArgumentParser, benchmark_parser, require_positive
+from benchmarks.common.kernels import kernel_times
 from benchmarks.common.table import Report, publish, spread, spread_cells
 from pipeline.augment.color import IMAGENET, augment, stepwise
 from pipeline.augment.crop import Ragged, crop_views
@@ -46,8 +49,10 @@ def milliseconds(function: Callable[[], Any], device: torch.device) -> float:
     return 1000 * (time.process_time() - begin)
 
 
-def measure(beton: Beton, *, size: int, batch: int, augmentation: str, runs: int) -> dict[str, Any]:
-    """Return milliseconds a batch of crops, of the augmentation, and of its plain operations."""
+def measure(
+    beton: Beton, *, size: int, batch: int, augmentation: str, runs: int, kernels: bool = False
+) -> dict[str, Any]:
+    """Return milliseconds a batch of crops, of the augmentation, of its plain operations and, if asked, each kernel."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     views = AUGMENTATIONS[augmentation]
     ids = np.resize(epoch_order(0, 0, len(beton)), batch)
@@ -73,12 +78,21 @@ def measure(beton: Beton, *, size: int, batch: int, augmentation: str, runs: int
         "plain augmentation": timed(all_views(stepwise)),
     }
     total = taken["crops"]["median"] + taken["augmentation"]["median"]
-    return {"milliseconds": taken, "views_per_second": batch * len(views) / total * 1000, "device": device.type}
+    result = {"milliseconds": taken, "views_per_second": batch * len(views) / total * 1000, "device": device.type}
+    if kernels:
+        work = {"crops": lambda: crop_views(images, plan), "augmentation": all_views(augment)}
+        result["kernels"] = {name: kernel_times(call, device, runs) for name, call in work.items()}
+    return result
 
 
 def report(result: dict[str, Any]) -> Report:
     """Return the table of a result."""
     rows = [[name, *spread_cells(taken, "{:.2f}")] for name, taken in result["milliseconds"].items()]
+    rows += [
+        [f"{part}: {name}", f"{row['milliseconds']:.3f}", f"{row['calls']:g} calls", ""]
+        for part, kernels in result.get("kernels", {}).items()
+        for name, row in kernels.items()
+    ]
     settings = ", ".join(f"{name} {value}" for name, value in result["settings"].items())
     notes = [f"{result['data']}: {settings}", f"crops and augmentation: {result['views_per_second']:.0f} views/s"]
     return Report("Crops and augmentation on the device", ["ms a batch", "median", "min", "max"], rows, notes)
@@ -91,6 +105,7 @@ def parser() -> ArgumentParser:
     parser.add_argument("--size", type=int, default=224, help="side of a crop, pixels (default %(default)s)")
     parser.add_argument("--batch", type=int, default=512, help="images a batch (default %(default)s)")
     parser.add_argument("--augmentation", default="moco_v2", choices=list(AUGMENTATIONS), help="default %(default)s")
+    parser.add_argument("--kernels", action="store_true", help="time each kernel")
     parser.add_argument("--runs", type=int, default=10, help="batches timed (default %(default)s)")
     return parser
 
@@ -100,7 +115,7 @@ def main() -> None:
     args = parser().parse_args()
     require_positive(args, "size", "batch", "runs")
     settings = {"size": args.size, "batch": args.batch, "augmentation": args.augmentation, "runs": args.runs}
-    about, taken = machine.describe(), measure(open_data(args.data), **settings)
+    about, taken = machine.describe(), measure(open_data(args.data), **settings, kernels=args.kernels)
     publish(report, args, machine=about, data=Path(args.data).name, settings=settings, **taken)
 
 

@@ -37,8 +37,8 @@ from pipeline.system.limits import RESULT_BYTES, read_json, read_yaml
 COMPUTE_SHARE = 0.195
 """Fraction of the GPU's published rate that training reaches: MLPerf 4.0's 7945 images/s of ResNet-50 on an H200
 (0.197), NVIDIA's 2470 on an A100 (0.195), at 24.5 GFLOP an image. An assumption for other networks."""
-LAUNCH_SECONDS = 0.02
-"""Two thousand kernels at 10 microseconds each."""
+LAUNCH_SECONDS = 0.01
+"""A thousand kernels at 10 microseconds each."""
 CORE_SCALING = 0.9
 CACHE_SHARE = 0.75
 COLLECTIVE_SECONDS = 20e-6, 60e-6
@@ -243,14 +243,16 @@ def step_seconds(
     """
     batch, n, nodes = settings.data.batch, node.world, node.nodes
     without_gradient, with_gradient = run["norm_passes"] if settings.model.bn == "sync" and n > 1 else (0, 0)
+    lockstep = parts == 1 and not (settings.compile or settings.activation_checkpointing)
+    forward = max(without_gradient, with_gradient) if lockstep else without_gradient + with_gradient
     seconds = {
         "compute": max(LAUNCH_SECONDS * parts, batch / n * run["flops_a_pair"] / rates.flops),
         "decode": 0.0 if resident else batch / nodes / (rates.decode * node.cores * CORE_SCALING),
         "disk": 0.0 if cached or resident else batch / nodes * rates.record_bytes / (node.disk_gbytes * 1e9),
         "copy": 0.0 if resident else batch / n * rates.sent_bytes / (node.host_link_gbytes * 1e9),
         **{name: sum(busy) for name, busy in sent.items()},
-        # one collective forward for each layer and pass of synchronized BatchNorm, one backward
-        "norms": (without_gradient + 2 * with_gradient) * COLLECTIVE_SECONDS[nodes > 1] * parts,
+        # one collective for each layer of synchronized BatchNorm: forward, where both encoders share it, and backward
+        "norms": (forward + with_gradient) * COLLECTIVE_SECONDS[nodes > 1] * parts,
     }
     # part of the computing hides gradients and keys; crops and norms are waited for
     exposed = max(0.0, seconds["gradients"] + seconds["keys"] - seconds["compute"] * OVERLAP_SHARE)
@@ -285,7 +287,9 @@ def _sent(node: Node, bytes_of_gpu: float, bytes_of_node: float) -> tuple[float,
 def _parts(settings: Settings, run: dict[str, Any], node: Node) -> int:
     """Return the fewest equal parts, but at least the run's, in which a GPU's share of a batch fits; 0 if none do."""
     local_batch, limit = settings.data.batch // node.world, MEMORY_SHARE * node.gpu_memory_gib * 2**30
-    possible = [parts for parts in range(settings.parts(node.world), local_batch // 2 + 1) if local_batch % parts == 0]
+    possible = [
+        parts for parts in range(settings.micro_batches(node.world), local_batch // 2 + 1) if local_batch % parts == 0
+    ]
     return next((parts for parts in possible if memory_of(run, local_batch, parts) <= limit), 0)
 
 
@@ -296,7 +300,7 @@ def _advice(limit: str, seconds: dict[str, float], node: Node, cores: float, mem
             f"memory: {memory:.0f} GiB of {node.gpu_memory_gib:g} needed: activation_checkpointing true, or more GPUs"
         )
     if seconds["norms"] > 0.1 * seconds["compute"]:
-        return "BatchNorm's collectives, one for each layer and pass: a larger batch a GPU, or another model.bn"
+        return "BatchNorm's collectives, two for each layer: a larger batch a GPU, or another model.bn"
     if limit == "GPU" and seconds["compute"] == LAUNCH_SECONDS:
         return "the batch, too small for so many GPUs: launches take longer than computing: a larger one, or cuda_graph"
     if limit == "decode":
@@ -365,7 +369,7 @@ def _notes(settings: Settings, row: dict[str, Any]) -> list[str]:
         f"{name}: data.backend {row['backend']}; step: {row['sources'][1]}",
         f"{name}: GiB a GPU by pairs computed at once: {sizes}",
     ]
-    if row["parts"] > settings.parts(row["gpus"]):
+    if row["parts"] > settings.micro_batches(row["gpus"]):
         micro_batch = local_batch // row["parts"]
         notes.insert(0, f"{name}: {local_batch} pairs a GPU do not fit: planned with micro_batch {micro_batch}")
     return notes

@@ -1,13 +1,14 @@
 """Training steps a second: ours, eager, compiled and as a CUDA graph, and other implementations of MoCo.
 
-    python -m benchmarks.step [--compare eager,compiled,graph,official,...] [--runs 10] [--json OUT] [--markdown OUT]
+    python -m benchmarks.step [--compare eager,compiled,graph,official,...] [--runs 10] [--no-parts]
+        [--cudnn-benchmark on|off] [--json OUT] [--markdown OUT]
         --config engine/recipes/moco_v2_in1k.yaml [--data.batch 64] [any setting of a run]
 
 The implementations take steps in turn on the same batch, which lies on the device; between them each part of our step
 runs alone: encoders, loss with its terms, guard, moving average, optimizer, queue, and the augmentation of both views.
 Reported are medians and spread of wall clock, and of CPU time without a GPU; ratios and shares are taken run by run.
 
-- `graph`: compiled, and replayed as one CUDA graph.
+- `eager-graph`, `graph`: eager or compiled, and replayed as one CUDA graph.
 - `official`: facebookresearch/moco's training loop in float32 and NCHW as published, without its shuffling.
 - `lightly`: lightly's MoCo, if installed.
 - `official-amp`, `lightly-amp`: the same under autocast, in the run's precision, else bf16.
@@ -45,7 +46,7 @@ from pipeline.system.packages import installed
 from pipeline.views import AUGMENTATIONS
 
 Call = Callable[[], Any]
-OURS = ("eager", "compiled", "graph")
+OURS = ("eager", "eager-graph", "compiled", "graph")
 ENCODERS = ("encoder, queries", "encoder, keys")
 COMPARED = (*OURS, *(f"{peer}{amp}" for peer in PEERS for amp in ("", "-amp")))
 
@@ -73,7 +74,8 @@ def build_steps(settings: Settings, compared: list[str], accelerator: Accelerato
         if name == "eager":
             steps[name] = partial(ours.step, batch)
         elif name in OURS:
-            model = build_model(replace(settings, compile=True, cuda_graph=name == "graph"), accelerator)
+            chosen = replace(settings, compile=name != "eager-graph", cuda_graph="graph" in name)
+            model = build_model(chosen, accelerator)
             steps[name] = partial(model.step, batch)
         else:
             peer, _, amp = name.partition("-")
@@ -124,7 +126,7 @@ def build_parts(settings: Settings, model: Model, accelerator: Accelerator) -> d
     parts: dict[str, Call] = {ENCODERS[0]: encode_queries}
     if model.target is not None and moving_average is not None:
         parts[ENCODERS[1]] = encode_keys
-        parts["moving average"] = lambda: moving_average.update(model.step.schedule.share)
+        parts["moving average"] = lambda: moving_average.update(model.step.schedule.ema_weight)
     if model.queue is not None:
         new_keys = named.get("k2", next(iter(named.values())))
         parts["queue"] = lambda: model.queue.write(new_keys)  # type: ignore[union-attr]
@@ -203,24 +205,31 @@ def flops_a_step(settings: Settings, ours: Model, accelerator: Accelerator) -> i
     return counter.get_total_flops()
 
 
-def measure(settings: Settings, compared: list[str], runs: int) -> dict[str, Any]:
-    """Time each implementation's step and each part of ours; return seconds, rates, ratios and shares."""
+def measure(
+    settings: Settings, compared: list[str], runs: int, *, parts_too: bool = True, cudnn_benchmark: bool | None = None
+) -> dict[str, Any]:
+    """Time each implementation's step and each part of ours; return seconds, rates, ratios and shares.
+
+    cudnn_benchmark: whether cuDNN measures its algorithms before it chooses one; None: torch's or the engine's choice.
+    """
     accelerator = build_accelerator(replace(settings, tracker="none"))
     warn_of_precision(settings.precision, accelerator)
     settings, device = replace(settings, precision=accelerator.mixed_precision), accelerator.device
+    if cudnn_benchmark is not None:
+        torch.backends.cudnn.benchmark = cudnn_benchmark
     steps, ours = build_steps(settings, compared, accelerator)
     flops = flops_a_step(settings, ours, accelerator)
-    parts = build_parts(settings, ours, accelerator)
+    parts = build_parts(settings, ours, accelerator) if parts_too else {}
     others = [name for name in parts if name not in ENCODERS]
     graphs: dict[str, Call] = {}
-    if "graph" in steps and device.type == "cuda":
+    if {"graph", "eager-graph"} & steps.keys() and device.type == "cuda":
         graphed = as_graphs({name: parts[name] for name in others}, ours, device)
         graphs = {f"{name}, graph": call for name, call in graphed.items()}
     taken = in_turn({**steps, **parts, **graphs}, device, runs)
     kind, batch = "wall" if device.type == "cuda" else "cpu", settings.data.batch
     shares = {}
-    for name in (name for name in steps if name in OURS):
-        suffix = ", graph" if name == "graph" and graphs else ""
+    for name in (name for name in steps if name in OURS and parts):
+        suffix = ", graph" if "graph" in name and graphs else ""
         overhead = sum(taken[f"{part}{suffix}"][kind] for part in others)
         augmentation = taken[f"augmentation{suffix}"][kind]  # by the loader, on top of the step's own time
         shares[name] = spread(overhead / (taken[name][kind] + augmentation))
@@ -231,6 +240,7 @@ def measure(settings: Settings, compared: list[str], runs: int) -> dict[str, Any
     return {
         "device": device.type,
         "clock": kind,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
         "runs": runs,
         "ways": {name: _spreads(taken[name]) for name in steps},
         "parts": {name: _spreads(taken[name]) for name in (*parts, *graphs)},
@@ -268,6 +278,8 @@ def report(result: dict[str, Any]) -> Report:
         f"{result['runs']} runs: median (least-most); ratios and shares by {clock}; a matrix product runs at "
         f"{result['matrix_tflops']:.2f} TFLOP/s, a step has {result['flops_a_step'] / 1e9:.1f} GFLOP"
     ]
+    if result["device"] == "cuda":
+        notes.append(f"torch.backends.cudnn.benchmark {'on' if result['cudnn_benchmark'] else 'off'}")
     notes += [
         f"all but the encoders, {name}: {spread_cell(share, '{:.1%}')}"
         for name, share in result["share_outside_encoders"].items()
@@ -288,6 +300,8 @@ def parser() -> ArgumentParser:
     default = "eager,compiled,official,official-amp"
     parser.add_argument("--compare", default=default, help=f"some of {', '.join(COMPARED)} (default %(default)s)")
     parser.add_argument("--runs", type=int, default=10, help="steps timed of each (default %(default)s)")
+    parser.add_argument("--no-parts", action="store_true", help="time the steps alone")
+    parser.add_argument("--cudnn-benchmark", choices=["on", "off"], help="measure cuDNN's algorithms first, or not")
     parser.add_argument("--torch-threads", type=int, default=available_cores(), help="(default: all cores)")
     return parser
 
@@ -308,7 +322,9 @@ def main() -> None:
             f"--compare {args.compare}: the other loops are MoCo v2's: leave them out for {settings.method.name}"
         )
     torch.set_num_threads(args.torch_threads)
-    about, taken = machine.describe(), measure(settings, compared, args.runs)
+    tuned = None if args.cudnn_benchmark is None else args.cudnn_benchmark == "on"
+    about = machine.describe()
+    taken = measure(settings, compared, args.runs, parts_too=not args.no_parts, cudnn_benchmark=tuned)
     publish(report, args, machine=about, arguments=rest, **taken)
 
 

@@ -1,17 +1,19 @@
 """Training on real data, end to end, against the same step on one batch that lies on the device.
 
-    python -m benchmarks.train [--steps 50] [--runs 5] [--json OUT] [--markdown OUT]
+    python -m benchmarks.train [--steps 50] [--runs 5] [--trace OUT.json.gz] [--json OUT] [--markdown OUT]
         --config engine/recipes/moco_v2_in1k.yaml --data.train F.beton [any setting of a run]
 
 Training does what a run does: batches from the loader, and every `log_every` steps a measured step and a line of
 metrics. Runs of both alternate on the same model. Reported are medians, the ratio of each pair of runs, and the share
-of the time that training waited for data. On a CPU the loader shares its cores with training: there the ratio is the
+of the time that training waited for data, and the peak of GPU memory. --trace writes three steps as a trace of torch's
+profiler, for Perfetto. On a CPU the loader shares its cores with training: there the ratio is the
 cost of decoding and augmentation, not a wait for them.
 """
 
 import itertools
 import tempfile
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,15 +29,20 @@ from engine.training.cuda_graph import WARM
 from engine.training.loop import train_on
 from pipeline.system.errors import command
 
+_TRACED_STEPS = 3
 
-def measure(settings: Settings, steps: int, runs: int) -> dict[str, Any]:
+
+def measure(settings: Settings, steps: int, runs: int, trace: Path | None = None) -> dict[str, Any]:
     """Return pairs a second of training and of the bare step, their ratio, and the share of data-wait."""
     with tempfile.TemporaryDirectory() as folder:
         settings = replace(settings, out=folder, tracker="none")
         settings.knn.every = 0
         run = build(settings)
         try:
-            return _measure(run, steps, runs)
+            result = _measure(run, steps, runs)
+            if trace is not None:
+                _trace(run, trace)
+            return result
         finally:
             run.close()
             run.accelerator.free_memory()
@@ -71,8 +78,19 @@ def _measure(run: Run, steps: int, runs: int) -> dict[str, Any]:
         "step": spread([pairs / seconds for seconds in bare]),
         "ratio": spread([b / a for a, b in zip(training, bare, strict=True)]),
         "data_wait_share": spread(waits),
+        "peak_bytes": torch.cuda.max_memory_allocated() if run.accelerator.device.type == "cuda" else None,
         "gpu_utilization": [percent for percent in utilization if percent is not None],
     }
+
+
+def _trace(run: Run, path: Path) -> None:
+    """Write a trace of a few steps of training."""
+    with torch.profiler.profile() as profiler:
+        for batch in itertools.islice(run.loader.endless(), _TRACED_STEPS):
+            train_on(run, batch, logs=False)
+        now(run.accelerator.device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(path))
 
 
 def _utilization(run: Run) -> int | None:
@@ -101,6 +119,8 @@ def report(result: dict[str, Any]) -> Report:
         f"{result['log_every']} steps",
         f"data.backend: {result['backend']}",
     ]
+    if result["peak_bytes"]:
+        notes.append(f"GPU memory: at most {result['peak_bytes'] / 2**30:.1f} GiB allocated")
     if result["gpu_utilization"]:
         notes.append(f"GPU utilization (NVML): {', '.join(f'{share} %' for share in result['gpu_utilization'])}")
     return Report("Training on real data", ["", "median", "min", "max"], rows, notes)
@@ -111,6 +131,9 @@ def parser() -> ArgumentParser:
     parser = benchmark_parser("train", "Time training on real data.", {"--rounds": "--runs"})
     parser.add_argument("--steps", type=int, default=50, help="steps of a run (default %(default)s)")
     parser.add_argument("--runs", type=int, default=5, help="runs of training, and of bare steps (default %(default)s)")
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE", help="write a trace of a few steps here (.json or .json.gz)"
+    )
     return parser
 
 
@@ -119,7 +142,7 @@ def main() -> None:
     args, rest = parser().parse_known_args()
     require_positive(args, "steps", "runs")
     settings = parse(rest)
-    about, taken = machine.describe(), measure(settings, args.steps, args.runs)
+    about, taken = machine.describe(), measure(settings, args.steps, args.runs, args.trace)
     publish(report, args, machine=about, arguments=rest, steps=args.steps, runs=args.runs, **taken)
 
 

@@ -48,7 +48,7 @@ class Step:
 
 def steps(args: argparse.Namespace) -> list[Step]:
     """Return the commands, in order."""
-    train = f"python {_RUN} {_SMALL} --data.size {args.size}"
+    train = f"python {_RUN} {_SMALL} --no-require-gpu --data.size {args.size}"
     data = "--train walk/demo/train.beton --test walk/demo/eval.beton"
     return [
         Step("demo", f"./millrace demo --out walk/demo --minutes {args.minutes}"),

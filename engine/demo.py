@@ -25,7 +25,7 @@ from rich.table import Table
 from engine.config.settings import Data, Knn, Method, Model, Optim, Settings
 from engine.evaluate.online_knn import Knn as KnnEvaluation
 from engine.evaluate.online_knn import RawPixels
-from engine.parallel.accelerator import bfloat16_on_cpu, bfloat16_on_gpu, now
+from engine.parallel.accelerator import bfloat16_on_cpu, bfloat16_on_gpu, choose_device, now
 from engine.report.gallery import GalleryOptions
 from engine.report.page import report, write
 from engine.report.plotting import curves
@@ -94,13 +94,13 @@ def _subsets(data: str) -> list[str | None]:
     return [None]
 
 
-def _settings(train: Path, evaluation: Path, out: Path) -> Settings:
+def _settings(train: Path, evaluation: Path, out: Path, cpu: bool = False) -> Settings:
     """Return settings of a small MoCo v2 run for these data and this machine, their epochs still open."""
-    beton, gpu = Beton(train), torch.cuda.is_available()
+    beton, gpus = Beton(train), _gpus(cpu)
     if len(beton) < _MIN_IMAGES:
         raise InputError(f"{train}: {len(beton)} images: give at least {_MIN_IMAGES}, better a thousand")
     small = beton.longest_side <= _SMALL_PIXELS
-    devices = 2 * max(1, torch.cuda.device_count())
+    devices = 2 * max(1, gpus)
     batch = max(devices, min(256, len(beton) // _MIN_STEPS) // devices * devices)
     labeled = bool((beton.labels >= 0).all() and (Beton(evaluation).labels >= 0).all())
     return Settings(
@@ -112,7 +112,7 @@ def _settings(train: Path, evaluation: Path, out: Path) -> Settings:
             batch=batch,
             eval_crop_ratio=1.0 if small else 0.875,
         ),
-        model=Model(arch="resnet18", stem="small" if small else "imagenet", width=1.0 if gpu else 0.25, bn="shuffle"),
+        model=Model(arch="resnet18", stem="small" if small else "imagenet", width=1.0 if gpus else 0.25, bn="shuffle"),
         method=Method(temperature=0.1, ema_momentum=0.99, queue_size=max(batch, min(4096, len(beton) // 2))),
         optim=Optim(
             lr=0.12 * math.sqrt(batch / 256), weight_decay=5e-4, epochs=1, schedule="cosine", schedule_interval="step"
@@ -120,7 +120,8 @@ def _settings(train: Path, evaluation: Path, out: Path) -> Settings:
         knn=Knn(every=1, k=20, limit=_KNN_LIMIT),
         out=str(out / "run"),
         log_every=max(1, len(beton) // batch // 2),
-        precision=_precision(gpu),
+        precision=_precision(gpus > 0),
+        cpu=cpu,
     )
 
 
@@ -133,7 +134,7 @@ def _precision(gpu: bool) -> Literal["no", "fp16", "bf16"]:
 
 def _with_epochs(settings: Settings, minutes: float) -> Settings:
     """Set the number of epochs to fit into `minutes`, by the rate of a few steps; return the settings."""
-    rate = measure_rate(settings) * max(1, torch.cuda.device_count())
+    rate = measure_rate(settings) * max(1, _gpus(settings.cpu))
     samples = len(Beton(settings.data.train))
     epochs = int(min(max(rate * minutes * 60 / samples, 1), _MAX_EPOCHS))
     settings.optim.epochs = epochs
@@ -165,7 +166,7 @@ def measure_rate(settings: Settings) -> float:
 
 def _baselines(settings: Settings) -> dict[str, float]:
     """Return kNN top-1 of raw pixels and of the untrained encoder."""
-    data, knn, model, device = settings.data, settings.knn, settings.model, _device()
+    data, knn, model, device = settings.data, settings.knn, settings.model, _device(settings.cpu)
     options: dict[str, Any] = {"k": knn.k, "temperature": knn.temperature, "limit": knn.limit, "device": device}
     options |= {"size": data.size, "batch": 256, "crop_ratio": data.eval_crop_ratio}
     evaluation = KnnEvaluation(Beton(data.train), Beton(data.eval), **options)
@@ -174,19 +175,24 @@ def _baselines(settings: Settings) -> dict[str, float]:
     return {"raw pixels": evaluation.top1(RawPixels()), "untrained encoder": evaluation.top1(untrained)}
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _gpus(cpu: bool) -> int:
+    """Return the number of GPUs to train on."""
+    return 0 if cpu else torch.cuda.device_count()
 
 
-def _launch(config: Path) -> None:
+def _device(cpu: bool) -> torch.device:
+    return torch.device("cuda" if _gpus(cpu) else "cpu")
+
+
+def _launch(config: Path, gpus: int) -> None:
     """Train by the recipe `config`, like a user.
 
     Raises KeyboardInterrupt after Ctrl-C, once the training, which receives it too, has ended with its checkpoint.
     """
     arguments = [str(Path(__file__).with_name("run.py")), "--config", str(config)]
     command, shown = [sys.executable], "python"
-    if torch.cuda.device_count() > 1:
-        options = ["--multi_gpu", "--num_machines", "1", "--num_processes", str(torch.cuda.device_count())]
+    if gpus > 1:
+        options = ["--multi_gpu", "--num_machines", "1", "--num_processes", str(gpus)]
         launcher = ["-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", "--mixed_precision", "no"]
         command += launcher + options
         shown = f"accelerate launch {' '.join(options)}"
@@ -233,6 +239,7 @@ def parser() -> ArgumentParser:
     made.add_argument("data", metavar="DATA", nargs="?", help="folder, .tar, .zip or .beton (default: drawn images)")
     made.add_argument("--out", type=Path, help="folder for everything (default: runs/demo-DATE-TIME)")
     made.add_argument("--minutes", type=float, default=3.5, help="target training time (default %(default)s)")
+    made.add_argument("--cpu", action="store_true", help="do not use the GPU")
     return made
 
 
@@ -242,6 +249,7 @@ def main() -> None:
     if not 0 < args.minutes <= 10000:
         raise InputError(f"--minutes {args.minutes}: give a number above 0")
     out = args.out or Path("runs") / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
+    choose_device(Settings(precision="no", tracker="none", cpu=args.cpu))  # raises where CUDA does not answer
     sources = _sources(args.data)
     if (out / "run").exists():
         raise InputError(f"{out}: already holds a demo: choose another folder with --out")
@@ -250,13 +258,13 @@ def main() -> None:
     except OSError as error:
         raise InputError(f"{out}: cannot be made ({error.strerror}): choose another folder with --out") from None
     train, evaluation = _prepared(sources, out) if sources else (Path(args.data), Path(args.data))
-    settings = _settings(train, evaluation, out)
+    settings = _settings(train, evaluation, out, args.cpu)
     picture = out / "preview.png"
     preview(Beton(train), AUGMENTATIONS[settings.data.augmentation], size=settings.data.size).save(picture)
     rows = _baselines(settings) if settings.data.eval else {}
     settings = _with_epochs(settings, args.minutes)
     settings.write(out / "recipe.yaml")
-    _launch(out / "recipe.yaml")
+    _launch(out / "recipe.yaml", _gpus(args.cpu))
     run = Path(settings.out)
     summary = json.loads((run / "summary.json").read_text())
     curves(run / "metrics.jsonl", out / "curve.png", levels=rows)
@@ -264,7 +272,7 @@ def main() -> None:
         rows |= {"trained encoder": summary["knn_top1"]}
     write_json(out / "demo.json", rows)
     Console().print(_table(rows, summary, _count_evaluated(train, evaluation)))
-    options = GalleryOptions("", 8, _TEST_IMAGES, settings.seed, "online", _device())
+    options = GalleryOptions("", 8, _TEST_IMAGES, settings.seed, "online", _device(args.cpu))
     write(report(read_runs([run]), options), out / "report.html")
     files = {"run folder": run, "preview": picture, "curve": out / "curve.png", "report": out / "report.html"}
     for name, path in files.items():

@@ -4,6 +4,7 @@ Heads are built from `features` (of the backbone), `mlp_dim` (hidden width; None
 embedding), `norm` (factory of BatchNorm layers) and `transformer` (whether the backbone is one).
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from methods.norm import Norm
+from methods.norm import BatchNorm, Norm
 
 Last = Literal["linear", "whiten", "scale"]
 HeadPair = tuple[nn.Module, "nn.Module | None"]
@@ -72,8 +73,8 @@ def _mlp(sizes: list[int], norm: Norm, *, last: Last = "linear", bias: bool = Fa
 class Encoder(nn.Module):
     """Backbone, projector and optional predictor: views to L2-normalized embeddings.
 
-    One call takes all views: a wrapper such as DistributedDataParallel needs one forward pass a step.
-    joint: all views form one batch; otherwise each view has its own batch statistics.
+    One call takes all views, in one forward pass: half the kernels of two.
+    joint: all views share their batch statistics; otherwise each has its own.
     """
 
     def __init__(
@@ -81,14 +82,35 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone, self.projector, self.predictor, self.joint = backbone, projector, predictor, joint
+        norms = [module for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        self._norms = [norm for norm in norms if isinstance(norm, BatchNorm)]
+        self._apart = len(self._norms) < len(norms)  # a BatchNorm of torch's takes the statistics of all views
 
     def forward(self, *views: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return an embedding [B, C] of norm 1, in float32 or better, for each view [B, 3, H, W]."""
-        if self.joint:
-            return self._embed(torch.cat(views)).chunk(len(views))
-        return tuple(self._embed(view) for view in views)
+        if not self.one_pass or (not self.joint and len({view.shape for view in views}) > 1):
+            return tuple(self._pass(view)[0] for view in views)
+        return self._pass(*views)
 
-    def _embed(self, x: torch.Tensor) -> torch.Tensor:
-        z = self.projector(self.backbone(x))
-        z = z if self.predictor is None else self.predictor(z)
-        return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
+    @property
+    def one_pass(self) -> bool:
+        """Whether all views of a size are encoded in one forward pass."""
+        return self.joint or not self._apart
+
+    def _pass(self, *views: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        z = self.projector(self.backbone(self.joined(views)))
+        return self.embeddings(z if self.predictor is None else self.predictor(z), len(views))
+
+    def joined(self, views: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the batch of a forward pass of these views, for which the BatchNorm layers are set."""
+        for norm in self._norms:
+            norm.views = self.passes(len(views))
+        return torch.cat(list(views)) if len(views) > 1 else views[0]
+
+    def embeddings(self, z: torch.Tensor, views: int) -> tuple[torch.Tensor, ...]:
+        """Return the normalized embeddings of each view, from the heads' output for the batch."""
+        return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1).chunk(views)
+
+    def passes(self, views: int) -> int:
+        """Return the number of batches, each with its own statistics, that so many views make."""
+        return 1 if self.joint else views

@@ -34,14 +34,14 @@ class MovingAverage:
             check_views(parameters, flat)
 
     @torch.no_grad()
-    def update(self, share: torch.Tensor | float) -> None:
-        """Set target <- target + share * (online - target).
+    def update(self, weight: torch.Tensor | float) -> None:
+        """Set target <- target + weight * (online - target).
 
-        share: 1 - m, a number or a tensor [] on the device. 0 leaves the target unchanged, but for the sign of zeros.
+        weight: 1 - m, a number or a tensor [] on the device. 0 leaves the target unchanged, but for the sign of zeros.
         """
-        if isinstance(share, torch.Tensor):
-            share = share.to(self._target.dtype)
-        self._target.lerp_(self._online, share)
+        if isinstance(weight, torch.Tensor):
+            weight = weight.to(self._target.dtype)
+        self._target.lerp_(self._online, weight)
 
 
 def cosine_momentum(ema_momentum: float, progress: np.ndarray | float) -> np.ndarray | float:

@@ -11,7 +11,7 @@ Without shuffling, a network could match key and query by their part's statistic
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -24,41 +24,238 @@ GROUPS = 8
 SHUFFLED = ("shuffle", "split")
 
 
-class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm over [B, C] or [B, C, H, W] with training statistics of `groups` equal parts of the batch.
+class Ranks(Protocol):
+    """Ranks with batches of equal size, over which statistics are taken."""
 
-    Running statistics move as far as in one update by the full batch. A batch that does not divide into `groups` parts
-    of two samples or more is split into the most parts that are possible.
+    def gather(self, local: torch.Tensor) -> torch.Tensor:
+        """Return the tensors [1, ...] of all ranks, [world, ...]."""
+
+    def sum(self, local: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a tensor over all ranks."""
+
+
+class BatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm over [B, C] or [B, C, H, W] with training statistics of equal, consecutive parts of the batch.
+
+    The batch contains `views` views, one after the other, and each view `groups` groups. Running statistics move as far
+    as in one update by each view. A view that does not divide into `groups` groups of two samples or more is split into
+    the most groups that are possible. `num_batches_tracked` is left to `count_batches`, which needs one kernel for all
+    layers.
+
+    On a GPU, several parts cost the kernels of one. With `ranks`, statistics are those of the parts of all ranks: one
+    collective in the forward pass and one in the backward pass, without host-device synchronization.
     """
 
-    def __init__(self, channels: int, groups: int = GROUPS, *, affine: bool = True) -> None:
+    def __init__(self, channels: int, groups: int = 1, *, affine: bool = True) -> None:
         super().__init__(channels, affine=affine)
-        self.groups = groups
+        self.groups, self.views = groups, 1
+        self.ranks: Ranks | None = None
 
     def _check_input_dim(self, input: torch.Tensor) -> None:
         if input.ndim not in (2, 4):
             raise ValueError(f"expected [B, C] or [B, C, H, W], got {tuple(input.shape)}")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self._check_input_dim(x)
         if not self.training:
             return super().forward(x)
-        groups = next(g for g in range(max(1, min(self.groups, len(x) // 2)), 0, -1) if len(x) % g == 0)
-        momentum = 1 - (1 - (self.momentum or 0.0)) ** (1 / groups)  # `groups` updates make one of self.momentum
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-        parts = [
-            F.batch_norm(part, self.running_mean, self.running_var, self.weight, self.bias, True, momentum, self.eps)
-            for part in x.chunk(groups)
-        ]
-        return torch.cat(parts)
+        if self.ranks is not None:
+            return self.normalize(x, self.ranks.gather(self.statistics(x)))
+        running, affine = (self.running_mean, self.running_var), (self.weight, self.bias)
+        parts, momentum = self._parts(x)
+        if parts == 1:
+            return F.batch_norm(x, *running, *affine, True, momentum, self.eps)
+        if torch.compiler.is_compiling():
+            return _fusible(x, *running, *affine, parts, momentum, self.eps)
+        if not x.is_cuda:  # native code for each part: faster than torch's operations on all
+            normalize = partial(F.batch_norm, training=True, momentum=momentum, eps=self.eps)
+            return torch.cat([normalize(part, *running, *affine) for part in x.chunk(parts)])
+        return self.normalize(x, self.statistics(x))
+
+    def statistics(self, x: torch.Tensor) -> torch.Tensor:
+        """Return mean and variance of the parts of this rank's batch, [1, parts, 2, C], without gradient."""
+        with torch.no_grad():
+            x, operations, (parts, _) = _channels_last(x), _operations(x), self._parts(x)
+            partial, length = operations.moments(x, parts)
+            if len(partial) == 1:
+                return partial  # type: ignore[no-any-return]
+            return operations.combine(partial, length, _rows_of(x, parts), None, 0.0)[None]  # type: ignore[no-any-return]
+
+    def normalize(self, x: torch.Tensor, statistics: torch.Tensor) -> torch.Tensor:
+        """Return x normalized by all ranks' statistics, [world, parts, 2, C]; they also move the running ones."""
+        x, operations, (parts, momentum) = _channels_last(x), _operations(x), self._parts(x)
+        rows = _rows_of(x, parts)
+        count = rows * len(statistics)
+        with torch.no_grad():
+            combined = operations.combine(statistics, rows, count, (self.running_mean, self.running_var), momentum)
+        return _Normalize.apply(x, combined, self.weight, self.bias, count, self.eps, self.ranks)  # type: ignore[no-any-return]
+
+    def _parts(self, x: torch.Tensor) -> tuple[int, float]:
+        """Return the number of parts of a batch, and the running statistics' momentum for each."""
+        samples = len(x) // self.views
+        groups = next(g for g in range(max(1, min(self.groups, samples // 2)), 0, -1) if samples % g == 0)
+        # `groups` updates make one of self.momentum
+        return self.views * groups, 1 - (1 - (self.momentum or 0.0)) ** (1 / groups)
 
 
-def norm_layers(kind: BatchNormKind, groups: int = GROUPS) -> tuple[Norm, Norm]:
-    """Return the BatchNorm layers for images and for vectors.
+class SplitBatchNorm(BatchNorm):
+    """BatchNorm in GROUPS groups."""
 
-    `sync` layers are plain ones, to be converted where there are several ranks.
-    """
-    if kind in SHUFFLED:
-        split = partial(SplitBatchNorm, groups=groups)
-        return split, split
-    return nn.BatchNorm2d, nn.BatchNorm1d
+    def __init__(self, channels: int, groups: int = GROUPS, *, affine: bool = True) -> None:
+        super().__init__(channels, groups, affine=affine)
+
+
+def count_batches(module: nn.Module, count: int) -> None:
+    """Add to `num_batches_tracked` of every `BatchNorm` in the module."""
+    norms = [m for m in module.modules() if isinstance(m, BatchNorm)]
+    counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
+    if counters:
+        torch._foreach_add_(counters, count)
+
+
+def _channels_last(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.contiguous_format)
+
+
+def _rows_of(x: torch.Tensor, parts: int) -> int:
+    """Return the values of each channel in a part."""
+    return x.numel() // x.shape[1] // parts
+
+
+class _Normalize(torch.autograd.Function):
+    """Normalization by statistics [parts, 2, C], those of `count` values each; its gradient includes theirs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        statistics: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        count: int,
+        eps: float,
+        ranks: Ranks | None,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, statistics)
+        ctx.count, ctx.eps, ctx.ranks = count, eps, ranks
+        return _operations(x).normalize(x, statistics, weight, bias, eps)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, statistics = ctx.saved_tensors
+        operations = _operations(x)
+        gradient = _channels_last(gradients[0])
+        local = operations.gradient_sums(gradient, x, statistics, ctx.eps)  # [parts, 2, C]
+        sums = local if ctx.ranks is None else ctx.ranks.sum(local)
+        x_gradient = operations.input_gradient(gradient, x, statistics, weight, sums, ctx.count, ctx.eps)
+        bias_gradient, weight_gradient = local.sum(dim=0) if len(local) > 1 else local[0]
+        if weight is None:
+            bias_gradient = weight_gradient = None  # type: ignore[assignment]
+        return x_gradient, None, weight_gradient, bias_gradient, None, None, None
+
+
+def _operations(x: torch.Tensor) -> Any:
+    if not x.is_cuda:
+        return _TorchOperations
+    from methods import norm_kernels
+
+    return norm_kernels
+
+
+class _TorchOperations:
+    """The operations of `norm_kernels` in torch, for CPUs."""
+
+    @staticmethod
+    def moments(x: torch.Tensor, parts: int) -> tuple[torch.Tensor, int]:
+        rows = _rows(x, parts)
+        var, mean = torch.var_mean(rows, dim=1, correction=0)
+        return torch.stack([mean, var], dim=1)[None], rows.shape[1]
+
+    @staticmethod
+    def combine(
+        partial: torch.Tensor, rows: int, total: int, running: tuple[torch.Tensor, torch.Tensor] | None, momentum: float
+    ) -> torch.Tensor:
+        means, variances = partial.unbind(2)  # [N, parts, C], of equal counts
+        mean = means.mean(dim=0)
+        var = variances.mean(dim=0) + (means - mean).square().mean(dim=0)
+        if running is not None:
+            for part_mean, part_var in zip(mean, var, strict=True):
+                running[0].lerp_(part_mean.to(running[0].dtype), momentum)
+                running[1].lerp_((part_var * (total / (total - 1))).to(running[1].dtype), momentum)
+        return torch.stack([mean, var], dim=1)
+
+    @staticmethod
+    def normalize(
+        x: torch.Tensor, statistics: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+    ) -> torch.Tensor:
+        mean, var = statistics[:, None].unbind(2)  # [parts, 1, C] each
+        normal = (_rows(x, len(statistics)) - mean) * (var + eps).rsqrt()
+        return _images(normal if weight is None or bias is None else normal * weight + bias, x)
+
+    @staticmethod
+    def gradient_sums(gradient: torch.Tensor, x: torch.Tensor, statistics: torch.Tensor, eps: float) -> torch.Tensor:
+        parts = len(statistics)
+        mean, var = statistics[:, None].unbind(2)
+        slopes = _rows(gradient, parts)
+        products = (slopes * (_rows(x, parts) - mean)).sum(dim=1) * (var[:, 0] + eps).rsqrt()
+        return torch.stack([slopes.sum(dim=1), products], dim=1)
+
+    @staticmethod
+    def input_gradient(
+        gradient: torch.Tensor,
+        x: torch.Tensor,
+        statistics: torch.Tensor,
+        weight: torch.Tensor | None,
+        sums: torch.Tensor,
+        count: int,
+        eps: float,
+    ) -> torch.Tensor:
+        parts = len(statistics)
+        mean, var = statistics[:, None].unbind(2)
+        one, two = (sums[:, None] / count).unbind(2)
+        scale = (var + eps).rsqrt()
+        slopes = _rows(gradient, parts) - one - (_rows(x, parts) - mean) * scale * two
+        return _images(slopes * (scale if weight is None else scale * weight), x)
+
+
+def _rows(x: torch.Tensor, parts: int) -> torch.Tensor:
+    """Return x [B, C] or channels-last [B, C, H, W] as [parts, rows, C], in float32 or better."""
+    values = x if x.ndim == 2 else x.permute(0, 2, 3, 1)
+    return values.reshape(parts, -1, x.shape[1]).to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _images(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return the inverse of `_rows`: a tensor of the shape, strides and dtype of `like`."""
+    out = torch.empty_like(like)
+    images = out if like.ndim == 2 else out.permute(0, 2, 3, 1)
+    images.copy_(rows.view(images.shape))
+    return out
+
+
+def _fusible(
+    x: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    parts: int,
+    momentum: float,
+    eps: float,
+) -> torch.Tensor:
+    """BatchNorm by parts in operations that torch.compile fuses, with one set of them for all parts."""
+    rows = _rows(x, parts)
+    var, mean = torch.var_mean(rows, dim=1, correction=0, keepdim=True)
+    normal = (rows - mean) * (var + eps).rsqrt()
+    with torch.no_grad():
+        count = rows.shape[1]
+        decay = (1 - momentum) ** torch.arange(parts - 1, -1, -1, device=x.device, dtype=mean.dtype)[:, None]
+        for running, values in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
+            assert running is not None
+            moved = (values.detach()[:, 0] * decay).sum(dim=0) * momentum
+            running.mul_((1 - momentum) ** parts).add_(moved)
+    return _images(normal if weight is None or bias is None else normal * weight + bias, x)
+
+
+def norm_layers(kind: BatchNormKind, groups: int = GROUPS) -> Norm:
+    """Return the BatchNorm layer for images and vectors; `sync` layers get their ranks later, if there are several."""
+    return partial(SplitBatchNorm, groups=groups) if kind in SHUFFLED else BatchNorm

@@ -55,7 +55,7 @@ def build_backbone(
     """
     if arch in VITS:
         return vit(arch, size=size, stop_grad_conv1=stop_grad_conv1)
-    norm, _ = norm_layers(bn, groups)
+    norm = norm_layers(bn, groups)
     return resnet(arch, stem=stem, width=width, norm=norm, zero_init_residual=zero_init_residual)
 
 
@@ -63,7 +63,7 @@ def build_encoder(
     base: Base, backbone: nn.Module, *, dim: int, mlp_dim: int | None, bn: BatchNormKind, groups: int
 ) -> Encoder:
     """Return the online encoder of `base`: the backbone with heads to `dim` dimensions."""
-    _, norm = norm_layers(bn, groups)
+    norm = norm_layers(bn, groups)
     transformer = isinstance(backbone, VisionTransformer)
     projector, predictor = base.heads(backbone.features, mlp_dim, dim, norm, transformer)
     return Encoder(backbone, projector, predictor, joint=base.joint)

@@ -15,17 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.native.libffcv import (
-    ALLOC_TABLE_TYPE,
-    CURRENT_VERSION,
+from pipeline.beton_format import (
+    FIELD_DESCRIPTOR,
+    FIELDS,
+    HEADER,
+    IMAGE,
+    INT,
     JPEG,
     RAW,
-    TYPE_ID_HANDLER,
-    FieldDescType,
-    HeaderType,
-    IntField,
-    RGBImageField,
-    get_metadata_type,
+    TABLE_ENTRY,
+    VERSION,
+    row_type,
 )
 from pipeline.system.errors import BadRecords, InputError
 from pipeline.system.limits import MAX_CLASSES, MAX_IMAGE_PIXELS, read_json
@@ -187,32 +187,29 @@ class Beton:
         return np.fromfile(self.path, dtype=kind, count=count, offset=offset)
 
     def _read_header(self) -> None:
-        header = self._read(HeaderType, 1, 0, "header")[0]
+        header = self._read(HEADER, 1, 0, "header")[0]
         fields, count = int(header["num_fields"]), int(header["num_samples"])
-        if header["version"] != CURRENT_VERSION or not 0 < fields <= _MAX_FIELDS:
-            raise self._broken(f"its header is not that of FFCV's format version {CURRENT_VERSION}")
+        if header["version"] != VERSION or not 0 < fields <= _MAX_FIELDS:
+            raise self._broken(f"its header is not that of FFCV's format version {VERSION}")
         if count == 0:
             raise self._broken("it has no sample")
-        descriptors = self._read(FieldDescType, fields, HeaderType.itemsize, "field descriptors")
-        if not set(descriptors["type_id"].tolist()) <= set(TYPE_ID_HANDLER) - {255}:
+        descriptors = self._read(FIELD_DESCRIPTOR, fields, HEADER.itemsize, "field descriptors")
+        type_ids = descriptors["type_id"].tolist()
+        if not set(type_ids) <= set(FIELDS):
             raise self._broken("it has a field of an unknown type")
-        try:
-            handlers = [TYPE_ID_HANDLER[int(d["type_id"])].from_binary(d["arguments"]) for d in descriptors]
-        except Exception:  # FFCV's parsing trusts a field's arguments
-            raise self._broken("it has a field whose description cannot be read") from None
-        row = get_metadata_type(handlers)
-        first = {type(handler): f"f{i}" for i, handler in reversed(list(enumerate(handlers)))}
-        self._images, self._labels = first.get(RGBImageField), first.get(IntField)
+        row = row_type(type_ids)
+        first = {type_id: f"f{i}" for i, type_id in reversed(list(enumerate(type_ids)))}
+        self._images, self._labels = first.get(IMAGE), first.get(INT)
         if self._images is None:
             raise self._broken("it has no image field")
-        start = HeaderType.itemsize + descriptors.nbytes
+        start = HEADER.itemsize + descriptors.nbytes
         self.metadata = self._read(row, count, start, "metadata")
         self.header_end = start + self.metadata.nbytes
         table = int(header["alloc_table_ptr"])
-        if not self.header_end <= table <= self.file_size or (self.file_size - table) % ALLOC_TABLE_TYPE.itemsize:
+        if not self.header_end <= table <= self.file_size or (self.file_size - table) % TABLE_ENTRY.itemsize:
             raise self._broken("its allocation table is not where the header says")
-        entries = (self.file_size - table) // ALLOC_TABLE_TYPE.itemsize
-        self._table, self._table_start = self._read(ALLOC_TABLE_TYPE, entries, table, "table"), table
+        entries = (self.file_size - table) // TABLE_ENTRY.itemsize
+        self._table, self._table_start = self._read(TABLE_ENTRY, entries, table, "table"), table
 
     def _read_records(self) -> None:
         images = self.metadata[self._images]

@@ -20,6 +20,7 @@ from types import ModuleType
 
 from pipeline.system.cli import ArgumentParser
 from pipeline.system.cores import available_cores, free_memory
+from pipeline.system.driver import driver_version, explain_missing_cuda, has_gpu
 from pipeline.system.errors import InputError, command
 from pipeline.system.packages import version as _package_version
 from pipeline.system.text import binary
@@ -33,7 +34,6 @@ MIN_OPEN_FILES = 4096
 _SETUP = "run ./millrace setup (if that changes nothing, delete .venv first)"
 _APT_INSTALL = "apt-get install libopencv-dev libturbojpeg0-dev libjpeg-dev pkg-config g++ python3-dev"
 _BUILD_AGAIN = f"build it on this machine: {_APT_INSTALL}; rm -rf .venv; ./millrace setup"
-_CUDA_PATTERN = re.compile(r"CUDA (?:\w+ )?Version\s*:\s*(\d+)\.(\d+)")
 _TERMINAL_COLORS = {"ok": 32, "BROKEN": 31, "warning": 33, "info": 36}  # green, red, yellow, cyan
 
 
@@ -124,12 +124,6 @@ def _gpus() -> list[Gpu]:
     return [Gpu(device.name, device.total_memory) for device in devices]
 
 
-def _driver_cuda() -> tuple[int, int] | None:
-    """Return the newest CUDA version that the NVIDIA driver runs, or None if unknown."""
-    version = _CUDA_PATTERN.search(_output("nvidia-smi") or "")
-    return (int(version[1]), int(version[2])) if version else None
-
-
 # ---- checks: each judges the answers of the probes ----
 
 
@@ -172,7 +166,7 @@ def check_jpeg() -> Finding:
     try:
         _load("pipeline.native._jpeg")
     except Exception as error:
-        detail = f"{_first_line(error)}; FFCV's is used: slower, and less exact"
+        detail = f"{_first_line(error)}; FFCV's is used (less exact), or Pillow's: slower"
         return Finding("JPEG decoder", None, detail, _BUILD_AGAIN)
     return Finding("JPEG decoder", True, "decodes the cropped part only, with Pillow's pixels")
 
@@ -211,26 +205,18 @@ def check_gpus(gpus: Sequence[Gpu]) -> Finding:
 
 
 def check_cuda(gpus: Sequence[Gpu]) -> Finding:
-    """Check that the driver runs the CUDA version of PyTorch's build, and that PyTorch finds a GPU."""
+    """Check that PyTorch finds a GPU; if there is one and it does not, explain why."""
     try:
         torch = _load("torch")
     except Exception as error:
         return Finding("CUDA", None, f"unknown without torch ({_first_line(error)})")
     build = torch.version.cuda
-    if not gpus:
-        return Finding("CUDA", None, f"no GPU; torch is built for {f'CUDA {build}' if build else 'CPUs only'}")
-    if build is None:
-        remedy = "point pip at an index that has the CUDA build of torch; rm -rf .venv; ./millrace setup"
-        return Finding("CUDA", False, f"torch {_version(torch)} is built for CPUs only", remedy)
-    driver, needed = _driver_cuda(), int(build.split(".")[0])
-    version = f"CUDA {driver[0]}.{driver[1]}" if driver else "no CUDA version given"
-    detail = f"torch is built for CUDA {build}; driver: {version}"
-    if driver and driver[0] < needed:
-        return Finding("CUDA", False, detail, f"install an NVIDIA driver that runs CUDA {needed} or later")
-    if not torch.cuda.is_available():
-        remedy = "check that `nvidia-smi` works and CUDA_VISIBLE_DEVICES is unset or right"
-        return Finding("CUDA", False, f"{detail}; torch finds no usable GPU", remedy)
-    return Finding("CUDA", True, detail)
+    built = f"torch is built for {f'CUDA {build}' if build else 'CPUs only'}"
+    if torch.cuda.is_available():
+        return Finding("CUDA", True, f"{built}; NVIDIA driver {driver_version() or 'of unknown version'}")
+    if not gpus and not has_gpu():
+        return Finding("CUDA", None, f"no GPU; {built}")
+    return Finding("CUDA", False, *explain_missing_cuda(_version(torch), build))
 
 
 def check_cores(gpus: Sequence[Gpu]) -> Finding:

@@ -15,8 +15,8 @@ from PIL import Image, ImageOps
 
 from pipeline.augment.color import IMAGENET
 from pipeline.beton import Beton
+from pipeline.beton_format import RAW
 from pipeline.loader import Loader
-from pipeline.native.libffcv import RAW
 from pipeline.storage.decode import check_record, decode
 from pipeline.system.cli import ArgumentParser
 from pipeline.system.cores import available_cores

@@ -8,6 +8,7 @@ for epoch in range(200):
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +28,9 @@ from pipeline.sampling.substitutes import OnBad
 from pipeline.system.device import current, numbered
 from pipeline.system.errors import InputError
 from pipeline.views import View, view_sizes
+
+_STEPS_AHEAD = 2
+"""Steps that the host may queue on a GPU before the oldest of them ends."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,7 @@ class Loader:
         # Begin the views of the next batch early, where its crops are ready; not where ranks exchange views.
         self._stages = self._stream is not None and shuffle is None
         self._staged: Batch | Exception | None = None
+        self._launched = deque[torch.cuda.Event]()  # before each of the last batches' steps
         self._orders: dict[int, np.ndarray] = {}  # of this epoch and, near its end, the next
         self._epoch, self._step = 0, 0  # of the next batch to return
         self._queue: PrefetchQueue[_Note] = chosen.queue(beton, self._sizes_of(None), batch // world)
@@ -213,6 +218,10 @@ class Loader:
             raise batch
         if self._stream is not None:
             stream = torch.cuda.current_stream(self._device)
+            # Where steps cost the host nothing, as a CUDA graph does, it would queue them, and views, without bound.
+            self._launched.append(stream.record_event())
+            if len(self._launched) > _STEPS_AHEAD:
+                self._launched.popleft().synchronize()
             stream.wait_stream(self._stream)
             for view in (*batch.views, *batch.shuffled.values()):
                 if view is not None:

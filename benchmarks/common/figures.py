@@ -103,7 +103,10 @@ def _ratio(images: str, above: str, below: str) -> Figure:
 
 def _fastest(spreads: Mapping[str, Any]) -> float | None:
     """Return the highest median of our steps."""
-    return max((_median(spreads[name]) for name in ("eager", "compiled", "graph") if name in spreads), default=None)
+    return max(
+        (_median(spreads[name]) for name in ("eager", "eager-graph", "compiled", "graph") if name in spreads),
+        default=None,
+    )
 
 
 def _best_step(result: Result) -> float | None:
@@ -112,7 +115,8 @@ def _best_step(result: Result) -> float | None:
 
 
 def _pairs_on_gpu(result: Result) -> float | None:
-    return _fastest(result.get("step", {}).get("pairs_per_second", {}))
+    rates = [_fastest(result.get(name, {}).get("pairs_per_second", {})) for name in ("step", "compiled")]
+    return max((rate for rate in rates if rate is not None), default=None)
 
 
 def _median(spread: Any) -> float:

@@ -20,7 +20,7 @@ from pipeline.augment.plan import Plan
 from pipeline.backends import build
 from pipeline.backends.base import BackendConfig
 from pipeline.beton import Beton
-from pipeline.native.libffcv import JPEG
+from pipeline.beton_format import JPEG
 from pipeline.sampling.order import epoch_order
 from pipeline.storage.decode import records_of, rectangles
 from pipeline.views import View

@@ -10,7 +10,15 @@ from engine.config.settings import Settings
 from pipeline.system.errors import InputError
 
 FREE = {"out", "resume", "allow_change", "log_every", "save_every", "keep", "keep_every", "tracker", "gradient_shares"}
-FREE |= {"cpu", "compile", "cuda_graph", "activation_checkpointing", "collective_timeout", "step_timeout"}
+FREE |= {
+    "cpu",
+    "require_gpu",
+    "compile",
+    "cuda_graph",
+    "activation_checkpointing",
+    "collective_timeout",
+    "step_timeout",
+}
 FREE |= {f"data.{key}" for key in ("train", "eval", "eval_crop_ratio", "verify", "on_bad", "samples", "stall_timeout")}
 FREE |= {f"data.{key}" for key in ("workers", "prefetch_factor", "backend", "hw_decoder_load")}
 FREE |= {f"knn.{key}" for key in ("every", "k", "temperature", "limit")}

@@ -50,6 +50,8 @@ class Writer:
     def __init__(self, folder: Path, keep: int, keep_every: int = 0) -> None:
         self._folder, self._keep, self._keep_every = folder, keep, keep_every
         self._thread: threading.Thread | None = None
+        self._pinned = torch.empty(0, dtype=torch.uint8)
+        self._stream: torch.cuda.Stream | None = None
         self.problem = ""
         """Why the newest checkpoint was not written, if it was not."""
 
@@ -74,11 +76,29 @@ class Writer:
         if self.problem:
             raise RunFailed(f"{self._folder}: the last checkpoint could not be written ({self.problem})")
 
+    def _on_host(self, tensors: dict[str, Tensors], copied: torch.cuda.Event) -> dict[str, Tensors]:
+        """Return tensors of a GPU in pinned memory, which the next call overwrites.
+
+        A stream of its own copies them after the event `copied`: on the training stream they would wait for all steps
+        that have been launched since.
+        """
+        device = next(t.device for values in tensors.values() for t in values.values() if t.is_cuda)
+        self._stream = self._stream or torch.cuda.Stream(device)
+        sizes = [-(-t.nbytes // 16) * 16 for values in tensors.values() for t in values.values()]
+        if self._pinned.numel() < sum(sizes):
+            self._pinned = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
+        places = iter(self._pinned[: sum(sizes)].split(sizes))
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(copied)
+            hosts = {
+                file: {name: _into(next(places), t) for name, t in values.items()} for file, values in tensors.items()
+            }
+            self._stream.synchronize()
+        return hosts
+
     def _write(self, step: int, tensors: dict[str, Tensors], state: dict[str, Any], copied: Any) -> None:
         try:
-            if copied is not None:
-                copied.synchronize()
-            write(self._folder, step, tensors, state)
+            write(self._folder, step, tensors if copied is None else self._on_host(tensors, copied), state)
             self.problem = ""
         except Exception as error:  # of any kind: the run is worth more than one checkpoint of it
             self.problem = describe_error(error)
@@ -191,6 +211,11 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
 def step_of(path: Path) -> int:
     """Return the step of the checkpoint at `path`, by its name."""
     return int(path.name.removeprefix("step_"))
+
+
+def _into(place: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Start to copy a tensor into bytes of pinned memory; return the copy."""
+    return place[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor, non_blocking=True)
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:

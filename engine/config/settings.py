@@ -242,6 +242,8 @@ class Settings:
     """Tracker of metrics, next to metrics.jsonl."""
     cpu: bool = False
     """Train on the CPU even if there is a GPU."""
+    require_gpu: bool = False
+    """End with an error where there is no GPU, unless `cpu`. So does `accelerate launch` without its own --cpu."""
 
     def __post_init__(self) -> None:
         _require(bool(self.out), "out", self.out, "name a folder")
@@ -339,8 +341,8 @@ class Settings:
         sizes, epochs = self.data.sizes or [self.data.size], self.optim.epochs
         return [sizes[epoch * len(sizes) // epochs] for epoch in range(epochs)]
 
-    def parts(self, world: int) -> int:
-        """Return the parts in which each of `world` ranks computes its share of a batch."""
+    def micro_batches(self, world: int) -> int:
+        """Return the number of micro-batches in which each of `world` ranks computes its share of a batch."""
         share = self.data.batch // world
         if not self.micro_batch:
             return self.gradient_accumulation_steps

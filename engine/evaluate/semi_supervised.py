@@ -92,7 +92,7 @@ def tune(
     evaluation.backbone.requires_grad_(True)
     head = Head(evaluation.backbone.features, evaluation.classes, evaluation.args.seed)
     model = nn.Sequential(OrderedDict(backbone=evaluation.backbone, head=head))
-    place(synchronize(model, evaluation.device), evaluation.device)
+    place(synchronize(model), evaluation.device)
     optimizer = sgd([{"params": list(module.parameters())} for module in model])
     checkpoint, epochs = EpochCheckpoint(evaluation, name, model, optimizer, settings), evaluation.args.epochs
 

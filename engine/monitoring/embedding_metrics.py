@@ -36,7 +36,8 @@ def effective_rank(q: torch.Tensor) -> torch.Tensor:
     centered = (q - q.mean(dim=0)).double()
     values = torch.linalg.eigvalsh((centered.T @ centered).nan_to_num(0, 0, 0)).clamp_min(0).sqrt()  # [C]
     shares = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
-    return torch.special.entr(shares).sum().exp().where(centered.isfinite().all(), torch.nan)
+    entropy = -torch.xlogy(shares, shares).sum()  # not special.entr, which CUDA compiles at its first call
+    return entropy.exp().where(centered.isfinite().all(), torch.nan)
 
 
 @torch.no_grad()

@@ -19,11 +19,11 @@ Numbers = np.ndarray | float
 
 
 class Schedule(nn.Module):
-    """Learning rate and EMA share of the next step, looked up on the device.
+    """Learning rate and EMA weight 1 - m of the next step, looked up on the device.
 
     A skipped step, one with non-finite loss or gradients, is not counted, and changes no later step. Counts and tables
-    stay on the device, so that the host need not wait for them; `begin` updates `lr` and `share` in place, so that they
-    may be parts of a CUDA graph.
+    stay on the device, so that the host need not wait for them; `begin` updates `lr` and `ema_weight` in place, so that
+    they may be parts of a CUDA graph.
     """
 
     taken: torch.Tensor
@@ -40,9 +40,9 @@ class Schedule(nn.Module):
             )
         steps = np.arange(total)
         rates = learning_rate(settings.optim, steps, steps_per_epoch, settings.data.batch)
-        shares = 1 - momentum_after(settings.method, steps, len(steps))
+        weights = 1 - momentum_after(settings.method, steps, len(steps))
         dtype = torch.float64 if device.type == "cpu" else torch.float32  # the dtype that fused optimizers read
-        table = torch.from_numpy(np.stack([rates, np.broadcast_to(shares, len(steps))])).to(device, dtype)
+        table = torch.from_numpy(np.stack([rates, np.broadcast_to(weights, len(steps))])).to(device, dtype)
         self.register_buffer("_table", table, persistent=False)
         self.register_buffer("_now", table[:, :1].clone(), persistent=False)
         self.register_buffer("taken", torch.zeros(1, dtype=torch.int64, device=device))
@@ -54,7 +54,7 @@ class Schedule(nn.Module):
         return self._now[0, 0]  # type: ignore[index]
 
     @property
-    def share(self) -> torch.Tensor:
+    def ema_weight(self) -> torch.Tensor:
         """Weight of the online parameters in the momentum encoder's update, 1 - momentum, []."""
         return self._now[1, 0]  # type: ignore[index]
 
@@ -66,9 +66,9 @@ class Schedule(nn.Module):
 
     def numbers(self) -> dict[str, float]:
         """Return `lr` and `momentum` of the newest step. Waits for the device."""
-        lr, share = torch.stack([self.lr, self.share]).tolist()
+        lr, ema_weight = torch.stack([self.lr, self.ema_weight]).tolist()
         digits = 15 if self.lr.dtype == torch.float64 else 7
-        return {"lr": float(f"{lr:.{digits}g}"), "momentum": float(f"{1 - share:.{digits}g}")}
+        return {"lr": float(f"{lr:.{digits}g}"), "momentum": float(f"{1 - ema_weight:.{digits}g}")}
 
     def diverged(self, patience: int = PATIENCE) -> int:
         """Return the number of consecutive skipped steps, 0 if below `patience`. Waits for the device."""
@@ -101,8 +101,8 @@ def learning_rate(settings: Optim, step: Numbers, steps_per_epoch: int, batch: i
     elif settings.schedule == "constant":
         rates = np.full_like(epoch, peak)
     else:
-        share = np.maximum(progress - warmup, 0.0) / (settings.epochs - warmup)
-        rates = peak * 0.5 * (1 + np.cos(np.pi * share))
+        finished = np.maximum(progress - warmup, 0.0) / (settings.epochs - warmup)
+        rates = peak * 0.5 * (1 + np.cos(np.pi * finished))
     return np.where(epoch < warmup, peak * epoch / (warmup or 1.0), rates)[()]
 
 

@@ -1,20 +1,24 @@
 """Device, precision and process group: Accelerate's handle."""
 
+import contextlib
+import os
 import platform
 import time
 import warnings
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.logging import get_logger
-from accelerate.utils import is_wandb_available
+from accelerate.utils import is_wandb_available, parse_flag_from_env
 from torch import distributed, nn
 
 from engine.config.settings import Settings
 from engine.parallel.consensus import run_on_all_ranks
 from engine.parallel.rendezvous import local_rank, rank, store, world
+from pipeline.system.driver import explain_missing_cuda, has_gpu
 from pipeline.system.errors import InputError
 
 logger = get_logger(__name__)
@@ -39,9 +43,12 @@ def choose_device(settings: Settings, *, emulate: bool = False) -> DeviceChoice:
     """Return this rank's device and precision. Raises InputError where its machine cannot serve the settings.
 
     The precision is `no` on a CPU without bfloat16 instructions, where torch emulates it many times slower than
-    float32, unless `emulate`.
+    float32. emulate: for a dry run, which needs no GPU, and keeps bf16 on any CPU.
     """
-    on_gpu = torch.cuda.is_available() and not settings.cpu
+    on_cpu = settings.cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
+    on_gpu = torch.cuda.is_available() and not on_cpu
+    if not on_cpu and not on_gpu and not emulate:
+        _refuse_missing_gpu(settings)
     if on_gpu and local_rank() >= torch.cuda.device_count():
         raise InputError(
             f"{torch.cuda.device_count()} GPUs on {platform.node()} for {local_rank() + 1} ranks or more: start one "
@@ -57,20 +64,32 @@ def choose_device(settings: Settings, *, emulate: bool = False) -> DeviceChoice:
     return DeviceChoice(on_gpu, "no" if slow else settings.precision)
 
 
+def _refuse_missing_gpu(settings: Settings) -> None:
+    """Raise InputError where CUDA does not answer although there is a GPU, or the recipe or launcher asks for one."""
+    if has_gpu():
+        problem, remedy = explain_missing_cuda(str(torch.__version__), torch.version.cuda)
+        raise InputError(f"{problem}: {remedy}; or add --cpu to compute on the CPU")
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # `accelerate launch` sets it
+    if settings.require_gpu or launched:
+        source = "require_gpu true" if settings.require_gpu else "accelerate launch"
+        raise InputError(f"{source}: no GPU on this machine: choose one that has, or add --cpu to compute on the CPU")
+
+
 def build_accelerator(settings: Settings, choice: DeviceChoice | None = None, *, emulate: bool = False) -> Accelerator:
     """Return Accelerate's handle on device, process group and precision.
 
     choice: one that all ranks have agreed on; by default they agree here on `choose_device`, which raises InputError.
     """
     choice = choice or run_on_all_ranks(lambda: choose_device(settings, emulate=emulate), DeviceChoice.facts)
-    timeout = timedelta(seconds=settings.collective_timeout + (_NCCL_EXTRA_SECONDS if choice.on_gpu else 0))
+    timeout = _timeout(settings, choice.on_gpu)
     if world() > 1 and not distributed.is_initialized():
         backend, group_store = "nccl" if choice.on_gpu else "gloo", distributed.PrefixStore("group", store())
         distributed.init_process_group(backend, timeout=timeout, store=group_store, rank=rank(), world_size=world())
     gradients = DistributedDataParallelKwargs(
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
-        static_graph=settings.parts(world()) == 1,  # with several backward passes, only the last one all-reduces
+        static_graph=settings.micro_batches(world())
+        == 1,  # with several backward passes, only the last one all-reduces
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -81,6 +100,15 @@ def build_accelerator(settings: Settings, choice: DeviceChoice | None = None, *,
             project_dir=settings.out,
             kwargs_handlers=[gradients, InitProcessGroupKwargs(timeout=timeout)],
         )
+
+
+def _timeout(settings: Settings, on_gpu: bool) -> timedelta:
+    return timedelta(seconds=settings.collective_timeout + (_NCCL_EXTRA_SECONDS if on_gpu else 0))
+
+
+def new_group(settings: Settings, device: torch.device) -> distributed.ProcessGroup | None:
+    """Return a process group of all ranks with a communicator of its own; None for one rank. Called by all ranks."""
+    return distributed.new_group(timeout=_timeout(settings, device.type == "cuda")) if world() > 1 else None
 
 
 def warn_of_precision(requested: str, accelerator: Accelerator) -> None:
@@ -98,6 +126,26 @@ def bfloat16_on_gpu() -> bool:
 def bfloat16_on_cpu() -> bool:
     """Return whether this processor computes convolutions in bfloat16 (AVX-512 or AMX) without emulation."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def tune_convolutions(device: torch.device) -> None:
+    """On a GPU, have cuDNN time its algorithms at a convolution's first call of each size, and use the fastest.
+
+    Not in torch's deterministic mode: the fastest may be another in the next run.
+    """
+    deterministic = torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic
+    torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
+
+
+@contextlib.contextmanager
+def untuned_convolutions() -> Iterator[None]:
+    """Suspend `tune_convolutions`, for batches of sizes that come once."""
+    tuned = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = tuned
 
 
 def now(device: torch.device) -> float:

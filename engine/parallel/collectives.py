@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import distributed
+from torch import distributed, nn
 
 from engine.parallel.rendezvous import rank, world
 from pipeline.system.device import to_device
@@ -78,21 +78,21 @@ def broadcast(
 
 def mean(local: torch.Tensor) -> torch.Tensor:
     """Return the mean of a tensor over all ranks; on one rank the input."""
-    return local if world() == 1 else _sum(local) / world()
+    return local if world() == 1 else total(local) / world()
 
 
-def mean_in_bfloat16(bucket: distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """All-reduce a bucket of gradients in bfloat16 to their mean: a communication hook of DistributedDataParallel.
+def broadcast_parameters(module: nn.Module) -> None:
+    """Give all ranks the parameters of rank 0, before a momentum copy is made."""
+    parameters = [p.detach() for p in module.parameters()]
+    if world() == 1 or not parameters:
+        return
+    row = torch.cat([p.flatten() for p in parameters])
+    distributed.broadcast(row, 0)
+    for p, values in zip(parameters, row.split([p.numel() for p in parameters]), strict=True):
+        p.copy_(values.view_as(p))
 
-    Like torch's own hook, which refuses gloo.
-    """
-    gradients = bucket.buffer()
-    half = gradients.to(torch.bfloat16).div_(world())
-    work = distributed.all_reduce(half, async_op=True).get_future()
-    return work.then(lambda done: gradients.copy_(done.value()[0]))
 
-
-def exchange(rows: torch.Tensor, order: np.ndarray) -> torch.Tensor:
+def exchange(rows: torch.Tensor, order: np.ndarray, group: distributed.ProcessGroup | None = None) -> torch.Tensor:
     """Return this rank's share of all ranks' rows in the order `order`.
 
     rows [B, ...] of each rank; order a permutation of world * B, the same on all. Rank r receives the rows
@@ -108,14 +108,15 @@ def exchange(rows: torch.Tensor, order: np.ndarray) -> torch.Tensor:
     arrival = np.argsort(owner[incoming], kind="stable")  # rows arrive in order of owner
     received = torch.empty_like(sent)
     splits = [np.bincount(ranks, minlength=world()).tolist() for ranks in (owner[incoming], receiver[outgoing])]
-    distributed.all_to_all_single(received, sent, *splits)
+    distributed.all_to_all_single(received, sent, splits[0], splits[1], group)
     return received[to_device(np.argsort(arrival), rows.device)]
 
 
-def _sum(local: torch.Tensor) -> torch.Tensor:
-    total = local.detach().clone(memory_format=torch.contiguous_format)
-    distributed.all_reduce(total)
-    return total
+def total(local: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor over all ranks."""
+    summed = local.detach().clone(memory_format=torch.contiguous_format)
+    distributed.all_reduce(summed)
+    return summed
 
 
 class _Gather(torch.autograd.Function):
@@ -125,4 +126,4 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        return _sum(gradients[0]).chunk(world())[rank()]
+        return total(gradients[0]).chunk(world())[rank()]

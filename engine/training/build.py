@@ -156,7 +156,7 @@ def check_batch(settings: Settings) -> None:
     batch = settings.data.batch
     if batch % world():
         raise InputError(f"data.batch {batch}: does not divide among {world()} ranks: choose a multiple of {world()}")
-    share, accumulate = batch // world(), settings.parts(world())
+    share, accumulate = batch // world(), settings.micro_batches(world())
     if share % accumulate or share // accumulate < 2:
         micro = settings.micro_batch
         key, value = ("micro_batch", micro) if micro else ("gradient_accumulation_steps", accumulate)

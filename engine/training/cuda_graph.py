@@ -7,7 +7,8 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from engine.monitoring.step_result import Tensors
-from engine.parallel.rendezvous import rank, world
+from engine.parallel.consensus import all_gather_object
+from engine.parallel.rendezvous import rank
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ class Graph(Generic[R]):
     The function must do the same for all inputs of a shape, in place on tensors that stay where they are, and never
     wait for the device. Inputs are copied into the graph's own tensors; a replay overwrites the last one's result.
     Inputs of other shapes are recorded anew. Where recording is impossible a warning gives the reason, once, and the
-    function runs as usual.
+    function runs as usual: on all ranks, since it may contain collectives.
 
     reset: undoes a call that was interrupted by an error.
     """
@@ -56,7 +57,7 @@ class Graph(Generic[R]):
         if self._replay is None:
             copies = {id(tensor): tensor.clone() for tensor in inputs.values()}  # one of each
             self._inputs = {name: copies[id(tensor)] for name, tensor in inputs.items()}
-            self._obstacle = self._try_to_record()
+            self._obstacle = _first(self._try_to_record())
             if self._obstacle:  # warned of outside of the handler, whose traceback holds on to memory
                 _warn(self._obstacle)
                 self._forget()
@@ -73,9 +74,7 @@ class Graph(Generic[R]):
 
     def _find_obstacle(self) -> str:
         """Return the reason why nothing can be recorded here, or an empty string."""
-        if self._device.type != "cuda":
-            return "there is no GPU"
-        return f"{world()} ranks exchange data in it" if world() > 1 else ""
+        return "" if self._device.type == "cuda" else "there is no GPU"
 
     def _warm_up(self, inputs: Tensors) -> R:
         """Call the function on the stream that it will be recorded on."""
@@ -111,6 +110,12 @@ class Graph(Generic[R]):
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             result = function()
         return graph.replay, result
+
+
+def _first(reason: str) -> str:
+    """Return a rank's reason not to replay, the first of any; all ranks replay, or none. Called by all ranks."""
+    reasons = enumerate(all_gather_object(lambda: reason))
+    return next((text if number == rank() else f"rank {number}: {text}" for number, text in reasons if text), "")
 
 
 def _warn(reason: str) -> None:

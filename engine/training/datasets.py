@@ -3,6 +3,7 @@
 import logging
 import platform
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from engine.checkpoint import compatibility
 from engine.config.settings import Settings
 from engine.evaluate.online_knn import Knn
 from engine.parallel import collectives
-from engine.parallel.accelerator import DTYPES
+from engine.parallel.accelerator import DTYPES, new_group
 from engine.parallel.consensus import PeerError, all_gather_object, run_and_gather
 from engine.parallel.rendezvous import cores_per_rank, local_rank, local_world, rank, world
 from engine.training.model import needed_views
@@ -146,17 +147,27 @@ def build_loader(settings: Settings, data: Datasets, accelerator: Accelerator) -
     chosen, views = settings.data, AUGMENTATIONS[settings.data.augmentation]
     options = {**loading(settings, accelerator.device), "size": settings.size_of_epochs, "batch": chosen.batch}
     options |= {"prefetch_factor": chosen.prefetch_factor, "backend": data.backend.name, "order": chosen.order}
-    options |= {"seed": settings.seed, "rank": rank(), "world": world(), "shuffle": _shuffle(settings)}
+    options |= {
+        "seed": settings.seed,
+        "rank": rank(),
+        "world": world(),
+        "shuffle": _shuffle(settings, accelerator.device),
+    }
     return Loader(data.train, views, dtype=DTYPES[accelerator.mixed_precision], **options)
 
 
-def _shuffle(settings: Settings) -> Shuffle | None:
-    """Return the shuffle of the keys' views, where BatchNorm meets other samples in them than in the queries."""
+def _shuffle(settings: Settings, device: torch.device) -> Shuffle | None:
+    """Return the shuffle of the keys' views, where BatchNorm meets other samples in them than in the queries.
+
+    Ranks exchange the crops on the loader's stream, while a step runs, possibly a CUDA graph with collectives of its
+    own: hence in a process group of its own.
+    """
     if settings.model.bn not in SHUFFLED:
         return None
     queries, keys = (needed_views(settings, kinds) for kinds in ("qQ", "kK"))
     parts = 1 if settings.model.bn == "shuffle" else world()
-    return Shuffle(tuple(sorted(keys)), collectives.exchange, parts, only=tuple(sorted(keys - queries)))
+    exchange = partial(collectives.exchange, group=new_group(settings, device))
+    return Shuffle(tuple(sorted(keys)), exchange, parts, only=tuple(sorted(keys - queries)))
 
 
 def loading(settings: Settings, device: torch.device) -> dict[str, Any]:

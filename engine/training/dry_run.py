@@ -70,7 +70,7 @@ def estimate(settings: Settings) -> dict[str, Any]:
         **length,
     }
     batch = settings.data.batch
-    parts = {n: settings.parts(n) for n in _WORLD_SIZES if batch % n == 0}
+    parts = {n: settings.micro_batches(n) for n in _WORLD_SIZES if batch % n == 0}
     fitting = [n for n in parts if batch % (n * parts[n]) == 0 and batch // (n * parts[n]) >= 2]
     estimates["memory"] = {n: memory_of(estimates, batch // n, parts[n]) for n in fitting}
     accelerator.free_memory()

@@ -12,7 +12,7 @@ from engine.config.settings import Settings
 from engine.fault_tolerance.diagnosis import translate_failures
 from engine.fault_tolerance.heartbeat import Heartbeat
 from engine.fault_tolerance.preemption import Stopped
-from engine.parallel.accelerator import DeviceChoice
+from engine.parallel.accelerator import DeviceChoice, untuned_convolutions
 from engine.parallel.batchnorm_stats import RunningStatistics
 from engine.parallel.consensus import run_on_all_ranks
 from engine.parallel.rendezvous import rank, world
@@ -137,7 +137,7 @@ def evaluate(run: Run, epoch: int) -> None:
             raise stopped
 
     if run.data.knn is not None and is_evaluation_due(run, epoch):
-        with run.monitor.pause(), RunningStatistics(run.backbone).averaged():
+        with run.monitor.pause(), RunningStatistics(run.backbone).averaged(), untuned_convolutions():
             top1 = run.data.knn.top1(run.backbone, run.accelerator.autocast, raise_stop)
             run.monitor.evaluation(run.done, epoch, knn_top1=top1)
             run.evaluated_on = run.data.knn.fingerprint

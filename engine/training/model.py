@@ -15,7 +15,7 @@ from engine.config.settings import Settings
 from engine.optim.optimizer import build_optimizer
 from engine.optim.schedule import Schedule
 from engine.parallel import collectives
-from engine.parallel.accelerator import prepared
+from engine.parallel.accelerator import tune_convolutions
 from engine.parallel.rendezvous import world
 from engine.parallel.sync_batchnorm import synchronize
 from engine.training.step import Step
@@ -49,11 +49,13 @@ def build_model(settings: Settings, accelerator: Accelerator, steps_per_epoch: i
     """Build encoders, queue, objective, optimizer, schedules and step, with weights from the settings' seed."""
     set_seed(settings.seed)
     base, device = settings.base, accelerator.device
+    tune_convolutions(device)
     online = _build_online(settings)
     if settings.model.bn == "sync":
-        synchronize(online, device)
-    target = place(momentum_copy(online), device) if base.momentum_encoder else None
+        synchronize(online)
     place(online, device)
+    collectives.broadcast_parameters(online)
+    target = momentum_copy(online) if base.momentum_encoder else None
     if settings.compile:
         _compile(online, target, device)
     queue = None
@@ -62,9 +64,11 @@ def build_model(settings: Settings, accelerator: Accelerator, steps_per_epoch: i
         assert method.queue_size is not None
         assert dim is not None
         queue = KeyQueue(method.queue_size, dim, settings.seed, getattr(torch, method.queue_dtype)).to(device)
-    wrapped, optimizer = prepared(accelerator, online, build_optimizer(online, settings.optim))
-    if settings.gradient_dtype == "bfloat16":
-        _exchange_in_bfloat16(wrapped)
+    if settings.gradient_dtype == "bfloat16" and world() == 1:
+        logger.warning("gradient_dtype bfloat16: there is one rank, and nothing to exchange")
+    # Not DistributedDataParallel: the step averages the gradients itself (engine/parallel/gradients.py).
+    wrapped = accelerator.prepare_model(online, evaluation_mode=True)
+    optimizer = accelerator.prepare_optimizer(build_optimizer(online, settings.optim))
     schedule = Schedule(settings, steps_per_epoch, device)
     step = Step(settings, accelerator, wrapped, target, queue, optimizer, schedule)
     return Model(wrapped, target, queue, optimizer, step)
@@ -75,7 +79,7 @@ def _build_online(settings: Settings) -> Encoder:
     model = settings.model
     assert model.dim is not None
     assert model.bn is not None
-    groups = max(1, GROUPS // (settings.parts(world()) * (world() if model.bn == "shuffle" else 1)))
+    groups = max(1, GROUPS // (settings.micro_batches(world()) * (world() if model.bn == "shuffle" else 1)))
     backbone = build_backbone(
         model.arch,
         stem=model.stem,
@@ -106,14 +110,6 @@ def check_compiler(device: torch.device) -> None:
         raise InputError("compile true: triton is not installed: pip install triton, or choose compile false")
     if device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
         raise InputError("compile true: there is no C++ compiler: install g++, or choose compile false")
-
-
-def _exchange_in_bfloat16(wrapped: nn.Module) -> None:
-    """All-reduce gradients in bfloat16; warn where there is one rank alone."""
-    if isinstance(wrapped, nn.parallel.DistributedDataParallel):
-        wrapped.register_comm_hook(None, lambda _, bucket: collectives.mean_in_bfloat16(bucket))
-    else:
-        logger.warning("gradient_dtype bfloat16: there is one rank, and nothing to exchange")
 
 
 def needed_views(settings: Settings, kinds: str = "qQkK") -> set[int]:

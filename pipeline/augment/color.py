@@ -173,12 +173,19 @@ def _rgb_to_hsv(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     r, g, b = x.unbind(1)
     high, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
     chroma = high - low
-    safe = chroma.clamp(min=1)
-    rc, gc, bc = ((high - channel).div_(safe).double() for channel in (r, g, b))
-    # Sixths of a turn, rounded like PIL's floats and doubles: a tie rounded the other way would be off by 6 levels.
-    sixths = torch.where(r == high, bc - gc, torch.where(g == high, (rc - bc).add_(2), (gc - rc).add_(4))).float()
-    turn = _wrap(sixths.double().div_(6).add_(1), 1).float()
-    h = turn.double().mul_(255).floor_().float().mul_(chroma > 0)
+    share = (high - (r + g + b - high - low)).div_(chroma.clamp(min=1))  # of the middle channel, 0..1
+    # Sixths of a turn, each from one rounded sum: so they equal PIL's, which are doubles at first, in every bit. A tie
+    # rounded the other way would be off by 6 levels.
+    sixths = torch.where(
+        r == high,
+        torch.where(b == low, 1 - share, share - 1),
+        torch.where(
+            g == high,
+            torch.where(b == low, share + 1, 3 - share),
+            torch.where(r == low, share + 3, 5 - share),
+        ),
+    ).div_(6)
+    h = sixths.add_((sixths < 0).to(sixths.dtype)).mul_(255).floor_().mul_(chroma > 0)
     return h, chroma.mul_(255).div_(high.clamp(min=1)).floor_(), high
 
 

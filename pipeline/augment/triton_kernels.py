@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+# Launches name `enable_fp_fusion`, multiply and add in one rounding: its default is true up to Triton 3.7, then false.
 _BLOCK = 256  # pixels of one program
 
 
@@ -24,7 +25,8 @@ def crop_view(
     """
     out = torch.empty((len(boxes), size, size, 3), dtype=torch.uint8, device=pixels.device)
     grid = (triton.cdiv(size * size, _BLOCK), len(boxes))
-    _crop_view[grid](pixels, starts, widths, boxes, flips, out, SIZE=size, BLOCK=_BLOCK)
+    options: dict[str, Any] = {"SIZE": size, "BLOCK": _BLOCK, "enable_fp_fusion": True}
+    _crop_view[grid](pixels, starts, widths, boxes, flips, out, **options)
     return out
 
 
@@ -109,6 +111,7 @@ def augment_view(
     batch, size = crops.shape[0], crops.shape[1]
     sums = torch.zeros(batch, dtype=torch.int32, device=crops.device)
     grid = (triton.cdiv(size * size, _BLOCK), batch)
+    # Not fused, so that products are rounded as on the CPU, and each level below equals `stepwise`'s.
     common: dict[str, Any] = {"PIXELS": size * size, "BLOCK": _BLOCK, "enable_fp_fusion": False}
     colored = torch.empty_like(crops) if len(blurs) else crops
     _sum_luma[grid](crops, parameters, sums, GRAY_FIRST=gray_first, **common)
@@ -146,13 +149,12 @@ def _hue(r, g, b, shift):
     """Shift the hue by `shift` levels of 256 through PIL's 8-bit HSV, as `color.hue` does."""
     high, low = tl.maximum(tl.maximum(r, g), b), tl.minimum(tl.minimum(r, g), b)
     chroma = high - low
-    safe = tl.maximum(chroma, 1.0)
-    rc = tl.div_rn(high - r, safe).to(tl.float64)
-    gc = tl.div_rn(high - g, safe).to(tl.float64)
-    bc = tl.div_rn(high - b, safe).to(tl.float64)
-    sixths = tl.where(r == high, bc - gc, tl.where(g == high, (rc - bc) + 2.0, (gc - rc) + 4.0)).to(tl.float32)
-    turn = _wrap(sixths.to(tl.float64) / 6.0 + 1.0, 1.0).to(tl.float32)
-    h = tl.where(chroma > 0, tl.floor(turn.to(tl.float64) * 255.0).to(tl.float32), 0.0)
+    share = tl.div_rn(high - (r + g + b - high - low), tl.maximum(chroma, 1.0))
+    red = tl.where(b == low, 1.0 - share, share - 1.0)
+    green = tl.where(b == low, share + 1.0, 3.0 - share)
+    blue = tl.where(r == low, share + 3.0, 5.0 - share)
+    turn = tl.div_rn(tl.where(r == high, red, tl.where(g == high, green, blue)), 6.0)
+    h = tl.where(chroma > 0, tl.floor(tl.where(turn < 0, turn + 1.0, turn) * 255.0), 0.0)
     s = tl.floor(tl.div_rn(chroma * 255.0, tl.maximum(high, 1.0)))
     h6 = _wrap(_wrap(h + shift, 256.0) + 256.0, 256.0) * (6 / 255)
     vs = s * high * (1 / 255)
@@ -244,7 +246,7 @@ def _color(crops, parameters, sums, colored, out, GRAY_FIRST: tl.constexpr, PIXE
     if GRAY_FIRST:
         r, g, b = _to_gray(r, g, b, row)
     if tl.load(row + _JITTER) != 0:
-        mean = tl.floor(tl.load(sums + sample).to(tl.float64) / PIXELS + 0.5).to(tl.float32)
+        mean = ((2 * tl.load(sums + sample) + PIXELS) // (2 * PIXELS)).to(tl.float32)  # below 2^30
         for position in range(4):
             r, g, b = _jittered(r, g, b, row, tl.load(row + _ORDER + position), mean)
     if not GRAY_FIRST:

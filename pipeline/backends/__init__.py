@@ -5,6 +5,7 @@ import importlib
 from pipeline.backends.base import Backend, BackendConfig
 from pipeline.beton import Beton
 from pipeline.system.errors import InputError
+from pipeline.system.packages import installed
 
 BACKENDS = ("ffcv", "ffcv_gpu", "dali", "resident")
 
@@ -18,4 +19,6 @@ def build(name: str, beton: Beton, config: BackendConfig) -> Backend:
             f"data.backend {name!r}: {beton.path} is not one file, which only dali reads directly: choose dali, or "
             "write a beton with python -m pipeline.prepare"
         )
+    if name == "dali" and not installed("nvidia.dali"):
+        raise InputError("data.backend 'dali': DALI is not installed: pip install nvidia-dali-cuda130, or choose auto")
     return importlib.import_module(f"pipeline.backends.{name}").build(beton, config)

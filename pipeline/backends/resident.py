@@ -15,7 +15,7 @@ from pipeline.augment.plan import Plan
 from pipeline.backends.base import Backend, BackendConfig, UnderWay
 from pipeline.backends.ffcv import FfcvBackend
 from pipeline.beton import Beton
-from pipeline.native.libffcv import RAW
+from pipeline.beton_format import RAW
 from pipeline.storage.decode import INTACT, damaged, decode_chunk, full_rectangles, records_of
 from pipeline.system.cores import available_cores, free_memory
 from pipeline.system.errors import InputError

@@ -8,7 +8,7 @@ import torch
 
 from pipeline.backends import resident
 from pipeline.beton import Beton
-from pipeline.native.libffcv import JPEG
+from pipeline.beton_format import JPEG
 from pipeline.system.errors import InputError
 from pipeline.system.packages import installed
 from pipeline.system.text import binary

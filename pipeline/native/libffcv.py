@@ -1,4 +1,4 @@
-"""FFCV's file types and compiled C functions, imported without side effects.
+"""FFCV's JPEG decoder, where FFCV is installed, imported without side effects.
 
 `import ffcv` sets torch's and numba's thread counts to one for the process; both are restored here. It also compiles a
 numba dictionary of two entries, which takes seconds; a plain dictionary replaces it. All other modules take what they
@@ -16,39 +16,29 @@ from pipeline.native.numba_cache import compiled, external
 
 _torch_threads, _numba_threads, _typed_dict = torch.get_num_threads(), numba.get_num_threads(), numba.typed.Dict
 numba.typed.Dict = dict
-
-from ffcv.fields import IntField, RGBImageField  # noqa: E402, F401
-from ffcv.libffcv import lib  # noqa: E402
-from ffcv.types import (  # noqa: E402, F401
-    ALLOC_TABLE_TYPE,
-    CURRENT_VERSION,
-    TYPE_ID_HANDLER,
-    FieldDescType,
-    HeaderType,
-    get_metadata_type,
-)
-
+try:
+    from ffcv.libffcv import lib
+except ImportError:
+    lib = None
 numba.typed.Dict = _typed_dict
 torch.set_num_threads(_torch_threads)
 numba.set_num_threads(_numba_threads)
 
-JPEG, RAW = 0, 1  # a record's `mode`
+decode_jpeg: Any = None
+"""`decode_jpeg(source, pixels, height, width)`, compiled; None without FFCV."""
 
-crc32 = external("millrace_crc32", lib.crc32, types.uint64(types.uint64, types.uintp, types.uint32))
-"""zlib's `crc32(begin, address, size)` for compiled code, from FFCV's library."""
+if lib is not None:
+    _imdecode = external(
+        "millrace_imdecode",
+        lib.imdecode,
+        types.int32(types.uintp, types.uint64, *[types.uint32] * 2, types.uintp, *[types.uint32] * 8),
+    )
 
-_imdecode = external(
-    "millrace_imdecode",
-    lib.imdecode,
-    types.int32(types.uintp, types.uint64, *[types.uint32] * 2, types.uintp, *[types.uint32] * 8),
-)
+    @compiled(nogil=True, boundscheck=False)
+    def decode_jpeg(source: Any, pixels: Any, height: int, width: int) -> int:
+        """Decode a JPEG, uint8 [size], of that size to `pixels`, uint8, RGB; return 0 unless it errs or warns.
 
-
-@compiled(nogil=True, boundscheck=False)
-def decode_jpeg(source: Any, pixels: Any, height: int, width: int) -> int:
-    """Decode a JPEG, uint8 [size], of that size to `pixels`, uint8, RGB; return 0 unless it errs or warns.
-
-    FFCV's library keeps 10 KB for each thread that has called it, also after the thread's end.
-    """
-    at, to = source.ctypes.data, pixels.ctypes.data
-    return _imdecode(at, source.size, height, width, to, height, width, 0, 0, 1, 1, 0, 0)
+        FFCV's library keeps 10 KB for each thread that has called it, also after the thread's end.
+        """
+        at, to = source.ctypes.data, pixels.ctypes.data
+        return _imdecode(at, source.size, height, width, to, height, width, 0, 0, 1, 1, 0, 0)

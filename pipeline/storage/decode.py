@@ -5,11 +5,25 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.beton import Beton
-from pipeline.native.libffcv import JPEG, crc32, decode_jpeg
-from pipeline.native.libjpeg import decode_rectangle_symbol
+from pipeline.beton_format import JPEG
+from pipeline.native import libjpeg
+from pipeline.native.libz import crc32
 from pipeline.native.numba_cache import compiled
 from pipeline.system.errors import DamagedRecord
 from pipeline.system.limits import MAX_SCANNED_PIXELS, MAX_SCANS
+
+decode_rectangle_symbol: Any = libjpeg.decode_rectangle_symbol
+decode_jpeg: Any = None
+DECODER = "partial"
+"""Decoder of JPEGs: partial (jpeg.c), full (FFCV's, where jpeg.c was not built), or pillow (with neither of them)."""
+if decode_rectangle_symbol is None:  # only then: importing FFCV takes seconds
+    from pipeline.native import libffcv
+
+    decode_jpeg, DECODER = libffcv.decode_jpeg, "full"
+    if decode_jpeg is None:
+        from pipeline.native import pillow
+
+        decode_rectangle_symbol, DECODER = pillow.decode_rectangle_symbol, "pillow"
 
 INTACT, _CHANGED, UNDECODABLE = range(3)  # the state of a record; all but INTACT are faults
 _FAULTS = {
@@ -72,8 +86,8 @@ def _decode_box(data: Any, height: Any, width: Any, box: Any, pixels: Any) -> bo
 
 _BLOCK_COLUMNS = 16  # of a JPEG whose colors have half the resolution; else 8
 _MIN_COLUMNS = 8  # of a rectangle; libjpeg does not interpolate colors of less than 5
-_PARTIAL = decode_rectangle_symbol is not None
-JIT: dict[str, Any] = {"variant": "partial" if _PARTIAL else "full", "nogil": True, "boundscheck": False}
+_PARTIAL = DECODER != "full"
+JIT: dict[str, Any] = {"variant": DECODER, "nogil": True, "boundscheck": False}
 """Options for compiling functions that decode."""
 _decode = compiled(**JIT)(_decode_box if _PARTIAL else _decode_full)
 
@@ -144,6 +158,12 @@ def full_rectangles(records: Records, ids: np.ndarray) -> np.ndarray:
     """Return the rectangle of each full image: int32 [B, 4]."""
     zero = np.zeros(len(ids), np.int32)
     return np.stack([zero, zero, records.heights[ids].astype(np.int32), records.widths[ids].astype(np.int32)], 1)
+
+
+def decodes(data: np.ndarray, height: int, width: int) -> bool:
+    """Return whether JPEG `data`, uint8 [size], decodes to that size without error."""
+    pixels, full = np.empty(3 * height * width, np.uint8), np.array([0, 0, height, width], np.int32)
+    return bool(_decode(data, height, width, full, pixels))
 
 
 def check_record(beton: Beton, index: int) -> str | None:

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-from pipeline.native.libffcv import JPEG, RAW, decode_jpeg
-from pipeline.storage.decode import jpeg_frame
+from pipeline.beton_format import JPEG, RAW
+from pipeline.storage.decode import decodes, jpeg_frame
 from pipeline.system.counter_rng import mix
 from pipeline.system.errors import InputError, describe_error
 from pipeline.system.limits import MAX_IMAGE_PIXELS, MAX_SCANNED_PIXELS, MAX_SCANS
@@ -133,10 +133,7 @@ def _storable(data: bytes, image: Image.Image, settings: Settings) -> bool:
     if not settings.ignore_exif and _upright(image) is not None:
         return False
     source, (width, height) = np.frombuffer(data, np.uint8), image.size
-    if jpeg_frame(source)[:2] != (height, width):
-        return False
-    pixels = np.empty(3 * height * width, np.uint8)
-    return bool(decode_jpeg(source, pixels, height, width) == 0)
+    return jpeg_frame(source)[:2] == (height, width) and decodes(source, height, width)
 
 
 def _to_rgb(image: Image.Image, settings: Settings) -> Image.Image:

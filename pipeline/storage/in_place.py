@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from pipeline.beton import MAX_PIXELS_PER_BYTE, Beton
-from pipeline.native.libffcv import JPEG
+from pipeline.beton_format import JPEG
 from pipeline.sources.archives import Item, Source, open_source, tar_files
 from pipeline.storage.decode import jpeg_frame
 from pipeline.system.cores import available_cores

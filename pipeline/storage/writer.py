@@ -6,16 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.native.libffcv import (
-    ALLOC_TABLE_TYPE,
-    CURRENT_VERSION,
-    TYPE_ID_HANDLER,
-    FieldDescType,
-    HeaderType,
-    IntField,
-    RGBImageField,
-    get_metadata_type,
-)
+from pipeline.beton_format import FIELD_DESCRIPTOR, HEADER, IMAGE, INT, TABLE_ENTRY, VERSION, row_type
 from pipeline.storage.encode import Record, Unreadable
 
 PAGE_BYTES = 1 << 23  # FFCV's default; no record crosses the boundary of a page that could contain it
@@ -29,18 +20,17 @@ class BetonWriter:
     """
 
     def __init__(self, path: Path, capacity: int) -> None:
-        fields = {"image": RGBImageField(), "label": IntField()}
-        self._row = get_metadata_type(list(fields.values()))
-        self._descriptors = np.zeros(len(fields), FieldDescType)
-        type_ids = {kind: number for number, kind in TYPE_ID_HANDLER.items()}
-        for descriptor, (name, field) in zip(self._descriptors, fields.items(), strict=True):
-            descriptor["type_id"] = type_ids[type(field)]
+        fields = {"image": IMAGE, "label": INT}
+        self._row = row_type(fields.values())
+        self._descriptors = np.zeros(len(fields), FIELD_DESCRIPTOR)
+        for descriptor, (name, type_id) in zip(self._descriptors, fields.items(), strict=True):
+            descriptor["type_id"] = type_id
             descriptor["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
         self._metadata = np.zeros(capacity, self._row)
-        self._table = np.zeros(capacity, ALLOC_TABLE_TYPE)
+        self._table = np.zeros(capacity, TABLE_ENTRY)
         self._count, self._page = 0, PAGE_BYTES
         self._file = open(path, "xb")  # noqa: SIM115 - `close` closes it
-        self._end = HeaderType.itemsize + self._descriptors.nbytes + self._metadata.nbytes
+        self._end = HEADER.itemsize + self._descriptors.nbytes + self._metadata.nbytes
 
     def append(self, record: Record, label: int) -> None:
         """Write the next sample. Raises Unreadable for a record larger than FFCV's largest page, and OSError."""
@@ -64,8 +54,8 @@ class BetonWriter:
 
     def close(self) -> int:
         """Write header, metadata and allocation table to disk; return the CRC32 of the three. Raises OSError."""
-        header = np.zeros(1, HeaderType)
-        header["version"], header["num_fields"] = CURRENT_VERSION, len(self._descriptors)
+        header = np.zeros(1, HEADER)
+        header["version"], header["num_fields"] = VERSION, len(self._descriptors)
         header["page_size"], header["num_samples"] = self._page, self._count
         header["alloc_table_ptr"] = self._end
         front = header.tobytes() + self._descriptors.tobytes() + self._metadata[: self._count].tobytes()

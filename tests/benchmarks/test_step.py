@@ -42,6 +42,18 @@ def test_steps_and_parts_are_timed(tmp_path: Path, run: Run) -> None:
     assert "--terms '[co2]'" in table
 
 
+@pytest.mark.slow
+def test_steps_are_timed_alone(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    options = ["--no-parts", "--cudnn-benchmark", "off", "--torch-threads", "1", "--json", str(tmp_path / "r.json")]
+    assert run(step, *SMALL, "--compare", "eager,eager-graph", "--runs", "1", *options) == 0
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert set(result["ways"]) == {"eager", "eager-graph"}
+    assert result["parts"] == result["share_outside_encoders"] == {}
+    assert result["cudnn_benchmark"] is False
+    assert not torch.backends.cudnn.benchmark
+
+
 def test_ratios_and_shares_are_taken_run_by_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Although one run of all is slow."""
     times = iter([1.0, 1.0, 5.0, 1.0] * 99)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tests.benchmarks.test_step import SMALL
 
 def test_training_and_bare_step_are_timed(drawn: Path, tmp_path: Path, run: Run) -> None:
     options = ["--steps", "3", "--runs", "2", "--log_every", "2", "--data.train", str(drawn)]
+    options += ["--trace", str(tmp_path / "trace.json.gz")]
     files = ["--json", str(tmp_path / "r.json"), "--markdown", str(tmp_path / "r.md")]
     assert run(train, *SMALL, *options, *files) == 0
     result = json.loads((tmp_path / "r.json").read_text())
@@ -22,6 +24,10 @@ def test_training_and_bare_step_are_timed(drawn: Path, tmp_path: Path, run: Run)
     assert 0.05 < result["ratio"]["median"] < 2
     assert result["training"]["median"] == pytest.approx(result["step"]["median"] * result["ratio"]["median"], rel=0.5)
     assert result["backend"].startswith("resident")
+    assert result["peak_bytes"] is None
+    with gzip.open(tmp_path / "trace.json.gz") as trace:
+        events = json.load(trace)["traceEvents"]
+    assert sum(event.get("name", "").startswith("Optimizer.step") for event in events) == 3
     assert "| ratio | " in (tmp_path / "r.md").read_text()
     assert "a line of metrics every 2 steps" in (tmp_path / "r.md").read_text()
 

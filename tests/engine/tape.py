@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch.distributed import Work
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves
 
@@ -45,6 +46,9 @@ class Tape(TorchDispatchMode):
         with torch.no_grad():
             for operator, args, kwargs, new in self._calls:
                 results = tree_leaves(operator(*args, **kwargs))
+                for work in results if operator.namespace == "c10d" else ():
+                    if isinstance(work, torch.ScriptObject):
+                        Work.unbox(work).wait()  # type: ignore[attr-defined]
                 for place, tensor in new:
                     tensor.copy_(results[place])
 
@@ -62,7 +66,9 @@ class Tape(TorchDispatchMode):
         new = [(n, t) for n, t in leaves if t.untyped_storage().data_ptr() not in known]
         for _, tensor in new:
             self._inner[tensor.untyped_storage().data_ptr()] = tensor  # so that no other takes its memory
-        if new or operator._schema.is_mutable:  # else it returns views, which stay valid
+        if (
+            new or operator._schema.is_mutable or operator.namespace == "c10d"
+        ):  # else it returns views, which stay valid
             self._calls.append((operator, args, kwargs, [(n, t.detach()) for n, t in new]))
         return result
 
@@ -71,6 +77,8 @@ class Tape(TorchDispatchMode):
         """Return the tensors that a call writes to."""
         if operator._schema.name == "aten::native_batch_norm":  # its schema does not mention running statistics
             return [t for t in args[3:5] if t is not None]
+        if operator.namespace == "c10d":  # nor collectives' schemas their outputs
+            return [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         arguments = operator._schema.arguments
         values = [*args, *([None] * (len(arguments) - len(args)))]
         written = [

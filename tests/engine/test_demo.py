@@ -60,7 +60,7 @@ def test_ctrl_c_leaves_training_time_for_its_checkpoint(
     )
     monkeypatch.setattr(demo, "__file__", str(tmp_path / "demo.py"))
     with pytest.raises(KeyboardInterrupt):
-        demo._launch(tmp_path / "recipe.yaml")
+        demo._launch(tmp_path / "recipe.yaml", 0)
     assert (tmp_path / "saved").exists()
     assert f"--config {tmp_path / 'recipe.yaml'} --resume auto" in capfd.readouterr().err
 

@@ -1,12 +1,16 @@
-"""Split BatchNorm against plain BatchNorm on each part."""
+"""BatchNorm by parts of a batch against torch's on each part, in torch's operations and in Triton's interpreter."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from methods.norm import SplitBatchNorm
+from methods import norm, norm_kernels
+from methods.norm import BatchNorm, SplitBatchNorm, count_batches
 
 
 @pytest.mark.parametrize(("batch", "groups"), [(16, 8), (12, 8), (7, 4), (2, 8)])
@@ -30,7 +34,8 @@ def test_running_statistics_move_as_far_as_in_one_update() -> None:
     layer(x)
     plain(x)
     assert torch.allclose(layer.running_mean, plain.running_mean, atol=1e-6)
-    assert layer.num_batches_tracked == 1
+    count_batches(layer, 2)
+    assert layer.num_batches_tracked == 2
 
 
 def test_evaluation_equals_plain_batchnorm() -> None:
@@ -48,3 +53,72 @@ def test_vectors_are_split_like_images() -> None:
     expected = [(p - p.mean(0)) / (p.var(0, unbiased=False) + 1e-5).sqrt() for p in x.chunk(2)]
     assert torch.allclose(layer(x), torch.cat(expected), atol=1e-12)
     assert layer.weight is None
+
+
+class Copies:
+    """Ranks with the same batch as this one."""
+
+    def __init__(self, world: int) -> None:
+        self.world = world
+
+    def gather(self, local: torch.Tensor) -> torch.Tensor:
+        return torch.cat([local] * self.world)
+
+    def sum(self, local: torch.Tensor) -> torch.Tensor:
+        return self.world * local
+
+
+def _results(layer: BatchNorm, x: torch.Tensor, slope: torch.Tensor, normalized: torch.Tensor) -> list[torch.Tensor]:
+    """Return output, gradients and running statistics."""
+    parameters = [p for p in (x, layer.weight, layer.bias) if p is not None]
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    return [normalized.detach(), *torch.autograd.grad(normalized, parameters, slope), *layer.buffers()][:-1]
+
+
+@pytest.mark.parametrize("operations", [norm._TorchOperations, norm_kernels], ids=["torch", "triton"])
+@pytest.mark.parametrize(
+    ("shape", "views", "groups", "affine"),
+    [((16, 5, 4, 4), 1, 8, True), ((8, 70, 3, 3), 2, 1, True), ((12, 130), 1, 3, False), ((4, 3, 20, 20), 1, 1, True)],
+)
+def test_one_operation_equals_torchs_batchnorm_of_each_part(
+    shape: tuple[int, ...], views: int, groups: int, affine: bool, operations: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64 to 1e-12: values, gradients and running statistics."""
+    if operations is norm_kernels and torch.cuda.is_available():
+        pytest.skip("kernels are compiled for the GPU")
+    torch.manual_seed(0)
+    monkeypatch.setattr(norm, "_operations", lambda x: operations)
+    x = (2 * torch.randn(shape, dtype=torch.float64) + 3).requires_grad_()
+    if x.ndim == 4:
+        x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+    slope = torch.randn(shape, dtype=torch.float64)
+    layer, plain = (BatchNorm(shape[1], groups, affine=affine).double() for _ in range(2))
+    if affine:
+        nn.init.uniform_(layer.weight)
+        nn.init.uniform_(layer.bias)
+    plain.load_state_dict(layer.state_dict())
+    layer.views = views
+    momentum = 1 - 0.9 ** (1 / groups)
+    parts = [
+        F.batch_norm(part, plain.running_mean, plain.running_var, plain.weight, plain.bias, True, momentum, 1e-5)
+        for part in x.chunk(views * groups)
+    ]
+    expected = _results(plain, x, slope, torch.cat(parts))
+    actual = _results(layer, x, slope, layer.normalize(x, layer.statistics(x)))
+    for value, reference in zip(actual, expected, strict=True):
+        assert torch.allclose(value, reference, rtol=1e-12, atol=1e-12 * float(reference.abs().max()))
+
+
+def test_statistics_of_ranks_are_those_of_their_batches_together() -> None:
+    torch.manual_seed(0)
+    x, slope = torch.randn(6, 5, 4, 4, dtype=torch.float64), torch.randn(6, 5, 4, 4, dtype=torch.float64)
+    layer, plain = BatchNorm(5).double(), nn.BatchNorm2d(5).double()
+    layer.ranks = Copies(3)
+    x.requires_grad_()
+    together = torch.cat([x] * 3)
+    (expected,) = torch.autograd.grad(plain(together), x, torch.cat([slope] * 3))  # of all ranks' losses
+    (actual,) = torch.autograd.grad(layer(x), x, slope)
+    assert torch.allclose(3 * actual, expected, atol=1e-12)
+    assert torch.allclose(layer(x), plain(together)[:6], atol=1e-12)
+    assert torch.allclose(layer.running_var, plain.running_var, atol=1e-12)

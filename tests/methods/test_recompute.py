@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from methods.encoders import resnet
-from methods.norm import norm_layers
+from methods.norm import BatchNorm, norm_layers
 from methods.recompute import recompute
 from methods.vit import vit
 
 
 def backbones() -> dict[str, nn.Module]:
     torch.manual_seed(0)
-    split, _ = norm_layers("split", 2)
+    split = norm_layers("split", 2)
     return {
         "resnet18": resnet("resnet18", stem="small", width=0.125).double(),
         "resnet50, split": resnet("resnet50", stem="small", width=0.125, norm=split).double(),
@@ -53,7 +53,9 @@ def test_recomputing_saves_memory_and_changes_no_result(name: str) -> None:
     assert recomputing_bytes < 0.4 * plain_bytes
     assert all(torch.allclose(a, b, atol=1e-13, rtol=1e-12) for a, b in zip(results, expected, strict=True))
     norms = [m for m in recomputing.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    assert all((m.momentum, m.num_batches_tracked.item()) == (0.1, 1) for m in norms)
+    counted = [m.num_batches_tracked.item() == (not isinstance(m, BatchNorm)) for m in norms]
+    assert all(counted)
+    assert all(m.momentum == 0.1 for m in norms)
 
 
 def test_blocks_recompute_only_with_gradient() -> None:

@@ -14,8 +14,8 @@ from PIL import Image
 
 from pipeline.augment.color import Statistics
 from pipeline.beton import Beton
+from pipeline.beton_format import JPEG
 from pipeline.loader import Batch, Loader
-from pipeline.native.libffcv import JPEG
 from pipeline.views import AUGMENTATIONS, View
 
 SIZE, BATCH = 16, 32

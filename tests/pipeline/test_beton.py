@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from pipeline.beton import Beton, Manifest, manifest_path
+from pipeline.beton_format import JPEG, RAW
 from pipeline.native import libffcv
-from pipeline.native.libffcv import JPEG, RAW
 from pipeline.prepare import prepare
 from pipeline.storage.decode import check_record, decode
 from pipeline.storage.encode import Settings, encode
@@ -190,8 +190,7 @@ BIG = 2**64 - 1
         (HEADER.size, "<B", 255, "field of an unknown type"),
         (HEADER.size, "<B", 77, "field of an unknown type"),
         (HEADER.size, "<B", 1, "it has no image field"),
-        (HEADER.size, "<B", 4, "field whose description cannot be read"),
-        (HEADER.size + FIELD, "<B", 4, "field whose description cannot be read"),
+        (HEADER.size, "<B", 4, "no image field"),
         (HEADER.size + FIELD, "<B", 3, "not an intact beton"),
     ],
 )

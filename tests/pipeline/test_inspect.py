@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from pipeline.beton import Beton, manifest_path
+from pipeline.beton_format import JPEG, RAW
 from pipeline.inspect import describe, main, preview, verify
-from pipeline.native.libffcv import JPEG, RAW
 from pipeline.prepare import prepare
 from pipeline.storage.encode import Settings
 from pipeline.views import AUGMENTATIONS

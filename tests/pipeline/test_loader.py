@@ -624,3 +624,17 @@ def test_a_damaged_record_is_named_by_the_center_loader(copied: Path) -> None:
     _flip_byte(copied, 40)
     with _center(copied) as loader, pytest.raises(DamagedRecord, match="sample 40 "):
         list(loader)
+
+
+@pytest.mark.gpu
+def test_host_queues_two_steps_at_most(drawn: Path) -> None:
+    """The third is not begun before the first has ended on the GPU; a step takes some 50 ms here."""
+    ends = list[torch.cuda.Event]()
+    with small_loader(drawn, "resident", device="cuda") as loader:
+        for _, batch in zip(range(6), loader.endless(), strict=False):
+            if len(ends) >= 3:
+                assert ends[-3].query()
+            assert batch.views[0] is not None
+            torch.cuda._sleep(100_000_000)
+            ends.append(torch.cuda.current_stream().record_event())
+        assert not ends[-1].query()

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from pipeline.beton import Beton
-from pipeline.native.libffcv import RAW
+from pipeline.beton_format import RAW
 from pipeline.prepare import main, prepare
 from pipeline.sources import synthetic
 from pipeline.storage.decode import decode

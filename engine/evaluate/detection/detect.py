@@ -124,7 +124,7 @@ def train(task: Detection, batch: int, settings: dict[str, object]) -> nn.Module
     assert isinstance(task.backbone, ResNet)
     torch.manual_seed(args.seed)  # for the new layers
     model = faster_rcnn(task.backbone, len(task.train.classes), tuple(args.sizes), args.largest)
-    place(synchronize(model, task.device), task.device)
+    place(synchronize(model), task.device)
     optimizer = sgd([{"params": list(model.parameters())}], weight_decay=_DECAY)
     samples = Samples(
         task.train.path,

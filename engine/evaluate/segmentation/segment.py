@@ -128,7 +128,7 @@ def train(task: Segmentation, classes: int, batch: int, name: str, settings: dic
     """Return the trained network. Resumes an interrupted training."""
     args = task.args
     model = Fcn(task.backbone, classes, frozen=args.frozen, seed=args.seed)
-    trained = synchronize(model.head if args.frozen else model, task.device)
+    trained = synchronize(model.head if args.frozen else model)
     place(model, task.device)
     optimizer = sgd([{"params": list(trained.parameters())}], weight_decay=_DECAY)
     checkpoint = EpochCheckpoint(task, name, trained, optimizer, settings)

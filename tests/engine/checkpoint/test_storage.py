@@ -94,3 +94,22 @@ def test_other_format_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(state))
     with pytest.raises(InputError, match="format 99"):
         storage.load(path.parent)
+
+
+@pytest.mark.gpu
+def test_checkpoint_of_gpu_tensors_does_not_wait_for_later_steps(tmp_path: Path) -> None:
+    """Copies are of the moment of `save`; the second checkpoint reuses the first's pinned memory."""
+    tensors = {"a": torch.arange(5.0, device="cuda"), "b": torch.ones(3, 2, dtype=torch.bfloat16, device="cuda").t()}
+    tensors["c"] = torch.tensor(7, device="cuda")
+    writer = storage.Writer(tmp_path, keep=2)
+    for step in (1, 2):
+        expected = {name: value.cpu() for name, value in tensors.items()}
+        writer.save(step, {"model": tensors}, STATE)
+        torch.cuda._sleep(5_000_000_000)  # seconds of the steps that follow
+        busy = torch.cuda.current_stream().record_event()
+        tensors["a"] += 1
+        writer.finish()
+        assert not busy.query()
+        found, _ = storage.load(tmp_path / f"step_{step:08d}")
+        assert all(torch.equal(found["model"][name], value) for name, value in expected.items())
+        torch.cuda.synchronize()

@@ -73,7 +73,7 @@ def test_slurm_job_starts_all_nodes_and_resumes(tmp_path: Path, slurm: dict[str,
     subprocess.run(script, cwd=tmp_path, env=slurm, check=True)
     assert calls(tmp_path, "torchrun") == [
         "torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint node7:20042 --rdzv-id 42 "
-        "engine/run.py --resume auto --config R.yaml --data.train /shared/a b.beton"
+        "engine/run.py --resume auto --require-gpu --config R.yaml --data.train /shared/a b.beton"
     ]
     assert "--kill-on-bad-exit=1" in calls(tmp_path, "srun")[0]
     variables = "$SRUN_CPUS_PER_TASK cores, $PET_SIGNALS_TO_HANDLE, $TORCH_ELASTIC_SHUTDOWN_TIMEOUT s"

@@ -27,12 +27,12 @@ def test_rate_and_momentum_of_each_step(name: str, ema_schedule: Any) -> None:
     optim = Optim(lr=0.3, epochs=4, **OPTIMS[name])
     method = Method(name="moco_v3", ema_momentum=0.9, ema_schedule=ema_schedule)
     schedule = Schedule(replace(settings("moco_v3"), optim=optim, method=method), 5, CPU)
-    lr, share = schedule.lr, schedule.share
+    lr, ema_weight = schedule.lr, schedule.ema_weight
     for step in range(20):
         schedule.begin()
         assert lr.item() == learning_rate(optim, step, 5, 8)
-        assert share.item() == pytest.approx(1 - momentum_after(method, step, 20), abs=1e-15)
-        assert schedule.numbers() == pytest.approx({"lr": lr.item(), "momentum": 1 - share.item()}, abs=1e-14)
+        assert ema_weight.item() == pytest.approx(1 - momentum_after(method, step, 20), abs=1e-15)
+        assert schedule.numbers() == pytest.approx({"lr": lr.item(), "momentum": 1 - ema_weight.item()}, abs=1e-14)
         schedule.end(YES)
     schedule.begin()  # steps after the last are taken by benchmarks alone
     assert lr.item() == learning_rate(optim, 19, 5, 8)

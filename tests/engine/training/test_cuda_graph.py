@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from accelerate import Accelerator
 
 from engine.config.settings import Optim
+from engine.parallel.accelerator import build_accelerator
+from engine.parallel.rendezvous import rank, world
 from engine.training.cuda_graph import WARM
 from methods.co2 import CO2
 from methods.registry import Terms
@@ -19,6 +22,7 @@ from methods.xmoco import XMoCo
 from pipeline.sampling.order import shuffled_rows
 from tests.engine.small import SIZE, batch_of, built, everything, settings, views
 from tests.engine.tape import TapedGraph
+from tests.gloo import on_ranks
 
 
 def test_inputs_are_copied_and_other_shapes_recorded_anew() -> None:
@@ -159,6 +163,60 @@ def test_recorded_step_trains_like_a_plain_one(
     if on_cpu:
         assert graph.tape.recorded == 2
         assert graph.tape.replayed == 12 - WARM - 1 + 6 - WARM
+
+
+def run_mixed(name: str, out: str) -> None:
+    """Take 50 steps, every fifth measured, plain and recorded: states and results must agree on every rank."""
+    bn, optim = ("sync", replace(SGD, name="lars", lr=3.0)) if name == "moco_v3" else ("plain", SGD)  # type: ignore[arg-type]
+    chosen = replace(settings(name, Terms(residual=Residual()), bn), optim=optim, cpu=True, tracker="none")
+    plain, recorded = (built(chosen, build_accelerator(chosen)) for _ in range(2))
+    graph = recorded.step._graph = TapedGraph(recorded.step._train_step, recorded.step._reset)
+    for number in range(50):
+        halves = [view.chunk(world())[rank()] for view in views(number)]
+        if number == 20 and rank() == 1:
+            halves[0] = halves[0] * float("inf")
+        a, b = (m.step(batch_of(*halves), measured=number % 5 == 4) for m in (plain, recorded))
+        results = [{**result.parts, **result.measures, "q": result.q} for result in (a, b)]
+        torch.testing.assert_close(results[1], results[0], rtol=0, atol=0, equal_nan=True)
+        assert a.taken == b.taken == (number != 20)
+    torch.testing.assert_close(everything(recorded), everything(plain), rtol=0, atol=0)
+    assert graph.tape.recorded == 1
+    assert graph.tape.replayed == 40 - WARM
+    Path(out, str(rank())).touch()
+
+
+@pytest.mark.parametrize("name", ["moco_v2", pytest.param("moco_v3", marks=pytest.mark.slow)])
+def test_steps_of_two_ranks_are_replayed_between_measured_ones(name: str, tmp_path: Path) -> None:
+    on_ranks(2, run_mixed, name, str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def run_refused(out: str) -> None:
+    """Rank 1 cannot record: both ranks run without."""
+
+    def record(function: Any) -> Any:
+        if rank() == 1:
+            raise RuntimeError("no memory")
+        return pytest.fail, None  # rank 0 could replay
+
+    chosen = replace(settings(), cpu=True, tracker="none")
+    plain, recorded = (built(chosen, build_accelerator(chosen)) for _ in range(2))
+    recorded.step._graph = TapedGraph(recorded.step._train_step, recorded.step._reset, record)
+    reasons: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.training.cuda_graph._warn", reasons.append)
+        for number in range(WARM + 3):
+            halves = [view.chunk(world())[rank()] for view in views(number)]
+            a, b = (m.step(batch_of(*halves)) for m in (plain, recorded))
+            assert torch.equal(a.parts["loss"], b.parts["loss"])
+    prefix = "rank 1: " if rank() == 0 else ""
+    assert reasons == [f"{prefix}it cannot be recorded (no memory)"]
+    Path(out, str(rank())).touch()
+
+
+def test_rank_that_cannot_record_has_all_ranks_run_without(tmp_path: Path) -> None:
+    on_ranks(2, run_refused, str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("fault", ["reads the loss", "counts in Python"])

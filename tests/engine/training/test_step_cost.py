@@ -154,16 +154,21 @@ def run(out: str) -> None:
         chosen = replace(settings(name, terms), cpu=True, tracker="none", **more)
         model = built(chosen, build_accelerator(chosen))
         halves = [[v.chunk(world())[rank()] for v in views(step)] for step in range(4)]
-        for half in halves[:-1]:  # the first ones arrange the gradients' buckets
+        for half in halves[:-1]:
             model.step(batch_of(*half))
         with Traffic() as traffic:
             model.step(batch_of(*halves[-1]))
-        results[case] = {"sent": traffic.sent, "parameters": count_trained(model)}
+        results[case] = {"sent": traffic.sent, "parameters": count_trained(model), "padding": count_padding(model)}
     Path(out, f"{rank()}.json").write_text(json.dumps(results))
 
 
 def count_trained(model: Model) -> int:
     return sum(p.numel() for p in model.step.encoder.parameters() if p.requires_grad)
+
+
+def count_padding(model: Model) -> int:
+    """Return the elements between gradients in their buffer, in which each begins at a multiple of 64."""
+    return sum(-p.numel() % 64 for p in model.step.encoder.parameters() if p.requires_grad)
 
 
 def test_step_sends_gradients_and_keys_alone(tmp_path: Path) -> None:
@@ -180,7 +185,9 @@ def test_step_sends_gradients_and_keys_alone(tmp_path: Path) -> None:
             assert gathers == expected["allgather_base"], case
             *others, gradients = expected["allreduce"]
             assert sums[: len(others)] == others, case
-            assert sum(sums[len(others) :]) == gradients, case
+            sent = sums[len(others) :]
+            assert len(sent) <= 3, case
+            assert sum(sent) == gradients + (gradients // result["parameters"]) * result["padding"], case
 
 
 def run_synchronized(out: str) -> None:
@@ -193,21 +200,21 @@ def run_synchronized(out: str) -> None:
         model.step(batch_of(*half))
     norms = [module for module in model.step.encoder.modules() if isinstance(module, _BatchNorm)]
     counts = {"layers": len(norms), "channels": sum(norm.num_features for norm in norms)}
-    result = {"sent": traffic.sent, **counts, "parameters": count_trained(model)}
+    result = {"sent": traffic.sent, **counts, "gradients": count_trained(model) + count_padding(model)}
     Path(out, f"{rank()}.json").write_text(json.dumps(result))
 
 
-def test_synchronized_batchnorm_sends_its_statistics_once_per_layer_and_pass(tmp_path: Path) -> None:
-    """A gather forward, of query and key encoder, and a sum backward of the query encoder."""
+def test_synchronized_batchnorm_sends_its_statistics_once_per_layer(tmp_path: Path) -> None:
+    """A gather in the forward passes, for both encoders, and a sum in the backward pass of the online encoder."""
     on_ranks(2, run_synchronized, str(tmp_path))
     everyone = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(2)]
     assert everyone[0] == everyone[1]
     sent, layers, channels = (everyone[0][key] for key in ("sent", "layers", "channels"))
     statistics = 2 * 8 * channels  # mean and variance, in float64
-    assert len(sent["allgather_base"]) == 2 * layers + 1
+    assert len(sent["allgather_base"]) == layers + 1
     assert sum(sent["allgather_base"]) == 2 * statistics + KEYS
     assert len(sent["allreduce"]) > layers
-    assert sum(sent["allreduce"]) == 2 * statistics + 8 * everyone[0]["parameters"]
+    assert sum(sent["allreduce"]) == statistics + 8 * everyone[0]["gradients"]
     plain = estimate(replace(settings("moco_v2", bn="sync"), cpu=True, tracker="none"))
     assert plain["norm_passes"] == (layers, layers)
 
@@ -238,7 +245,7 @@ def run_shuffled(beton: str, out: str) -> None:
         assert taken == ("skipped" not in case)
         sent[case] = traffic.order
     run.close()
-    result = {"sent": sent, "parameters": count_trained(run.model)}
+    result = {"sent": sent, "gradients": count_trained(run.model) + count_padding(run.model)}
     Path(out, f"{rank()}.json").write_text(json.dumps(result))
 
 
@@ -254,7 +261,7 @@ def test_shuffled_batchnorm_exchanges_one_view_in_the_same_order_on_all_ranks(dr
         ("alltoall_base", crops),
         ("allgather_base", 16 * 16 * 4),
     ]
-    assert sum(gradients) == 4 * one["parameters"]
+    assert sum(gradients) == 4 * one["gradients"]
     for case, order in sent.items():
         assert order[0] == ("alltoall_base", crops), case
         assert [name for name, _ in order].count("alltoall_base") == 1, case

@@ -153,6 +153,17 @@ def test_color_operations_equal_pillow(name: str, low: float, high: float) -> No
         assert gap.mean() < 1e-4
 
 
+@pytest.mark.parametrize("step", [17, pytest.param(1, marks=pytest.mark.slow)])
+def test_hsv_of_the_color_cube_equals_pillow(step: int) -> None:
+    """All 2^24 colors where slow."""
+    levels = torch.arange(0.0, 256.0, step)
+    for red in levels:
+        plane = torch.stack(torch.meshgrid(red[None], levels, levels, indexing="ij"))  # [3, 1, n, n]
+        found = torch.stack(operations._rgb_to_hsv(plane.transpose(0, 1)), dim=-1)[0]
+        image = Image.fromarray(plane[:, 0].permute(1, 2, 0).to(torch.uint8).numpy())
+        assert np.array_equal(found.numpy(), np.asarray(image.convert("HSV")))
+
+
 def test_hue_of_a_coarse_color_cube_equals_pillow() -> None:
     """52^3 colors, with grays, primaries and hue ties, by shifts that wrap around in both directions."""
     levels = np.arange(0, 256, 5, dtype=np.uint8)

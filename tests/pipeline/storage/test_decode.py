@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pipeline.beton import Beton
-from pipeline.native.libffcv import JPEG, RAW
+from pipeline.beton_format import JPEG, RAW
 from pipeline.prepare import prepare
 from pipeline.storage.decode import check_record, decode, full_rectangles, records_of, rectangles
 from pipeline.storage.encode import Settings

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from pipeline.native.libffcv import JPEG, RAW, decode_jpeg
+from pipeline.beton_format import JPEG, RAW
+from pipeline.native.libffcv import decode_jpeg
 from pipeline.storage.encode import Record, Settings, Unreadable, encode
 from tests.pipeline.conftest import picture, saved
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from pipeline.beton import Beton
+from pipeline.beton_format import JPEG, RAW
 from pipeline.native import libffcv
-from pipeline.native.libffcv import JPEG, RAW
 from pipeline.prepare import prepare
 from pipeline.storage.decode import decode
 from pipeline.storage.encode import Record, Settings

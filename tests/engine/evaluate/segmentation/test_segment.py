@@ -129,7 +129,7 @@ def _steps(data: Path, to: Path) -> None:
     accelerator, world = Accelerator(cpu=True), collectives.world()
     torch.manual_seed(0)
     model = Fcn(resnet("resnet18", stem="small", width=0.25), 2, frozen=False, seed=0).double()
-    synchronize(model, torch.device("cpu"))
+    synchronize(model)
     wrapped, optimizer = accelerator.prepare(model), torch.optim.SGD(model.parameters(), lr=0.1)
     crops = ScaleCrops(open_masked(data), size=49, batch=4, rank=collectives.rank(), world=world, workers=1)
     for images, masks in crops.crops(0, 3, torch.device("cpu")):
