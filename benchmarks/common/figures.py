@@ -245,8 +245,8 @@ HEADLINES: tuple[Headline, ...] = (
     _reliability_headline,
 )
 """Rows of the README's first table; those without a result are left out."""
-CONDITIONS = """Rates of crops are per second of CPU time on one core; FFCV's loader decodes each JPEG twice, and official
-MoCo's also changes colors. Ranks exchange over gloo."""
+CONDITIONS = """Rates of crops are per second of CPU time on one core; FFCV's loader decodes each JPEG twice, and the
+official MoCo loader also changes colors. Ranks exchange over gloo."""
 
 
 def study_table(results: Results) -> str:
