@@ -35,8 +35,8 @@ from pipeline.system.errors import InputError, command
 from pipeline.system.limits import RESULT_BYTES, read_json, read_yaml
 
 COMPUTE_SHARE = 0.195
-"""Of ResNet-50 training: MLPerf 4.0's 7945 images/s on an H200 (0.197), NVIDIA's 2470 on an A100 (0.195), at 24.5 GFLOP
-an image. An assumption for other networks."""
+"""Fraction of the GPU's published rate that training reaches: MLPerf 4.0's 7945 images/s of ResNet-50 on an H200
+(0.197), NVIDIA's 2470 on an A100 (0.195), at 24.5 GFLOP an image. An assumption for other networks."""
 LAUNCH_SECONDS = 0.01
 """A thousand kernels at 10 microseconds each."""
 CORE_SCALING = 0.9
@@ -112,7 +112,7 @@ def load_machine(name: str) -> Node:
 
 
 def load_rates(node: Node, loader: Path | None, step: Path | None) -> Rates:
-    """Return measured rates for a machine. Raises InputError for files that are no results of these benchmarks."""
+    """Return measured rates for a machine. Raises InputError for files other than results of these benchmarks."""
     loader = loader or max((_HERE / "results").glob("????-??-??-loader*.json"))
     decode, record, sent = _read(loader, _decoding)
     flops = COMPUTE_SHARE * node.gpu_tflops * 1e12
@@ -145,7 +145,7 @@ def _best_step(result: dict[str, Any]) -> tuple[str, str, float]:
 
 def _positive(value: Any) -> float:
     if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise ValueError(f"{value!r} is no rate")
+        raise ValueError(f"{value!r} is not a rate")
     return float(value)
 
 
@@ -313,7 +313,7 @@ def _advice(limit: str, seconds: dict[str, float], node: Node, cores: float, mem
     if limit == "copy":
         return "the link to the GPU: data.backend ffcv or dali"
     if seconds["exchange"] > 0.1 * seconds["compute"]:
-        return "the exchange: gradient_dtype bfloat16, a larger batch, or model.bn plain in place of shuffle"
+        return "the exchange: gradient_dtype bfloat16, a larger batch, or model.bn plain instead of shuffle"
     return "the GPU: compile true, cuda_graph true; data.sizes [160, 192, 224] takes about 0.8 of the time"
 
 

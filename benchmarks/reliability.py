@@ -6,6 +6,7 @@ Runs the tests marked `reliability`, the slow ones too unless `--quick`, and mak
 that they record. Exit status 1 if a test failed or a fault was not provoked.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -112,7 +113,8 @@ def report(result: dict[str, Any]) -> Report:
 def parser() -> ArgumentParser:
     """Return the parser of the command line."""
     parser = benchmark_parser("reliability", "Provoke every fault.")
-    parser.add_argument("--quick", action="store_true", help="leave out the slow tests")
+    quick = "leave out the slow tests"
+    parser.add_argument("--quick", action=argparse.BooleanOptionalAction, default=False, help=quick)
     return parser
 
 

@@ -3,8 +3,8 @@
     python -m benchmarks.report [--results benchmarks/results] [--readme README.md]
 
 Reads the dated files of the results folder and writes `report.md` and `report.html` into it. Of each series of results
-(`DATE-SERIES.json`, `DATE-SERIES.md`) the newest is shown, and older ones are linked. With --readme, rewrites the table
-between the marks in the README; a test fails if that table is out of date.
+(`DATE-SERIES.json`, `DATE-SERIES.md`) the newest is shown, and older ones are linked. With --readme, rewrites the
+tables between the marks in the README; a test fails if they are out of date.
 """
 
 import re
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.figures import GOALS, HEADLINES, Goal, Result, Results
+from benchmarks.common.figures import CONDITIONS, GOALS, HEADLINES, Goal, Result, Results, study_table
 from engine.report.plotting import LIGHT, picture, style_of, uri
 from pipeline.system.cli import ArgumentParser
 from pipeline.system.errors import InputError, command
@@ -74,11 +74,11 @@ PICTURES = (
 )
 
 
-def headline_table(results: Results) -> str:
-    """Return the README's table of results, as Markdown."""
-    rows = [headline(results) for headline in HEADLINES]
-    lines = ["| measured | |", "|---|---|"]
-    return "\n".join([*lines, *(f"| {row[0]} | {row[1]} |" for row in rows if row)])
+def headline_tables(results: Results) -> str:
+    """Return the README's tables of results, as Markdown."""
+    rows = [" | ".join(row) for headline in HEADLINES for row in headline(results)]
+    first = "\n".join(["| measured | | machine |", "|---|---|---|", *(f"| {row} |" for row in rows)])
+    return "\n\n".join(filter(None, (first, CONDITIONS, study_table(results))))
 
 
 def goal_table(results: Results, goals: Sequence[Goal] = GOALS) -> str:
@@ -93,7 +93,7 @@ def goal_table(results: Results, goals: Sequence[Goal] = GOALS) -> str:
 def page(results: Results, image: Callable[[str, bytes], str]) -> str:
     """Return the page as Markdown. image: (name, PNG) to the picture's reference."""
     parts = ["# Results", "Written by `python -m benchmarks.report` from the files next to it.", "## Goals"]
-    parts += [goal_table(results), "## Headlines", headline_table(results)]
+    parts += [goal_table(results), "## Headlines", headline_tables(results)]
     for bars in PICTURES:
         if result := results.newest(bars.series):
             parts.append(f"![{bars.title}]({image(f'{bars.series}.png', _draw(bars, result))})")
@@ -147,12 +147,12 @@ def embedded(name: str, content: bytes) -> str:
     return uri(content)
 
 
-def with_table(readme: str, table: str) -> str:
-    """Return the README with the table between the marks. Raises InputError without them."""
+def with_tables(readme: str, tables: str) -> str:
+    """Return the README with the tables between the marks. Raises InputError without them."""
     begin, end = readme.find(BEGIN), readme.find(END)
     if not 0 <= begin < end:
-        raise InputError(f"the README has no {BEGIN} ... {END}: put these lines where the table belongs")
-    return f"{readme[: begin + len(BEGIN)]}\n{table}\n{readme[end:]}"
+        raise InputError(f"the README has no {BEGIN} ... {END}: put these lines where the tables belong")
+    return f"{readme[: begin + len(BEGIN)]}\n{tables}\n{readme[end:]}"
 
 
 def parser() -> ArgumentParser:
@@ -160,7 +160,7 @@ def parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m benchmarks.report", description="All results on one page.")
     default = Path(__file__).parent / "results"
     parser.add_argument("--results", type=Path, default=default, metavar="DIR", help="folder of dated results")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="rewrite the table of this file")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="rewrite the tables of this file")
     return parser
 
 
@@ -180,7 +180,7 @@ def main() -> None:
     (args.results / "report.md").write_text(page(results, linked))
     (args.results / "report.html").write_text(as_html(page(results, embedded)))
     if args.readme is not None:
-        args.readme.write_text(with_table(args.readme.read_text(), headline_table(results)))
+        args.readme.write_text(with_tables(args.readme.read_text(), headline_tables(results)))
     print(f"written: {args.results / 'report.md'}, {args.results / 'report.html'}")
 
 

@@ -154,7 +154,7 @@ def clock(call: Call, device: torch.device) -> dict[str, float]:
 
 
 Taken = dict[str, dict[str, np.ndarray]]
-"""By call and kind (wall, cpu, bytes): seconds or bytes of each run."""
+"""Seconds or bytes of each run, by call and kind (wall, cpu, bytes)."""
 
 
 def in_turn(calls: dict[str, Call], device: torch.device, runs: int, warmup: int = WARM + 2) -> Taken:

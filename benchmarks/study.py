@@ -49,14 +49,14 @@ class Study:
     """Runs to train and compare."""
 
     runs: dict[str, dict[str, Any]]
-    """By name: `recipe`, of `engine/recipes/`, and `settings` that override it."""
+    """Each run's `recipe`, of `engine/recipes/`, and `settings` that override it, by name."""
     seeds: list[int] = field(default_factory=lambda: [0])
     settings: dict[str, Any] = field(default_factory=dict)
     """Overrides of all recipes, by dotted name."""
     linear: list[str | int | float] = field(default_factory=list)
     """Options of `engine.evaluate linear`; none: kNN alone."""
     peers: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By name: `module`, for `benchmarks/common/MODULE_moco.py`, and its options."""
+    """Each peer's `module`, for `benchmarks/common/MODULE_moco.py`, and its options, by name."""
     reach: str = ""
     """A run or peer. Others are timed until they reach its final kNN top-1, the mean over seeds."""
 

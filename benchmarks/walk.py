@@ -30,7 +30,7 @@ from pipeline.system.errors import InputError, command
 logger = logging.getLogger(__name__)
 _ROOT = Path(__file__).parent.parent
 _RUN = "engine/run.py --config engine/recipes/moco_v2_in1k.yaml --data.train walk/train.beton --out walk/run"
-_SMALL = "--data.batch 16 --model.arch resnet18 --method.queue_size 256 --optim.epochs 2 --log_every 1 --save_every 10"
+_SMALL = "--data.batch 16 --model.arch resnet18 --method.queue-size 256 --optim.epochs 2 --log-every 1 --save-every 10"
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def decoupled_info_nce(
 
 @dataclass(frozen=True)
 class DCL:
-    """Decoupled InfoNCE in place of the base's own loss (2110.06848)."""
+    """Decoupled InfoNCE instead of the base's own loss (2110.06848)."""
 
     weight: float = 1.0
     """Weight of the term."""

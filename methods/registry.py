@@ -29,7 +29,7 @@ class Terms:
     residual: Residual | None = None
     """Student-teacher gap on one view (2211.09861)."""
     dcl: DCL | None = None
-    """Decoupled InfoNCE in place of the base's own loss (2110.06848)."""
+    """Decoupled InfoNCE instead of the base's own loss (2110.06848)."""
 
 
 def build_objective(base: Base, terms: Terms) -> Objective:

@@ -8,7 +8,7 @@ import torch
 def similarities(q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Return q.k of all pairs [B, N], in the dtype of q [B, C]. Keys [N, C] of another dtype get no gradient.
 
-    Keys stored in bfloat16 are cast anew for each product; no cast copy is saved for the backward pass.
+    Keys stored in bfloat16 are cast again for each product; no cast copy is saved for the backward pass.
     """
     if keys.dtype == q.dtype:
         return q @ keys.T

@@ -253,7 +253,7 @@ class Beton:
             first = min(bad)
             raise BadRecords(
                 f"{self.path}: sample {first} has {bad[first]} ({len(bad)} such samples): not an intact beton, "
-                f"{_PREPARE_AGAIN}, or skip them with --data.on_bad skip (in Python: Beton(path, tolerate=True))",
+                f"{_PREPARE_AGAIN}, or skip them with --data.on-bad skip (in Python: Beton(path, tolerate=True))",
                 sorted(bad.items()),
             )
 

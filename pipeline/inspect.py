@@ -120,8 +120,8 @@ def parser() -> ArgumentParser:
     add("--preview", metavar="PNG", type=Path, help="draw images with their augmented views")
     add("--augmentation", default="moco_v2", choices=list(AUGMENTATIONS), help="default %(default)s")
     add("--size", type=int, default=224, help="side of a view, pixels (default %(default)s)")
-    add("--seed", type=int, default=0, help="of the order and the augmentation (default %(default)s)")
-    add("--epoch", type=int, default=0, help="of the order and the augmentation (default %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the order and the augmentation (default %(default)s)")
+    add("--epoch", type=int, default=0, help="epoch of the order and the augmentation (default %(default)s)")
     add("--count", type=int, default=_PREVIEW_IMAGES, help="images in the preview (default %(default)s)")
     return parser
 

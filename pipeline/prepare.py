@@ -184,7 +184,7 @@ def _unreadable(source: str, skipped: list[list[str]]) -> InputError:
     name, reason = skipped[-1]
     before = f" ({len(skipped) - 1} before it were skipped)" if len(skipped) > 1 else ""
     return InputError(
-        f"{source}: image {name} cannot be stored: {reason}{before}: mend or remove it, or leave out at most N such "
+        f"{source}: image {name} cannot be stored: {reason}{before}: repair or delete it, or leave out at most N such "
         "images with --skip-bad N"
     )
 

@@ -27,7 +27,7 @@ def stage(source: Path, folder: Path) -> Path:
     """Copy the beton `source` and its manifest into `folder`; return the copy's path.
 
     A crash leaves no partial copy under its name. Of several processes with one folder, the first copies and the others
-    wait. Raises InputError where the source is no beton or cannot be read, and for lack of space.
+    wait. Raises InputError if the source is not a beton or cannot be read, and for lack of space.
     """
     original, target = Beton(source), folder / source.name
     if target.exists() and target.resolve() == source.resolve():
@@ -104,7 +104,7 @@ def parser() -> ArgumentParser:
     """Return the parser of the command line."""
     parser = ArgumentParser(prog="python -m pipeline.stage", description="Copy a beton to a local disk.")
     parser.add_argument("source", type=Path, metavar="BETON", help="beton on a shared file system")
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="on a local disk")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder on a local disk")
     return parser
 
 

@@ -49,7 +49,7 @@ def _reset_accelerate() -> None:
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator() -> Iterator[None]:
-    """Each test sets up Accelerate anew."""
+    """Each test sets up Accelerate again."""
     _reset_accelerate()
     yield
     _reset_accelerate()

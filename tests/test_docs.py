@@ -112,7 +112,7 @@ def test_command_lines_of_recipes_studies_and_launch_files(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [*DOCUMENTS, *MODULES, *COMMENTED], ids=name_of)
 def test_modules_to_run_exist(path: Path) -> None:
-    """In messages and prose, too."""
+    """Messages and prose name modules, too."""
     text = re.sub(r'"\s*\n\s*f?"', "", path.read_text())  # joins a message of several lines
     named = re.findall(rf"python\s+-m\s+((?:tests|{'|'.join(PACKAGES)})\.[\w.]*\w)", text)
     assert not set(named) - NAMES
@@ -147,6 +147,25 @@ def test_options_in_prose_exist(path: Path, known_options: set[str]) -> None:
     words = [word for span in _without_example(documents.spans(DOCUMENTS[path])) for word in span.split()]
     named = {hyphenated_option(word.partition("=")[0]) for word in words if re.match(r"--\w", word)}
     assert named - known_options == set()
+
+
+def shown_texts(path: Path) -> list[str]:
+    """Return the text of a document or script; of a module, docstrings and messages of several words."""
+    if path.suffix != ".py":
+        return [path.read_text()]
+    return documents.docstrings(path) + [text for text in documents.messages(path) if " " in text]
+
+
+@pytest.fixture(scope="module")
+def launcher_options() -> set[str]:
+    return set().union(*(options(launcher()) for launcher in LAUNCHERS.values()))
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, *MODULES, *COMMENTED], ids=name_of)
+def test_options_are_written_with_hyphens(path: Path, launcher_options: set[str]) -> None:
+    """Launchers have their own style."""
+    words = [word for text in shown_texts(path) for word in re.findall(r"(?<![\w-])--[a-z][\w.-]*", text)]
+    assert not {word for word in words if "_" in word} - launcher_options
 
 
 @every_document
@@ -188,7 +207,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_thread")
 def test_the_loader_snippet_yields_the_documented_views(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU, for one epoch, in smaller batches and views."""
+    """It runs on the CPU, for one epoch, in smaller batches and views."""
     code = snippet("Loader(Beton")
     shape = re.search(r"\[(\d+), 3, (\d+), (\d+)\]", code)
     batch, size = re.findall(r"batch=(\d+)", code), re.findall(r"size=(\d+)", code)
@@ -255,7 +274,7 @@ def formulas_with_koleo() -> ModuleType:
 def test_the_example_is_a_term_of_every_base(
     koleo: ModuleType, formulas_with_koleo: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the documented lines added to the registry."""
+    """The documented lines are added to the registry."""
     spans = [span for text in DOCUMENTS.values() for span in documents.spans(text)]
     (imported,) = [span for span in spans if span.startswith("from methods.koleo")]
     source, line = Path(registry.__file__).read_text(), snippet("koleo: KoLeo | None")

@@ -90,7 +90,7 @@ def test_packages_import_only_those_before_them(file: Path) -> None:
 
 
 def _folders(modules: dict[str, set[str]]) -> dict[str, dict[str, set[str]]]:
-    """For each folder, "" for the project's, the graph of imports between its files and sub-folders."""
+    """Return the graph of imports between the files and sub-folders of each folder; the project's is ""."""
     folders: dict[str, dict[str, set[str]]] = {}
     for module, targets in modules.items():
         for target in targets:
@@ -147,7 +147,7 @@ def foreign() -> frozenset[str]:
 
 @pytest.mark.parametrize("file", _files("engine"), ids=lambda f: f.name)
 def test_no_file_of_engine_hides_another_module(file: Path, foreign: frozenset[str]) -> None:
-    """As a script, engine/run.py has its own folder first on the search path."""
+    """The script engine/run.py has its own folder first on the search path."""
     assert not {*file.relative_to(ROOT / "engine").with_suffix("").parts} & foreign
 
 

@@ -134,7 +134,9 @@ def withstood(result: Result) -> tuple[int, int]:
     return sum(row["verdict"] == "as expected" for row in faults), len(faults)
 
 
-Headline = Callable[[Results], "tuple[str, str] | None"]
+Row = tuple[str, str, str]
+"""What was measured, the values, and the machine."""
+Headline = Callable[[Results], list[Row]]
 _GPU = "gpu-suite"
 GOALS = (
     Goal("two crops of ImageNet originals (500 px) on one core, against FFCV decoding twice", 2.3, "loader",
@@ -169,94 +171,94 @@ _PEERS = ("ffcv-twice", "official")
 def _crops_headline(loader: str, title: str) -> Headline:
     """Return a headline: a loader's rate on two kinds of images, and its ratios to FFCV's and the official loader."""
 
-    def headline(results: Results) -> tuple[str, str] | None:
+    def headline(results: Results) -> list[Row]:
         result = results.newest("loader")
         if result is None:
-            return None
-        texts = []
+            return []
+        rows = []
         for kind, images in (("in500", "originals"), ("q90", "quality 90")):
             rate, ffcv, peer = (_cpu(result, kind, loader), *(_ratio(kind, loader, name)(result) for name in _PEERS))
-            texts.append(
-                f"{images} **{rate or 0:.0f} pairs/s**, {ffcv or 0:.1f} × FFCV, {peer or 0:.1f} × official MoCo"
-            )
-        return title, f"{'; '.join(texts)} ({hardware(result)})"
+            text = f"**{rate or 0:.0f} pairs/s**: {ffcv or 0:.1f} × FFCV, {peer or 0:.1f} × official MoCo"
+            rows.append((f"{title}, {images}", text, hardware(result)))
+        return rows
 
     return headline
 
 
-def _step_headline(results: Results) -> tuple[str, str] | None:
-    texts = []
+def _step_headline(results: Results) -> list[Row]:
+    rows: dict[tuple[str, str], Row] = {}
     for series, name in (("step-resnet18-cpu", "ResNet-18 at 32 px"), ("step-resnet50-cpu", "ResNet-50 at 224 px")):
-        machines: dict[str, str] = {}
         for _, result in results.documents(series):
             if (best := _best_step(result)) is not None:
                 in_bf16 = best / _median(result["ratio_to_official"]["official-amp"])
-                machines.setdefault(hardware(result), f"**{best:.1f}** and {in_bf16:.1f} ({hardware(result)})")
-        if machines:
-            texts.append(f"{name} {', '.join(machines.values())}")
-    title = "training step on the CPU in bf16, relative to the official loop in float32, and in bf16"
-    return (title, "; ".join(texts)) if texts else None
+                text = f"**{best:.1f}** × official in float32, {in_bf16:.1f} × official in bf16"
+                machine = hardware(result)
+                rows.setdefault((name, machine), (f"rate of training steps in bf16, {name}", text, machine))
+    return list(rows.values())
 
 
-def _train_headline(results: Results) -> tuple[str, str] | None:
+def _train_headline(results: Results) -> list[Row]:
     result = results.newest("train-cpu")
     if result is None:
-        return None
+        return []
     ratio = result["ratio"]
-    text = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}, {hardware(result)})"
-    return "training on real data, relative to the bare step, CPU", text
+    text = f"**{ratio['median']:.2f}** × the bare step ({ratio['min']:.2f} to {ratio['max']:.2f})"
+    return [("rate of training on real data", text, hardware(result))]
 
 
-def _scaling_headline(results: Results) -> tuple[str, str] | None:
-    texts = []
+def _scaling_headline(results: Results) -> list[Row]:
+    rows = []
     for series, name in (("scaling-plain-cpu", "32 px"), ("scaling-compute-cpu", "64 px")):
         if result := results.newest(series):
-            texts.append(f"{name} {result['efficiency']['in all']['median']:.2f}")
-    title = "two processes on two cores against one on one: efficiency (gloo)"
-    return (title, ", ".join(texts)) if texts else None
+            efficiency = f"**{result['efficiency']['in all']['median']:.2f}**"
+            rows.append(
+                (f"efficiency of two ranks on two cores against one on one, {name}", efficiency, hardware(result))
+            )
+    return rows
 
 
-def _study_headline(results: Results) -> tuple[str, str] | None:
-    result = results.newest("study-cifar10-cpu")
-    if result is None:
-        return None
-    texts = []
-    for row in result["rows"]:
-        mean, deviation = row["knn"]["mean"], row["knn"]["deviation"]
-        if mean is not None:
-            spread = "" if deviation is None else f" ± {100 * deviation:.1f}"
-            texts.append(f"{row['name']} {100 * mean:.1f}{spread}")
-    title = f"CIFAR-10, a few minutes of each on {result['device']}: kNN top-1, % (mean ± deviation over seeds)"
-    return title, "; ".join(texts)
-
-
-def _reliability_headline(results: Results) -> tuple[str, str] | None:
+def _reliability_headline(results: Results) -> list[Row]:
     result = results.newest("reliability")
     if result is None:
-        return None
+        return []
     passed, count = withstood(result)
-    return "faults provoked: kills, full disks, damage, hostile files, …", f"{passed} of {count} withstood"
+    title = "faults provoked: kills, full disks, damage, hostile files, …"
+    return [(title, f"**{passed} of {count}** withstood", hardware(result))]
 
 
-def _walk_headline(results: Results) -> tuple[str, str] | None:
+def _walk_headline(results: Results) -> list[Row]:
     result = results.newest("walk")
     if result is None or len(result["demo"]) < 3:
-        return None
-    text = "{:.1f}, {:.1f}, **{:.1f} %**".format(*(100 * top1 for top1 in result["demo"].values()))
-    return "`./millrace demo`: kNN top-1 of raw pixels, untrained, trained encoder", f"{text} ({hardware(result)})"
+        return []
+    pixels, untrained, trained = (100 * top1 for top1 in result["demo"].values())
+    text = f"**{trained:.1f} %**; raw pixels {pixels:.1f} %, untrained encoder {untrained:.1f} %"
+    return [("kNN top-1 after `./millrace demo`", text, hardware(result))]
 
 
 HEADLINES: tuple[Headline, ...] = (
-    _crops_headline(
-        "ffcv",
-        "two 224-pixel crops of ImageNet images (500 px) on a core, by CPU time; FFCV decodes twice, MoCo adds colors",
-    ),
-    _crops_headline("decode-only", "the same, decoding alone, for a GPU that crops"),
+    _crops_headline("ffcv", "two 224-px crops of an ImageNet JPEG (500 px)"),
+    _crops_headline("decode-only", "decoding alone, for a GPU that crops"),
     _step_headline,
     _train_headline,
     _scaling_headline,
     _walk_headline,
-    _study_headline,
     _reliability_headline,
 )
-"""Rows of the README's table; rows without a result are left out."""
+"""Rows of the README's first table; those without a result are left out."""
+CONDITIONS = """Rates of crops are per second of CPU time on one core; FFCV's loader decodes each JPEG twice, and the
+official MoCo loader also changes colors. Ranks exchange over gloo."""
+
+
+def study_table(results: Results) -> str:
+    """Return kNN top-1 of the newest study of methods as Markdown, empty if there is none."""
+    result = results.newest("study-cifar10-cpu")
+    if result is None:
+        return ""
+    rows = []
+    for row in result["rows"]:
+        mean, deviation = row["knn"]["mean"], row["knn"]["deviation"]
+        if mean is not None:
+            spread = "" if deviation is None else f" ± {100 * deviation:.1f}"
+            rows.append(f"| {row['name']} | {100 * mean:.1f}{spread} |")
+    title = f"CIFAR-10, a few minutes of each on {result['device']}, mean ± deviation over seeds"
+    return "\n".join([f"| {title} | kNN top-1, % |", "|---|--:|", *rows])

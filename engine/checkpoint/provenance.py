@@ -18,7 +18,7 @@ _KINDS = {"version": str, "commit": str, "images": int, "classes": int, "fingerp
 def origin(train_set: Beton) -> dict[str, Any]:
     """Return version and commit of this tree, and number of images and classes of the training set: plain values.
 
-    commit: ends in `-dirty` where tracked files were changed; left out where the tree is no repository.
+    commit: ends in `-dirty` where tracked files were changed; left out if the tree is not a repository.
     """
     values = {
         "version": version("millrace") or "unknown",
@@ -30,7 +30,7 @@ def origin(train_set: Beton) -> dict[str, Any]:
 
 @functools.cache
 def commit() -> str:
-    """Return the commit of this tree at the first call; empty where the tree is no repository."""
+    """Return the commit of this tree at the first call; empty if the tree is not a repository."""
     if not (_ROOT / ".git").exists():  # an installed copy, perhaps within another repository
         return ""
     command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

@@ -156,7 +156,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--crop-ratio", type=float, help="side of the test crop over the shorter side (default: the run's, or 0.875)"
     )
     parser.add_argument("--backend", choices=["auto", *BACKENDS], default="auto")
-    parser.add_argument("--on-bad", choices=["error", "skip"], default="error", help="for a damaged record")
+    parser.add_argument("--on-bad", choices=["error", "skip"], default="error", help="action for a damaged record")
 
 
 def build(args: argparse.Namespace, *, labeled: bool = True) -> ClassificationEvaluation:

@@ -169,12 +169,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of every evaluation."""
     parser.add_argument("checkpoint", type=Path, help="run or checkpoint folder, .safetensors, .pth, .pth.tar")
     parser.add_argument("--which", choices=["online", "momentum"], default="online", help="encoder (default: online)")
-    parser.add_argument("--heads", type=int, default=0, help="of a transformer whose file lacks their number")
+    parser.add_argument(
+        "--heads", type=int, default=0, help="attention heads of a transformer whose file lacks their number"
+    )
     parser.add_argument("--batch", type=int, help="global batch, images")
-    parser.add_argument("--precision", choices=["no", "bf16", "fp16"], default="bf16", help="of the backbone")
+    parser.add_argument(
+        "--precision", choices=["no", "bf16", "fp16"], default="bf16", help="autocast precision of the backbone"
+    )
     parser.add_argument("--workers", type=int, default=0, help="loader threads of each rank (default: its cores)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cpu", action="store_true", help="do not use the GPU")
+    parser.add_argument("--cpu", action=argparse.BooleanOptionalAction, default=False, help="do not use the GPU")
     parser.add_argument("--out", type=Path, help="folder of results (default: RUN/evaluation, or FILE.evaluation)")
 
 

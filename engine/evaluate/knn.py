@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of kNN."""
     classification.add_arguments(parser)
     parser.add_argument("--k", type=int, nargs="+", help=f"neighbors (default: {' '.join(map(str, KS))})")
-    parser.add_argument("--temperature", type=float, nargs="+", default=TEMPERATURES, metavar="T", help="of the votes")
+    parser.add_argument(
+        "--temperature", type=float, nargs="+", default=TEMPERATURES, metavar="T", help="temperature of the votes"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

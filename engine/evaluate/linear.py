@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     classification.add_arguments(parser)
     parser.add_argument("--protocol", choices=[*PROTOCOLS, "fast"], default="moco", help="(default: moco)")
     parser.add_argument("--epochs", type=int, help="replaces the protocol's; milestones scale")
-    parser.add_argument("--lr", type=float, help="for a batch of 256, replaces the protocol's")
+    parser.add_argument("--lr", type=float, help="learning rate for a batch of 256, replaces the protocol's")
     linear_fast.add_arguments(parser)
 
 

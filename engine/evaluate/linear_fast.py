@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of protocol fast."""
     group = parser.add_argument_group("protocol fast")
     group.add_argument("--passes", type=int, default=1, help="augmented passes cached; 0: center crops (default: 1)")
-    group.add_argument("--sweep-images", type=int, default=100_000, help="at most, for the sweep (default: 100000)")
+    group.add_argument("--sweep-images", type=int, default=100_000, help="most images in the sweep (default: 100000)")
 
 
 def run(evaluation: ClassificationEvaluation) -> None:

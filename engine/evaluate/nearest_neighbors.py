@@ -41,7 +41,7 @@ def _merge_shards(similarity: torch.Tensor, nearest: torch.Tensor, k: int) -> tu
 
 
 def vote(similarity: torch.Tensor, nearest: torch.Tensor, temperature: float, classes: int) -> torch.Tensor:
-    """Return the five classes with most votes, int64 [N, 5], -1 in place of classes without votes.
+    """Return the five classes with most votes, int64 [N, 5], padded with -1.
 
     similarity, nearest: cosines, descending, and labels of the neighbors, [N, k]. A vote is exp(cosine / temperature)
     over that of the nearest neighbor, which keeps it finite; of equal sums the smaller class comes first.

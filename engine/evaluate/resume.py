@@ -69,13 +69,13 @@ class EpochCheckpoint(Generic[E]):
         saved, current = _translate(state["settings"]), self._settings
         differing = sorted(key for key in {**saved, **current} if saved.get(key) != current.get(key))
         if differing:
-            listed = ", ".join(f"{key} {saved.get(key)!r} there, {current.get(key)!r} here" for key in differing)
+            listed = ", ".join(f"{key} was {saved.get(key)!r}, now {current.get(key)!r}" for key in differing)
             raise InputError(
-                f"{self._folder}: begun with other settings ({listed}): choose another --out, or remove it"
+                f"{self._folder}: started with other settings ({listed}): choose another --out, or delete the folder"
             )
         tensors = files.get("state", {})
         if collectives.described(tensors) != collectives.described(self._tensors()):
-            raise InputError(f"{path}: its tensors are not those of this network: remove it")
+            raise InputError(f"{path}: its tensors are not those of this network: delete it")
         return tensors | {"epoch": torch.tensor(state["step"])}
 
     def _tensors(self) -> Tensors:

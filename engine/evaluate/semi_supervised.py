@@ -41,8 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labels", type=float, default=0.01, help="fraction of each class (default: 0.01)")
     parser.add_argument("--names", type=Path, help="instead: file of image names, one a line, such as SimCLR's")
     parser.add_argument("--epochs", type=int, default=20, help="(default: 20)")
-    parser.add_argument("--lr", type=float, help="of the backbone, for a batch of 256 (default: by --labels)")
-    parser.add_argument("--lr-head", type=float, help="of the classifier (default: by --labels)")
+    parser.add_argument(
+        "--lr", type=float, help="learning rate of the backbone, for a batch of 256 (default: by --labels)"
+    )
+    parser.add_argument("--lr-head", type=float, help="learning rate of the classifier (default: by --labels)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -120,7 +122,7 @@ def draw_balanced(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
 def find_named(beton: Beton, file: Path) -> np.ndarray:
     """Return the samples whose names are in a file, int64, sorted. Names may leave out folders.
 
-    Raises InputError if the file cannot be read, is empty, or names an image that the beton has not.
+    Raises InputError if the file cannot be read, is empty, or names an image that is not in the beton.
     """
     lines = read_text(file, LIST_BYTES, "give --names a text file of one name a line", "surrogateescape").splitlines()
     names = [printable(line.strip()) for line in lines if line.strip()]

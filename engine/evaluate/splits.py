@@ -8,7 +8,7 @@ from pipeline.beton import Beton
 from pipeline.system.errors import InputError
 
 HELD_OUT = 10
-"""Of one file, every tenth image is a test image."""
+"""Every tenth image of a single file is a test image."""
 
 
 def refuse_unlabeled(*betons: Beton) -> None:

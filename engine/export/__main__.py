@@ -19,7 +19,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("checkpoint", type=Path, help="run or checkpoint folder, .safetensors, .pth, .pth.tar")
     made.add_argument("--format", choices=list(FORMATS), default="torchvision", help="(default: torchvision)")
     made.add_argument("--which", choices=["online", "momentum"], default="online", help="encoder (default: online)")
-    made.add_argument("--heads", type=int, default=0, help="of a transformer whose file lacks their number")
+    made.add_argument(
+        "--heads", type=int, default=0, help="attention heads of a transformer whose file lacks their number"
+    )
     made.add_argument("--out", type=Path, metavar="FILE", help="(default: ARCH-FORMAT.SUFFIX)")
     return made
 

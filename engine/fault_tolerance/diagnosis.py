@@ -1,4 +1,4 @@
-"""The cause of a failed training in place of its symptom: a lost rank, a stalled loader, a GPU's full memory."""
+"""The cause of a failed training, not its symptom: a lost rank, a stalled loader, a GPU's full memory."""
 
 import contextlib
 import platform

@@ -16,10 +16,10 @@ from pipeline.system.errors import RunFailed
 
 _BEAT_SECONDS = 0.25
 _ANSWER_SECONDS = 5.0  # longest time that the store may take
-_GRACE_SECONDS = 5.0  # in which the training may find out without help
+_GRACE_SECONDS = 5.0  # in which the training may notice without help
 RUNNING, FINISHED, FAILED, LOST = "running", "finished", "failed", "lost"
 """States of a rank. LOST: it waited for another rank that did not answer."""
-_STORE = -1  # in place of a rank
+_STORE = -1  # stands for the store among ranks
 
 
 class LostRank(RunFailed):
@@ -65,7 +65,7 @@ class Heartbeat:
 
 
 class PeerWatch:
-    """Ends this process where another rank is silent or has failed, and the training does not find out.
+    """Ends this process where another rank is silent or has failed, and the training does not notice.
 
     Its thread never waits for the store: the heartbeat's thread brings it the beats.
     """
@@ -79,7 +79,7 @@ class PeerWatch:
         self.thread = threading.Thread(target=self._watch, name="peer watch", daemon=True)
 
     def stop(self) -> None:
-        """Stop watching: the training has ended, or has found out."""
+        """Stop watching: the training has ended, or has noticed."""
         self._stop.set()
 
     def note(self, beats: list[str]) -> None:

@@ -18,7 +18,9 @@ logger = logging.getLogger(__name__)
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     description = "Write a page on one or several runs: curves, numbers, pictures."
-    made = ArgumentParser(prog="python -m engine.report", description=description)
+    made = ArgumentParser(
+        prog="python -m engine.report", description=description, renamed={"--neighbours": "--neighbors"}
+    )
     made.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folder, of any state")
     made.add_argument("--out", type=Path, metavar="FILE.html", help="(default of one run: RUN/report.html)")
     made.add_argument(
@@ -26,10 +28,11 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--neighbors", type=int, default=8, metavar="N", help="shown for each image (default: 8)")
     made.add_argument("--limit", type=int, default=2000, metavar="N", help="images in the sample (default: 2000)")
-    made.add_argument("--seed", type=int, default=0, help="of the sample (default: 0)")
+    made.add_argument("--seed", type=int, default=0, help="seed of the sample (default: 0)")
     made.add_argument("--which", choices=["online", "momentum"], default="online", help="encoder (default: online)")
-    made.add_argument("--no-pictures", action="store_true", help="only curves and tables, which takes seconds")
-    made.add_argument("--cpu", action="store_true", help="do not use the GPU")
+    pictures = "pictures of views and neighbors; without them the page takes seconds"
+    made.add_argument("--pictures", action=argparse.BooleanOptionalAction, default=True, help=pictures)
+    made.add_argument("--cpu", action=argparse.BooleanOptionalAction, default=False, help="do not use the GPU")
     return made
 
 
@@ -54,7 +57,7 @@ def main() -> None:
     runs = read_runs(args.runs)
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     options = GalleryOptions(args.data, args.neighbors, args.limit, args.seed, args.which, device)
-    page = report(runs, None if args.no_pictures else options)
+    page = report(runs, options if args.pictures else None)
     out = args.out or runs[0].path / "report.html"
     files = write(page, out)
     for run in runs:

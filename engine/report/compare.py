@@ -96,7 +96,7 @@ class Column:
 
     title: str
     value: Callable[[RunFiles], float | str | None]
-    """Of a run; a number is shown times `factor`."""
+    """The cell of a run; a number is shown times `factor`."""
     form: str = "{}"
     best: Callable[[Sequence[float]], float] | None = None
     """max or min, if one is better than the other."""
@@ -227,7 +227,7 @@ def _knn_epoch(run: RunFiles) -> str:
 
 
 class Rates(NamedTuple):
-    """Of training alone, over the entire run, including before it was resumed."""
+    """Rates of training alone, over the entire run, including before it was resumed."""
 
     pairs_per_second: float | None = None
     data_wait_fraction: float | None = None
@@ -252,7 +252,7 @@ class _Kind(NamedTuple):
 
     title: str
     settings: str
-    """As JSON, without encoder, seed, and values found by a sweep."""
+    """Settings as JSON, without encoder, seed, and values found by a sweep."""
 
 
 def _kind(result: dict[str, Any]) -> _Kind:

@@ -52,7 +52,7 @@ _KNOWN = (
     Chart("pairs_per_second", "pairs/s", "Of all ranks, training only."),
     Chart("data_wait_fraction", "data-wait, %", "Fraction of the time spent waiting for data.", 100),
     Chart("skipped", "skipped steps", "Since the start, for a non-finite loss or gradient.", summed=True),
-    Chart("substituted", "substituted samples", "Since the start, in place of damaged ones.", summed=True),
+    Chart("substituted", "substituted samples", "Read instead of damaged ones, since the start.", summed=True),
 )
 _NO_CHART = {"step", "epoch", "uniformity"}
 
@@ -137,7 +137,7 @@ def _draw_path(axes: Any, curves: Sequence[Curve], color: str, label: str) -> No
 
 
 def last_values(chart: Chart, groups: Sequence[Group]) -> str:
-    """Return the newest value of each run, as text in place of the picture."""
+    """Return the newest value of each run, as the text alternative of the picture."""
     texts = []
     for run in (run for group in groups for run in group.runs):
         if len(values := _curve(run, chart).values):

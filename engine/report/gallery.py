@@ -26,7 +26,7 @@ class GalleryOptions:
     """Options of the galleries."""
 
     data: str
-    """Images in place of the runs' own; empty for these."""
+    """Images to show; empty: those of the run."""
     neighbors: int
     limit: int
     """Images in a sample, at most."""
@@ -46,7 +46,7 @@ class EncoderView:
     agreement: float | None = None
     """Fraction of neighbors of the same class, over the entire sample."""
     points: np.ndarray | None = None
-    """Of the map, [m, 2]."""
+    """Points of the map, [m, 2]."""
 
 
 @dataclass

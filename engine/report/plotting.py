@@ -28,10 +28,10 @@ class Theme(NamedTuple):
     background: str
     ink: str
     faint: str
-    """Of frames and grids."""
+    """Color of frames and grids."""
     colors: tuple[str, ...]
-    """Of runs and classes: contrast with the background 3 or more, and distinct also for readers who cannot see red or
-    green."""
+    """Colors of runs and classes: contrast with the background 3 or more, and distinct also for readers who cannot see
+    red or green."""
 
 
 LIGHT = Theme("#ffffff", "#1f2328", "#d9dde2", ("#1764d2", "#d8560c", "#36a18a", "#6a1400", "#c066c6"))

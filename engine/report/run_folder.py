@@ -30,9 +30,9 @@ class RunFiles:
     recipe: str = ""
     """Text of config.yaml."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """By dotted names; empty if unreadable."""
+    """Settings by dotted name; empty if unreadable."""
     lines: list[Line] = field(default_factory=list)
-    """Of metrics.jsonl."""
+    """Lines of metrics.jsonl."""
     summary: dict[str, Any] = field(default_factory=dict)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -95,8 +95,8 @@ def _is_run(path: Path) -> bool:
         raise InputError(f"{path}: no such folder: give the run folder that training wrote (its --out)")
     if not any((path / part).exists() for part in ("config.yaml", "metrics.jsonl", "checkpoints")):
         raise InputError(
-            f"{path}: is no run: it has neither config.yaml nor metrics.jsonl nor checkpoints: give the folder that "
-            "training wrote (its --out)"
+            f"{path}: not a run folder: it contains neither config.yaml nor metrics.jsonl nor checkpoints: give the "
+            "folder that training wrote (its --out)"
         )
     return True
 
@@ -162,7 +162,7 @@ def read_metrics(path: Path) -> tuple[list[Line], str]:
 
 
 def _line(row: str) -> Line | None:
-    """Return the finite numbers of a line, None if it is no line of metrics."""
+    """Return the finite numbers of a line, or None for any other JSON."""
     line = {key: value for key, field in mapping(row).items() if (value := number(field)) is not None}
     return line if line.get("epoch", -1) >= 0 and line.get("step", -1) >= 0 else None
 

@@ -131,7 +131,7 @@ def _verify(settings: Settings, name: str, beton: Beton) -> None:
         first = min(faults)
         raise PeerError(
             f"{summary} (the first, {beton.name(first)}: {faults[first]}): write the file again with python -m "
-            "pipeline.prepare, or skip them with --data.on_bad skip"
+            "pipeline.prepare, or skip them with --data.on-bad skip"
         )
     beton.unreadable |= frozenset(faults)
     try:

@@ -108,7 +108,7 @@ def train_on(run: Run, batch: Batch, *, logs: bool) -> None:
 def _end_epoch(run: Run, epoch: int, *, saved: bool = False) -> Stopped | None:
     """Evaluate and save after `epoch` epochs, each where the settings ask for it; return a stop request.
 
-    A long evaluation may be interrupted, and starts anew when resumed: the encoder is saved before it, unless `saved`.
+    A long evaluation may be interrupted, and starts again when resumed: the encoder is saved before it, unless `saved`.
     """
     every = run.settings.save_every
     if is_evaluation_due(run, epoch) and not saved:

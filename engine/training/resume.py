@@ -78,15 +78,15 @@ def _remedy(run: Run) -> str:
     run.writer.wait()
     last, _ = storage.newest(run.folder.checkpoints)
     if last is None:
-        remedy = "start anew with a lower optim.lr, a longer warm-up or optim.clip_grad_norm 1"
+        remedy = "start again with a lower optim.lr, a longer warm-up or optim.clip_grad_norm 1"
         return f"there is no checkpoint of it: {remedy}"
     return f"resume from {last}, the last good one, at a lower rate: --resume auto --allow-change optim.lr --optim.lr N"
 
 
 def restore(run: Run) -> None:
-    """Resume exactly from the checkpoint that `resume` names, or start anew; open run folder and metrics.
+    """Resume exactly from the checkpoint that `resume` names, or start a new run; open run folder and metrics.
 
-    With `auto` and no checkpoint the run starts anew. The last of four agreements before training: rank 0 reads,
+    With `auto` and no checkpoint the run is new. The last of four agreements before training: rank 0 reads,
     checks and writes files, the others receive the state. Raises InputError, on all ranks, where the checkpoint does
     not fit the run, or the run folder cannot be written or has later checkpoints.
     """
@@ -145,8 +145,8 @@ def _read(run: Run, tensors: dict[str, storage.Tensors]) -> dict[str, Any] | Non
     for warning in compatibility.compare(run.settings, state, run.data.train.fingerprint, run.data.knn_fingerprint):
         logger.warning(warning)
     if newest is not None and storage.step_of(newest) > state["step"]:
-        problem = f"{run.folder.path}: holds {newest.name}, later than {path}"
-        raise InputError(f"{problem}: choose another --out, or remove the later checkpoints")
+        problem = f"{run.folder.path}: contains {newest.name}, which is later than {path}"
+        raise InputError(f"{problem}: choose another --out, or delete the later checkpoints")
     _check_fit(path, {"model": modules(run).state_dict(), "optimizer": _optimizer_tensors(run)}, saved)
     if "ranks" in saved:
         statistics = saved["ranks"].get(_ROWS, torch.zeros(1, 0))

@@ -125,7 +125,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("checkpoint", type=Path, help="run or checkpoint folder, .safetensors, .pth, .pth.tar")
     made.add_argument("--which", choices=["online", "momentum"], default="online", help="encoder (default: online)")
     made.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="contains VOC2007 and VOC2012")
-    made.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for checkpoints and scores")
+    made.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder of checkpoints and scores")
     made.add_argument("--gpus", type=int, default=1, help="(default: %(default)s)")
     made.add_argument("--iterations", type=int, help="replace 24,000; milestones scale")
     made.add_argument("--settings", nargs="+", default=[], metavar="KEY VALUE", help="detectron2's, such as SEED 1")

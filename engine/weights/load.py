@@ -1,7 +1,7 @@
 """Encoders from files: Millrace's checkpoints, the official MoCo v1, v2 and v3's, state dicts of other libraries.
 
 The keys of a file decide its kind. Every backbone key must be present, in its shape, and unused keys are listed: a
-partly loaded encoder still gives features, but poor ones (facebookresearch/moco issue 126: 45 in place of 67.5).
+partly loaded encoder still gives features, but poor ones (facebookresearch/moco issue 126: 45 instead of 67.5).
 Only tensors are unpickled.
 """
 

@@ -86,7 +86,7 @@ class Backend:
         if running:
             raise LoaderStalled(
                 f"{self._beton.path}: no batch for {timeout:g} s (samples {plan.ids[0]} and following): check the disk "
-                "or network the file is on, or allow more with --data.stall_timeout"
+                "or network the file is on, or allow more with --data.stall-timeout"
             )
         return self._pending.popleft()
 

@@ -1,9 +1,9 @@
 """The FFCV backend: decodes each JPEG once and crops it once for each view, on the CPU, in compiled code.
 
 It reads FFCV's file format, but not by FFCV's Loader, which cannot serve pretraining: its crops come from numba's
-generator, it drops decode errors, has no mid-epoch state, allocates anew each epoch and blocks for ever when its thread
-dies. Here each chunk of a batch is one call of `_crop_chunk`, which releases the GIL, and the
-next epoch's batches follow without a pause.
+generator, it drops decode errors, has no mid-epoch state, allocates again each epoch and blocks for ever when its
+thread dies. Here each chunk of a batch is one call of `_crop_chunk`, which releases the GIL, and the next epoch's
+batches follow without a pause.
 """
 
 import math

@@ -86,7 +86,7 @@ class _Decoder:
         self._starts, self._skipped = starts, skipped
         self._boxes = full_rectangles(self._records, self._ids)
         self.faults: dict[int, int] = {}
-        """By sample."""
+        """Fault of each damaged sample."""
 
     def decode(self, first: int, end: int, target: torch.Tensor, base: int) -> None:
         """Decode samples first..end to their places in `target`, which begins with sample `base`."""

@@ -131,7 +131,7 @@ def _by_name(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
 
 
 def _shape(image: Path, mask: Path) -> tuple[int, int]:
-    """Return height and width of an image. Raises InputError where its mask's differ, or it is no mask."""
+    """Return height and width of an image. Raises InputError if its mask's differ, or it is not a mask."""
     image_header, mask_header = open_image(image, pixels=False), open_image(mask, pixels=False)
     if mask_header.mode not in _MASK_MODES:
         raise InputError(

@@ -27,7 +27,7 @@ class Draw(NamedTuple):
     """A crop's position in its scaled image."""
 
     height: int
-    """Of the scaled image, pixels; like `width`."""
+    """Height of the scaled image, pixels; `width`: the same."""
     width: int
     top: int
     """Row of the scaled image at the crop's top. Below 0 the crop is padded there. `left`: the same for columns."""

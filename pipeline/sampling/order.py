@@ -16,7 +16,7 @@ _CHUNKS = 0x6368756E6B
 
 Order = Literal["random", "quasi_random"]
 CHUNK, WINDOW = 16, 2048
-"""Of `quasi_random_order`: samples in a chunk (1.7 MB of ImageNet), and chunks in a window (3.5 GB)."""
+"""Samples in a chunk (1.7 MB of ImageNet), and chunks in a window (3.5 GB), of `quasi_random_order`."""
 
 
 def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:

@@ -200,6 +200,6 @@ def damaged(beton: Beton, sample: int, fault: int | str, others: tuple[int, ...]
     return DamagedRecord(
         f"{beton.path}: sample {sample} ({beton.name(sample)}) is damaged: {reason}: list all such samples with "
         f"python -m pipeline.inspect {beton.path} --verify, and write the file again, or skip them with "
-        "--data.on_bad skip",
+        "--data.on-bad skip",
         (sample, *others),
     )

@@ -39,7 +39,7 @@ class Direct(Beton):
     """Images of a folder or of tars, with the attributes of a `Beton`.
 
     source: a folder, a .tar, or several by a pattern such as `shards/train-*.tar` or `train-{000..127}.tar`.
-    tolerate: as for `Beton`. Raises InputError where there is no image, and BadRecords for images other than RGB or
+    tolerate: as for `Beton`. Raises InputError if there is no image, and BadRecords for images other than RGB or
     gray JPEGs.
     """
 
@@ -96,7 +96,7 @@ class Direct(Beton):
             faults = [(int(index), "not an RGB or gray JPEG") for index in bad]
             raise BadRecords(
                 f"{self.path}: {self._names[bad[0]]} is not an RGB or gray JPEG ({len(bad)} such images): write a "
-                "beton of them with python -m pipeline.prepare, or skip them with --data.on_bad skip",
+                "beton of them with python -m pipeline.prepare, or skip them with --data.on-bad skip",
                 faults,
             )
         self.unreadable = frozenset(int(index) for index in bad)

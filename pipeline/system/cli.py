@@ -1,4 +1,4 @@
-"""Command lines on which `--save-every` and `--save_every` are the same option."""
+"""Command lines whose option names take hyphens or underscores, with errors of one line."""
 
 import argparse
 import difflib

@@ -17,21 +17,21 @@ import yaml
 from pipeline.system.errors import InputError
 
 MAX_IMAGE_PIXELS = 1 << 27
-"""134 million pixels, 400 MB of RGB."""
+"""Most pixels of an image: 134 million, 400 MB of RGB."""
 MAX_FILE_BYTES = 1 << 28
-"""Of an image's file."""
+"""Most bytes of an image file."""
 MAX_FILES = 1 << 24
-"""In a folder or archive."""
+"""Most files in a folder or archive."""
 MAX_SCANS, MAX_SCANNED_PIXELS = 100, 1 << 31
-"""Of a progressive JPEG. It usually has about ten scans, each over all its pixels. Also in `jpeg.c`."""
+"""Most scans of a progressive JPEG, which usually has about ten, and pixels in all of them. Also in `jpeg.c`."""
 MAX_CLASSES = 1_000_000
 """Labels are below this: code that counts classes allocates memory for them."""
 SETTINGS_BYTES = 1 << 16
-"""Of a YAML file at most; recipes have 3 KiB."""
+"""Most bytes of a YAML file; recipes have 3 KiB."""
 RESULT_BYTES = 1 << 24
-"""Of a JSON file of a command's results at most."""
+"""Most bytes of a JSON file of a command's results."""
 LIST_BYTES = 1 << 27
-"""Of a file of names, one a line, at most; ImageNet's 1.3 million take 40 MB."""
+"""Most bytes of a file of names, one a line; ImageNet's 1.3 million take 40 MB."""
 _LINE_BYTES = 1 << 20
 _MAX_LEVELS = 20
 _PLAIN_TYPES = ("null", "bool", "int", "float")
@@ -94,7 +94,7 @@ def json_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     with open_regular(path) as file:
         while line := file.readline(_LINE_BYTES + 1):
             if len(line) > _LINE_BYTES:
-                raise InputError(f"{path}: a line of more than {_LINE_BYTES} bytes: mend or remove the file")
+                raise InputError(f"{path}: a line of more than {_LINE_BYTES} bytes: correct or delete the file")
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError):
@@ -114,7 +114,7 @@ def check_levels(value: Any, levels: int = _MAX_LEVELS) -> None:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.common.figures import Results
-from benchmarks.report import BEGIN, END, as_html, embedded, headline_table, page, with_table
+from benchmarks.report import BEGIN, END, as_html, embedded, headline_tables, page, with_tables
 from pipeline.system.errors import InputError
 from tests import ROOT
 
@@ -29,7 +29,7 @@ def test_the_page_shows_the_newest_result_and_links_the_others(folder: Path) -> 
 
 def test_the_readme_table_is_up_to_date() -> None:
     readme = (ROOT / "README.md").read_text()
-    assert with_table(readme, headline_table(Results(RESULTS))) == readme, REMEDY
+    assert with_tables(readme, headline_tables(Results(RESULTS))) == readme, REMEDY
 
 
 def test_the_page_is_up_to_date() -> None:
@@ -40,6 +40,6 @@ def test_the_page_is_up_to_date() -> None:
 
 
 def test_a_readme_without_marks_is_rejected() -> None:
-    assert with_table(f"a\n{BEGIN}\nold\n{END}\nb", "new") == f"a\n{BEGIN}\nnew\n{END}\nb"
+    assert with_tables(f"a\n{BEGIN}\nold\n{END}\nb", "new") == f"a\n{BEGIN}\nnew\n{END}\nb"
     with pytest.raises(InputError, match="the README has no"):
-        with_table("nothing", "new")
+        with_tables("nothing", "new")

@@ -132,7 +132,7 @@ def test_run_killed_in_mid_epoch_and_resumed_equals_the_undisturbed(drawn: Path,
 
 @pytest.mark.slow
 def test_diverged_run_fails_and_resumes_from_a_good_checkpoint(drawn: Path, tmp_path: Path) -> None:
-    """At a rate that diverges after the fourth step; the saved state is from before, and resumes at a lower rate."""
+    """The rate diverges after the fourth step; the saved state is from before, and resumes at a lower rate."""
     out = tmp_path / "out"
     arguments = ["--data.train", str(drawn), *SMALL, "--save_every", "2", "--precision", "no", "--out", str(out)]
     good = run(*arguments, "--optim.epochs", "1", "--optim.schedule", "constant", "--save_every", "4")
@@ -211,7 +211,7 @@ def main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (["--resume", "auto", "--method.queue_size", "50"], "method.queue_size 50: the checkpoint has 70"),
         (["--resume", "auto", "--model.width", "0.25"], "model.width 0.25: the checkpoint has 0.125"),
         (["--resume", "auto", "--seed", "1"], "seed 1: the checkpoint has 0"),
-        (["--resume", "{first}"], "holds step_00000010, later than"),
+        (["--resume", "{first}"], "contains step_00000010, which is later than"),
     ],
 )
 def test_existing_run_is_neither_overwritten_nor_mixed_with_another(
@@ -240,7 +240,7 @@ def test_resuming_a_finished_run_changes_nothing(two_ranks: Path, drawn: Path, m
 def test_finished_run_without_a_summary_gets_one(
     two_ranks: Path, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As after a kill between its last checkpoint and the summary."""
+    """The case of a kill between the last checkpoint and the summary."""
     shutil.copytree(two_ranks, tmp_path / "run")
     original = json.loads((two_ranks / "summary.json").read_text())
     (tmp_path / "run" / "summary.json").unlink()

@@ -105,7 +105,7 @@ def test_value_equals_the_formula(case: Case, batch: int, dim: int, length: int)
 
 @every_case
 def test_gradient_equals_central_differences_of_the_formula(case: Case) -> None:
-    """By Richardson's extrapolation from three step widths, with an error of the sixth order."""
+    """Richardson's extrapolation from three step widths has an error of the sixth order."""
     q, k, negatives = inputs(case, 3, 4, 5)
     q.requires_grad_()
     case.ours(q, k.detach(), negatives.detach()).backward()

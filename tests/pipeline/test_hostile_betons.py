@@ -213,8 +213,8 @@ def _say(beton: Path, **changes: object) -> None:
     [
         ({"settings": {"a": {"b": 1}}}, "settings and versions must be objects of plain values"),
         ({"settings": {"a": [1]}}, "settings and versions must be objects of plain values"),
-        ({"settings": {"a": float("nan")}}, "NaN is no number"),
-        ({"versions": {"a": float("inf")}}, "Infinity is no number"),
+        ({"settings": {"a": float("nan")}}, "NaN is not a number"),
+        ({"versions": {"a": float("inf")}}, "Infinity is not a number"),
         ({"skipped": [["name", 3]]}, "skipped must list pairs"),
         ({"skipped": [[["deep"], "x"]]}, "skipped must list pairs"),
         ({"count": 10**400}, "must list"),

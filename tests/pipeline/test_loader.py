@@ -252,7 +252,7 @@ def test_raw_records_give_the_same_ids_and_boxes(drawn: Path, tmp_path: Path, pl
 @pytest.mark.parametrize("position", range(_STEPS + 2))
 @pytest.mark.parametrize("begun", [0, 2])
 def test_a_loader_resumes_from_any_position(drawn: Path, position: int, begun: int) -> None:
-    """From before the first batch, after each, and in the next epoch; in a new or a used loader."""
+    """Positions are before the first batch, after each, and in the next epoch; loaders are new or used."""
     with small_loader(drawn) as first, small_loader(drawn) as second:
         take(first, position)
         state = json.loads(json.dumps(first.state_dict()))

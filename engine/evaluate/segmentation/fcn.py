@@ -3,8 +3,8 @@
 From the paper: conv5's 3x3 convolutions with dilation 2 and stride 1; two 3x3 convolutions of 256 channels and dilation
 6, with BatchNorm and ReLU; a 1x1 convolution. Ours, as the paper does not specify them: initialization (He's; the
 classifier from N(0, 0.01)), and bilinear upsampling that places each cell of the maps at its center pixel, which for
-crops of 513 pixels equals interpolation with aligned corners. Transformers, which the paper has not, give the features
-of their patches, without dilation.
+crops of 513 pixels equals interpolation with aligned corners. Transformers, which are not in the paper, give the
+features of their patches, without dilation.
 """
 
 import torch

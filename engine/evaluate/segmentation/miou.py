@@ -21,7 +21,7 @@ class SegmentationScores(Scores):
     """95 % interval of the mean, by bootstrap over the test images."""
     pixel_accuracy: float
     per_class: dict[str, float]
-    """Of each class that occurs in masks or predictions, by its name or number."""
+    """IoU of each class that occurs in masks or predictions, by its name or number."""
     images: int
 
     def __str__(self) -> str:

@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train", type=Path, required=True, metavar="FOLDER", help="VOC2012, or images/ and masks/")
     parser.add_argument("--test", type=Path, metavar="FOLDER", help="(default: --test-set, or every tenth, of --train)")
     parser.add_argument("--size", type=int, default=513, help="side of the crops, pixels (default: %(default)s)")
-    parser.add_argument("--frozen", action="store_true", help="train the head alone")
+    parser.add_argument("--frozen", action=argparse.BooleanOptionalAction, default=False, help="train the head alone")
     parser.add_argument("--iterations", type=int, default=30000, help="steps in all (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=0.003, help=f"for a batch of {BATCH} (default: %(default)s)")
     parser.add_argument("--classes", type=int, help="their number, background included (default: as in the masks)")

@@ -1,4 +1,4 @@
-"""A pickle that would create a file, in place of every file that is read: it is never run."""
+"""A pickle that would create a file, instead of every file that is read: it is never run."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ def test_metrics_end_at_the_first_invalid_line(line: bytes, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("line", [b"{}\n", b'{"step": "x", "epoch": 1}\n', b'{"step": 1}\n', b"x" * (2 << 20) + b"\n"])
-def test_other_files_in_place_of_metrics_are_left_unchanged(line: bytes, tmp_path: Path) -> None:
+def test_other_files_named_like_metrics_are_left_unchanged(line: bytes, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "epoch": 1.0}\n' + line)
     with pytest.raises(InputError, match=r"metrics\.jsonl"):

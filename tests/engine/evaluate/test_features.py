@@ -1,4 +1,4 @@
-"""Features in a file: exact after an interruption, and begun anew if a part is missing."""
+"""Features in a file: exact after an interruption, and started again if a part is missing."""
 
 from __future__ import annotations
 
@@ -84,5 +84,5 @@ def _resume_without_the_others_position(folder: str) -> None:
     assert (np.load(partial) == 0).all()
 
 
-def test_all_ranks_begin_anew_if_one_has_to(tmp_path: Path) -> None:
+def test_all_ranks_start_again_if_one_has_to(tmp_path: Path) -> None:
     on_ranks(2, _resume_without_the_others_position, str(tmp_path))

@@ -27,7 +27,7 @@ def test_rates_are_the_published_ones() -> None:
 
 
 class _Crops:
-    """A loader of given features in place of crops."""
+    """A loader of given features instead of crops."""
 
     def __init__(self, x: torch.Tensor, batch: int) -> None:
         self._x, self._batch, self._epoch, self.steps = x, batch, 0, len(x) // batch
@@ -116,5 +116,5 @@ def test_an_interrupted_training_resumes_exactly(encoder: Path, drawn: Path, mon
     state = load_file(next((other.parent / "out" / "linear_moco").glob("step_*/state.safetensors")))
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], value) for name, value in expected.items())
-    with pytest.raises(InputError, match=r"lr 1\.0 there, 2\.0 here"):
+    with pytest.raises(InputError, match=r"lr was 1\.0, now 2\.0"):
         evaluate("linear", other, drawn, *options[:-1], "2")

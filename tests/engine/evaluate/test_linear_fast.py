@@ -67,7 +67,7 @@ def test_the_best_pair_of_the_sweep_is_used(encoder: Path, drawn: Path, passes: 
 
 
 def _count_embedded(monkeypatch: pytest.MonkeyPatch, stop_at: int = 0) -> list[int]:
-    """Return a list whose only number counts the batches embedded; interrupt in place of batch `stop_at`."""
+    """Return a list whose only number counts the batches embedded; interrupt instead of batch `stop_at`."""
     embed, calls = ClassificationEvaluation.embed, [0]
 
     def counted(self: ClassificationEvaluation, images: torch.Tensor) -> torch.Tensor:

@@ -144,7 +144,7 @@ def test_second_ctrl_c_stops_at_once_unless_a_launcher_forwards_it(monkeypatch: 
 
 
 def test_stop_works_where_the_reader_of_the_output_is_gone() -> None:
-    """As after Ctrl-C with `2>&1 | tee log`: the terminal sends it to both."""
+    """The case of Ctrl-C with `2>&1 | tee log`: the terminal sends it to both."""
     requests, streams = preemption.Requests(torch.device("cpu")), [os.dup(stream) for stream in (1, 2)]
     unread, pipe = os.pipe()
     os.close(unread)

@@ -33,7 +33,7 @@ def test_accelerate_reads_its_configurations(name: str, processes: int, machines
 
 
 def test_torchrun_waits_nearly_as_long_as_slurm_gives_notice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the environment variable of torchrun, and the script's header for Slurm."""
+    """The environment variable of torchrun is compared to the script's header for Slurm."""
     text = (LAUNCH / "slurm.sbatch").read_text()
     (notice,) = re.findall(r"^#SBATCH --signal B:USR1@(\d+)$", text, re.MULTILINE)
     (seconds,) = re.findall(r"^export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)", text, re.MULTILINE)

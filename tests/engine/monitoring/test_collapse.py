@@ -30,7 +30,7 @@ def test_collapse_begins_at_a_fifth_of_the_spheres_deviation() -> None:
 def test_collapse_is_warned_of_once_until_it_ends() -> None:
     watch = CollapseWatch(torch.device("cpu"))
     assert not add(watch, COLLAPSED, PATIENCE - 1)
-    assert not add(watch, SPREAD, 1)  # the count starts anew
+    assert not add(watch, SPREAD, 1)  # the count starts again
     assert not add(watch, COLLAPSED, PATIENCE - 1)
     assert add(watch, COLLAPSED, 1)
     assert not add(watch, COLLAPSED, 5)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.report.__main__ import main
+from engine.report.__main__ import main, parser
+from pipeline.system.errors import InputError
 from tests.engine.run_folders import settings, write_run
 
 
@@ -25,6 +26,16 @@ def test_pictures_are_written_next_to_the_page(tmp_path: Path, monkeypatch: pyte
     other, page = write_run(tmp_path / "b", settings(seed=1)), tmp_path / "report.html"
     assert command(monkeypatch, str(run), str(other), "--no-pictures", "--out", str(page)) == 0
     assert page.read_text().startswith("<!DOCTYPE html>")
+
+
+@pytest.mark.parametrize(("options", "expected"), [([], True), (["--pictures"], True), (["--no-pictures"], False)])
+def test_pictures_are_optional(options: list[str], expected: bool) -> None:
+    assert parser().parse_args(["x", *options]).pictures == expected
+
+
+def test_former_spelling_names_the_present_one() -> None:
+    with pytest.raises(InputError, match="--neighbours: renamed to --neighbors"):
+        parser().parse_args(["x", "--neighbours", "3"])
 
 
 def test_several_runs_need_a_file_name(

@@ -67,7 +67,7 @@ def test_unreadable_settings_are_noted(recipe: str | None, tmp_path: Path) -> No
 
 def test_folders_without_a_run_are_refused(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
-    with pytest.raises(InputError, match="photos: is no run"):
+    with pytest.raises(InputError, match="photos: not a run folder"):
         read_runs([tmp_path / "photos"])
     with pytest.raises(InputError, match="no such folder"):
         read_runs([tmp_path / "nothing"])

@@ -55,7 +55,7 @@ def check_same(a: Model, b: Model, rtol: float, atol: float) -> None:
 )
 @pytest.mark.slow
 def test_compiled_backbones_train_like_eager_ones(name: str, terms: Terms, recompute: bool) -> None:
-    """In float64, over 20 steps: losses, parameters, momentum parameters, running statistics."""
+    """Losses, parameters, momentum parameters and running statistics are compared over 20 steps in float64."""
     chosen = settings(name, terms)
     eager, compiled = built(chosen), built(replace(chosen, compile=True, activation_checkpointing=recompute))
     assert train(compiled, 20) == pytest.approx(train(eager, 20), rel=1e-9)
@@ -98,7 +98,7 @@ def test_backbones_are_compiled_once_for_each_size_of_views(monkeypatch: pytest.
 def test_compiled_and_graph_train_like_eager_on_a_gpu(
     name: str, terms: Terms, recompute: bool, way: dict[str, bool], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In float64, over 20 steps, without a fallback from the graph."""
+    """20 steps in float64, without a fallback from the graph."""
     chosen = replace(settings(name, terms), activation_checkpointing=recompute)
     accelerator = Accelerator()
     eager, other = built(chosen, accelerator), built(replace(chosen, **way), accelerator)  # type: ignore[arg-type]

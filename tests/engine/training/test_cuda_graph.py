@@ -126,7 +126,7 @@ def test_recorded_step_trains_like_a_plain_one(
     device: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """On the CPU bit for bit: all inputs of a step are on the device, at the same place in every step.
+    """Bit for bit on the CPU: all inputs of a step are on the device, at the same place in every step.
 
     Non-finite batches come during warm-up, recording and replay; measured steps and other sizes come in between.
     """

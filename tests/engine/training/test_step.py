@@ -188,7 +188,7 @@ def test_momentum_encoder_and_queue_get_no_gradient() -> None:
     ],
 )
 def test_accumulated_parts_equal_the_batch(name: str, terms: Terms) -> None:
-    """With BatchNorm in evaluation mode, as batch statistics are those of a part."""
+    """BatchNorm is in evaluation mode, as batch statistics are those of a part."""
     ends = []
     for accumulate in (1, 4):
         model = built(replace(settings(name, terms), gradient_accumulation_steps=accumulate))
@@ -204,7 +204,7 @@ def test_accumulated_parts_equal_the_batch(name: str, terms: Terms) -> None:
 
 
 def test_accumulated_parts_equal_the_batch_in_float32() -> None:
-    """To 1e-6; the queue moves once."""
+    """The tolerance is 1e-6; the queue moves once."""
     ends = []
     for accumulate in (1, 4):
         chosen = replace(settings("moco_v2", Terms(co2=CO2())), gradient_accumulation_steps=accumulate)
@@ -235,7 +235,7 @@ def overflow(gradient: torch.Tensor) -> torch.Tensor:
     ],
 )
 def test_non_finite_step_changes_nothing(name: str, optimizer: Any, accumulate: int, cause: str, at: int) -> None:
-    """With a non-finite loss or one gradient, with fp16's scaler or without; the next steps do not depend on it."""
+    """A loss or one gradient is not finite, with fp16's scaler or without; the next steps do not depend on it."""
     optim = Optim(name=optimizer, lr=0.1, epochs=6, warmup_epochs=2, clip_grad_norm=1.0)
     momentum = {} if name == "simclr" else {"ema_schedule": "cosine"}
     chosen = replace(settings(name, **momentum), optim=optim, gradient_accumulation_steps=accumulate)
@@ -271,7 +271,7 @@ def test_non_finite_step_changes_nothing(name: str, optimizer: Any, accumulate: 
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_shuffled_keys_return_to_their_samples(symmetric: bool) -> None:
-    """With statistics over the batch, shuffling changes only the order inside the momentum encoder."""
+    """Shuffling changes only the order inside the momentum encoder, as statistics are over the batch."""
     ends = []
     order = shuffled_rows(0, 0, BATCH)
     for shuffle in (False, True):

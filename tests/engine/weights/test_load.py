@@ -104,7 +104,7 @@ def _rotated(state: State) -> State:
 
 
 def _variances_exchanged(state: State) -> State:
-    """Return a state with means in place of variances; the shapes stay."""
+    """Return a state with means instead of variances; the shapes stay."""
     swapped = {"bn1.running_var": state["bn1.running_mean"] - 1, "bn1.running_mean": state["bn1.running_var"]}
     return state | swapped
 

@@ -195,7 +195,7 @@ def test_solarize_equals_pillow() -> None:
 
 @pytest.mark.parametrize("size", [96, 32, 7, 4, 1])
 def test_blur_equals_a_direct_convolution(size: int) -> None:
-    """To within the rounding: 0.5 of a level.
+    """The tolerance is the rounding: 0.5 of a level.
 
     Pillow's own GaussianBlur(radius=sigma) is made of boxes and repeats edge pixels; for sigma from 0.1 to 2.0 the
     measured mean difference from it is 0.6 levels on drawn images and 3 on noise, where sigma below 1 counts most.
@@ -246,7 +246,7 @@ def test_each_sample_has_its_own_order_of_operations(order: list[int]) -> None:
 
 
 def test_grayscale_before_jitter_leaves_the_hue_of_gray() -> None:
-    """Before the jitter, saturation and hue then change nothing; after it, grayscale removes their effect."""
+    """Saturation and hue change nothing after grayscale; before it, grayscale removes their effect."""
     on = np.ones(_N, bool)
     color = _color(jitter=on, gray=on, hue=np.full(_N, 0.3, np.float32), saturation=np.full(_N, 1.9, np.float32))
     first, last = (_augmented(_images(), replace(color, gray_first=first)) for first in (True, False))

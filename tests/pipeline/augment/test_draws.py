@@ -220,7 +220,7 @@ def test_all_24_orders_of_operations_are_equally_likely(many: ViewDraws) -> None
 
 
 def test_accepted_boxes_have_uniform_area_and_log_aspect() -> None:
-    """On an image so large that rounding is negligible, with areas that fit at the first try for every aspect."""
+    """The image is so large that rounding is negligible, and areas fit at the first try for every aspect."""
     view = replace(_VIEW, scale=(0.2, 0.74))
     top, left, height, width = _draw(np.arange(N), view, shape=(40_000, 40_000)).boxes.T.astype(np.float64)
     assert _distance_from_uniform(height * width / 40_000**2, 0.2, 0.74) < 2.23
@@ -334,7 +334,7 @@ def test_the_full_image_is_the_fallback_within_the_ratio() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (32, 32), (60, 200)])
 def test_boxes_have_torchvision_s_distribution(height: int, width: int) -> None:
-    """Against a transcription with NumPy's generator, including rejected tries and fallbacks."""
+    """The reference is a transcription with NumPy's generator, including rejected tries and fallbacks."""
     boxes = _draw(np.arange(N), shape=(height, width)).boxes.astype(np.float64)
     rng = np.random.default_rng(5)
     reference = np.array(

@@ -75,7 +75,7 @@ def test_fused_augmentation_equals_stepwise(name: str, view: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_views_have_the_requested_type(dtype: torch.dtype) -> None:
-    """Within a unit in the last place: the interpreter truncates to bfloat16 where a GPU rounds."""
+    """The tolerance is a unit in the last place: the interpreter truncates to bfloat16 where a GPU rounds."""
     crops = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)).to(DEVICE)
     one = np.full(6, 64)
     drawn = draw_view(AUGMENTATIONS["moco_v2"][0], 0, seed=1, epoch=0, ids=np.arange(6), heights=one, widths=one)
@@ -107,7 +107,7 @@ for name, out in outs.items():
 
 
 def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
-    """On the CPU: the compiler refuses code that the interpreter accepts."""
+    """The compiler, which runs without a GPU, refuses code that the interpreter accepts."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", COMPILE], check=True, timeout=300, env=environment)

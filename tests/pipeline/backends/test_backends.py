@@ -77,7 +77,7 @@ def test_views_are_the_same_bit_for_bit(backend: str, views: str, ragged: Path) 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_each_epoch_equals_a_loader_of_its_size(backend: str, drawn: Path) -> None:
-    """With batches of the next epoch under way before this one ends, and from any batch on."""
+    """Batches of the next epoch are under way before this one ends; the loader starts from any batch."""
     sizes, steps = (10, 24, 16), 200 // BATCH
     expected: list[Batch] = []
     for epoch, size in enumerate((*sizes, sizes[-1])):
@@ -210,7 +210,7 @@ def test_resident_images_are_decoded_in_blocks(ragged: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_batches_staged_ahead_are_the_same(backend: str, drawn: Path) -> None:
-    """As on a GPU, where views are made before they are requested; the saved position is that of returned batches."""
+    """Like on a GPU, views are made before they are requested; the saved position is that of returned batches."""
     with loader(drawn, backend) as plain, loader(drawn, backend) as staging:
         expected, states = [], []
         for _ in range(16):
@@ -397,7 +397,7 @@ def test_crops_on_a_missing_gpu_are_refused(drawn: Path) -> None:
 def test_few_cores_for_a_gpu_leave_the_decoding_to_it(
     cores: int, device: str, mode: int, name: str, drawn: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of records as ImageNet's at 500 pixels, of which one core decodes some 900 a second."""
+    """Records are like ImageNet's at 500 pixels, of which one core decodes some 900 a second."""
     monkeypatch.setattr(resident, "free", lambda device: 0)
     beton = Beton(drawn)
     count = len(beton)
@@ -440,7 +440,7 @@ def intact_after(bad: set[int], sample: int, count: int) -> int:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_damaged_records_are_skipped_for_the_next_intact_one(backend: str, drawn: Path, tmp_path: Path) -> None:
-    """On every backend and rank alike; draws remain those of the sample; a run resumes exactly from any batch."""
+    """All backends and ranks skip alike; draws remain those of the sample; a run resumes exactly from any batch."""
     bad = {5, 77, 78, 199}
     path = drawn
     for number, index in enumerate(sorted(bad)):
@@ -521,7 +521,7 @@ def test_forged_metadata_is_refused_or_skipped(backend: str, forged: str, drawn:
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_backend_s_gpu_views_equal_cpu_views(backend: str, ragged: Path) -> None:
-    """Over several epochs, while the GPU does other work; DALI uses another decoder there."""
+    """The GPU does other work during several epochs; DALI uses another decoder there."""
     settings = {"views": (PLAIN, PLAIN), "batch": 20, "statistics": LEVELS}
     busy = torch.randn(2048, 2048, device="cuda")
     with loader(ragged, "ffcv", **settings) as host, loader(ragged, backend, device="cuda", **settings) as device:

@@ -55,7 +55,7 @@ def test_crops_equal_pillow(backend: str, images: Beton) -> None:
 
 @pytest.mark.parametrize("name", ["moco_v2", "moco_v3"])
 def test_augmented_views_equal_pillow(name: str, images: Beton) -> None:
-    """By Triton on a GPU, by stepwise operations elsewhere."""
+    """Triton augments on a GPU, stepwise operations elsewhere."""
     size, ids = 96, np.arange(COUNT)
     crops = np.stack(
         [decode(images, int(index))[:size, :size] for index in ids if min(decode(images, int(index)).shape[:2]) >= size]

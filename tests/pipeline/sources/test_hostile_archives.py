@@ -411,7 +411,7 @@ def test_an_image_of_the_largest_size_is_read() -> None:
 
 @pytest.mark.parametrize(("side", "held"), [(4096, 0), (4097, 1)])
 def test_a_large_image_is_decoded_alone(side: int, held: int) -> None:
-    """Over all workers of `prepare`, by a shared lock."""
+    """All workers of `prepare` share a lock."""
     taken = []
 
     @contextlib.contextmanager

@@ -226,7 +226,7 @@ def test_a_huge_label_is_refused(shards: str, tmp_path: Path) -> None:
 
 
 def test_braces_expand_to_shards(shards: str) -> None:
-    """In WebDataset's notation."""
+    """The notation is WebDataset's."""
     named = shards.replace("*", "{0..2}")
     assert named != shards
     assert [Direct(named).name(i) for i in range(60)] == [Direct(shards).name(i) for i in range(60)]

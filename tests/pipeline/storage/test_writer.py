@@ -86,7 +86,7 @@ np.savez(sys.argv[1] + ".npz", images=images, labels=labels)
     ("cache", "side"), [pytest.param("process", 1300, marks=pytest.mark.slow), ("os", 40)], ids=["pages", "file"]
 )
 def test_ffcvs_loader_gives_the_same_pixels_and_labels(cache: str, side: int, tmp_path: Path) -> None:
-    """At 1300 pixels a side, raw images take 5 MB each, and the file several pages."""
+    """Raw images of 1300 pixels a side take 5 MB each, and the file several pages."""
     kinds = ("jpeg", "bmp")
     files = {f"{'ab'[i // 3]}/{i}.{kinds[i % 2]}": saved(picture(side, side, i), kinds[i % 2]) for i in range(6)}
     source, out = pack("folder", files, tmp_path), tmp_path / "x.beton"

@@ -112,7 +112,7 @@ def test_an_interrupted_training_resumes_exactly(
     assert one.keys() == two.keys()
     assert all(torch.equal(two[key], value) for key, value in one.items())
     assert any("backbone" in key for key in one) != bool(frozen)
-    with pytest.raises(InputError, match="iterations 7 there, 8 here"):
+    with pytest.raises(InputError, match="iterations was 7, now 8"):
         evaluate(other, drawn, *[option.replace("7", "8") for option in options])
 
 
