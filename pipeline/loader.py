@@ -177,8 +177,8 @@ class Loader:
         self._stages = self._stream is not None and shuffle is None
         self._staged: Batch | Exception | None = None
         self._launched = deque[torch.cuda.Event]()  # before each of the last batches' steps
-        self._orders: dict[int, np.ndarray] = {}  # of this epoch and, near its end, the next
-        self._epoch, self._step = 0, 0  # of the next batch to return
+        self._orders: dict[int, np.ndarray] = {}  # orders of this epoch and, near its end, the next
+        self._epoch, self._step = 0, 0  # position of the next batch to return
         self._queue: PrefetchQueue[_Note] = chosen.queue(beton, self._sizes_of(None), batch // world)
 
     def __len__(self) -> int:
@@ -246,7 +246,7 @@ class Loader:
         if self._stages and self._queue.backend.ready():
             try:
                 self._staged = self._make()
-            except Exception as error:  # raised when that batch is asked for
+            except Exception as error:  # raised when that batch is requested
                 self._staged = error
         return batch
 
