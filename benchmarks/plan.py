@@ -46,7 +46,7 @@ OVERLAP_SHARE = 0.5
 MEMORY_SHARE = 0.92
 GLOO_BYTES_PER_SECOND = 0.5e9
 """Gradients exchanged by a process with another on its machine, per core (2026-11-24, an EPYC)."""
-_MAX_QUANTITY = 1e9  # of anything a machine has
+_MAX_QUANTITY = 1e9  # largest number of anything in a machine
 _REMEDY = "give the JSON of a benchmark"
 _HERE = Path(__file__).parent
 T = TypeVar("T")
@@ -102,7 +102,7 @@ def load_machine(name: str) -> Node:
         raise InputError(f"{path}: gpu {node.gpu!r}: give its name")
     for field in fields(Node)[2:]:
         value, kinds = getattr(node, field.name), (int,) if field.type is int else (int, float)
-        may_be_0 = field.name in ("gpu_link_gbytes", "network_gbits")  # of a single GPU or node
+        may_be_0 = field.name in ("gpu_link_gbytes", "network_gbits")  # a single GPU or node has none
         if type(value) not in kinds or not 0 <= value <= _MAX_QUANTITY or not (value or may_be_0):
             kind = "an integer" if kinds == (int,) else "a number"
             raise InputError(f"{path}: {field.name} {value!r}: give {kind} above 0")

@@ -50,10 +50,10 @@ _SMALL_PIXELS = 96  # images of at most this side are trained on at 32 pixels
 _MIN_IMAGES = 16
 _MAX_EPOCHS = 60
 _RATE_STEPS = 20
-_ENOUGH_PAIRS = 125_000  # of drawn images 140,000 gave a kNN top-1 of 75 %, 40,000 of 31 %
+_ENOUGH_PAIRS = 125_000  # 140,000 synthetic images gave a kNN top-1 of 75 %, 40,000 gave 31 %
 _KNN_LIMIT = 10000
-_MIN_STEPS = 78  # of an epoch, if there are images for it: a queue learns in many small steps, not in few large ones
-_MAX_IMAGES = 20000  # of a folder or archive, evenly spread: an epoch ends in a few minutes anywhere
+_MIN_STEPS = 78  # steps of an epoch, given enough images: a queue learns in many small steps, not in few large ones
+_MAX_IMAGES = 20000  # images taken from a folder or archive, evenly spread: an epoch ends in a few minutes anywhere
 
 
 def _sources(data: str | None) -> list[tuple[str, str | None]]:

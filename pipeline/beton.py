@@ -34,7 +34,7 @@ from pipeline.system.text import printable
 MANIFEST_FORMAT = 1
 _MAX_FIELDS = 64
 _MANIFEST_BYTES, _MANIFEST_SAMPLE_BYTES = 1 << 24, 2048  # limit of a manifest's size: a constant, and more a sample
-MAX_PIXELS_PER_BYTE = 512  # of a JPEG: a block of 64 pixels takes a bit or more
+MAX_PIXELS_PER_BYTE = 512  # bound for a JPEG: a block of 64 pixels takes a bit or more
 _PREPARE_AGAIN = "write it again with python -m pipeline.prepare"
 
 

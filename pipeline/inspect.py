@@ -25,9 +25,9 @@ from pipeline.system.progress import progress
 from pipeline.system.text import printable
 from pipeline.views import AUGMENTATIONS, View
 
-_CHUNK_RECORDS = 64  # in a call of a thread
-_COLUMNS, _GAP_PIXELS = 2, 6  # of the preview: groups side by side, space between pictures
-_MIN_CELL_PIXELS = 96  # of the preview: smaller views are enlarged
+_CHUNK_RECORDS = 64  # records in a call of a thread
+_COLUMNS, _GAP_PIXELS = 2, 6  # layout of the preview: groups side by side, space between pictures
+_MIN_CELL_PIXELS = 96  # smaller views are enlarged in the preview
 _PREVIEW_IMAGES = 12
 
 

@@ -12,10 +12,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
+from typing_extensions import Unpack
 
 from pipeline.augment.color import IMAGENET, Statistics, augment, normalize
 from pipeline.augment.draws import Color, center_boxes, draw_color, draw_views
@@ -64,6 +65,20 @@ class LoaderOptions:
         depth, device = self.prefetch_factor, numbered(self.device)
         config = BackendConfig(sizes, batch, self.workers, depth, device, self.hw_decoder_load)
         return PrefetchQueue(self.backend, beton, self.on_bad, config)
+
+
+class OptionalKeywords(TypedDict, total=False):
+    """The fields of `LoaderOptions` that have a default, as keyword arguments."""
+
+    device: torch.device | str
+    dtype: torch.dtype
+    backend: str
+    workers: int
+    prefetch_factor: int
+    stall_timeout: float
+    hw_decoder_load: float
+    statistics: Statistics
+    on_bad: OnBad
 
 
 @dataclass(frozen=True)
@@ -119,7 +134,7 @@ class Loader:
 
     Each of `world` ranks receives its slice of every global batch. Samples beyond the last full global batch are left
     out of that epoch. Iterating continues where the last iteration or `load_state_dict` stopped, to the end of that
-    epoch. options: the fields of `LoaderOptions`.
+    epoch. size, batch and options: see `LoaderOptions`.
 
     Raises InputError for a batch larger than the set or not divisible by `world`, a missing GPU, or data that the
     backend cannot read.
@@ -130,20 +145,21 @@ class Loader:
         beton: Beton,
         views: tuple[View, ...],
         *,
+        size: int | Sequence[int],
+        batch: int,
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
         order: Order = "random",
         shuffle: Shuffle | None = None,
-        **options: Any,
+        **options: Unpack[OptionalKeywords],
     ) -> None:
-        self._options = chosen = LoaderOptions(**options)
-        self._sizes = (chosen.size,) if isinstance(chosen.size, int) else tuple(chosen.size)
-        batch = chosen.batch
+        self._options = chosen = LoaderOptions(size, batch, **options)
+        self._sizes = (size,) if isinstance(size, int) else tuple(size)
         if not 0 < batch <= len(beton):
             raise InputError(f"{beton.path}: a batch of {batch} from {len(beton)} samples: choose 1 to {len(beton)}")
         if not views or not self._sizes or min(self._sizes) < 1:
-            raise ValueError(f"{len(views)} views of {chosen.size} pixels: give one view or more, of 1 pixel or more")
+            raise ValueError(f"{len(views)} views of {size} pixels: give one view or more, of 1 pixel or more")
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} of {world}: ranks are 0 to {world - 1}")
         if torch.device(chosen.device).type == "cuda" and not torch.cuda.is_available():
@@ -161,8 +177,8 @@ class Loader:
         self._stages = self._stream is not None and shuffle is None
         self._staged: Batch | Exception | None = None
         self._launched = deque[torch.cuda.Event]()  # before each of the last batches' steps
-        self._orders: dict[int, np.ndarray] = {}  # of this epoch and, near its end, the next
-        self._epoch, self._step = 0, 0  # of the next batch to return
+        self._orders: dict[int, np.ndarray] = {}  # orders of this epoch and, near its end, the next
+        self._epoch, self._step = 0, 0  # position of the next batch to return
         self._queue: PrefetchQueue[_Note] = chosen.queue(beton, self._sizes_of(None), batch // world)
 
     def __len__(self) -> int:
@@ -230,7 +246,7 @@ class Loader:
         if self._stages and self._queue.backend.ready():
             try:
                 self._staged = self._make()
-            except Exception as error:  # raised when that batch is asked for
+            except Exception as error:  # raised when that batch is requested
                 self._staged = error
         return batch
 
@@ -302,18 +318,25 @@ class CenterLoader:
     """Samples `indices` (default: all) of `beton` in order, center-cropped, normalized: (images [B, 3, S, S], ids [B]).
 
     ids are the records that were read: where damaged ones are skipped, their substitutes. `crop_ratio`: the crop's
-    side over the image's shorter side; 0.875 is the usual 224 of 256. options: the fields of `LoaderOptions`.
+    side over the image's shorter side; 0.875 is the usual 224 of 256. size, batch and options: see `LoaderOptions`.
     """
 
     def __init__(
-        self, beton: Beton, *, crop_ratio: float = 0.875, indices: np.ndarray | None = None, **options: Any
+        self,
+        beton: Beton,
+        *,
+        size: int,
+        batch: int,
+        crop_ratio: float = 0.875,
+        indices: np.ndarray | None = None,
+        **options: Unpack[OptionalKeywords],
     ) -> None:
-        self._options = chosen = LoaderOptions(**options)
-        if not isinstance(chosen.size, int):
-            raise ValueError(f"size is {chosen.size}: give one side, in pixels")
-        self.size, self.indices = chosen.size, np.arange(len(beton)) if indices is None else indices
+        if not isinstance(size, int):
+            raise ValueError(f"size is {size}: give one side, in pixels")
+        self._options = chosen = LoaderOptions(size, batch, **options)
+        self.size, self.indices = size, np.arange(len(beton)) if indices is None else indices
         self._beton, self._crop_ratio, self._device = beton, crop_ratio, numbered(chosen.device)
-        self._batch = min(chosen.batch, max(len(self.indices), 1))
+        self._batch = min(batch, max(len(self.indices), 1))
         self._queue: PrefetchQueue[np.ndarray] = chosen.queue(beton, (self.size,), self._batch)
 
     def __len__(self) -> int:

@@ -40,8 +40,8 @@ from pipeline.system.packages import version
 from pipeline.system.progress import progress
 
 logger = logging.getLogger(__name__)
-_IMAGES_AHEAD = 32  # of a worker, before the writer
-_large_lock: Any = contextlib.nullcontext()  # in workers a lock: one large image is decoded at a time, over all of them
+_IMAGES_AHEAD = 32  # images that a worker is ahead of the writer
+_large_lock: Any = contextlib.nullcontext()  # a lock in workers: together they decode one large image at a time
 
 
 def _encode_item(item: Item, index: int, settings: Settings) -> Record | str:

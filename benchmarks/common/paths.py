@@ -26,7 +26,7 @@ from pipeline.storage.decode import records_of, rectangles
 from pipeline.views import View
 
 _PREFETCH = 3  # batches
-_MIN_BATCHES = 8  # of an epoch
+_MIN_BATCHES = 8  # batches of an epoch
 _STALL_SECONDS = 600
 _VIEW = View()  # MoCo v2's
 

@@ -11,7 +11,7 @@ from pipeline.system.packages import version
 from pipeline.system.text import printable
 
 _ROOT = Path(__file__).resolve().parents[2]
-_MAX_CHARACTERS = 100  # of a value read from a checkpoint
+_MAX_CHARACTERS = 100  # characters of a value read from a checkpoint
 _KINDS = {"version": str, "commit": str, "images": int, "classes": int, "fingerprint": str}
 
 

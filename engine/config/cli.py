@@ -46,7 +46,11 @@ settings below. Options override recipes, and later recipes earlier ones.
       --terms.NAME.help lists the parameters of one."""
 _FLAGS = ("dry_run", "print_config")
 _PER_RANK = ("data.train", "data.eval", "data.workers", "data.prefetch_factor", "data.stall_timeout")
-_MAX_CHARACTERS, _MAX_VALUES, _MAX_INTEGER = 4096, 1000, 2**53  # of a path; of a list; exact as a float
+_MAX_CHARACTERS, _MAX_VALUES, _MAX_INTEGER = (
+    4096,
+    1000,
+    2**53,
+)  # characters of a path; values of a list; integer that is exact as a float
 
 
 class CommandLine(NamedTuple):
@@ -79,7 +83,7 @@ def parse_command_line(arguments: Sequence[str] | None = None) -> CommandLine:
                 value = {name: value}
             _merge(settings, _typed("", value))
             sources.pop(key, None)
-    try:  # as JSON: pydantic's strict mode takes no dict for a dataclass
+    try:  # JSON: pydantic's strict mode takes no dict for a dataclass
         parsed = _SETTINGS.validate_json(json.dumps(settings), strict=True)
     except ValidationError as error:
         wrong = explain(error, Settings)

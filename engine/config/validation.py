@@ -88,7 +88,7 @@ def explain(error: ValidationError, kind: type) -> SettingError:
     first = error.errors(include_url=False)[0]
     wrong, value = first["type"], first["input"]
     if wrong == "value_error":
-        return first["ctx"]["error"]  # of a `__post_init__`
+        return first["ctx"]["error"]  # raised by a `__post_init__`
     key = prefix + ".".join(part for part in first["loc"] if isinstance(part, str))
     if (renamed := former(key, value)) or key not in known:
         return renamed or unknown(key, known)

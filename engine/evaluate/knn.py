@@ -16,7 +16,7 @@ from pipeline.system.errors import InputError
 logger = get_logger(__name__)
 
 KS, TEMPERATURES = (10, 20, 100, 200), (0.07, 0.1)
-_HEADLINE = (Knn().k, Knn().temperature)  # as during training
+_HEADLINE = (Knn().k, Knn().temperature)  # the values of the kNN during training
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,8 +5,8 @@ from torch.nn import functional as F
 
 from engine.parallel import collectives
 
-_MAX_ROWS = 1024  # of a block of similarities
-_MAX_ELEMENTS = 1 << 28  # of a block: 1 GiB
+_MAX_ROWS = 1024  # rows of a block of similarities
+_MAX_ELEMENTS = 1 << 28  # elements of a block: 1 GiB
 _RANKED = 5
 
 

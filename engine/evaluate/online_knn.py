@@ -111,7 +111,7 @@ class Knn:
         shards, batch = collectives.shares(indices), self._loader["batch"]
         local, longest = shards[collectives.rank()], max(map(len, shards))
         rows, ids = features(backbone, beton, indices=local, autocast=autocast, after=after, **self._loader)
-        for _ in range(-(-longest // batch) - -(-len(local) // batch)):  # for the batches that other ranks have more
+        for _ in range(-(-longest // batch) - -(-len(local) // batch)):  # other ranks have more batches
             after()
         return rows, torch.from_numpy(beton.labels[ids]).to(rows.device)
 

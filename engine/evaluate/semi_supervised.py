@@ -30,7 +30,7 @@ from pipeline.system.text import counted
 
 logger = get_logger(__name__)
 
-_RATES = {0.01: (0.02, 5.0), 0.1: (0.01, 0.2)}  # of backbone and classifier, by fraction of the labels
+_RATES = {0.01: (0.02, 5.0), 0.1: (0.01, 0.2)}  # learning rates of backbone and classifier, by fraction of the labels
 _MILESTONES, _FACTOR = (0.6, 0.8), 0.2
 _MIN_STEPS = 200  # ImageNet has 1000 with 1 % of its labels
 

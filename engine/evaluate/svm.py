@@ -130,7 +130,7 @@ def train_svms(
         svm = LinearSVC(class_weight={1: 2, -1: 1}, max_iter=2000, random_state=evaluation.args.seed)
         search: Any = GridSearchCV(svm, {"C": list(evaluation.args.costs)}, scoring="average_precision", cv=_FOLDS)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # at costs too large to be chosen
+            warnings.simplefilter("ignore", ConvergenceWarning)  # raised at costs too large to be chosen
             search.fit(train[known], labels[known, column])
         values[:, column] = search.decision_function(test)
         chosen.append(float(search.best_params_["C"]))

@@ -21,7 +21,7 @@ from engine.weights.readers import METADATA
 from pipeline.system.errors import InputError, RunFailed
 from pipeline.system.files import atomic_path, write_atomic
 
-_MAX_DISTANCE = 1e-5  # of features, relative to the largest
+_MAX_DISTANCE = 1e-5  # largest difference of features, relative to the largest feature
 _OPSET = 17
 State = dict[str, torch.Tensor]
 
@@ -39,7 +39,7 @@ class Format(NamedTuple):
 FORMATS = {
     "torchvision": Format(".pth", "torchvision"),
     "timm": Format(".safetensors", "timm"),
-    # for DetectionCheckpointer, which matches layers by the ends of their names
+    # DetectionCheckpointer matches layers by the ends of their names
     "detectron2": Format(
         ".pth", "detectron2", lambda state: {"model": state, "__author__": "Millrace", "matching_heuristics": True}
     ),
@@ -76,7 +76,7 @@ def _write_onnx(encoder: LoadedEncoder, path: Path) -> None:
     _onnx()
     size = encoder.architecture.size
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of deprecation: the newer exporter needs one more package, for the same graph
+        warnings.simplefilter("ignore")  # deprecation: the newer exporter needs one more package, for the same graph
         torch.onnx.export(
             encoder.backbone,
             (torch.zeros(2, 3, size, size),),

@@ -16,7 +16,7 @@ from pipeline.system.errors import RunFailed
 
 _BEAT_SECONDS = 0.25
 _ANSWER_SECONDS = 5.0  # longest time that the store may take
-_GRACE_SECONDS = 5.0  # in which the training may notice without help
+_GRACE_SECONDS = 5.0  # time for the training to notice without help
 RUNNING, FINISHED, FAILED, LOST = "running", "finished", "failed", "lost"
 """States of a rank. LOST: it waited for another rank that did not answer."""
 _STORE = -1  # stands for the store among ranks
@@ -118,7 +118,7 @@ class PeerWatch:
         before, lost_seconds, limit = time.monotonic(), 0.0, self._heartbeat.limit
         while not self._stop.wait(_BEAT_SECONDS):
             now = time.monotonic()
-            passed = min(now - before, 2 * _BEAT_SECONDS)  # without the time in which this process itself was stopped
+            passed = min(now - before, 2 * _BEAT_SECONDS)  # excludes the time in which this process itself was stopped
             before = now
             for peer in self._silent_seconds:
                 self._silent_seconds[peer] += passed

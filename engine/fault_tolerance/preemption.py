@@ -20,11 +20,11 @@ REQUEUE = 75
 """Exit status of a job to be queued again (EX_TEMPFAIL of sysexits.h)."""
 _NONE, _STOP, _REQUEUE = range(3)
 _REQUESTS = {signal.SIGTERM: _STOP, signal.SIGINT: _STOP, signal.SIGUSR1: _REQUEUE}
-_FORWARD_SECONDS = 1.0  # in which a launcher forwards the Ctrl-C that the terminal has sent to all processes
+_FORWARD_SECONDS = 1.0  # time for a launcher to forward the Ctrl-C that the terminal has sent to all processes
 _POLL_SECONDS = 1.0  # mean time between two exchanges of the ranks' requests ...
 _MAX_POLL_STEPS = 100  # ... and steps at most
 _LAUNCHED = ("ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID")  # set by accelerate launch, torchrun
-_SET_PDEATHSIG = 1  # of linux/prctl.h
+_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Stopped(Exception):

@@ -18,7 +18,7 @@ def parser() -> ArgumentParser:
 
 @command
 def main() -> None:
-    parser().parse_known_args()  # for --help
+    parser().parse_known_args()  # answers --help
     data = parse(sys.argv[1:]).data
     for name in ("train", "eval"):
         if path := getattr(data, name):

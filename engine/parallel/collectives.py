@@ -100,7 +100,7 @@ def exchange(rows: torch.Tensor, order: np.ndarray, group: distributed.ProcessGr
     """
     count = len(rows)
     owner, position = np.divmod(order, count)
-    receiver = np.repeat(np.arange(world()), count)  # of each row of `order`
+    receiver = np.repeat(np.arange(world()), count)  # receiving rank of each row of `order`
     outgoing, incoming = owner == rank(), receiver == rank()
     if (owner == receiver).all():
         return rows[to_device(position[incoming], rows.device)]

@@ -16,7 +16,7 @@ _COMPARED = {"data.train", "data.eval", "data.eval_crop_ratio", "knn.k", "knn.te
 _FREE = FREE - _COMPARED | {"seed"}
 """Settings in which runs of one group may differ: the compared numbers depend on them by chance only."""
 _HIDDEN = {"out", "resume", "allow_change"}
-_MAX_CHARACTERS = 120  # of a value in the table of settings
+_MAX_CHARACTERS = 120  # characters of a value in the table of settings
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 from engine.report.run_folder import Curve, curve, read_metrics
 
 _DPI = 160
-_MAX_CHARACTERS = 60  # of a name in a picture
+_MAX_CHARACTERS = 60  # characters of a name in a picture
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))
 MARKERS, MARKS = "o^sDvp", "●▲■◆▼⬟"
 """Shapes of points, for matplotlib and as text."""
@@ -78,7 +78,7 @@ def picture(
     }
     out = io.BytesIO()
     with plt.rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # in names in other scripts
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # names in other scripts
         figure, axes = plt.subplots(*grid, figsize=size, layout="constrained")
         try:
             draw(axes)

@@ -49,7 +49,7 @@ class Sample:
         """Positions in `ids` of the images whose neighbors are shown, of as many classes as possible: int64 [q]."""
         order = np.random.default_rng(self.seed).permutation(len(self.ids))
         counts: Counter[int] = Counter()
-        rounds = []  # of each image, the number of images of its class before it
+        rounds = []  # for each image the number of images of its class before it
         for label in self.labels[order].tolist():
             rounds.append(counts[label])
             counts[label] += 1

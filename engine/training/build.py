@@ -29,7 +29,7 @@ from pipeline.system.errors import InputError
 
 logger = get_logger(__name__)
 
-_SAFE_CHANNELS, _LARGE_PIXELS = 16, 64  # with fewer channels, views of that size are warned of on a CPU
+_SAFE_CHANNELS, _LARGE_PIXELS = 16, 64  # warned of on a CPU: fewer channels with views of that size
 
 
 @dataclass

@@ -31,7 +31,7 @@ from pipeline.views import AUGMENTATIONS
 logger = logging.getLogger(__name__)
 
 _MAX_LISTED = 10  # damaged records in a message
-_VERIFY_SECONDS = 2 * 24 * 3600.0  # from the fastest rank to the slowest
+_VERIFY_SECONDS = 2 * 24 * 3600.0  # wait of the fastest rank for the slowest
 
 
 @dataclass

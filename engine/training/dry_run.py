@@ -27,7 +27,7 @@ from pipeline.system.text import binary, counted
 
 logger = get_logger(__name__)
 
-_STUB_SAMPLES = 2  # of the smaller of the two stub batches
+_STUB_SAMPLES = 2  # samples of the smaller of the two stub batches
 _ATEN = torch.ops.aten
 _MATMULS = {_ATEN.convolution, _ATEN.convolution_backward, _ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.baddbmm}
 _WORLD_SIZES = (1, 2, 4, 8, 16, 32)

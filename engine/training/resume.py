@@ -19,7 +19,7 @@ from pipeline.system.errors import InputError
 
 logger = get_logger(__name__)
 
-_ROWS = "running_statistics"  # of each rank, [world, N], where they differ: the model has their mean
+_ROWS = "running_statistics"  # [world, N], saved where ranks differ: the model has their mean
 
 
 class Diverged(FloatingPointError):
@@ -192,7 +192,7 @@ def _load_tensors(run: Run, tensors: dict[str, storage.Tensors]) -> None:
     for name, value in _optimizer_tensors(run).items():
         value.copy_(tensors["optimizer"][name])
     rows = tensors.get("ranks", {}).get(_ROWS)
-    if rows is not None and len(rows) == world():  # with another world size their mean, which the model has
+    if rows is not None and len(rows) == world():  # else the mean, which the model has
         _statistics(run).put(rows[rank()])
 
 

@@ -31,7 +31,7 @@ _COUNTER = "num_batches_tracked"  # may be missing in older files: unused
 _DEPTHS = {name: depths for name, (_, depths) in RESNETS.items()} | {"resnet152": (3, 8, 36, 3)}
 TRANSFORMERS = {"vit_tiny": (192, 12, 3), **VITS, "vit_large": (1024, 24, 16)}
 """Feature dimensions, depths and attention heads, by name."""
-_OTHER_HEADS = {"vit_small": 6}  # in timm, DeiT and DINO, with the same shapes as MoCo v3's 12
+_OTHER_HEADS = {"vit_small": 6}  # heads in timm, DeiT and DINO, with the same shapes as MoCo v3's 12
 
 
 class _Layout(NamedTuple):
@@ -55,7 +55,7 @@ _LAYOUTS = (
 )
 _HEADS = ("fc", "head", "heads", "classifier", "linear")
 _MAX_WIDTH = 64
-_MAX_CHARACTERS, _MAX_PARTS = 200, 20  # of a key and of the list of keys in messages
+_MAX_CHARACTERS, _MAX_PARTS = 200, 20  # characters of a key, and keys listed, in messages
 _ROOTS = r"conv1\.|bn1\.|layer\d\.|cls_token$|pos_embed$|patch_embed\.|blocks\.|norm\."
 
 

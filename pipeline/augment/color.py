@@ -29,7 +29,7 @@ class Statistics(NamedTuple):
 
 IMAGENET = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _SOLARIZE_THRESHOLD = 128
-_RADIUS = 6  # of the blur's kernel, pixels: three times the largest standard deviation, 2.0
+_RADIUS = 6  # radius of the blur's kernel, pixels: three times the largest standard deviation, 2.0
 
 
 def augment(

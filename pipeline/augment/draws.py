@@ -12,7 +12,7 @@ import numpy as np
 from pipeline.system.counter_rng import keyed, uniforms
 from pipeline.views import View
 
-TRIES = 10  # of RandomResizedCrop, before it takes the center
+TRIES = 10  # tries of RandomResizedCrop, before it takes the center
 _COLUMNS = 16  # positions 0..15: flip and color, named below; after them the crop's tries, four numbers each
 (_FLIP, _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _OPERATIONS, _GRAY, _BLUR, _SIGMA, _SOLARIZE) = range(11)
 _ORDERS = np.array(

@@ -25,7 +25,7 @@ SHARE = 0.5
 """Share of the free memory that the images may take for `auto` to choose this backend, before a model is built."""
 MOST = 0.8
 """Share of the free memory that they may take at all."""
-_CHUNK_SAMPLES = 64  # in a call of a worker
+_CHUNK_SAMPLES = 64  # samples in a call of a worker
 _BLOCK_BYTES = 1 << 28  # decoded, then copied to the device
 
 

@@ -12,7 +12,7 @@ from pipeline.storage.decode import Records, records_of
 from pipeline.system.cores import available_cores
 from pipeline.system.thread_pool import Workers
 
-_CHUNKS_PER_WORKER = 4  # of a batch: enough to share out evenly, few enough to cost nothing
+_CHUNKS_PER_WORKER = 4  # chunks of a batch: enough to share out evenly, few enough to cost nothing
 Buffer = TypeVar("Buffer")
 
 

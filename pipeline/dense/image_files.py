@@ -14,7 +14,7 @@ def open_image(file: Path, *, pixels: bool = True) -> Image.Image:
             if pixels:
                 image.load()
             return image
-    except Exception as error:  # of any kind: PIL's readers fail on damaged files in many ways
+    except Exception as error:  # any kind: PIL's readers fail on damaged files in many ways
         action = "decoded" if pixels else "read"
         raise InputError(f"{file}: cannot be {action} ({error}): replace it, or leave it out") from None
 

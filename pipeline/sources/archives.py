@@ -22,7 +22,7 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", 
 SUBSETS = frozenset({"train", "val", "valid", "validation", "test", "extra", "unlabeled"})
 _SYNTHETIC_SEED = 0
 _ZIP_HEADER_BYTES = 30  # before the name in a zip member's header
-_MAX_ZIP_RATIO = 200  # of the images' uncompressed bytes to the zip's
+_MAX_ZIP_RATIO = 200  # ratio of the images' uncompressed bytes to the zip's
 _MAX_TAR_HEADER_BYTES = 1 << 20
 _MAX_NAME_BYTES = 512
 

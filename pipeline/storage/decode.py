@@ -84,8 +84,8 @@ def _decode_box(data: Any, height: Any, width: Any, box: Any, pixels: Any) -> bo
     return bool(decode_rectangle_symbol(source, data.size, height, width, box[0], box[1], box[2], box[3], to) == 0)
 
 
-_BLOCK_COLUMNS = 16  # of a JPEG whose colors have half the resolution; else 8
-_MIN_COLUMNS = 8  # of a rectangle; libjpeg does not interpolate colors of less than 5
+_BLOCK_COLUMNS = 16  # pixels of a block of a JPEG whose colors have half the resolution; else 8
+_MIN_COLUMNS = 8  # columns of a rectangle; libjpeg does not interpolate colors of less than 5
 _PARTIAL = DECODER != "full"
 JIT: dict[str, Any] = {"variant": DECODER, "nogil": True, "boundscheck": False}
 """Options for compiling functions that decode."""

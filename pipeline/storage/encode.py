@@ -22,10 +22,10 @@ _TILE_TAGS = (322, 323)  # TIFF: width and height of a tile, which is decoded in
 _SCAN_MARKER = b"\xff\xda"
 _LARGE_PIXELS = 1 << 24
 _BAND_ROWS = 64
-_MAX_METADATA_BYTES = 1 << 20  # of a JPEG stored unchanged
+_MAX_METADATA_BYTES = 1 << 20  # bytes of metadata of a JPEG stored unchanged
 _NO_LOCK: AbstractContextManager[Any] = contextlib.nullcontext()
 _MAX_SIDE = 65500  # pixels, of the JPEG encoder; the format itself allows 65535
-_TRANSPOSES = {  # by EXIF orientation
+_TRANSPOSES = {  # keys: EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -111,7 +111,7 @@ def _open(data: bytes) -> Image.Image:
         tile = [int(tags.get(side, 0)) for side in _TILE_TAGS]
     except UnidentifiedImageError:
         raise Unreadable("not an image") from None
-    except Exception as error:  # of any kind: Pillow's decoders were not written for hostile bytes
+    except Exception as error:  # any kind: Pillow's decoders were not written for hostile bytes
         raise Unreadable(describe_error(error)) from None
     for width, height in (image.size, tile):
         if width * height > MAX_IMAGE_PIXELS:
@@ -146,7 +146,7 @@ def _to_rgb(image: Image.Image, settings: Settings) -> Image.Image:
         if image.mode.startswith("I") or image.mode == "F":
             image = _sixteen_to_eight(image)
         return image.convert("RGB")
-    except Exception as error:  # of any kind, as in `_open`
+    except Exception as error:  # any kind, like in `_open`
         raise Unreadable(describe_error(error)) from None
 
 

@@ -86,7 +86,7 @@ class Direct(Beton):
         sides = _load_cached(cache, len(items))
         if sides is None:
             sides = _read_sides(items)
-            with contextlib.suppress(OSError):  # without a cache they are read again next time
+            with contextlib.suppress(OSError):  # no cache: they are read again next time
                 cache.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(cache, sides.tobytes())
         pixels = sides.prod(axis=1, dtype=np.int64)

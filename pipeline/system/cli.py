@@ -37,7 +37,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse like argparse. An unknown argument is an error that suggests the nearest option."""
         namespace, unknown = self.parse_known_args(args, namespace)
-        if unknown:  # of a command: argparse leaves them to the top-level parser
+        if unknown:  # a command's: argparse leaves them to the top-level parser
             commands = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
             parser = next((one for choices in commands for one in choices.values() if one._unknown), self)
             name = unknown[0].partition("=")[0]

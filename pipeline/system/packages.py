@@ -8,7 +8,7 @@ def installed(module: str) -> bool:
     """Return whether a module such as `nvidia.dali` is installed."""
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of a parent package
+    except ModuleNotFoundError:  # a parent package is missing
         return False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -9,8 +10,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from pipeline.augment.draws import draw_view
 from pipeline.augment.plan import Plan
 from pipeline.backends.ffcv import FfcvBackend
 from pipeline.beton import Beton, manifest_path
-from pipeline.loader import CenterLoader, Shuffle
+from pipeline.loader import CenterLoader, Loader, LoaderOptions, OptionalKeywords, Shuffle
 from pipeline.prepare import prepare
 from pipeline.sampling.order import epoch_order, shuffled_rows
 from pipeline.storage.decode import decode
@@ -428,7 +430,7 @@ def stalled(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 def test_a_stalled_worker_is_an_error_after_the_timeout(drawn: Path, stalled: threading.Event, figure: Figure) -> None:
     with small_loader(drawn, stall_timeout=2.5) as loader:
         start = time.monotonic()
-        with pytest.raises(LoaderStalled, match=r"no batch for 2\.5 s .*--data\.stall_timeout"):
+        with pytest.raises(LoaderStalled, match=r"no batch for 2\.5 s .*--data\.stall-timeout"):
             take(loader, 1)
         took = time.monotonic() - start
         stalled.set()
@@ -638,3 +640,12 @@ def test_host_queues_two_steps_at_most(drawn: Path) -> None:
             torch.cuda._sleep(100_000_000)
             ends.append(torch.cuda.current_stream().record_event())
         assert not ends[-1].query()
+
+
+def test_keywords_are_the_options_that_have_a_default() -> None:
+    hints = get_type_hints(LoaderOptions)
+    optional = {field.name: hints[field.name] for field in fields(LoaderOptions) if field.default is not MISSING}
+    assert get_type_hints(OptionalKeywords) == optional
+    assert {"size", "batch"} | optional.keys() == hints.keys()
+    for kind in (Loader, CenterLoader):
+        assert {"size", "batch"} <= inspect.signature(kind).parameters.keys()

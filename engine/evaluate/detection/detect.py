@@ -42,7 +42,7 @@ SIZES = tuple(range(480, 801, 32))
 _MILESTONES, _FACTOR, _WARMUP_STEPS = (18 / 24, 22 / 24), 0.1, 100
 _DECAY = 1e-4
 _FLIPS, _CHOICES = 0x666C6970, 0x63686F696365  # keys of two random streams, apart from other modules'
-_DRY_BATCHES = 2  # in training and in testing
+_DRY_BATCHES = 2  # batches of training, and of testing
 Sample = tuple[np.ndarray, Objects]
 
 
@@ -122,7 +122,7 @@ def train(task: Detection, batch: int, settings: dict[str, object]) -> nn.Module
     """Return the trained detector. Resumes an interrupted training."""
     args = task.args
     assert isinstance(task.backbone, ResNet)
-    torch.manual_seed(args.seed)  # for the new layers
+    torch.manual_seed(args.seed)  # determines the new layers
     model = faster_rcnn(task.backbone, len(task.train.classes), tuple(args.sizes), args.largest)
     place(synchronize(model), task.device)
     optimizer = sgd([{"params": list(model.parameters())}], weight_decay=_DECAY)

@@ -95,7 +95,7 @@ def torchvision() -> Any:
         import torchvision.models.detection
     except ImportError as error:
         raise InputError(f"{error.name} is not installed, and detection needs it: pip install torchvision") from None
-    except RuntimeError as error:  # of its compiled operators, built for another torch
+    except RuntimeError as error:  # its compiled operators were built for another torch
         raise InputError(
             f"torchvision does not load ({error}): install the one for torch {torch.__version__}, from torch's index"
         ) from None
