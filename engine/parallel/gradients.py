@@ -1,6 +1,7 @@
 """Gradients in one buffer, averaged over all ranks in a few all-reduces during the backward pass."""
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,9 +58,9 @@ class Gradients:
         ]
         self._next = 0  # bucket to be exchanged: all ranks do it in one order
         self._first = self._last = True
-        for bucket in self._buckets:
+        for number, bucket in enumerate(self._buckets):
             for position, leaf in enumerate(bucket.leaves):
-                leaf.register_post_accumulate_grad_hook(lambda _, b=bucket, at=position: self._arrived(b, at))
+                leaf.register_post_accumulate_grad_hook(_hook(weakref.ref(self), number, position))
 
     def begin(self, *, first: bool, last: bool) -> None:
         """Prepare for a backward pass, the first or the last of a step, which add up their gradients."""
@@ -87,8 +88,9 @@ class Gradients:
             for leaf in bucket.leaves:
                 leaf.grad = None
 
-    def _arrived(self, bucket: _Bucket, position: int) -> None:
-        bucket.pending.discard(position)
+    def arrived(self, bucket: int, position: int) -> None:
+        """Note that the gradient of a leaf is complete; collect each bucket that has all."""
+        self._buckets[bucket].pending.discard(position)
         while self._next < len(self._buckets) and not self._buckets[self._next].pending:
             self._collect(self._buckets[self._next])
 
@@ -123,6 +125,16 @@ class Gradients:
             return sent
 
         return finish
+
+
+def _hook(gradients: "weakref.ref[Gradients]", bucket: int, position: int) -> Callable[[torch.Tensor], None]:
+    """Return a hook of a leaf. A strong reference would keep both for ever: the garbage collector sees no hooks."""
+
+    def hook(leaf: torch.Tensor) -> None:
+        if (alive := gradients()) is not None:
+            alive.arrived(bucket, position)
+
+    return hook
 
 
 def _spans(tensors: Sequence[torch.Tensor]) -> list[slice]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,6 +57,15 @@ def test_gradients_are_autograds_in_one_buffer() -> None:
         assert all(p.grad is not None and not p.grad.any() for p in unused.parameters())
         for p in parameters:
             p.grad = None  # as the optimizer's zero_grad does
+
+
+def test_model_is_freed_with_its_gradients() -> None:
+    model = network()
+    gradients = Gradients(list(model.parameters()))
+    alive = [weakref.ref(p) for p in model.parameters()]
+    del model, gradients
+    gc.collect()
+    assert not any(reference() for reference in alive)
 
 
 def test_interrupted_pass_leaves_nothing_behind() -> None:
