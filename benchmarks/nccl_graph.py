@@ -4,7 +4,7 @@
         --config engine/recipes/moco_v2_in1k.yaml [--data.batch 32] [any setting of a run]
 
 One GPU is enough to see whether NCCL's collectives record and replay, and whether the replays compute the same: the
-engine is told of several ranks, so that it calls every collective, over a group of one (gloo without a GPU). Two models
+engine acts as on several ranks, so that it calls every collective, over a group of one (gloo without a GPU). Two models
 from one seed take the same steps on one batch. Reported are the collectives of a step, the largest difference between
 the two states afterwards, the time of a step, and the engine's reason where it does not record.
 """

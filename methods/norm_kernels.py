@@ -175,6 +175,17 @@ def _combine(
 
 
 @triton.jit
+def _tile(rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Return the program's part, its channels and whether they exist, and offsets and mask of its values in x."""
+    part = tl.program_id(2)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    inside = channel < channels
+    at = (part.to(tl.int64) * rows + row)[:, None] * channels + channel[None, :]
+    return part, channel, inside, at, (row < rows)[:, None] & inside[None, :]
+
+
+@triton.jit
 def _normalize(
     x,
     out,
@@ -188,12 +199,7 @@ def _normalize(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    part = tl.program_id(2)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    inside = channel < channels
-    mask = (row < rows)[:, None] & inside[None, :]
-    at = (part.to(tl.int64) * rows + row)[:, None] * channels + channel[None, :]
+    part, channel, inside, at, mask = _tile(rows, channels, ROWS, CHANNELS)
     statistics += part * 2 * channels + channel
     mean = tl.load(statistics, inside, 0.0)
     scale = 1 / tl.sqrt(tl.load(statistics + channels, inside, 1.0) + eps)
@@ -248,12 +254,7 @@ def _input_gradient(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    part = tl.program_id(2)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    inside = channel < channels
-    mask = (row < rows)[:, None] & inside[None, :]
-    at = (part.to(tl.int64) * rows + row)[:, None] * channels + channel[None, :]
+    part, channel, inside, at, mask = _tile(rows, channels, ROWS, CHANNELS)
     statistics += part * 2 * channels + channel
     sums += part * 2 * channels + channel
     mean = tl.load(statistics, inside, 0.0)

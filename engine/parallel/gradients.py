@@ -31,8 +31,8 @@ class _Bucket:
 class Gradients:
     """The gradients of `parameters`, one buffer of their dtype, as means over all ranks.
 
-    In place of DistributedDataParallel: that copies and scales each gradient by itself, one kernel for each parameter,
-    and cannot be recorded in a CUDA graph before eleven steps have passed.
+    Used instead of DistributedDataParallel, which copies and scales each gradient by itself, one kernel for each
+    parameter, and cannot be recorded in a CUDA graph before eleven steps have passed.
 
     leaves: the tensors that stand for parameters in the forward pass, such as copies in bfloat16.
     exchange: dtype in which ranks exchange them; None: the parameters'.
@@ -128,7 +128,7 @@ class Gradients:
 
 
 def _hook(gradients: "weakref.ref[Gradients]", bucket: int, position: int) -> Callable[[torch.Tensor], None]:
-    """Return a hook of a leaf. A strong reference would keep both for ever: the garbage collector sees no hooks."""
+    """Return a hook of a leaf. A strong reference would keep both forever: the garbage collector sees no hooks."""
 
     def hook(leaf: torch.Tensor) -> None:
         if (alive := gradients()) is not None:

@@ -1,4 +1,4 @@
-"""Weights in low precision, cast once a step in one operation, in place of autocast's cast of each in every pass."""
+"""Weights in low precision, cast once a step in one operation, instead of autocast's cast of each in every pass."""
 
 import contextlib
 from collections.abc import Iterator

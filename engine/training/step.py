@@ -106,7 +106,7 @@ class Step:
         # Learning rate and momentum m of this step: a table lookup on the device. A copy of the running statistics.
         self.schedule.begin()
         statistics = self.buffers.snapshot()
-        # Weights in low precision: one cast of all in place of one for each layer.
+        # Weights in low precision: one cast of all instead of one for each layer.
         for weights in self._weights:
             weights.update()
 

@@ -42,7 +42,9 @@ class DaliBackend(Backend):
         self._readers = Workers(config.workers or available_cores(), lambda: None)
         self._unchecked = np.full(len(beton), beton.crc32 is None) & (beton.modes != RAW)
         self._reading = deque[list[Future]]()  # records of the batches that DALI has not been given
-        self._decoding = deque[list[np.ndarray]]()  # those that it has: it may read them until their output is there
+        self._decoding = deque[
+            list[np.ndarray]
+        ]()  # records of the batches under way in DALI, which reads them until their output exists
         self._borrowed = deque[tuple[torch.cuda.Event, Any]]()  # its outputs that kernels may still read
 
     def _start(self, plan: Plan) -> UnderWay:

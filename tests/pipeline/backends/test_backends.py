@@ -158,7 +158,7 @@ def test_forgetting_batches_does_not_rebuild_the_backend(backend: str, drawn: Pa
 
 
 def test_dali_decodes_the_next_batch_meanwhile(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two batches at most; those that are dropped leave nothing behind."""
+    """Two batches at most; dropped ones leave nothing behind."""
     with loader(drawn, "dali") as one:
         expected = take(one, 3)
     with loader(drawn, "dali") as one:
@@ -397,7 +397,7 @@ def test_crops_on_a_missing_gpu_are_refused(drawn: Path) -> None:
 def test_few_cores_for_a_gpu_leave_the_decoding_to_it(
     cores: int, device: str, mode: int, name: str, drawn: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Records are like ImageNet's at 500 pixels, of which one core decodes some 900 a second."""
+    """Records are like ImageNet's at 500 pixels; one core decodes some 900 of them a second."""
     monkeypatch.setattr(resident, "free", lambda device: 0)
     beton = Beton(drawn)
     count = len(beton)
