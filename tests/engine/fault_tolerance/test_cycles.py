@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import json
 import os
 import random
+import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 from scipy import stats
 
+import engine.run
 from engine.checkpoint import storage
 from engine.monitoring import loss_spikes
+from tests import processes
 from tests.conftest import Figure
 from tests.engine.fault_tolerance.test_stops import arguments_of, seconds_of
 from tests.engine.test_run import SMALL, main
@@ -94,7 +100,7 @@ def test_hundred_killed_runs_leave_nothing_that_grows(
     assert grown == dict.fromkeys(grown, 0.0), (counted[0], counted[-1])
 
 
-def slope(values: list[float]) -> tuple[float, float, float]:
+def slope(values: Sequence[float]) -> tuple[float, float, float]:
     """Return the growth of values per step, and its 95 % interval: the median slope of all pairs (Theil, Sen).
 
     Memory that the allocator takes once is no growth by this measure, as it would be by least squares.
@@ -106,26 +112,55 @@ def slope(values: list[float]) -> tuple[float, float, float]:
 EPOCHS_PER_RESUME, RESUMES = 8, 30
 
 
+class _MallocInfo(ctypes.Structure):
+    """What glibc's `mallinfo2` returns."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+def used_bytes() -> int:
+    """Return the bytes that this process has allocated and not freed."""
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = _MallocInfo
+    info = mallinfo2()
+    return int(info.uordblks + info.hblkhd)
+
+
+def train_and_resume(arguments: list[str], resumes: int, out: str) -> None:
+    """Write to `out` the MiB in use and the resident MiB after each of several resumes."""
+    counted = []
+    for number in range(1, resumes + 1):
+        sys.argv = ["run.py", *arguments, "--optim.epochs", str(number * EPOCHS_PER_RESUME)]
+        with pytest.raises(SystemExit, match="^0$"):
+            engine.run.main()
+        gc.collect()
+        counted.append((used_bytes() / 2**20, psutil.Process().memory_info().rss / 2**20))
+    Path(out).write_text(json.dumps(counted))
+
+
 @pytest.mark.slow
 @pytest.mark.reliability
-def test_process_that_trains_and_resumes_for_long_does_not_grow(
-    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: Figure
-) -> None:
-    """Memory after each resume; the first third, in which caches fill, is left out."""
-    arguments = ["--data.train", str(drawn), "--data.eval", str(drawn), *SMALL, "--out", str(tmp_path)]
+def test_process_that_trains_and_resumes_for_long_does_not_grow(drawn: Path, tmp_path: Path, figure: Figure) -> None:
+    """Memory after each resume; the first third, in which caches fill, is left out.
+
+    In a process of its own: pytest keeps what a test logs.
+    """
+    arguments = ["--data.train", str(drawn), "--data.eval", str(drawn), *SMALL, "--out", str(tmp_path / "out")]
     arguments += ["--resume", "auto", "--allow-change", "optim.epochs", "--log_every", "5"]
-    counted = []
-    for number in range(1, RESUMES + 1):
-        assert main(monkeypatch, *arguments, "--optim.epochs", str(number * EPOCHS_PER_RESUME)) == 0
-        gc.collect()
-        counted.append(psutil.Process().memory_info().rss / 2**20)
-    settled = counted[RESUMES // 3 :]
-    grows, least, most = slope(settled)
-    rate = f"{grows:+.3f} ({least:+.3f} to {most:+.3f}) MiB a resume"
+    process = processes.call(train_and_resume, arguments, RESUMES, str(tmp_path / "counted.json"))
+    _, err = process.communicate(timeout=900)
+    assert process.returncode == 0, err
+    counted = json.loads((tmp_path / "counted.json").read_text())
+    used, resident = zip(*counted[RESUMES // 3 :], strict=True)
+    grows, least, most = slope(used)
+    rate = f"{grows:+.3f} ({least:+.3f} to {most:+.3f}) MiB in use a resume"
     result = f"one process, {RESUMES} resumes, {RESUMES * EPOCHS_PER_RESUME} epochs: {rate}"
-    figure("100 start–kill cycles", f"{result}, {settled[-1] - settled[0]:+.1f} in all, of {settled[-1]:.0f}")
+    figure("100 start–kill cycles", f"{result}, {resident[-1] - resident[0]:+.1f} resident in all, of {resident[-1]:.0f}")
     assert grows < 0.05, counted
-    assert settled[-1] - settled[0] < 8, counted
+    assert resident[-1] - resident[0] < 8, counted
 
 
 def test_failed_starts_leave_nothing_behind(
