@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from methods import norm, norm_kernels
+from methods import norm, norm_cpu, norm_kernels
 from methods.norm import BatchNorm, SplitBatchNorm, count_batches
 
 
@@ -122,3 +122,54 @@ def test_statistics_of_ranks_are_those_of_their_batches_together() -> None:
     assert torch.allclose(3 * actual, expected, atol=1e-12)
     assert torch.allclose(layer(x), plain(together)[:6], atol=1e-12)
     assert torch.allclose(layer.running_var, plain.running_var, atol=1e-12)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(24, 16, 5, 3), (24, 7, 1, 1), (18, 33)], ids=str)
+def test_compiled_parts_are_as_precise_as_torchs_batchnorm_of_each_part(
+    shape: tuple[int, ...], affine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured by float64, which runs by torch's own code; also with a mean that is large against the deviation."""
+    torch.manual_seed(0)
+    layer = SplitBatchNorm(shape[1], 6, affine=affine)
+    if affine:
+        nn.init.uniform_(layer.weight)
+        nn.init.normal_(layer.bias)
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    x, slope = torch.randn(shape) + 20, torch.randn(shape)
+
+    def run(dtype: torch.dtype) -> list[torch.Tensor]:
+        other = SplitBatchNorm(shape[1], 6, affine=affine).to(dtype)
+        other.load_state_dict(state)
+        images = x.to(dtype, copy=True).requires_grad_()
+        return _results(other, images, slope.to(dtype), other(images))
+
+    compiled, exact = run(torch.float32), run(torch.float64)
+    monkeypatch.setattr(norm_cpu, "numba", None)
+    for result, torchs, value in zip(compiled, run(torch.float32), exact, strict=True):
+        assert result.shape == value.shape
+        assert (result - value).abs().max() <= 2 * (torchs - value).abs().max() + 1e-6
+
+
+def test_compiled_sums_stay_precise_over_many_rows() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(12, 2, 128, 128) + 100
+    out = norm_cpu.normalize(x, None, None, None, None, 3, 0.1, 1e-5)
+    parts = x.double().view(3, 4, 2, -1)
+    var, mean = torch.var_mean(parts, dim=(1, 3), keepdim=True, correction=0)
+    expected = ((parts - mean) / (var + 1e-5).sqrt()).view(x.shape)
+    assert (out.double() - expected).abs().max() < 1e-4
+
+
+def test_compiled_parts_are_used_where_they_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    monkeypatch.setattr(norm_cpu, "normalize", lambda x, *rest: called.append(x.shape) or x)
+    layer = SplitBatchNorm(4, 4)
+    layer(torch.randn(8, 4, 2, 2))
+    assert called == [(8, 4, 2, 2)]
+    for x in (torch.randn(8, 4, 2, 2).double(), torch.randn(8, 4, 2, 2).bfloat16(), torch.randn(4, 4, 2, 2)):
+        SplitBatchNorm(4, 4).to(torch.float64 if x.dtype == torch.float64 else torch.float32)(x)
+    assert len(called) == 1
+    monkeypatch.setattr(norm_cpu, "numba", None)
+    assert layer(torch.randn(8, 4, 2, 2)).shape == (8, 4, 2, 2)
+    assert len(called) == 1
