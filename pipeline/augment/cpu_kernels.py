@@ -5,7 +5,6 @@ solarization and normalization are then one table lookup for each value. Product
 `fastmath` would allow: levels would differ between machines.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -197,25 +196,19 @@ def _augment(crops: Any, rows: Any, kernels: Any, gray_first: bool, levels: Any,
         _augment_sample(crops[i], rows[i], kernels[i], gray_first, levels, outs[i], scratch)
 
 
-def empty_views(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Return memory for the views of crops [B, H, W, ...]: dtype [B, 3, H, W], channels-last."""
-    batch, height, width = shape[:3]
-    return torch.empty((batch, 3, height, width), dtype=dtype, memory_format=torch.channels_last)
-
-
 def augment_crops(crops: np.ndarray, color: PackedColor) -> torch.Tensor:
     """Return the views of crops, uint8 [B, H, W, 3]: dtype [B, 3, H, W], channels-last."""
-    views = empty_views(crops.shape, color.dtype)
+    views = torch.empty(crops.shape, dtype=color.dtype)
     augment_into(views, slice(None), crops, color, color_scratch(*crops.shape[1:3]))
-    return views
+    return views.permute(0, 3, 1, 2)
 
 
 def augment_into(
     views: torch.Tensor, samples: slice, crops: np.ndarray, color: PackedColor, scratch: ColorScratch
 ) -> None:
-    """Write `samples` of `views`, a batch from `empty_views`: the views of the first crops, uint8 [n, H, W, 3].
+    """Write the `samples` of a batch of views [B, H, W, 3]: of the first crops, uint8 [n, H, W, 3].
 
     scratch: for crops of this size, and for one thread.
     """
-    outs = bits(views.permute(0, 2, 3, 1)).reshape(len(views), -1)[samples]
+    outs = bits(views.flatten(1))[samples]
     _augment(crops, color.rows[samples], color.kernels[samples], color.gray_first, color.levels, outs, scratch)

@@ -9,6 +9,8 @@ batches follow without a pause.
 """
 
 import math
+import weakref
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
@@ -16,12 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.augment.cpu_kernels import ColorScratch, augment_into, color_scratch, empty_views
+from pipeline.augment.cpu_kernels import ColorScratch, augment_into, color_scratch
 from pipeline.augment.plan import Plan
 from pipeline.augment.resize import Scratch, crop_resize, scratch
+from pipeline.backends.base import BackendConfig
 from pipeline.backends.threaded import ThreadedBackend
+from pipeline.beton import Beton
 from pipeline.native.numba_cache import compiled
-from pipeline.storage.decode import INTACT, JIT, damaged, decode_record, rectangles
+from pipeline.storage.decode import INTACT, JIT, Records, damaged, decode_record, rectangles
 
 Views = list[torch.Tensor]
 _CACHED_BYTES = 1 << 19  # of crops between resizing and augmentation
@@ -73,23 +77,46 @@ def _few_crops(sizes: tuple[int, ...]) -> list[np.ndarray]:
     return [np.empty((count, size, size, 3), np.uint8) for size in sizes]
 
 
-class FfcvBackend(ThreadedBackend[Views]):
-    """A backend that decodes and crops on the CPU. A buffer has one tensor for each view.
+class _Recycled:
+    """Memory for tensors, used again once no tensor refers to it.
 
-    For a GPU these are flat, uint8, and used again; else each batch has its own, for the caller.
+    Fresh pages from the system take a third as long as the augmentation that fills them.
     """
 
+    def __init__(self) -> None:
+        self._free: defaultdict[int, deque[np.ndarray]] = defaultdict(deque)  # by size
+
+    def empty(self, size: int) -> torch.Tensor:
+        """Return memory of `size` bytes: uint8, flat."""
+        free = self._free[size]
+        memory = free.pop() if free else torch.empty(size, dtype=torch.uint8).numpy()
+        lease = memory[:]  # the tensor's, and ends with it
+        weakref.finalize(lease, free.append, memory).atexit = False
+        return torch.from_numpy(lease)
+
+
+class FfcvBackend(ThreadedBackend[Views]):
+    """A backend that decodes and crops on the CPU. A buffer has one flat uint8 tensor for each view.
+
+    For a GPU these are pinned; else each batch takes them with it.
+    """
+
+    def __init__(self, beton: Beton, config: BackendConfig, records: Records | None = None) -> None:
+        self._memory = _Recycled()
+        super().__init__(beton, config, records)
+
     def _new_buffer(self, pinned: bool) -> Views:
-        sizes = [3 * self._config.batch * size**2 for size in self._config.sizes] if pinned else []
+        sizes = self._largest() if pinned else []
         return [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes]
+
+    def _largest(self) -> list[int]:
+        """Return the number of levels of the largest batch in each view."""
+        return [3 * self._config.batch * size**2 for size in self._config.sizes]
 
     def _prepare(self, plan: Plan, buffer: Views) -> Plan:
         if self._stream is None:
-            shapes = [(len(plan.ids), size, size, 3) for size in plan.sizes]
-            if plan.colors is None:
-                buffer[:] = [torch.empty(shape, dtype=torch.uint8) for shape in shapes]
-            else:
-                buffer[:] = [empty_views(shape, c.dtype) for shape, c in zip(shapes, plan.colors, strict=True)]
+            views = zip(self._largest(), _dtypes(plan), strict=True)
+            buffer[:] = [self._memory.empty(size * dtype.itemsize) for size, dtype in views]
         return plan
 
     def _worker_state(self) -> _State:
@@ -98,16 +125,16 @@ class FfcvBackend(ThreadedBackend[Views]):
 
     def _fill(self, state: _State, plan: Plan, start: int, stop: int, buffer: Views) -> None:
         parts = rectangles(self._records, plan.ids[start:stop], plan.boxes[:, start:stop])
+        outs = _shaped(buffer, plan)
         if plan.colors is None:
-            outs = [view.numpy()[start:stop] for view in self._shaped(buffer, plan)]
-            self._crop(state, plan, parts, start, stop, outs)
+            self._crop(state, plan, parts, start, stop, [out.numpy()[start:stop] for out in outs])
             return
         crops = state.crops(plan.sizes)
         for first in range(start, stop, len(crops[0])):
             last = min(first + len(crops[0]), stop)
             self._crop(state, plan, parts[first - start : last - start], first, last, crops)
-            for views, view_crops, color in zip(buffer, crops, plan.colors, strict=True):
-                augment_into(views, slice(first, last), view_crops, color, state.color(*view_crops.shape[1:3]))
+            for out, view_crops, color in zip(outs, crops, plan.colors, strict=True):
+                augment_into(out, slice(first, last), view_crops, color, state.color(*view_crops.shape[1:3]))
 
     def _crop(
         self, state: _State, plan: Plan, parts: np.ndarray, start: int, stop: int, outs: Sequence[np.ndarray]
@@ -119,17 +146,21 @@ class FfcvBackend(ThreadedBackend[Views]):
             raise damaged(self._beton, int(plan.ids[position]), fault)
 
     def _crops(self, plan: Plan, buffer: Views, slot: int) -> tuple[torch.Tensor, ...]:
-        views = self._to_device(self._shaped(buffer, plan), slot)
+        outs = self._to_device(_shaped(buffer, plan), slot)
         if self._stream is None:
             buffer.clear()
-        return views
+        return outs if plan.colors is None else tuple(out.permute(0, 3, 1, 2) for out in outs)
 
-    def _shaped(self, buffer: Views, plan: Plan) -> Views:
-        """Return the batch in a buffer; of one for a GPU the start, as crops [B, S, S, 3]."""
-        if self._stream is None:
-            return list(buffer)
-        shapes = [(len(plan.ids), size, size, 3) for size in plan.sizes]
-        return [flat[: math.prod(shape)].view(shape) for flat, shape in zip(buffer, shapes, strict=True)]
+
+def _dtypes(plan: Plan) -> list[torch.dtype]:
+    return [torch.uint8 for _ in plan.sizes] if plan.colors is None else [color.dtype for color in plan.colors]
+
+
+def _shaped(buffer: Views, plan: Plan) -> Views:
+    """Return the start of each tensor as one view's crops, or views, [B, S, S, 3]."""
+    levels = [flat.view(dtype) for flat, dtype in zip(buffer, _dtypes(plan), strict=True)]
+    shapes = [(len(plan.ids), size, size, 3) for size in plan.sizes]
+    return [flat[: math.prod(shape)].view(shape) for flat, shape in zip(levels, shapes, strict=True)]
 
 
 build = FfcvBackend
