@@ -147,8 +147,6 @@ class FfcvBackend(ThreadedBackend[Views]):
 
     def _crops(self, plan: Plan, buffer: Views, slot: int) -> tuple[torch.Tensor, ...]:
         outs = self._to_device(_shaped(buffer, plan), slot)
-        if self._stream is None:
-            buffer.clear()
         return outs if plan.colors is None else tuple(out.permute(0, 3, 1, 2) for out in outs)
 
 

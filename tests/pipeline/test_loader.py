@@ -531,7 +531,10 @@ def test_views_that_the_caller_keeps_stay_as_they_are(drawn: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["ffcv", "ffcv_gpu", "resident"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_views_equal_the_batched_operations_on_the_crops(drawn: Path, backend: str, dtype: torch.dtype) -> None:
+def test_views_equal_the_batched_operations_on_the_crops(
+    drawn: Path, backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.backends.ffcv._CACHED_BYTES", 3 * 2 * 3 * 24**2)  # three samples at a time
     beton, views, steps = Beton(drawn), AUGMENTATIONS["moco_v3"], []
     with small_loader(drawn, backend, views=views, dtype=dtype, size=24, workers=2) as loader:
         batches = take(loader, 2)

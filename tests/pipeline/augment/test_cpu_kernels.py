@@ -79,10 +79,13 @@ def test_all_operations_together(size: int, gray_first: bool, dtype: torch.dtype
     assert _assert_equal(_noise(N, size, size), color, IMAGENET, dtype).isfinite().all()
 
 
-def test_images_of_a_thousand_pixels_a_side() -> None:
-    """A float32 sum of their luma would be inexact."""
-    color = _drawn(2, **STRONG | {"jitter": 1.0, "blur": 1.0})
-    _assert_equal(torch.full((2, 1000, 1000, 3), 255, dtype=torch.uint8) - _noise(2, 1000, 1000) // 16, color)
+def test_the_mean_of_a_million_pixels_is_exact() -> None:
+    """Half of the pixels but one are lighter by one level: a float32 mean rounds up."""
+    images = torch.full((1, 1000 * 1000, 3), 200, dtype=torch.uint8)
+    images[:, : 500_000 - 1] = 201
+    on, only = np.ones(1, bool), np.ones((1, 4), np.int64)
+    color = _color(1, jitter=on, order=only, contrast=np.full(1, 0.5, np.float32))
+    assert _assert_equal(images.view(1, 1000, 1000, 3), color).max() == 200
 
 
 @pytest.mark.parametrize("shift", [-0.5, 0.25, pytest.param(0.1, marks=pytest.mark.slow)])
