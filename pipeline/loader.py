@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from typing_extensions import Unpack
 
-from pipeline.augment.color import IMAGENET, Statistics, augment, normalize
+from pipeline.augment.color import IMAGENET, PackedColor, Statistics, augment, normalize
 from pipeline.augment.draws import Color, center_boxes, draw_color, draw_views
 from pipeline.augment.plan import Plan
 from pipeline.backends.base import BackendConfig
@@ -66,6 +66,13 @@ class LoaderOptions:
         config = BackendConfig(sizes, batch, self.workers, depth, device, self.hw_decoder_load)
         return PrefetchQueue(self.backend, beton, self.on_bad, config)
 
+    def packed(self, colors: Sequence[Color], sizes: Sequence[int]) -> tuple[PackedColor, ...] | None:
+        """Return the views' colors for a backend that finishes views; None on a GPU, which receives crops."""
+        if torch.device(self.device).type != "cpu":
+            return None
+        views = zip(colors, sizes, strict=True)
+        return tuple(PackedColor.of(color, size, self.statistics, self.dtype) for color, size in views)
+
 
 class OptionalKeywords(TypedDict, total=False):
     """The fields of `LoaderOptions` that have a default, as keyword arguments."""
@@ -85,7 +92,8 @@ class OptionalKeywords(TypedDict, total=False):
 class Shuffle:
     """Views whose samples are permuted over the global batch, so that BatchNorm sees another batch there (MoCo).
 
-    Ranks exchange them as uint8 crops; each rank then draws the colors of the samples it received.
+    On a GPU ranks exchange them as uint8 crops, and each rank then draws the colors of the samples it received; on the
+    CPU, as finished views. Either way they are bytes to `exchange`.
     """
 
     views: tuple[int, ...]
@@ -260,14 +268,15 @@ class Loader:
             shuffled, order = self._shuffled(crops, note.epoch, note.step)
             unneeded = self._shuffle.only if self._shuffle else ()
             views = tuple(
-                None if index in unneeded else self._augmented(crop, color)
+                None if index in unneeded else self._finished(crop, color)
                 for index, (crop, color) in enumerate(zip(crops, note.colors, strict=True))
             )
             self._submit(*self._after(len(self._queue) + 1))
             return Batch(views, note.ids, note.epoch, note.step, waited, note.substituted, shuffled, order)
 
-    def _augmented(self, crops: torch.Tensor, color: Color) -> torch.Tensor:
-        return augment(crops, color, self._options.statistics, self.dtype)
+    def _finished(self, crops: torch.Tensor, color: Color) -> torch.Tensor:
+        """Return the views of crops; a backend on the CPU has finished them."""
+        return augment(crops, color, self._options.statistics, self.dtype) if self._stream else crops
 
     def _refill(self) -> None:
         """Submit batches until the queue is full."""
@@ -285,8 +294,12 @@ class Loader:
         ids = global_ids[rank_slice(order, 0, self._batch, self._rank, self._world)]
         views = {}
         for index in self._shuffle.views:
-            color = draw_color(self._views[index], index, seed=self._seed, epoch=epoch, ids=ids)
-            views[index] = self._augmented(self._shuffle.exchange(crops[index], order), color)
+            if self._stream is None:  # finished: a view depends on its sample, not on its rank
+                pixels = crops[index].permute(0, 2, 3, 1).view(torch.uint8)  # [B, S, S, bytes]
+                views[index] = self._shuffle.exchange(pixels, order).view(self.dtype).permute(0, 3, 1, 2)
+            else:
+                color = draw_color(self._views[index], index, seed=self._seed, epoch=epoch, ids=ids)
+                views[index] = self._finished(self._shuffle.exchange(crops[index], order), color)
         return views, order
 
     def _sizes_of(self, epoch: int | None) -> tuple[int, ...]:
@@ -311,7 +324,8 @@ class Loader:
         heights, widths = self.beton.heights[records], self.beton.widths[records]
         draws = draw_views(self._views, seed=self._seed, epoch=epoch, ids=ids, heights=heights, widths=widths)
         note = _Note(epoch, step, records, int((records != ids).sum()), [draw.color for draw in draws])
-        self._queue.submit(Plan.from_draws(records, draws, self._sizes_of(epoch)), note)
+        sizes = self._sizes_of(epoch)
+        self._queue.submit(Plan.from_draws(records, draws, sizes, self._options.packed(note.colors, sizes)), note)
 
 
 class CenterLoader:
@@ -349,7 +363,9 @@ class CenterLoader:
         for number in range(len(self)):
             with current(self._device):
                 crops, ids = self._queue.receive(self._options.stall_timeout, partial(self._refill, number))
-                images = normalize(crops[0], self._options.statistics, self._options.dtype)
+                images = crops[0]
+                if images.dtype == torch.uint8:
+                    images = normalize(images, self._options.statistics, self._options.dtype)
             self._refill(number + 1)
             yield images, ids
 
@@ -359,7 +375,8 @@ class CenterLoader:
             ids = self.indices[number * self._batch : (number + 1) * self._batch]
             records = self._queue.substitutes.resolve(ids)
             boxes = center_boxes(self._beton.heights[records], self._beton.widths[records], self._crop_ratio)
-            plan = Plan(records, boxes[None], np.zeros((1, len(records)), bool), (self.size,))
+            colors = self._options.packed([Color.unchanged(len(records))], [self.size])
+            plan = Plan(records, boxes[None], np.zeros((1, len(records)), bool), (self.size,), colors=colors)
             self._queue.submit(plan, records)
 
     def close(self) -> None:

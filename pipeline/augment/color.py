@@ -1,9 +1,11 @@
-"""Augmentation on the device: uint8 crops to normalized, channels-last views.
+"""Augmentation: uint8 crops to normalized, channels-last views.
 
-Batched; each sample has its own parameters and order of operations. The reference is torchvision's transforms on PIL
-images: values are rounded to 0..255 where PIL rounds them (ImageEnhance for brightness, contrast and saturation; the
-HSV conversion for hue; ITU-R 601 grayscale; ImageOps for solarize). Only the blur is not PIL's, which approximates by
-boxes, but torchvision's: a Gaussian kernel with reflected edges.
+On a GPU by Triton kernels, on the CPU by compiled code; the batched operations here define the results of both. Each
+sample has its own parameters and order of operations. The reference is torchvision's transforms on PIL images: values
+are rounded to 0..255 where PIL rounds them (ImageEnhance for brightness, contrast and saturation; the HSV conversion
+for hue; ITU-R 601 grayscale; ImageOps for solarize). Only the blur is not PIL's, which approximates by boxes, but
+torchvision's: a Gaussian kernel with reflected edges. Its sums have a stated order, and each product is rounded before
+it is added, unlike in `addcmul` and convolutions, so that compiled code yields the same bits.
 
 All shapes follow from draws on the host: nothing here synchronizes with the device.
 """
@@ -29,7 +31,9 @@ class Statistics(NamedTuple):
 
 IMAGENET = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _SOLARIZE_THRESHOLD = 128
-_RADIUS = 6  # radius of the blur's kernel, pixels: three times the largest standard deviation, 2.0
+RADIUS = 6
+"""Radius of the blur's kernel, pixels: three times the largest standard deviation, 2.0."""
+_CUTOFF = 5.0  # standard deviations; a tap farther away weighs less than 4e-6 of the center's
 
 
 def augment(
@@ -37,9 +41,47 @@ def augment(
 ) -> torch.Tensor:
     """Return the views of crops, uint8 [B, S, S, 3], after `color`: dtype [B, 3, S, S], channels-last.
 
-    On a GPU by Triton kernels, in at most four passes; elsewhere by `stepwise`, their reference.
+    On a GPU by Triton kernels, in at most four passes; on the CPU by compiled code, on the calling thread.
     """
-    return (fused if crops.device.type == "cuda" else stepwise)(crops, color, statistics, dtype)
+    return (fused if crops.device.type == "cuda" else compiled)(crops, color, statistics, dtype)
+
+
+class PackedColor(NamedTuple):
+    """The color operations of one view, its normalization and type, as `cpu_kernels` takes them."""
+
+    rows: np.ndarray
+    """float32 [B, 20], as `pack` returns."""
+    kernels: np.ndarray
+    """float32 [B, RADIUS + 1], as `blur_kernels` returns."""
+    gray_first: bool
+    levels: np.ndarray
+    """The results for levels 0..255 of each channel, without and with solarization: bits of `dtype`, [2, 3, 256]."""
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(color: Color, size: int, statistics: Statistics, dtype: torch.dtype) -> "PackedColor":
+        """Return the operations `color` of a view of `size` pixels a side."""
+        kernels = blur_kernels(color.sigma, size)
+        return PackedColor(pack(color, statistics), kernels, color.gray_first, _levels(statistics, dtype), dtype)
+
+
+def bits(x: torch.Tensor) -> np.ndarray:
+    """Return the memory of x as integers of the size of its type; NumPy has no bfloat16."""
+    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize]).numpy()
+
+
+@lru_cache
+def _levels(statistics: Statistics, dtype: torch.dtype) -> np.ndarray:
+    levels = torch.arange(256.0).expand(1, 3, 1, 256)
+    results = [_normalize(x.clone(), statistics, dtype) for x in (levels, solarize(levels))]
+    return bits(torch.cat(results).squeeze(2).contiguous())
+
+
+def compiled(crops: torch.Tensor, color: Color, statistics: Statistics, dtype: torch.dtype) -> torch.Tensor:
+    """Return the result of `augment`, by compiled code on the CPU: equal to `stepwise` in every bit."""
+    from pipeline.augment.cpu_kernels import augment_crops
+
+    return augment_crops(crops.contiguous().numpy(), PackedColor.of(color, min(crops.shape[1:3]), statistics, dtype))
 
 
 def fused(crops: torch.Tensor, color: Color, statistics: Statistics, dtype: torch.dtype) -> torch.Tensor:
@@ -50,13 +92,13 @@ def fused(crops: torch.Tensor, color: Color, statistics: Statistics, dtype: torc
     out = torch.empty((batch, 3, size, size), dtype=dtype, device=crops.device, memory_format=torch.channels_last)
     blurs = to_device(np.flatnonzero(color.blur), crops.device)
     parameters = to_device(pack(color, statistics), crops.device)
-    radius = min(_RADIUS, size - 1)
+    radius = min(RADIUS, size - 1)
     augment_view(crops.contiguous(), parameters, blurs, out, gray_first=color.gray_first, radius=radius)
     return out
 
 
 def pack(color: Color, statistics: Statistics) -> np.ndarray:
-    """Return the parameters of `triton_kernels.augment_view`, one row for each sample: float32 [B, 20]."""
+    """Return the parameters of `triton_kernels` and `cpu_kernels`, one row for each sample: float32 [B, 20]."""
     scale = np.float32(1) / (np.array(statistics.std, np.float32) * np.float32(255))
     columns = [
         color.jitter,
@@ -84,7 +126,7 @@ def stepwise(crops: torch.Tensor, color: Color, statistics: Statistics, dtype: t
     _jitter(x, color)
     if not color.gray_first:
         _apply(x, color.gray, grayscale)
-    _apply(x, color.blur, gaussian_blur, color.sigma)
+    _apply(x, color.blur, gaussian_blur, blur_kernels(color.sigma, min(x.shape[2:])))
     _apply(x, color.solarize, solarize)
     return _normalize(x, statistics, dtype)
 
@@ -92,7 +134,9 @@ def stepwise(crops: torch.Tensor, color: Color, statistics: Statistics, dtype: t
 def normalize(
     crops: torch.Tensor, statistics: Statistics = IMAGENET, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Return crops, uint8 [B, S, S, 3], as (x / 255 - mean) / std: dtype [B, 3, S, S], channels-last."""
+    """Return images, uint8 [B, H, W, 3], as (x / 255 - mean) / std: dtype [B, 3, H, W], channels-last."""
+    if crops.device.type == "cpu":
+        return compiled(crops, Color.unchanged(len(crops)), statistics, dtype)
     return _normalize(crops.permute(0, 3, 1, 2).to(torch.float32), statistics, dtype)
 
 
@@ -149,7 +193,8 @@ def brightness(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
 def contrast(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """Blend x [B, 3, H, W] with its mean luma by factor [B]."""
-    return _blend(x, luma(x).mean(dim=(1, 2, 3), keepdim=True).add_(0.5).floor_(), factor)
+    total, n = luma(x).sum(dim=(1, 2, 3), keepdim=True, dtype=torch.int64), x[0, 0].numel()
+    return _blend(x, ((2 * total + n) // (2 * n)).to(x.dtype), factor)  # rounded, exactly
 
 
 def saturation(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -195,7 +240,7 @@ def _hsv_to_rgb(h: torch.Tensor, s: torch.Tensor, v: torch.Tensor) -> torch.Tens
     for channel, offset in enumerate((5, 3, 1)):  # v - v s clamp(min(k, 4 - k), 0, 1), k = (6 h + offset) mod 6
         k = _wrap(h6 + offset, 6)
         share = torch.minimum(k, 4 - k).clamp_(0, 1)
-        torch.addcmul(v, vs, share, value=-1, out=out[:, channel])
+        torch.sub(v, vs * share, out=out[:, channel])
     return out.add_(0.5).floor_()
 
 
@@ -209,14 +254,28 @@ def solarize(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x < _SOLARIZE_THRESHOLD, x, 255 - x)
 
 
-def gaussian_blur(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Blur x [B, 3, H, W], 0..255, by Gaussians of sigma [B] pixels, cut off at 6 pixels; edges are reflected."""
-    radius = min(_RADIUS, x.shape[-1] - 1, x.shape[-2] - 1)
-    offsets = torch.arange(-radius, radius + 1, device=x.device, dtype=torch.float32)
-    kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)  # [B, 2 radius + 1]
-    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(3, dim=0)  # [3 B, taps]
-    n, _, height, width = x.shape
-    x = x.reshape(1, 3 * n, height, width)
-    x = F.conv2d(F.pad(x, (radius, radius, 0, 0), "reflect"), kernel[:, None, None, :], groups=3 * n)
-    x = F.conv2d(F.pad(x, (0, 0, radius, radius), "reflect"), kernel[:, None, :, None], groups=3 * n)
-    return x.reshape(n, 3, height, width).add_(0.5).floor_()
+def blur_kernels(sigma: np.ndarray, size: int) -> np.ndarray:
+    """Return the Gaussian kernels of sigma [B], pixels, from the center outwards: float32 [B, RADIUS + 1].
+
+    They end at RADIUS pixels, at five standard deviations, and where an image of `size` pixels a side has no more.
+    """
+    offsets, deviations = np.arange(RADIUS + 1), sigma[:, None].astype(np.float64)
+    kernels = np.exp(-0.5 * (offsets / deviations) ** 2) * (offsets <= np.minimum(_CUTOFF * deviations, size - 1))
+    return (kernels / (2 * kernels.sum(axis=1, keepdims=True) - kernels[:, :1])).astype(np.float32)
+
+
+def gaussian_blur(x: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
+    """Blur x [B, 3, H, W], 0..255, by symmetric kernels [B, RADIUS + 1]; edges are reflected."""
+    return _blur_axis(_blur_axis(x, kernels, 2), kernels, 3).add_(0.5).floor_()
+
+
+def _blur_axis(x: torch.Tensor, kernels: torch.Tensor, axis: int) -> torch.Tensor:
+    """Blur along an axis: from the center outwards, taps at one distance are added first, then weighed."""
+    length, weights = x.shape[axis], kernels.view(-1, RADIUS + 1, 1, 1, 1)
+    radius = min(RADIUS, min(x.shape[2:]) - 1)
+    padded = F.pad(x, (0, 0, radius, radius) if axis == 2 else (radius, radius, 0, 0), "reflect")
+    out = x * weights[:, 0]
+    for k in range(1, radius + 1):
+        pair = padded.narrow(axis, radius - k, length) + padded.narrow(axis, radius + k, length)
+        out += pair.mul_(weights[:, k])
+    return out

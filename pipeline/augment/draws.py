@@ -45,6 +45,12 @@ class Color:
     gray_first: bool = False
     """Apply grayscale before the jitter, not after it."""
 
+    @staticmethod
+    def unchanged(n: int) -> "Color":
+        """Return no operation on any of n samples."""
+        off, one = np.zeros(n, bool), np.ones(n, np.float32)
+        return Color(off, np.tile(np.arange(4), (n, 1)), one, one, one, 0 * one, off, off, one, off)
+
 
 @dataclass(frozen=True)
 class ViewDraws:

@@ -1,16 +1,17 @@
 """The plan of one batch: its records, and the crops of each."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from pipeline.augment.color import PackedColor
 from pipeline.augment.draws import ViewDraws
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Records, boxes and flips of one batch: all that a backend needs to make its crops."""
+    """Records, boxes and flips of one batch, and on the CPU its colors: all that a backend needs to make its views."""
 
     ids: np.ndarray
     """int64 [B]."""
@@ -20,8 +21,15 @@ class Plan:
     """bool [V, B]."""
     sizes: tuple[int, ...]
     """Side of each view's crops, pixels."""
+    colors: tuple[PackedColor, ...] | None = field(default=None, kw_only=True)
+    """The color operations of each view where the backend finishes it, on the CPU; None: it returns crops."""
 
     @staticmethod
-    def from_draws(ids: np.ndarray, draws: Sequence[ViewDraws], sizes: tuple[int, ...]) -> "Plan":
+    def from_draws(
+        ids: np.ndarray,
+        draws: Sequence[ViewDraws],
+        sizes: tuple[int, ...],
+        colors: tuple[PackedColor, ...] | None = None,
+    ) -> "Plan":
         """Return the plan of records `ids` (int64 [B]) with the draws of each view."""
-        return Plan(ids, np.stack([d.boxes for d in draws]), np.stack([d.flips for d in draws]), sizes)
+        return Plan(ids, np.stack([d.boxes for d in draws]), np.stack([d.flips for d in draws]), sizes, colors=colors)

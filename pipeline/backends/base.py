@@ -45,10 +45,9 @@ class UnderWay(NamedTuple):
 
 
 class Backend:
-    """Turns plans into crops, several batches ahead. A subclass says how a batch is started and finished.
+    """Turns plans into crops or views, several batches ahead. A subclass says how a batch is started and finished.
 
     Call `submit(plan)` for up to `depth` batches ahead, then `receive(timeout)` for each in the order of submission.
-    The crops that `receive` returns stay valid until the next `submit`.
     """
 
     def __init__(self, beton: Beton, config: BackendConfig) -> None:
@@ -61,7 +60,7 @@ class Backend:
         raise NotImplementedError
 
     def _finish(self, batch: UnderWay) -> tuple[torch.Tensor, ...]:
-        """Return the crops of a batch whose calls have ended."""
+        """Return the crops, or views, of a batch whose calls have ended."""
         raise NotImplementedError
 
     def submit(self, plan: Plan) -> None:
@@ -70,6 +69,8 @@ class Backend:
 
     def receive(self, timeout: float) -> tuple[torch.Tensor, ...]:
         """Return the crops of the oldest batch under way: uint8 [B, S, S, 3] for each view, on the device.
+
+        Of a plan with colors, on the CPU: the augmented views [B, 3, S, S], normalized, channels-last.
 
         Raises DamagedRecord, which names the sample, and LoaderStalled after `timeout` seconds; the batch then remains
         the oldest.

@@ -1,7 +1,7 @@
 """The FFCV backend with crops on the GPU: the CPU only decodes, once for each sample, into one pinned buffer.
 
 One copy of each batch goes to the device, on a separate stream; there `pipeline.augment.crop` makes the views. Without
-a GPU, compiled code makes the crops on the thread that receives them.
+a GPU, compiled code makes the views on the thread that receives them.
 """
 
 from dataclasses import dataclass
@@ -52,7 +52,9 @@ class FfcvGpuBackend(ThreadedBackend[GrowingBuffer]):
         boxes[:, :, :2] -= parts[:, :2]
         ends = np.cumsum(3 * parts[:, 2].astype(np.int64) * parts[:, 3])
         buffer.reserve(int(ends[-1]))
-        return PackedPlan(plan.ids, boxes, plan.flips, plan.sizes, parts, np.concatenate([[0], ends]))
+        return PackedPlan(
+            plan.ids, boxes, plan.flips, plan.sizes, parts, np.concatenate([[0], ends]), colors=plan.colors
+        )
 
     def _fill(self, state: None, plan: Plan, start: int, stop: int, buffer: GrowingBuffer) -> None:
         assert isinstance(plan, PackedPlan)

@@ -19,9 +19,8 @@ Buffer = TypeVar("Buffer")
 class ThreadedBackend(Backend, Generic[Buffer]):
     """A backend whose subclass says how a buffer is made, filled and turned into crops.
 
-    Each batch is cut into chunks, which the workers fill. There are depth + 1 buffers, made once and used in turn: the
-    caller may still read the last batch's. For a GPU buffers are pinned and copied on a stream of this backend; a
-    buffer is filled again only after its copy.
+    Each batch is cut into chunks, which the workers fill. There are depth + 1 buffers, made once and used in turn. For
+    a GPU they are pinned and copied on a stream of this backend; a buffer is filled again only after its copy.
 
     records: where they are not the beton's own.
     """

@@ -24,14 +24,17 @@ from typing import Any
 import llvmlite.binding
 import numba
 from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.compiler_lock import global_compiler_lock
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
-def compiled(variant: str = "", **options: Any) -> Callable[[Callable[..., Any]], Any]:
+def compiled(variant: str = "", slp: bool = False, **options: Any) -> Callable[[Callable[..., Any]], Any]:
     """Return a decorator: `numba.njit(cache=True, **options)`, with a cache that processes share safely.
 
     variant: distinguishes builds in which the same source calls other functions, as where some C code is missing.
+    slp: use LLVM's straight-line vectorizer, which numba has for all functions or none. It packs the lanes of a pixel,
+    but breaks loops up that would be vectorized over pixels.
     The decorator raises ValueError for a nested function whose `__qualname__` was not set to a unique one.
     """
 
@@ -39,11 +42,25 @@ def compiled(variant: str = "", **options: Any) -> Callable[[Callable[..., Any]]
         if "<locals>" in function.__qualname__:
             raise ValueError(f"{function.__qualname__}: set its __qualname__ to one that no other variant has")
         dispatcher = numba.njit(**options)(function)
+        if slp:
+            dispatcher.compile = _with_slp(dispatcher.compile)
         with contextlib.suppress(RuntimeError):  # no writable folder: compiled in each process
             dispatcher._cache = _Cache(function, variant)
         return dispatcher
 
     return compile_
+
+
+def _with_slp(compile_: Callable[..., Any]) -> Callable[..., Any]:
+    def compile_with_slp(*args: Any) -> Any:
+        with global_compiler_lock:
+            before, numba.config.SLP_VECTORIZE = numba.config.SLP_VECTORIZE, 1  # type: ignore[attr-defined]
+            try:
+                return compile_(*args)
+            finally:
+                numba.config.SLP_VECTORIZE = before  # type: ignore[attr-defined]
+
+    return compile_with_slp
 
 
 def external(name: str, function: Any, signature: Any) -> Any:

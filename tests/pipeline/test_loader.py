@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import os
 import shutil
@@ -19,7 +20,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.augment.draws import draw_view
+from pipeline.augment.color import IMAGENET, stepwise
+from pipeline.augment.draws import draw_view, draw_views
 from pipeline.augment.plan import Plan
 from pipeline.backends.ffcv import FfcvBackend
 from pipeline.beton import Beton, manifest_path
@@ -510,20 +512,41 @@ def test_prefetching_is_bounded(drawn: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert most == 2
 
 
-def test_buffers_are_reused(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    places: list[int] = []
-    receive = FfcvBackend.receive
-
-    def watched(self: FfcvBackend, timeout: float) -> tuple[torch.Tensor, ...]:
-        crops = receive(self, timeout)
-        places.append(crops[0].data_ptr())
-        return crops
-
-    monkeypatch.setattr(FfcvBackend, "receive", watched)
+def test_memory_of_views_is_used_again_once_they_are_dropped(drawn: Path) -> None:
+    """Three batches are under way, while the caller holds one and then asks for the next."""
     with small_loader(drawn, prefetch_factor=3) as loader:
-        take(loader, 4 * _STEPS)
-    assert len(set(places)) == 4
-    assert set(places[:_STEPS]) == set(places[-_STEPS:])
+        places = [batch.views[0].data_ptr() for batch in itertools.islice(loader.endless(), 4 * _STEPS)]
+    assert len(set(places)) <= 2 * 5  # both views use the same memory in turn
+    assert set(places[-_STEPS:]) <= set(places[:_STEPS])
+
+
+def test_views_that_the_caller_keeps_stay_as_they_are(drawn: Path) -> None:
+    with small_loader(drawn) as loader:
+        kept = [view for batch in take(loader, 3 * _STEPS) for view in batch.views]
+        copies = [view.clone() for view in kept]
+        take(loader, 3 * _STEPS)
+    assert len({view.data_ptr() for view in kept}) == len(kept)
+    assert all(torch.equal(view, copy) for view, copy in zip(kept, copies, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["ffcv", "ffcv_gpu", "resident"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_views_equal_the_batched_operations_on_the_crops(
+    drawn: Path, backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.backends.ffcv._CACHED_BYTES", 3 * 2 * 3 * 24**2)  # three samples at a time
+    beton, views, steps = Beton(drawn), AUGMENTATIONS["moco_v3"], []
+    with small_loader(drawn, backend, views=views, dtype=dtype, size=24, workers=2) as loader:
+        batches = take(loader, 2)
+        for batch in batches:
+            sides = {"heights": beton.heights[batch.ids], "widths": beton.widths[batch.ids]}
+            draws = draw_views(views, seed=3, epoch=0, ids=batch.ids, **sides)
+            loader._queue.forget()
+            loader._queue.backend.submit(Plan.from_draws(batch.ids, draws, (24, 24)))
+            crops = loader._queue.backend.receive(60)
+            steps.append([stepwise(crop, d.color, IMAGENET, dtype) for crop, d in zip(crops, draws, strict=True)])
+    for batch, expected in zip(batches, steps, strict=True):
+        assert all(torch.equal(view, other) for view, other in zip(batch.views, expected, strict=True))
 
 
 def _threads_and_files() -> tuple[int, int]:

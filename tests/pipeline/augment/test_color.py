@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from pipeline.augment import color as operations
-from pipeline.augment.color import IMAGENET, augment, gaussian_blur, normalize
+from pipeline.augment.color import IMAGENET, augment, blur_kernels, gaussian_blur, normalize
 from pipeline.augment.draws import Color, draw_view
 from pipeline.sources.synthetic import draw
 from pipeline.views import AUGMENTATIONS, View
@@ -203,7 +203,7 @@ def test_blur_equals_a_direct_convolution(size: int) -> None:
     images = np.stack([np.ascontiguousarray(image[:size, :size]) for image in _images()])
     sigma = np.random.default_rng(0).uniform(0.1, 2.0, _N).astype(np.float32)
     sigma[0], sigma[1] = 0.1, 2.0
-    got = _pixels(gaussian_blur(_planes(images), torch.from_numpy(sigma)))
+    got = _pixels(gaussian_blur(_planes(images), torch.from_numpy(blur_kernels(sigma, size))))
     expected = np.stack([_direct_blur(image, float(s)) for image, s in zip(images, sigma, strict=True)])
     assert np.abs(got - expected).max() < 0.51
     assert np.array_equal(got, np.rint(got))
@@ -211,7 +211,7 @@ def test_blur_equals_a_direct_convolution(size: int) -> None:
 
 def test_blur_is_close_to_pillow() -> None:
     sigma = np.random.default_rng(1).uniform(0.1, 2.0, _N).astype(np.float32)
-    got = _pixels(gaussian_blur(_planes(_images()), torch.from_numpy(sigma)))
+    got = _pixels(gaussian_blur(_planes(_images()), torch.from_numpy(blur_kernels(sigma, 96))))
     for image, blurred, s in zip(_images()[:_DRAWN], got, sigma, strict=False):
         expected = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(float(s))))
         assert np.abs(blurred - expected).mean() < 2.5
