@@ -74,29 +74,41 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         if not x.is_cuda:  # native code for each part: faster than torch's operations on all
             normalize = partial(F.batch_norm, training=True, momentum=momentum, eps=self.eps)
             return torch.cat([normalize(part, *running, *affine) for part in x.chunk(parts)])
-        return self.normalize(x, self.statistics(x))
+        return self._normalize_parts(x, parts, momentum)
+
+    def _normalize_parts(self, x: torch.Tensor, parts: int, momentum: float) -> torch.Tensor:
+        """Return x with each part normalized by its own statistics, with the kernels of one part."""
+        x = _channels_last(x)
+        splits, length = _operations(x).moments(x, parts)
+        return self._normalize(x, splits, length, momentum, x.numel() // x.shape[1] // parts)
 
     def statistics(self, x: torch.Tensor) -> torch.Tensor:
         """Return mean and variance of the parts of this rank's batch, [1, parts, 2, C], without gradient."""
-        with torch.no_grad():
-            x, operations, (parts, _) = _channels_last(x), _operations(x), self._parts(x)
-            partial, length = operations.moments(x, parts)
-            if len(partial) == 1:
-                return partial  # type: ignore[no-any-return]
-            return operations.combine(partial, length, _rows_of(x, parts), None, 0.0)[None]  # type: ignore[no-any-return]
+        x, operations, (parts, _) = _channels_last(x), _operations(x), self._parts(x)
+        splits, length = operations.moments(x, parts)
+        if len(splits) == 1:
+            return splits  # type: ignore[no-any-return]
+        return operations.combine(splits, length, x.numel() // x.shape[1] // parts, None, 0.0)[None]  # type: ignore[no-any-return]
 
     def normalize(self, x: torch.Tensor, statistics: torch.Tensor) -> torch.Tensor:
         """Return x normalized by all ranks' statistics, [world, parts, 2, C]; they also move the running ones."""
-        x, operations, (parts, momentum) = _channels_last(x), _operations(x), self._parts(x)
-        rows = _rows_of(x, parts)
-        count = rows * len(statistics)
-        with torch.no_grad():
-            combined = operations.combine(statistics, rows, count, (self.running_mean, self.running_var), momentum)
-        return _Normalize.apply(x, combined, self.weight, self.bias, count, self.eps, self.ranks)  # type: ignore[no-any-return]
+        x, (parts, momentum) = _channels_last(x), self._parts(x)
+        rows = x.numel() // x.shape[1] // parts
+        return self._normalize(x, statistics, rows, momentum, rows * len(statistics))
+
+    def _normalize(
+        self, x: torch.Tensor, statistics: torch.Tensor, rows: int, momentum: float, count: int
+    ) -> torch.Tensor:
+        """Return x, channels-last, normalized by statistics [N, parts, 2, C] of `rows` values each, `count` in all."""
+        operations, weight, bias = _operations(x), self.weight, self.bias
+        combined = operations.combine(statistics, rows, count, (self.running_mean, self.running_var), momentum)
+        if not torch.is_grad_enabled():  # spares autograd's preparations
+            return operations.normalize(x, combined, weight, bias, self.eps)  # type: ignore[no-any-return]
+        return _Normalize.apply(x, combined, weight, bias, count, self.eps, self.ranks)  # type: ignore[no-any-return]
 
     def _parts(self, x: torch.Tensor) -> tuple[int, float]:
         """Return the number of parts of a batch, and the running statistics' momentum for each."""
-        samples = len(x) // self.views
+        samples = x.shape[0] // self.views
         groups = next(g for g in range(max(1, min(self.groups, samples // 2)), 0, -1) if samples % g == 0)
         # `groups` updates make one of self.momentum
         return self.views * groups, 1 - (1 - (self.momentum or 0.0)) ** (1 / groups)
@@ -119,11 +131,6 @@ def count_batches(module: nn.Module, count: int) -> None:
 
 def _channels_last(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.contiguous_format)
-
-
-def _rows_of(x: torch.Tensor, parts: int) -> int:
-    """Return the values of each channel in a part."""
-    return x.numel() // x.shape[1] // parts
 
 
 class _Normalize(torch.autograd.Function):
@@ -170,12 +177,14 @@ class _TorchOperations:
     """The operations of `norm_kernels` in torch, for CPUs."""
 
     @staticmethod
+    @torch.no_grad()
     def moments(x: torch.Tensor, parts: int) -> tuple[torch.Tensor, int]:
         rows = _rows(x, parts)
         var, mean = torch.var_mean(rows, dim=1, correction=0)
         return torch.stack([mean, var], dim=1)[None], rows.shape[1]
 
     @staticmethod
+    @torch.no_grad()
     def combine(
         partial: torch.Tensor, rows: int, total: int, running: tuple[torch.Tensor, torch.Tensor] | None, momentum: float
     ) -> torch.Tensor:

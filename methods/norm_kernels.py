@@ -17,11 +17,12 @@ _ROWS = 64  # read at once
 _MAX_SPLITS = 64
 _PROGRAMS = 512  # enough for every multiprocessor of a large GPU
 _FUSED: dict[str, Any] = {"enable_fp_fusion": True}  # multiply and add in one rounding: Triton's default up to 3.7
+_Grid = tuple[int, int, int]
 
 
 def moments(x: torch.Tensor, parts: int) -> tuple[torch.Tensor, int]:
     """Return means and biased variances [splits, parts, 2, C] of splits of each part, and the rows of a split."""
-    return _over_splits(_moments, x, parts)
+    return _over_splits(_moments, x, parts, (), ())
 
 
 def combine(
@@ -33,22 +34,9 @@ def combine(
     """
     splits, parts, _, channels = partial.shape
     out = partial.new_empty(parts, 2, channels)
-    mean, var = running or (out, out)
-    _combine[(triton.cdiv(channels, _CHANNELS),)](
-        partial,
-        out,
-        mean,
-        var,
-        momentum,
-        splits,
-        parts,
-        channels,
-        rows,
-        total,
-        running is not None,
-        _CHANNELS,
-        **_FUSED,
-    )
+    moves = running is not None
+    numbers = (momentum, splits, parts, channels, rows, total, moves, _CHANNELS)
+    _combine((_quotient(channels, _CHANNELS), 1, 1), (partial, out, *(running or (out, out))), numbers)
     return out
 
 
@@ -58,14 +46,15 @@ def normalize(
     """Return (x - mean) / sqrt(var + eps) * weight + bias, of x's dtype."""
     out = torch.empty_like(x)
     rows, channels, grid = _elementwise(x, len(statistics))
-    affine = weight is not None
-    _normalize[grid](x, out, statistics, weight, bias, eps, rows, channels, affine, _ROWS, _CHANNELS, **_FUSED)
+    affine = (statistics, statistics) if weight is None or bias is None else (weight, bias)
+    numbers = (eps, rows, channels, weight is not None, _ROWS, _CHANNELS)
+    _normalize(grid, (x, out, statistics, *affine), numbers)
     return out
 
 
 def gradient_sums(gradient: torch.Tensor, x: torch.Tensor, statistics: torch.Tensor, eps: float) -> torch.Tensor:
     """Return sums over each part of the gradient, and of its product with the normalized x: [parts, 2, C]."""
-    partial, _ = _over_splits(_gradient_sums, x, len(statistics), gradient, statistics, eps)
+    partial, _ = _over_splits(_gradient_sums, x, len(statistics), (gradient, statistics), (eps,))
     return partial.sum(dim=0) if len(partial) > 1 else partial[0]
 
 
@@ -81,33 +70,64 @@ def input_gradient(
     """Return the gradient of x; sums: of `gradient_sums`, over `count` rows on all ranks."""
     out = torch.empty_like(x)
     rows, channels, grid = _elementwise(x, len(statistics))
-    affine = weight is not None
-    _input_gradient[grid](
-        gradient, x, out, statistics, weight, sums, eps, 1 / count, rows, channels, affine, _ROWS, _CHANNELS, **_FUSED
-    )
+    tensors = (gradient, x, out, statistics, statistics if weight is None else weight, sums)
+    _input_gradient(grid, tensors, (eps, 1 / count, rows, channels, weight is not None, _ROWS, _CHANNELS))
     return out
 
 
-def _elementwise(x: torch.Tensor, parts: int) -> tuple[int, int, tuple[int, int, int]]:
+def _quotient(a: int, b: int) -> int:
+    """Return a / b, rounded up; `triton.cdiv` takes 3 us."""
+    return -(-a // b)
+
+
+def _elementwise(x: torch.Tensor, parts: int) -> tuple[int, int, _Grid]:
     channels = x.shape[1]
     rows = x.numel() // channels // parts
-    return rows, channels, (triton.cdiv(rows, _ROWS), triton.cdiv(channels, _CHANNELS), parts)
+    return rows, channels, (_quotient(rows, _ROWS), _quotient(channels, _CHANNELS), parts)
 
 
-def _over_splits(kernel: Any, x: torch.Tensor, parts: int, *more: Any) -> tuple[torch.Tensor, int]:
+def _over_splits(
+    kernel: _Kernel, x: torch.Tensor, parts: int, tensors: tuple[torch.Tensor, ...], numbers: tuple[float, ...]
+) -> tuple[torch.Tensor, int]:
     """Call a kernel that reduces the rows of each part in splits; return its output and the rows of a split."""
     channels = x.shape[1]
     rows = x.numel() // channels // parts
-    blocks = triton.cdiv(channels, _CHANNELS)
-    splits = max(1, min(_PROGRAMS // (blocks * parts), _MAX_SPLITS, triton.cdiv(rows, _ROWS)))
-    length = triton.cdiv(triton.cdiv(rows, splits), _ROWS) * _ROWS if splits > 1 else rows
-    splits = triton.cdiv(rows, length)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    out = torch.empty(splits, parts, 2, channels, dtype=dtype, device=x.device)
-    kernel[(blocks, splits, parts)](x, out, *more, rows, channels, length, _ROWS, _CHANNELS, **_FUSED)
+    blocks = _quotient(channels, _CHANNELS)
+    splits = max(1, min(_PROGRAMS // (blocks * parts), _MAX_SPLITS, _quotient(rows, _ROWS)))
+    length = _quotient(_quotient(rows, splits), _ROWS) * _ROWS if splits > 1 else rows
+    splits = _quotient(rows, length)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    out = x.new_empty((splits, parts, 2, channels), dtype=dtype)
+    kernel((blocks, splits, parts), (x, out, *tensors), (*numbers, rows, channels, length, _ROWS, _CHANNELS))
     return out, length
 
 
+class _Kernel:
+    """A kernel that is launched on tensors and numbers, its arguments in this order.
+
+    It looks up compiled code by itself: Triton's look-up takes three times as long as the launch. Triton compiles for
+    dtypes, for numbers, and for addresses divisible by 16 or not; others than divisible ones are left to it.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, grid: _Grid, tensors: tuple[torch.Tensor, ...], numbers: tuple[float, ...]) -> None:
+        addresses = 0
+        for tensor in tensors:
+            addresses |= tensor.data_ptr()
+        key = (tensors[0].get_device(), numbers, *[tensor.dtype for tensor in tensors])
+        compiled = None if addresses % 16 else self._compiled.get(key)
+        if compiled is not None:
+            compiled[grid](*tensors, *numbers)
+            return
+        compiled = self.function[grid](*tensors, *numbers, **_FUSED)
+        if not addresses % 16:
+            self._compiled[key] = compiled  # None of an interpreted kernel
+
+
+@_Kernel
 @triton.jit
 def _moments(x, out, rows, channels, length, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     split, part = tl.program_id(1), tl.program_id(2)
@@ -134,6 +154,7 @@ def _moments(x, out, rows, channels, length, ROWS: tl.constexpr, CHANNELS: tl.co
     tl.store(out + channels, tl.maximum(two / (last - first) - one * one, 0.0), inside)
 
 
+@_Kernel
 @triton.jit
 def _combine(
     partial,
@@ -185,6 +206,7 @@ def _tile(rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     return part, channel, inside, at, (row < rows)[:, None] & inside[None, :]
 
 
+@_Kernel
 @triton.jit
 def _normalize(
     x,
@@ -211,6 +233,7 @@ def _normalize(
     tl.store(out + at, value.to(out.dtype.element_ty), mask)
 
 
+@_Kernel
 @triton.jit
 def _gradient_sums(
     x, out, gradient, statistics, eps, rows, channels, length, ROWS: tl.constexpr, CHANNELS: tl.constexpr
@@ -238,6 +261,7 @@ def _gradient_sums(
     tl.store(out + channels, two * scale, inside)
 
 
+@_Kernel
 @triton.jit
 def _input_gradient(
     gradient,

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +31,7 @@ MIN_CORES_PER_GPU = 6
 MIN_SHM_BYTES = 1 * GIB
 MIN_OPEN_FILES = 4096
 
+_OPTIONAL = {"ffcv", "nvidia-dali-cuda130"}
 _SETUP = "run ./millrace setup (if that changes nothing, delete .venv first)"
 _APT_INSTALL = "apt-get install libopencv-dev libturbojpeg0-dev libjpeg-dev pkg-config g++ python3-dev"
 _BUILD_AGAIN = f"build it on this machine: {_APT_INSTALL}; rm -rf .venv; ./millrace setup"
@@ -133,12 +134,11 @@ def _judge(name: str, in_order: bool, detail: str, remedy: str) -> Finding:
 
 
 def check_headers() -> Finding:
-    """Check compiler and headers for building FFCV; once it is built they may be missing."""
-    name, missing = "compiler and headers", _missing_headers()
-    if not missing:
-        return Finding(name, True, "g++, Python, OpenCV and libjpeg-turbo found")
-    ok = None if _package_version("ffcv") else False
-    return Finding(name, ok, f"missing: {', '.join(missing)}; FFCV is built with them", _APT_INSTALL)
+    """Check compiler and headers for building FFCV and jpeg.c, without which training is slower."""
+    missing = _missing_headers()
+    in_order, needed_by = "g++, Python, OpenCV and libjpeg-turbo found", "FFCV and the JPEG decoder are built with them"
+    detail = f"missing: {', '.join(missing)}; {needed_by}" if missing else in_order
+    return _judge("compiler and headers", not missing, detail, _APT_INSTALL)
 
 
 def check_import(name: str) -> Finding:
@@ -150,14 +150,15 @@ def check_import(name: str) -> Finding:
 
 
 def check_ffcv() -> Finding:
-    """Check that FFCV can be imported, and that its C library loads and has the functions used here."""
+    """Check optional FFCV: it can be imported, and its C library loads and has the functions used here."""
     try:
         _load("ffcv")
         library = ctypes.CDLL(str(_load("ffcv._libffcv").__file__))
         _ = (library.resize, library.imdecode)
     except Exception as error:
+        detail = f"{_first_line(error)}; without it JPEGs need the JPEG decoder of the next line, or Pillow's: slower"
         remedy = _SETUP if isinstance(error, ModuleNotFoundError) else _BUILD_AGAIN
-        return Finding("ffcv", False, _first_line(error), remedy)
+        return Finding("ffcv", None, detail, remedy)
     return Finding("ffcv", True, "imported, C library loaded")
 
 
@@ -169,6 +170,15 @@ def check_jpeg() -> Finding:
         detail = f"{_first_line(error)}; FFCV's is used (less exact), or Pillow's: slower"
         return Finding("JPEG decoder", None, detail, _BUILD_AGAIN)
     return Finding("JPEG decoder", True, "decodes the cropped part only, with Pillow's pixels")
+
+
+def check_dali() -> Finding:
+    """Check DALI, which is optional."""
+    finding = check_import("nvidia.dali")
+    if finding.ok:
+        return finding
+    lost = "without it nothing decodes on the GPU or reads images outside one file (data.backend dali)"
+    return replace(finding, ok=None, detail=f"{finding.detail}; {lost}")
 
 
 def check_numba() -> Finding:
@@ -184,14 +194,14 @@ def check_numba() -> Finding:
 
 
 def check_packages() -> Finding:
-    """Check that the project's dependencies are installed."""
+    """Check that the project's dependencies are installed; FFCV and DALI have checks of their own."""
     dependencies = _dependencies()
     if dependencies is None:
         return Finding("packages", False, "millrace is not installed in this environment", _SETUP)
-    missing = [name for name in dependencies if _package_version(name) is None]
+    missing = [name for name in dependencies if name not in _OPTIONAL and _package_version(name) is None]
     if missing:
         return Finding("packages", False, f"missing: {', '.join(missing)}", _SETUP)
-    return Finding("packages", True, f"{len(dependencies)} installed")
+    return Finding("packages", True, f"{len(set(dependencies) - _OPTIONAL)} installed")
 
 
 def check_gpus(gpus: Sequence[Gpu]) -> Finding:
@@ -276,7 +286,7 @@ def examine(beton: Path | None = None) -> list[Finding]:
         check_import("torch"),
         check_ffcv(),
         check_jpeg(),
-        check_import("nvidia.dali"),
+        check_dali(),
         check_numba(),
         check_packages(),
         check_gpus(gpus),

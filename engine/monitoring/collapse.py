@@ -1,8 +1,4 @@
-"""Collapsed embeddings, counted on the device."""
-
-import torch
-
-from engine.monitoring.embedding_metrics import spread
+"""Collapsed embeddings, counted."""
 
 COLLAPSED = 0.2
 """Embeddings count as collapsed where their standard deviation is below this share of 1 / sqrt(C)."""
@@ -11,25 +7,23 @@ PATIENCE = 100
 
 
 class CollapseWatch:
-    """Counts consecutive steps with collapsed embeddings, on the device."""
+    """Counts consecutive steps with collapsed embeddings."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._count = torch.zeros((), dtype=torch.float64, device=device)
-        self._longest = torch.zeros_like(self._count)  # since the last `warning`
+    def __init__(self) -> None:
+        self._count = self._longest = 0  # steps until now, and at most since the last `warning`
         self._warned = False
 
-    @torch.no_grad()
-    def add(self, q: torch.Tensor) -> None:
-        """Add a step by its online embeddings [B, C]. Does not wait for the device."""
-        self._count.add_(1).mul_(spread(q.detach()) < COLLAPSED)
-        torch.maximum(self._longest, self._count, out=self._longest)
+    def add(self, spread: float) -> None:
+        """Add a step by the `spread` of its online embeddings."""
+        self._count = self._count + 1 if spread < COLLAPSED else 0
+        self._longest = max(self._longest, self._count)
 
     def warning(self) -> str | None:
-        """Return a warning, once for each collapse, after PATIENCE steps of it. Waits for the device."""
-        count, now = (int(value) for value in torch.stack([self._longest, self._count]).tolist())
+        """Return a warning, once for each collapse, after PATIENCE steps of it."""
+        count = self._longest
         due = count >= PATIENCE and not self._warned
-        self._warned = now >= PATIENCE
-        self._longest.copy_(self._count)
+        self._warned = self._count >= PATIENCE
+        self._longest = self._count
         if not due:
             return None
         return (
@@ -38,11 +32,10 @@ class CollapseWatch:
         )
 
     def state_dict(self) -> dict[str, float]:
-        """Return counts, and whether a warning was given, as plain values. Waits for the device."""
-        return {"count": self._count.item(), "longest": self._longest.item(), "warned": self._warned}
+        """Return counts, and whether a warning was given."""
+        return {"count": self._count, "longest": self._longest, "warned": self._warned}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Load `state`."""
-        self._count.fill_(state["count"])
-        self._longest.fill_(state["longest"])
+        self._count, self._longest = int(state["count"]), int(state["longest"])
         self._warned = bool(state["warned"])

@@ -144,10 +144,11 @@ class Step:
         # Count the step as taken or skipped; the schedules follow the steps taken.
         self.schedule.end(taken)
 
-        # The loss and its parts, as means over the micro-batches.
-        parts = {name: torch.stack([values[name] for values, _, _ in results]).mean() for name in results[0][0]}
-        _, q, measures = results[-1]
-        return Result(parts, q, taken, measures)
+        # The loss and its parts, as means over the micro-batches, in one tensor.
+        parts, q, measures = results[-1]
+        if len(results) > 1:
+            parts = {name: torch.stack([values[name] for values, _, _ in results]).mean() for name in parts}
+        return Result.stack(parts, q, taken, measures)
 
     def _inputs(self, batch: Batch) -> Tensors:
         """Return the tensors that a step reads, on the device: views q1, q2 of the queries, k1, k2 of the keys.

@@ -9,6 +9,7 @@ import torch
 from pipeline.backends import resident
 from pipeline.beton import Beton
 from pipeline.beton_format import JPEG
+from pipeline.storage.decode import DECODER
 from pipeline.system.errors import InputError
 from pipeline.system.packages import installed
 from pipeline.system.text import binary
@@ -16,6 +17,8 @@ from pipeline.system.text import binary
 PACE = 5000
 """Samples a second that a GPU may train on: an H200 trains a ResNet-50 on somewhat fewer, at 224 pixels."""
 _JPEG_BYTE, _JPEG_PIXEL, _RAW_PIXEL = 9e-9, 1.7e-9, 2.7e-9  # seconds of one core at 2.6 GHz, copies included
+_PILLOW_FACTOR = 1.8  # Pillow's time for a JPEG, as a multiple of libjpeg's in jpeg.c
+_PILLOW_CORES = 3  # more decode no faster: Pillow holds the GIL for about a third of its time
 _BY_DEMAND = ("ffcv", "ffcv_gpu", "dali", "resident")  # the least demanding of the machine first
 
 
@@ -26,11 +29,17 @@ class Choice(NamedTuple):
     why: str
 
 
-def decoding_rate(beton: Beton, cores: int) -> float:
-    """Return an estimate of the samples that `cores` cores decode in a second, from the sizes of the records."""
+def decoding_rate(beton: Beton, cores: int, decoder: str = DECODER) -> float:
+    """Return an estimate of the samples that `cores` cores decode in a second, from the sizes of the records.
+
+    decoder: of JPEGs, as `pipeline.storage.decode.DECODER`.
+    """
     pixels, jpegs = beton.heights.astype(np.float64) * beton.widths, beton.modes == JPEG
-    seconds = np.where(jpegs, _JPEG_BYTE * beton.sizes + _JPEG_PIXEL * pixels, _RAW_PIXEL * pixels)
-    return float(cores / seconds.mean())
+    jpeg_seconds = _JPEG_BYTE * beton.sizes + _JPEG_PIXEL * pixels
+    if decoder == "pillow" and jpegs.any():
+        jpeg_seconds *= _PILLOW_FACTOR
+        cores = min(cores, _PILLOW_CORES)
+    return float(cores / np.where(jpegs, jpeg_seconds, _RAW_PIXEL * pixels).mean())
 
 
 def choose(backend: str, beton: Beton, device: torch.device, *, local_world: int = 1, cores: int = 1) -> Choice:
@@ -54,7 +63,7 @@ def choose(backend: str, beton: Beton, device: torch.device, *, local_world: int
     if device.type != "cuda":
         return Choice("ffcv", why)
     rate = decoding_rate(beton, cores)
-    why += f"; {cores} cores decode about {rate:.0f} images/s"
+    why += f"; {cores} cores decode about {rate:.0f} images/s{' with Pillow' if DECODER == 'pillow' else ''}"
     if rate < PACE and (beton.modes == JPEG).any() and installed("nvidia.dali"):
         return Choice("dali", f"{why}, less than the {PACE} a GPU may train on")
     return Choice("ffcv_gpu", why)

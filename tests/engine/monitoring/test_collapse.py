@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from engine.monitoring.collapse import PATIENCE, CollapseWatch
+from engine.monitoring.embedding_metrics import spread
 
 SPREAD, COLLAPSED = torch.eye(4), torch.ones(4, 4) / 2
 
@@ -13,7 +14,7 @@ SPREAD, COLLAPSED = torch.eye(4), torch.ones(4, 4) / 2
 def add(watch: CollapseWatch, q: torch.Tensor, steps: int) -> bool:
     """Add steps; return whether a collapse was warned of."""
     for _ in range(steps):
-        watch.add(q)
+        watch.add(spread(q).item())
     return "COLLAPSE" in (watch.warning() or "")
 
 
@@ -23,12 +24,12 @@ def test_collapse_begins_at_a_fifth_of_the_spheres_deviation() -> None:
     torch.manual_seed(0)
     noise = torch.randn(512, 64) / 8
     for share, collapsed in ((0.15, True), (0.25, False)):
-        watch = CollapseWatch(torch.device("cpu"))
+        watch = CollapseWatch()
         assert add(watch, F.normalize(center + share * noise, dim=1), PATIENCE) == collapsed
 
 
 def test_collapse_is_warned_of_once_until_it_ends() -> None:
-    watch = CollapseWatch(torch.device("cpu"))
+    watch = CollapseWatch()
     assert not add(watch, COLLAPSED, PATIENCE - 1)
     assert not add(watch, SPREAD, 1)  # the count starts again
     assert not add(watch, COLLAPSED, PATIENCE - 1)

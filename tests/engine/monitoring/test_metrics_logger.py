@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.monitoring import metrics_logger
 from engine.monitoring.collapse import PATIENCE
@@ -37,7 +38,7 @@ def started(out: Path) -> MetricsLogger:
 def add(target: MetricsLogger, *losses: float, waited: float = 0.0) -> None:
     for loss in losses:
         parts = {"loss": torch.tensor(loss + 1), "a": torch.tensor(loss), "b": torch.tensor(1.0)}
-        target.add(Result(parts, SPREAD, torch.tensor(math.isfinite(loss))), pairs=8, waited=waited)
+        target.add(Result.stack(parts, SPREAD, torch.tensor(math.isfinite(loss))), pairs=8, waited=waited)
 
 
 def lines(out: Path) -> list[dict[str, float]]:
@@ -54,6 +55,29 @@ def test_line_has_the_means_since_the_last_one(tmp_path: Path) -> None:
     assert (first["a"], first["b"], first["loss"], first["lr"]) == (1.5, 1.0, 2.5, 0.1)
     assert (second["step"], second["loss"]) == (3, 6.0)
     assert (first["measure"], "measure" in second) == (0.25, False)
+
+
+class Operations(TorchDispatchMode):
+    """Records the names of the operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_adding_a_step_is_one_copy_on_the_device(tmp_path: Path) -> None:
+    one, parts = started(tmp_path), {"loss": torch.tensor(2.0), "a": torch.tensor(1.0)}
+    result = Result.stack(parts, SPREAD, torch.tensor(True))
+    with Operations() as operations:
+        one.add(result, pairs=8, waited=0.0, substituted=1)
+    assert operations.names == ["aten.clone.default"]
+    result.values.fill_(9.0)  # as a replayed step would
+    one.log(1, 0.2, {})
+    assert (lines(tmp_path)[0]["loss"], lines(tmp_path)[0]["substituted"]) == (2.0, 1.0)
 
 
 def test_line_that_cannot_be_written_is_warned_of_once(
@@ -177,7 +201,7 @@ def test_count_of_a_collapse_survives_a_restart(tmp_path: Path, capsys: pytest.C
     def train(target: MetricsLogger, steps: int) -> bool:
         """Train and log; return whether a collapse was warned of."""
         for _ in range(steps):
-            target.add(Result({"loss": torch.tensor(1.0)}, COLLAPSED, torch.tensor(True)), pairs=8, waited=0.0)
+            target.add(Result.stack({"loss": torch.tensor(1.0)}, COLLAPSED, torch.tensor(True)), pairs=8, waited=0.0)
         target.log(1, 0.1, {})
         return "warning: step 1: COLLAPSE" in capsys.readouterr().err
 

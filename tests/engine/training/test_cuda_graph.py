@@ -155,8 +155,7 @@ def test_recorded_step_trains_like_a_plain_one(
         assert a.taken == b.taken == (number not in (1, WARM, 6))
         tolerance = {"rtol": 0, "atol": 0} if on_cpu else {"rtol": 1e-6, "atol": 1e-8}
         states = [
-            {**result.parts, **result.measures, "q": result.q, **everything(m)}
-            for result, m in ((a, plain), (b, recorded))
+            {"values": result.values, **result.measures, **everything(m)} for result, m in ((a, plain), (b, recorded))
         ]
         torch.testing.assert_close(states[1], states[0], equal_nan=True, **tolerance)
     assert "cuda_graph" not in capsys.readouterr().err  # no warning
@@ -176,7 +175,7 @@ def run_mixed(name: str, out: str) -> None:
         if number == 20 and rank() == 1:
             halves[0] = halves[0] * float("inf")
         a, b = (m.step(batch_of(*halves), measured=number % 5 == 4) for m in (plain, recorded))
-        results = [{**result.parts, **result.measures, "q": result.q} for result in (a, b)]
+        results = [{"values": result.values, **result.measures} for result in (a, b)]
         torch.testing.assert_close(results[1], results[0], rtol=0, atol=0, equal_nan=True)
         assert a.taken == b.taken == (number != 20)
     torch.testing.assert_close(everything(recorded), everything(plain), rtol=0, atol=0)

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -16,7 +11,6 @@ from pipeline.augment.crop import Ragged, crop_views
 from pipeline.augment.draws import draw_view
 from pipeline.augment.plan import Plan
 from pipeline.views import AUGMENTATIONS
-from tests import ROOT
 
 pytest.importorskip("triton")
 from pipeline.augment import triton_kernels
@@ -84,30 +78,3 @@ def test_views_have_the_requested_type(dtype: torch.dtype) -> None:
     assert result.dtype == dtype
     unit = torch.finfo(dtype).eps * exact.abs().clamp_min(2**-6)
     assert ((result.float() - exact).abs() <= unit).all()
-
-
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from pipeline.augment import triton_kernels as kernels
-
-types = {"starts": "*i64", "widths": "*i64", "boxes": "*i32", "flips": "*i1", "parameters": "*fp32", "sums": "*i32"}
-types |= {"blurs": "*i64", "rows": "*fp32", "pixels": "*u8", "crops": "*u8", "colored": "*u8"}
-values = {"SIZE": 224, "PIXELS": 224 * 224, "BLOCK": 256, "RADIUS": 6, "GRAY_FIRST": False}
-outs = {"crop_view": "*u8", "sum_luma": "", "color": "*bf16", "blur_rows": "", "blur_columns": "*bf16"}
-for name, out in outs.items():
-    kernel = getattr(kernels, "_" + name)
-    known = types | {"out": out}
-    signature = {n: known.get(n, "constexpr") for n in kernel.arg_names}
-    constants = {(i,): values[n] for i, n in enumerate(kernel.arg_names) if n in values}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    assert "ptx" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm
-"""
-
-
-def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
-    """The compiler, which runs without a GPU, refuses code that the interpreter accepts."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", COMPILE], check=True, timeout=300, env=environment)

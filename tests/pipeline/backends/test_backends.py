@@ -408,6 +408,18 @@ def test_few_cores_for_a_gpu_leave_the_decoding_to_it(
     assert choose("auto", beton, torch.device(device), cores=cores).name == name
 
 
+def test_pillow_decodes_slower_and_on_few_cores(drawn: Path) -> None:
+    beton = Beton(drawn)
+    beton.modes = np.full(len(beton), JPEG, np.uint8)
+    assert decoding_rate(beton, 2, "pillow") < decoding_rate(beton, 2, "partial") / 1.5
+    assert (
+        decoding_rate(beton, 64, "pillow") == decoding_rate(beton, 8, "pillow") < 2 * decoding_rate(beton, 2, "pillow")
+    )
+    assert decoding_rate(beton, 64, "partial") == 8 * decoding_rate(beton, 8, "partial")
+    beton.modes = np.full(len(beton), RAW, np.uint8)
+    assert decoding_rate(beton, 64, "pillow") == decoding_rate(beton, 64, "partial")
+
+
 def test_without_dali_the_cores_decode(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resident, "free", lambda device: 0)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
