@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeline.augment.color import PackedColor
+from pipeline.augment.cpu_kernels import PackedColor
 from pipeline.augment.draws import ViewDraws
 
 

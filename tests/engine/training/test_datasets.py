@@ -17,6 +17,7 @@ import torch
 from engine.config.settings import Data, Knn, Optim, Settings
 from engine.parallel import accelerator, collectives
 from engine.parallel.rendezvous import rank
+from engine.training import datasets
 from engine.training.build import Run, build
 from engine.training.datasets import Datasets, open_datasets, verify_datasets
 from methods.norm import SplitBatchNorm
@@ -252,10 +253,12 @@ def test_views_in_the_encoders_precision_give_the_same_step(drawn: Path, monkeyp
     monkeypatch.setattr(accelerator, "bfloat16_on_cpu", lambda: True)
     losses = []
     for cast in (True, False):
+        if not cast:
+            monkeypatch.setitem(datasets.DTYPES, "bf16", torch.float32)
         run = build(replace(runs.settings(drawn, "plain"), precision="bf16"))
-        run.loader.dtype = torch.bfloat16 if cast else torch.float32
+        monkeypatch.setitem(datasets.DTYPES, "bf16", torch.bfloat16)
         batch = next(iter(run.loader))
-        assert batch.views[0].dtype == run.loader.dtype
+        assert batch.views[0].dtype == (torch.bfloat16 if cast else torch.float32)
         losses.append(run.model.step(batch).parts["loss"])
         run.close()
     assert torch.equal(*losses)

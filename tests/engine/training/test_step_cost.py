@@ -255,15 +255,15 @@ def test_shuffled_batchnorm_exchanges_one_view_in_the_same_order_on_all_ranks(dr
     assert one == other  # the same sequence and bytes, also where one rank alone has a step to skip
     sent = {case: [tuple(each) for each in order] for case, order in one["sent"].items()}
     assert sent.keys() == set(CASES)
-    crops = 16 * 3 * 16**2  # uint8, of a rank's share of the keys' view
+    view = 16 * 3 * 16**2 * 4  # float32, of a rank's share of the keys' view; on a GPU its crops, uint8
     gradients = [size for name, size in sent["plain"] if name == "allreduce"]
     assert [each for each in sent["plain"] if each[0] != "allreduce"] == [
-        ("alltoall_base", crops),
+        ("alltoall_base", view),
         ("allgather_base", 16 * 16 * 4),
     ]
     assert sum(gradients) == 4 * one["gradients"]
     for case, order in sent.items():
-        assert order[0] == ("alltoall_base", crops), case
+        assert order[0] == ("alltoall_base", view), case
         assert [name for name, _ in order].count("alltoall_base") == 1, case
     assert sent["skipped"] == sent["plain"]
     early, late = sent["logged"], sent["skipped, logged"]
