@@ -146,16 +146,17 @@ def _forward(
     """Write normalized rows to out, [parts, rows, channels], and means and 1 / deviations to statistics."""
     x, out = _array(x_at, (parts, rows, channels)), _array(out_at, (parts, rows, channels))
     statistics = _array(statistics_at, (2, parts, channels))
-    scale, shift = np.zeros((2, channels), np.float32)
+    scale, shift = np.zeros(channels, np.float32), np.zeros(channels, np.float32)
     blocks, totals = np.zeros((2, channels), np.float32), np.zeros((2, channels), np.float64)
     count = np.float64(rows)
     for part in range(parts):
         mean, inverse = statistics[0, part], statistics[1, part]
-        mean[:] = x[part, 0]  # at first, then corrected: sums of small deviations are precise
+        for c in range(channels):
+            mean[c] = x[part, 0, c]  # at first, then corrected: sums of small deviations are precise
         for _ in range(2):
-            totals[:] = 0
+            _clear(totals)
             for start in range(0, rows, _BLOCK_ROWS):
-                blocks[:] = 0
+                _clear(blocks)
                 for row in range(start, min(start + _BLOCK_ROWS, rows)):
                     for c in range(channels):
                         deviation = x[part, row, c] - mean[c]
@@ -199,14 +200,15 @@ def _backward(
     gradient, x = _array(gradient_at, (parts, rows, channels)), _array(x_at, (parts, rows, channels))
     statistics, x_gradient = _array(statistics_at, (2, parts, channels)), _array(x_gradient_at, (parts, rows, channels))
     sums = _array(sums_at, (2, channels))
-    sums[:] = 0
+    _clear(sums)
     blocks, totals = np.zeros((2, channels), np.float32), np.zeros((2, channels), np.float64)
-    scale, slope, offset = np.zeros((3, channels), np.float32)
+    scale, slope = np.zeros(channels, np.float32), np.zeros(channels, np.float32)
+    offset = np.zeros(channels, np.float32)
     for part in range(parts):
         mean, inverse = statistics[0, part], statistics[1, part]
-        totals[:] = 0
+        _clear(totals)
         for start in range(0, rows, _BLOCK_ROWS):
-            blocks[:] = 0
+            _clear(blocks)
             for row in range(start, min(start + _BLOCK_ROWS, rows)):
                 for c in range(channels):
                     value = gradient[part, row, c]
@@ -243,7 +245,13 @@ if numba is not None:
 
         return signature, generate
 
-    @numba.njit(inline="always")  # type: ignore[untyped-decorator]
+    @numba.njit  # type: ignore[untyped-decorator]
+    def _clear(sums: Any) -> None:
+        for row in range(sums.shape[0]):
+            for c in range(sums.shape[1]):
+                sums[row, c] = 0
+
+    @numba.njit  # type: ignore[untyped-decorator]
     def _array(address: int, shape: Any) -> Any:
         """Return the float32 array of that shape at an address."""
         return numba.carray(_pointer(address), shape)  # type: ignore[call-arg]
