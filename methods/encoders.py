@@ -1,4 +1,4 @@
-"""ResNets (1512.03385) with torchvision's key names, for ImageNet or (`stem="small"`) for images of 32 to 64 pixels.
+"""ResNets (1512.03385) with torchvision's key names, for ImageNet or, by their stem, for images of 32 to 128 pixels.
 
 State dicts load into torchvision's models and back, except for `fc`, which a pretrained backbone lacks.
 """
@@ -11,7 +11,9 @@ from torch import nn
 from methods.norm import Norm
 from methods.recompute import Recomputable
 
-Stem = Literal["imagenet", "small"]
+Stem = Literal["imagenet", "medium", "small"]
+STEMS: dict[Stem, tuple[int, int]] = {"imagenet": (7, 2), "medium": (5, 2), "small": (3, 1)}
+"""Kernel and stride of the first convolution; state dicts show a stem by its kernel alone."""
 
 
 def _conv(n_in: int, n_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -33,7 +35,7 @@ class _Block(Recomputable):
 
 
 class BasicBlock(_Block):
-    """Two 3x3 convolutions (ResNet-18 and 34)."""
+    """Two 3x3 convolutions (ResNet-10, 18 and 34)."""
 
     expansion = 1
 
@@ -85,7 +87,7 @@ def base_channels(width: float) -> int:
 class ResNet(nn.Module):
     """A ResNet without its classifier: images [B, 3, H, W] to features [B, `features`].
 
-    stem: `imagenet` (7x7, stride 2, max-pooling) or `small` (3x3, no pooling).
+    stem: `imagenet` (7x7, stride 2, max-pooling), `medium` (5x5, stride 2) or `small` (3x3).
     width: factor on the published channel counts (0.25: 16 to 128 channels for basic blocks).
     zero_init_residual: each block's last BatchNorm starts at scale 0, the block as the identity (1706.02677, 5.1).
     """
@@ -102,11 +104,10 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         base = base_channels(width)
-        small = stem == "small"
-        self.conv1 = _conv(3, base, 3) if small else _conv(3, base, 7, 2)
+        self.conv1 = _conv(3, base, *STEMS[stem])
         self.bn1 = norm(base)
         self.relu = nn.ReLU(inplace=True)
-        self.maxpool: nn.Module = nn.Identity() if small else nn.MaxPool2d(3, 2, padding=1)
+        self.maxpool: nn.Module = nn.MaxPool2d(3, 2, padding=1) if stem == "imagenet" else nn.Identity()
         self._channels = base
         self.layer1 = self._stage(block, base, depths[0], 1, norm)
         self.layer2 = self._stage(block, 2 * base, depths[1], 2, norm)
@@ -141,6 +142,7 @@ class ResNet(nn.Module):
 
 
 RESNETS: dict[str, tuple[BlockType, tuple[int, int, int, int]]] = {
+    "resnet10": (BasicBlock, (1, 1, 1, 1)),
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
@@ -149,7 +151,7 @@ RESNETS: dict[str, tuple[BlockType, tuple[int, int, int, int]]] = {
 
 
 def resnet(arch: str, **options: Any) -> ResNet:
-    """Return `resnet18`, `resnet34`, `resnet50` or `resnet101`, initialized as torchvision's; options of `ResNet`."""
+    """Return one of `RESNETS`, initialized as torchvision's; options of `ResNet`."""
     return ResNet(*RESNETS[arch], **options)
 
 

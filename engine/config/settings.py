@@ -85,10 +85,11 @@ class Data:
 class Model:
     """Encoder. null: the base method's published value."""
 
-    arch: Literal["resnet18", "resnet34", "resnet50", "resnet101", "vit_small", "vit_base"] = "resnet50"
+    arch: Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "vit_small", "vit_base"] = "resnet50"
     """Backbone."""
-    stem: Literal["imagenet", "small"] = "imagenet"
-    """First layers of a ResNet: imagenet (7x7 stride 2, pooling) or small (3x3) for images of 32 to 64 pixels."""
+    stem: Literal["imagenet", "medium", "small"] = "imagenet"
+    """First layers of a ResNet: imagenet (7x7 stride 2, pooling), medium (5x5 stride 2) for images of 64 to 128 pixels,
+    or small (3x3) for 32 to 64; one larger than named is faster, and sees less detail."""
     width: Annotated[float, choose("0.05 to 8", ge=0.05, le=8)] = 1.0
     """Factor on a ResNet's published channel counts."""
     dim: Annotated[int | None, choose("2 to 65536", ge=2, le=65536)] = None

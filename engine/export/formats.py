@@ -124,7 +124,7 @@ def refuse(architecture: Architecture, name: str, library: Library | None) -> No
     """Raise InputError if the library has no model of this architecture."""
     if library is None or architecture.transformer:
         return
-    if architecture.width != 1:
+    if architecture.width != 1 or architecture.arch == "resnet10":
         raise InputError(f"--format {name}: has no {architecture}: choose safetensors or onnx")
     if architecture.stem != "imagenet" and library in ("detectron2", "mmdet"):
         raise InputError(f"--format {name}: has no {architecture}: choose torchvision, timm, safetensors or onnx")

@@ -9,6 +9,7 @@ import yaml
 from engine.checkpoint.provenance import commit
 from engine.report.run_folder import read_runs
 from engine.weights.load import TRANSFORMERS, Architecture, LoadedEncoder, digest
+from methods.encoders import STEMS
 from pipeline.augment.color import IMAGENET
 from pipeline.system.packages import version
 from pipeline.system.text import printable
@@ -103,9 +104,11 @@ def _loading(architecture: Architecture, format: str, path: Path) -> str:
         return f"{_transformer(architecture, format)}\n{load}"
     library = "torchvision.models." if format == "torchvision" else "timm.create_model("
     build = f"model = {library}{name}()" if format == "torchvision" else f'model = {library}"{name}", num_classes=0)'
-    stem = "model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)\nmodel.maxpool = torch.nn.Identity()\n"
+    kernel, stride = STEMS[architecture.stem]
+    stem = f"model.conv1 = torch.nn.Conv2d(3, 64, {kernel}, {stride}, {kernel // 2}, bias=False)\n"
+    stem += "model.maxpool = torch.nn.Identity()\n"
     head = "model.fc = torch.nn.Identity()\n" if format == "torchvision" else ""
-    return f"{build}\n{head}{stem if architecture.stem == 'small' else ''}{load}"
+    return f"{build}\n{head}{stem if architecture.stem != 'imagenet' else ''}{load}"
 
 
 def _transformer(architecture: Architecture, format: str) -> str:

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from engine.weights.key_maps import to_ours
 from engine.weights.readers import read
-from methods.encoders import RESNETS, BasicBlock, Bottleneck, ResNet, Stem, base_channels
+from methods.encoders import RESNETS, STEMS, Bottleneck, ResNet, Stem, base_channels
 from methods.vit import PATCH, VITS, VisionTransformer
 from pipeline.system.errors import InputError
 from pipeline.system.text import printable
@@ -28,7 +28,7 @@ from pipeline.system.text import printable
 Which = Literal["online", "momentum"]
 Backbone = ResNet | VisionTransformer
 _COUNTER = "num_batches_tracked"  # may be missing in older files: unused
-_DEPTHS = {name: depths for name, (_, depths) in RESNETS.items()} | {"resnet152": (3, 8, 36, 3)}
+_RESNETS = {**RESNETS, "resnet152": (Bottleneck, (3, 8, 36, 3))}
 TRANSFORMERS = {"vit_tiny": (192, 12, 3), **VITS, "vit_large": (1024, 24, 16)}
 """Feature dimensions, depths and attention heads, by name."""
 _OTHER_HEADS = {"vit_small": 6}  # heads in timm, DeiT and DINO, with the same shapes as MoCo v3's 12
@@ -81,14 +81,12 @@ class Architecture:
         if self.transformer:
             dim, depth, _ = TRANSFORMERS[self.arch]
             return VisionTransformer(dim, depth, self.heads, size=self.size, stop_grad_conv1=False)
-        block = BasicBlock if self.arch in ("resnet18", "resnet34") else Bottleneck
-        depths: tuple[int, int, int, int] = _DEPTHS[self.arch]  # type: ignore[assignment]
-        return ResNet(block, depths, stem=self.stem, width=self.width)
+        return ResNet(*_RESNETS[self.arch], stem=self.stem, width=self.width)
 
     def __str__(self) -> str:
         if self.transformer:
             return f"{self.arch} of {self.heads} heads for {self.size} pixels"
-        more = [f"width {self.width:g}"] * (self.width != 1) + ["small stem"] * (self.stem == "small")
+        more = [f"width {self.width:g}"] * (self.width != 1) + [f"{self.stem} stem"] * (self.stem != "imagenet")
         return f"{self.arch} ({', '.join(more)})" if more else self.arch
 
 
@@ -203,7 +201,7 @@ def _find_layout(state: dict[str, torch.Tensor], path: Path) -> tuple[_Layout, d
 def _resnet_architecture(part: dict[str, torch.Tensor], stated: dict[str, Any], path: Path) -> Architecture:
     """Return the architecture that the file states, or that its keys and shapes show."""
     conv1 = _get("conv1.weight", part, path)
-    stem: Stem = "small" if conv1.shape[-1] == 3 else "imagenet"
+    stem: Stem = next((stem for stem, (kernel, _) in STEMS.items() if kernel == conv1.shape[-1]), "imagenet")
     arch, channels = _resnet_name(part, path), conv1.shape[0]
     width = float(stated.get("width", channels / 64))  # narrow networks round the channels: ask the file first
     if not 0 < width <= _MAX_WIDTH or base_channels(width) != channels:
@@ -251,11 +249,11 @@ def _resnet_name(part: dict[str, torch.Tensor], path: Path) -> str:
     depths = tuple(
         len({match[1] for key in part if (match := re.match(rf"layer{stage}\.(\d+)\.", key))}) for stage in range(1, 5)
     )
-    for name, known in _DEPTHS.items():
-        if known == depths and bottleneck != (name in ("resnet18", "resnet34")):
+    for name, (block, known) in _RESNETS.items():
+        if known == depths and bottleneck == (block is Bottleneck):
             return name
     raise InputError(
-        f"{path}: {list(depths)} {'bottleneck' if bottleneck else 'basic'} blocks are none of {', '.join(_DEPTHS)}: "
+        f"{path}: {list(depths)} {'bottleneck' if bottleneck else 'basic'} blocks are none of {', '.join(_RESNETS)}: "
         "keys are missing, or it is another network"
     )
 

@@ -1,10 +1,10 @@
-"""Synthetic images of ten pattern classes, drawn from a seed: the source `synthetic:N`.
+"""Synthetic images of ten patterns, drawn from a seed: the source `synthetic:N`.
 
-An image shows one repeating pattern (stripes, checker, dots, ...) inside a large soft-edged patch on a plain
-background, with thin lines and blobs in front, slow waves of light over all of it, and mild noise on top. The class is
-the kind of pattern alone: colors, contrast, position, scale, rotation, share of inked pixels, shading and clutter have
-one distribution for all classes. So neither color nor raw pixels separate the classes; local structure does, which
-survives random crops and color jitter.
+An image is a fabric of one pattern (stripes, checks, dots, bricks, ...), warped, in two colors that change across it,
+with mild noise on top. The class is the pattern alone. Everything else has one distribution for all classes, and
+differs between parts of an image as much as between images: colors, which of the two is the lighter one, contrast, and
+the warp's shifts and turns. So two crops of an image share its pattern, and little else that a network could tell
+images apart by; and neither colors nor raw pixels reveal the class.
 
 Each image is a function of `(seed, index, size)` alone. Its random numbers are the raw output of the counter-based
 generator Philox4x64-10 with key `(seed, index)`: any process can draw any image, in any order.
@@ -12,7 +12,7 @@ generator Philox4x64-10 with key `(seed, index)`: any process can draw any image
 
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +23,13 @@ from pipeline.system.errors import InputError
 MIN_SIZE = 16
 """Smallest side, pixels, at which the patterns can be distinguished."""
 
-_SCALARS = 64  # random numbers of an image before its pixel noise
+_KNOTS = 4  # knots along a side: colors and shifts are drawn there, and interpolated
+_CELLS = 1.7  # periods of a pattern in half a side
+_WARP = 0.35  # largest shift of a knot, periods
+_CHROMA = 0.2  # largest distance of a color from gray
+_INK = 0.45  # share of the pixels that are ink, before their blurred edge
 _NOISE_LEVELS = 16  # width of the uniform pixel noise, gray levels
+_NUMBERS = 3 + 9 * _KNOTS**2  # random numbers of an image before its pixel noise
 
 _Array = npt.NDArray[np.float32]
 _Field = Callable[[_Array, _Array], _Array]
@@ -42,8 +47,7 @@ def draw(seed: int, index: int, size: int = 48) -> tuple[npt.NDArray[np.uint8], 
         raise InputError(f"size is {size} pixels: choose {MIN_SIZE} or more to keep the patterns visible")
     label = index % len(CLASSES)
     source = np.random.Philox(key=np.array([seed, index], dtype=np.uint64))
-    dice = _Dice(source.random_raw(_SCALARS))
-    image = _compose(dice, _FIELDS[CLASSES[label]], size)
+    image = _compose(_uniforms(source.random_raw(_NUMBERS)), _FIELDS[CLASSES[label]], size)
     words = source.random_raw(-(-3 * size * size // 8)).astype("<u8", copy=False)
     noise = words.view(np.uint8)[: 3 * size * size].reshape(size, size, 3)
     image *= 255.0
@@ -62,90 +66,52 @@ def jpeg(seed: int, index: int) -> bytes:
     return buffer.getvalue()
 
 
-class _Dice:
-    """Uniform random numbers, one after another from raw 64-bit words."""
-
-    def __init__(self, words: npt.NDArray[np.uint64]) -> None:
-        self._values: Iterator[float] = iter(((words >> np.uint64(11)) * 2.0**-53).tolist())
-
-    def uniform(self, low: float, high: float) -> float:
-        """Return the next number, in [low, high)."""
-        return low + (high - low) * next(self._values)
+def _uniforms(words: npt.NDArray[np.uint64]) -> _Array:
+    """Return uniform numbers in [0, 1) from raw 64-bit words."""
+    return ((words >> np.uint64(40)) * 2.0**-24).astype(np.float32)
 
 
-def _compose(dice: _Dice, field: _Field, size: int) -> _Array:
-    """Paint the layers from back to front. Returns RGB in about 0..1, float32 [size, size, 3]."""
-    line = np.linspace(-1.0, 1.0, size, dtype=np.float32)
-    x, y = line[None, :], line[:, None]
-    paper, ink = _colors(dice)
-    cover = _pattern(dice, field, x, y) * _patch(dice, x, y)
-    image = paper + cover[..., None] * (ink - paper)
-    for clutter in (_stroke, _stroke, _blob, _blob):
-        cover = clutter(dice, x, y)
-        image += cover[..., None] * (_color(dice, dice.uniform(0.1, 0.9)) - image)
-    image += _shade(dice, x, y)[..., None]
+def _compose(numbers: _Array, field: _Field, size: int) -> _Array:
+    """Paint ink of a pattern on paper. Returns RGB in about 0..1, float32 [size, size, 3]."""
+    knots = numbers[3:].reshape(9, _KNOTS, _KNOTS)
+    paper, ink = _colors(knots[:7])
+    maps = _spread(np.concatenate([paper, ink, _WARP * (2 * knots[7:] - 1)]), size)
+    cover = _pattern(field, numbers[:3], maps[6:])
+    image: _Array = (maps[:3] + cover * (maps[3:6] - maps[:3])).transpose(1, 2, 0)
     return image
 
 
-def _colors(dice: _Dice) -> tuple[_Array, _Array]:
-    """Return two colors of clearly different lightness, in random order."""
-    middle, half = dice.uniform(0.4, 0.6), dice.uniform(0.16, 0.28)
-    if dice.uniform(0.0, 1.0) < 0.5:
-        half = -half
-    return _color(dice, middle - half), _color(dice, middle + half)
+def _colors(u: _Array) -> tuple[_Array, _Array]:
+    """Return paper and ink at the knots, RGB [3, KNOTS, KNOTS]: of different lightness, in random order."""
+    middle, half = 0.3 + 0.4 * u[0], 0.15 + 0.15 * u[1]
+    half = np.where(u[2] < 0.5, half, -half)
+    return _color(middle - half, u[3], u[4]), _color(middle + half, u[5], u[6])
 
 
-def _color(dice: _Dice, lightness: float) -> _Array:
-    """Return a muted color of random hue, RGB [3]."""
-    hue, chroma = dice.uniform(0.0, 2.0 * math.pi), dice.uniform(0.0, 0.12)
-    third = 2.0 * math.pi / 3.0
-    return np.array([lightness + chroma * math.cos(hue + k * third) for k in range(3)], dtype=np.float32)
+def _color(lightness: _Array, hue: _Array, chroma: _Array) -> _Array:
+    """Return muted colors, RGB [3, ...]; hue and chroma: uniform in 0..1."""
+    turns = hue + np.arange(3, dtype=np.float32).reshape(3, 1, 1) / 3
+    return lightness + _CHROMA * chroma * np.cos(2 * math.pi * turns, dtype=np.float32)
 
 
-def _pattern(dice: _Dice, field: _Field, x: _Array, y: _Array) -> _Array:
+def _spread(knots: _Array, size: int) -> _Array:
+    """Interpolate values [N, KNOTS, KNOTS] smoothly over an image: [N, size, size]."""
+    position = np.linspace(0, _KNOTS - 1, size, dtype=np.float32)
+    distance = np.abs(position[:, None] - np.arange(_KNOTS, dtype=np.float32)).clip(max=1)
+    weights = 1 - distance**2 * (3 - 2 * distance)  # of each pixel's two nearest knots, with the sum 1
+    return weights @ knots @ weights.T
+
+
+def _pattern(field: _Field, place: _Array, shifts: _Array) -> _Array:
     """Return the ink's cover in 0..1: the lowest values of the field, with an edge of about one pixel."""
-    angle, cells = dice.uniform(0.0, 2.0 * math.pi), dice.uniform(1.8, 2.8)
-    across, down = cells * dice.uniform(0.85, 1.15), cells * dice.uniform(0.85, 1.15)
-    cos, sin = math.cos(angle), math.sin(angle)
-    dx, dy = x - dice.uniform(-0.7, 0.7), y - dice.uniform(-0.7, 0.7)
-    values = field(across * cos * dx + across * sin * dy, down * cos * dy - down * sin * dx)
-    rank = int(dice.uniform(0.35, 0.5) * values.size)
+    line = _CELLS * np.linspace(-1, 1, shifts.shape[-1], dtype=np.float32)
+    mirror = 1 if place[2] < 0.5 else -1
+    values = field(mirror * (line + shifts[0]) + place[0], line[:, None] + shifts[1] + place[1])
+    rank = int(_INK * values.size)
     level = np.partition(values, rank, axis=None)[rank]
-    pixel = 2.0 * cells / x.size
-    cover: _Array = np.clip((level - values) / pixel + 0.5, 0.0, 1.0)
+    pixel = 2 * _CELLS / len(line)
+    cover: _Array = np.clip((level - values) / pixel + 0.5, 0, 1)
     return cover
-
-
-def _patch(dice: _Dice, x: _Array, y: _Array) -> _Array:
-    """Return the cover in 0..1 of the elliptic patch with the pattern."""
-    across, down = 1.0 / dice.uniform(0.85, 1.3), 1.0 / dice.uniform(0.85, 1.3)
-    dx, dy = (x - dice.uniform(-0.2, 0.2)) * across, (y - dice.uniform(-0.2, 0.2)) * down
-    return np.clip(6.5 - 6.0 * (dx * dx + dy * dy), 0.0, 1.0)
-
-
-def _stroke(dice: _Dice, x: _Array, y: _Array) -> _Array:
-    """Return the cover in 0..1 of a thin straight line across the image."""
-    angle, offset = dice.uniform(0.0, math.pi), dice.uniform(-0.8, 0.8)
-    distance = np.abs(math.cos(angle) * x + (math.sin(angle) * y - offset))
-    half, pixel = dice.uniform(0.01, 0.03), 2.0 / x.size
-    return np.clip((half - distance) / pixel + 0.5, 0.0, 1.0)
-
-
-def _blob(dice: _Dice, x: _Array, y: _Array) -> _Array:
-    """Return the cover in 0..1 of a small disc with a blurred rim."""
-    dx, dy = x - dice.uniform(-1.0, 1.0), y - dice.uniform(-1.0, 1.0)
-    radius = dice.uniform(0.06, 0.16)
-    return np.clip(1.5 - (dx * dx + dy * dy) * (1.0 / radius**2), 0.0, 1.0)
-
-
-def _shade(dice: _Dice, x: _Array, y: _Array) -> _Array:
-    """Return the lightness added to every layer: two slow waves across the image."""
-    total = np.zeros((y.size, x.size), dtype=np.float32)
-    for _ in range(2):
-        angle, speed = dice.uniform(0.0, 2.0 * math.pi), dice.uniform(1.0, 4.0)
-        strength, phase = dice.uniform(0.03, 0.1), dice.uniform(0.0, 2.0 * math.pi)
-        total += strength * np.cos(speed * math.cos(angle) * x + (speed * math.sin(angle) * y + phase))
-    return total
 
 
 def _wave(u: _Array) -> _Array:
@@ -154,12 +120,20 @@ def _wave(u: _Array) -> _Array:
     return distance
 
 
-def _stripes(u: _Array, v: _Array) -> _Array:
+def _rows(u: _Array, v: _Array) -> _Array:
+    return _wave(v)
+
+
+def _columns(u: _Array, v: _Array) -> _Array:
     return _wave(u)
 
 
+def _diagonals(u: _Array, v: _Array) -> _Array:
+    return _wave(0.8 * (u + v))
+
+
 def _checker(u: _Array, v: _Array) -> _Array:
-    a, b = _wave(0.7 * u) - np.float32(0.25), _wave(0.7 * v) - np.float32(0.25)
+    a, b = _wave(0.6 * u) - np.float32(0.25), _wave(0.6 * v) - np.float32(0.25)
     depth: _Array = np.minimum(np.abs(a), np.abs(b))
     return np.sign(a * b) * depth
 
@@ -169,21 +143,15 @@ def _dots(u: _Array, v: _Array) -> _Array:
 
 
 def _rings(u: _Array, v: _Array) -> _Array:
-    return np.abs(np.hypot(_wave(0.8 * u), _wave(0.8 * v)) - np.float32(0.32))
-
-
-def _crosses(u: _Array, v: _Array) -> _Array:
-    a, b = _wave(0.8 * u), _wave(0.8 * v)
-    return np.maximum(np.minimum(a, b), np.maximum(a, b) - np.float32(0.28))
+    return np.abs(np.hypot(_wave(0.7 * u), _wave(0.7 * v)) - np.float32(0.3))
 
 
 def _zigzag(u: _Array, v: _Array) -> _Array:
-    return _wave(u + np.float32(1.5) * _wave(0.8 * v))
+    return _wave(v + np.float32(1.2) * _wave(0.7 * u))
 
 
-def _triangles(u: _Array, v: _Array) -> _Array:
-    b = v - np.rint(v)
-    return np.maximum(-b, np.float32(0.87) * _wave(u) + np.float32(0.5) * b)
+def _lightning(u: _Array, v: _Array) -> _Array:
+    return _zigzag(v, u)
 
 
 def _bricks(u: _Array, v: _Array) -> _Array:
@@ -193,25 +161,21 @@ def _bricks(u: _Array, v: _Array) -> _Array:
     return distance
 
 
-def _spokes(u: _Array, v: _Array) -> _Array:
-    return _wave(np.arctan2(v, u) * np.float32(9.0 / (2.0 * math.pi)))
-
-
-def _target(u: _Array, v: _Array) -> _Array:
-    return _wave(np.hypot(u, v))
+def _planks(u: _Array, v: _Array) -> _Array:
+    return _bricks(v, u)
 
 
 _FIELDS: dict[str, _Field] = {
-    "stripes": _stripes,
+    "rows": _rows,
+    "columns": _columns,
+    "diagonals": _diagonals,
     "checker": _checker,
     "dots": _dots,
     "rings": _rings,
-    "crosses": _crosses,
     "zigzag": _zigzag,
-    "triangles": _triangles,
+    "lightning": _lightning,
     "bricks": _bricks,
-    "spokes": _spokes,
-    "target": _target,
+    "planks": _planks,
 }
 CLASSES = tuple(_FIELDS)
 """Class names by label."""
