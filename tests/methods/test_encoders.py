@@ -16,7 +16,8 @@ PARAMETERS = {  # of torchvision's models without fc
     "resnet50": 25_557_032 - 2_049_000,
     "resnet101": 44_549_160 - 2_049_000,
 }
-DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
+DEPTHS = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
+DEPTHS |= {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 
 
 def torchvision_keys(arch: str) -> list[str]:
@@ -25,7 +26,7 @@ def torchvision_keys(arch: str) -> list[str]:
     def norm(name: str) -> list[str]:
         return [f"{name}.{k}" for k in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
 
-    convolutions = 2 if arch in ("resnet18", "resnet34") else 3
+    convolutions = 2 if arch in ("resnet10", "resnet18", "resnet34") else 3
     keys = ["conv1.weight", *norm("bn1")]
     for stage, depth in enumerate(DEPTHS[arch], start=1):
         for block in range(depth):
@@ -56,7 +57,13 @@ def test_output_has_features_dimensions(arch: str, features: int) -> None:
     assert model(torch.zeros(2, 3, 64, 64)).shape == (2, features // 4)
 
 
-@pytest.mark.parametrize("stem", ["imagenet", "small"])
+def test_resnet10_has_one_block_a_stage() -> None:
+    model = resnet("resnet10")
+    assert list(model.state_dict()) == torchvision_keys("resnet10")
+    assert [len(stage) for stage in (model.layer1, model.layer2, model.layer3, model.layer4)] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "medium", "small"])
 def test_forward_equals_plain_functions(stem: str) -> None:
     torch.manual_seed(0)
     model = resnet("resnet18", stem=stem, width=0.25).double().eval()
@@ -78,6 +85,8 @@ def _forward(w: dict[str, torch.Tensor], x: torch.Tensor, stem: str) -> torch.Te
 
     if stem == "small":
         x = norm(F.conv2d(x, w["conv1.weight"], padding=1), "bn1").relu()
+    elif stem == "medium":
+        x = norm(F.conv2d(x, w["conv1.weight"], stride=2, padding=2), "bn1").relu()
     else:
         x = norm(F.conv2d(x, w["conv1.weight"], stride=2, padding=3), "bn1").relu()
         x = F.max_pool2d(x, 3, stride=2, padding=1)

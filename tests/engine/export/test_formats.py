@@ -155,6 +155,16 @@ def test_architectures_that_a_library_lacks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="detectron2"):
         export(small, "detectron2", tmp_path / "x.pth")
     assert export(small, "timm", tmp_path / "y.safetensors") == 0
+    shallow = _loaded(tmp_path, "resnet10", stem="medium")
+    assert str(shallow.architecture) == "resnet10 (medium stem)"
+    with pytest.raises(InputError, match=r"--format torchvision: has no resnet10 \(medium stem\)"):
+        export(shallow, "torchvision", tmp_path / "x.pth")
+
+
+def test_card_of_a_medium_stem_names_its_convolution(tmp_path: Path) -> None:
+    export(_loaded(tmp_path, "resnet18", stem="medium"), "torchvision", tmp_path / "x.pth")
+    code = (tmp_path / "x.pth.md").read_text()
+    assert "model.conv1 = torch.nn.Conv2d(3, 64, 5, 2, 2, bias=False)" in code
 
 
 def test_there_are_no_weights_without_a_card(tmp_path: Path) -> None:
