@@ -1,4 +1,4 @@
-"""Demo: images to beton, preview, MoCo v2 pretraining on the machine's device, and kNN before and after.
+"""Demo: images to beton, preview, MoCo v3 pretraining on the machine's device, and kNN before and after.
 
 ./millrace demo                 # ten classes of drawn images
 ./millrace demo DATA            # a folder, tar, zip or beton of yours
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ import torch
 from accelerate.utils import set_seed
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from engine.config.settings import Data, Knn, Method, Model, Optim, Settings
 from engine.evaluate.online_knn import Knn as KnnEvaluation
@@ -45,21 +46,32 @@ from pipeline.views import AUGMENTATIONS
 
 logger = logging.getLogger(__name__)
 
-_TRAIN_IMAGES, _TEST_IMAGES = 5000, 1000  # drawn
-_SMALL_PIXELS = 96  # images of at most this side are trained on at 32 pixels
+_TRAIN_IMAGES, _TEST_IMAGES = 3000, 1000  # drawn
+_DRAWN_PIXELS, _SMALL_PIXELS, _LARGE_PIXELS = 24, 32, 96  # views of drawn images, of small ones, and of others
+_MAX_SMALL_SIDE = 96  # pixels of a small image
 _MIN_IMAGES = 16
-_MAX_EPOCHS = 60
-_RATE_STEPS = 20
-_ENOUGH_PAIRS = 125_000  # 140,000 synthetic images gave a kNN top-1 of 75 %, 40,000 gave 31 %
+_MIN_LIMIT = 500  # images taken, however few the minutes
+_MAX_IMAGES = 20000  # taken from a folder or archive, evenly spread
+_IMAGES_A_MINUTE = 2500  # at most: preparing them takes a fifth of the minutes on two cores, or less
+_MAX_EPOCHS = 200
+_WARM_UP_STEPS, _RATE_STEPS = 5, 20
+_RATE_SHARE = 0.05  # of the minutes, to measure the rate
+_EVALUATION_SHARE, _MAX_EVALUATIONS = 0.1, 10  # of the training's time; and number of evaluations
+_START_SECONDS = 8.0  # until the training process takes its first step
+_ENOUGH_PAIRS = 90_000  # of drawn images: kNN top-1 was 76 %; 67 % after 60,000
+_BATCH, _GPU_BATCH = 64, 256
 _KNN_LIMIT = 10000
-_MIN_STEPS = 78  # steps of an epoch, given enough images: a queue learns in many small steps, not in few large ones
-_MAX_IMAGES = 20000  # images taken from a folder or archive, evenly spread: an epoch ends in a few minutes anywhere
+_MIN_STEPS = 46  # steps of an epoch, given enough images: many small steps teach more than few large ones
 
 
-def _sources(data: str | None) -> list[tuple[str, str | None]]:
-    """Return sources and subsets to prepare, for training and, if any, for evaluation; none for a beton."""
+def _sources(data: str | None, limit: int) -> list[tuple[str, str | None]]:
+    """Return sources and subsets to prepare, for training and, if any, for evaluation; none for a beton.
+
+    limit: drawn images at most.
+    """
     if data is None:
-        return [(f"synthetic:{_TRAIN_IMAGES}", None), (f"synthetic:{10 * _TRAIN_IMAGES}:{_TEST_IMAGES}", None)]
+        train, test = min(_TRAIN_IMAGES, limit), min(_TEST_IMAGES, limit)
+        return [(f"synthetic:{train}", None), (f"synthetic:{10 * _TRAIN_IMAGES}:{test}", None)]
     if data.endswith(".beton"):
         Beton(data)
         return []
@@ -68,15 +80,15 @@ def _sources(data: str | None) -> list[tuple[str, str | None]]:
     return [(data, subset) for subset in subsets]
 
 
-def _prepared(sources: list[tuple[str, str | None]], out: Path) -> tuple[Path, Path]:
-    """Write training and evaluation betons into `out`; return their paths.
+def _prepared(sources: list[tuple[str, str | None]], out: Path, limit: int) -> tuple[Path, Path]:
+    """Write training and evaluation betons of at most `limit` images into `out`; return their paths.
 
     With one source both are the same file, and every tenth image is evaluated.
     """
     written = []
     for (source, subset), name in zip(sources, ("train.beton", "eval.beton"), strict=False):
         logger.info(f"preparing {source}{f', {subset}' if subset else ''} ...")
-        manifest = prepare(source, out / name, subset=subset, skip_bad=100, limit=_MAX_IMAGES)
+        manifest = prepare(source, out / name, subset=subset, skip_bad=100, limit=limit)
         for image, reason in manifest.skipped:
             logger.warning(f"left out: {image}: {reason}")
         written.append(out / name)
@@ -94,28 +106,40 @@ def _subsets(data: str) -> list[str | None]:
     return [None]
 
 
-def _settings(train: Path, evaluation: Path, out: Path, cpu: bool = False) -> Settings:
-    """Return settings of a small MoCo v2 run for these data and this machine, their epochs still open."""
+def _settings(train: Path, evaluation: Path, out: Path, *, drawn: bool = False, cpu: bool = False) -> Settings:
+    """Return settings of a small MoCo v3 run for these data and this machine, their epochs still open.
+
+    In-batch negatives, and a momentum encoder that follows closely: in a thousand steps a queue of MoCo v2 teaches
+    nothing, since the encoder tells its old keys by their age.
+    """
     beton, gpus = Beton(train), _gpus(cpu)
     if len(beton) < _MIN_IMAGES:
         raise InputError(f"{train}: {len(beton)} images: give at least {_MIN_IMAGES}, better a thousand")
-    small = beton.longest_side <= _SMALL_PIXELS
+    small = beton.longest_side <= _MAX_SMALL_SIDE
+    size = _DRAWN_PIXELS if drawn else _SMALL_PIXELS if small else _LARGE_PIXELS
     devices = 2 * max(1, gpus)
-    batch = max(devices, min(256, len(beton) // _MIN_STEPS) // devices * devices)
+    batch = max(devices, min(_GPU_BATCH if gpus else _BATCH, len(beton) // _MIN_STEPS) // devices * devices)
     labeled = bool((beton.labels >= 0).all() and (Beton(evaluation).labels >= 0).all())
     return Settings(
         data=Data(
             train=str(train),
             eval=str(evaluation) if labeled else "",
             augmentation="moco_v2_32" if small else "moco_v2",
-            size=32 if small else 96,
+            size=size,
             batch=batch,
             eval_crop_ratio=1.0 if small else 0.875,
         ),
-        model=Model(arch="resnet18", stem="small" if small else "imagenet", width=1.0 if gpus else 0.25, bn="shuffle"),
-        method=Method(temperature=0.1, ema_momentum=0.99, queue_size=max(batch, min(4096, len(beton) // 2))),
+        model=Model(
+            arch="resnet10" if small else "resnet18",
+            stem="medium" if small else "imagenet",
+            width=1.0 if gpus else 0.25,
+            dim=64,
+            mlp_dim=256,
+            zero_init_residual=False,
+        ),
+        method=Method(name="moco_v3", temperature=0.2, ema_momentum=0.8),
         optim=Optim(
-            lr=0.12 * math.sqrt(batch / 256), weight_decay=5e-4, epochs=1, schedule="cosine", schedule_interval="step"
+            lr=0.4 * math.sqrt(batch / 256), weight_decay=5e-4, epochs=1, schedule="cosine", schedule_interval="step"
         ),
         knn=Knn(every=1, k=20, limit=_KNN_LIMIT),
         out=str(out / "run"),
@@ -132,47 +156,87 @@ def _precision(gpu: bool) -> Literal["no", "fp16", "bf16"]:
     return "bf16" if bfloat16_on_cpu() else "no"
 
 
-def _with_epochs(settings: Settings, minutes: float) -> Settings:
-    """Set the number of epochs to fit into `minutes`, by the rate of a few steps; return the settings."""
-    rate = measure_rate(settings) * max(1, _gpus(settings.cpu))
-    samples = len(Beton(settings.data.train))
-    epochs = int(min(max(rate * minutes * 60 / samples, 1), _MAX_EPOCHS))
+@dataclass
+class Budget:
+    """The minutes of preparation, training and evaluation, from its creation."""
+
+    minutes: float
+    start: float = field(default_factory=time.perf_counter)
+
+    @property
+    def images(self) -> int:
+        """Images to prepare at most, of each source."""
+        return max(_MIN_LIMIT, min(_MAX_IMAGES, int(_IMAGES_A_MINUTE * self.minutes)))
+
+    @property
+    def left(self) -> float:
+        """Seconds left for training."""
+        return 60 * self.minutes - (time.perf_counter() - self.start) - _START_SECONDS
+
+
+def _with_epochs(settings: Settings, budget: Budget, evaluation_seconds: float) -> Settings:
+    """Set epochs and evaluations to fit into the budget, by the rate of a few steps; return the settings."""
+    rate = measure_rate(settings, 60 * _RATE_SHARE * budget.minutes) * max(1, _gpus(settings.cpu))
+    samples, left = len(Beton(settings.data.train)), budget.left
+    evaluations = max(1, min(_MAX_EVALUATIONS, int(_EVALUATION_SHARE * left / max(evaluation_seconds, 1e-3))))
+    epochs = int(min(max((left - evaluations * evaluation_seconds) * rate / samples, 1), _MAX_EPOCHS))
     settings.optim.epochs = epochs
     settings.optim.warmup_epochs = 1.0 if epochs > 4 else 0.0
-    settings.knn.every = max(1, epochs // 10)
-    minutes = samples * epochs / rate / 60
-    length = f"{counted(epochs, 'epoch')} of {samples} images, about {minutes:.1f} min"
+    settings.knn.every = math.ceil(epochs / evaluations)
+    seconds = samples * epochs / rate
+    length = f"{counted(epochs, 'epoch')} of {samples} images, about {seconds / 60:.1f} min"
     logger.info(f"{rate:.0f} pairs/s here: training {length}")
+    spent = 60 * budget.minutes - left
+    if seconds > left:
+        needed = math.ceil((spent + seconds + evaluation_seconds) / 60)
+        logger.warning(f"--minutes {budget.minutes:g} is too short for an epoch: one takes --minutes {needed} here")
     if samples * epochs < _ENOUGH_PAIRS:
-        needed = math.ceil(_ENOUGH_PAIRS / rate / 60)
+        needed = math.ceil((spent + _ENOUGH_PAIRS / rate / (1 - _EVALUATION_SHARE)) / 60)
         logger.warning(f"that is little to learn from: {_ENOUGH_PAIRS} pairs take --minutes {needed} here")
     return settings
 
 
-def measure_rate(settings: Settings) -> float:
-    """Return the pairs per second of a run with these settings on this machine, over 20 steps after 20 of warm-up."""
+def measure_rate(settings: Settings, seconds: float = math.inf) -> float:
+    """Return the pairs per second of a run with these settings on this machine.
+
+    Over 20 steps after 5 of warm-up, or the steps that fit into `seconds`, at least one.
+    """
     with tempfile.TemporaryDirectory() as folder:
         run = build(replace(settings, out=folder, tracker="none"))
         try:
-            for number, batch in enumerate(itertools.islice(run.loader.endless(), 2 * _RATE_STEPS)):
-                if number == _RATE_STEPS:
-                    start = now(run.accelerator.device)
+            device, steps, start = run.accelerator.device, 0, math.inf
+            for number, batch in enumerate(itertools.islice(run.loader.endless(), _WARM_UP_STEPS + _RATE_STEPS)):
+                if number == _WARM_UP_STEPS:
+                    start = now(device)
                 run.model.step(batch)
-            return _RATE_STEPS * settings.data.batch / (now(run.accelerator.device) - start)
+                steps = number + 1 - _WARM_UP_STEPS
+                if steps > 0 and now(device) - start > seconds:
+                    break
+            return steps * settings.data.batch / (now(device) - start)
         finally:
             run.close()
             run.accelerator.free_memory()
 
 
-def _baselines(settings: Settings) -> dict[str, float]:
-    """Return kNN top-1 of raw pixels and of the untrained encoder."""
-    data, knn, model, device = settings.data, settings.knn, settings.model, _device(settings.cpu)
+def _untrained(settings: Settings) -> nn.Module:
+    """Return the backbone as it is before training, on the CPU."""
+    model = settings.model
+    set_seed(settings.seed)
+    return build_backbone(
+        model.arch, stem=model.stem, width=model.width, zero_init_residual=bool(model.zero_init_residual)
+    )
+
+
+def _baselines(settings: Settings, untrained: nn.Module) -> tuple[dict[str, float], float]:
+    """Return kNN top-1 of raw pixels and of the untrained encoder, and the seconds of the latter evaluation."""
+    data, knn, device = settings.data, settings.knn, _device(settings.cpu)
     options: dict[str, Any] = {"k": knn.k, "temperature": knn.temperature, "limit": knn.limit, "device": device}
     options |= {"size": data.size, "batch": 256, "crop_ratio": data.eval_crop_ratio}
     evaluation = KnnEvaluation(Beton(data.train), Beton(data.eval), **options)
-    set_seed(settings.seed)
-    untrained = place(build_backbone(model.arch, stem=model.stem, width=model.width), device)
-    return {"raw pixels": evaluation.top1(RawPixels()), "untrained encoder": evaluation.top1(untrained)}
+    rows = {"raw pixels": evaluation.top1(RawPixels())}
+    start = time.perf_counter()
+    rows["untrained encoder"] = evaluation.top1(place(untrained, device))
+    return rows, time.perf_counter() - start
 
 
 def _gpus(cpu: bool) -> int:
@@ -238,7 +302,7 @@ def parser() -> ArgumentParser:
     made = ArgumentParser(prog="./millrace demo", description="Prepare, preview, pretrain, evaluate.")
     made.add_argument("data", metavar="DATA", nargs="?", help="folder, .tar, .zip or .beton (default: drawn images)")
     made.add_argument("--out", type=Path, help="folder for everything (default: runs/demo-DATE-TIME)")
-    made.add_argument("--minutes", type=float, default=3.5, help="target training time (default %(default)s)")
+    made.add_argument("--minutes", type=float, default=4.5, help="for preparation and training (default %(default)s)")
     made.add_argument("--cpu", action="store_true", help="do not use the GPU")
     return made
 
@@ -250,30 +314,33 @@ def main() -> None:
         raise InputError(f"--minutes {args.minutes}: give a number above 0")
     out = args.out or Path("runs") / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
     choose_device(Settings(precision="no", tracker="none", cpu=args.cpu))  # raises where CUDA does not answer
-    sources = _sources(args.data)
+    budget = Budget(args.minutes)
+    sources = _sources(args.data, budget.images)
     if (out / "run").exists():
         raise InputError(f"{out}: already holds a demo: choose another folder with --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{out}: cannot be made ({error.strerror}): choose another folder with --out") from None
-    train, evaluation = _prepared(sources, out) if sources else (Path(args.data), Path(args.data))
-    settings = _settings(train, evaluation, out, args.cpu)
+    train, evaluation = _prepared(sources, out, budget.images) if sources else (Path(args.data), Path(args.data))
+    settings = _settings(train, evaluation, out, drawn=args.data is None, cpu=args.cpu)
     picture = out / "preview.png"
     preview(Beton(train), AUGMENTATIONS[settings.data.augmentation], size=settings.data.size).save(picture)
-    rows = _baselines(settings) if settings.data.eval else {}
-    settings = _with_epochs(settings, args.minutes)
+    untrained = _untrained(settings)
+    rows, evaluation_seconds = _baselines(settings, untrained) if settings.data.eval else ({}, 0.0)
+    settings = _with_epochs(settings, budget, evaluation_seconds)
     settings.write(out / "recipe.yaml")
     _launch(out / "recipe.yaml", _gpus(args.cpu))
     run = Path(settings.out)
     summary = json.loads((run / "summary.json").read_text())
     curves(run / "metrics.jsonl", out / "curve.png", levels=rows)
+    baselines = dict(rows)
     if "knn_top1" in summary:
         rows |= {"trained encoder": summary["knn_top1"]}
     write_json(out / "demo.json", rows)
     Console().print(_table(rows, summary, _count_evaluated(train, evaluation)))
-    options = GalleryOptions("", 8, _TEST_IMAGES, settings.seed, "online", _device(args.cpu))
-    write(report(read_runs([run]), options), out / "report.html")
+    options = GalleryOptions("", 8, _TEST_IMAGES, settings.seed, "online", _device(args.cpu), untrained)
+    write(report(read_runs([run]), options, baselines=baselines), out / "report.html")
     files = {"run folder": run, "preview": picture, "curve": out / "curve.png", "report": out / "report.html"}
     for name, path in files.items():
         print(f"{name:11s} {path}")

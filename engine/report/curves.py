@@ -1,7 +1,7 @@
 """Charts of metrics over epochs: selection and drawing."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,8 @@ class Chart:
     summed: bool = False
     """Whether to draw the sum since the start, for counts."""
     against: str = ""
+    levels: Mapping[str, float] = field(default_factory=dict)
+    """Values to compare with, by name: dashed lines."""
 
 
 _LOSS = Chart("loss", "loss", "All terms with their weights. Losses of different methods do not compare.")
@@ -95,6 +97,11 @@ def draw(chart: Chart, groups: Sequence[Group], theme: Theme, axes: Any) -> None
             _draw_path(axes, thin(curves, _MAX_PATH_POINTS), style.color, group.label)
         else:
             draw_lines(axes, thin(curves, _MAX_POINTS), style, label=group.label, marked=chart.marked)
+    for name, level in chart.levels.items():
+        axes.axhline(level, linestyle="--", linewidth=1, color=theme.ink)
+        axes.text(0.99, level, name, transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)
+    if chart.levels:
+        axes.set_ylim(bottom=0)
     axes.set(xlabel=chart.against or "epoch", ylabel=chart.key if chart.against else "")
     if not chart.against:
         axes.locator_params(axis="x", integer=True)
@@ -143,4 +150,5 @@ def last_values(chart: Chart, groups: Sequence[Group]) -> str:
         if len(values := _curve(run, chart).values):
             last = values[-1]
             texts.append(f"{run.name} " + (f"{last.real:.4g} by {last.imag:.4g}" if chart.against else f"{last:.4g}"))
+    texts += [f"{name} {level:.4g}" for name, level in chart.levels.items()]
     return f"{chart.title}; last values: {'; '.join(texts)}"

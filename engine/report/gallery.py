@@ -1,11 +1,12 @@
 """Images as the runs' encoders embed them: one sample of each data set, with neighbors and maps of its features."""
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from engine.checkpoint import storage
 from engine.report import tsne
@@ -33,6 +34,8 @@ class GalleryOptions:
     seed: int
     which: Which
     device: torch.device
+    untrained: nn.Module | None = None
+    """Backbone before training, to show next to the runs'."""
 
 
 @dataclass
@@ -40,7 +43,9 @@ class EncoderView:
     """An encoder's features of a sample, with their neighbors and map."""
 
     run: RunFiles
+    title: str
     checkpoint: str
+    """Name of its checkpoint; empty before training."""
     features: torch.Tensor
     near: Neighbors | None = None
     agreement: float | None = None
@@ -73,7 +78,12 @@ def build_galleries(runs: list[RunFiles], options: GalleryOptions) -> list[Galle
             encoder = _encoder(run, options.which)
             beton = _run_data(run) if data is None else data
             gallery = galleries.get(beton.fingerprint) or _empty_gallery(beton, run, options)
-            _add_view(gallery, run, encoder, options)
+            if options.untrained is None:
+                _add_view(gallery, run, run.name, encoder, options)
+            else:
+                before = replace(encoder, backbone=options.untrained)
+                _add_view(gallery, run, "before training", before, options)
+                _add_view(gallery, run, "after training", encoder, options)
             galleries[beton.fingerprint] = gallery
         except InputError as error:
             run.problems.append(f"Its encoder is not shown: {' '.join(str(error).split())}.")
@@ -127,9 +137,9 @@ def _empty_gallery(beton: Beton, run: RunFiles, options: GalleryOptions) -> Gall
     return Gallery(sample, len(beton))
 
 
-def _add_view(gallery: Gallery, run: RunFiles, encoder: LoadedEncoder, options: GalleryOptions) -> None:
+def _add_view(gallery: Gallery, run: RunFiles, title: str, encoder: LoadedEncoder, options: GalleryOptions) -> None:
     """Add an encoder's features. Raises InputError for features without information."""
-    logger.info("%s: features of %d images ...", run.name, len(gallery.sample.ids))
+    logger.info("%s: features of %d images ...", title, len(gallery.sample.ids))
     features, intact = embed(encoder, gallery.sample, _crop_ratio(run), options.device)
     if not intact.all():  # the first encoder to read damaged records removes them for all
         gallery.sample, features = gallery.sample.only(intact), features[torch.from_numpy(intact)]
@@ -137,7 +147,8 @@ def _add_view(gallery: Gallery, run: RunFiles, encoder: LoadedEncoder, options: 
         raise InputError("it gives non-finite features")
     if float(features.std(dim=0).max()) < 1e-6:
         raise InputError("it gives the same features for all images: it is collapsed")
-    gallery.views.append(EncoderView(run, encoder.path.name, features))
+    checkpoint = "" if encoder.backbone is options.untrained else encoder.path.name
+    gallery.views.append(EncoderView(run, title, checkpoint, features))
 
 
 def _finish(gallery: Gallery, options: GalleryOptions) -> None:
@@ -148,5 +159,5 @@ def _finish(gallery: Gallery, options: GalleryOptions) -> None:
         view.near = nearest(view.features, sample.queries, options.neighbors)
         view.agreement = agreement(view.features, sample.labels, options.neighbors) if sample.labeled else None
         if len(gallery.mapped) >= tsne.MIN_POINTS:
-            logger.info("%s: map of %d images ...", view.run.name, len(gallery.mapped))
+            logger.info("%s: map of %d images ...", view.title, len(gallery.mapped))
             view.points = tsne.project(view.features[torch.from_numpy(gallery.mapped)], options.seed)

@@ -4,7 +4,8 @@ One HTML file that needs no other, with its pictures as PNGs next to it. A run m
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,17 +41,26 @@ class Report(NamedTuple):
     pictures: dict[str, bytes]
 
 
-def report(runs: list[RunFiles], options: GalleryOptions | None) -> Report:
-    """Return the report on the runs, without pictures of images if there are no options for them."""
+def report(
+    runs: list[RunFiles], options: GalleryOptions | None, *, baselines: Mapping[str, float] | None = None
+) -> Report:
+    """Return the report on the runs, without pictures of images if there are no options for them.
+
+    baselines: kNN top-1 by name, drawn into its chart.
+    """
     groups = group_by_settings(runs)
-    charts = [(chart, partial(curves.draw, chart, groups)) for chart in curves.select_charts(runs)]
+    charts: list[tuple[curves.Chart, Draw]] = []
+    for chart in curves.select_charts(runs):
+        if chart.key == "knn_top1" and baselines:
+            chart = replace(chart, levels={name: 100 * top1 for name, top1 in baselines.items()})
+        charts.append((chart, partial(curves.draw, chart, groups)))
     galleries = [(gallery, _maps(gallery)) for gallery in (build_galleries(runs, options) if options else [])]
     pictures = {}
     if charts:
         pictures["curves"] = sheet([(chart.title, partial(draw, LIGHT)) for chart, draw in charts], LIGHT, (4.4, 2.9))
     for number, (_, maps) in enumerate(galleries, start=1):
         if maps:
-            parts = [(view.run.name, partial(draw, LIGHT)) for view, draw in maps]
+            parts = [(view.title, partial(draw, LIGHT)) for view, draw in maps]
             pictures["map" if len(galleries) == 1 else f"map{number}"] = sheet(parts, LIGHT, (3.9, 3.6))
     titles, rows = table(groups)
     environment = Environment(
@@ -77,6 +87,7 @@ def report(runs: list[RunFiles], options: GalleryOptions | None) -> Report:
         chance_agreement=chance_agreement,
         frequent_labels=tsne.frequent_labels,
         zip=zip,
+        paired=options is not None and options.untrained is not None,
         neighbors=options.neighbors if options else 0,
         differences=differences(runs),
         written=time.strftime("%Y-%m-%d %H:%M"),
@@ -91,7 +102,7 @@ def _maps(gallery: Gallery) -> list[tuple[EncoderView, Draw]]:
 
 
 def _describe(gallery: Gallery, view: EncoderView) -> str:
-    return f"Map of {len(gallery.mapped)} images by the features of {view.run.name}"
+    return f"Map of {len(gallery.mapped)} images by the features of {view.title}"
 
 
 def _picture(draw: Draw, alt: str, size: tuple[float, float] = (4.6, 2.7)) -> Picture:
