@@ -5,8 +5,8 @@
 
 One batch of decoded images lies on the device. Crops (`pipeline.augment.crop`) and augmentation
 (`pipeline.augment.color`) are timed separately: by events on a GPU, by CPU time of one thread elsewhere. A GPU runs
-Triton kernels, a CPU compiled code; the reference of both, the plain operations, is timed too. With --kernels the profiler names each kernel (on a
-CPU each operation) and its time.
+Triton kernels, a CPU compiled code; the reference of both, the plain operations, is timed too. With --kernels the
+profiler names each kernel (on a CPU each operation of torch) and its time.
 """
 
 import time

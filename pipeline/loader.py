@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from typing_extensions import Unpack
 
-from pipeline.augment.color import IMAGENET, PackedColor, Statistics, augment, normalize
+from pipeline.augment.color import IMAGENET, Statistics, augment, normalize, packed
 from pipeline.augment.draws import Color, center_boxes, draw_color, draw_views
+from pipeline.augment.packed import PackedColor
 from pipeline.augment.plan import Plan
 from pipeline.backends.base import BackendConfig
 from pipeline.backends.prefetch import PrefetchQueue
@@ -71,7 +72,7 @@ class LoaderOptions:
         if torch.device(self.device).type != "cpu":
             return None
         views = zip(colors, sizes, strict=True)
-        return tuple(PackedColor.of(color, size, self.statistics, self.dtype) for color, size in views)
+        return tuple(packed(color, size, self.statistics, self.dtype) for color, size in views)
 
 
 class OptionalKeywords(TypedDict, total=False):

@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from pipeline.augment.draws import Color
+from pipeline.augment.packed import RADIUS, PackedColor, bits
 from pipeline.system.device import to_device
 
 
@@ -31,8 +32,6 @@ class Statistics(NamedTuple):
 
 IMAGENET = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _SOLARIZE_THRESHOLD = 128
-RADIUS = 6
-"""Radius of the blur's kernel, pixels: three times the largest standard deviation, 2.0."""
 _CUTOFF = 5.0  # standard deviations; a tap farther away weighs less than 4e-6 of the center's
 
 
@@ -46,28 +45,10 @@ def augment(
     return (fused if crops.device.type == "cuda" else compiled)(crops, color, statistics, dtype)
 
 
-class PackedColor(NamedTuple):
-    """The color operations of one view, its normalization and type, as `cpu_kernels` takes them."""
-
-    rows: np.ndarray
-    """float32 [B, 20], as `pack` returns."""
-    kernels: np.ndarray
-    """float32 [B, RADIUS + 1], as `blur_kernels` returns."""
-    gray_first: bool
-    levels: np.ndarray
-    """The results for levels 0..255 of each channel, without and with solarization: bits of `dtype`, [2, 3, 256]."""
-    dtype: torch.dtype
-
-    @staticmethod
-    def of(color: Color, size: int, statistics: Statistics, dtype: torch.dtype) -> "PackedColor":
-        """Return the operations `color` of a view of `size` pixels a side."""
-        kernels = blur_kernels(color.sigma, size)
-        return PackedColor(pack(color, statistics), kernels, color.gray_first, _levels(statistics, dtype), dtype)
-
-
-def bits(x: torch.Tensor) -> np.ndarray:
-    """Return the memory of x as integers of the size of its type; NumPy has no bfloat16."""
-    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize]).numpy()
+def packed(color: Color, size: int, statistics: Statistics, dtype: torch.dtype) -> PackedColor:
+    """Return the operations `color` of a view of `size` pixels a side, with its normalization and type."""
+    kernels = blur_kernels(color.sigma, size)
+    return PackedColor(pack(color, statistics), kernels, color.gray_first, _levels(statistics, dtype), dtype)
 
 
 @lru_cache
@@ -81,7 +62,7 @@ def compiled(crops: torch.Tensor, color: Color, statistics: Statistics, dtype: t
     """Return the result of `augment`, by compiled code on the CPU: equal to `stepwise` in every bit."""
     from pipeline.augment.cpu_kernels import augment_crops
 
-    return augment_crops(crops.contiguous().numpy(), PackedColor.of(color, min(crops.shape[1:3]), statistics, dtype))
+    return augment_crops(crops.contiguous().numpy(), packed(color, min(crops.shape[1:3]), statistics, dtype))
 
 
 def fused(crops: torch.Tensor, color: Color, statistics: Statistics, dtype: torch.dtype) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pipeline.augment.color import RADIUS, PackedColor, bits
+from pipeline.augment.packed import RADIUS, PackedColor, bits
 from pipeline.native.numba_cache import compiled
 
 # Columns of a row of parameters, as in `color.pack`.
