@@ -27,8 +27,8 @@ ARCHITECTURES = [pytest.param("resnet18", marks=pytest.mark.slow), "resnet50", "
 def _loaded(folder: Path, arch: str, **more: object) -> LoadedEncoder:
     size = {"size": _SIZE, "heads": 12 if arch.startswith("vit") else 0}
     file = folder / "source.safetensors"
-    if not file.exists():
-        file.symlink_to(_source(Architecture(arch, **size | more)).name)  # type: ignore[arg-type]
+    file.unlink(missing_ok=True)
+    file.symlink_to(_source(Architecture(arch, **size | more)).name)  # type: ignore[arg-type]
     return load_encoder(file)
 
 
