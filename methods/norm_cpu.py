@@ -1,11 +1,14 @@
 """BatchNorm by parts of a batch on the CPU: one compiled pass forward and one backward for all parts.
 
-torch's own takes a call for each part, and for small layers the calls cost more than the arithmetic. Sums run in
-float32 over blocks of rows, and in float64 over the blocks. Needs numba; without it `available` is False.
+torch takes a call for each part, and for small layers the calls cost more than the arithmetic. Sums run in float32 over
+blocks of rows, and in float64 over the blocks. Needs numba; without it `available` is False.
 
-As operators of torch (`millrace::norm_parts` and its gradient) they are seen by dispatch modes, as of a FLOP counter.
+The passes are operators of torch, `millrace::norm_parts` and `millrace::norm_parts_backward`, so that dispatch modes
+see them.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,14 +22,18 @@ except ImportError:
     numba = None  # type: ignore[assignment]
 
 _BLOCK_ROWS = 128
-_LARGEST = 1 << 16  # values for each thread of torch: for more, its own code is as fast, or runs on all threads
+_LARGEST = 1 << 16  # values for each thread of torch; of more, torch's code uses all threads, and this uses one
 
 
-def available(x: torch.Tensor) -> bool:
-    """Return whether `normalize` takes x, [B, C] or [B, C, H, W], and is faster than torch's code."""
+def available(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Return whether `normalize` takes x, [B, C] or [B, C, H, W], with these statistics and parameters.
+
+    They must be float32, on the CPU, and x not so large that several threads are faster.
+    """
     threads = torch.get_num_threads()
-    small = threads <= 2 or x.numel() <= _LARGEST * threads
-    return numba is not None and x.device.type == "cpu" and x.dtype == torch.float32 and small
+    if numba is None or (threads > 2 and x.numel() > _LARGEST * threads):
+        return False
+    return all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in (x, *others))
 
 
 def normalize(
@@ -42,6 +49,7 @@ def normalize(
     """Return x, whose batch consists of `parts` parts, normalized by each part's statistics.
 
     x: [B, C] or [B, C, H, W], float32. The result is channels-last. Running statistics [C] move once for each part.
+    Raises ValueError where a part has one value a channel.
     """
     return _Normalize.apply(x, running_mean, running_var, weight, bias, parts, momentum, eps)  # type: ignore[no-any-return]
 
@@ -71,6 +79,8 @@ def _norm_parts(
     x = _dense(x)
     channels = x.shape[1]
     rows = x.numel() // channels // parts
+    if rows == 1:
+        raise ValueError(f"{tuple(x.shape)} in {parts} parts: each part needs more than one value a channel")
     out, statistics = torch.empty_like(x), x.new_empty(2, parts, channels)
     arrays = _addresses(x, weight, bias, mean, var, out, statistics)
     _compiled()[0](*arrays, parts, rows, channels, momentum, eps)
@@ -104,29 +114,29 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
 
 
 def _addresses(*tensors: torch.Tensor | None) -> list[int]:
-    """Return the addresses of the tensors' values, 0 for None: numba takes them ten times as fast as arrays."""
+    """Return the addresses of the tensors' values, 0 for None: to pass them to compiled code costs less than arrays."""
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 # ---- compiled code ----
 
-_functions: list[Any] = []
 
-
-def _compiled() -> list[Any]:
+@cache
+def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
     """Return the compiled forward and backward functions, made at the first call and cached on disk."""
-    if not _functions:
-        options: dict[str, Any] = {"nogil": True, "fastmath": {"contract", "nsz", "reassoc"}, "error_model": "numpy"}
-        integer, real = numba.intp, numba.float64
-        for function, signature in (
-            (_forward, numba.void(*[integer] * 10, real, real)),
-            (_backward, numba.void(*[integer] * 9)),
-        ):
-            try:
-                _functions.append(numba.njit(signature, cache=True, **options)(function))
-            except RuntimeError:  # no writable folder for the cache
-                _functions.append(numba.njit(signature, **options)(function))
-    return _functions
+    integer, real = numba.intp, numba.float64
+    return (
+        _compile(_forward, numba.void(*[integer] * 10, real, real)),
+        _compile(_backward, numba.void(*[integer] * 9)),
+    )
+
+
+def _compile(function: Callable[..., None], signature: Any) -> Any:
+    options: dict[str, Any] = {"nogil": True, "fastmath": {"contract", "nsz", "reassoc"}, "error_model": "numpy"}
+    try:
+        return numba.njit(signature, cache=True, **options)(function)
+    except RuntimeError:  # no writable folder for the cache
+        return numba.njit(signature, **options)(function)
 
 
 def _forward(

@@ -19,8 +19,8 @@ import torch
 from typing_extensions import Unpack
 
 from pipeline.augment.color import IMAGENET, Statistics, augment, normalize, packed
-from pipeline.augment.cpu_kernels import PackedColor
 from pipeline.augment.draws import Color, center_boxes, draw_color, draw_views
+from pipeline.augment.packed import PackedColor
 from pipeline.augment.plan import Plan
 from pipeline.backends.base import BackendConfig
 from pipeline.backends.prefetch import PrefetchQueue

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from pipeline.augment.cpu_kernels import RADIUS, PackedColor, augment_crops, bits
 from pipeline.augment.draws import Color
+from pipeline.augment.packed import RADIUS, PackedColor, bits
 from pipeline.system.device import to_device
 
 
@@ -46,7 +46,7 @@ def augment(
 
 
 def packed(color: Color, size: int, statistics: Statistics, dtype: torch.dtype) -> PackedColor:
-    """Return the operations `color` of a view of `size` pixels a side, for `cpu_kernels`."""
+    """Return the operations `color` of a view of `size` pixels a side, with its normalization and type."""
     kernels = blur_kernels(color.sigma, size)
     return PackedColor(pack(color, statistics), kernels, color.gray_first, _levels(statistics, dtype), dtype)
 
@@ -60,6 +60,8 @@ def _levels(statistics: Statistics, dtype: torch.dtype) -> np.ndarray:
 
 def compiled(crops: torch.Tensor, color: Color, statistics: Statistics, dtype: torch.dtype) -> torch.Tensor:
     """Return the result of `augment`, by compiled code on the CPU: equal to `stepwise` in every bit."""
+    from pipeline.augment.cpu_kernels import augment_crops
+
     return augment_crops(crops.contiguous().numpy(), packed(color, min(crops.shape[1:3]), statistics, dtype))
 
 

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from pipeline.augment.packed import RADIUS, PackedColor, bits
 from pipeline.native.numba_cache import compiled
 
-RADIUS = 6
-"""Radius of the blur's kernel, pixels: three times the largest standard deviation, 2.0."""
 # Columns of a row of parameters, as in `color.pack`.
 _JITTER, _ORDER, _BRIGHTNESS, _CONTRAST, _SATURATION, _SHIFT, _GRAY, _BLUR, _SOLARIZE = 0, 1, 5, 6, 7, 8, 9, 10, 12
 _JIT: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False}
@@ -21,19 +20,6 @@ _F = np.float32
 _0, _HALF, _1, _3, _4, _5, _6, _255 = (_F(value) for value in (0, 0.5, 1, 3, 4, 5, 6, 255))
 _RED, _GREEN, _BLUE = (_F(share / 65536) for share in (19595, 38470, 7471))
 _HUE_SIXTHS, _INVERSE_255 = _F(6 / 255), _F(1 / 255)
-
-
-class PackedColor(NamedTuple):
-    """The color operations of one view, its normalization and type: arrays made by `color.packed`."""
-
-    rows: np.ndarray
-    """float32 [B, 20], as `color.pack` returns."""
-    kernels: np.ndarray
-    """float32 [B, RADIUS + 1], as `color.blur_kernels` returns."""
-    gray_first: bool
-    levels: np.ndarray
-    """The results for levels 0..255 of each channel, without and with solarization: bits of `dtype`, [2, 3, 256]."""
-    dtype: torch.dtype
 
 
 class ColorScratch(NamedTuple):
@@ -208,11 +194,6 @@ def _augment_sample(crop: Any, row: Any, kernel: Any, gray_first: bool, levels: 
 def _augment(crops: Any, rows: Any, kernels: Any, gray_first: bool, levels: Any, outs: Any, scratch: Any) -> None:
     for i in range(len(outs)):
         _augment_sample(crops[i], rows[i], kernels[i], gray_first, levels, outs[i], scratch)
-
-
-def bits(x: torch.Tensor) -> np.ndarray:
-    """Return the memory of x as integers of the size of its type; NumPy has no bfloat16."""
-    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize]).numpy()
 
 
 def augment_crops(crops: np.ndarray, color: PackedColor) -> torch.Tensor:

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeline.augment.cpu_kernels import PackedColor
 from pipeline.augment.draws import ViewDraws
+from pipeline.augment.packed import PackedColor
 
 
 @dataclass(frozen=True)

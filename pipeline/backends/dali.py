@@ -42,9 +42,8 @@ class DaliBackend(Backend):
         self._readers = Workers(config.workers or available_cores(), lambda: None)
         self._unchecked = np.full(len(beton), beton.crc32 is None) & (beton.modes != RAW)
         self._reading = deque[list[Future]]()  # records of the batches that DALI has not been given
-        self._decoding = deque[
-            list[np.ndarray]
-        ]()  # records of the batches under way in DALI, which reads them until their output exists
+        # records of the batches under way in DALI, which reads them until their output exists
+        self._decoding = deque[list[np.ndarray]]()
         self._borrowed = deque[tuple[torch.cuda.Event, Any]]()  # its outputs that kernels may still read
 
     def _start(self, plan: Plan) -> UnderWay:

@@ -24,3 +24,4 @@ def test_crops_and_augmentation_are_timed(drawn: Path, tmp_path: Path, run: Run)
         assert min(times) > 0
     total = taken["crops"]["median"] + taken["augmentation"]["median"]
     assert result["views_per_second"] == pytest.approx(40 / total * 1000)
+    assert result["augmented_per_second"] == pytest.approx(40 / taken["augmentation"]["median"] * 1000)

@@ -204,6 +204,19 @@ def test_compiled_parts_are_used_where_they_are_faster(monkeypatch: pytest.Monke
     for x in (torch.randn(8, 4, 2, 2).double(), torch.randn(8, 4, 2, 2).bfloat16(), torch.randn(4, 4, 2, 2)):
         SplitBatchNorm(4, 4).to(torch.float64 if x.dtype == torch.float64 else torch.float32)(x)
     assert len(called) == 1
+    layer.weight.data = layer.weight.data.bfloat16()
+    assert not norm_cpu.available(torch.randn(8, 4, 2, 2), layer.weight)  # its memory would be read as float32
+    layer.weight.data = layer.weight.data.float()
     monkeypatch.setattr(norm_cpu, "numba", None)
     assert layer(torch.randn(8, 4, 2, 2)).shape == (8, 4, 2, 2)
     assert len(called) == 1
+
+
+def test_compiled_part_with_one_value_a_channel_is_refused_as_by_torch() -> None:
+    layer = BatchNorm(5)
+    layer.views = 3
+    assert norm_cpu.available(torch.randn(3, 5))
+    with pytest.raises(ValueError, match="more than one value"):
+        layer(torch.randn(3, 5))
+    with pytest.raises(ValueError, match="more than 1 value"):
+        layer.double()(torch.randn(3, 5).double())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,18 @@ ARCHITECTURES = [pytest.param("resnet18", marks=pytest.mark.slow), "resnet50", "
 
 def _loaded(folder: Path, arch: str, **more: object) -> LoadedEncoder:
     size = {"size": _SIZE, "heads": 12 if arch.startswith("vit") else 0}
-    architecture = Architecture(arch, **size | more)  # type: ignore[arg-type]
     file = folder / "source.safetensors"
-    save_file(_drawn(architecture), file, metadata={METADATA: json.dumps(asdict(architecture))})
+    file.unlink(missing_ok=True)
+    file.symlink_to(_source(Architecture(arch, **size | more)).name)  # type: ignore[arg-type]
     return load_encoder(file)
+
+
+@functools.cache
+def _source(architecture: Architecture) -> Any:
+    """Return a temporary file with such an encoder; it exists as long as this process."""
+    file = tempfile.NamedTemporaryFile(suffix=".safetensors")  # noqa: SIM115
+    save_file(_drawn(architecture), file.name, metadata={METADATA: json.dumps(asdict(architecture))})
+    return file
 
 
 @functools.cache

@@ -17,7 +17,6 @@ import torch
 from engine.config.settings import Data, Knn, Optim, Settings
 from engine.parallel import accelerator, collectives
 from engine.parallel.rendezvous import rank
-from engine.training import datasets
 from engine.training.build import Run, build
 from engine.training.datasets import Datasets, open_datasets, verify_datasets
 from methods.norm import SplitBatchNorm
@@ -252,13 +251,11 @@ def test_views_grow_over_training_and_have_the_encoders_precision(drawn: Path, m
 def test_views_in_the_encoders_precision_give_the_same_step(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerator, "bfloat16_on_cpu", lambda: True)
     losses = []
-    for cast in (True, False):
-        if not cast:
-            monkeypatch.setitem(datasets.DTYPES, "bf16", torch.float32)
+    for dtype in (torch.bfloat16, torch.float32):
+        monkeypatch.setattr("engine.training.datasets.DTYPES", {"bf16": dtype})
         run = build(replace(runs.settings(drawn, "plain"), precision="bf16"))
-        monkeypatch.setitem(datasets.DTYPES, "bf16", torch.bfloat16)
         batch = next(iter(run.loader))
-        assert batch.views[0].dtype == (torch.bfloat16 if cast else torch.float32)
+        assert batch.views[0].dtype == dtype
         losses.append(run.model.step(batch).parts["loss"])
         run.close()
     assert torch.equal(*losses)

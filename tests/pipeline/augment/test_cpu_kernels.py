@@ -119,11 +119,11 @@ def test_views_do_not_depend_on_the_batch_or_the_memory_layout() -> None:
 def test_two_threads_fill_one_batch() -> None:
     n, size = 64, 48
     images, color = _noise(n, size, size), _drawn(n, **STRONG, **LIKELY)
-    operations, views = packed(color, size, LEVELS, torch.float32), torch.zeros(n, size, size, 3)
+    color_rows, views = packed(color, size, LEVELS, torch.float32), torch.zeros(n, size, size, 3)
 
     def fill(part: slice, scratch: Any) -> None:
         for _ in range(5):
-            augment_into(views, part, images[part].numpy(), operations, scratch)
+            augment_into(views, part, images[part].numpy(), color_rows, scratch)
 
     with ThreadPoolExecutor(2) as pool:
         halves = slice(0, n // 2), slice(n // 2, n)
