@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from engine.config.settings import Data, Knn, Method, Model, Optim, Settings
 from engine.evaluate.online_knn import Knn as KnnEvaluation
@@ -32,6 +32,7 @@ from engine.report.page import report, write
 from engine.report.plotting import curves
 from engine.report.run_folder import read_runs
 from engine.training.build import build
+from engine.weights.load import Backbone
 from methods.encoders import place
 from methods.registry import build_backbone
 from pipeline.beton import Beton
@@ -56,12 +57,14 @@ _IMAGES_A_MINUTE = 2500  # at most: preparing them takes a fifth of the minutes 
 _MAX_EPOCHS = 200
 _WARM_UP_STEPS, _RATE_STEPS = 5, 20
 _RATE_SHARE = 0.05  # of the minutes, to measure the rate
+_RATE_MARGIN = 0.9  # a run's rate, in those of its first steps
 _EVALUATION_SHARE, _MAX_EVALUATIONS = 0.1, 10  # of the training's time; and number of evaluations
-_START_SECONDS = 8.0  # until the training process takes its first step
-_ENOUGH_PAIRS = 90_000  # of drawn images: kNN top-1 was 76 %; 67 % after 60,000
-_BATCH, _GPU_BATCH = 64, 256
+_START_SECONDS, _PAGE_SECONDS = 8.0, 15.0  # until the training process takes its first step; for the page at the end
+_ENOUGH_PAIRS = 90_000  # of drawn images
+_BATCH, _MIN_BATCH, _GPU_BATCH = 64, 16, 256
+_MIN_STEPS = 46  # of an epoch, given enough images: many small steps teach more than few large ones
 _KNN_LIMIT = 10000
-_MIN_STEPS = 46  # steps of an epoch, given enough images: many small steps teach more than few large ones
+_LOG_LINES = 40
 
 
 def _sources(data: str | None, limit: int) -> list[tuple[str, str | None]]:
@@ -106,11 +109,12 @@ def _subsets(data: str) -> list[str | None]:
     return [None]
 
 
-def _settings(train: Path, evaluation: Path, out: Path, *, drawn: bool = False, cpu: bool = False) -> Settings:
+def _settings(
+    train: Path, evaluation: Path, out: Path, *, drawn: bool = False, cpu: bool = False, seed: int = 0
+) -> Settings:
     """Return settings of a small MoCo v3 run for these data and this machine, their epochs still open.
 
-    In-batch negatives, and a momentum encoder that follows closely: in a thousand steps a queue of MoCo v2 teaches
-    nothing, since the encoder tells its old keys by their age.
+    In-batch negatives, and a momentum encoder that follows closely, teach within a thousand steps; a queue does not.
     """
     beton, gpus = Beton(train), _gpus(cpu)
     if len(beton) < _MIN_IMAGES:
@@ -118,7 +122,8 @@ def _settings(train: Path, evaluation: Path, out: Path, *, drawn: bool = False, 
     small = beton.longest_side <= _MAX_SMALL_SIDE
     size = _DRAWN_PIXELS if drawn else _SMALL_PIXELS if small else _LARGE_PIXELS
     devices = 2 * max(1, gpus)
-    batch = max(devices, min(_GPU_BATCH if gpus else _BATCH, len(beton) // _MIN_STEPS) // devices * devices)
+    batch = min(_GPU_BATCH if gpus else _BATCH, max(_MIN_BATCH, len(beton) // _MIN_STEPS))
+    batch = max(devices, batch // devices * devices)
     labeled = bool((beton.labels >= 0).all() and (Beton(evaluation).labels >= 0).all())
     return Settings(
         data=Data(
@@ -143,22 +148,22 @@ def _settings(train: Path, evaluation: Path, out: Path, *, drawn: bool = False, 
         ),
         knn=Knn(every=1, k=20, limit=_KNN_LIMIT),
         out=str(out / "run"),
-        log_every=max(1, len(beton) // batch // 2),
-        precision=_precision(gpus > 0),
+        seed=seed,
+        precision=_precisions(gpus > 0)[0],
         cpu=cpu,
     )
 
 
-def _precision(gpu: bool) -> Literal["no", "fp16", "bf16"]:
-    """Return the fastest precision of this machine."""
+def _precisions(gpu: bool) -> list[Literal["no", "fp16", "bf16"]]:
+    """Return the precisions one of which is this machine's fastest."""
     if gpu:
-        return "bf16" if bfloat16_on_gpu() else "fp16"
-    return "bf16" if bfloat16_on_cpu() else "no"
+        return ["bf16"] if bfloat16_on_gpu() else ["fp16"]
+    return ["no", "bf16"] if bfloat16_on_cpu() else ["no"]
 
 
 @dataclass
 class Budget:
-    """The minutes of preparation, training and evaluation, from its creation."""
+    """The minutes of the demo, from its creation."""
 
     minutes: float
     start: float = field(default_factory=time.perf_counter)
@@ -171,29 +176,43 @@ class Budget:
     @property
     def left(self) -> float:
         """Seconds left for training."""
-        return 60 * self.minutes - (time.perf_counter() - self.start) - _START_SECONDS
+        return 60 * self.minutes - (time.perf_counter() - self.start) - _START_SECONDS - _PAGE_SECONDS
 
 
 def _with_epochs(settings: Settings, budget: Budget, evaluation_seconds: float) -> Settings:
-    """Set epochs and evaluations to fit into the budget, by the rate of a few steps; return the settings."""
-    rate = measure_rate(settings, 60 * _RATE_SHARE * budget.minutes) * max(1, _gpus(settings.cpu))
+    """Set precision, epochs and evaluations to fit into the budget, by the rate of a few steps; return the settings."""
+    rate = _with_precision(settings, 60 * _RATE_SHARE * budget.minutes) * max(1, _gpus(settings.cpu)) * _RATE_MARGIN
     samples, left = len(Beton(settings.data.train)), budget.left
     evaluations = max(1, min(_MAX_EVALUATIONS, int(_EVALUATION_SHARE * left / max(evaluation_seconds, 1e-3))))
     epochs = int(min(max((left - evaluations * evaluation_seconds) * rate / samples, 1), _MAX_EPOCHS))
     settings.optim.epochs = epochs
     settings.optim.warmup_epochs = 1.0 if epochs > 4 else 0.0
     settings.knn.every = math.ceil(epochs / evaluations)
+    settings.log_every = max(1, epochs * samples // settings.data.batch // _LOG_LINES)
     seconds = samples * epochs / rate
     length = f"{counted(epochs, 'epoch')} of {samples} images, about {seconds / 60:.1f} min"
     logger.info(f"{rate:.0f} pairs/s here: training {length}")
     spent = 60 * budget.minutes - left
     if seconds > left:
-        needed = math.ceil((spent + seconds + evaluation_seconds) / 60)
+        needed = _minutes(spent + seconds + evaluation_seconds)
         logger.warning(f"--minutes {budget.minutes:g} is too short for an epoch: one takes --minutes {needed} here")
     if samples * epochs < _ENOUGH_PAIRS:
-        needed = math.ceil((spent + _ENOUGH_PAIRS / rate / (1 - _EVALUATION_SHARE)) / 60)
+        needed = _minutes(spent + _ENOUGH_PAIRS / rate / (1 - _EVALUATION_SHARE))
         logger.warning(f"that is little to learn from: {_ENOUGH_PAIRS} pairs take --minutes {needed} here")
     return settings
+
+
+def _minutes(seconds: float) -> int:
+    return math.ceil(seconds / 60)
+
+
+def _with_precision(settings: Settings, seconds: float) -> float:
+    """Set the fastest precision; return its pairs per second. seconds: for all measurements."""
+    precisions = _precisions(_gpus(settings.cpu) > 0)
+    limit = seconds / len(precisions)
+    rates = {precision: measure_rate(replace(settings, precision=precision), limit) for precision in precisions}
+    settings.precision = max(precisions, key=lambda precision: rates[precision])
+    return rates[settings.precision]
 
 
 def measure_rate(settings: Settings, seconds: float = math.inf) -> float:
@@ -216,9 +235,10 @@ def measure_rate(settings: Settings, seconds: float = math.inf) -> float:
         finally:
             run.close()
             run.accelerator.free_memory()
+            AcceleratorState._reset_state(reset_partial_state=True)  # else the next Accelerator keeps this precision
 
 
-def _untrained(settings: Settings) -> nn.Module:
+def _untrained(settings: Settings) -> Backbone:
     """Return the backbone as it is before training, on the CPU."""
     model = settings.model
     set_seed(settings.seed)
@@ -227,7 +247,7 @@ def _untrained(settings: Settings) -> nn.Module:
     )
 
 
-def _baselines(settings: Settings, untrained: nn.Module) -> tuple[dict[str, float], float]:
+def _baselines(settings: Settings, untrained: Backbone) -> tuple[dict[str, float], float]:
     """Return kNN top-1 of raw pixels and of the untrained encoder, and the seconds of the latter evaluation."""
     data, knn, device = settings.data, settings.knn, _device(settings.cpu)
     options: dict[str, Any] = {"k": knn.k, "temperature": knn.temperature, "limit": knn.limit, "device": device}
@@ -302,7 +322,8 @@ def parser() -> ArgumentParser:
     made = ArgumentParser(prog="./millrace demo", description="Prepare, preview, pretrain, evaluate.")
     made.add_argument("data", metavar="DATA", nargs="?", help="folder, .tar, .zip or .beton (default: drawn images)")
     made.add_argument("--out", type=Path, help="folder for everything (default: runs/demo-DATE-TIME)")
-    made.add_argument("--minutes", type=float, default=4.5, help="for preparation and training (default %(default)s)")
+    made.add_argument("--minutes", type=float, default=4.5, help="for all of it (default %(default)s)")
+    made.add_argument("--seed", type=int, default=0, help="of weights, order and views (default %(default)s)")
     made.add_argument("--cpu", action="store_true", help="do not use the GPU")
     return made
 
@@ -323,7 +344,7 @@ def main() -> None:
     except OSError as error:
         raise InputError(f"{out}: cannot be made ({error.strerror}): choose another folder with --out") from None
     train, evaluation = _prepared(sources, out, budget.images) if sources else (Path(args.data), Path(args.data))
-    settings = _settings(train, evaluation, out, drawn=args.data is None, cpu=args.cpu)
+    settings = _settings(train, evaluation, out, drawn=args.data is None, cpu=args.cpu, seed=args.seed)
     picture = out / "preview.png"
     preview(Beton(train), AUGMENTATIONS[settings.data.augmentation], size=settings.data.size).save(picture)
     untrained = _untrained(settings)

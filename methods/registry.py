@@ -8,7 +8,7 @@ from methods import byol, moco, mocov3, simclr
 from methods.base import Base, Objective
 from methods.co2 import CO2
 from methods.dcl import DCL
-from methods.encoders import Stem, resnet
+from methods.encoders import ResNet, Stem, resnet
 from methods.heads import Encoder
 from methods.norm import GROUPS, BatchNormKind, norm_layers
 from methods.residual import Residual
@@ -48,7 +48,7 @@ def build_backbone(
     zero_init_residual: bool = False,
     size: int = 224,
     stop_grad_conv1: bool = True,
-) -> nn.Module:
+) -> ResNet | VisionTransformer:
     """Return the backbone of that name, weights drawn by torch's global generator. `features`: its output dimensions.
 
     ResNets take stem, width, bn, groups and zero_init_residual; transformers take size and stop_grad_conv1.

@@ -124,8 +124,8 @@ def bfloat16_on_gpu() -> bool:
 
 
 def bfloat16_on_cpu() -> bool:
-    """Return whether this processor computes convolutions in bfloat16 (AVX-512 or AMX) without emulation."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Return whether this processor multiplies in bfloat16: AVX-512 BF16, or AMX. Others emulate it, slower."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def tune_convolutions(device: torch.device) -> None:

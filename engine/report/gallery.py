@@ -6,13 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from engine.checkpoint import storage
 from engine.report import tsne
 from engine.report.run_folder import RunFiles, number
 from engine.report.sample import Neighbors, Sample, agreement, draw_sample, embed, nearest
-from engine.weights.load import LoadedEncoder, Which, load_encoder
+from engine.weights.load import Backbone, LoadedEncoder, Which, load_encoder
 from pipeline.beton import Beton
 from pipeline.storage.in_place import open_data
 from pipeline.system.errors import InputError
@@ -34,7 +33,7 @@ class GalleryOptions:
     seed: int
     which: Which
     device: torch.device
-    untrained: nn.Module | None = None
+    untrained: Backbone | None = None
     """Backbone before training, to show next to the runs'."""
 
 
