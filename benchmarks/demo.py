@@ -1,6 +1,6 @@
 """The demo, seed by seed: kNN top-1 before and after training, and the time it takes.
 
-    python -m benchmarks.demo --out DIR [--seeds 0,1,2] [--json F] [--markdown F] [arguments of ./millrace demo]
+python -m benchmarks.demo --out DIR [--seeds 0,1,2] [--json F] [--markdown F] [arguments of ./millrace demo]
 """
 
 import json

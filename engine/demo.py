@@ -142,7 +142,7 @@ def _settings(
             mlp_dim=256,
             zero_init_residual=False,
         ),
-        method=Method(name="moco_v3", temperature=0.2, ema_momentum=0.8),
+        method=Method(name="moco_v3", temperature=0.2, ema_momentum=0.9),
         optim=Optim(
             lr=0.4 * math.sqrt(batch / 256), weight_decay=5e-4, epochs=1, schedule="cosine", schedule_interval="step"
         ),

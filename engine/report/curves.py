@@ -99,7 +99,8 @@ def draw(chart: Chart, groups: Sequence[Group], theme: Theme, axes: Any) -> None
             draw_lines(axes, thin(curves, _MAX_POINTS), style, label=group.label, marked=chart.marked)
     for name, level in chart.levels.items():
         axes.axhline(level, linestyle="--", linewidth=1, color=theme.ink)
-        axes.text(0.99, level, name, transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)
+        place = {"xytext": (0, 3), "textcoords": "offset points", "ha": "right", "va": "bottom", "fontsize": 8}
+        axes.annotate(name, (0.99, level), xycoords=axes.get_yaxis_transform(), **place)
     if chart.levels:
         axes.set_ylim(bottom=0)
     axes.set(xlabel=chart.against or "epoch", ylabel=chart.key if chart.against else "")

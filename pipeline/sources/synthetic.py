@@ -23,8 +23,8 @@ from pipeline.system.errors import InputError
 MIN_SIZE = 16
 """Smallest side, pixels, at which the patterns can be distinguished."""
 
-_KNOTS = 5  # knots along a side: colors and shifts are drawn there, and interpolated
-_CELLS = 2.0  # periods of a pattern in half a side
+_KNOTS = 4  # knots along a side: colors and shifts are drawn there, and interpolated
+_CELLS = 1.7  # periods of a pattern in half a side
 _WARP = 0.45  # largest shift of a knot, periods
 _CHROMA = 0.2  # largest distance of a color from gray
 _INK = 0.45  # share of the pixels that are ink, before their blurred edge

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from engine import demo
+from engine.config.settings import Settings
+from engine.parallel import accelerator
 from engine.report.plotting import curves
 from pipeline.sources import synthetic
 from tests import ROOT
@@ -34,6 +38,11 @@ def test_folder_becomes_a_table_a_preview_and_a_curve(tmp_path: Path) -> None:
     names = ("preview.png", "curve.png", "recipe.yaml", "run/summary.json", "train.beton", "report.html", "demo.json")
     for name in names:
         assert (out / name).is_file()
+    assert "--minutes 0.001 is too short for an epoch: one takes --minutes " in done.stderr
+    assert "that is little to learn from" in done.stderr
+    page = (out / "report.html").read_text()
+    assert page.count("before training") == page.count("after training") > 1
+    assert "raw pixels" in page
 
 
 def test_missing_data_is_one_line_and_exit_status_2(tmp_path: Path) -> None:
@@ -65,16 +74,50 @@ def test_ctrl_c_leaves_training_time_for_its_checkpoint(
     assert f"--config {tmp_path / 'recipe.yaml'} --resume auto" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize(("rate", "message"), [(200.0, "125000 pairs take --minutes 11 here"), (2000.0, "")])
+@pytest.mark.parametrize(("rate", "message"), [(200.0, "90000 pairs take --minutes 10 here"), (2000.0, "")])
 def test_slow_machine_gets_the_minutes_that_it_needs(
     rate: float, message: str, drawn: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "measure_rate", lambda settings: rate)
+    monkeypatch.setattr(demo, "measure_rate", lambda settings, seconds: rate)
     monkeypatch.setattr(demo, "_MAX_EPOCHS", 10**6)
-    demo._with_epochs(demo._settings(drawn, drawn, Path("out")), 3.5)
+    demo._with_epochs(demo._settings(drawn, drawn, Path("out"), cpu=True), demo.Budget(3.5), 0.0)
     log = capsys.readouterr().err
     assert message in log
     assert bool(message) == ("little to learn from" in log)
+
+
+@pytest.mark.parametrize("rate", [50.0, 1000.0])
+@pytest.mark.parametrize("evaluation_seconds", [0.01, 2.0, 30.0])
+def test_training_and_its_evaluations_end_within_the_minutes(
+    rate: float, evaluation_seconds: float, drawn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two, half a minute is kept for start and page."""
+    monkeypatch.setattr(demo, "measure_rate", lambda settings, seconds: rate)
+    monkeypatch.setattr(demo, "_MAX_EPOCHS", 10**6)
+    made = demo._settings(drawn, drawn, Path("out"), cpu=True)
+    made = demo._with_epochs(made, demo.Budget(2.0), evaluation_seconds)
+    evaluations = math.ceil(made.optim.epochs / made.knn.every)
+    seconds = 200 * made.optim.epochs / rate + evaluations * evaluation_seconds
+    assert 60 < seconds < 98
+    assert 1 <= evaluations <= 10
+
+
+@pytest.mark.parametrize(("bf16", "chosen"), [(200.0, "bf16"), (50.0, "no"), (None, "no")])
+def test_the_faster_precision_of_a_processor_is_chosen(
+    bf16: float | None, chosen: str, drawn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bf16: its pairs a second; None: the processor has no instructions for it."""
+    measured = []
+
+    def rate(settings: Settings, seconds: float) -> float:
+        measured.append(settings.precision)
+        return 100.0 if settings.precision == "no" else bf16 or 1e9
+
+    monkeypatch.setattr(demo, "measure_rate", rate)
+    monkeypatch.setattr(demo, "bfloat16_on_cpu", lambda: bf16 is not None)
+    made = demo._with_epochs(demo._settings(drawn, drawn, Path("out"), cpu=True), demo.Budget(1.0), 0.0)
+    assert made.precision == chosen
+    assert measured == (["no"] if bf16 is None else ["no", "bf16"])
 
 
 def test_subsets_are_found_by_their_folders(tmp_path: Path) -> None:
@@ -110,6 +153,8 @@ def test_measuring_a_rate_leaves_no_thread_behind(drawn: Path, monkeypatch: pyte
     chosen = small.settings(batch=20)
     chosen.data.train, chosen.data.workers, chosen.cpu = str(drawn), 1, True
     monkeypatch.setattr(demo, "_RATE_STEPS", 2)
+    monkeypatch.setattr(accelerator, "bfloat16_on_cpu", lambda: True)
     assert demo.measure_rate(chosen) > 0
+    assert demo.measure_rate(replace(chosen, precision="bf16")) > 0  # Accelerate keeps a process's first precision
     left = {thread.name for thread in set(threading.enumerate()) - before}
     assert not left, left

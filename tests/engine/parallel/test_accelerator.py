@@ -39,6 +39,16 @@ def test_bfloat16_that_a_processor_emulates_becomes_float32(
     assert choose_device(replace(SETTINGS, precision="bf16", cpu=True), emulate=True) == (False, "bf16")
 
 
+@pytest.mark.parametrize("flag", ["_is_avx512_bf16_supported", "_is_amx_tile_supported"])
+def test_a_processor_has_bfloat16_by_either_extension(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain AVX-512, on which oneDNN too calls bfloat16 supported, emulates it."""
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    assert not accelerator.bfloat16_on_cpu()
+    monkeypatch.setattr(torch.cpu, flag, lambda: True)
+    assert accelerator.bfloat16_on_cpu()
+
+
 def test_gpu_that_emulates_bfloat16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Like a V100 or T4, which torch by default calls supported."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -7,17 +7,22 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from engine.report import page
 from engine.report.plotting import DARK, LIGHT, Theme
 from engine.report.run_folder import read_runs
-from engine.report.sample import QUERIES
+from engine.report.sample import QUERIES, agreement, draw_sample, embed
+from engine.weights.load import load_encoder
+from methods.encoders import resnet
+from pipeline.beton import Beton
 from tests.engine.report.conftest import options, text_of
 from tests.engine.run_folders import lines, settings, write_checkpoint, write_evaluation, write_lines, write_run
 
@@ -37,6 +42,28 @@ def test_the_page_shows_images_and_their_neighbors(rendered_page: page.Report) -
     first = rendered_page.html.split('<div class="query')[1]
     for kind, name in re.findall(r'<figure class="(right|wrong)">\s*<img[^>]* alt="(\w+)"', first):
         assert (kind == "right") == (name == names[0])
+
+
+def test_the_encoder_before_training_stands_next_to_the_trained_one(drawn: Path, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", settings(drawn))
+    write_checkpoint(run, settings(drawn))
+    untrained = resnet("resnet18", stem="small", width=0.125)
+    html = page.report(read_runs([run]), replace(options(), untrained=untrained)).html
+    assert html.count('<div class="pair">') == QUERIES
+    found = dict(re.findall(r"(before|after) training(?:, step_\d+)?: (\d+\.\d) %", text_of(html)))
+    beton = Beton(drawn)
+    sample = draw_sample(beton, 100, 1.0, 0)
+    after, _ = embed(load_encoder(run, "online"), sample, 1.0, torch.device("cpu"))
+    assert float(found["after"]) == round(100 * agreement(after, sample.labels, 5), 1)
+    assert found["before"] != found["after"]
+
+
+def test_baselines_are_levels_of_the_knn_chart(tmp_path: Path) -> None:
+    runs = read_runs([write_run(tmp_path / "a")])
+    html = page.report(runs, None, baselines={"raw pixels": 0.123}).html
+    assert re.findall(r'alt="kNN[^"]*; last values: a 40; raw pixels 12.3"', html)
+    assert html.count("raw pixels") == 1
+    assert "raw pixels" not in page.report(runs, None).html
 
 
 def test_text_of_runs_is_escaped(drawn: Path, tmp_path: Path) -> None:
