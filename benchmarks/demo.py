@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.common import machine
 from benchmarks.common.command_line import ArgumentParser, benchmark_parser, numbers
 from benchmarks.common.table import Report, publish
@@ -39,7 +41,8 @@ def report(result: dict[str, Any]) -> Report:
         + [f"{row[key]:.0f}" for key in ("epoch", "pairs_per_second", "training_seconds", "seconds")]
         for row in rows
     ]
-    return Report("The demo", headings, cells, [f"kNN top-1 on held-out images; trained on {rows[0]['device']}"])
+    notes = [f"kNN top-1 on held-out images; trained on {rows[0]['device']} ({result['capability']})"]
+    return Report("The demo", headings, cells, notes)
 
 
 def parser() -> ArgumentParser:
@@ -57,7 +60,7 @@ def main() -> None:
         raise InputError(f"--out {args.out}: exists already: choose a new folder")
     about = machine.describe()
     rows = [take(seed, args.out / f"seed-{seed}", rest) for seed in numbers(args.seeds, "--seeds", 0)]
-    publish(report, args, machine=about, arguments=rest, rows=rows)
+    publish(report, args, machine=about, arguments=rest, rows=rows, capability=torch.backends.cpu.get_cpu_capability())
 
 
 if __name__ == "__main__":
