@@ -29,6 +29,7 @@ Of `data.train` and `data.eval` the path alone: the images are compared too.
 FIXED = {"method.name", "method.queue_size", "method.queue_dtype", "optim.name", "data.batch", "data.order", "seed"}
 FIXED |= {f"model.{key}" for key in ("arch", "stem", "width", "dim", "mlp_dim", "bn")}
 FIXED |= {"model.zero_init_residual", "model.stop_grad_conv1"}
+FIXED |= {f"model.{key}" for key in ("init", "init_which", "init_heads", "init_prefix")}
 """Settings that may never differ: the saved state would not fit."""
 
 
@@ -71,6 +72,7 @@ def compare(settings: Settings, state: dict[str, Any], train_images: str, knn_im
 def compare_settings(settings: Settings, saved: dict[str, Any]) -> str:
     """Raise InputError for a setting that differs and is neither free nor allowed; return a warning of allowed ones."""
     then, now = flat(translate(saved)), flat(settings.as_dict())
+    then = {key: value for key, value in flat(Settings().as_dict()).items() if key in FIXED} | then  # of older versions
     differing = [key for key in {**now, **then} if key not in FREE and then.get(key) != now.get(key)]
     for key in sorted(differing, key=lambda key: key != "method.name"):  # other defaults follow from the method
         if key in FIXED:

@@ -12,7 +12,7 @@ from pipeline.system.text import printable
 
 _ROOT = Path(__file__).resolve().parents[2]
 _MAX_CHARACTERS = 100  # characters of a value read from a checkpoint
-_KINDS = {"version": str, "commit": str, "images": int, "classes": int, "fingerprint": str}
+_KINDS = {"version": str, "commit": str, "images": int, "classes": int, "fingerprint": str, "started_from": str}
 
 
 def origin(train_set: Beton) -> dict[str, Any]:
@@ -43,9 +43,11 @@ def commit() -> str:
 
 
 def recorded(state: dict[str, Any]) -> dict[str, Any]:
-    """Return the provenance in a checkpoint's state, with the training data's fingerprint; older ones have less."""
-    saved, loader = state.get("origin"), state.get("loader")
+    """Return the provenance in a checkpoint's state, with the training data's fingerprint and the weights' source."""
+    saved, loader, source = state.get("origin"), state.get("loader"), state.get("started_from")
     values = dict(saved) if isinstance(saved, dict) else {}
+    if isinstance(source, dict) and source:
+        values["started_from"] = f"{Path(str(source.get('file'))).name}, {source.get('kind')}"
     values["fingerprint"] = loader.get("fingerprint") if isinstance(loader, dict) else None
     valid = {key: values[key] for key, kind in _KINDS.items() if type(values.get(key)) is kind}
     return {key: printable(v[:_MAX_CHARACTERS]) if isinstance(v, str) else v for key, v in valid.items()}

@@ -104,6 +104,16 @@ class Model:
     """Start a ResNet's blocks as the identity: scale 0 in their last BatchNorm."""
     stop_grad_conv1: bool = True
     """Freeze a transformer's patch projection at its initialization."""
+    init: str = ""
+    """Start from the weights in this file: a run, a checkpoint or an exported encoder of ours; official MoCo v1, v2, v3
+    or SimSiam; torchvision, timm, detectron2. Both encoders start from its backbone; optimizer and schedule are new.
+    Empty: random weights."""
+    init_which: Literal["online", "momentum"] = "online"
+    """Encoder of that file."""
+    init_heads: bool = False
+    """Start from its projector and predictor too, as far as they have the run's shapes."""
+    init_prefix: str = ""
+    """What stands before the backbone's keys in a file of no known kind, such as module.encoder."""
 
     def __post_init__(self) -> None:
         largest = (self.dim or 0) * (self.mlp_dim or 0)

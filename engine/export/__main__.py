@@ -22,6 +22,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--heads", type=int, default=0, help="attention heads of a transformer whose file lacks their number"
     )
+    made.add_argument("--prefix", default="", help="of the backbone's keys, in a file of no known kind")
     made.add_argument("--out", type=Path, metavar="FILE", help="(default: ARCH-FORMAT.SUFFIX)")
     return made
 
@@ -29,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
 @command
 def main() -> None:
     args = parser().parse_args()
-    encoder = load_encoder(args.checkpoint, args.which, heads=args.heads)
+    encoder = load_encoder(args.checkpoint, args.which, heads=args.heads, prefix=args.prefix)
     logger.info("%s", encoder.summary())
     for warning in encoder.warnings:
         logger.warning("%s", warning)

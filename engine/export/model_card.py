@@ -55,14 +55,15 @@ def _program(origin: dict[str, Any]) -> str:
 
 
 def _data(encoder: LoadedEncoder) -> str:
-    """Return the training data: name, and, if recorded, size, classes and fingerprint."""
+    """Return the training data: name, and, if recorded, size, classes, fingerprint, and the weights started from."""
     name = printable(Path(str(encoder.settings.get("data", {}).get("train", ""))).name)
     more = [f"{encoder.origin['images']} images"] if "images" in encoder.origin else []
     if classes := encoder.origin.get("classes"):
         more.append(f"of {classes} classes")
     if "fingerprint" in encoder.origin:
         more.append(f"fingerprint `{encoder.origin['fingerprint']}`")
-    return f"Trained on `{name}`, without labels" + (f": {', '.join(more)}." if more else ".")
+    source = f" Started from {encoder.origin['started_from']}." if "started_from" in encoder.origin else ""
+    return f"Trained on `{name}`, without labels" + (f": {', '.join(more)}." if more else ".") + source
 
 
 def _metrics(path: Path) -> list[str]:

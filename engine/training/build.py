@@ -1,6 +1,6 @@
 """A training run built from its settings, or refused."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +52,8 @@ class Run:
     """Epochs whose evaluation is finished or not due."""
     evaluated_on: str = ""
     """Fingerprint of the images that kNN has classified so far; empty: none."""
+    started_from: dict[str, Any] = field(default_factory=dict)
+    """Record of the weights that the run started from (`engine.weights.initialize`); empty: random ones."""
 
     @property
     def total(self) -> int:

@@ -15,6 +15,7 @@ from engine.parallel.batchnorm_stats import RunningStatistics
 from engine.parallel.consensus import broadcast_object
 from engine.parallel.rendezvous import rank, world
 from engine.training.build import Run
+from engine.weights.initialize import initialize
 from pipeline.system.errors import InputError
 
 logger = get_logger(__name__)
@@ -49,6 +50,7 @@ def save(run: Run) -> None:
         "settings": run.settings.as_dict(),
         "backend": run.data.backend.name,
         "origin": origin(run.data.train),
+        "started_from": run.started_from,
     }
     with _statistics(run).averaged() as rows:
         if rank() == 0:
@@ -86,9 +88,10 @@ def _remedy(run: Run) -> str:
 def restore(run: Run) -> None:
     """Resume exactly from the checkpoint that `resume` names, or start a new run; open run folder and metrics.
 
-    With `auto` and no checkpoint the run is new. The last of four agreements before training: rank 0 reads,
-    checks and writes files, the others receive the state. Raises InputError, on all ranks, where the checkpoint does
-    not fit the run, or the run folder cannot be written or has later checkpoints.
+    With `auto` and no checkpoint the run is new, with the weights that `model.init` names, if any. The last of four
+    agreements before training: rank 0 reads, checks and writes files, the others receive the state. Raises InputError,
+    on all ranks, where the checkpoint does not fit the run, or the run folder cannot be written or has later
+    checkpoints.
     """
     commit()  # before the tree can change: checkpoints name the commit that was imported
     tensors: dict[str, storage.Tensors] = {}
@@ -105,6 +108,8 @@ def restore(run: Run) -> None:
                 f"data.backend {run.data.backend.name} decodes and resizes a little differently from the "
                 f"checkpoint's {backend}: resume with --data.backend {backend} for the same images"
             )
+    elif run.settings.model.init:
+        _share_weights(run)
     run.model.step.schedule.skipped.zero_()
     if run.finished:
         return
@@ -122,6 +127,10 @@ def _open(run: Run, tensors: dict[str, storage.Tensors]) -> dict[str, Any] | Non
     checkpoint = _read(run, tensors)
     if checkpoint is not None:
         _load_state(run, checkpoint)
+    elif run.settings.model.init:
+        run.started_from, lines = initialize(run.model.step.encoder, run.settings)
+        for line in lines:
+            logger.info(line)
     if not run.finished:
         run.folder.write_config()
         if run.settings.tracker != "none":
@@ -157,6 +166,16 @@ def _read(run: Run, tensors: dict[str, storage.Tensors]) -> dict[str, Any] | Non
     return {"path": str(path), "state": state, "tensors": like}
 
 
+def _share_weights(run: Run) -> None:
+    """Give rank 0's online encoder to all ranks, and to the momentum encoder."""
+    encoder, target = run.model.step.encoder, run.model.target
+    state = encoder.state_dict()
+    encoder.load_state_dict(collectives.broadcast(state, collectives.described(state), run.accelerator.device))
+    if target is not None:
+        state = encoder.state_dict()
+        target.load_state_dict({name: state[name] for name in target.state_dict()})
+
+
 def _check_fit(path: Path, expected: dict[str, storage.Tensors], saved: dict[str, storage.Tensors]) -> None:
     """Raise InputError for saved tensors of other names, shapes or dtypes than expected."""
     for file, named in expected.items():
@@ -177,6 +196,7 @@ def _load_state(run: Run, checkpoint: dict[str, Any]) -> None:
         if run.accelerator.scaler and state.get("scaler"):
             run.accelerator.scaler.load_state_dict(state["scaler"])
         run.evaluated_on = str(state.get("evaluated_on", ""))  # older checkpoints lack it
+        run.started_from = dict(state.get("started_from", {}))
         run.evaluated, state["backend"] = int(state["evaluated"]), str(state["backend"])
     except InputError:
         raise

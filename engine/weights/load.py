@@ -19,7 +19,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from engine.weights.key_maps import to_ours
-from engine.weights.readers import read
+from engine.weights.readers import read, unwrapped
 from methods.encoders import RESNETS, STEMS, Bottleneck, ResNet, Stem, base_channels
 from methods.vit import PATCH, VITS, VisionTransformer
 from pipeline.system.errors import InputError
@@ -44,18 +44,29 @@ class _Layout(NamedTuple):
     """Attention heads of a small transformer, if the kind decides them."""
     pretraining: bool = True
     """Whether the file has projection heads and other encoders or a queue."""
+    projectors: tuple[tuple[str, str], ...] = ()
+    """Prefixes of the online and the momentum encoder's projector: one of these pairs."""
+    predictor: str = ""
+    """Prefix of the predictor; empty: there is none."""
 
 
 _LAYOUTS = (
-    _Layout("a Millrace checkpoint", "online.backbone.", "target.backbone.", heads=12),
-    _Layout("an official MoCo v1 or v2 checkpoint", "encoder_q.", "encoder_k."),
-    _Layout("an official MoCo v3 checkpoint", "base_encoder.", "momentum_encoder.", heads=12),
+    _Layout("a Millrace checkpoint", "online.backbone.", "target.backbone.", 12,
+            projectors=(("online.projector.", "target.projector."),), predictor="online.predictor."),
+    _Layout("an official MoCo v1 or v2 checkpoint", "encoder_q.", "encoder_k.",
+            projectors=(("encoder_q.fc.", "encoder_k.fc."),)),
+    _Layout("an official MoCo v3 checkpoint", "base_encoder.", "momentum_encoder.", 12,
+            projectors=tuple((f"base_encoder.{head}.", f"momentum_encoder.{head}.") for head in ("fc", "head")),
+            predictor="predictor."),
+    _Layout("an official SimSiam checkpoint", "encoder.", None,
+            projectors=(("encoder.fc.", ""),), predictor="predictor."),
     _Layout("a state dict", "backbone.", None, pretraining=False),
     _Layout("a state dict", "", None, pretraining=False),
-)
+)  # fmt: skip
 _HEADS = ("fc", "head", "heads", "classifier", "linear")
 _MAX_WIDTH = 64
 _MAX_CHARACTERS, _MAX_PARTS = 200, 20  # characters of a key, and keys listed, in messages
+_FIRST = r"conv1\.weight|patch_embed\.proj\.weight|stem\.conv1\.weight|conv_proj\.weight"
 _ROOTS = r"conv1\.|bn1\.|layer\d\.|cls_token$|pos_embed$|patch_embed\.|blocks\.|norm\."
 
 
@@ -120,6 +131,8 @@ class LoadedEncoder:
     """Provenance of that run, if recorded (`engine.checkpoint.provenance`)."""
     unused: dict[str, int] = field(default_factory=dict)
     """Number of unused keys, by part of the network."""
+    heads: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    """State dicts of `projector` and `predictor`, as far as the file has them."""
     warnings: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
@@ -132,23 +145,23 @@ class LoadedEncoder:
         )
 
 
-def load_encoder(path: Path | str, which: Which = "online", *, heads: int = 0) -> LoadedEncoder:
+def load_encoder(path: Path | str, which: Which = "online", *, heads: int = 0, prefix: str = "") -> LoadedEncoder:
     """Return the backbone in a file or folder, in evaluation mode, on the CPU, in float32.
 
     path: a Millrace run, checkpoint folder or exported file; .safetensors; or a file of torch.save. heads: of a
-    transformer whose file lacks their number. Raises InputError for a missing key, a wrong shape, an impossible value,
-    or an unsafe file.
+    transformer whose file lacks their number. prefix: of the backbone's keys, in a file of no known kind. Raises
+    InputError for a missing key, a wrong shape, an impossible value, or an unsafe file.
     """
     contents = read(Path(path))
     path = contents.path
-    layout, part = _find_layout(contents.state, path)
-    prefix = layout.online if which == "online" else layout.momentum
-    if prefix is None:
-        raise InputError(f"{path}: is {layout.name}, of one encoder: leave out --which momentum")
+    layout, part = _find_layout(contents.state, path, unwrapped(prefix))
+    of_which = layout.online if which == "online" else layout.momentum
+    if of_which is None:
+        raise InputError(f"{path}: is {layout.name}, of one encoder: choose the online one")
     if which == "momentum":
-        part = to_ours(_strip(contents.state, prefix))
+        part = to_ours(_strip(contents.state, of_which))
         if not part:
-            raise InputError(f"{path}: has no momentum encoder ({prefix}...): leave out --which momentum")
+            raise InputError(f"{path}: has no momentum encoder ({of_which}...): choose the online one")
     if path.is_file() and sum(value.nbytes for value in part.values()) > path.stat().st_size:
         raise InputError(f"{path}: its tensors are larger than the file by their shapes: save them with all values")
     try:
@@ -162,7 +175,7 @@ def load_encoder(path: Path | str, which: Which = "online", *, heads: int = 0) -
         raise InputError(f"{path}: shapes that no encoder here has ({error}): give another file") from None
     with torch.device("meta"):  # shapes alone: nothing is allocated before the file proves to contain it
         expected = architecture.build().state_dict()
-    _check(part, expected, path, prefix)
+    _check(part, expected, path, of_which)
     with SkipInit():
         backbone = architecture.build()
     backbone.load_state_dict(part, strict=False)
@@ -170,7 +183,8 @@ def load_encoder(path: Path | str, which: Which = "online", *, heads: int = 0) -
     loaded = LoadedEncoder(
         backbone.eval(), architecture, path, layout.name, which, matched, contents.settings, contents.origin
     )
-    _note_unused(loaded, layout, part, [key for key in contents.state if not key.startswith(prefix)])
+    loaded.heads = _find_heads(contents.state, layout, which)
+    _note_unused(loaded, layout, part, [key for key in contents.state if not key.startswith(of_which)])
     return loaded
 
 
@@ -188,14 +202,37 @@ def _strip(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tenso
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
-def _find_layout(state: dict[str, torch.Tensor], path: Path) -> tuple[_Layout, dict[str, torch.Tensor]]:
+def _find_layout(state: dict[str, torch.Tensor], path: Path, prefix: str) -> tuple[_Layout, dict[str, torch.Tensor]]:
     """Return the layout, and the online encoder's part under our names."""
-    for layout in _LAYOUTS:
+    prefix = f"{prefix.rstrip('.')}." if prefix else ""
+    given = _Layout(f"a state dict with the prefix {prefix}", prefix, None, pretraining=False)
+    for layout in (given,) if prefix else _LAYOUTS:
         part = to_ours(_strip(state, layout.online))
         if any(re.match(_ROOTS, key) for key in part):
             return layout, part
     content = f"its keys are {_list_keys(list(state)[:3], '')} ..." if state else "it contains no tensors"
-    raise InputError(f"{path}: no backbone of a ResNet or a vision transformer ({content}): give one with such keys")
+    if seen := _prefixes(state):
+        content += f"; prefixes of such keys: {', '.join(seen[:_MAX_PARTS])}"
+    where = f" under {prefix}" if prefix else ""
+    raise InputError(
+        f"{path}: no backbone of a ResNet or a vision transformer{where} ({content}): give one with such keys, or "
+        "their prefix"
+    )
+
+
+def _prefixes(state: Iterable[str]) -> list[str]:
+    """Return what stands before the keys of a backbone's first layer, not of its blocks."""
+    found = (re.fullmatch(rf"(.+\.)({_FIRST})", key[:_MAX_CHARACTERS]) for key in state)
+    prefixes = dict.fromkeys(match[1] for match in found if match)
+    return [prefix for prefix in prefixes if not re.search(r"(layer|stage|res|block)s?\d*\.", prefix)]
+
+
+def _find_heads(state: dict[str, torch.Tensor], layout: _Layout, which: Which) -> dict[str, dict[str, torch.Tensor]]:
+    """Return the state dicts of the heads in the file; the projector is that of the encoder `which`."""
+    prefixes = [("projector", pair[which == "momentum"]) for pair in layout.projectors]
+    prefixes.append(("predictor", layout.predictor))
+    parts = [(name, _strip(state, prefix)) for name, prefix in prefixes if prefix]
+    return {name: part for name, part in parts if part}
 
 
 def _resnet_architecture(part: dict[str, torch.Tensor], stated: dict[str, Any], path: Path) -> Architecture:

@@ -121,9 +121,12 @@ def _plain(state: dict[str, Any]) -> dict[str, torch.Tensor]:
         if isinstance(inner, dict) and any(isinstance(value, torch.Tensor) for value in inner.values()):
             state = inner
             break
-    return {
-        re.sub(r"^((module|_orig_mod)\.)+", "", str(key)): value for key, value in state.items() if _has_values(value)
-    }
+    return {unwrapped(str(key)): value for key, value in state.items() if _has_values(value)}
+
+
+def unwrapped(key: str) -> str:
+    """Return a key, or the beginning of one, without the prefixes of DDP and compilation."""
+    return re.sub(r"^((module|_orig_mod)\.)+", "", key)
 
 
 def _has_values(value: Any) -> bool:

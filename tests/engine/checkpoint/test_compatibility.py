@@ -34,7 +34,8 @@ FREE = set(  # they change how and where the same is computed, logged and saved
 )
 FIXED = set(  # the saved state would not fit
     """method.name method.queue_size method.queue_dtype optim.name data.batch data.order seed model.arch model.stem
-    model.width model.dim model.mlp_dim model.bn model.zero_init_residual model.stop_grad_conv1""".split()  # noqa: SIM905
+    model.width model.dim model.mlp_dim model.bn model.zero_init_residual model.stop_grad_conv1 model.init
+    model.init_which model.init_heads model.init_prefix""".split()  # noqa: SIM905
 )
 
 

@@ -79,6 +79,16 @@ def test_provenance_is_escaped_and_shortened() -> None:
     assert "\n" not in origin["version"]
     assert len(origin["version"]) < 120
     assert provenance.recorded({"loader": {}, "origin": 3}) == {}
+    source = {"started_from": {"file": "/a/b\n.pth", "kind": "an official MoCo v3 checkpoint"}}
+    assert provenance.recorded(source) == {"started_from": "b\\n.pth, an official MoCo v3 checkpoint"}
+    assert provenance.recorded({"started_from": {}}) == {}
+
+
+def test_cards_name_the_weights_that_a_run_started_from(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, settings("train.beton"))
+    loaded = load_encoder(tmp_path)
+    loaded.origin["started_from"] = "x.pth, a state dict"
+    assert "without labels. Started from x.pth, a state dict." in card(loaded, "safetensors", tmp_path / "x", 0.0)
 
 
 def test_the_commit_is_of_the_projects_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,74 @@
+"""Start of a run from the weights in a file."""
+
+from pathlib import Path
+from typing import Any
+
+from engine.config.settings import Settings
+from engine.weights.load import Architecture, LoadedEncoder, digest, load_encoder
+from methods.heads import Encoder
+from methods.vit import VITS
+from pipeline.system.errors import InputError
+
+
+def initialize(encoder: Encoder, settings: Settings) -> tuple[dict[str, Any], list[str]]:
+    """Load the weights that `model.init` names into the online encoder; return a record of them, and log lines.
+
+    The backbone always, projector and predictor with `model.init_heads`. The record: file, its kind, which encoder,
+    keys matched, heads loaded, SHA-256 of the backbone. Raises InputError where the file has another backbone than the
+    run, or with `init_heads` no head of the run's shapes.
+    """
+    model, path = settings.model, Path(settings.model.init)
+    own = _own_architecture(settings)
+    try:
+        loaded = load_encoder(path, model.init_which, prefix=model.init_prefix, heads=own.heads)
+    except InputError as error:
+        raise InputError(f"model.init: {error}") from None
+    if remedy := _remedy(loaded.architecture, own):
+        raise InputError(f"model.init {path}: has {loaded.architecture}, and this run trains {own}: choose {remedy}")
+    encoder.backbone.load_state_dict(loaded.backbone.state_dict())
+    heads = _load_heads(encoder, loaded) if model.init_heads else []
+    record = {"file": str(path), "kind": loaded.kind, "which": loaded.which, "matched": loaded.matched}
+    record |= {"heads": heads, "sha256": digest(loaded.backbone)}
+    parts = f"backbone{''.join(f', {name}' for name in heads)}"
+    return record, [f"model.init: {parts} from {loaded.summary()}", *loaded.warnings]
+
+
+def _own_architecture(settings: Settings) -> Architecture:
+    model = settings.model
+    if model.arch in VITS:
+        return Architecture(model.arch, size=settings.data.size, heads=VITS[model.arch][2])
+    return Architecture(model.arch, model.stem, model.width)
+
+
+def _remedy(theirs: Architecture, own: Architecture) -> str:
+    """Return the settings with which the run has the file's backbone; empty if it has."""
+    keys = {"model.arch": "arch", "model.stem": "stem", "model.width": "width"}
+    keys |= {"data.size": "size", "a file of as many heads": "heads"} if own.transformer else {}
+    values = [(key, getattr(theirs, name)) for key, name in keys.items() if getattr(theirs, name) != getattr(own, name)]
+    return ", ".join(f"{key} {value}" for key, value in values)
+
+
+def _load_heads(encoder: Encoder, loaded: LoadedEncoder) -> list[str]:
+    """Load the heads that the file has and the run has too; return their names. Raises InputError for none."""
+    problems, names = [], []
+    for name, head in (("projector", encoder.projector), ("predictor", encoder.predictor)):
+        if head is None:
+            continue
+        state, expected = loaded.heads.get(name, {}), head.state_dict()
+        missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
+        differing = [key for key in expected if key in state and state[key].shape != expected[key].shape]
+        if not state:
+            problems.append(f"no {name}")
+        elif missing or differing or state.keys() - expected.keys():
+            key = (missing + differing + sorted(state.keys() - expected.keys()))[0]
+            here, there = (list(part[key].shape) if key in part else "missing" for part in (expected, state))
+            problems.append(f"another {name}: {key} is {there}, and {here} in this run")
+        else:
+            head.load_state_dict(state, strict=False)
+            names.append(name)
+    if not names:
+        raise InputError(
+            f"model.init_heads true: {loaded.path} has {'; '.join(problems)}: leave model.init_heads out, or set "
+            "method.name, model.dim and model.mlp_dim to the file's"
+        )
+    return names
