@@ -117,6 +117,5 @@ def test_launchers_threads(command: tuple[str, ...], number: str | None, expecte
     if number is not None:
         environment["OMP_NUM_THREADS"] = number
     done = subprocess.run([*command, str(script)], env=environment, capture_output=True, text=True, timeout=120)
-    assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("threads ")] == expected, (
-        done.stderr
-    )
+    assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
+    assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("threads ")] == expected
