@@ -31,8 +31,31 @@ def pytest_unconfigure() -> None:
     processes.stop_server()
 
 
+_WAITING = (
+    "test_demo.py",
+    "test_stops.py",
+    "test_watchdog.py",
+    "test_preemption.py",
+    "test_elastic.py",
+    "test_heartbeat.py",
+    "test_hosts.py",
+    "test_run.py",
+)
+"""Files of tests that wait most of their time, the longest first."""
+
+
+def _place(item: pytest.Item) -> int:
+    """Return the place of a test's file among those that wait; tests that compute come after all of them."""
+    return _WAITING.index(item.path.name) if item.path.name in _WAITING else len(_WAITING)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where there is no GPU."""
+    """Put tests that wait first; skip tests marked `gpu` where there is no GPU.
+
+    pytest-xdist gives each worker a contiguous part of the tests: one waits while the others compute, and none waits at
+    the end. The order within a file stays.
+    """
+    items.sort(key=_place)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a GPU")

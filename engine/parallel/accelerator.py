@@ -17,6 +17,7 @@ from torch import distributed, nn
 
 from engine.config.settings import Settings
 from engine.parallel.consensus import run_on_all_ranks
+from engine.parallel.cpu_threads import share_of_cores
 from engine.parallel.rendezvous import local_rank, rank, store, world
 from pipeline.system.driver import explain_missing_cuda, has_gpu
 from pipeline.system.errors import InputError
@@ -91,7 +92,8 @@ def build_accelerator(settings: Settings, choice: DeviceChoice | None = None, *,
         static_graph=settings.micro_batches(world())
         == 1,  # with several backward passes, only the last one all-reduces
     )
-    with warnings.catch_warnings():
+    threads = contextlib.nullcontext() if choice.on_gpu else share_of_cores()
+    with threads, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return Accelerator(
             cpu=settings.cpu or not choice.on_gpu,

@@ -27,9 +27,9 @@ def encoder(tmp_path: Path) -> Path:
 
 
 def evaluate(command: str, encoder: Path, drawn: Path, *more: str) -> dict[str, Any]:
-    """Run a command on the drawn images at 32 pixels; return the result that it wrote."""
+    """Run a command on the drawn images at 16 pixels; return the result that it wrote."""
     out = encoder.parent / "out"
-    common = ["--train", str(drawn), "--size", "32", "--cpu", "--precision", "no", "--out", str(out), "--workers", "1"]
+    common = ["--train", str(drawn), "--size", "16", "--cpu", "--precision", "no", "--out", str(out), "--workers", "1"]
     before = {path: path.stat().st_mtime_ns for path in out.glob("[!.]*.json")}
     run([command, str(encoder), *common, *more])
     new = [path for path in out.glob("[!.]*.json") if before.get(path) != path.stat().st_mtime_ns]

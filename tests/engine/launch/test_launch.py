@@ -54,14 +54,15 @@ def slurm(tmp_path: Path) -> dict[str, str]:
         "scontrol": f"{log}\n[[ $1 == requeue ]] || printf 'node7\\nnode8\\n'",
         "torchrun": f"{log}\ntrap 'echo torchrun saves >>{tmp_path}/calls; exit 75' USR1\n"
         "[[ -z ${LASTS:-} ]] || { sleep $LASTS & wait $!; }",
-        "python": f'{log}\n[[ $2 != engine.launch.slurm_data ]] || exec {sys.executable} "$@"',
+        "python": f'{log}\n[[ $2 != engine.launch.slurm_data ]] || exec {sys.executable} $FORKED "$@"',
     }.items():
         (tools / name).write_text(f"#!/bin/bash\n{does}\n")
         (tools / name).chmod(0o755)
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "activate").touch()
     job = {"SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4"}
-    return {**os.environ, **job, "PATH": f"{tools}:{os.environ['PATH']}"}
+    forked = {"FORKED": "-m tests.forked"}  # empty: in an interpreter of its own
+    return {**os.environ, **job, **forked, "PATH": f"{tools}:{os.environ['PATH']}"}
 
 
 def calls(tmp_path: Path, tool: str) -> list[str]:
@@ -113,7 +114,7 @@ def test_slurm_job_stages_its_data_first(form: list[str], recipe: str, tmp_path:
 
 def test_slurm_job_stages_files_of_one_name_apart(tmp_path: Path, slurm: dict[str, str]) -> None:
     script = ["bash", str(LAUNCH / "slurm.sbatch"), "--data.train", "/s/train/x.beton", "--data.eval", "/s/val/x.beton"]
-    env = slurm | {"MILLRACE_STAGE": "/local", "PYTHONPATH": str(LAUNCH.parents[1])}
+    env = slurm | {"MILLRACE_STAGE": "/local", "FORKED": "", "PYTHONPATH": str(LAUNCH.parents[1])}
     subprocess.run(script, cwd=tmp_path, env=env, check=True)
     staged = "--data.train /local/s/train/x.beton --data.eval /local/s/val/x.beton"
     assert calls(tmp_path, "torchrun")[0].endswith(staged)
