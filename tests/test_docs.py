@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -13,11 +14,12 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
+from PIL import Image
 
 import pipeline.loader
 from engine.checkpoint.compatibility import FIXED, FREE
 from engine.config.cli import flat
-from engine.config.settings import Settings
+from engine.config.settings import Knn, Method, Model, Settings
 from methods import registry
 from methods.base import Embeddings
 from pipeline.prepare import prepare
@@ -239,6 +241,30 @@ def test_the_loader_snippet_yields_the_documented_views(tmp_path: Path, monkeypa
         assert view.is_contiguous(memory_format=torch.channels_last)
         assert view.mean().abs() < 3
         assert 0.3 < view.std() < 3
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_pretraining_snippet_trains_and_its_encoder_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a small encoder, for one epoch."""
+    monkeypatch.chdir(tmp_path)
+    prepare("synthetic:40", tmp_path / "train.beton", workers=1, quiet=True)
+    shutil.copy("train.beton", "val.beton")
+    shutil.copy("train.beton.json", "val.beton.json")
+    small: dict[str, Any] = {"method": Method(queue_size=32), "knn": Knn(k=5), "precision": "no", "cpu": True}
+    small |= {"model": Model(arch="resnet10", stem="small", width=0.125), "tracker": "none"}
+    monkeypatch.setattr("engine.config.settings.Settings", lambda **given: Settings(**{**small, **given}))
+    code = (
+        snippet("pretrain(settings")
+        .replace("epochs=100", "epochs=1")
+        .replace('eval="val.beton"', 'eval="val.beton", batch=16, size=16')
+    )
+    summary = run(code, "snippet", {"__name__": "snippet"})["summary"]
+    assert f"step 2: kNN top-1 {summary['knn_top1']:.1%}" in capsys.readouterr().out
+    Image.new("RGB", (50, 40)).save("photo.jpg")
+    names = run(snippet("load_encoder("), "snippet", {})
+    assert names["features"].shape == (1, names["encoder"].backbone.features)
 
 
 def test_the_losses_snippet_equals_the_formulas() -> None:

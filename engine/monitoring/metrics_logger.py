@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 
 from engine.monitoring.accumulator import Accumulator
+from engine.monitoring.callback import Callback
 from engine.monitoring.step_result import Result
 from engine.parallel.rendezvous import rank
 from pipeline.system.errors import InputError, describe_error
@@ -38,6 +39,7 @@ class MetricsLogger:
         """Pairs trained, seconds of training and seconds waited for data, since this process started."""
         self.skipped = 0
         """Steps skipped since the run's first step."""
+        self.callbacks: Sequence[Callback] = ()
         self._start_interval()
 
     def start(self, step: int, evaluated: int) -> None:
@@ -86,6 +88,10 @@ class MetricsLogger:
         if rank() == 0:
             self._writer.write(line)
             self._writer.show(self.last, seconds_per_step)
+        metrics = {key: value for key, value in line.items() if key != "step"}
+        for callback in self.callbacks:
+            hook = callback.on_evaluation if seconds_per_step is None else callback.on_step
+            hook(line["step"], metrics)
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from engine.config.settings import Settings
 from engine.fault_tolerance.diagnosis import translate_failures
 from engine.fault_tolerance.heartbeat import Heartbeat
 from engine.fault_tolerance.preemption import Stopped
+from engine.monitoring.callback import Callback
 from engine.parallel.accelerator import DeviceChoice, untuned_convolutions
 from engine.parallel.batchnorm_stats import RunningStatistics
 from engine.parallel.consensus import run_on_all_ranks
@@ -25,12 +27,14 @@ from pipeline.system.text import counted
 logger = get_logger(__name__)
 
 
-def train(settings: Settings, device: DeviceChoice | None = None) -> dict[str, Any]:
+def train(
+    settings: Settings, device: DeviceChoice | None = None, *, callbacks: Sequence[Callback] = ()
+) -> dict[str, Any]:
     """Train by `settings`; return the contents of `OUT/summary.json`.
 
-    device: that of `agree_on_launch`; by default the ranks agree here. Raises InputError, on all ranks, for settings or
-    data that cannot work, Stopped after a stop request, Diverged, and LostRank or another RunFailed; a stalled loader
-    or a lost rank prints the stack of every thread first.
+    device: that of `agree_on_launch`; by default the ranks agree here. callbacks: called with the metrics. Raises
+    InputError, on all ranks, for settings or data that cannot work, Stopped after a stop request, Diverged, and
+    LostRank or another RunFailed; a stalled loader or a lost rank prints the stack of every thread first.
     """
     if device is None:
         settings, device = agree_on_launch(settings)
@@ -38,6 +42,7 @@ def train(settings: Settings, device: DeviceChoice | None = None) -> dict[str, A
         heartbeat = stack.enter_context(contextlib.closing(Heartbeat(settings.collective_timeout)))
         with translate_failures(heartbeat):
             run = build(settings, device)
+            run.monitor.callbacks = callbacks
             stack.enter_context(run.requests.handle_signals())  # until another rank's failure is diagnosed, too
             stack.callback(run.close)
             return _train(run, heartbeat)

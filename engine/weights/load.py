@@ -22,6 +22,7 @@ from engine.weights.key_maps import to_ours
 from engine.weights.readers import read, unwrapped
 from methods.encoders import RESNETS, STEMS, Bottleneck, ResNet, Stem, base_channels
 from methods.vit import PATCH, VITS, VisionTransformer
+from pipeline.augment.center_crop import CenterCrop
 from pipeline.system.errors import InputError
 from pipeline.system.text import printable
 
@@ -134,6 +135,11 @@ class LoadedEncoder:
     heads: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     """State dicts of `projector` and `predictor`, as far as the file has them."""
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def preprocess(self) -> CenterCrop:
+        """From an image to the backbone's input [3, S, S]: the center crop that the run's kNN evaluated."""
+        return CenterCrop(self.architecture.size, float(self.settings.get("data", {}).get("eval_crop_ratio", 0.875)))
 
     def summary(self) -> str:
         """Return a line with the numbers of matched and unused keys."""

@@ -1,0 +1,16 @@
+"""What a user's own code can do while a run trains."""
+
+from collections.abc import Mapping
+
+
+class Callback:
+    """Receives the metrics of a run. Override what you need; every rank calls it, after the line is written.
+
+    metrics: the values of that line of metrics.jsonl, with `epoch`. An exception ends the run.
+    """
+
+    def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Receive the means since the last logged step, every `log_every` steps and at the end of an epoch."""
+
+    def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Receive the result of an evaluation, such as `knn_top1`."""
