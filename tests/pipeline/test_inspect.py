@@ -61,7 +61,7 @@ def test_the_description_without_a_manifest_counts_labels(bare: Path) -> None:
 
 
 def test_the_description_shows_a_few_of_many_classes(drawn: Path) -> None:
-    assert "10 classes of 20 to 20 images: stripes, checker, dots, rings, crosses, zigzag, ..." in describe(
+    assert "10 classes of 20 to 20 images: rows, columns, diagonals, checker, dots, rings, ..." in describe(
         Beton(drawn)
     )
 
