@@ -1,12 +1,14 @@
 """Write images to a beton file with its manifest.
 
-    python -m pipeline.prepare SOURCE OUT.beton [--max-side 500] [--quality 90] [--encode-all]
+    python -m pipeline.prepare SOURCE [SOURCE ...] OUT.beton [--max-side 500] [--quality 90] [--encode-all]
                                 [--mode jpg|raw|proportion] [--labels LIST [--classes-of train.beton]]
 
-SOURCE is a folder (with class folders, or flat and unlabeled), a tar or zip of one, ILSVRC2012's tar of tars, or
-synthetic:N. Classes are its folders, or those of a list of names, as for ImageNet's flat tar of validation images. An
-upright JPEG that is small enough is stored byte for byte. The output does not depend on the number of workers. It is
-written to a temporary file and renamed: OUT is complete or absent.
+SOURCE is a folder (with class folders, or flat and unlabeled), a tar or zip of one, ILSVRC2012's tar of tars, parquet
+files of Hugging Face, a data set saved by `datasets.save_to_disk`, WebDataset shards, or synthetic:N. Several are
+joined by the names of their classes. Classes are folders, class labels of tables and shards, or those of a list of
+names, as for ImageNet's flat tar of validation images. An upright JPEG that is small enough is stored byte for byte.
+The output does not depend on the number of workers. It is written to a temporary file and renamed: OUT is complete or
+absent.
 """
 
 import contextlib
@@ -28,7 +30,8 @@ from typing import Any
 
 from pipeline.beton import Beton, Manifest, manifest_path
 from pipeline.sampling.order import evenly
-from pipeline.sources.archives import Item, Source, open_source
+from pipeline.sources.archives import Item, Source
+from pipeline.sources.images import list_images
 from pipeline.sources.labels import relabel
 from pipeline.storage.encode import Record, Settings, Unreadable, encode
 from pipeline.storage.writer import BetonWriter
@@ -96,7 +99,7 @@ def _records(items: list[Item], settings: Settings, workers: int) -> Generator[R
 
 
 def prepare(
-    source: str,
+    source: str | Sequence[str],
     out: Path | str,
     settings: Settings | None = None,
     *,
@@ -107,12 +110,14 @@ def prepare(
     classes: Sequence[str] = (),
     skip_bad: int = 0,
     quiet: bool = False,
+    image_column: str = "",
+    label_column: str = "",
 ) -> Manifest:
-    """Write the images of `source` to the beton `out` and its manifest; return the manifest.
+    """Write the images of a source, or of several, to the beton `out` and its manifest; return the manifest.
 
     workers: processes, 0 for one on each core. limit: images at most, spread evenly over the source, 0 for all.
-    subset: as for `open_source`. labels, classes: a list of the images' classes, and the classes by label, as for
-    `relabel`. skip_bad: unreadable images to skip at most.
+    subset, image_column, label_column: as for `list_images`. labels, classes: a list of the images' classes, and the
+    classes by label, as for `relabel`. skip_bad: unreadable images to skip at most.
 
     Raises InputError, leaving `out` unchanged, where the source or an image cannot be read or `out` be written.
     """
@@ -121,14 +126,20 @@ def prepare(
         raise InputError(f"{out}: its folder does not exist: make it with mkdir -p {out.parent}")
     if out.is_dir():
         raise InputError(f"{out}: is a folder: give the name of the file to write, such as {out / 'train.beton'}")
-    images = open_source(source, subset)
+    sources = [source] if isinstance(source, str) else list(source)
+    images = list_images(sources, subset, image_column=image_column, label_column=label_column)
     if labels is not None:
         images = relabel(images, labels, classes)
+    unlabeled = sum(item.label < 0 for item in images.items)
+    if images.classes and unlabeled:
+        logger.warning("%d images are in no class folder and have no label", unlabeled)
     if limit:  # the items are sorted by class: each class retains its share
         images = Source([images.items[i] for i in evenly(len(images.items), limit)], images.classes)
     try:
         with atomic_path(manifest_path(out)) as manifest_file, atomic_path(out) as beton_file:
-            manifest = _write(source, images, beton_file, settings, workers or available_cores(), skip_bad, quiet)
+            manifest = _write(
+                " ".join(sources), images, beton_file, settings, workers or available_cores(), skip_bad, quiet
+            )
             manifest.write(manifest_file)
             manifest_path(out).unlink(missing_ok=True)  # an old manifest never accompanies a new beton
     except OSError as error:
@@ -195,7 +206,13 @@ def parser() -> ArgumentParser:
         prog="python -m pipeline.prepare", description="Write images to a beton file with its manifest."
     )
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="folder, .tar (ILSVRC2012's tar of tars too), .zip, or synthetic:N")
+    add(
+        "sources",
+        metavar="SOURCE",
+        nargs="+",
+        help="folder, .tar (ILSVRC2012's tar of tars too), .zip, .parquet, WebDataset shards, a folder of datasets."
+        "save_to_disk, a pattern of such files in quotes, or synthetic:N",
+    )
     add("out", metavar="OUT.beton", type=Path, help="file to write")
     add("--max-side", type=int, default=500, help="longest side, pixels; 0: no limit (default %(default)s)")
     add("--quality", type=int, default=90, help="JPEG quality of encoded images (default %(default)s)")
@@ -210,6 +227,8 @@ def parser() -> ArgumentParser:
     add("--workers", type=int, default=0, help="processes (default: one for each core)")
     add("--limit", type=int, default=0, help="images to take at most, spread evenly over the source (default: all)")
     add("--subset", help="take only the images in this folder of SOURCE, such as train")
+    add("--image-column", default="", metavar="NAME", help="column of the images in tables (default: the only one)")
+    add("--label-column", default="", metavar="NAME", help="column of the labels in tables, or key in shards' JSON")
     add("--labels", type=Path, metavar="LIST", help="file of NAME CLASS lines, instead of class folders")
     add("--classes-of", type=Path, metavar="BETON", help="number the classes of --labels as in this beton")
     add("--ignore-exif", action="store_true", help="do not turn images upright, like torchvision's loader")
@@ -232,7 +251,7 @@ def main() -> None:
             f"--classes-of {args.classes_of}: it has no class names: give one that was prepared from class folders"
         )
     manifest = prepare(
-        args.source,
+        args.sources,
         args.out,
         settings,
         workers=args.workers,
@@ -241,12 +260,11 @@ def main() -> None:
         labels=args.labels,
         classes=classes,
         skip_bad=args.skip_bad,
+        image_column=args.image_column,
+        label_column=args.label_column,
     )
     for name, reason in manifest.skipped:
         logger.info("skipped: %s: %s", name, reason)
-    unlabeled = sum("/" not in name for name in manifest.names) if manifest.classes and not args.labels else 0
-    if unlabeled:
-        logger.warning("%d images are in no class folder and have no label", unlabeled)
     kind = f"{len(manifest.classes)} classes" if manifest.classes else "unlabeled"
     print(f"{args.out}: {manifest.count} images, {kind}, {manifest.file_size / 2**20:.1f} MiB")
 

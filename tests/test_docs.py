@@ -58,7 +58,7 @@ def complaints(lines: list[Line]) -> list[str]:
         ("python -m pipeline.prepare A b.beton --quality high", "invalid check value"),
         ("python -m pipeline.prepare A", "required: OUT.beton"),
         ("python -m pipeline.prepare A ...", ""),
-        ("python -m pipeline.prepare A b.beton c.beton", "c.beton"),
+        ("python -m engine.export RUN c.beton", "c.beton"),
         ("python -m pipeline.prepares A b.beton", "no module"),
         ("python -m engine.evaluate knn RUN --train A", ""),
         ("python -m engine.evaluate knn RUN", "required: --train"),

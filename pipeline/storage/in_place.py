@@ -10,10 +10,8 @@ import contextlib
 import glob
 import hashlib
 import os
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -21,6 +19,7 @@ import numpy as np
 from pipeline.beton import MAX_PIXELS_PER_BYTE, Beton
 from pipeline.beton_format import JPEG
 from pipeline.sources.archives import Item, Source, open_source, tar_files
+from pipeline.sources.patterns import is_pattern, matching_paths
 from pipeline.storage.decode import jpeg_frame
 from pipeline.system.cores import available_cores
 from pipeline.system.errors import BadRecords, InputError
@@ -31,8 +30,6 @@ from pipeline.system.progress import progress
 _HEADER_BYTES = 1 << 16  # the start of a file, which nearly always contains its frame header
 _CACHE_FORMAT = 1
 _CHUNK_IMAGES = 1000
-_BRACES = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}")
-_MAX_TARS, _MAX_BRACES = 100_000, 8
 
 
 class Direct(Beton):
@@ -157,38 +154,13 @@ def _listed(source: str) -> Source:
 
 def _paths(source: str) -> list[str]:
     """Return the folder, the tar, or all tars of a pattern. Raises InputError for other sources, and for none."""
-    matching = (
-        path for name in _expanded(source) for path in (sorted(glob.glob(name)) if _is_pattern(name) else [name])
-    )
-    paths = list(islice(matching, _MAX_TARS + 1))
-    if len(paths) > _MAX_TARS:
-        raise InputError(f"{source[:200]}: names more than {_MAX_TARS} files: give fewer at once")
-    if not paths:
-        raise InputError(f"{source}: no such files: give a folder, a .tar, or a pattern of tars")
+    paths = matching_paths(source)
     if source.endswith(".zip") or source.startswith("synthetic:"):
         raise InputError(f"{source}: not read directly: write a beton with python -m pipeline.prepare")
     tars = glob.glob(os.path.join(glob.escape(source), "*.tar")) if os.path.isdir(source) else []
     if tars and next(Path(source).rglob("*.jp*g"), None) is None:
         raise InputError(f"{source}: has no image but {len(tars)} tars: name these, {source.rstrip('/')}/*.tar")
     return paths
-
-
-def _is_pattern(source: str) -> bool:
-    return bool(glob.has_magic(source) or _BRACES.search(source)) and not os.path.exists(source)
-
-
-def _expanded(source: str) -> Iterator[str]:
-    """Yield the names for braces such as {000..127} or {a,b}, in WebDataset's notation."""
-    braces = _BRACES.search(source)
-    if braces is None or os.path.exists(source):
-        yield source
-        return
-    if source.count("{") > _MAX_BRACES:
-        raise InputError(f"{source[:200]}: has more than {_MAX_BRACES} braces: give fewer")
-    first, last, listed = braces.groups()
-    parts = listed.split(",") if listed else (f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1))
-    for part in parts:
-        yield from _expanded(source[: braces.start()] + part + source[braces.end() :])
 
 
 def _class_files(paths: Iterable[str], items: list[Item]) -> list[int] | None:
@@ -212,6 +184,6 @@ def open_data(path: Path | str, *, tolerate: bool = False) -> Beton:
     """Return the beton at `path`, or the folder or tars there, read in place. Raises as `Beton` and `Direct`."""
     name = str(path)
     in_place = os.path.isdir(path) or name.endswith((".tar", ".zip")) or name.startswith("synthetic:")
-    if not name.endswith(".beton") and (in_place or _is_pattern(name)):
+    if not name.endswith(".beton") and (in_place or is_pattern(name)):
         return Direct(path, tolerate=tolerate)
     return Beton(path, tolerate=tolerate)

@@ -1,0 +1,65 @@
+"""Images of any source, or of several together."""
+
+import os
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+from pipeline.sources.archives import Source, open_source, tar_files
+from pipeline.sources.patterns import is_pattern, matching_paths
+from pipeline.sources.shards import list_shards
+from pipeline.sources.tables import is_saved_dataset, list_tables, saved_tables
+from pipeline.system.errors import InputError
+
+_PEEKED = 1000  # files of a tar, to see whether it is a shard
+
+
+def list_images(
+    sources: Sequence[str], subset: str | None = None, *, image_column: str = "", label_column: str = ""
+) -> Source:
+    """Return the images of sources, one after another, with their classes joined by name.
+
+    A source: any of `open_source`; a parquet file; a folder of `datasets.save_to_disk`; a WebDataset shard; or a
+    pattern of parquet files, shards, tars, zips or folders. subset: as for `open_source`. image_column, label_column:
+    of tables; the latter also a key of a shard's JSON. Raises InputError.
+    """
+    parts = [_list(source, subset, image_column, label_column) for source in sources]
+    if len(parts) == 1:
+        return parts[0]
+    labeled = [bool(part.classes) for part in parts]
+    if any(labeled) and not all(labeled):
+        with_classes, without = sources[labeled.index(True)], sources[labeled.index(False)]
+        raise InputError(f"{without}: has no classes, unlike {with_classes}: write two betons, or give it classes")
+    classes = sorted({name for part in parts for name in part.classes})
+    if all(part.classes == parts[0].classes for part in parts):
+        classes = parts[0].classes  # in their own order
+    number = {name: label for label, name in enumerate(classes)}
+    labels = [number[part.classes[i.label]] if i.label >= 0 else -1 for part in parts for i in part.items]
+    return Source([item for part in parts for item in part.items], []).relabeled(labels, classes)
+
+
+def _list(source: str, subset: str | None, image_column: str, label_column: str) -> Source:
+    paths = matching_paths(source) if is_pattern(source) else [source]
+    if all(path.endswith(".parquet") for path in paths):
+        return list_tables(source, [_existing(path) for path in paths], image_column, label_column)
+    if len(paths) == 1 and is_saved_dataset(Path(source)):
+        return list_tables(source, saved_tables(Path(source)), image_column, label_column)
+    if all(path.endswith(".tar") and os.path.isfile(path) and _is_shard(path) for path in paths):
+        return list_shards(source, paths, label_column)
+    if image_column or label_column:
+        option = "--image-column" if image_column else "--label-column"
+        raise InputError(f"{option}: {source} has no columns: leave it out")
+    if len(paths) > 1:
+        return list_images(paths, subset)
+    return open_source(paths[0], subset)
+
+
+def _existing(path: str) -> str:
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file: correct the name")
+    return path
+
+
+def _is_shard(path: str) -> bool:
+    """Return whether labels stand beside the images of a tar, in files of their own."""
+    return any(item.name.endswith((".cls", ".json")) for item in islice(tar_files(path), _PEEKED))
