@@ -147,7 +147,7 @@ def foreign() -> frozenset[str]:
 
 @pytest.mark.parametrize("file", _files("engine"), ids=lambda f: f.name)
 def test_no_file_of_engine_hides_another_module(file: Path, foreign: frozenset[str]) -> None:
-    """The script engine/run.py has its own folder first on the search path, which holds files and packages of engine."""
+    """The script engine/run.py has its own folder, of these files and packages, first on the search path."""
     assert file.relative_to(ROOT / "engine").with_suffix("").parts[0] not in foreign
 
 
