@@ -38,7 +38,7 @@ from methods.registry import build_backbone
 from pipeline.beton import Beton
 from pipeline.inspect import preview
 from pipeline.prepare import prepare
-from pipeline.sources.archives import open_source
+from pipeline.sources.images import list_images
 from pipeline.system.cli import ArgumentParser
 from pipeline.system.errors import InputError, command
 from pipeline.system.files import write_json
@@ -79,7 +79,7 @@ def _sources(data: str | None, limit: int) -> list[tuple[str, str | None]]:
         Beton(data)
         return []
     subsets = _subsets(data)
-    open_source(data, subsets[0])
+    list_images([data], subsets[0])
     return [(data, subset) for subset in subsets]
 
 
@@ -102,7 +102,7 @@ def _subsets(data: str) -> list[str | None]:
     for test in ("test", "val", "validation"):
         try:
             for subset in ("train", test):
-                open_source(data, subset)
+                list_images([data], subset)
         except InputError:
             continue
         return ["train", test]
@@ -320,7 +320,9 @@ def _table(rows: dict[str, float], summary: dict[str, Any], evaluated: int) -> T
 
 def parser() -> ArgumentParser:
     made = ArgumentParser(prog="./millrace demo", description="Prepare, preview, pretrain, evaluate.")
-    made.add_argument("data", metavar="DATA", nargs="?", help="folder, .tar, .zip or .beton (default: drawn images)")
+    made.add_argument(
+        "data", metavar="DATA", nargs="?", help="source of pipeline.prepare, or beton (default: drawn images)"
+    )
     made.add_argument("--out", type=Path, help="folder for everything (default: runs/demo-DATE-TIME)")
     made.add_argument("--minutes", type=float, default=4.5, help="for all of it (default %(default)s)")
     made.add_argument("--seed", type=int, default=0, help="of weights, order and views (default %(default)s)")
