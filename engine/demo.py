@@ -321,7 +321,7 @@ def _table(rows: dict[str, float], summary: dict[str, Any], evaluated: int) -> T
 def parser() -> ArgumentParser:
     made = ArgumentParser(prog="./millrace demo", description="Prepare, preview, pretrain, evaluate.")
     made.add_argument(
-        "data", metavar="DATA", nargs="?", help="source of pipeline.prepare, or beton (default: drawn images)"
+        "data", metavar="DATA", nargs="?", help="source of prepare, or a beton (default: drawn images)"
     )
     made.add_argument("--out", type=Path, help="folder for everything (default: runs/demo-DATE-TIME)")
     made.add_argument("--minutes", type=float, default=4.5, help="for all of it (default %(default)s)")
