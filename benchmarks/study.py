@@ -33,11 +33,13 @@ from engine.report.plotting import LIGHT, draw_lines, sheet, style_of
 from engine.report.run_folder import RunFiles, curve, number, read_runs
 from pipeline.system.cores import available_cores
 from pipeline.system.errors import InputError, command
+from pipeline.system.files import write_json
 from pipeline.system.limits import read_yaml
 
 logger = logging.getLogger(__name__)
 _HERE = Path(__file__).parent
 _ROOT = _HERE.parent
+_CPU_SECONDS = "cpu_seconds.json"
 _RECIPES = _ROOT / "engine" / "recipes"
 COLUMNS = ("knn", "linear", "gap_midway", "gap", "seconds", "rate", "reached")
 """Figures of a run: kNN and linear top-1, student-teacher gap half-way and at the end, seconds of training, pairs a
@@ -177,14 +179,33 @@ def _run_job(job: Job, environment: dict[str, str]) -> str:
             continue
         if task == "evaluation" and not summary.exists():
             return "training was stopped before its end"
-        begin = time.monotonic()
-        with log.open("a") as file:
-            status = subprocess.run(call, stdout=file, stderr=file, env=environment, cwd=_ROOT, check=False).returncode
+        begin, fresh = time.monotonic(), task == "training" and not job.folder.exists()
+        before = None if task == "evaluation" else 0.0 if fresh else _cpu_seconds(job.folder)
+        if before is not None:
+            (job.folder / _CPU_SECONDS).unlink(missing_ok=True)  # unknown if this process is killed meanwhile
+        status, cpu_seconds = _call(call, log, environment)
+        if before is not None and job.folder.exists():
+            write_json(job.folder / _CPU_SECONDS, before + cpu_seconds)
         outcome = "done" if not status else f"failed (status {status}, see {log})"
         logger.info(f"{job.label}: {task} {outcome}, {time.monotonic() - begin:.0f} s")
         if status:
             return f"{task} failed: {_last_line(log)}"
     return ""
+
+
+def _call(call: Sequence[str], log: Path, environment: dict[str, str]) -> tuple[int, float]:
+    """Run a command, its output appended to `log`; return its status, and its CPU seconds with its children's."""
+    with log.open("a") as file:
+        process = subprocess.Popen(call, stdout=file, stderr=file, env=environment, cwd=_ROOT)
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, usage.ru_utime + usage.ru_stime
+
+
+def _cpu_seconds(folder: Path) -> float | None:
+    """Return the CPU seconds of a run's training, None where a process ended uncounted."""
+    file = folder / _CPU_SECONDS
+    return number(json.loads(file.read_text())) if file.is_file() else None
 
 
 def _last_line(log: Path) -> str:
