@@ -354,7 +354,8 @@ def _difference_cell(row: dict[str, Any]) -> str:
     if not (values := row.get("differences", {}).get("knn")):
         return ""
     d = Difference(**values)
-    return f"{100 * d.mean:+.2f}" + ("" if d.low is None else f" ({100 * d.low:+.2f} to {100 * d.high:+.2f})")
+    interval = "" if d.low is None or d.high is None else f" ({100 * d.low:+.2f} to {100 * d.high:+.2f})"
+    return f"{100 * d.mean:+.2f}{interval}"
 
 
 def conclusions(rows: Sequence[dict[str, Any]]) -> list[str]:
