@@ -353,9 +353,7 @@ def _difference_cell(row: dict[str, Any]) -> str:
     """Return the difference of kNN top-1 from the base, in points, with its interval."""
     if not (values := row.get("differences", {}).get("knn")):
         return ""
-    d = Difference(**values)
-    interval = "" if d.low is None or d.high is None else f" ({100 * d.low:+.2f} to {100 * d.high:+.2f})"
-    return f"{100 * d.mean:+.2f}{interval}"
+    return Difference(**values).in_points()
 
 
 def conclusions(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -26,6 +26,13 @@ class Difference:
         """Whether the interval leaves out 0."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
+    def in_points(self) -> str:
+        """Return a difference of shares in percentage points, with its interval."""
+        interval = (
+            "" if self.low is None or self.high is None else f" ({100 * self.low:+.2f} to {100 * self.high:+.2f})"
+        )
+        return f"{100 * self.mean:+.2f}{interval}"
+
 
 def paired_difference(values: Sequence[float], base: Sequence[float]) -> Difference | None:
     """Return the mean of values - base, both [n] in the order of their seeds; None for n = 0."""
