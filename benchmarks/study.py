@@ -439,8 +439,7 @@ def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
             half = 0.0 if d.high is None else 100 * (d.high - d.mean)
             axes.errorbar(index, 100 * d.mean, half, fmt=style.marker, color=style.color, markersize=7, capsize=4)
         axes.set(ylabel="points", xticks=range(len(compared)), xlim=(-0.5, len(compared) - 0.5))
-        labels = [f"{row['name']}\nagainst {row['base']}" for row in compared]
-        axes.set_xticklabels(labels, rotation=60, ha="right")
+        axes.set_xticklabels([row["name"] for row in compared], rotation=60, ha="right")
 
     out.parent.mkdir(parents=True, exist_ok=True)
     parts = [("while training", over_epochs), ("each seed: kNN (marks), linear (dashes)", ends)]
