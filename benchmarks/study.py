@@ -323,7 +323,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 _TITLES = {
     "knn": "kNN top-1, %",
     "linear": "linear top-1, %",
-    "gain": "gain in the last fifth",
+    "gain": "gain",
     "gap_midway": "gap midway",
     "gap": "gap",
     "alignment": "alignment",
@@ -397,12 +397,14 @@ def report(result: dict[str, Any]) -> Report:
     notes = [f"mean ± standard deviation over seeds; {result['at_once']} runs at a time on {result['device']}"]
     if compared := any(row.get("differences") for row in rows):
         place = headings.index(titles["knn"]) + 1
-        headings.insert(place, "against its base, points")
+        headings.insert(place, "difference")
         for row, line in zip(rows, cells, strict=True):
             line.insert(place, _difference_cell(row))
-        notes.append("differences are paired by seed; each has its own 95 % interval, by Student's t")
+        notes.append(
+            "difference: kNN top-1 minus the base's, points, paired by seed, with a 95 % interval by Student's t"
+        )
     if any(row["alignment"]["mean"] is not None for row in rows):
-        notes.append("gain: of kNN top-1, points; alignment, uniformity: means over the last fifth of epochs")
+        notes.append("over the last fifth of epochs: gain of kNN top-1, points; means of alignment and uniformity")
     notes += [*(conclusions(rows) if compared else []), *_unsettled(rows)]
     notes += [f"{name}: {problem}" for name, problem in result["problems"].items()]
     if result["left_out"]:

@@ -131,7 +131,7 @@ def test_conclusions_are_those_that_the_intervals_carry(tmp_path: Path) -> None:
     rows = compared_rows(tmp_path)
     result = {"study": "s", "reach": "", "at_once": 1, "device": "2 cores", "problems": {}, "left_out": []}
     table = report(result | {"rows": rows})
-    assert table.headings[:4] == ["", "seeds", "kNN top-1, %", "against its base, points"]
+    assert table.headings[:4] == ["", "seeds", "kNN top-1, %", "difference"]
     assert [row[3] for row in table.rows] == ["", "-2.67 (-4.10 to -1.23)", "+0.33 (-3.46 to +4.13)", "+10.00"]
     assert "lower lowers kNN top-1 by 1.23 to 4.10 points against base" in table.notes
     interval = "(-3.46 to +4.13 points)"
