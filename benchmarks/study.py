@@ -1,10 +1,11 @@
-"""Methods, terms and seeds on one data set and one budget: scores, student-teacher gap and time of each.
+"""Methods, terms and seeds on one data set and one budget: scores, differences, embeddings and time of each.
 
     python -m benchmarks.study STUDY --train TRAIN --test TEST --out DIR [--at-once N] [--only NAME ...] [--seeds 0,1]
         [--launch "accelerate launch ..."] [--json F] [--markdown F] [--png F] [any setting of all runs]
 
 STUDY is a file of `benchmarks/studies/`, given by name, or a file like them: recipes, shared settings, seeds, and the
-options of linear evaluation, if any. Each run has a folder in DIR; the same command again resumes unfinished ones.
+options of linear evaluation, if any. Runs that name their `base` are compared with it, seed by seed. Each run has a
+folder in DIR; the same command again resumes unfinished ones.
 Peers that are installed train on the same files with their authors' settings.
 """
 
@@ -17,9 +18,9 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +28,29 @@ import numpy as np
 
 from benchmarks.common import machine
 from benchmarks.common.command_line import ArgumentParser, benchmark_parser, numbers, yaml_file
+from benchmarks.common.intervals import Difference, paired_difference
 from benchmarks.common.table import Report, publish
 from engine.report.compare import rates
 from engine.report.plotting import LIGHT, draw_lines, sheet, style_of
 from engine.report.run_folder import RunFiles, curve, number, read_runs
 from pipeline.system.cores import available_cores
 from pipeline.system.errors import InputError, command
+from pipeline.system.files import write_json
 from pipeline.system.limits import read_yaml
 
 logger = logging.getLogger(__name__)
 _HERE = Path(__file__).parent
 _ROOT = _HERE.parent
+_CPU_SECONDS = "cpu_seconds.json"
 _RECIPES = _ROOT / "engine" / "recipes"
-COLUMNS = ("knn", "linear", "gap_midway", "gap", "seconds", "rate", "reached")
-"""Figures of a run: kNN and linear top-1, student-teacher gap half-way and at the end, seconds of training, pairs a
-second, and seconds of training to the final kNN top-1 of the study's `reach`."""
+_LEVEL = 0.01  # gain of kNN top-1 in the last fifth of epochs below which training has leveled off
+_LAST = 0.2  # share of the epochs over which kNN's gain and the embeddings' measures are taken
+COLUMNS = ("knn", "linear", "gain", "gap_midway", "gap", "alignment", "uniformity", "cpu", "seconds", "rate", "reached")
+"""Figures of a run: kNN and linear top-1; kNN's gain in the last fifth of epochs; student-teacher gap half-way and at
+the end; alignment and uniformity, means over the last fifth; CPU seconds of the training's processes, seconds of
+training, pairs a second, and seconds of training to the final kNN top-1 of the study's `reach`."""
+COMPARED = ("knn", "linear", "gap_midway", "alignment", "uniformity")
+"""Figures whose differences from the base are reported."""
 
 
 @dataclass
@@ -49,7 +58,8 @@ class Study:
     """Runs to train and compare."""
 
     runs: dict[str, dict[str, Any]]
-    """Each run's `recipe`, of `engine/recipes/`, and `settings` that override it, by name."""
+    """Each run's `recipe`, of `engine/recipes/`, `settings` that override it, and `base`, the run to compare it with,
+    by name."""
     seeds: list[int] = field(default_factory=lambda: [0])
     settings: dict[str, Any] = field(default_factory=dict)
     """Overrides of all recipes, by dotted name."""
@@ -86,17 +96,26 @@ def load_study(name: str) -> Study:
         study = Study(**content)
         wrong = [name for name, run in study.runs.items() if not _is_run(run)]
         names = {"", *study.runs, *study.peers}
+        bases = {name: run["base"] for name, run in study.runs.items() if not _has_base(name, run, study.runs)}
     except (TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: not a study ({error}): write runs, seeds, settings") from None
     if wrong:
-        raise InputError(f"{path}: run {wrong[0]!r}: give a recipe of engine/recipes, and settings")
+        raise InputError(f"{path}: run {wrong[0]!r}: give a recipe of engine/recipes, settings, and a base")
+    if bases:
+        name, base = next(iter(bases.items()))
+        raise InputError(f"{path}: run {name!r}, base {base!r}: name another run of the study")
     if study.reach not in names or not study.runs:
         raise InputError(f"{path}: not a study (no runs, or reach is none of them): write runs, seeds, settings")
     return study
 
 
 def _is_run(run: dict[str, Any]) -> bool:
-    return not set(run) - {"recipe", "settings"} and (_RECIPES / f"{run['recipe']}.yaml").is_file()
+    return not set(run) - {"recipe", "settings", "base"} and (_RECIPES / f"{run['recipe']}.yaml").is_file()
+
+
+def _has_base(name: str, run: dict[str, Any], runs: Mapping[str, Any]) -> bool:
+    """Return whether a run has no base, or another run."""
+    return "base" not in run or (run["base"] in runs and run["base"] != name)
 
 
 def jobs_of(study: Study, args: argparse.Namespace, rest: Sequence[str]) -> list[Job]:
@@ -177,14 +196,33 @@ def _run_job(job: Job, environment: dict[str, str]) -> str:
             continue
         if task == "evaluation" and not summary.exists():
             return "training was stopped before its end"
-        begin = time.monotonic()
-        with log.open("a") as file:
-            status = subprocess.run(call, stdout=file, stderr=file, env=environment, cwd=_ROOT, check=False).returncode
+        begin, fresh = time.monotonic(), task == "training" and not job.folder.exists()
+        before = None if task == "evaluation" else 0.0 if fresh else _cpu_seconds(job.folder)
+        if before is not None:
+            (job.folder / _CPU_SECONDS).unlink(missing_ok=True)  # unknown if this process is killed meanwhile
+        status, cpu_seconds = _call(call, log, environment)
+        if before is not None and job.folder.exists():
+            write_json(job.folder / _CPU_SECONDS, before + cpu_seconds)
         outcome = "done" if not status else f"failed (status {status}, see {log})"
         logger.info(f"{job.label}: {task} {outcome}, {time.monotonic() - begin:.0f} s")
         if status:
             return f"{task} failed: {_last_line(log)}"
     return ""
+
+
+def _call(call: Sequence[str], log: Path, environment: dict[str, str]) -> tuple[int, float]:
+    """Run a command, its output appended to `log`; return its status, and its CPU seconds with its children's."""
+    with log.open("a") as file:
+        process = subprocess.Popen(call, stdout=file, stderr=file, env=environment, cwd=_ROOT)
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, usage.ru_utime + usage.ru_stime
+
+
+def _cpu_seconds(folder: Path) -> float | None:
+    """Return the CPU seconds of a run's training, None where a process ended uncounted."""
+    file = folder / _CPU_SECONDS
+    return number(json.loads(file.read_text())) if file.is_file() else None
 
 
 def _last_line(log: Path) -> str:
@@ -210,18 +248,37 @@ def figures(run: RunFiles) -> dict[str, float | None]:
     return {
         "knn": run.last("knn_top1"),
         "linear": number(linear[-1]) if linear else None,
+        "gain": _gain(run),
         "gap_midway": float(first_half[-1]) if len(first_half) else None,
         "gap": float(gap.values[-1]) if len(gap.values) else None,
+        "alignment": _late_mean(run, "alignment"),
+        "uniformity": _late_mean(run, "uniformity"),
+        "cpu": _cpu_seconds(run.path),
         "seconds": None if speed.hours is None else 3600 * speed.hours,
         "rate": speed.pairs_per_second,
         "reached": None,
     }
 
 
-def gather(jobs: Sequence[Job], reach: str = "") -> list[dict[str, Any]]:
+def _gain(run: RunFiles) -> float | None:
+    """Return what kNN top-1 gained since the last evaluation before the last fifth of epochs."""
+    epochs, values = curve(run.lines, "knn_top1")
+    before = values[epochs <= (1 - _LAST) * run.epochs + 1e-6]
+    return float(values[-1] - before[-1]) if len(before) else None
+
+
+def _late_mean(run: RunFiles, key: str) -> float | None:
+    """Return a metric's mean over the last fifth of epochs."""
+    epochs, values = curve(run.lines, key)
+    late = values[epochs > (1 - _LAST) * run.epochs + 1e-6]
+    return float(late.mean()) if len(late) else None
+
+
+def gather(jobs: Sequence[Job], reach: str = "", bases: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
     """Return a row for each name: figures of its finished seeds, and their means and deviations (n - 1).
 
-    reach: as in `Study`.
+    reach: as in `Study`. bases: names of runs to those of their bases; their rows also have `differences` from the
+    base, by figure, over the seeds of both.
     """
     rows: dict[str, dict[str, Any]] = {}
     runs: dict[str, list[RunFiles]] = {}
@@ -242,7 +299,20 @@ def gather(jobs: Sequence[Job], reach: str = "") -> list[dict[str, Any]]:
             values = [seed[column] for seed in row["every"] if seed[column] is not None]
             deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
             row[column] = {"mean": _mean(values), "deviation": deviation}
+    for name, base in (bases or {}).items():
+        if name in rows and base in rows:
+            differences = {column: _difference(rows[name], rows[base], column) for column in COMPARED}
+            rows[name] |= {"base": base, "differences": {key: asdict(d) for key, d in differences.items() if d}}
     return list(rows.values())
+
+
+def _difference(row: dict[str, Any], base: dict[str, Any], column: str) -> Difference | None:
+    """Return the difference of a figure between two rows, over the seeds that have it in both."""
+    values, others = (
+        {seed: every[column] for seed, every in zip(each["seeds"], each["every"], strict=True)} for each in (row, base)
+    )
+    seeds = [seed for seed, value in values.items() if value is not None and others.get(seed) is not None]
+    return paired_difference([values[seed] for seed in seeds], [others[seed] for seed in seeds])
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -250,8 +320,21 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean(present)) if present else None
 
 
-_FACTORS = {"knn": 100.0, "linear": 100.0}
-_DIGITS = {"knn": 1, "linear": 1, "gap_midway": 4, "gap": 4, "seconds": 0, "rate": 0, "reached": 1}
+_TITLES = {
+    "knn": "kNN top-1, %",
+    "linear": "linear top-1, %",
+    "gain": "gain",
+    "gap_midway": "gap midway",
+    "gap": "gap",
+    "alignment": "alignment",
+    "uniformity": "uniformity",
+    "cpu": "CPU, s",
+    "seconds": "training, s",
+    "rate": "pairs/s",
+}
+_FACTORS = {"knn": 100.0, "linear": 100.0, "gain": 100.0}
+_DIGITS = {"knn": 1, "linear": 1, "gain": 1, "gap_midway": 4, "gap": 4, "alignment": 3, "uniformity": 2, "reached": 1}
+_SPOKEN = {"knn": "kNN top-1", "linear": "linear top-1", "gap_midway": "the gap midway"}
 
 
 def _cell(row: dict[str, Any], column: str) -> str:
@@ -259,29 +342,80 @@ def _cell(row: dict[str, Any], column: str) -> str:
     mean, deviation = row[column]["mean"], row[column]["deviation"]
     if mean is None:
         return "–"
-    digits, factor = _DIGITS[column], _FACTORS.get(column, 1.0)
+    digits, factor = _DIGITS.get(column, 0), _FACTORS.get(column, 1.0)
     text = f"{factor * mean:.{digits}f}"
     text += "" if deviation is None else f" ± {factor * deviation:.{digits}f}"
     count, seeds = sum(seed[column] is not None for seed in row["every"]), len(row["seeds"])
     return f"{text} ({count} of {seeds} seeds)" if column == "reached" and count < seeds else text
 
 
+def _difference_cell(row: dict[str, Any]) -> str:
+    """Return the difference of kNN top-1 from the base, in points, with its interval."""
+    if not (values := row.get("differences", {}).get("knn")):
+        return ""
+    return Difference(**values).in_points()
+
+
+def conclusions(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a sentence on each difference from a base that its interval carries, and on kNN's in any case."""
+    sentences = []
+    for row in rows:
+        for column, values in row.get("differences", {}).items():
+            d = Difference(**values)
+            if d.shown or column == "knn":
+                sentences.append(_conclusion(row["name"], row["base"], column, d))
+    return sentences
+
+
+def _conclusion(name: str, base: str, column: str, d: Difference) -> str:
+    """Return a sentence on a difference, as far as its interval carries it."""
+    measure = _SPOKEN.get(column, column)
+    if d.low is None or d.high is None:
+        return f"{name} has one seed in common with {base}: no interval"
+    factor, unit = (100.0, " points") if column in _FACTORS else (1.0, "")
+    low, high = factor * d.low, factor * d.high
+    if not d.shown:
+        interval = f"({low:+.2f} to {high:+.2f}{unit})"
+        return f"{name}: no difference in {measure} from {base} that {d.pairs} seeds can show {interval}"
+    verb, (low, high) = ("raises", (low, high)) if low > 0 else ("lowers", (-high, -low))
+    return f"{name} {verb} {measure} by {low:.2f} to {high:.2f}{unit} against {base}"
+
+
+def _unsettled(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a sentence on the runs whose kNN top-1 still rose at the end, if any."""
+    rising = [row["name"] for row in rows if (row["gain"]["mean"] or 0.0) >= _LEVEL]
+    return [f"kNN top-1 rose by a point or more in the last fifth of epochs: {', '.join(rising)}"] * bool(rising)
+
+
 def report(result: dict[str, Any]) -> Report:
-    """Return the table of a result."""
-    headings = ["", "seeds", "kNN top-1, %", "linear top-1, %", "gap midway", "gap", "training, s", "pairs/s"]
-    headings += [f"s to {result['reach']}"] * bool(result["reach"])
-    shown = COLUMNS if result["reach"] else COLUMNS[:-1]
-    rows = [[row["name"], str(len(row["seeds"])), *(_cell(row, column) for column in shown)] for row in result["rows"]]
+    """Return the table of a result, without columns that no run has."""
+    rows = result["rows"]
+    titles = {**_TITLES, "reached": f"s to {result['reach']}"}
+    shown = [column for column in COLUMNS if any(row[column]["mean"] is not None for row in rows)]
+    headings = ["", "seeds", *(titles[column] for column in shown)]
+    cells = [[row["name"], str(len(row["seeds"])), *(_cell(row, column) for column in shown)] for row in rows]
     notes = [f"mean ± standard deviation over seeds; {result['at_once']} runs at a time on {result['device']}"]
+    if compared := any(row.get("differences") for row in rows):
+        place = headings.index(titles["knn"]) + 1
+        headings.insert(place, "difference")
+        for row, line in zip(rows, cells, strict=True):
+            line.insert(place, _difference_cell(row))
+        notes.append(
+            "difference: kNN top-1 minus the base's, points, paired by seed, with a 95 % interval by Student's t"
+        )
+    if any(row["alignment"]["mean"] is not None for row in rows):
+        notes.append("over the last fifth of epochs: gain of kNN top-1, points; means of alignment and uniformity")
+    notes += [*(conclusions(rows) if compared else []), *_unsettled(rows)]
     notes += [f"{name}: {problem}" for name, problem in result["problems"].items()]
     if result["left_out"]:
         notes.append(f"not installed, and left out: {', '.join(result['left_out'])}")
-    return Report(f"Study {result['study']}", headings, rows, notes)
+    return Report(f"Study {result['study']}", headings, cells, notes)
 
 
 def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
-    """Draw kNN top-1 over epochs, averaged over seeds, and the final scores of each seed, to a PNG."""
+    """Draw to a PNG kNN top-1 over epochs, the mean over seeds; each seed's final scores; and differences."""
     shown = [row for row in rows if row["curve"]]
+    compared = [row for row in shown if "knn" in row.get("differences", {})]
 
     def over_epochs(axes: Any) -> None:
         for index, row in enumerate(shown):
@@ -300,9 +434,19 @@ def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
         axes.set(ylabel="top-1, %", xticks=range(len(shown)))
         axes.set_xticklabels([row["name"] for row in shown], rotation=60, ha="right")
 
+    def from_base(axes: Any) -> None:
+        axes.axhline(0, color=LIGHT.ink, linewidth=0.8)
+        for index, row in enumerate(compared):
+            style, d = style_of(LIGHT, shown.index(row)), Difference(**row["differences"]["knn"])
+            half = 0.0 if d.high is None else 100 * (d.high - d.mean)
+            axes.errorbar(index, 100 * d.mean, half, fmt=style.marker, color=style.color, markersize=7, capsize=4)
+        axes.set(ylabel="points", xticks=range(len(compared)), xlim=(-0.5, len(compared) - 0.5))
+        axes.set_xticklabels([row["name"] for row in compared], rotation=60, ha="right")
+
     out.parent.mkdir(parents=True, exist_ok=True)
     parts = [("while training", over_epochs), ("each seed: kNN (marks), linear (dashes)", ends)]
-    out.write_bytes(sheet(parts, LIGHT, (5.4, 3.6), 2))
+    parts += [("kNN against the base, 95 % interval", from_base)] * bool(compared)
+    out.write_bytes(sheet(parts, LIGHT, (5.4, 3.6), len(parts)))
 
 
 def parser() -> ArgumentParser:
@@ -329,7 +473,7 @@ def main() -> int:
     args.train, args.test = (str(Path(path).resolve()) for path in (args.train, args.test))
     jobs = jobs_of(study, args, rest)
     problems = run_jobs(jobs, args)
-    rows = gather(jobs, study.reach)
+    rows = gather(jobs, study.reach, {name: run["base"] for name, run in study.runs.items() if "base" in run})
     publish(
         report,
         args,
@@ -338,6 +482,8 @@ def main() -> int:
         arguments=rest,
         at_once=args.at_once,
         device=about["gpu"] or f"{about['cores']} cores",
+        settings=study.settings,
+        runs=study.runs,
         reach=study.reach,
         rows=rows,
         problems=problems,

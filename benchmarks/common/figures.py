@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.intervals import Difference
 from pipeline.system.errors import InputError
 
 _NAME = re.compile(r"(\d{4}-\d\d-\d\d)-(.+?)(\.metrics\.jsonl|\.jsonl|\.json|\.md|\.png)")
@@ -268,15 +269,22 @@ official MoCo loader also changes colors. Ranks exchange over gloo."""
 
 
 def study_table(results: Results) -> str:
-    """Return kNN top-1 of the newest study of methods as Markdown, empty if there is none."""
+    """Return kNN top-1 of the newest study of methods as Markdown, empty if there is none.
+
+    Runs compared with a base have their difference from it.
+    """
     result = results.newest("study-cifar10-cpu")
     if result is None:
         return ""
+    compared = any("differences" in row for row in result["rows"])
     rows = []
     for row in result["rows"]:
         mean, deviation = row["knn"]["mean"], row["knn"]["deviation"]
         if mean is not None:
             spread = "" if deviation is None else f" ± {100 * deviation:.1f}"
-            rows.append(f"| {row['name']} | {100 * mean:.1f}{spread} |")
+            values = row.get("differences", {}).get("knn")
+            difference = f" {Difference(**values).in_points() if values else ''} |" * compared
+            rows.append(f"| {row['name']} | {100 * mean:.1f}{spread} |{difference}")
     title = f"CIFAR-10, a few minutes of each on {result['device']}, mean ± deviation over seeds"
-    return "\n".join([f"| {title} | kNN top-1, % |", "|---|--:|", *rows])
+    heading = " against its base, points (95 % interval) |" * compared
+    return "\n".join([f"| {title} | kNN top-1, % |{heading}", "|---|--:|" + "--:|" * compared, *rows])

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from matplotlib import pyplot as plt
+from scipy import stats
 
 from benchmarks import study
 from benchmarks.common import lightly_moco
@@ -36,6 +38,8 @@ def finished_job(folder: Path, seed: int, knn: list[float], linear: float | None
             "step": 5 * (e + 1),
             "epoch": e + 1,
             "student_teacher_gap": 0.1 / (e + 1),
+            "alignment": 1 / (e + 1),
+            "uniformity": -e,
             "pairs_per_second": 25.0,
             "knn_top1": v,
         }
@@ -75,7 +79,8 @@ def test_rows_have_mean_and_deviation_over_seeds(tmp_path: Path) -> None:
     }
     table = report(result)
     assert table.rows == [
-        ["a", "3", "38.3 ± 7.6", "51.0 ± 1.4", "0.0500 ± 0.0000", "0.0250 ± 0.0000", "8 ± 0", "25 ± 0"]
+        ["a", "3", "38.3 ± 7.6", "51.0 ± 1.4", "10.3 ± 7.6", "0.0500 ± 0.0000", "0.0250 ± 0.0000"]
+        + ["0.250 ± 0.000", "-3.00 ± 0.00", "8 ± 0", "25 ± 0"]
     ]
     assert "not installed, and left out: peer" in table.notes
 
@@ -93,6 +98,61 @@ def test_runs_are_timed_to_the_final_score_of_another(tmp_path: Path) -> None:
     assert table.headings[-1] == "s to peer"
     assert [row[-1] for row in table.rows] == ["5.0 ± 1.4", "4.0 (1 of 2 seeds)"]
     assert [row["reached"]["mean"] for row in gather(jobs)] == [None, None]
+
+
+ENDS = {"base": (0.40, 0.41, 0.45), "lower": (0.37, 0.39, 0.42), "same": (0.42, 0.40, 0.45), "one": (0.5,)}
+"""Final kNN top-1 of each run's seeds."""
+
+
+def compared_rows(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of finished runs of ten epochs, compared with the first."""
+    jobs = [
+        replace(finished_job(folder / f"{name}-{seed}", seed, [0.1] * 7 + [0.36, 0.38, end], None), name=name)
+        for name, ends in ENDS.items()
+        for seed, end in enumerate(ends)
+    ]
+    return gather(jobs, bases={name: "base" for name in ENDS if name != "base"} | {"gone": "base", "base": "gone"})
+
+
+def test_differences_from_the_base_are_paired_by_seed(tmp_path: Path) -> None:
+    base, lower, same, one = compared_rows(tmp_path)
+    assert "differences" not in base
+    for row, name in ((lower, "lower"), (same, "same")):
+        low, high = stats.ttest_rel(ENDS[name], ENDS["base"]).confidence_interval(0.95)
+        difference = row["differences"]["knn"]
+        assert difference["mean"] == pytest.approx(np.mean(ENDS[name]) - np.mean(ENDS["base"]))
+        assert (difference["low"], difference["high"]) == pytest.approx((low, high), rel=1e-4)
+        assert difference["pairs"] == 3
+        assert "linear" not in row["differences"]
+    assert one["differences"]["knn"] == {"mean": pytest.approx(0.1), "low": None, "high": None, "pairs": 1}
+
+
+def test_conclusions_are_those_that_the_intervals_carry(tmp_path: Path) -> None:
+    rows = compared_rows(tmp_path)
+    result = {"study": "s", "reach": "", "at_once": 1, "device": "2 cores", "problems": {}, "left_out": []}
+    table = report(result | {"rows": rows})
+    assert table.headings[:4] == ["", "seeds", "kNN top-1, %", "difference"]
+    assert [row[3] for row in table.rows] == ["", "-2.67 (-4.10 to -1.23)", "+0.33 (-3.46 to +4.13)", "+10.00"]
+    assert "lower lowers kNN top-1 by 1.23 to 4.10 points against base" in table.notes
+    interval = "(-3.46 to +4.13 points)"
+    assert f"same: no difference in kNN top-1 from base that 3 seeds can show {interval}" in table.notes
+    assert "one has one seed in common with base: no interval" in table.notes
+    assert not [note for note in table.notes if "in alignment" in note or "alignment by" in note]
+    rising = [note for note in table.notes if note.startswith("kNN top-1 rose by a point or more in the last fifth")]
+    assert [note.rpartition(": ")[2] for note in rising] == ["base, lower, same, one"]
+
+
+def test_figures_of_the_last_fifth_leave_out_the_epochs_before(tmp_path: Path) -> None:
+    finished_job(tmp_path / "a", 0, [0.1] * 7 + [0.36, 0.38, 0.41], None)
+    values = figures(read_runs([tmp_path / "a"])[0])
+    assert values["gain"] == pytest.approx(0.41 - 0.36)
+    assert values["alignment"] == pytest.approx((1 / 9 + 1 / 10) / 2)
+    assert values["uniformity"] == pytest.approx(-8.5)
+
+
+def test_differences_are_drawn_beside_curves_and_scores(tmp_path: Path) -> None:
+    study.draw(compared_rows(tmp_path), tmp_path / "three.png")
+    assert plt.imread(tmp_path / "three.png").shape[1] == pytest.approx(3 * 5.4 * 160, abs=2)  # inches, dots an inch
 
 
 def test_an_empty_run_has_no_figures(tmp_path: Path) -> None:
@@ -131,6 +191,8 @@ def test_studies_name_existing_recipes_and_settings(path: Path) -> None:
         ("runs: {a: {recipe: nothing}}", "run 'a': give a recipe"),
         ("runs: {a: {recipe: moco_v2_cifar10, more: 1}}", "run 'a': give a recipe"),
         ("runs: {a: {recipe: moco_v2_cifar10}}\nother: 1", "not a study .*'other'"),
+        ("runs: {a: {recipe: moco_v2_cifar10, base: b}}", "run 'a', base 'b': name another run"),
+        ("runs: {a: {recipe: moco_v2_cifar10, base: a}}", "run 'a', base 'a': name another run"),
         ("runs: {a: {recipe: moco_v2_cifar10}}\nreach: b", r"not a study \(no runs, or reach is none of them\)"),
     ],
 )
@@ -152,6 +214,25 @@ def test_a_stopped_run_is_not_evaluated(tmp_path: Path) -> None:
     ended = ["sh", "-c", f"mkdir {job.folder} && touch {job.folder / 'summary.json'}"]
     assert study.run_jobs([replace(job, train=ended)], args) == {}
     assert evaluated.exists()
+
+
+def test_cpu_seconds_are_those_of_all_processes_of_a_run(tmp_path: Path) -> None:
+    """Unknown once a process was killed uncounted."""
+    args = argparse.Namespace(out=tmp_path, at_once=1, launch=sys.executable)
+    burn = "import os, sys; os.makedirs(sys.argv[1], exist_ok=True)\n"
+    burn += "assert os.listdir(sys.argv[1]) == []\nwhile sum(os.times()[:2]) < 0.1: pass"
+    job = Job("a", 0, tmp_path / "a-0", [sys.executable, "-S", "-c", burn, str(tmp_path / "a-0")], [])
+    assert study.run_jobs([job], args) == {}
+    first = study._cpu_seconds(job.folder)
+    assert study.run_jobs([job], args) == {}
+    both = study._cpu_seconds(job.folder)
+    assert first is not None
+    assert both is not None
+    assert first >= 0.1
+    assert both >= first + 0.1
+    (job.folder / "cpu_seconds.json").unlink()
+    study.run_jobs([job], args)
+    assert study._cpu_seconds(job.folder) is None
 
 
 def test_a_launcher_starts_runs_and_evaluations(tmp_path: Path) -> None:
