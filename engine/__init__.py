@@ -19,6 +19,11 @@ _MODULES |= {"load_encoder": "engine.weights.load"}
 __all__ = ["Callback", "Data", "Knn", "Method", "Model", "Optim", "Settings", "load_encoder", "pretrain"]
 
 
+def __dir__() -> list[str]:
+    """Return the public names too, for completion."""
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     """Import a public name at its first use: commands need few of them."""
     if name not in _MODULES:

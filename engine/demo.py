@@ -40,7 +40,7 @@ from pipeline.inspect import preview
 from pipeline.prepare import prepare
 from pipeline.sources.images import list_images
 from pipeline.system.cli import ArgumentParser
-from pipeline.system.errors import InputError, command
+from pipeline.system.errors import InputError, RunFailed, command
 from pipeline.system.files import write_json
 from pipeline.system.text import counted
 from pipeline.views import AUGMENTATIONS
@@ -53,7 +53,7 @@ _MAX_SMALL_SIDE = 96  # pixels of a small image
 _MIN_IMAGES = 16
 _MIN_LIMIT = 500  # images taken, however few the minutes
 _MAX_IMAGES = 20000  # taken from a folder or archive, evenly spread
-_IMAGES_A_MINUTE = 2500  # at most: preparing them takes a fifth of the minutes on two cores, or less
+_IMAGES_A_MINUTE = 2500  # of a source at most: preparing them takes a fifth of the minutes on two cores, or less
 _MAX_EPOCHS = 200
 _WARM_UP_STEPS, _RATE_STEPS = 5, 20
 _RATE_SHARE = 0.05  # of the minutes, to measure the rate
@@ -181,7 +181,7 @@ class Budget:
 
 def _with_epochs(settings: Settings, budget: Budget, evaluation_seconds: float) -> Settings:
     """Set precision, epochs and evaluations to fit into the budget, by the rate of a few steps; return the settings."""
-    rate = _with_precision(settings, 60 * _RATE_SHARE * budget.minutes) * max(1, _gpus(settings.cpu)) * _RATE_MARGIN
+    rate = _with_precision(settings, 60 * _RATE_SHARE * budget.minutes) * _RATE_MARGIN
     samples, left = len(Beton(settings.data.train)), budget.left
     evaluations = max(1, min(_MAX_EVALUATIONS, int(_EVALUATION_SHARE * left / max(evaluation_seconds, 1e-3))))
     epochs = int(min(max((left - evaluations * evaluation_seconds) * rate / samples, 1), _MAX_EPOCHS))
@@ -193,26 +193,37 @@ def _with_epochs(settings: Settings, budget: Budget, evaluation_seconds: float) 
     length = f"{counted(epochs, 'epoch')} of {samples} images, about {seconds / 60:.1f} min"
     logger.info(f"{rate:.0f} pairs/s here: training {length}")
     spent = 60 * budget.minutes - left
-    if seconds > left:
-        needed = _minutes(spent + seconds + evaluation_seconds)
+    if seconds + evaluations * evaluation_seconds > left:
+        needed = _minutes_for_epoch(samples, budget, rate, spent + evaluation_seconds)
         logger.warning(f"--minutes {budget.minutes:g} is too short for an epoch: one takes --minutes {needed} here")
-    if samples * epochs < _ENOUGH_PAIRS:
-        needed = _minutes(spent + _ENOUGH_PAIRS / rate / (1 - _EVALUATION_SHARE))
+    if samples * epochs >= _ENOUGH_PAIRS:
+        return settings
+    if epochs == _MAX_EPOCHS:
+        logger.warning(f"that is little to learn from: give more than {samples} images")
+    else:
+        needed = math.ceil((spent + _ENOUGH_PAIRS / rate / (1 - _EVALUATION_SHARE)) / 60)
         logger.warning(f"that is little to learn from: {_ENOUGH_PAIRS} pairs take --minutes {needed} here")
     return settings
 
 
-def _minutes(seconds: float) -> int:
-    return math.ceil(seconds / 60)
+def _minutes_for_epoch(samples: int, budget: Budget, rate: float, spent: float) -> int:
+    """Return the minutes that an epoch takes, with the images that are then prepared. spent: seconds besides it."""
+    for minutes in itertools.count(math.ceil(budget.minutes)):
+        images = samples if samples < budget.images else max(samples, Budget(minutes).images)
+        if spent + images / rate <= 60 * minutes:
+            return minutes
+    raise AssertionError
 
 
 def _with_precision(settings: Settings, seconds: float) -> float:
-    """Set the fastest precision; return its pairs per second. seconds: for all measurements."""
-    precisions = _precisions(_gpus(settings.cpu) > 0)
+    """Set the fastest precision; return its pairs per second on all GPUs. seconds: for all measurements."""
+    gpus = _gpus(settings.cpu)
+    precisions, ranks = _precisions(gpus > 0), max(1, gpus)
+    share = replace(settings, data=replace(settings.data, batch=settings.data.batch // ranks))
     limit = seconds / len(precisions)
-    rates = {precision: measure_rate(replace(settings, precision=precision), limit) for precision in precisions}
+    rates = {precision: measure_rate(replace(share, precision=precision), limit) for precision in precisions}
     settings.precision = max(precisions, key=lambda precision: rates[precision])
-    return rates[settings.precision]
+    return rates[settings.precision] * ranks
 
 
 def measure_rate(settings: Settings, seconds: float = math.inf) -> float:
@@ -248,11 +259,21 @@ def _untrained(settings: Settings) -> Backbone:
 
 
 def _baselines(settings: Settings, untrained: Backbone) -> tuple[dict[str, float], float]:
-    """Return kNN top-1 of raw pixels and of the untrained encoder, and the seconds of the latter evaluation."""
+    """Return kNN top-1 of raw pixels and of the untrained encoder, and the seconds of the latter evaluation.
+
+    Without `data.eval` none; it is set to none for images of which kNN can classify none.
+    """
+    if not settings.data.eval:
+        return {}, 0.0
     data, knn, device = settings.data, settings.knn, _device(settings.cpu)
     options: dict[str, Any] = {"k": knn.k, "temperature": knn.temperature, "limit": knn.limit, "device": device}
     options |= {"size": data.size, "batch": 256, "crop_ratio": data.eval_crop_ratio}
-    evaluation = KnnEvaluation(Beton(data.train), Beton(data.eval), **options)
+    try:
+        evaluation = KnnEvaluation(Beton(data.train), Beton(data.eval), **options)
+    except InputError as error:
+        logger.warning(f"no kNN: {error}")
+        data.eval = ""
+        return {}, 0.0
     rows = {"raw pixels": evaluation.top1(RawPixels())}
     start = time.perf_counter()
     rows["untrained encoder"] = evaluation.top1(place(untrained, device))
@@ -274,13 +295,11 @@ def _launch(config: Path, gpus: int) -> None:
     Raises KeyboardInterrupt after Ctrl-C, once the training, which receives it too, has ended with its checkpoint.
     """
     arguments = [str(Path(__file__).with_name("run.py")), "--config", str(config)]
-    command, shown = [sys.executable], "python"
+    command = [sys.executable]
     if gpus > 1:
-        options = ["--multi_gpu", "--num_machines", "1", "--num_processes", str(gpus)]
-        launcher = ["-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", "--mixed_precision", "no"]
-        command += launcher + options
-        shown = f"accelerate launch {' '.join(options)}"
-    shown = f"{shown} {shlex.join(arguments)}"
+        command += ["-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", "--mixed_precision", "no"]
+        command += ["--multi_gpu", "--num_machines", "1", "--num_processes", str(gpus)]
+    shown = shlex.join([*command, *arguments])
     logger.info(f"$ {shown}")
     interrupted, training = False, subprocess.Popen([*command, *arguments])
     while training.poll() is None:
@@ -291,8 +310,10 @@ def _launch(config: Path, gpus: int) -> None:
     if interrupted:
         logger.info(f"resume its training with: {shown} --resume auto")
         raise KeyboardInterrupt
-    if training.returncode:
-        raise InputError(f"training failed (see the lines above): its settings are in {config}")
+    if training.returncode == 2:
+        raise InputError(f"training was refused (see the line above): its settings are in {config}")
+    if training.returncode or not (config.parent / "run" / "summary.json").exists():
+        raise RunFailed(f"training ended early (see the lines above): resume it with {shown} --resume auto")
 
 
 def _count_evaluated(train: Path, evaluation: Path) -> int:
@@ -311,7 +332,7 @@ def _table(rows: dict[str, float], summary: dict[str, Any], evaluated: int) -> T
     else:
         table.add_row("kNN top-1", "none: the images have no labels")
     table.add_row("loss", f"{summary['loss']:.3f}")
-    epochs = f"{summary['epoch']:.0f} epoch{'s' * (summary['epoch'] > 1)}"
+    epochs = counted(round(summary["epoch"]), "epoch")
     table.add_row("training", f"{summary['training_seconds']:.0f} s, {epochs}, on {summary['device']}")
     table.add_row("pairs/s", f"{summary['pairs_per_second']:.0f}")
     table.add_row("data-wait", f"{summary['data_wait_fraction']:.1%}")
@@ -320,9 +341,7 @@ def _table(rows: dict[str, float], summary: dict[str, Any], evaluated: int) -> T
 
 def parser() -> ArgumentParser:
     made = ArgumentParser(prog="./millrace demo", description="Prepare, preview, pretrain, evaluate.")
-    made.add_argument(
-        "data", metavar="DATA", nargs="?", help="source of prepare, or a beton (default: drawn images)"
-    )
+    made.add_argument("data", metavar="DATA", nargs="?", help="source of prepare, or a beton (default: drawn images)")
     made.add_argument("--out", type=Path, help="folder for everything (default: runs/demo-DATE-TIME)")
     made.add_argument("--minutes", type=float, default=4.5, help="for all of it (default %(default)s)")
     made.add_argument("--seed", type=int, default=0, help="of weights, order and views (default %(default)s)")
@@ -334,7 +353,7 @@ def parser() -> ArgumentParser:
 def main() -> None:
     args = parser().parse_args()
     if not 0 < args.minutes <= 10000:
-        raise InputError(f"--minutes {args.minutes}: give a number above 0")
+        raise InputError(f"--minutes {args.minutes:g}: give a number above 0, up to 10000")
     out = args.out or Path("runs") / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
     choose_device(Settings(precision="no", tracker="none", cpu=args.cpu))  # raises where CUDA does not answer
     budget = Budget(args.minutes)
@@ -350,7 +369,7 @@ def main() -> None:
     picture = out / "preview.png"
     preview(Beton(train), AUGMENTATIONS[settings.data.augmentation], size=settings.data.size).save(picture)
     untrained = _untrained(settings)
-    rows, evaluation_seconds = _baselines(settings, untrained) if settings.data.eval else ({}, 0.0)
+    rows, evaluation_seconds = _baselines(settings, untrained)
     settings = _with_epochs(settings, budget, evaluation_seconds)
     settings.write(out / "recipe.yaml")
     _launch(out / "recipe.yaml", _gpus(args.cpu))

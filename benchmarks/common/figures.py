@@ -247,8 +247,10 @@ def _demo_headline(results: Results) -> list[Row]:
     for series, cores in (("demo-avx2", "two cores with AVX2"), ("demo", "two cores")):
         if (result := results.newest(series)) is not None:
             worst = min(_demo_top1(result, "trained encoder"))
-            before = [f"{name} {max(_demo_top1(result, name)):.1%}" for name in ("raw pixels", "untrained encoder")]
-            text = f"**{worst:.1%}** after {_demo_minutes(result):.1f} minutes; {', '.join(before)}"
+            before = [
+                f"{name} {100 * max(_demo_top1(result, name)):.1f} %" for name in ("raw pixels", "untrained encoder")
+            ]
+            text = f"**{100 * worst:.1f} %** after {_demo_minutes(result):.1f} minutes; {', '.join(before)}"
             title = f"kNN top-1 after `./millrace demo` on {cores}, worst of {len(result['rows'])} seeds"
             rows.append((title, text, hardware(result)))
     return rows

@@ -89,7 +89,7 @@ class Model:
     """Backbone."""
     stem: Literal["imagenet", "medium", "small"] = "imagenet"
     """First layers of a ResNet: imagenet (7x7 stride 2, pooling), medium (5x5 stride 2) for images of 64 to 128 pixels,
-    or small (3x3) for 32 to 64; one larger than named is faster, and sees less detail."""
+    or small (3x3) for 32 to 64. A larger stem on smaller images is faster and loses detail."""
     width: Annotated[float, choose("0.05 to 8", ge=0.05, le=8)] = 1.0
     """Factor on a ResNet's published channel counts."""
     dim: Annotated[int | None, choose("2 to 65536", ge=2, le=65536)] = None
@@ -113,7 +113,7 @@ class Model:
     init_heads: bool = False
     """Start from its projector and predictor too, as far as they have the run's shapes."""
     init_prefix: str = ""
-    """What stands before the backbone's keys in a file of no known kind, such as module.encoder."""
+    """Prefix of the backbone's keys in a file of no known kind, such as module.encoder."""
 
     def __post_init__(self) -> None:
         largest = (self.dim or 0) * (self.mlp_dim or 0)
@@ -297,7 +297,11 @@ class Settings:
         queue_dtype = method.queue_dtype if method.queue_dtype != "float32" else None
         no_queue, no_teacher = f"{base.name} has no queue", f"{base.name} has no momentum encoder"
         no_blocks = f"{model.arch} has no such blocks"
+        no_file = "model.init names no file"
         for key, value, applies, reason in (
+            ("model.init_which", "momentum" if model.init_which == "momentum" else None, bool(model.init), no_file),
+            ("model.init_heads", model.init_heads or None, bool(model.init), no_file),
+            ("model.init_prefix", model.init_prefix or None, bool(model.init), no_file),
             ("method.queue_size", method.queue_size, base.queue, no_queue),
             ("method.queue_dtype", queue_dtype, base.queue, no_queue),
             ("method.ema_momentum", method.ema_momentum, base.momentum_encoder, no_teacher),

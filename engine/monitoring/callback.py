@@ -1,4 +1,4 @@
-"""What a user's own code can do while a run trains."""
+"""Callbacks on the metrics of a run."""
 
 from collections.abc import Mapping
 

@@ -1,5 +1,6 @@
 """A training run built from its settings, or refused."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from engine.fault_tolerance.watchdog import Watchdog
 from engine.monitoring.metrics_logger import MetricsLogger
 from engine.parallel.accelerator import DeviceChoice, build_accelerator, choose_device, warn_of_precision
 from engine.parallel.consensus import run_on_all_ranks
-from engine.parallel.rendezvous import world
+from engine.parallel.rendezvous import rank, world
 from engine.training.datasets import Datasets, build_loader, open_datasets, verify_datasets
 from engine.training.model import Model, build_model, check_compiler
 from engine.training.run_folder import RunFolder, check_out
@@ -150,6 +151,9 @@ def check_launch(settings: Settings) -> DeviceChoice:
     check_batch(settings)
     if settings.compile:
         check_compiler(torch.device("cuda" if choice.on_gpu else "cpu"))
+    init = settings.model.init
+    if init and not settings.resume and rank() == 0 and not os.path.exists(init):
+        raise InputError(f"model.init {init}: no such file or folder: correct the path")
     return choice
 
 

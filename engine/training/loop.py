@@ -22,9 +22,12 @@ from engine.training.build import Run, agree_on_launch, build
 from engine.training.resume import raise_if_diverged, restore, save
 from pipeline.loader import Batch
 from pipeline.system.files import write_json
+from pipeline.system.limits import read_json
 from pipeline.system.text import counted
 
 logger = get_logger(__name__)
+
+_SUMMARY_BYTES = 1 << 20
 
 
 def train(
@@ -150,12 +153,14 @@ def evaluate(run: Run, epoch: int) -> None:
 
 
 def _log_finished(run: Run) -> dict[str, Any]:
-    """Return the newest metrics of a run with nothing left to train; write its summary where that is missing."""
+    """Return the summary of a run with nothing left to train, on rank 0; write it where it is missing."""
     requested = f"{counted(run.settings.optim.epochs, 'epoch')}, {counted(run.total, 'step')}"
     logger.info(f"nothing to train: {counted(run.done, 'step')} done; {requested} requested")
     if rank() == 0 and not (run.folder.path / "summary.json").exists():  # killed after its last checkpoint
         _summarize(run)
     _print_result(run)
+    if rank() == 0:
+        return dict(read_json(run.folder.path / "summary.json", _SUMMARY_BYTES, "remove it, then resume again"))
     return {**run.monitor.last, "step": run.done}
 
 

@@ -123,14 +123,14 @@ def _open(run: Run, tensors: dict[str, storage.Tensors]) -> dict[str, Any] | Non
 
     Returns path, state, and dtype and shape of the tensors, which are put into `tensors`.
     """
+    if not run.settings.resume:
+        _start(run)  # before the folder is made
     run.folder.claim()
     checkpoint = _read(run, tensors)
     if checkpoint is not None:
         _load_state(run, checkpoint)
-    elif run.settings.model.init:
-        run.started_from, lines = initialize(run.model.step.encoder, run.settings)
-        for line in lines:
-            logger.info(line)
+    elif run.settings.resume:
+        _start(run)
     if not run.finished:
         run.folder.write_config()
         if run.settings.tracker != "none":
@@ -164,6 +164,14 @@ def _read(run: Run, tensors: dict[str, storage.Tensors]) -> dict[str, Any] | Non
     tensors |= saved
     like = {file: collectives.described(named) for file, named in saved.items()}
     return {"path": str(path), "state": state, "tensors": like}
+
+
+def _start(run: Run) -> None:
+    """Start from the weights that `model.init` names, if any."""
+    if run.settings.model.init:
+        run.started_from, lines = initialize(run.model.step.encoder, run.settings)
+        for line in lines:
+            logger.info(line)
 
 
 def _share_weights(run: Run) -> None:

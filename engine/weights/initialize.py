@@ -5,6 +5,7 @@ from typing import Any
 
 from engine.config.settings import Settings
 from engine.weights.load import Architecture, LoadedEncoder, digest, load_encoder
+from methods.encoders import base_channels
 from methods.heads import Encoder
 from methods.vit import VITS
 from pipeline.system.errors import InputError
@@ -26,11 +27,12 @@ def initialize(encoder: Encoder, settings: Settings) -> tuple[dict[str, Any], li
     if remedy := _remedy(loaded.architecture, own):
         raise InputError(f"model.init {path}: has {loaded.architecture}, and this run trains {own}: choose {remedy}")
     encoder.backbone.load_state_dict(loaded.backbone.state_dict())
-    heads = _load_heads(encoder, loaded) if model.init_heads else []
+    heads, problems = _load_heads(encoder, loaded) if model.init_heads else ([], [])
     record = {"file": str(path), "kind": loaded.kind, "which": loaded.which, "matched": loaded.matched}
     record |= {"heads": heads, "sha256": digest(loaded.backbone)}
-    parts = f"backbone{''.join(f', {name}' for name in heads)}"
-    return record, [f"model.init: {parts} from {loaded.summary()}", *loaded.warnings]
+    lines = [f"model.init: {loaded.summary()}", *loaded.warnings]
+    lines += [f"model.init_heads: {', '.join(heads)} loaded{''.join(f'; {each}' for each in problems)}"] * bool(heads)
+    return record, lines
 
 
 def _own_architecture(settings: Settings) -> Architecture:
@@ -42,14 +44,19 @@ def _own_architecture(settings: Settings) -> Architecture:
 
 def _remedy(theirs: Architecture, own: Architecture) -> str:
     """Return the settings with which the run has the file's backbone; empty if it has."""
-    keys = {"model.arch": "arch", "model.stem": "stem", "model.width": "width"}
+    keys = {"model.arch": "arch", "model.stem": "stem"}
     keys |= {"data.size": "size", "a file of as many heads": "heads"} if own.transformer else {}
-    values = [(key, getattr(theirs, name)) for key, name in keys.items() if getattr(theirs, name) != getattr(own, name)]
-    return ", ".join(f"{key} {value}" for key, value in values)
+    if base_channels(theirs.width) != base_channels(own.width):
+        keys |= {"model.width": "width"}
+    values = [(key, getattr(theirs, name)) for key, name in keys.items()]
+    return ", ".join(f"{key} {value}" for key, value in values if value != getattr(own, keys[key]))
 
 
-def _load_heads(encoder: Encoder, loaded: LoadedEncoder) -> list[str]:
-    """Load the heads that the file has and the run has too; return their names. Raises InputError for none."""
+def _load_heads(encoder: Encoder, loaded: LoadedEncoder) -> tuple[list[str], list[str]]:
+    """Load the heads that the file has and the run has too; return their names, and why others were not loaded.
+
+    Raises InputError for none.
+    """
     problems, names = [], []
     for name, head in (("projector", encoder.projector), ("predictor", encoder.predictor)):
         if head is None:
@@ -71,4 +78,4 @@ def _load_heads(encoder: Encoder, loaded: LoadedEncoder) -> list[str]:
             f"model.init_heads true: {loaded.path} has {'; '.join(problems)}: leave model.init_heads out, or set "
             "method.name, model.dim and model.mlp_dim to the file's"
         )
-    return names
+    return names, problems

@@ -32,7 +32,7 @@ def test_the_readme_names_the_worst_seed(tmp_path: Path) -> None:
     results = Results(tmp_path)
     ((title, text, machine),) = [row for headline in HEADLINES for row in headline(results)]
     assert title == "kNN top-1 after `./millrace demo` on two cores with AVX2, worst of 2 seeds"
-    assert text == "**80.0%** after 3.5 minutes; raw pixels 33.0%, untrained encoder 20.0%"
+    assert text == "**80.0 %** after 3.5 minutes; raw pixels 33.0 %, untrained encoder 20.0 %"
     assert machine == "Old"
     judged = {goal.title: goal.judge(results) for goal in GOALS if goal.series == "demo-avx2"}
     assert [verdict for _, verdict in judged.values()] == ["reached"] * 3

@@ -15,7 +15,9 @@ from engine import demo
 from engine.config.settings import Settings
 from engine.parallel import accelerator
 from engine.report.plotting import curves
+from pipeline.prepare import prepare
 from pipeline.sources import synthetic
+from pipeline.system.errors import InputError, RunFailed
 from tests import ROOT
 from tests.engine import small
 from tests.engine.test_run import ENVIRONMENT, run
@@ -86,6 +88,72 @@ def test_slow_machine_gets_the_minutes_that_it_needs(
     assert bool(message) == ("little to learn from" in log)
 
 
+@pytest.mark.parametrize(("status", "error"), [(0, RunFailed), (1, RunFailed), (2, InputError)])
+def test_training_that_ends_early_is_an_error_with_the_remedy(
+    status: int, error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With status 0 too, as after a SIGTERM to it alone."""
+    (tmp_path / "run.py").write_text(f"raise SystemExit({status})")
+    monkeypatch.setattr(demo, "__file__", str(tmp_path / "demo.py"))
+    remedy = "resume it with .*--resume auto" if error is RunFailed else "its settings are in .*recipe.yaml"
+    with pytest.raises(error, match=remedy):
+        demo._launch(tmp_path / "recipe.yaml", 0)
+
+
+def test_few_images_are_told_rather_than_more_minutes(
+    drawn: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "measure_rate", lambda settings, seconds: 1000.0)
+    made = demo._with_epochs(demo._settings(drawn, drawn, Path("out"), cpu=True), demo.Budget(10.0), 0.0)
+    assert made.optim.epochs == demo._MAX_EPOCHS
+    assert "that is little to learn from: give more than 200 images" in capsys.readouterr().err
+
+
+def test_an_evaluation_that_leaves_no_time_for_an_epoch_is_told(
+    drawn: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "measure_rate", lambda settings, seconds: 20.0)
+    demo._with_epochs(demo._settings(drawn, drawn, Path("out"), cpu=True), demo.Budget(0.8), 20.0)
+    assert "--minutes 0.8 is too short for an epoch: one takes --minutes 1 here" in capsys.readouterr().err
+
+
+def test_the_advised_minutes_count_the_images_that_they_prepare() -> None:
+    """2,500 a minute where the present ones were limited; none more of 100."""
+    budget = demo.Budget(0.4)
+    assert demo._minutes_for_epoch(budget.images, budget, 1000.0, 20.0) == 1
+    assert demo._minutes_for_epoch(budget.images, budget, 45.0, 20.0) == 5
+    assert demo._minutes_for_epoch(100, budget, 1.0, 20.0) == 2
+
+
+def test_rate_of_several_gpus_is_that_of_their_shares(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = []
+
+    def rate(settings: Settings, seconds: float) -> float:
+        batches.append(settings.data.batch)
+        return 100.0
+
+    monkeypatch.setattr(demo, "measure_rate", rate)
+    monkeypatch.setattr(demo, "_gpus", lambda cpu: 4)
+    monkeypatch.setattr(demo, "_precisions", lambda gpu: ["bf16"])
+    made = demo._settings(drawn, drawn, Path("out"))
+    assert demo._with_precision(made, 1.0) == 400.0
+    assert batches == [made.data.batch // 4]
+
+
+def test_images_that_knn_cannot_classify_are_trained_on_without_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sixteen classes of one image: no held-out one has its class among the others."""
+    for number in range(16):
+        (tmp_path / "images" / f"{number:02d}").mkdir(parents=True)
+        Image.fromarray(synthetic.draw(0, number)[0]).save(tmp_path / "images" / f"{number:02d}" / "x.png")
+    prepare(str(tmp_path / "images"), tmp_path / "x.beton", workers=1, quiet=True)
+    made = demo._settings(tmp_path / "x.beton", tmp_path / "x.beton", tmp_path, cpu=True)
+    assert demo._baselines(made, demo._untrained(made)) == ({}, 0.0)
+    assert made.data.eval == ""
+    assert "warning: no kNN: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("rate", [50.0, 1000.0])
 @pytest.mark.parametrize("evaluation_seconds", [0.01, 2.0, 30.0])
 def test_training_and_its_evaluations_end_within_the_minutes(
@@ -139,7 +207,7 @@ def test_curves_are_drawn_with_and_without_evaluations(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
 
 
-@pytest.mark.parametrize("minutes", ["0", "-1", "nan"])
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "20000"])
 def test_impossible_training_time_is_refused(minutes: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["demo", "--minutes", minutes])
     with pytest.raises(SystemExit) as ended:

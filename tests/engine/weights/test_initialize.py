@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from engine.checkpoint import storage
+from engine.config.setting_error import SettingError
 from engine.config.settings import Settings
 from engine.parallel.rendezvous import rank
 from engine.training.build import Run, build
@@ -158,7 +159,27 @@ def test_files_that_do_not_fit_are_refused_with_the_remedy(
     run.close()
     assert str(raised.value).startswith("model.init")
     assert "\n" not in str(raised.value)
-    assert not (tmp_path / "run" / "config.yaml").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_path_is_found_before_the_data_is_read(drawn: Path, tmp_path: Path) -> None:
+    chosen = _settings(tmp_path / "gone.beton", tmp_path / "run", init=str(tmp_path / "x.pth"))
+    with pytest.raises(InputError, match=r"model.init .*x.pth: no such file or folder"):
+        build(chosen)
+
+
+def test_settings_of_a_file_need_one(drawn: Path) -> None:
+    for key, value in (("init_heads", True), ("init_which", "momentum"), ("init_prefix", "x.")):
+        with pytest.raises(SettingError, match=f"model.{key}.*model.init names no file"):
+            _settings(drawn, Path("out"), **{key: value})
+
+
+def test_narrow_networks_are_compared_by_their_channels(drawn: Path, tmp_path: Path) -> None:
+    """A state dict shows 9 channels, and not that their width is 0.145 of 64, rounded."""
+    state = build_backbone("resnet18", stem="small", width=0.145).state_dict()
+    torch.save(state, tmp_path / "x.pth")
+    run = _started(_settings(drawn, tmp_path / "run", init=str(tmp_path / "x.pth"), width=0.145))
+    assert _equal(run.backbone, state)
 
 
 def test_a_resume_needs_no_file_and_keeps_the_record(drawn: Path, tmp_path: Path) -> None:
