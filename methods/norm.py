@@ -122,8 +122,8 @@ class SplitBatchNorm(BatchNorm):
 
 
 def count_batches(module: nn.Module, count: int) -> None:
-    """Add to `num_batches_tracked` of every `BatchNorm` in the module."""
-    norms = [m for m in module.modules() if isinstance(m, BatchNorm)]
+    """Add to `num_batches_tracked` of every `BatchNorm` of the module that is in training mode."""
+    norms = [m for m in module.modules() if isinstance(m, BatchNorm) and m.training]
     counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
     if counters:
         torch._foreach_add_(counters, count)

@@ -16,6 +16,7 @@ from engine.optim.optimizer import begin_momentum
 from engine.parallel import collectives
 from engine.parallel.accelerator import prepared
 from engine.parallel.consensus import run_on_all_ranks
+from methods.norm import count_batches
 from pipeline.beton import Beton
 from pipeline.system.device import to_device
 from pipeline.system.errors import InputError
@@ -55,6 +56,7 @@ def train(
             evaluation.accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
+            count_batches(model, 1)
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"epoch {epoch + 1}: non-finite loss: choose a lower {remedy}")
         if (epoch + 1) % save_every == 0 or end == steps:

@@ -35,7 +35,7 @@ def test_scores_equal_scikit_learns(encoder: Path, drawn: Path, tmp_path: Path) 
     train, test = (_voc(tmp_path / str(side), Beton(drawn), side) for side in (False, True))
     result = evaluate("svm", encoder, drawn, "--sets", str(train), "--test-sets", str(test), "--costs", "1")
     file = tmp_path / "f.safetensors"
-    options = ["--train", str(drawn), "--size", "32", "--cpu", "--precision", "no", "--workers", "1"]
+    options = ["--train", str(drawn), "--size", "16", "--cpu", "--precision", "no", "--workers", "1"]
     run(["features", str(encoder), *options, "--out", str(file)])
     x = F.normalize(load_file(file)["features"], dim=1).numpy()
     beton = Beton(drawn)
