@@ -59,6 +59,8 @@ def forward(encoder: Encoder, *views: torch.Tensor) -> Pass:
 
 def _through(module: nn.Module, x: torch.Tensor) -> Pass:
     if isinstance(module, BatchNorm):
+        if not module.training:
+            return module(x)
         gathered = yield module.statistics(x)
         return module.normalize(x, gathered)
     if not any(isinstance(child, BatchNorm) for child in module.modules()):
