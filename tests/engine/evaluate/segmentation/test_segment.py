@@ -22,6 +22,7 @@ from engine.parallel import collectives
 from engine.parallel.sync_batchnorm import synchronize
 from engine.weights.load import load_encoder
 from methods.encoders import resnet
+from methods.norm import count_batches
 from pipeline.dense.masks import open_masked
 from pipeline.dense.scale_crops import ScaleCrops
 from pipeline.dense.scenes import scene, write
@@ -136,6 +137,7 @@ def _steps(data: Path, to: Path) -> None:
         accelerator.backward(segment.pixel_loss(wrapped.train()(images.double()), masks))
         optimizer.step()
         optimizer.zero_grad()
+        count_batches(model, 1)
     crops.close()
     if collectives.rank() == 0:
         torch.save(model.state_dict(), to)
