@@ -132,7 +132,7 @@ def prepare(
         images = relabel(images, labels, classes)
     unlabeled = sum(item.label < 0 for item in images.items)
     if images.classes and unlabeled:
-        logger.warning("%d images are in no class folder and have no label", unlabeled)
+        logger.warning("%d images have no label", unlabeled)
     if limit:  # the items are sorted by class: each class retains its share
         images = Source([images.items[i] for i in evenly(len(images.items), limit)], images.classes)
     try:

@@ -68,8 +68,8 @@ def _load_heads(encoder: Encoder, loaded: LoadedEncoder) -> tuple[list[str], lis
             problems.append(f"no {name}")
         elif missing or differing or state.keys() - expected.keys():
             key = (missing + differing + sorted(state.keys() - expected.keys()))[0]
-            here, there = (list(part[key].shape) if key in part else "missing" for part in (expected, state))
-            problems.append(f"another {name}: {key} is {there}, and {here} in this run")
+            wanted, given = (list(part[key].shape) if key in part else "missing" for part in (expected, state))
+            problems.append(f"another {name}: {key} is {given}, and {wanted} in this run")
         else:
             head.load_state_dict(state, strict=False)
             names.append(name)

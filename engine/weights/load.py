@@ -217,8 +217,8 @@ def _find_layout(state: dict[str, torch.Tensor], path: Path, prefix: str) -> tup
         if any(re.match(_ROOTS, key) for key in part):
             return layout, part
     content = f"its keys are {_list_keys(list(state)[:3], '')} ..." if state else "it contains no tensors"
-    if seen := _prefixes(state):
-        content += f"; prefixes of such keys: {', '.join(seen[:_MAX_PARTS])}"
+    if prefixes := _prefixes(state):
+        content += f"; prefixes of such keys: {', '.join(prefixes[:_MAX_PARTS])}"
     where = f" under {prefix}" if prefix else ""
     raise InputError(
         f"{path}: no backbone of a ResNet or a vision transformer{where} ({content}): give one with such keys, or "
@@ -227,9 +227,9 @@ def _find_layout(state: dict[str, torch.Tensor], path: Path, prefix: str) -> tup
 
 
 def _prefixes(state: Iterable[str]) -> list[str]:
-    """Return what stands before the keys of a backbone's first layer, not of its blocks."""
-    found = (re.fullmatch(rf"(.+\.)({_FIRST})", key[:_MAX_CHARACTERS]) for key in state)
-    prefixes = dict.fromkeys(match[1] for match in found if match)
+    """Return the prefixes of the keys of a backbone's first layer, not of its blocks."""
+    matches = (re.fullmatch(rf"(.+\.)({_FIRST})", key[:_MAX_CHARACTERS]) for key in state)
+    prefixes = dict.fromkeys(match[1] for match in matches if match)
     return [prefix for prefix in prefixes if not re.search(r"(layer|stage|res|block)s?\d*\.", prefix)]
 
 

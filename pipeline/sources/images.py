@@ -17,7 +17,7 @@ _PEEKED = 1000  # files of a tar, to see whether it is a shard
 def list_images(
     sources: Sequence[str], subset: str | None = None, *, image_column: str = "", label_column: str = ""
 ) -> Source:
-    """Return the images of sources, one after another, with their classes joined by name.
+    """Return the images of sources, one after another, with their classes joined by name, or without labels.
 
     A source: any of `open_source`; a parquet file; a folder of `datasets.save_to_disk`; a WebDataset shard; or a
     pattern of parquet files, shards, tars, zips or folders. subset: as for `open_source`. image_column, label_column:
@@ -26,10 +26,6 @@ def list_images(
     parts = [_list(source, subset, image_column, label_column) for source in sources]
     if len(parts) == 1:
         return parts[0]
-    labeled = [bool(part.classes) for part in parts]
-    if any(labeled) and not all(labeled):
-        with_classes, without = sources[labeled.index(True)], sources[labeled.index(False)]
-        raise InputError(f"{without}: has no classes, unlike {with_classes}: write two betons, or give it classes")
     classes = sorted({name for part in parts for name in part.classes})
     if all(part.classes == parts[0].classes for part in parts):
         classes = parts[0].classes  # in their own order
@@ -44,7 +40,7 @@ def _list(source: str, subset: str | None, image_column: str, label_column: str)
         return list_tables(source, [_existing(path) for path in paths], image_column, label_column)
     if len(paths) == 1 and is_saved_dataset(Path(source)):
         return list_tables(source, saved_tables(Path(source)), image_column, label_column)
-    if all(path.endswith(".tar") and os.path.isfile(path) and _is_shard(path) for path in paths):
+    if all(path.endswith(".tar") and os.path.isfile(path) for path in paths) and _is_shard(paths[0]):
         return list_shards(source, paths, label_column)
     if image_column or label_column:
         option = "--image-column" if image_column else "--label-column"
@@ -61,5 +57,5 @@ def _existing(path: str) -> str:
 
 
 def _is_shard(path: str) -> bool:
-    """Return whether labels stand beside the images of a tar, in files of their own."""
+    """Return whether a tar has files of labels."""
     return any(item.name.endswith((".cls", ".json")) for item in islice(tar_files(path), _PEEKED))

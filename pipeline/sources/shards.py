@@ -1,28 +1,26 @@
 """WebDataset's shards: tars whose files belong together by their name up to the first dot."""
 
-import json
 from collections.abc import Sequence
 from pathlib import PurePosixPath
-from typing import Any
 
 from pipeline.sources.archives import SUFFIXES, Item, Source, tar_files
 from pipeline.system.errors import InputError
-from pipeline.system.limits import MAX_CLASSES
+from pipeline.system.limits import MAX_CLASSES, parse_json
 
-_MAX_LABEL_BYTES = 1 << 20
+_MAX_LABEL_BYTES, _MAX_DIGITS = 1 << 20, 20
 _JSON_KEYS = ("label", "cls", "class")
 
 
 def list_shards(source: str, paths: Sequence[str], label: str = "") -> Source:
-    """Return the images of shards, in their order, with the labels of `.cls` files, or of a key of `.json` files.
+    """Return the images of shards, sorted by name in each, with the labels of `.cls` files, or a key of `.json` files.
 
-    label: that key; by default the first of label, cls, class that a file has. Labels are numbers or names of classes.
-    Raises InputError for a sample with two images, and for labels of some samples alone.
+    label: that key; by default the first of label, cls, class that a file has. Labels are numbers or names of classes,
+    -1 for samples that have none. Raises InputError for a sample with two images.
     """
     images: list[Item] = []
     labels: list[str] = []
     for path in paths:
-        for key, files in _samples(path).items():
+        for key, files in sorted(_samples(path).items()):
             pictures = {kind: item for kind, item in files.items() if f".{kind.rpartition('.')[2]}".lower() in SUFFIXES}
             if len(pictures) > 1:
                 raise InputError(f"{path}: {key} has {len(pictures)} images ({', '.join(pictures)}): keep one of them")
@@ -31,12 +29,7 @@ def list_shards(source: str, paths: Sequence[str], label: str = "") -> Source:
                 labels.append(_label(path, key, files, label))
     if not images:
         raise InputError(f"{source}: no image in it: give shards with {', '.join(sorted(SUFFIXES)[:4])} ... files")
-    if all(labels):
-        return Source(images, []).relabeled(*_numbered(source, labels))
-    if any(labels):
-        missing = images[labels.index("")]
-        raise InputError(f"{missing.path}: {missing.name} has no label, unlike others: add it, or remove all labels")
-    return Source(images, [])
+    return Source(images, []).relabeled(*_numbered(labels))
 
 
 def _samples(path: str) -> dict[str, dict[str, Item]]:
@@ -52,21 +45,21 @@ def _samples(path: str) -> dict[str, dict[str, Item]]:
 
 def _label(path: str, key: str, files: dict[str, Item], name: str) -> str:
     """Return a sample's label as text, empty if it has none."""
-    if "cls" in files and not name:
-        return _read(path, files["cls"]).strip()
-    if "json" not in files:
+    kind = "json" if name or "cls" not in files else "cls"
+    if kind not in files:
         return ""
-    try:
-        values: Any = json.loads(_read(path, files["json"]))
-    except ValueError:
-        raise InputError(f"{path}: {files['json'].name} is not JSON: write the shard again") from None
-    found = [each for each in ((name,) if name else _JSON_KEYS) if isinstance(values, dict) and each in values]
-    if not found:
-        return ""
-    value = values[found[0]]
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise InputError(f"{path}: {found[0]} of {key} is {value!r}: choose another key with --label-column")
-    return str(value)
+    place, text = f"{path}: {files[kind].name}", _read(path, files[kind])
+    if kind == "json":
+        values = parse_json(text, place, "write the shard again")
+        keys = [each for each in ([name] if name else _JSON_KEYS) if isinstance(values, dict) and each in values]
+        value = values[keys[0]] if keys else ""
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            raise InputError(f"{place}: {keys[0]} is {value!r}: choose another key with --label-column")
+        text = str(value)
+    label = text.strip()
+    if label.isdecimal() and (len(label) > _MAX_DIGITS or int(label) >= MAX_CLASSES):
+        raise InputError(f"{place} has label {label[:_MAX_DIGITS]}: give less than {MAX_CLASSES}")
+    return label
 
 
 def _read(path: str, item: Item) -> str:
@@ -75,13 +68,11 @@ def _read(path: str, item: Item) -> str:
     return item.read().decode(errors="replace")
 
 
-def _numbered(source: str, labels: list[str]) -> tuple[list[int], list[str]]:
+def _numbered(labels: list[str]) -> tuple[list[int], list[str]]:
     """Return label numbers and class names: numbers are labels already, other names are numbered in sorted order."""
-    if all(label.isdecimal() for label in labels):
-        numbers = [int(label) for label in labels]
-        if max(numbers) >= MAX_CLASSES:
-            raise InputError(f"{source}: has label {max(numbers)}: give less than {MAX_CLASSES}")
-        return numbers, [str(number) for number in range(max(numbers) + 1)]
-    classes = sorted(set(labels))
-    number = {name: label for label, name in enumerate(classes)}
-    return [number[label] for label in labels], classes
+    names = set(labels) - {""}
+    if all(name.isdecimal() for name in names):
+        classes = [str(number) for number in range(max(map(int, names), default=-1) + 1)]
+        return [int(label or -1) for label in labels], classes
+    number = {name: label for label, name in enumerate(sorted(names))}
+    return [number.get(label, -1) for label in labels], list(number)

@@ -5,6 +5,7 @@ Needs pyarrow. Each image is the file's bytes as they were saved.
 
 import functools
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from pipeline.sources.archives import Item, Source
 from pipeline.system.errors import InputError, describe_error
-from pipeline.system.limits import MAX_FILE_BYTES
+from pipeline.system.limits import LIST_BYTES, MAX_FILE_BYTES, read_json
 from pipeline.system.packages import installed
 
 _INSTALL = "pip install pyarrow"
@@ -40,15 +41,18 @@ class Row(Item):
 
 def is_saved_dataset(folder: Path) -> bool:
     """Return whether a folder was written by `datasets.save_to_disk`."""
-    return (folder / _STATE).is_file() and (folder / "dataset_info.json").is_file()
+    return os.path.isfile(folder / _STATE) and os.path.isfile(folder / "dataset_info.json")
 
 
 def saved_tables(folder: Path) -> list[str]:
     """Return the files of a data set that `datasets.save_to_disk` wrote. Raises InputError."""
     try:
-        names = [entry["filename"] for entry in json.loads((folder / _STATE).read_text())["_data_files"]]
+        state = read_json(folder / _STATE, LIST_BYTES, "save the data set again")
+        names = [entry["filename"] for entry in state["_data_files"]]
         if not all(Path(name).name == name for name in names):
             raise ValueError("names outside of the folder")
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{folder / _STATE}: not of a saved data set ({describe_error(error)}): save it again"
@@ -137,13 +141,14 @@ def _image_column(source: str, schema: Any, name: str) -> str:
             return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
         return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
-    found = [field.name for field in schema if holds_images(field.type)]
-    if name and name not in found:
-        raise InputError(f"--image-column {name}: {source} has images in {', '.join(found) or 'no column'}: choose one")
-    if not name and len(found) != 1:
-        remedy = "choose one with --image-column" if found else "give a data set of images"
-        raise InputError(f"{source}: has images in {len(found)} columns ({', '.join(found)}): {remedy}")
-    return name or found[0]
+    columns = [field.name for field in schema if holds_images(field.type)]
+    if name and name not in columns:
+        listed = ", ".join(columns) or "no column"
+        raise InputError(f"--image-column {name}: {source} has images in {listed}: choose one")
+    if not name and len(columns) != 1:
+        remedy = "choose one with --image-column" if columns else "give a data set of images"
+        raise InputError(f"{source}: has images in {len(columns)} columns ({', '.join(columns)}): {remedy}")
+    return name or columns[0]
 
 
 def _label_column(source: str, schema: Any, name: str) -> tuple[str, list[str]]:
@@ -153,10 +158,10 @@ def _label_column(source: str, schema: Any, name: str) -> tuple[str, list[str]]:
     if name and name not in schema.names:
         raise InputError(f"--label-column {name}: {source} has the columns {', '.join(schema.names)}: choose one")
     if not name:
-        found = ["label"] if "label" in schema.names else classed
-        if len(found) > 1:
-            raise InputError(f"{source}: has class labels in {', '.join(found)}: choose one with --label-column")
-        name = found[0] if found else ""
+        columns = ["label"] if "label" in schema.names else classed
+        if len(columns) > 1:
+            raise InputError(f"{source}: has class labels in {', '.join(columns)}: choose one with --label-column")
+        name = columns[0] if columns else ""
     names = features.get(name, {}).get("names", [])
     return name, [str(each) for each in names] if isinstance(names, list) else []
 
@@ -166,7 +171,7 @@ def _features(schema: Any) -> dict[str, dict[str, Any]]:
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {str(key): value for key, value in features.items() if isinstance(value, dict)}
-    except (KeyError, ValueError, TypeError, AttributeError):
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
 
 

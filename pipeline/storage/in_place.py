@@ -10,21 +10,22 @@ import contextlib
 import glob
 import hashlib
 import os
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
 from pipeline.beton import MAX_PIXELS_PER_BYTE, Beton
 from pipeline.beton_format import JPEG
-from pipeline.sources.archives import Item, Source, open_source, tar_files
+from pipeline.sources.archives import Item
+from pipeline.sources.images import list_images
 from pipeline.sources.patterns import is_pattern, matching_paths
+from pipeline.sources.tables import is_saved_dataset
 from pipeline.storage.decode import jpeg_frame
 from pipeline.system.cores import available_cores
 from pipeline.system.errors import BadRecords, InputError
 from pipeline.system.files import write_atomic
-from pipeline.system.limits import MAX_CLASSES, MAX_FILE_BYTES, MAX_IMAGE_PIXELS, open_regular, read_bytes
+from pipeline.system.limits import MAX_FILE_BYTES, MAX_IMAGE_PIXELS, open_regular, read_bytes
 from pipeline.system.progress import progress
 
 _HEADER_BYTES = 1 << 16  # the start of a file, which nearly always contains its frame header
@@ -42,7 +43,8 @@ class Direct(Beton):
 
     def __init__(self, source: Path | str, *, tolerate: bool = False) -> None:
         self.path, self._tolerate = Path(source), tolerate
-        images = _listed(str(source))
+        _check_source(str(source))
+        images = list_images([str(source)])
         items, self.classes = images.items, images.classes
         self._names = [item.name for item in items]
         self._files = sorted({item.path for item in items})
@@ -136,48 +138,15 @@ def _side_lengths(item: Item) -> tuple[int, int]:
     return 0, 0
 
 
-def _listed(source: str) -> Source:
-    """Return the images of a folder, a tar, or all tars of a pattern, with WebDataset's labels where it has some."""
-    paths = _paths(source)
-    parts = [open_source(path) for path in paths]
-    items = [item for part in parts for item in part.items]
-    labels = _class_files(paths, items)
-    if labels is not None:
-        return Source(items, []).relabeled(labels, [str(number) for number in range(max(labels) + 1)])
-    if len(parts) == 1:
-        return parts[0]
-    classes = sorted({name for part in parts for name in part.classes})
-    number = {name: label for label, name in enumerate(classes)}
-    labels = [number[part.classes[i.label]] if i.label >= 0 else -1 for part in parts for i in part.items]
-    return Source(items, []).relabeled(labels, classes)
-
-
-def _paths(source: str) -> list[str]:
-    """Return the folder, the tar, or all tars of a pattern. Raises InputError for other sources, and for none."""
+def _check_source(source: str) -> None:
+    """Raise InputError for a source that is not read in place, and for a folder whose images are in tars."""
     paths = matching_paths(source)
-    if source.endswith(".zip") or source.startswith("synthetic:"):
+    tables = any(path.endswith(".parquet") or is_saved_dataset(Path(path)) for path in paths)
+    if tables or source.endswith(".zip") or source.startswith("synthetic:"):
         raise InputError(f"{source}: not read directly: write a beton with python -m pipeline.prepare")
     tars = glob.glob(os.path.join(glob.escape(source), "*.tar")) if os.path.isdir(source) else []
     if tars and next(Path(source).rglob("*.jp*g"), None) is None:
         raise InputError(f"{source}: has no image but {len(tars)} tars: name these, {source.rstrip('/')}/*.tar")
-    return paths
-
-
-def _class_files(paths: Iterable[str], items: list[Item]) -> list[int] | None:
-    """Return each image's label from its NAME.cls, as in WebDataset's tars; None where there are none."""
-    numbers: dict[tuple[str, str], int] = {}
-    for path in paths:
-        if not path.endswith(".tar") or any(item.label >= 0 for item in items):
-            return None
-        for item in tar_files(path):
-            if item.name.endswith(".cls") and item.size < 32:
-                text = item.read().strip()
-                if text.isdigit():
-                    if int(text) >= MAX_CLASSES:
-                        raise InputError(f"{path}: {item.name} has label {int(text)}: give less than {MAX_CLASSES}")
-                    numbers[path, item.name[: -len(".cls")]] = int(text)
-    labels = [numbers.get((item.path, str(PurePosixPath(item.name).with_suffix(""))), -1) for item in items]
-    return labels if numbers else None
 
 
 def open_data(path: Path | str, *, tolerate: bool = False) -> Beton:
