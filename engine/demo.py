@@ -196,14 +196,17 @@ def _with_epochs(settings: Settings, budget: Budget, evaluation_seconds: float) 
     if seconds + evaluations * evaluation_seconds > left:
         needed = _minutes_for_epoch(samples, budget, rate, spent + evaluation_seconds)
         logger.warning(f"--minutes {budget.minutes:g} is too short for an epoch: one takes --minutes {needed} here")
-    if samples * epochs >= _ENOUGH_PAIRS:
-        return settings
-    if epochs == _MAX_EPOCHS:
-        logger.warning(f"that is little to learn from: give more than {samples} images")
-    else:
-        needed = math.ceil((spent + _ENOUGH_PAIRS / rate / (1 - _EVALUATION_SHARE)) / 60)
-        logger.warning(f"that is little to learn from: {_ENOUGH_PAIRS} pairs take --minutes {needed} here")
+    if samples * epochs < _ENOUGH_PAIRS:
+        logger.warning(f"that is little to learn from: {_remedy(samples, epochs, rate, spent)}")
     return settings
+
+
+def _remedy(samples: int, epochs: int, rate: float, spent: float) -> str:
+    """Return what to change to train on more pairs. spent: seconds besides training."""
+    if epochs == _MAX_EPOCHS:
+        return f"give more than {samples} images"
+    minutes = math.ceil((spent + _ENOUGH_PAIRS / rate / (1 - _EVALUATION_SHARE)) / 60)
+    return f"{_ENOUGH_PAIRS} pairs take --minutes {minutes} here"
 
 
 def _minutes_for_epoch(samples: int, budget: Budget, rate: float, spent: float) -> int:
