@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import re
 from pathlib import Path
 
 from engine.export.formats import FORMATS, export
@@ -23,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
         "--heads", type=int, default=0, help="attention heads of a transformer whose file lacks their number"
     )
     made.add_argument("--prefix", default="", help="of the backbone's keys, in a file of no known kind")
+    made.add_argument("--trust-recipe", action="store_true", help="import the code that a run names as its model.arch")
     made.add_argument("--out", type=Path, metavar="FILE", help="(default: ARCH-FORMAT.SUFFIX)")
     return made
 
@@ -30,11 +32,13 @@ def parser() -> argparse.ArgumentParser:
 @command
 def main() -> None:
     args = parser().parse_args()
-    encoder = load_encoder(args.checkpoint, args.which, heads=args.heads, prefix=args.prefix)
+    options = {"heads": args.heads, "prefix": args.prefix, "trust_recipe": args.trust_recipe}
+    encoder = load_encoder(args.checkpoint, args.which, **options)
     logger.info("%s", encoder.summary())
     for warning in encoder.warnings:
         logger.warning("%s", warning)
-    out = args.out or Path(f"{encoder.architecture.arch}-{args.format}{FORMATS[args.format].suffix}")
+    name = re.sub(r"[^\w.-]", "-", encoder.architecture.arch)
+    out = args.out or Path(f"{name}-{args.format}{FORMATS[args.format].suffix}")
     distance = export(encoder, args.format, out)
     print(f"written: {out} and {out.name}.md; read back, its features differ by {distance:.1e} at most")
 

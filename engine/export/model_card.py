@@ -8,8 +8,10 @@ import yaml
 
 from engine.checkpoint.provenance import commit
 from engine.report.run_folder import read_runs
-from engine.weights.load import TRANSFORMERS, Architecture, LoadedEncoder, digest
+from engine.weights.load import Architecture, LoadedEncoder, digest
+from methods.custom import is_code
 from methods.encoders import STEMS
+from methods.vit import VITS
 from pipeline.augment.color import IMAGENET
 from pipeline.system.packages import version
 from pipeline.system.text import printable
@@ -90,7 +92,8 @@ def _loading(architecture: Architecture, format: str, path: Path) -> str:
     if format == "onnx":
         return f'session = onnxruntime.InferenceSession("{file}")\nsession.run(["features"], {{"images": images}})'
     if format == "safetensors":
-        return f'from engine.weights.load import load_encoder\n\nbackbone = load_encoder("{file}").backbone'
+        trust = ", trust_recipe=True" * is_code(architecture.arch)
+        return f'from engine import load_encoder\n\nbackbone = load_encoder("{file}"{trust}).backbone'
     if format == "detectron2":
         return f'cfg.MODEL.WEIGHTS = "{file}"\n' + (
             _pixels() if not architecture.transformer else "# a ViTDet whose backbone has use_cls_token's positions"
@@ -101,6 +104,11 @@ def _loading(architecture: Architecture, format: str, path: Path) -> str:
     load = f'model.load_state_dict(torch.load("{file}", weights_only=True))'
     if format == "timm":
         load = f'model.load_state_dict(safetensors.torch.load_file("{file}"))'
+        if architecture.custom:
+            args = "".join(
+                f", {key}={value!r}" for key, value in ({"num_classes": 0} | (architecture.args or {})).items()
+            )
+            return f'model = timm.create_model("{name.removeprefix("timm:")}"{args})\n{load}'
     if architecture.transformer:
         return f"{_transformer(architecture, format)}\n{load}"
     library = "torchvision.models." if format == "torchvision" else "timm.create_model("
@@ -118,7 +126,7 @@ def _transformer(architecture: Architecture, format: str) -> str:
             f'model = timm.create_model("{architecture.arch}_patch16_224", img_size={architecture.size}, '
             f"num_heads={architecture.heads}, num_classes=0)"
         )
-    dim, depth, _ = TRANSFORMERS[architecture.arch]
+    dim, depth, *_ = VITS[architecture.arch]
     return (
         f"model = torchvision.models.VisionTransformer({architecture.size}, 16, {depth}, {architecture.heads}, {dim}, "
         f"{4 * dim})\nmodel.heads = torch.nn.Identity()"

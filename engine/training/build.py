@@ -21,9 +21,8 @@ from engine.parallel.rendezvous import rank, world
 from engine.training.datasets import Datasets, build_loader, open_datasets, verify_datasets
 from engine.training.model import Model, build_model, check_compiler
 from engine.training.run_folder import RunFolder, check_out
-from methods.encoders import base_channels
+from methods.encoders import RESNETS, base_channels
 from methods.norm import GROUPS, SHUFFLED
-from methods.vit import VITS
 from pipeline.loader import Loader
 from pipeline.sampling.order import steps_per_epoch
 from pipeline.system.errors import InputError
@@ -183,7 +182,7 @@ def list_warnings(settings: Settings, device: torch.device, samples: int | None 
             f"that BatchNorm sees fewer and larger ones: choose a multiple of {2 * parts}"
         )
     # PyTorch 2.13 was seen to overrun memory on CPUs in convolutions of 4 and 8 channels at 64 pixels
-    few = model.arch not in VITS and base_channels(model.width) < _SAFE_CHANNELS
+    few = model.arch in RESNETS and base_channels(model.width) < _SAFE_CHANNELS
     side = max(settings.data.sizes or [settings.data.size])
     if few and side >= _LARGE_PIXELS and device.type == "cpu":
         warnings.append(

@@ -53,6 +53,10 @@ class Segmentation(Evaluation):
 
     def check(self) -> None:
         """Create the folder of results. Raises InputError for it or for other options that cannot work."""
+        if self.encoder.architecture.custom:
+            raise InputError(
+                f"{self.encoder.architecture}: needs the maps of a ResNet or transformer of ours: give one"
+            )
         self.require_positive("iterations", "lr", "classes")
         if not 32 <= self.args.size <= 4096:
             raise InputError(f"--size {self.args.size}: choose 32 to 4096 pixels")
