@@ -49,9 +49,9 @@ class CustomBackbone(nn.Module):
         if norm is not None:
             _replace_batchnorm(self, norm, {})
             self.check(size)
-        wrong = next((name for name, p in net.named_parameters() if p.dtype != torch.float32), None)
-        if wrong:
-            raise BackboneError(f"parameter {wrong} is not of float32: return a module of float32 parameters")
+        dtype = torch.get_default_dtype()
+        if wrong := next((name for name, p in net.named_parameters() if p.dtype != dtype), None):
+            raise BackboneError(f"parameter {wrong} is not of {dtype}: return a module whose parameters all are")
         if not any(p.requires_grad for p in net.parameters()):
             raise BackboneError("it has no parameter to train: return a module whose parameters require gradients")
 
@@ -139,13 +139,11 @@ def _call(arch: str, args: Mapping[str, Any]) -> Any:
 
 def _replace_batchnorm(module: nn.Module, norm: Norm, made: dict[nn.Module, nn.Module]) -> None:
     """Replace each BatchNorm within the module; a layer that occurs twice is replaced by one. made: those so far."""
-    for name, child in module.named_children():
-        if not isinstance(child, _BatchNorm):
+    for name, child in list(module._modules.items()):  # named_children leaves out a second occurrence
+        if isinstance(child, _BatchNorm):
+            module._modules[name] = made[child] = made.get(child) or _replacement(child, norm)
+        elif child is not None:
             _replace_batchnorm(child, norm, made)
-            continue
-        if child not in made:
-            made[child] = _replacement(child, norm)
-        module._modules[name] = made[child]
 
 
 def _replacement(layer: _BatchNorm, norm: Norm) -> BatchNorm:

@@ -56,8 +56,8 @@ def build_backbone(
 ) -> Backbone:
     """Return the backbone of that name, weights drawn by torch's global generator. `features`: its output dimensions.
 
-    ResNets take stem, width, bn, groups and zero_init_residual; transformers bn, groups, size and stop_grad_conv1; those
-    of timm and the user's own args, bn, groups and size. These may raise BackboneError.
+    ResNets take stem, width, bn, groups and zero_init_residual; transformers bn, groups, size and stop_grad_conv1;
+    those of timm and the user's own take args, bn, groups and size, and may raise BackboneError.
     """
     norm = norm_layers(bn, groups)
     if is_custom(arch):

@@ -97,8 +97,6 @@ class Model:
     """Backbone: resnet10, 18, 34, 50, 101, 152 or wide_resnet50_2; vit_tiny, small, base or large, or MoCo v3's
     vit_conv_small and base; timm:NAME, of timm; or package.module:function, of your own code, which returns a module
     from images [B, 3, S, S] to features [B, F] or maps [B, F, h, w]."""
-    args: dict[str, Any] | None = None
-    """Arguments of timm's model or your function, such as {drop_path_rate: 0.1}."""
     stem: Literal["imagenet", "medium", "small"] = "imagenet"
     """First layers of a ResNet: imagenet (7x7 stride 2, pooling), medium (5x5 stride 2) for images of 64 to 128 pixels,
     or small (3x3) for 32 to 64. A larger stem on smaller images is faster and loses detail."""
@@ -116,6 +114,8 @@ class Model:
     """Start a ResNet's blocks as the identity: scale 0 in their last BatchNorm."""
     stop_grad_conv1: bool = True
     """Freeze a transformer's patch projection at its initialization."""
+    args: dict[str, Any] | None = None
+    """Arguments of timm's model or your function, such as {drop_path_rate: 0.1}."""
     init: str = ""
     """Start from the weights in this file: a run, a checkpoint or an exported encoder of ours; official MoCo v1, v2, v3
     or SimSiam; torchvision, timm, detectron2. Both encoders start from its backbone; optimizer and schedule are new.
@@ -314,7 +314,7 @@ class Settings:
         no_queue, no_teacher = f"{base.name} has no queue", f"{base.name} has no momentum encoder"
         no_blocks = f"{model.arch} has no such blocks"
         no_file = "model.init names no file"
-        custom = is_custom(model.arch)
+        custom, trainable = is_custom(model.arch), None if model.stop_grad_conv1 else False
         for key, value, applies, reason in (
             ("model.init_which", "momentum" if model.init_which == "momentum" else None, bool(model.init), no_file),
             ("model.init_heads", model.init_heads or None, bool(model.init), no_file),
@@ -327,12 +327,7 @@ class Settings:
             ("model.mlp_dim", model.mlp_dim, base.name != "moco_v1", f"{base.name}'s head is one layer"),
             ("model.zero_init_residual", model.zero_init_residual, model.arch in RESNETS, no_blocks),
             ("model.args", model.args or None, custom, f"{model.arch} takes none"),
-            (
-                "model.stop_grad_conv1",
-                None if model.stop_grad_conv1 else False,
-                not custom,
-                f"{model.arch} is not of ours",
-            ),
+            ("model.stop_grad_conv1", trainable, not custom, f"{model.arch} is not of ours"),
             ("activation_checkpointing", self.activation_checkpointing or None, not custom, no_blocks),
         ):
             remedy = f"remove {key}" + ("" if isinstance(value, bool) else ", or set it to null")

@@ -9,7 +9,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -257,9 +257,10 @@ def _load_custom(contents: Contents, architecture: Architecture, which: Which, p
 
     layout, of_which, part = max(_candidates(state, which, unwrapped(prefix)), key=matched)
     if not matched((layout, of_which, part)):
-        content = f"its keys are {_list_keys(list(state)[:3], '')} ..., those of the backbone {_list_keys(list(expected)[:3], '')}"
-        where = f" under {prefix}" if prefix else f" of a {which} encoder"
-        raise InputError(f"{path}: no key of {architecture}{where} ({content} ...): give another file, or their prefix")
+        theirs, ours = (_list_keys(list(keys)[:3], "") for keys in (state, expected))
+        where = f" under {prefix}" if prefix else f", {which} encoder"
+        problem = f"no key of {architecture}{where} (the file's are {theirs} ..., the backbone's {ours} ...)"
+        raise InputError(f"{path}: {problem}: give another file, or the prefix of its keys")
     _check(part, expected, path, of_which)
     backbone.net.load_state_dict(part, strict=False)
     count = len(expected.keys() & part.keys())
