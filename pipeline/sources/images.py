@@ -20,9 +20,9 @@ def list_images(
 ) -> Source:
     """Return the images of sources, one after another, with their classes joined by name, or without labels.
 
-    A source: any of `open_source`; a parquet file; a folder of `datasets.save_to_disk`; a WebDataset shard; a CSV
-    file of paths; or a pattern of parquet files, shards, tars, zips or folders. subset: as for `open_source`. image_column, label_column:
-    of tables and CSV files; the latter also a key of a shard's JSON. Raises InputError.
+    A source: any of `open_source`; a parquet file; a folder of `datasets.save_to_disk`; a WebDataset shard; a CSV file
+    of paths; or a pattern of parquet files, shards, tars, zips or folders. subset: as for `open_source`. image_column,
+    label_column: of tables and CSV files; the latter also a key of a shard's JSON. Raises InputError.
     """
     parts = [_list(source, subset, image_column, label_column) for source in sources]
     if len(parts) == 1:
