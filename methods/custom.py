@@ -146,7 +146,7 @@ def _replace_batchnorm(module: nn.Module, norm: Norm, made: dict[nn.Module, nn.M
             _replace_batchnorm(child, norm, made)
 
 
-def _replacement(layer: _BatchNorm, norm: Norm) -> BatchNorm:
+def _replacement(layer: Any, norm: Norm) -> BatchNorm:
     """Return a BatchNorm with the layer's weights, statistics and options, and with timm's activation after it."""
     kind, activated = type(layer).__name__, hasattr(layer, "drop") and hasattr(layer, "act")
     if not activated and type(layer) not in _TORCH:

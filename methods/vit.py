@@ -184,5 +184,6 @@ def vit(arch: str, *, size: int = 224, stop_grad_conv1: bool = True, norm: Norm 
     if size % PATCH:
         raise ValueError(f"data.size {size}: {arch} has patches of {PATCH} pixels: choose a multiple of {PATCH}")
     dim, depth, heads, conv_stem = VITS[arch]
-    options = {"size": size, "stop_grad_conv1": stop_grad_conv1, "conv_stem": conv_stem}
-    return VisionTransformer(dim, depth, heads, norm=norm, **options)
+    return VisionTransformer(
+        dim, depth, heads, size=size, stop_grad_conv1=stop_grad_conv1, conv_stem=conv_stem, norm=norm
+    )

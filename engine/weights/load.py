@@ -97,18 +97,21 @@ class Architecture:
         """Whether it is of timm or of the user's code."""
         return is_custom(self.arch)
 
+    @property
+    def own_args(self) -> dict[str, Any]:
+        """`args` without those that would fetch or read other weights."""
+        return {key: value for key, value in (self.args or {}).items() if not key.startswith(_FETCHING)}
+
     def build(self) -> Backbone:
         """Return the backbone with random weights, all of ours trainable. Raises InputError for one of other code."""
         if self.custom:
-            args = {key: value for key, value in (self.args or {}).items() if not key.startswith(_FETCHING)}
             try:
-                return build_custom(self.arch, args, size=self.size)
+                return build_custom(self.arch, self.own_args, size=self.size)
             except BackboneError as error:
                 raise InputError(f"{self.arch}: {error}") from error.__cause__
         if self.transformer:
             dim, depth, _, conv_stem = VITS[self.arch]
-            options = {"size": self.size, "stop_grad_conv1": False, "conv_stem": conv_stem}
-            return VisionTransformer(dim, depth, self.heads, **options)
+            return VisionTransformer(dim, depth, self.heads, size=self.size, stop_grad_conv1=False, conv_stem=conv_stem)
         return ResNet(*RESNETS[self.arch], stem=self.stem, width=self.width)
 
     def __str__(self) -> str:
