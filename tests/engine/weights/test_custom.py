@@ -54,7 +54,11 @@ def _settings(beton: Path, out: Path, arch: str, bn: str = "shuffle", **model: A
 
 def _run(settings: Settings) -> Run:
     run = build(settings)
-    restore(run)
+    try:
+        restore(run)
+    except InputError:
+        run.close()
+        raise
     return run
 
 
