@@ -13,6 +13,7 @@ absent.
 
 import contextlib
 import logging
+import math
 import multiprocessing
 import os
 import platform
@@ -28,11 +29,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipeline.beton import Beton, Manifest, manifest_path
 from pipeline.sampling.order import evenly
 from pipeline.sources.archives import Item, Source
 from pipeline.sources.images import list_images
 from pipeline.sources.labels import relabel
+from pipeline.storage.decode import decode
 from pipeline.storage.encode import Record, Settings, Unreadable, encode
 from pipeline.storage.writer import BetonWriter
 from pipeline.system.cli import ArgumentParser
@@ -44,6 +48,8 @@ from pipeline.system.progress import progress
 
 logger = logging.getLogger(__name__)
 _IMAGES_AHEAD = 32  # images that a worker is ahead of the writer
+_MEASURED_IMAGES, _MEASURED_PIXELS = 1000, 1 << 16  # images, and about as many pixels of each, for mean and deviation
+_MIN_STD = 1e-4  # of images of one color
 _large_lock: Any = contextlib.nullcontext()  # a lock in workers: together they decode one large image at a time
 
 
@@ -140,6 +146,7 @@ def prepare(
             manifest = _write(
                 " ".join(sources), images, beton_file, settings, workers or available_cores(), skip_bad, quiet
             )
+            measure(manifest, beton_file)
             manifest.write(manifest_file)
             manifest_path(out).unlink(missing_ok=True)  # an old manifest never accompanies a new beton
     except OSError as error:
@@ -189,6 +196,24 @@ def _write(
         names=names,
         skipped=skipped,
     )
+
+
+def measure(manifest: Manifest, path: Path) -> None:
+    """Set mean and standard deviation of the colors in the manifest of a beton at `path`, over a sample of its images.
+
+    Each image counts the same, whatever its size: views all have one size.
+    """
+    beton = Beton(path)
+    moments = np.zeros((2, 3))
+    sample = evenly(len(beton), _MEASURED_IMAGES)
+    for index in sample:
+        pixels = decode(beton, int(index))
+        step = max(math.isqrt(pixels.size // (3 * _MEASURED_PIXELS)), 1)
+        pixels = pixels[::step, ::step].reshape(-1, 3) / 255
+        moments += np.stack([pixels.mean(axis=0), (pixels**2).mean(axis=0)]) / len(sample)
+    mean, squares = moments
+    manifest.mean = [round(float(value), 4) for value in mean]
+    manifest.std = [round(max(float(value), _MIN_STD), 4) for value in np.sqrt(np.maximum(squares - mean**2, 0))]
 
 
 def _unreadable(source: str, skipped: list[list[str]]) -> InputError:

@@ -10,7 +10,7 @@ from engine.checkpoint.provenance import commit
 from engine.report.run_folder import read_runs
 from engine.weights.load import TRANSFORMERS, Architecture, LoadedEncoder, digest
 from methods.encoders import STEMS
-from pipeline.augment.color import IMAGENET
+from pipeline.augment.color import Statistics
 from pipeline.system.packages import version
 from pipeline.system.text import printable
 
@@ -26,7 +26,7 @@ def card(encoder: LoadedEncoder, format: str, path: Path, distance: float) -> st
     architecture = encoder.architecture
     front = {"library_name": format if format == "timm" else "pytorch", "pipeline_tag": "image-feature-extraction"}
     front["tags"] = ["self-supervised", "millrace", architecture.arch]  # type: ignore[assignment]
-    mean, std = IMAGENET
+    mean, std = encoder.statistics
     trained = f" Its checkpoint was written by {_program(encoder.origin)}." if "version" in encoder.origin else ""
     exporter = {"version": version("millrace") or "unknown"} | ({"commit": commit()} if commit() else {})
     lines = [
@@ -37,7 +37,7 @@ def card(encoder: LoadedEncoder, format: str, path: Path, distance: float) -> st
         f"{encoder.backbone.features} features.",
         f"SHA-256 of the weights: `{digest(encoder.backbone)}`.{trained} Exported by {_program(exporter)}, torch "
         f"{torch.__version__}, as {format}. Read back, its features differ by {distance:.1e} of the largest.",
-        f"## Loading\n\n```python\n{_loading(architecture, format, path)}\n```",
+        f"## Loading\n\n```python\n{_loading(encoder, format, path)}\n```",
     ]
     if encoder.settings:
         lines.append(f"## Data\n\n{_data(encoder)}")
@@ -84,16 +84,19 @@ def _metrics(path: Path) -> list[str]:
     return lines
 
 
-def _loading(architecture: Architecture, format: str, path: Path) -> str:
+def _loading(encoder: LoadedEncoder, format: str, path: Path) -> str:
     """Return Python code that loads the file in its library, strictly where possible."""
-    name, file = architecture.arch, path.name
+    architecture, file = encoder.architecture, path.name
+    name = architecture.arch
     if format == "onnx":
         return f'session = onnxruntime.InferenceSession("{file}")\nsession.run(["features"], {{"images": images}})'
     if format == "safetensors":
         return f'from engine.weights.load import load_encoder\n\nbackbone = load_encoder("{file}").backbone'
     if format == "detectron2":
         return f'cfg.MODEL.WEIGHTS = "{file}"\n' + (
-            _pixels() if not architecture.transformer else "# a ViTDet whose backbone has use_cls_token's positions"
+            _pixels(encoder.statistics)
+            if not architecture.transformer
+            else "# a ViTDet whose backbone has use_cls_token's positions"
         )
     if format == "mmdet":
         kind = "mmpretrain.VisionTransformer" if architecture.transformer else "ResNet"
@@ -125,9 +128,9 @@ def _transformer(architecture: Architecture, format: str) -> str:
     )
 
 
-def _pixels() -> str:
-    """Return detectron2's settings for torchvision's normalization (facebookresearch/moco `detection/configs`)."""
-    mean, std = ([round(255 * value, 3) for value in values] for values in IMAGENET)
+def _pixels(statistics: Statistics) -> str:
+    """Return detectron2's settings for this normalization (facebookresearch/moco `detection/configs`)."""
+    mean, std = ([round(255 * value, 3) for value in values] for values in statistics)
     return (
         f"cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = {mean}, {std}\n"
         'cfg.INPUT.FORMAT = "RGB"\ncfg.MODEL.RESNETS.STRIDE_IN_1X1 = False'

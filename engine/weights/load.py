@@ -23,6 +23,7 @@ from engine.weights.readers import read, unwrapped
 from methods.encoders import RESNETS, STEMS, Bottleneck, ResNet, Stem, base_channels
 from methods.vit import PATCH, VITS, VisionTransformer
 from pipeline.augment.center_crop import CenterCrop
+from pipeline.augment.color import IMAGENET, Statistics
 from pipeline.system.errors import InputError
 from pipeline.system.text import printable
 
@@ -134,12 +135,15 @@ class LoadedEncoder:
     """Number of unused keys, by part of the network."""
     heads: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     """State dicts of `projector` and `predictor`, as far as the file has them."""
+    statistics: Statistics = IMAGENET
+    """Mean and standard deviation for normalization of its images."""
     warnings: list[str] = field(default_factory=list)
 
     @property
     def preprocess(self) -> CenterCrop:
         """From an image to the backbone's input [3, S, S]: the center crop that the run's kNN evaluated."""
-        return CenterCrop(self.architecture.size, float(self.settings.get("data", {}).get("eval_crop_ratio", 0.875)))
+        crop_ratio = float(self.settings.get("data", {}).get("eval_crop_ratio", 0.875))
+        return CenterCrop(self.architecture.size, crop_ratio, self.statistics)
 
     def summary(self) -> str:
         """Return a line with the numbers of matched and unused keys."""
@@ -190,8 +194,22 @@ def load_encoder(path: Path | str, which: Which = "online", *, heads: int = 0, p
         backbone.eval(), architecture, path, layout.name, which, matched, contents.settings, contents.origin
     )
     loaded.heads = _find_heads(contents.state, layout, which)
+    loaded.statistics = _statistics(contents.described, path)
     _note_unused(loaded, layout, part, [key for key in contents.state if not key.startswith(of_which)])
     return loaded
+
+
+def _statistics(stated: dict[str, Any], path: Path) -> Statistics:
+    """Return the mean and standard deviation that the file states, or ImageNet's. Raises InputError for wrong ones."""
+    mean, std = (stated.get(name) or default for name, default in IMAGENET._asdict().items())
+    try:
+        (mean_r, mean_g, mean_b), (std_r, std_g, std_b) = map(float, mean), map(float, std)
+        statistics = Statistics((mean_r, mean_g, mean_b), (std_r, std_g, std_b))
+    except (TypeError, ValueError, OverflowError):
+        statistics = Statistics((math.nan,) * 3, (math.nan,) * 3)
+    if not all(0 <= value <= 1 for value in (*statistics.mean, *statistics.std)) or min(statistics.std) == 0:
+        raise InputError(f"{path}: its mean and std are not three numbers from 0 to 1 each: give another file")
+    return statistics
 
 
 def digest(module: nn.Module) -> str:
