@@ -21,6 +21,7 @@ from methods.vit import PATCH, VITS
 from pipeline.augment.color import IMAGENET, Statistics
 from pipeline.sampling.order import Order
 from pipeline.system.files import write_atomic
+from pipeline.system.text import counted
 from pipeline.views import AUGMENTATIONS, View, ViewError, changed_views
 
 _VIEWS = 2  # that every method takes
@@ -99,7 +100,7 @@ class Data:
         two_views = [name for name, views in AUGMENTATIONS.items() if len(views) == 2]
         remedy = f"choose one of two views: {', '.join(two_views)}"
         _require(self.augmentation in two_views, "data.augmentation", self.augmentation, remedy)
-        remedy = f"{len(self.views)} views, the methods take two: list two, such as [{{hue: 0}}, {{}}]"
+        remedy = f"{counted(len(self.views), 'view')}, and every method takes two: list two, such as [{{hue: 0}}, {{}}]"
         if self.views and len(self.views) != _VIEWS:
             raise SettingError("data.views", "", remedy)
         try:
