@@ -8,7 +8,7 @@ in `_32` are without blur, for images of 32 pixels, as in SimCLR's CIFAR-10 appe
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 
@@ -89,7 +89,8 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "crop_ratio": (0.01, 100),
     "blur_sigma": (0.01, 2),
 }
-VIEW_KEYS = ("preset", *_LIMITS)
+_SHOWN_CHARACTERS = 200
+VIEW_KEYS = ("preset", *(field.name for field in fields(View) if field.name in _LIMITS))
 """Keys of a view as `changed_views` takes it."""
 
 
@@ -97,8 +98,8 @@ class ViewError(ValueError):
     """A wrong view: `{key: value}: remedy`."""
 
     def __init__(self, key: str, value: Any, remedy: str) -> None:
-        super().__init__(f"{{{key}: {value}}}: {remedy}")
-        self.given, self.remedy = f"{{{key}: {value}}}", remedy
+        self.given, self.remedy = f"{{{key}: {value}}}"[:_SHOWN_CHARACTERS], remedy
+        super().__init__(f"{self.given}: {remedy}")
 
 
 def changed_views(changes: Sequence[Mapping[str, Any]], preset: str) -> tuple[View, ...]:

@@ -70,10 +70,11 @@ def test_every_key_changes_its_field_alone() -> None:
 @pytest.mark.parametrize(
     ("view", "message"),
     [
-        ({"hu": 1}, "{hu: 1}: no such key, did you mean hue: choose of preset, hflip"),
+        ({"hu": 1}, "{hu: 1}: no such key, did you mean hue: choose of preset, crop_scale"),
         ({"scale": [0, 1]}, "did you mean crop_scale"),
         ({"preset": "moco"}, "{preset: moco}: choose one of moco_v1"),
         ({"preset": 3}, "{preset: 3}: choose one of moco_v1"),
+        ({"x" * 300: 1}, "{" + "x" * 199 + ": no such key"),
         ({"preset": []}, "{preset: []}: choose one of moco_v1"),
         ({"hue": 0.6}, "{hue: 0.6}: choose a number from 0 to 0.5"),
         ({"hue": -0.1}, "{hue: -0.1}: choose a number from 0 to 0.5"),

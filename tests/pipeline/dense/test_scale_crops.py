@@ -114,9 +114,9 @@ def test_crops_are_padded_and_normalized_by_the_given_mean(drawn: Masked) -> Non
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in chosen)
         batches.append((images * std + mean) * 255)
     by_imagenet, levels = batches
-    assert torch.equal(levels, levels.round())
-    assert ((by_imagenet - levels).abs() < 0.01)[levels > 0].all()
-    assert by_imagenet[levels == 0].mean() > 100  # padded
+    assert (levels - levels.round()).abs().max() < 1e-3
+    assert ((by_imagenet - levels).abs() < 0.01)[levels > 0.5].all()
+    assert by_imagenet[levels < 0.5].mean() > 100  # padded
 
 
 def test_an_epoch_has_full_batches_of_distinct_images(drawn: Masked) -> None:
