@@ -87,7 +87,7 @@ def with_statistics(settings: Settings, train: Beton) -> Settings:
 
     Raises InputError where none were measured.
     """
-    measured: dict[str, list[float]] = {}
+    measured: dict[str, Any] = {}
     for name in ("mean", "std"):
         if getattr(settings.data, name) == "auto":
             measured[name] = getattr(train.manifest, name, [])
