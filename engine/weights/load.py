@@ -183,6 +183,7 @@ def load_encoder(path: Path | str, which: Which = "online", *, heads: int = 0, p
         raise
     except (IndexError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: shapes that no encoder here has ({error}): give another file") from None
+    statistics = _statistics(contents.described, path)
     with torch.device("meta"):  # shapes alone: nothing is allocated before the file proves to contain it
         expected = architecture.build().state_dict()
     _check(part, expected, path, of_which)
@@ -194,7 +195,7 @@ def load_encoder(path: Path | str, which: Which = "online", *, heads: int = 0, p
         backbone.eval(), architecture, path, layout.name, which, matched, contents.settings, contents.origin
     )
     loaded.heads = _find_heads(contents.state, layout, which)
-    loaded.statistics = _statistics(contents.described, path)
+    loaded.statistics = statistics
     _note_unused(loaded, layout, part, [key for key in contents.state if not key.startswith(of_which)])
     return loaded
 
