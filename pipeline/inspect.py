@@ -24,14 +24,14 @@ from pipeline.system.cores import available_cores
 from pipeline.system.errors import BadRecords, InputError, command
 from pipeline.system.limits import parse_yaml
 from pipeline.system.progress import progress
-from pipeline.system.text import printable
-from pipeline.views import AUGMENTATIONS, View, changed_views
+from pipeline.system.text import counted, printable
+from pipeline.views import AUGMENTATIONS, View, ViewError, changed_views
 
 _CHUNK_RECORDS = 64  # records in a call of a thread
 _COLUMNS, _GAP_PIXELS = 2, 6  # layout of the preview: groups side by side, space between pictures
 _MIN_CELL_PIXELS = 96  # smaller views are enlarged in the preview
 _PREVIEW_IMAGES = 12
-_MAX_VIEWS = 16
+_MAX_VIEWS, _SHOWN_CHARACTERS = 16, 200
 
 
 def describe(beton: Beton) -> str:
@@ -136,11 +136,16 @@ def _views(text: str, augmentation: str) -> tuple[View, ...]:
     """Return the views of --views. Raises InputError."""
     try:
         given = parse_yaml(text)
-        if not isinstance(given, list) or not given or not all(isinstance(view, dict) for view in given):
-            raise ValueError("not a list of mappings: give one for each view, such as '[{hue: 0}, {}]'")
-        return changed_views(given[:_MAX_VIEWS], augmentation)
-    except (ValueError, yaml.YAMLError) as error:
-        raise InputError(f"--views {' '.join(str(error).split())}") from None
+    except (ValueError, yaml.YAMLError):
+        given = None
+    listed = isinstance(given, list) and all(isinstance(view, dict) for view in given)
+    if not listed or not 1 <= len(given) <= _MAX_VIEWS:
+        remedy = f"give 1 to {_MAX_VIEWS} mappings, one for each view, such as '[{{hue: 0}}, {{}}]'"
+        raise InputError(f"--views {text[:_SHOWN_CHARACTERS]!r}: {remedy}")
+    try:
+        return changed_views(given, augmentation)
+    except ViewError as error:
+        raise InputError(f"--views {error}") from None
 
 
 @command
@@ -172,7 +177,7 @@ def main() -> int:
             raise InputError(
                 f"{args.preview}: cannot be written ({error}): give a .png or .jpg file in a folder that exists"
             ) from None
-        print(f"preview: {args.preview} (each original with its {len(views)} views)")
+        print(f"preview: {args.preview} (each original with its {counted(len(views), "view")})")
     return 1 if faults else 0
 
 
