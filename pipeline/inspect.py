@@ -177,7 +177,7 @@ def main() -> int:
             raise InputError(
                 f"{args.preview}: cannot be written ({error}): give a .png or .jpg file in a folder that exists"
             ) from None
-        print(f"preview: {args.preview} (each original with its {counted(len(views), "view")})")
+        print(f"preview: {args.preview} (each original with its {counted(len(views), 'view')})")
     return 1 if faults else 0
 
 
