@@ -203,15 +203,16 @@ def measure(manifest: Manifest, path: Path) -> None:
 
     Each image counts the same, whatever its size: views all have one size.
     """
-    beton = Beton(path)
-    moments = np.zeros((2, 3))
+    beton, levels = Beton(path), np.arange(256) / 255
+    moments = np.zeros((3, 2))
     sample = evenly(len(beton), _MEASURED_IMAGES)
     for index in sample:
         pixels = decode(beton, int(index))
         step = max(math.isqrt(pixels.size // (3 * _MEASURED_PIXELS)), 1)
-        pixels = pixels[::step, ::step].reshape(-1, 3) / 255
-        moments += np.stack([pixels.mean(axis=0), (pixels**2).mean(axis=0)]) / len(sample)
-    mean, squares = moments
+        channels = pixels[::step, ::step].reshape(-1, 3).T
+        counts = np.stack([np.bincount(channel, minlength=256) for channel in channels])  # [3, 256]
+        moments += counts @ np.stack([levels, levels**2], axis=1) / (channels.shape[1] * len(sample))
+    mean, squares = moments.T
     manifest.mean = [round(float(value), 4) for value in mean]
     manifest.std = [round(max(float(value), _MIN_STD), 4) for value in np.sqrt(np.maximum(squares - mean**2, 0))]
 
