@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
+from engine.config.names import Names
 from engine.config.renamed import former
 from engine.config.setting_error import SettingError
 from engine.config.validation import choose, section
@@ -20,6 +21,10 @@ from methods.vit import PATCH, VITS
 from pipeline.sampling.order import Order
 from pipeline.system.files import write_atomic
 from pipeline.views import AUGMENTATIONS
+
+
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
+"""Accelerate's trackers."""
 
 
 def _require(valid: bool, key: str, value: Any, remedy: str) -> None:
@@ -199,6 +204,25 @@ class Knn:
 
 
 @section
+class Tracking:
+    """The run as its trackers show it."""
+
+    project: str = "millrace"
+    """Project, experiment or repository of the run there."""
+    name: str = ""
+    """Name of the run. Empty: that of its folder."""
+    group: str = ""
+    """Group of runs, such as the seeds of one setting."""
+    tags: Names = field(default_factory=list)
+    """Tags, such as [moco_v2, imagenet]."""
+    images: bool = False
+    """Log images too: augmented views at the start, and the curves of the report at the end."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.project), "tracking.project", self.project, "give a name")
+
+
+@section
 class Settings:
     """A run."""
 
@@ -208,6 +232,7 @@ class Settings:
     terms: Terms = field(default_factory=Terms)
     optim: Optim = field(default_factory=Optim)
     knn: Knn = field(default_factory=Knn)
+    tracking: Tracking = field(default_factory=Tracking)
     out: str = "runs/run"
     """Run folder: settings, metrics, checkpoints."""
     resume: str = ""
@@ -249,8 +274,9 @@ class Settings:
     """Newest checkpoints to keep. 0: all."""
     keep_every: Annotated[int, choose("a number of steps, or 0 for none", ge=0)] = 0
     """Also keep the checkpoints of steps that are a multiple of this. 0: none."""
-    tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
-    """Tracker of metrics, next to metrics.jsonl."""
+    tracker: Names = field(default_factory=lambda: ["tensorboard"])
+    """Trackers of metrics, next to metrics.jsonl: any of tensorboard, wandb, mlflow, trackio, comet_ml, aim, clearml,
+    dvclive, swanlab, such as [tensorboard, wandb]; or none. A resumed run continues its curves."""
     cpu: bool = False
     """Train on the CPU even if there is a GPU."""
     require_gpu: bool = False
@@ -259,6 +285,10 @@ class Settings:
     def __post_init__(self) -> None:
         _require(bool(self.out), "out", self.out, "name a folder")
         _require(self.micro_batch != 1, "micro_batch", self.micro_batch, "choose 2 or more, or 0")
+        if list(self.tracker) == ["none"]:
+            self.tracker = []
+        unknown = [name for name in self.tracker if name not in TRACKERS]
+        _require(not unknown, "tracker", ", ".join(unknown), f"choose some of {', '.join(TRACKERS)}, or none")
         for key in self.allow_change:
             if renamed := former(key):
                 raise SettingError("allow_change", "", str(renamed))

@@ -40,6 +40,8 @@ _TYPES = {
     "array": "a list such as [160, 224]",
     "object": "a mapping such as {weight: 1}",
     "terms": "names such as [co2, residual]",
+    "tracker": "names such as [tensorboard, wandb]",
+    "tracking.tags": "names such as [moco_v2, imagenet]",
 }
 
 
