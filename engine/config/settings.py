@@ -22,7 +22,6 @@ from pipeline.sampling.order import Order
 from pipeline.system.files import write_atomic
 from pipeline.views import AUGMENTATIONS
 
-
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
 """Accelerate's trackers."""
 

@@ -59,6 +59,7 @@ def _train(run: Run, heartbeat: Heartbeat) -> dict[str, Any]:
     stopped = _train_epochs(run, heartbeat)
     run_on_all_ranks(run.writer.finish)
     summary = {} if stopped else _summarize(run)
+    run.monitor.finish()
     run.accelerator.end_training()  # not after a failure: it waits for all ranks
     if stopped:
         raise stopped

@@ -133,8 +133,6 @@ def _open(run: Run, tensors: dict[str, storage.Tensors]) -> dict[str, Any] | Non
         _start(run)
     if not run.finished:
         run.folder.write_config()
-        if run.settings.tracker != "none":
-            run.accelerator.init_trackers("millrace")
         run.monitor.start(run.done, run.evaluated)
     return checkpoint
 
