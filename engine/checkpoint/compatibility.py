@@ -21,7 +21,7 @@ FREE |= {
 }
 FREE |= {f"data.{key}" for key in ("train", "eval", "eval_crop_ratio", "verify", "on_bad", "samples", "stall_timeout")}
 FREE |= {f"data.{key}" for key in ("workers", "prefetch_factor", "backend", "hw_decoder_load")}
-FREE |= {f"knn.{key}" for key in ("every", "k", "temperature", "limit")}
+FREE |= {f"knn.{key}" for key in ("every", "k", "temperature", "limit", "bank")} | {"probe.every", "probe.lr"}
 FREE |= {f"tracking.{key}" for key in ("project", "name", "group", "tags", "images")}
 """Settings that may differ: they do not change the training.
 

@@ -200,6 +200,18 @@ class Knn:
     """Temperature of the votes, exp(cosine / temperature)."""
     limit: Annotated[int, choose("a number of images, or 0 for all", ge=0)] = 0
     """Use at most this many training images as neighbors, evenly spread. 0: all."""
+    bank: str = ""
+    """Labeled beton of the neighbors, where the training images have no labels or others. Empty: `data.train`."""
+
+
+@section
+class Probe:
+    """Linear classification of detached backbone features by a probe that trains along, on the batches' labels."""
+
+    every: Annotated[int, choose("a number of steps, or 0 for never", ge=0)] = 0
+    """Steps between updates of the probe; its top-1 on `data.eval` is measured with kNN's. 0: no probe."""
+    lr: Annotated[float, choose("a number above 0, such as 1", gt=0)] = 1.0
+    """Learning rate of the probe's SGD."""
 
 
 @section
@@ -231,6 +243,7 @@ class Settings:
     terms: Terms = field(default_factory=Terms)
     optim: Optim = field(default_factory=Optim)
     knn: Knn = field(default_factory=Knn)
+    probe: Probe = field(default_factory=Probe)
     tracking: Tracking = field(default_factory=Tracking)
     out: str = "runs/run"
     """Run folder: settings, metrics, checkpoints."""
@@ -328,6 +341,7 @@ class Settings:
         no_blocks = f"{model.arch} has no such blocks"
         no_file = "model.init names no file"
         for key, value, applies, reason in (
+            ("knn.bank", self.knn.bank or None, bool(self.data.eval and self.knn.every), "kNN classifies no images"),
             ("model.init_which", "momentum" if model.init_which == "momentum" else None, bool(model.init), no_file),
             ("model.init_heads", model.init_heads or None, bool(model.init), no_file),
             ("model.init_prefix", model.init_prefix or None, bool(model.init), no_file),

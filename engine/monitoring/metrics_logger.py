@@ -25,7 +25,7 @@ from pipeline.system.progress import tqdm
 
 logger = get_logger(__name__)
 
-_LASTING = ("knn_top1",)  # metrics that stay valid where no step was taken since
+_LASTING = ("knn_top1", "probe_top1")  # metrics that stay valid where no step was taken since
 
 
 class MetricsLogger:
@@ -172,7 +172,8 @@ class MetricsWriter:
         if "pairs_per_second" in last:
             shown += [f"{last['pairs_per_second']:.0f} pairs/s", f"data-wait {last['data_wait_fraction']:.1%}"]
         if self._bar.disable and seconds_per_step is None:
-            logger.info(f"epoch {last['epoch']:g}: kNN top-1 {last['knn_top1']:.1%}")
+            probe = f", probe {last['probe_top1']:.1%}" if "probe_top1" in last else ""
+            logger.info(f"epoch {last['epoch']:g}: kNN top-1 {last['knn_top1']:.1%}{probe}")
         elif self._bar.disable:
             step = last["step"]
             left = tqdm.format_interval((self._steps - step) * self._seconds_per_step)

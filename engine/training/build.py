@@ -21,6 +21,7 @@ from engine.parallel.consensus import run_on_all_ranks
 from engine.parallel.rendezvous import rank, world
 from engine.training.datasets import Datasets, build_loader, open_datasets, verify_datasets
 from engine.training.model import Model, build_model, check_compiler
+from engine.training.probe import Probe
 from engine.training.run_folder import RunFolder, check_out
 from methods.encoders import base_channels
 from methods.norm import GROUPS, SHUFFLED
@@ -48,6 +49,7 @@ class Run:
     writer: storage.Writer
     requests: Requests
     watchdog: Watchdog
+    probe: Probe | None = None
     done: int = 0
     """Steps trained."""
     evaluated: int = 0
@@ -131,6 +133,10 @@ def build(settings: Settings, device: DeviceChoice | None = None) -> Run:
     model = build_model(settings, accelerator, steps_per_epoch(len(data.train), settings.data.batch))
     verify_datasets(settings, data)
     loader = run_on_all_ranks(lambda: build_loader(settings, data, accelerator))
+    probe = None
+    if data.probe_labels is not None:
+        features = model.step.encoder.backbone.features
+        probe = Probe(int(features), data.probe_labels, settings.probe.lr, accelerator.device)
     folder, epochs = RunFolder(settings), settings.optim.epochs
     trackers = Trackers(settings, folder.path)
     return Run(
@@ -144,6 +150,7 @@ def build(settings: Settings, device: DeviceChoice | None = None) -> Run:
         storage.Writer(folder.checkpoints, settings.keep, settings.keep_every),
         Requests(accelerator.device),
         Watchdog(settings.step_timeout),
+        probe,
     )
 
 

@@ -106,10 +106,14 @@ def train_on(run: Run, batch: Batch, *, logs: bool) -> None:
     run.done += 1
     substituted = batch.substituted if run.settings.data.on_bad == "skip" else None
     run.monitor.add(result, run.settings.data.batch, batch.waited, substituted)
+    if run.probe is not None and run.done % run.settings.probe.every == 0:
+        assert result.features is not None
+        run.probe.update(result.features, batch.ids, result.taken)
     if logs:
         rates = run.model.step.schedule.numbers()
         if run.model.target is None:
             del rates["momentum"]
+        rates |= run.probe.take_accuracy() if run.probe is not None else {}
         run.monitor.log(run.done, run.done / run.loader.steps, result.measures, **rates)
         raise_if_diverged(run)
 
@@ -147,8 +151,9 @@ def evaluate(run: Run, epoch: int) -> None:
 
     if run.data.knn is not None and is_evaluation_due(run, epoch):
         with run.monitor.pause(), RunningStatistics(run.backbone).averaged(), untuned_convolutions():
-            top1 = run.data.knn.top1(run.backbone, run.accelerator.autocast, raise_stop)
-            run.monitor.evaluation(run.done, epoch, knn_top1=top1)
+            classify = {"probe_top1": run.probe.classify} if run.probe is not None else {}
+            scores = run.data.knn.scores(run.backbone, run.accelerator.autocast, raise_stop, **classify)
+            run.monitor.evaluation(run.done, epoch, **scores)
             run.evaluated_on = run.data.knn.fingerprint
     run.evaluated = epoch
 
