@@ -85,7 +85,7 @@ class Encoder(nn.Module):
         norms = [module for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         self._norms = [norm for norm in norms if isinstance(norm, BatchNorm)]
         self._apart = len(self._norms) < len(norms)  # a BatchNorm of torch's takes the statistics of all views
-        self.features: list[torch.Tensor] | None = None
+        self.kept_features: list[torch.Tensor] | None = None
         """Receives the backbone's features of each forward pass, without gradient; None: they are not kept."""
 
     def forward(self, *views: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -100,13 +100,13 @@ class Encoder(nn.Module):
         return self.joint or not self._apart
 
     def _pass(self, *views: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        z = self.projector(self.kept(self.backbone(self.joined(views))))
+        z = self.projector(self.keep(self.backbone(self.joined(views))))
         return self.embeddings(z if self.predictor is None else self.predictor(z), len(views))
 
-    def kept(self, features: torch.Tensor) -> torch.Tensor:
-        """Keep a pass's features, where `features` asks for them; return them."""
-        if self.features is not None:
-            self.features.append(features.detach())
+    def keep(self, features: torch.Tensor) -> torch.Tensor:
+        """Keep a pass's features, where `kept_features` asks for them; return them."""
+        if self.kept_features is not None:
+            self.kept_features.append(features.detach())
         return features
 
     def joined(self, views: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -50,7 +50,7 @@ def in_lockstep(
 
 def forward(encoder: Encoder, *views: torch.Tensor) -> Pass:
     """Return the forward pass of an encoder, all views at once."""
-    x = encoder.kept((yield from _through(encoder.backbone, encoder.joined(views))))
+    x = encoder.keep((yield from _through(encoder.backbone, encoder.joined(views))))
     for module in (encoder.projector, encoder.predictor):
         if module is not None:
             x = yield from _through(module, x)

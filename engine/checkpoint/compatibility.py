@@ -98,7 +98,8 @@ def compare_knn_images(settings: Settings, images: str | None, saved: str) -> st
     if images is None or not saved or images == saved:
         return ""
     prints = f"fingerprint {images}, there {saved}"
-    problem = f"data.eval {settings.data.eval!r}: other images than the checkpoint's ({prints})"
+    bank = f" with knn.bank {settings.knn.bank!r}" if settings.knn.bank else ""
+    problem = f"data.eval {settings.data.eval!r}{bank}: other images than the checkpoint's ({prints})"
     if not {"data", "data.eval"} & set(settings.allow_change):
         raise InputError(f"{problem}, so that kNN would mix both: give those, or add --allow-change data.eval")
     return f"{problem}: kNN classifies these from here on"

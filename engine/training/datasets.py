@@ -50,8 +50,8 @@ class Datasets:
 
     @property
     def knn_fingerprint(self) -> str | None:
-        """Fingerprint of the images that kNN classifies, if any."""
-        return self.knn.fingerprint if self.knn else None
+        """Fingerprint of the images that kNN classifies, if any, and of a bank of its own."""
+        return _knn_fingerprint(self.train, self.knn, self.bank)
 
     def fingerprints(self) -> dict[str, str | None]:
         """Return the fingerprints of the images, which have to be the same on all ranks."""
@@ -83,7 +83,7 @@ def _open_all(settings: Settings, device: torch.device) -> Datasets:
     knn = _build_knn(settings, bank or train, evaluated, device) if evaluated else None
     labels = _probe_labels(settings, train, evaluated) if settings.probe.every else None
     if rank() == 0:
-        compatibility.check(settings, train.fingerprint, knn.fingerprint if knn else None)
+        compatibility.check(settings, train.fingerprint, _knn_fingerprint(train, knn, bank))
     cores = loading(settings, device)["workers"]
     backend = choose(data.backend, train, device, local_world=local_world(), cores=cores)
     return Datasets(train, evaluated, bank, knn, labels, backend)
@@ -93,6 +93,12 @@ def _open(settings: Settings, key: str, path: str) -> Beton:
     if not path:
         raise InputError(f"{key} is not set: give a beton, --{key} F.beton; write one with python -m pipeline.prepare")
     return open_data(path, tolerate=settings.data.on_bad == "skip")
+
+
+def _knn_fingerprint(train: Beton, knn: Knn | None, bank: Beton | None) -> str | None:
+    if knn is None or bank is None or bank.fingerprint == train.fingerprint:
+        return knn.fingerprint if knn else None
+    return f"{knn.fingerprint} with neighbors {bank.fingerprint}"
 
 
 def _build_knn(settings: Settings, bank: Beton, evaluated: Beton, device: torch.device) -> Knn:

@@ -154,7 +154,7 @@ def evaluate(run: Run, epoch: int) -> None:
             classify = {"probe_top1": run.probe.classify} if run.probe is not None else {}
             scores = run.data.knn.scores(run.backbone, run.accelerator.autocast, raise_stop, **classify)
             run.monitor.evaluation(run.done, epoch, **scores)
-            run.evaluated_on = run.data.knn.fingerprint
+            run.evaluated_on = run.data.knn_fingerprint or ""
     run.evaluated = epoch
 
 

@@ -48,7 +48,7 @@ class Probe(nn.Module):
 
         taken: whether the encoder's step was taken, [], alike on all ranks; if not, nothing changes.
         """
-        x = collectives.gather(F.normalize(features.float(), dim=1))  # [G, F]
+        x = collectives.gather(F.normalize(features.to(self.weight.dtype), dim=1))  # [G, F]
         y = collectives.gather(to_device(self._labels[ids], self._device))  # [G]
         labeled, target = y >= 0, y.clamp(min=0)
 

@@ -106,7 +106,7 @@ class Step:
         # Learning rate and momentum m of this step: a table lookup on the device. A copy of the running statistics.
         self.schedule.begin()
         statistics = self.buffers.snapshot()
-        self.encoder.features = [] if self._settings.probe.every else None
+        self.encoder.kept_features = [] if self._settings.probe.every else None
         # Weights in low precision: one cast of all instead of one for each layer.
         for weights in self._weights:
             weights.update()
@@ -150,9 +150,9 @@ class Step:
         if len(results) > 1:
             parts = {name: torch.stack([values[name] for values, _, _ in results]).mean() for name in parts}
         result = Result.stack(parts, q, taken, measures)
-        if self.encoder.features:
+        if self.encoder.kept_features:
             # [M V B, F], micro-batch by micro-batch and view by view: those of the first view.
-            features, self.encoder.features = torch.cat(self.encoder.features), None
+            features, self.encoder.kept_features = torch.cat(self.encoder.kept_features), None
             result.features = features.unflatten(0, (len(results), len(self._queries), -1))[:, 0].flatten(0, 1)
         return result
 
