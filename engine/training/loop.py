@@ -19,6 +19,7 @@ from engine.parallel.batchnorm_stats import RunningStatistics
 from engine.parallel.consensus import run_on_all_ranks
 from engine.parallel.rendezvous import rank, world
 from engine.training.build import Run, agree_on_launch, build
+from engine.training.pictures import log_curves, log_views
 from engine.training.resume import raise_if_diverged, restore, save
 from pipeline.loader import Batch
 from pipeline.system.files import write_json
@@ -56,9 +57,13 @@ def _train(run: Run, heartbeat: Heartbeat) -> dict[str, Any]:
     if run.finished:
         return _log_finished(run)
     _log_start(run)
+    if not run.done:
+        log_views(run)
     stopped = _train_epochs(run, heartbeat)
     run_on_all_ranks(run.writer.finish)
     summary = {} if stopped else _summarize(run)
+    if not stopped:
+        log_curves(run)
     run.monitor.finish()
     run.accelerator.end_training()  # not after a failure: it waits for all ranks
     if stopped:
