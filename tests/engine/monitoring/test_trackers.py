@@ -220,8 +220,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[Fake]:
     """A tracker in the place of W&B's."""
 
     class New(Fake):
-        seen: list[tuple[str, Any]] = []
+        pass
 
+    New.seen = []
     monkeypatch.setitem(module.LOGGER_TYPE_TO_CLASS, "wandb", New)
     monkeypatch.setattr(module, "get_available_trackers", lambda: ["tensorboard", "wandb"])
     return New
@@ -237,11 +238,11 @@ def trained(drawn: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *more: str)
     [
         (
             "start",
-            "tracker wandb: did not start (no server for start): training continues without it; metrics.jsonl has ",
+            "tracker wandb: did not start (no server for start): training continues without it",
         ),
         (
             "log",
-            "step 1: tracker wandb: could not be written (no server for log): training continues, its metrics have a",
+            "step 1: tracker wandb: could not be written (no server for log): training continues",
         ),
         ("finish", "step 5: tracker wandb: could not be written (no server for finish)"),
     ],
