@@ -87,7 +87,8 @@ class Trackers:
     """The trackers that `settings.tracker` names. Used by rank 0 alone.
 
     Their ids are in `OUT/trackers.json`, so that a resumed run continues its curves: TensorBoard drops the steps that
-    a killed process logged after its checkpoint, the others keep them and receive none of them twice.
+    a killed process logged after its checkpoint, the others keep them and receive none of them twice. Lines that it had
+    not sent yet are missing there: W&B writes its offline file every 15 s, others send from a thread.
     """
 
     def __init__(self, settings: Settings, out: Path) -> None:
@@ -111,9 +112,8 @@ class Trackers:
                 problem = f"tracker {name}: did not start ({describe_error(error)})"
                 logger.warning(f"{problem}: training continues without it; metrics.jsonl has all metrics")
                 continue
-            purged = name == "tensorboard"  # beyond `step`
-            sent = {line for line in later if line[0] <= step or not purged} if purged or label.id else ()
-            self._active.append(_Active(name, tracker, sent))
+            continued = resumed and (label.id or name == "tensorboard")
+            self._active.append(_Active(name, tracker, _lines_there(name, step, later) if continued else ()))
         if ids := {name: value for name, value in ids.items() if value}:
             write_json(path, ids)
 
@@ -144,6 +144,15 @@ class Trackers:
         for one in active:
             one.rests_until = 0.0
             one.attempt(self._step, lambda one=one: _finish(one, failed))  # type: ignore[misc]
+
+
+def _lines_there(name: str, step: int, later: Collection[Line]) -> Collection[Line]:
+    """Return those of the lines beyond `step` that a resumed tracker still has, and is not to receive again."""
+    if name == "tensorboard":  # which drops all after `step`
+        return {line for line in later if line[0] <= step}
+    if name == "wandb":  # which keeps a step open until the next one; had it closed the last, it would ignore it now
+        return {line for line in later if line[0] < max(later)[0]}
+    return later
 
 
 def _start(name: str, label: _Label) -> tuple[GeneralTracker, str]:
