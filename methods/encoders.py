@@ -51,15 +51,18 @@ class BasicBlock(_Block):
 
 
 class Bottleneck(_Block):
-    """1x1, 3x3 (with the stride, as in torchvision), 1x1 to four times the width (ResNet-50 and 101)."""
+    """1x1, 3x3 (with the stride, as in torchvision), 1x1 to four times the width (ResNet-50, 101 and 152)."""
 
     expansion = 4
+    widening = 1
+    """Factor on the channels of the first two convolutions."""
 
     def __init__(self, n_in: int, width: int, stride: int, downsample: nn.Module | None, norm: Norm) -> None:
         super().__init__()
-        self.conv1, self.bn1 = _conv(n_in, width, 1), norm(width)
-        self.conv2, self.bn2 = _conv(width, width, 3, stride), norm(width)
-        self.conv3, self.bn3 = _conv(width, width * self.expansion, 1), norm(width * self.expansion)
+        inner, n_out = width * self.widening, width * self.expansion
+        self.conv1, self.bn1 = _conv(n_in, inner, 1), norm(inner)
+        self.conv2, self.bn2 = _conv(inner, inner, 3, stride), norm(inner)
+        self.conv3, self.bn3 = _conv(inner, n_out, 1), norm(n_out)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
 
@@ -69,10 +72,16 @@ class Bottleneck(_Block):
         return self.bn3(self.conv3(x))
 
 
+class WideBottleneck(Bottleneck):
+    """A bottleneck of twice the inner channels (Wide ResNet-50-2, 1605.07146)."""
+
+    widening = 2
+
+
 BlockType = type[BasicBlock] | type[Bottleneck]
 
 
-class _Mean(nn.Module):
+class Mean(nn.Module):
     """Global average pooling, [B, C, H, W] to [B, C], with a channels-last gradient."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -91,6 +100,8 @@ class ResNet(nn.Module):
     width: factor on the published channel counts (0.25: 16 to 128 channels for basic blocks).
     zero_init_residual: each block's last BatchNorm starts at scale 0, the block as the identity (1706.02677, 5.1).
     """
+
+    transformer = False
 
     def __init__(
         self,
@@ -113,7 +124,7 @@ class ResNet(nn.Module):
         self.layer2 = self._stage(block, 2 * base, depths[1], 2, norm)
         self.layer3 = self._stage(block, 4 * base, depths[2], 2, norm)
         self.layer4 = self._stage(block, 8 * base, depths[3], 2, norm)
-        self.avgpool = _Mean()
+        self.avgpool = Mean()
         self.features = self._channels
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -147,6 +158,8 @@ RESNETS: dict[str, tuple[BlockType, tuple[int, int, int, int]]] = {
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
     "resnet101": (Bottleneck, (3, 4, 23, 3)),
+    "resnet152": (Bottleneck, (3, 8, 36, 3)),
+    "wide_resnet50_2": (WideBottleneck, (3, 4, 6, 3)),
 }
 
 

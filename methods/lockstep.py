@@ -84,7 +84,7 @@ def _through(module: nn.Module, x: torch.Tensor) -> Pass:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, BatchNorm) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, BatchNorm) or not any(isinstance(child, BatchNorm) for child in m.modules())
 
 
 _programs: WeakKeyDictionary[nn.Module, list[_Instruction]] = WeakKeyDictionary()

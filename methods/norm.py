@@ -121,6 +121,17 @@ class SplitBatchNorm(BatchNorm):
         super().__init__(channels, groups, affine=affine)
 
 
+class ActivatedBatchNorm(BatchNorm):
+    """A BatchNorm layer with dropout and activation after it, such as timm's BatchNormAct2d, with its key names."""
+
+    def __init__(self, norm: BatchNorm, drop: nn.Module, act: nn.Module) -> None:
+        super().__init__(norm.num_features, norm.groups, affine=norm.affine)
+        self.drop, self.act = drop, act
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
 def count_batches(module: nn.Module, count: int) -> None:
     """Add to `num_batches_tracked` of every `BatchNorm` of the module that is in training mode."""
     norms = [m for m in module.modules() if isinstance(m, BatchNorm) and m.training]

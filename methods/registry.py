@@ -1,12 +1,13 @@
 """Base methods, architectures and terms by name. A new one is a file, and a line here."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-
-from torch import nn
+from typing import Any
 
 from methods import byol, moco, mocov3, simclr
 from methods.base import Base, Objective
 from methods.co2 import CO2
+from methods.custom import CustomBackbone, build_custom, is_custom
 from methods.dcl import DCL
 from methods.encoders import ResNet, Stem, resnet
 from methods.heads import Encoder
@@ -38,9 +39,13 @@ def build_objective(base: Base, terms: Terms) -> Objective:
     return Objective(base, base.loss(), {name: term for name, term in by_name.items() if term is not None})
 
 
+Backbone = ResNet | VisionTransformer | CustomBackbone
+
+
 def build_backbone(
     arch: str,
     *,
+    args: Mapping[str, Any] | None = None,
     stem: Stem = "imagenet",
     width: float = 1.0,
     bn: BatchNormKind = "plain",
@@ -48,22 +53,25 @@ def build_backbone(
     zero_init_residual: bool = False,
     size: int = 224,
     stop_grad_conv1: bool = True,
-) -> ResNet | VisionTransformer:
+) -> Backbone:
     """Return the backbone of that name, weights drawn by torch's global generator. `features`: its output dimensions.
 
-    ResNets take stem, width, bn, groups and zero_init_residual; transformers take size and stop_grad_conv1.
+    ResNets take stem, width, bn, groups and zero_init_residual; transformers bn, groups, size and stop_grad_conv1;
+    those of timm and the user's own take args, bn, groups and size, and may raise BackboneError.
     """
-    if arch in VITS:
-        return vit(arch, size=size, stop_grad_conv1=stop_grad_conv1)
     norm = norm_layers(bn, groups)
+    if is_custom(arch):
+        return build_custom(arch, args or {}, norm=norm, size=size)
+    if arch in VITS:
+        return vit(arch, size=size, stop_grad_conv1=stop_grad_conv1, norm=norm)
     return resnet(arch, stem=stem, width=width, norm=norm, zero_init_residual=zero_init_residual)
 
 
 def build_encoder(
-    base: Base, backbone: nn.Module, *, dim: int, mlp_dim: int | None, bn: BatchNormKind, groups: int
+    base: Base, backbone: Backbone, *, dim: int, mlp_dim: int | None, bn: BatchNormKind, groups: int
 ) -> Encoder:
     """Return the online encoder of `base`: the backbone with heads to `dim` dimensions."""
     norm = norm_layers(bn, groups)
-    transformer = isinstance(backbone, VisionTransformer)
+    transformer = backbone.transformer
     projector, predictor = base.heads(backbone.features, mlp_dim, dim, norm, transformer)
     return Encoder(backbone, projector, predictor, joint=base.joint)

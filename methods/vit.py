@@ -1,18 +1,22 @@
 """MoCo v3's vision transformers (2104.02057), with timm's key names.
 
 Fixed two-dimensional sine-cosine positions and, optionally, a frozen random patch projection, which makes training
-stable (section 4). Both follow facebookresearch/moco-v3 `vits.py`, whose ViT-S has 12 heads.
+stable (section 4), or a stem of convolutions (2106.14881) in its place. All follow facebookresearch/moco-v3 `vits.py`,
+whose ViT-S has 12 heads, and whose transformers with such a stem have one block less.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from methods.norm import Norm
 from methods.recompute import Recomputable
 
 PATCH = 16
+_STEM_LAYERS = 4  # of stride 2: PATCH in all
 
 
 class _Attention(nn.Module):
@@ -49,32 +53,55 @@ class _Block(Recomputable):
 
 
 class _Patches(nn.Module):
-    def __init__(self, dim: int) -> None:
+    def __init__(self, proj: nn.Module) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, dim, PATCH, PATCH)
+        self.proj = proj
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.proj(x).flatten(2).transpose(1, 2)  # [B, tokens, dim]
 
 
+def _convolutional_stem(dim: int, norm: Norm) -> nn.Sequential:
+    """Return 3x3 convolutions of stride 2 to dim / 8, dim / 4, dim / 2 and dim channels, and a 1x1 convolution."""
+    layers: list[nn.Module] = []
+    n_in = 3
+    for layer in range(_STEM_LAYERS):
+        n_out = dim * 2**layer // 8
+        layers += [nn.Conv2d(n_in, n_out, 3, 2, padding=1, bias=False), norm(n_out), nn.ReLU(inplace=True)]
+        n_in = n_out
+    return nn.Sequential(*layers, nn.Conv2d(dim, dim, 1))
+
+
 class VisionTransformer(nn.Module):
     """A ViT without its classifier: images [B, 3, size, size] to the class token [B, `features`].
 
-    stop_grad_conv1: freeze the patch projection as initialized.
+    stop_grad_conv1: freeze the patch projection as initialized. conv_stem: a stem of convolutions instead, never
+    frozen, whose BatchNorm layers `norm` makes.
     """
 
+    transformer = True
     pos_embed: torch.Tensor
 
-    def __init__(self, dim: int, depth: int, heads: int, *, size: int = 224, stop_grad_conv1: bool = True) -> None:
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        heads: int,
+        *,
+        size: int = 224,
+        stop_grad_conv1: bool = True,
+        conv_stem: bool = False,
+        norm: Norm = nn.BatchNorm2d,
+    ) -> None:
         super().__init__()
         self.features, self.size = dim, size
-        self.patch_embed = _Patches(dim)
+        self.patch_embed = _Patches(_convolutional_stem(dim, norm) if conv_stem else nn.Conv2d(3, dim, PATCH, PATCH))
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.register_buffer("pos_embed", sine_cosine_positions(size // PATCH, dim))
         self.blocks = nn.Sequential(*(_Block(dim, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self._initialize()
-        self.patch_embed.requires_grad_(not stop_grad_conv1)
+        self.patch_embed.requires_grad_(conv_stem or not stop_grad_conv1)
 
     def _initialize(self) -> None:
         """Draw Xavier-uniform weights, query, key and value matrices separately; set biases to 0."""
@@ -84,9 +111,10 @@ class VisionTransformer(nn.Module):
                 bound = math.sqrt(6 / (rows + module.in_features))
                 nn.init.uniform_(module.weight, -bound, bound)
                 nn.init.zeros_(module.bias)
-        bound = math.sqrt(6 / (3 * PATCH**2 + self.features))
-        nn.init.uniform_(self.patch_embed.proj.weight, -bound, bound)
-        nn.init.zeros_(self.patch_embed.proj.bias)  # type: ignore[arg-type]
+        if isinstance(projection := self.patch_embed.proj, nn.Conv2d):  # a stem keeps torch's own weights, as there
+            bound = math.sqrt(6 / (3 * PATCH**2 + self.features))
+            nn.init.uniform_(projection.weight, -bound, bound)
+            nn.init.zeros_(projection.bias)  # type: ignore[arg-type]
         nn.init.normal_(self.cls_token, std=1e-6)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -132,11 +160,30 @@ def sine_cosine_positions(side: int, dim: int) -> torch.Tensor:
     return torch.cat([torch.zeros(1, dim), positions])[None]
 
 
-VITS = {"vit_small": (384, 12, 12), "vit_base": (768, 12, 12)}
+class Shape(NamedTuple):
+    """Shape of a transformer."""
+
+    dim: int
+    depth: int
+    heads: int
+    conv_stem: bool = False
 
 
-def vit(arch: str, *, size: int = 224, stop_grad_conv1: bool = True) -> VisionTransformer:
-    """Return `vit_small` or `vit_base` for images of `size` pixels a side, a multiple of 16 (else ValueError)."""
+VITS = {
+    "vit_tiny": Shape(192, 12, 3),
+    "vit_small": Shape(384, 12, 12),
+    "vit_base": Shape(768, 12, 12),
+    "vit_large": Shape(1024, 24, 16),
+    "vit_conv_small": Shape(384, 11, 12, conv_stem=True),
+    "vit_conv_base": Shape(768, 11, 12, conv_stem=True),
+}
+
+
+def vit(arch: str, *, size: int = 224, stop_grad_conv1: bool = True, norm: Norm = nn.BatchNorm2d) -> VisionTransformer:
+    """Return one of `VITS` for images of `size` pixels a side, a multiple of 16 (else ValueError)."""
     if size % PATCH:
         raise ValueError(f"data.size {size}: {arch} has patches of {PATCH} pixels: choose a multiple of {PATCH}")
-    return VisionTransformer(*VITS[arch], size=size, stop_grad_conv1=stop_grad_conv1)
+    dim, depth, heads, conv_stem = VITS[arch]
+    return VisionTransformer(
+        dim, depth, heads, size=size, stop_grad_conv1=stop_grad_conv1, conv_stem=conv_stem, norm=norm
+    )

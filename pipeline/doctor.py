@@ -31,8 +31,8 @@ MIN_CORES_PER_GPU = 6
 MIN_SHM_BYTES = 1 * GIB
 MIN_OPEN_FILES = 4096
 
-_OPTIONAL = {"ffcv", "nvidia-dali-cuda130"}
-_SETUP = "run ./millrace setup (if that changes nothing, delete .venv first)"
+_OWN = Path(sys.prefix, "millrace.stamp").exists()  # an environment of the launcher's
+_SETUP = f"run ./millrace {'setup (if that changes nothing, delete .venv first)' if _OWN else '--system setup'}"
 _APT_INSTALL = "apt-get install libopencv-dev libturbojpeg0-dev libjpeg-dev pkg-config g++ python3-dev"
 _BUILD_AGAIN = f"build it on this machine: {_APT_INSTALL}; rm -rf .venv; ./millrace setup"
 _TERMINAL_COLORS = {"ok": 32, "BROKEN": 31, "warning": 33, "info": 36}  # green, red, yellow, cyan
@@ -194,14 +194,14 @@ def check_numba() -> Finding:
 
 
 def check_packages() -> Finding:
-    """Check that the project's dependencies are installed; FFCV and DALI have checks of their own."""
+    """Check that the project's dependencies are installed; optional FFCV and DALI have checks of their own."""
     dependencies = _dependencies()
     if dependencies is None:
         return Finding("packages", False, "millrace is not installed in this environment", _SETUP)
-    missing = [name for name in dependencies if name not in _OPTIONAL and _package_version(name) is None]
+    missing = [name for name in dependencies if _package_version(name) is None]
     if missing:
         return Finding("packages", False, f"missing: {', '.join(missing)}", _SETUP)
-    return Finding("packages", True, f"{len(set(dependencies) - _OPTIONAL)} installed")
+    return Finding("packages", True, f"{len(dependencies)} installed")
 
 
 def check_gpus(gpus: Sequence[Gpu]) -> Finding:

@@ -4,7 +4,8 @@
                                 [--mode jpg|raw|proportion] [--labels LIST [--classes-of train.beton]]
 
 SOURCE is a folder (with class folders, or flat and unlabeled), a tar or zip of one, ILSVRC2012's tar of tars, parquet
-files of Hugging Face, a data set saved by `datasets.save_to_disk`, WebDataset shards, or synthetic:N. Several are
+files of Hugging Face, a data set saved by `datasets.save_to_disk`, WebDataset shards, a CSV file of paths, or
+synthetic:N. Several are
 joined by the names of their classes. Classes are folders, class labels of tables and shards, or those of a list of
 names, as for ImageNet's flat tar of validation images. An upright JPEG that is small enough is stored byte for byte.
 The output does not depend on the number of workers. It is written to a temporary file and renamed: OUT is complete or
@@ -211,7 +212,7 @@ def parser() -> ArgumentParser:
         metavar="SOURCE",
         nargs="+",
         help="folder, .tar (ILSVRC2012's tar of tars too), .zip, .parquet, WebDataset shards, a folder of datasets."
-        "save_to_disk, a pattern of such files in quotes, or synthetic:N",
+        "save_to_disk, .csv or .tsv of paths, a pattern of such files in quotes, or synthetic:N",
     )
     add("out", metavar="OUT.beton", type=Path, help="file to write")
     add("--max-side", type=int, default=500, help="longest side, pixels; 0: no limit (default %(default)s)")
@@ -227,8 +228,18 @@ def parser() -> ArgumentParser:
     add("--workers", type=int, default=0, help="processes (default: one for each core)")
     add("--limit", type=int, default=0, help="images to take at most, spread evenly over the source (default: all)")
     add("--subset", help="take only the images in this folder of SOURCE, such as train")
-    add("--image-column", default="", metavar="NAME", help="column of the images in tables (default: the only one)")
-    add("--label-column", default="", metavar="NAME", help="column of the labels in tables, or key in shards' JSON")
+    add(
+        "--image-column",
+        default="",
+        metavar="NAME",
+        help="column of the images in tables, or of the paths in a .csv (default: the only one, or the first)",
+    )
+    add(
+        "--label-column",
+        default="",
+        metavar="NAME",
+        help="column of the labels in tables and .csv files, or key in shards' JSON",
+    )
     add("--labels", type=Path, metavar="LIST", help="file of NAME CLASS lines, instead of class folders")
     add("--classes-of", type=Path, metavar="BETON", help="number the classes of --labels as in this beton")
     add("--ignore-exif", action="store_true", help="do not turn images upright, like torchvision's loader")

@@ -19,6 +19,7 @@ from engine.config.renamed import RENAMED, former, translate
 from engine.config.setting_error import SettingError
 from engine.config.settings import Settings
 from engine.config.validation import explain, rules, shown, unknown
+from methods.custom import is_code
 from pipeline.system.errors import InputError
 from pipeline.system.limits import parse_yaml, read_yaml
 
@@ -41,10 +42,12 @@ settings below. Options override recipes, and later recipes earlier ones.
       Build, take a step on stub batches, print sizes, and exit.
   --print-config
       Print all settings, as YAML, and exit.
+  --trust-recipe
+      Import the code that a recipe's model.arch names.
   --terms [NAME, ...]
       Use these terms, of {", ".join(_TERMS)}, and no others.
       --terms.NAME.help lists the parameters of one."""
-_FLAGS = ("dry_run", "print_config")
+_FLAGS = ("dry_run", "print_config", "trust_recipe")
 _PER_RANK = ("data.train", "data.eval", "knn.bank", "data.workers", "data.prefetch_factor", "data.stall_timeout")
 _MAX_CHARACTERS, _MAX_VALUES, _MAX_INTEGER = (
     4096,
@@ -88,6 +91,10 @@ def parse_command_line(arguments: Sequence[str] | None = None) -> CommandLine:
     except ValidationError as error:
         wrong = explain(error, Settings)
         raise wrong.in_recipe(sources.get(wrong.key, "")) from None
+    if is_code(parsed.model.arch) and (recipe := sources.get("model.arch")) and ("trust_recipe", True) not in options:
+        raise InputError(
+            f"model.arch {parsed.model.arch!r} in {recipe}: would import code: read it, then add --trust-recipe"
+        )
     if ("print_config", True) in options:
         print(yaml.safe_dump(parsed.as_dict(), sort_keys=False), end="")
         sys.exit()
@@ -173,7 +180,7 @@ def _typed(key: str, value: Any) -> Any:
     rule = _RULES.get(key, {"type": "string", "null": False})
     if isinstance(value, str) and (rule["type"] != "string" or (rule["null"] and value == "null")):
         value = _plain(value)
-    if value is None and rule["type"] == "object" and not rule["null"]:
+    if value is None and _is_section(rule) and not rule["null"]:
         return {}  # an empty section
     if isinstance(value, dict):
         return {str(name): _typed(f"{key}.{name}".lstrip("."), inner) for name, inner in value.items()}
@@ -189,6 +196,11 @@ def _typed(key: str, value: Any) -> Any:
             remedy = f"give at most {_MAX_CHARACTERS} characters, and no control characters"
             raise SettingError(key, repr(value[:40]), remedy)
     return value
+
+
+def _is_section(rule: dict[str, Any]) -> bool:
+    """Return whether this is the rule of a section or term, not of a setting."""
+    return "properties" in rule
 
 
 def _plain(text: str) -> Any:
@@ -221,7 +233,7 @@ def _read_options(arguments: Sequence[str]) -> list[tuple[str, Any]]:
         rule = {"type": "string"} if key == "config" else _RULES.get(key)
         if rule is None or not option.startswith("--"):
             raise former(key, text or "".join(words[:1])) or unknown(key, _RULES, option.lstrip("-"))
-        if rule["type"] == "object" and not (rule["null"] or key == "terms"):
+        if _is_section(rule) and not (rule["null"] or key == "terms"):
             raise InputError(f"{key}: a section: give its settings one by one, see --help for all of them")
         values, several = [text] * bool(assigned), rule["type"] in ("array", "object")  # which the shell may cut
         while words and not words[0].startswith("--") and (several or not values):
@@ -253,12 +265,12 @@ def _help(section: str) -> str:
         if section and not f"{key}.".startswith(f"{section}."):
             continue
         text, default = rule.get("description", ""), rule.get("default", [])
-        if rule["type"] == "object":
+        if _is_section(rule):
             lines += ["", *textwrap.wrap(f"{key}: {text}", width), ""]
             text = "Add the term with its defaults; null: leave it out."
         elif key == "out":
             lines += ["", "run:", ""]
-        if rule["type"] != "object" or rule["null"]:
+        if rule["null"] or not _is_section(rule):
             values = "|".join([*rule.get("enum", [_METAVARS[rule["type"]]]), *["null"] * rule["null"]])
             limits = f"{rule['choose']}; " if "choose" in rule else ""
             text += f" ({limits}default: {default if default and isinstance(default, str) else json.dumps(default)})"

@@ -4,17 +4,21 @@
 """
 
 import math
+import re
 from dataclasses import asdict, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import WithJsonSchema
 
 from engine.config.names import Names
 from engine.config.renamed import former
 from engine.config.setting_error import SettingError
 from engine.config.validation import choose, section
 from methods.base import Base, IncompatibleTerm
+from methods.custom import is_custom
+from methods.encoders import RESNETS
 from methods.norm import SHUFFLED, BatchNormKind
 from methods.registry import BASES, Terms, build_objective
 from methods.vit import PATCH, VITS
@@ -24,6 +28,11 @@ from pipeline.views import AUGMENTATIONS
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
 """Accelerate's trackers."""
+
+
+def _is_reference(arch: str) -> bool:
+    """Return whether `arch` has the form of timm:NAME or package.module:function."""
+    return re.fullmatch(r"timm:[\w./:@-]+|[^\W\d][\w.]*:[^\W\d][\w.]*", arch) is not None
 
 
 def _require(valid: bool, key: str, value: Any, remedy: str) -> None:
@@ -89,8 +98,10 @@ class Data:
 class Model:
     """Encoder. null: the base method's published value."""
 
-    arch: Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "vit_small", "vit_base"] = "resnet50"
-    """Backbone."""
+    arch: str = "resnet50"
+    """Backbone: resnet10, 18, 34, 50, 101, 152 or wide_resnet50_2; vit_tiny, small, base or large, or MoCo v3's
+    vit_conv_small and base; timm:NAME, of timm; or package.module:function, of your own code, which returns a module
+    from images [B, 3, S, S] to features [B, F] or maps [B, F, h, w]."""
     stem: Literal["imagenet", "medium", "small"] = "imagenet"
     """First layers of a ResNet: imagenet (7x7 stride 2, pooling), medium (5x5 stride 2) for images of 64 to 128 pixels,
     or small (3x3) for 32 to 64. A larger stem on smaller images is faster and loses detail."""
@@ -108,6 +119,8 @@ class Model:
     """Start a ResNet's blocks as the identity: scale 0 in their last BatchNorm."""
     stop_grad_conv1: bool = True
     """Freeze a transformer's patch projection at its initialization."""
+    args: dict[str, Any] | None = None
+    """Arguments of timm's model or your function, such as {drop_path_rate: 0.1}."""
     init: str = ""
     """Start from the weights in this file: a run, a checkpoint or an exported encoder of ours; official MoCo v1, v2, v3
     or SimSiam; torchvision, timm, detectron2. Both encoders start from its backbone; optimizer and schedule are new.
@@ -123,8 +136,12 @@ class Model:
         largest = (self.dim or 0) * (self.mlp_dim or 0)
         remedy = f"{self.mlp_dim} by {self.dim} parameters a layer are more than 2^28: choose fewer"
         _require(largest <= 2**28, "model.mlp_dim", self.mlp_dim, remedy)
-        plain = self.arch not in VITS or (self.stem == "imagenet" and self.width == 1)
+        known = f"choose {', '.join([*RESNETS, *VITS])}, timm:NAME or package.module:function"
+        _require(self.arch in [*RESNETS, *VITS] or _is_reference(self.arch), "model.arch", self.arch, known)
+        plain = self.arch in RESNETS or (self.stem == "imagenet" and self.width == 1)
         _require(plain, "model.arch", self.arch, "model.stem and model.width are of ResNets: leave them out")
+        named = all(str(key).isidentifier() for key in self.args or ())
+        _require(named, "model.args", self.args, "give a mapping of arguments by name, such as {drop_path_rate: 0.1}")
 
 
 @section
@@ -286,7 +303,9 @@ class Settings:
     """Newest checkpoints to keep. 0: all."""
     keep_every: Annotated[int, choose("a number of steps, or 0 for none", ge=0)] = 0
     """Also keep the checkpoints of steps that are a multiple of this. 0: none."""
-    tracker: Names = field(default_factory=lambda: ["tensorboard"])
+    tracker: Annotated[Names, WithJsonSchema({"type": "array", "default": ["tensorboard"]})] = field(
+        default_factory=lambda: ["tensorboard"]
+    )
     """Trackers of metrics, next to metrics.jsonl: any of tensorboard, wandb, mlflow, trackio, comet_ml, aim, clearml,
     dvclive, swanlab, such as [tensorboard, wandb]; or none. A resumed run continues its curves."""
     cpu: bool = False
@@ -314,10 +333,10 @@ class Settings:
 
     def _fill_published(self) -> None:
         """Set every setting that is null to the base method's published value."""
-        base, transformer = BASES[self.method.name], self.model.arch in VITS
+        base, no_resnet = BASES[self.method.name], self.model.arch not in RESNETS
         for dotted, value in {**base.published, "method.symmetric": base.symmetric}.items():
             part, key = dotted.split(".")
-            if getattr(getattr(self, part), key) is None and not (transformer and key == "zero_init_residual"):
+            if getattr(getattr(self, part), key) is None and not (no_resnet and key == "zero_init_residual"):
                 setattr(getattr(self, part), key, value)
 
     def _check_terms(self) -> None:
@@ -340,6 +359,7 @@ class Settings:
         no_queue, no_teacher = f"{base.name} has no queue", f"{base.name} has no momentum encoder"
         no_blocks = f"{model.arch} has no such blocks"
         no_file = "model.init names no file"
+        custom, trainable = is_custom(model.arch), None if model.stop_grad_conv1 else False
         for key, value, applies, reason in (
             ("knn.bank", self.knn.bank or None, bool(self.data.eval and self.knn.every), "kNN classifies no images"),
             ("model.init_which", "momentum" if model.init_which == "momentum" else None, bool(model.init), no_file),
@@ -351,9 +371,13 @@ class Settings:
             ("method.ema_schedule", method.ema_schedule, base.momentum_encoder, no_teacher),
             ("method.temperature", method.temperature, base.contrastive, f"{base.name} has no softmax"),
             ("model.mlp_dim", model.mlp_dim, base.name != "moco_v1", f"{base.name}'s head is one layer"),
-            ("model.zero_init_residual", model.zero_init_residual, model.arch not in VITS, no_blocks),
+            ("model.zero_init_residual", model.zero_init_residual, model.arch in RESNETS, no_blocks),
+            ("model.args", model.args or None, custom, f"{model.arch} takes none"),
+            ("model.stop_grad_conv1", trainable, not custom, f"{model.arch} is not of ours"),
+            ("activation_checkpointing", self.activation_checkpointing or None, not custom, no_blocks),
         ):
-            _require(value is None or applies, key, value, f"{reason}: remove {key}, or set it to null")
+            remedy = f"remove {key}" + ("" if isinstance(value, bool) else ", or set it to null")
+            _require(value is None or applies, key, value, f"{reason}: {remedy}")
 
     def _refuse_impossible(self) -> None:
         """Raise SettingError for combinations that cannot work."""

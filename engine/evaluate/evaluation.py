@@ -173,6 +173,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--heads", type=int, default=0, help="attention heads of a transformer whose file lacks their number"
     )
     parser.add_argument("--prefix", default="", help="of the backbone's keys, in a file of no known kind")
+    parser.add_argument(
+        "--trust-recipe", action="store_true", help="import the code that a run names as its model.arch"
+    )
     parser.add_argument("--batch", type=int, help="global batch, images")
     parser.add_argument(
         "--precision", choices=["no", "bf16", "fp16"], default="bf16", help="autocast precision of the backbone"
@@ -189,7 +192,8 @@ def build(kind: type[E], args: argparse.Namespace, open_sets: Callable[[], tuple
     Raises InputError, on all ranks, for options that cannot work.
     """
     accelerator = build_accelerator(Settings(precision=args.precision, cpu=args.cpu, tracker="none", seed=args.seed))
-    encoder = run_on_all_ranks(lambda: load_encoder(args.checkpoint, args.which, heads=args.heads, prefix=args.prefix))
+    options = {"heads": args.heads, "prefix": args.prefix, "trust_recipe": args.trust_recipe}
+    encoder = run_on_all_ranks(lambda: load_encoder(args.checkpoint, args.which, **options))
     train, test = run_on_all_ranks(
         open_sets,
         lambda sets: {f"--{n}": s.fingerprint for n, s in zip(("train", "test"), sets, strict=True)},

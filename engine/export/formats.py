@@ -18,6 +18,8 @@ from engine.export.model_card import card
 from engine.weights.key_maps import Library, to_library
 from engine.weights.load import Architecture, LoadedEncoder, load_encoder
 from engine.weights.readers import METADATA
+from methods.custom import CustomBackbone
+from methods.vit import VITS
 from pipeline.system.errors import InputError, RunFailed
 from pipeline.system.files import atomic_path, write_atomic
 
@@ -52,8 +54,9 @@ FORMATS = {
 def _write(encoder: LoadedEncoder, format: Format, path: Path) -> None:
     """Write the weights; a safetensors file also states the architecture, in its header."""
     architecture = encoder.architecture
-    state = {name: value.contiguous() for name, value in encoder.backbone.state_dict().items()}
-    if format.library is not None:
+    module = encoder.backbone.net if isinstance(encoder.backbone, CustomBackbone) else encoder.backbone
+    state = {name: value.contiguous() for name, value in module.state_dict().items()}
+    if format.library is not None and not architecture.custom:
         state = to_library(state, format.library, transformer=architecture.transformer)
     if format.suffix == ".onnx":
         _write_onnx(encoder, path)
@@ -66,7 +69,7 @@ def _write(encoder: LoadedEncoder, format: Format, path: Path) -> None:
 def read_back(path: Path, heads: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return the encoder in a file, images to features. heads: of attention, which a state dict lacks."""
     if path.suffix != ".onnx":
-        return load_encoder(path, heads=heads).backbone
+        return load_encoder(path, heads=heads, trust_recipe=True).backbone  # its code has run already
     session = _onnx().InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["features"], {"images": images.numpy()})[0])
 
@@ -122,8 +125,14 @@ def export(encoder: LoadedEncoder, name: str, path: Path) -> float:
 
 def refuse(architecture: Architecture, name: str, library: Library | None) -> None:
     """Raise InputError if the library has no model of this architecture."""
-    if library is None or architecture.transformer:
+    if library is None or (library == "timm" and architecture.arch.startswith("timm:")):
         return
+    if architecture.custom or (architecture.transformer and VITS[architecture.arch].conv_stem):
+        raise InputError(f"--format {name}: has no {architecture}: choose safetensors or onnx")
+    if architecture.transformer:
+        return
+    if architecture.arch == "wide_resnet50_2" and library in ("detectron2", "mmdet"):
+        raise InputError(f"--format {name}: has no {architecture}: choose torchvision, timm, safetensors or onnx")
     if architecture.width != 1 or architecture.arch == "resnet10":
         raise InputError(f"--format {name}: has no {architecture}: choose safetensors or onnx")
     if architecture.stem != "imagenet" and library in ("detectron2", "mmdet"):

@@ -1,51 +1,83 @@
 """Model card of an exported encoder."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from engine.checkpoint.provenance import commit
 from engine.report.run_folder import read_runs
-from engine.weights.load import TRANSFORMERS, Architecture, LoadedEncoder, digest
+from engine.weights.load import Architecture, LoadedEncoder, digest
+from methods.custom import is_code
 from methods.encoders import STEMS
+from methods.vit import VITS
 from pipeline.augment.color import IMAGENET
 from pipeline.system.packages import version
 from pipeline.system.text import printable
 
+_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 _HEADLINES = {"top1": "top-1", "map": "mAP", "miou": "mIoU", "ap": "AP"}
 """Names of evaluations' main scores, by their key in the result file."""
 
 
-def card(encoder: LoadedEncoder, format: str, path: Path, distance: float) -> str:
+class _Metric(NamedTuple):
+    """A result of a run, as the card names it."""
+
+    evaluation: str
+    key: str
+    value: float
+    note: str
+
+    def __str__(self) -> str:
+        return f"- {self.evaluation}: {_HEADLINES[self.key]} {self.value:.2%}{self.note}"
+
+
+def card(encoder: LoadedEncoder, format: str, path: Path, distance: float, *, hub: str = "") -> str:
     """Return a model card, in Markdown: recipe, data, metrics, commit, and code that loads the file.
 
-    distance: of the features when the file was read back, relative to the largest.
+    distance: of the features when the file was read back, relative to the largest. hub: name on the Hugging Face Hub.
     """
-    architecture = encoder.architecture
-    front = {"library_name": format if format == "timm" else "pytorch", "pipeline_tag": "image-feature-extraction"}
-    front["tags"] = ["self-supervised", "millrace", architecture.arch]  # type: ignore[assignment]
-    mean, std = IMAGENET
+    architecture, metrics = encoder.architecture, _metrics(encoder.path)
+    data = printable(Path(str(encoder.settings.get("data", {}).get("train", ""))).name)
+    front = ModelCardData(
+        library_name=format if format == "timm" else "pytorch",
+        pipeline_tag="image-feature-extraction",
+        tags=["self-supervised", "millrace", architecture.arch],
+        model_name=hub.rpartition("/")[2] or str(architecture),
+        eval_results=[
+            EvalResult(
+                "image-classification",
+                dataset_type=data,
+                dataset_name=data,
+                metric_type="accuracy",
+                metric_name=f"{metric.evaluation}, top-1",
+                metric_value=round(metric.value, 4),
+            )
+            for metric in metrics
+            if metric.key == "top1"
+        ]
+        or None,
+    )
+    mean, std = encoder.preprocess.statistics
     trained = f" Its checkpoint was written by {_program(encoder.origin)}." if "version" in encoder.origin else ""
     exporter = {"version": version("millrace") or "unknown"} | ({"commit": commit()} if commit() else {})
-    lines = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-        f"# {architecture}",
-        f"The backbone, without heads, of the {encoder.which} encoder in {encoder.kind}, `{encoder.path.name}`: from "
-        f"images of {architecture.size} pixels, RGB from 0 to 1, normalized by mean {mean} and deviation {std}, to "
-        f"{encoder.backbone.features} features.",
-        f"SHA-256 of the weights: `{digest(encoder.backbone)}`.{trained} Exported by {_program(exporter)}, torch "
-        f"{torch.__version__}, as {format}. Read back, its features differ by {distance:.1e} of the largest.",
-        f"## Loading\n\n```python\n{_loading(architecture, format, path)}\n```",
-    ]
-    if encoder.settings:
-        lines.append(f"## Data\n\n{_data(encoder)}")
-    if metrics := _metrics(encoder.path):
-        lines.append("## Metrics\n\n" + "\n".join(metrics))
-    if encoder.settings:
-        lines.append(f"## Recipe\n\n```yaml\n{yaml.safe_dump(encoder.settings, sort_keys=False)}```")
-    return "\n\n".join(lines) + "\n"
+    made = ModelCard.from_template(
+        front,
+        template_path=str(_TEMPLATE),
+        title=str(architecture),
+        origin=f"The backbone, without heads, of the {encoder.which} encoder in {encoder.kind}, `{encoder.path.name}`: "
+        f"from images of {architecture.size} pixels, RGB from 0 to 1, normalized by mean {mean} and deviation {std}, "
+        f"to {encoder.backbone.features} features.",
+        versions=f"SHA-256 of the weights: `{digest(encoder.backbone)}`.{trained} Exported by {_program(exporter)}, "
+        f"torch {torch.__version__}, as {format}. Read back, its features differ by {distance:.1e} of the largest.",
+        loading=_loading(encoder, format, path, hub),
+        data=_data(encoder) if encoder.settings else "",
+        metrics="\n".join(map(str, metrics)),
+        recipe=yaml.safe_dump(encoder.settings, sort_keys=False) if encoder.settings else "",
+    )
+    return f"{made}\n"
 
 
 def _program(origin: dict[str, Any]) -> str:
@@ -66,31 +98,54 @@ def _data(encoder: LoadedEncoder) -> str:
     return f"Trained on `{name}`, without labels" + (f": {', '.join(more)}." if more else ".") + source
 
 
-def _metrics(path: Path) -> list[str]:
+def _metrics(path: Path) -> list[_Metric]:
     """Return the run's results for this checkpoint: its evaluations, and kNN during training."""
-    folder, lines = path.resolve().parents[1], []
+    folder, metrics = path.resolve().parents[1], []
     if not (folder / "checkpoints").is_dir():
         return []
     (run,) = read_runs([folder])
     for result in run.evaluations:
         key = next((key for key in _HEADLINES if isinstance(result.get(key), float)), None)
         if key and Path(str(result.get("checkpoint", ""))).name == path.name:
-            score = f"{_HEADLINES[key]} {result[key]:.2%}"
-            lines.append(f"- {result['evaluation']}: {score} ({result.get('which')} encoder)")
+            note = f" ({result.get('which')} encoder)"
+            metrics.append(_Metric(str(result["evaluation"]), key, result[key], note))
     step = path.name.removeprefix("step_").lstrip("0")
     for line in run.lines:
         if f"{line['step']:.0f}" == step and "knn_top1" in line:
-            lines.append(f"- kNN during training, after step {step}: top-1 {line['knn_top1']:.2%}")
-    return lines
+            metrics.append(_Metric(f"kNN during training, after step {step}", "top1", line["knn_top1"], ""))
+    return metrics
 
 
-def _loading(architecture: Architecture, format: str, path: Path) -> str:
+def timm_name(architecture: Architecture) -> str:
+    """Return the name of timm's model of this architecture, without a tag of weights."""
+    name = architecture.arch.removeprefix("timm:").partition(".")[0]
+    return f"{name}_patch16_224" if architecture.transformer else name
+
+
+def timm_args(encoder: LoadedEncoder) -> dict[str, Any]:
+    """Return the arguments of timm's model of this encoder, but for `num_classes`."""
+    architecture = encoder.architecture
+    if architecture.transformer:
+        return {"img_size": architecture.size, "num_heads": architecture.heads}
+    described = getattr(getattr(encoder.backbone, "net", None), "pretrained_cfg", {})
+    fixed = {"img_size": architecture.size} if described.get("fixed_input_size") else {}
+    return fixed | architecture.own_args
+
+
+def _loading(encoder: LoadedEncoder, format: str, path: Path, hub: str = "") -> str:
     """Return Python code that loads the file in its library, strictly where possible."""
+    architecture = encoder.architecture
     name, file = architecture.arch, path.name
+    if hub and format == "timm":
+        return f'model = timm.create_model("hf_hub:{hub}", pretrained=True)'
+    if hub:
+        fetch = f'from huggingface_hub import hf_hub_download\n\nfile = hf_hub_download("{hub}", "{file}")\n'
+        return fetch + _loading(encoder, format, path).replace(f'"{file}"', "file")
     if format == "onnx":
         return f'session = onnxruntime.InferenceSession("{file}")\nsession.run(["features"], {{"images": images}})'
     if format == "safetensors":
-        return f'from engine.weights.load import load_encoder\n\nbackbone = load_encoder("{file}").backbone'
+        trust = ", trust_recipe=True" * is_code(architecture.arch)
+        return f'from engine import load_encoder\n\nbackbone = load_encoder("{file}"{trust}).backbone'
     if format == "detectron2":
         return f'cfg.MODEL.WEIGHTS = "{file}"\n' + (
             _pixels() if not architecture.transformer else "# a ViTDet whose backbone has use_cls_token's positions"
@@ -101,8 +156,11 @@ def _loading(architecture: Architecture, format: str, path: Path) -> str:
     load = f'model.load_state_dict(torch.load("{file}", weights_only=True))'
     if format == "timm":
         load = f'model.load_state_dict(safetensors.torch.load_file("{file}"))'
+        if architecture.custom:
+            given = "".join(f", {key}={value!r}" for key, value in {"num_classes": 0, **timm_args(encoder)}.items())
+            return f'model = timm.create_model("{timm_name(architecture)}"{given})\n{load}'
     if architecture.transformer:
-        return f"{_transformer(architecture, format)}\n{load}"
+        return f"{_transformer(encoder, format)}\n{load}"
     library = "torchvision.models." if format == "torchvision" else "timm.create_model("
     build = f"model = {library}{name}()" if format == "torchvision" else f'model = {library}"{name}", num_classes=0)'
     kernel, stride = STEMS[architecture.stem]
@@ -112,13 +170,12 @@ def _loading(architecture: Architecture, format: str, path: Path) -> str:
     return f"{build}\n{head}{stem if architecture.stem != 'imagenet' else ''}{load}"
 
 
-def _transformer(architecture: Architecture, format: str) -> str:
+def _transformer(encoder: LoadedEncoder, format: str) -> str:
+    architecture = encoder.architecture
     if format == "timm":
-        return (
-            f'model = timm.create_model("{architecture.arch}_patch16_224", img_size={architecture.size}, '
-            f"num_heads={architecture.heads}, num_classes=0)"
-        )
-    dim, depth, _ = TRANSFORMERS[architecture.arch]
+        args = "".join(f", {key}={value}" for key, value in timm_args(encoder).items())
+        return f'model = timm.create_model("{timm_name(architecture)}"{args}, num_classes=0)'
+    dim, depth, *_ = VITS[architecture.arch]
     return (
         f"model = torchvision.models.VisionTransformer({architecture.size}, 16, {depth}, {architecture.heads}, {dim}, "
         f"{4 * dim})\nmodel.heads = torch.nn.Identity()"

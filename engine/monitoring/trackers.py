@@ -158,8 +158,8 @@ def _lines_there(name: str, step: int, later: Collection[Line]) -> Collection[Li
 def _start(name: str, label: _Label) -> tuple[GeneralTracker, str]:
     """Return a started tracker with labels and settings, and its id of the run; empty: it has none."""
     if name == "mlflow":
-        for key, value in _MLFLOW.items():
-            os.environ.setdefault(key, value)
+        for key, limit in _MLFLOW.items():
+            os.environ.setdefault(key, limit)
     kind = LOGGER_TYPE_TO_CLASS[name]
     arguments, id = _arguments(name, label)
     first = {"tensorboard": "millrace", "aim": label.name}.get(name, label.project)

@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--limit", type=int, default=2000, metavar="N", help="images in the sample (default: 2000)")
     made.add_argument("--seed", type=int, default=0, help="seed of the sample (default: 0)")
     made.add_argument("--which", choices=["online", "momentum"], default="online", help="encoder (default: online)")
+    made.add_argument("--trust-recipe", action="store_true", help="import the code that a run names as its model.arch")
     pictures = "pictures of views and neighbors; without them the page takes seconds"
     made.add_argument("--pictures", action=argparse.BooleanOptionalAction, default=True, help=pictures)
     made.add_argument("--cpu", action=argparse.BooleanOptionalAction, default=False, help="do not use the GPU")
@@ -56,7 +57,8 @@ def main() -> None:
     _check(args)
     runs = read_runs(args.runs)
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
-    options = GalleryOptions(args.data, args.neighbors, args.limit, args.seed, args.which, device)
+    shown = (args.data, args.neighbors, args.limit, args.seed, args.which, device)
+    options = GalleryOptions(*shown, trust_recipe=args.trust_recipe)
     page = report(runs, options if args.pictures else None)
     out = args.out or runs[0].path / "report.html"
     files = write(page, out)

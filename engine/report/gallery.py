@@ -35,6 +35,8 @@ class GalleryOptions:
     device: torch.device
     untrained: Backbone | None = None
     """Backbone before training, to show next to the runs'."""
+    trust_recipe: bool = False
+    """Import the code that a run names as its `model.arch`."""
 
 
 @dataclass
@@ -74,7 +76,7 @@ def build_galleries(runs: list[RunFiles], options: GalleryOptions) -> list[Galle
     galleries: dict[str, Gallery] = {}
     for run in runs:
         try:
-            encoder = _encoder(run, options.which)
+            encoder = _encoder(run, options)
             beton = _run_data(run) if data is None else data
             gallery = galleries.get(beton.fingerprint) or _empty_gallery(beton, run, options)
             if options.untrained is None:
@@ -91,13 +93,13 @@ def build_galleries(runs: list[RunFiles], options: GalleryOptions) -> list[Galle
     return list(galleries.values())
 
 
-def _encoder(run: RunFiles, which: Which) -> LoadedEncoder:
+def _encoder(run: RunFiles, options: GalleryOptions) -> LoadedEncoder:
     """Return the encoder of the run's newest intact checkpoint. Raises InputError if there is none."""
     path, broken = storage.newest(run.path / "checkpoints")
     run.problems += [f"A checkpoint was skipped: {problem}." for problem in broken]
     if path is None:
         raise InputError("there is no intact checkpoint yet")
-    encoder = load_encoder(path, which)
+    encoder = load_encoder(path, options.which, trust_recipe=options.trust_recipe)
     if not 8 <= (size := encoder.architecture.size) <= 1024:
         raise InputError(f"it is for images of {size} pixels")
     return encoder

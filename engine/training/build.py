@@ -23,9 +23,8 @@ from engine.training.datasets import Datasets, build_loader, open_datasets, veri
 from engine.training.model import Model, build_model, check_compiler
 from engine.training.probe import Probe
 from engine.training.run_folder import RunFolder, check_out
-from methods.encoders import base_channels
+from methods.encoders import RESNETS, base_channels
 from methods.norm import GROUPS, SHUFFLED
-from methods.vit import VITS
 from pipeline.loader import Loader
 from pipeline.sampling.order import steps_per_epoch
 from pipeline.system.errors import InputError
@@ -135,8 +134,8 @@ def build(settings: Settings, device: DeviceChoice | None = None) -> Run:
     loader = run_on_all_ranks(lambda: build_loader(settings, data, accelerator))
     probe = None
     if data.probe_labels is not None:
-        features = model.step.encoder.backbone.features
-        probe = Probe(int(features), data.probe_labels, settings.probe.lr, accelerator.device)
+        features: Any = model.step.encoder.backbone.features
+        probe = Probe(features, data.probe_labels, settings.probe.lr, accelerator.device)
     folder, epochs = RunFolder(settings), settings.optim.epochs
     trackers = Trackers(settings, folder.path)
     return Run(
@@ -194,7 +193,7 @@ def list_warnings(settings: Settings, device: torch.device, samples: int | None 
             f"that BatchNorm sees fewer and larger ones: choose a multiple of {2 * parts}"
         )
     # PyTorch 2.13 was seen to overrun memory on CPUs in convolutions of 4 and 8 channels at 64 pixels
-    few = model.arch not in VITS and base_channels(model.width) < _SAFE_CHANNELS
+    few = model.arch in RESNETS and base_channels(model.width) < _SAFE_CHANNELS
     side = max(settings.data.sizes or [settings.data.size])
     if few and side >= _LARGE_PIXELS and device.type == "cpu":
         warnings.append(

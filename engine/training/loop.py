@@ -21,7 +21,9 @@ from engine.parallel.rendezvous import rank, world
 from engine.training.build import Run, agree_on_launch, build
 from engine.training.pictures import log_curves, log_views
 from engine.training.resume import raise_if_diverged, restore, save
+from methods.custom import is_custom
 from pipeline.loader import Batch
+from pipeline.system.counter_rng import keyed
 from pipeline.system.files import write_json
 from pipeline.system.limits import read_json
 from pipeline.system.text import counted
@@ -29,6 +31,7 @@ from pipeline.system.text import counted
 logger = get_logger(__name__)
 
 _SUMMARY_BYTES = 1 << 20
+_DRAWS = 0x6472617773  # key of a random stream, apart from other modules'
 
 
 def train(
@@ -107,6 +110,8 @@ def _train_epochs(run: Run, heartbeat: Heartbeat) -> Stopped | None:
 
 def train_on(run: Run, batch: Batch, *, logs: bool) -> None:
     """Take the next step, on `batch`; logs: measure it, and write a line. Raises Diverged, on all ranks."""
+    if is_custom(run.settings.model.arch):  # it may draw, as dropout does: by step, so that a resume is exact
+        torch.manual_seed(int(keyed(_DRAWS, run.settings.seed, run.done, rank())) >> 1)
     result = run.model.step(batch, measured=logs)
     run.done += 1
     substituted = batch.substituted if run.settings.data.on_bad == "skip" else None

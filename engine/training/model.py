@@ -19,6 +19,7 @@ from engine.parallel.accelerator import tune_convolutions
 from engine.parallel.rendezvous import world
 from engine.parallel.sync_batchnorm import synchronize
 from engine.training.step import Step
+from methods.custom import BackboneError, CustomBackbone
 from methods.encoders import place
 from methods.heads import Encoder
 from methods.momentum import momentum_copy
@@ -80,16 +81,23 @@ def _build_online(settings: Settings) -> Encoder:
     assert model.dim is not None
     assert model.bn is not None
     groups = max(1, GROUPS // (settings.micro_batches(world()) * (world() if model.bn == "shuffle" else 1)))
-    backbone = build_backbone(
-        model.arch,
-        stem=model.stem,
-        width=model.width,
-        bn=model.bn,
-        groups=groups,
-        zero_init_residual=bool(model.zero_init_residual),
-        size=settings.data.size,
-        stop_grad_conv1=model.stop_grad_conv1,
-    )
+    try:
+        backbone = build_backbone(
+            model.arch,
+            args=model.args,
+            stem=model.stem,
+            width=model.width,
+            bn=model.bn,
+            groups=groups,
+            zero_init_residual=bool(model.zero_init_residual),
+            size=settings.data.size,
+            stop_grad_conv1=model.stop_grad_conv1,
+        )
+        if isinstance(backbone, CustomBackbone):
+            for size in settings.data.sizes:
+                backbone.check(size)
+    except BackboneError as error:
+        raise InputError(f"model.arch {model.arch}: {error}") from error.__cause__
     if settings.activation_checkpointing:
         recompute(backbone)
     return build_encoder(settings.base, backbone, dim=model.dim, mlp_dim=model.mlp_dim, bn=model.bn, groups=groups)

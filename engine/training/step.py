@@ -22,6 +22,7 @@ from engine.training.cuda_graph import Graph
 from engine.training.low_precision import LowPrecisionWeights
 from methods import lockstep
 from methods.base import Embeddings, Part, total
+from methods.custom import is_custom
 from methods.flat import Buffers
 from methods.heads import Encoder
 from methods.momentum import MovingAverage
@@ -82,7 +83,7 @@ class Step:
             and world() > 1
             and target is not None
             and self._micro_batches == 1
-            and not (settings.compile or settings.activation_checkpointing)
+            and not (settings.compile or settings.activation_checkpointing or is_custom(settings.model.arch))
             and self.encoder.one_pass
         )
         for group in optimizer.param_groups:

@@ -5,6 +5,7 @@ from typing import Any
 
 from engine.config.settings import Settings
 from engine.weights.load import Architecture, LoadedEncoder, digest, load_encoder
+from methods.custom import is_custom
 from methods.encoders import base_channels
 from methods.heads import Encoder
 from methods.vit import VITS
@@ -20,8 +21,9 @@ def initialize(encoder: Encoder, settings: Settings) -> tuple[dict[str, Any], li
     """
     model, path = settings.model, Path(settings.model.init)
     own = _own_architecture(settings)
+    custom = own if own.custom else None
     try:
-        loaded = load_encoder(path, model.init_which, prefix=model.init_prefix, heads=own.heads)
+        loaded = load_encoder(path, model.init_which, prefix=model.init_prefix, heads=own.heads, custom=custom)
     except InputError as error:
         raise InputError(f"model.init: {error}") from None
     if remedy := _remedy(loaded.architecture, own):
@@ -38,7 +40,9 @@ def initialize(encoder: Encoder, settings: Settings) -> tuple[dict[str, Any], li
 def _own_architecture(settings: Settings) -> Architecture:
     model = settings.model
     if model.arch in VITS:
-        return Architecture(model.arch, size=settings.data.size, heads=VITS[model.arch][2])
+        return Architecture(model.arch, size=settings.data.size, heads=VITS[model.arch].heads)
+    if is_custom(model.arch):
+        return Architecture(model.arch, size=settings.data.size, args=model.args)
     return Architecture(model.arch, model.stem, model.width)
 
 

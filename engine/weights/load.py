@@ -9,7 +9,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,19 +19,17 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from engine.weights.key_maps import to_ours
-from engine.weights.readers import read, unwrapped
-from methods.encoders import RESNETS, STEMS, Bottleneck, ResNet, Stem, base_channels
+from engine.weights.readers import Contents, read, unwrapped
+from methods.custom import BackboneError, CustomBackbone, build_custom, is_code, is_custom
+from methods.encoders import RESNETS, STEMS, BasicBlock, Bottleneck, ResNet, Stem, WideBottleneck, base_channels
+from methods.registry import Backbone
 from methods.vit import PATCH, VITS, VisionTransformer
 from pipeline.augment.center_crop import CenterCrop
 from pipeline.system.errors import InputError
 from pipeline.system.text import printable
 
 Which = Literal["online", "momentum"]
-Backbone = ResNet | VisionTransformer
 _COUNTER = "num_batches_tracked"  # may be missing in older files: unused
-_RESNETS = {**RESNETS, "resnet152": (Bottleneck, (3, 8, 36, 3))}
-TRANSFORMERS = {"vit_tiny": (192, 12, 3), **VITS, "vit_large": (1024, 24, 16)}
-"""Feature dimensions, depths and attention heads, by name."""
 _OTHER_HEADS = {"vit_small": 6}  # heads in timm, DeiT and DINO, with the same shapes as MoCo v3's 12
 
 
@@ -41,33 +39,37 @@ class _Layout(NamedTuple):
     name: str
     online: str
     momentum: str | None
-    heads: int | None = None
-    """Attention heads of a small transformer, if the kind decides them."""
+    published_heads: bool = False
+    """Whether a small transformer has MoCo v3's 12 attention heads."""
     pretraining: bool = True
     """Whether the file has projection heads and other encoders or a queue."""
     projectors: tuple[tuple[str, str], ...] = ()
     """Prefixes of the online and the momentum encoder's projector: one of these pairs."""
     predictor: str = ""
     """Prefix of the predictor; empty: there is none."""
+    marker: str = ""
+    """Prefix of a key that every such file has."""
 
 
 _LAYOUTS = (
-    _Layout("a Millrace checkpoint", "online.backbone.", "target.backbone.", 12,
+    _Layout("a Millrace checkpoint", "online.backbone.", "target.backbone.", True,
             projectors=(("online.projector.", "target.projector."),), predictor="online.predictor."),
     _Layout("an official MoCo v1 or v2 checkpoint", "encoder_q.", "encoder_k.",
             projectors=(("encoder_q.fc.", "encoder_k.fc."),)),
-    _Layout("an official MoCo v3 checkpoint", "base_encoder.", "momentum_encoder.", 12,
+    _Layout("an official MoCo v3 checkpoint", "base_encoder.", "momentum_encoder.", True,
             projectors=tuple((f"base_encoder.{head}.", f"momentum_encoder.{head}.") for head in ("fc", "head")),
             predictor="predictor."),
     _Layout("an official SimSiam checkpoint", "encoder.", None,
-            projectors=(("encoder.fc.", ""),), predictor="predictor."),
+            projectors=(("encoder.fc.", ""),), predictor="predictor.", marker="predictor."),
+    _Layout("a state dict", "encoder.", None, pretraining=False),
     _Layout("a state dict", "backbone.", None, pretraining=False),
     _Layout("a state dict", "", None, pretraining=False),
 )  # fmt: skip
 _HEADS = ("fc", "head", "heads", "classifier", "linear")
 _MAX_WIDTH = 64
+_FETCHING = ("pretrained", "checkpoint_path")  # arguments of timm that would fetch or read other weights
 _MAX_CHARACTERS, _MAX_PARTS = 200, 20  # characters of a key, and keys listed, in messages
-_FIRST = r"conv1\.weight|patch_embed\.proj\.weight|stem\.conv1\.weight|conv_proj\.weight"
+_FIRST = r"conv1\.weight|patch_embed\.proj\.(?:0\.)?weight|stem\.conv1\.weight|conv_proj\.weight"
 _ROOTS = r"conv1\.|bn1\.|layer\d\.|cls_token$|pos_embed$|patch_embed\.|blocks\.|norm\."
 
 
@@ -82,20 +84,40 @@ class Architecture:
     """Side of the images, pixels: fixed for a transformer; for a ResNet that of pretraining, if known."""
     heads: int = 0
     """Attention heads of a transformer."""
+    args: dict[str, Any] | None = None
+    """Arguments of a backbone of timm or of the user's code."""
 
     @property
     def transformer(self) -> bool:
-        """Whether it is a transformer."""
-        return self.arch.startswith("vit")
+        """Whether it is one of our transformers."""
+        return self.arch in VITS
+
+    @property
+    def custom(self) -> bool:
+        """Whether it is of timm or of the user's code."""
+        return is_custom(self.arch)
+
+    @property
+    def own_args(self) -> dict[str, Any]:
+        """`args` without those that would fetch or read other weights."""
+        return {key: value for key, value in (self.args or {}).items() if not key.startswith(_FETCHING)}
 
     def build(self) -> Backbone:
-        """Return the backbone with random weights, all of it trainable."""
+        """Return the backbone with random weights, all of ours trainable. Raises InputError for one of other code."""
+        if self.custom:
+            try:
+                return build_custom(self.arch, self.own_args, size=self.size)
+            except BackboneError as error:
+                raise InputError(f"{self.arch}: {error}") from error.__cause__
         if self.transformer:
-            dim, depth, _ = TRANSFORMERS[self.arch]
-            return VisionTransformer(dim, depth, self.heads, size=self.size, stop_grad_conv1=False)
-        return ResNet(*_RESNETS[self.arch], stem=self.stem, width=self.width)
+            dim, depth, _, conv_stem = VITS[self.arch]
+            return VisionTransformer(dim, depth, self.heads, size=self.size, stop_grad_conv1=False, conv_stem=conv_stem)
+        return ResNet(*RESNETS[self.arch], stem=self.stem, width=self.width)
 
     def __str__(self) -> str:
+        if self.custom:
+            args = ", ".join(f"{key}={value!r}" for key, value in (self.args or {}).items())
+            return f"{self.arch}({args})" if args else self.arch
         if self.transformer:
             return f"{self.arch} of {self.heads} heads for {self.size} pixels"
         more = [f"width {self.width:g}"] * (self.width != 1) + [f"{self.stem} stem"] * (self.stem != "imagenet")
@@ -151,15 +173,27 @@ class LoadedEncoder:
         )
 
 
-def load_encoder(path: Path | str, which: Which = "online", *, heads: int = 0, prefix: str = "") -> LoadedEncoder:
+def load_encoder(
+    path: Path | str,
+    which: Which = "online",
+    *,
+    heads: int = 0,
+    prefix: str = "",
+    trust_recipe: bool = False,
+    custom: Architecture | None = None,
+) -> LoadedEncoder:
     """Return the backbone in a file or folder, in evaluation mode, on the CPU, in float32.
 
     path: a Millrace run, checkpoint folder or exported file; .safetensors; or a file of torch.save. heads: of a
-    transformer whose file lacks their number. prefix: of the backbone's keys, in a file of no known kind. Raises
-    InputError for a missing key, a wrong shape, an impossible value, or an unsafe file.
+    transformer whose file lacks their number. prefix: of the backbone's keys, in a file of no known kind. trust_recipe:
+    import the user's code that a run or exported file names as its `model.arch`. custom: the backbone of timm or of the
+    user's code that the file has weights of. Raises InputError for a missing key, a wrong shape, an impossible value,
+    or an unsafe file.
     """
     contents = read(Path(path))
     path = contents.path
+    if custom := custom or _stated_custom(contents, trust_recipe):
+        return _load_custom(contents, custom, which, prefix)
     layout, part = _find_layout(contents.state, path, unwrapped(prefix))
     of_which = layout.online if which == "online" else layout.momentum
     if of_which is None:
@@ -190,8 +224,71 @@ def load_encoder(path: Path | str, which: Which = "online", *, heads: int = 0, p
         backbone.eval(), architecture, path, layout.name, which, matched, contents.settings, contents.origin
     )
     loaded.heads = _find_heads(contents.state, layout, which)
-    _note_unused(loaded, layout, part, [key for key in contents.state if not key.startswith(of_which)])
+    others = [key for key in contents.state if not key.startswith(of_which)]
+    _note_unused(loaded, layout, part.keys() - expected.keys(), part, others)
     return loaded
+
+
+def _stated_custom(contents: Contents, trust_recipe: bool) -> Architecture | None:
+    """Return the architecture of timm or of the user's code that a file states, if any."""
+    stated, path = contents.described, contents.path
+    arch, args = str(stated.get("arch", "")), stated.get("args")
+    if not is_custom(arch):
+        return None
+    if is_code(arch) and not trust_recipe:
+        raise InputError(
+            f"{path}: has a backbone of the code {printable(arch)!r}, which would be imported: add "
+            "--trust-recipe (in Python, trust_recipe=True) if you trust it"
+        )
+    if args is not None and not (isinstance(args, dict) and all(str(key).isidentifier() for key in args)):
+        raise InputError(f"{path}: arguments of {printable(arch)} that are no mapping: give another file")
+    try:
+        return Architecture(arch, size=_size(int(stated.get("size", 224))), args=args)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"{path}: states an impossible size of images ({error}): give another file") from None
+
+
+def _load_custom(contents: Contents, architecture: Architecture, which: Which, prefix: str) -> LoadedEncoder:
+    """Return the weights in a file for a backbone of timm or of the user's code."""
+    state, path = contents.state, contents.path
+    backbone = architecture.build()
+    assert isinstance(backbone, CustomBackbone)
+    expected = backbone.net.state_dict()
+
+    def matched(candidate: tuple[_Layout, str, dict[str, torch.Tensor]]) -> int:
+        return len(expected.keys() & candidate[2].keys())
+
+    layout, of_which, part = max(_candidates(state, which, unwrapped(prefix)), key=matched)
+    if not matched((layout, of_which, part)):
+        theirs, ours = (_list_keys(list(keys)[:3], "") for keys in (state, expected))
+        where = f" under {prefix}" if prefix else f", {which} encoder"
+        problem = f"no key of {architecture}{where} (the file's are {theirs} ..., the backbone's {ours} ...)"
+        raise InputError(f"{path}: {problem}: give another file, or the prefix of its keys")
+    _check(part, expected, path, of_which)
+    backbone.net.load_state_dict(part, strict=False)
+    count = len(expected.keys() & part.keys())
+    loaded = LoadedEncoder(
+        backbone.eval(), architecture, path, layout.name, which, count, contents.settings, contents.origin
+    )
+    loaded.heads = _find_heads(state, layout, which)
+    others = [key for key in state if not key.startswith(of_which)]
+    _note_unused(loaded, layout, part.keys() - expected.keys(), part, others)
+    return loaded
+
+
+def _candidates(
+    state: dict[str, torch.Tensor], which: Which, prefix: str
+) -> Iterator[tuple[_Layout, str, dict[str, torch.Tensor]]]:
+    """Yield the parts of a state that may be a custom backbone's: layout, prefix, and keys without it."""
+    prefix = f"{prefix.rstrip('.')}." if prefix else ""
+    given = _Layout(f"a state dict with the prefix {prefix}", prefix, None, pretraining=False)
+    for layout in (given,) if prefix else _LAYOUTS:
+        start = layout.online if which == "online" else layout.momentum
+        if start is not None and any(key.startswith(layout.marker) for key in state):
+            for inner in ("net.", ""):
+                part = _strip(state, start + inner)
+                yield layout, start + inner, part
+                yield layout, start + inner, to_ours(part)
 
 
 def digest(module: nn.Module) -> str:
@@ -214,6 +311,8 @@ def _find_layout(state: dict[str, torch.Tensor], path: Path, prefix: str) -> tup
     given = _Layout(f"a state dict with the prefix {prefix}", prefix, None, pretraining=False)
     for layout in (given,) if prefix else _LAYOUTS:
         part = to_ours(_strip(state, layout.online))
+        if not any(key.startswith(layout.marker) for key in state):
+            continue
         if any(re.match(_ROOTS, key) for key in part):
             return layout, part
     content = f"its keys are {_list_keys(list(state)[:3], '')} ..." if state else "it contains no tensors"
@@ -256,20 +355,19 @@ def _transformer_architecture(
     part: dict[str, torch.Tensor], stated: dict[str, Any], heads: int, layout: _Layout, path: Path
 ) -> Architecture:
     """Return the architecture by keys and shapes, with the heads of the command line, the file, or its kind."""
-    dim = _get("cls_token", part, path).shape[-1]
-    name = next((name for name, (known, _, _) in TRANSFORMERS.items() if known == dim), "")
-    _, depth, default = TRANSFORMERS.get(name, (0, 0, 0))
+    dim, conv_stem = _get("cls_token", part, path).shape[-1], "patch_embed.proj.0.weight" in part
     tokens = _get("pos_embed", part, path).shape[1]
     side = math.isqrt(max(tokens - 1, 0))
     blocks = len({key.split(".")[1] for key in part if key.startswith("blocks.")})
-    if not name or blocks != depth or side**2 != tokens - 1:
-        known = ", ".join(sorted(TRANSFORMERS))
+    name = next((name for name, s in VITS.items() if (s.dim, s.depth, s.conv_stem) == (dim, blocks, conv_stem)), "")
+    if not name or side**2 != tokens - 1:
+        known = ", ".join(VITS)
         raise InputError(
             f"{path}: a transformer of {dim} dimensions, {blocks} blocks and {tokens} tokens: known are {known}, of "
             f"patches of {PATCH} pixels"
         )
-    count = heads or int(stated.get("heads", 0)) or layout.heads
-    if name in _OTHER_HEADS and not count:
+    default, count = VITS[name].heads, heads or int(stated.get("heads", 0))
+    if name in _OTHER_HEADS and not (count or layout.published_heads):
         raise InputError(
             f"{path}: {name} has {default} heads in MoCo v3 and {_OTHER_HEADS[name]} in timm, DeiT and DINO, and the "
             "file does not say: give --heads"
@@ -288,15 +386,19 @@ def _size(pixels: int) -> int:
 
 def _resnet_name(part: dict[str, torch.Tensor], path: Path) -> str:
     """Return the name of the ResNet with these blocks."""
-    bottleneck = any(re.fullmatch(r"layer1\.\d+\.conv3\.weight", key) for key in part)
+    block: type = BasicBlock
+    if any(re.fullmatch(r"layer1\.\d+\.conv3\.weight", key) for key in part):
+        inner, first = (len(part[key]) if key in part else 1 for key in ("layer1.0.conv1.weight", "conv1.weight"))
+        block = WideBottleneck if inner == 2 * first else Bottleneck
     depths = tuple(
         len({match[1] for key in part if (match := re.match(rf"layer{stage}\.(\d+)\.", key))}) for stage in range(1, 5)
     )
-    for name, (block, known) in _RESNETS.items():
-        if known == depths and bottleneck == (block is Bottleneck):
+    for name, known in RESNETS.items():
+        if known == (block, depths):
             return name
     raise InputError(
-        f"{path}: {list(depths)} {'bottleneck' if bottleneck else 'basic'} blocks are none of {', '.join(_RESNETS)}: "
+        f"{path}: {list(depths)} {'basic' if block is BasicBlock else 'bottleneck'} blocks are none of "
+        f"{', '.join(RESNETS)}: "
         "keys are missing, or it is another network"
     )
 
@@ -337,10 +439,15 @@ def _list_keys(keys: list[str], prefix: str) -> str:
     return ", ".join((prefix + key)[:_MAX_CHARACTERS] for key in keys[:4]) + (" ..." if len(keys) > 4 else "")
 
 
-def _note_unused(loaded: LoadedEncoder, layout: _Layout, part: dict[str, torch.Tensor], others: Iterable[str]) -> None:
-    """Count the unused keys, and warn of keys that a pretrained encoder would not have."""
-    known = loaded.backbone.state_dict().keys()
-    unused = [key for key in part if key not in known]
+def _note_unused(
+    loaded: LoadedEncoder,
+    layout: _Layout,
+    extra: Iterable[str],
+    part: dict[str, torch.Tensor],
+    others: Iterable[str],
+) -> None:
+    """Count the unused keys, and warn of `extra` ones that a pretrained encoder would not have."""
+    unused = [key for key in part if key in set(extra)]
     of_heads = [key for key in unused if key.split(".")[0] in _HEADS]
     unknown = [key for key in unused if key.split(".")[0] not in _HEADS]
     warnings = []

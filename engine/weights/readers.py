@@ -58,6 +58,7 @@ def _read_checkpoint(path: Path) -> Contents:
         settings = translate(state["settings"])
         model, data = settings["model"], settings["data"]
         described = {"arch": model["arch"], "stem": model["stem"], "width": model["width"], "size": data["size"]}
+        described["args"] = model.get("args")
     except (KeyError, TypeError, AttributeError):
         raise InputError(f"{path}: its settings describe no encoder: give another checkpoint") from None
     return Contents(path, tensors.get("model", {}), settings, described, provenance.recorded(state))

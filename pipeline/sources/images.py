@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 from pipeline.sources.archives import Source, open_source, tar_files
+from pipeline.sources.path_lists import list_paths
 from pipeline.sources.patterns import is_pattern, matching_paths
 from pipeline.sources.shards import list_shards
 from pipeline.sources.tables import is_saved_dataset, list_tables, saved_tables
@@ -19,9 +20,9 @@ def list_images(
 ) -> Source:
     """Return the images of sources, one after another, with their classes joined by name, or without labels.
 
-    A source: any of `open_source`; a parquet file; a folder of `datasets.save_to_disk`; a WebDataset shard; or a
-    pattern of parquet files, shards, tars, zips or folders. subset: as for `open_source`. image_column, label_column:
-    of tables; the latter also a key of a shard's JSON. Raises InputError.
+    A source: any of `open_source`; a parquet file; a folder of `datasets.save_to_disk`; a WebDataset shard; a CSV file
+    of paths; or a pattern of parquet files, shards, tars, zips or folders. subset: as for `open_source`. image_column,
+    label_column: of tables and CSV files; the latter also a key of a shard's JSON. Raises InputError.
     """
     parts = [_list(source, subset, image_column, label_column) for source in sources]
     if len(parts) == 1:
@@ -42,6 +43,8 @@ def _list(source: str, subset: str | None, image_column: str, label_column: str)
         return list_tables(source, saved_tables(Path(source)), image_column, label_column)
     if all(path.endswith(".tar") and os.path.isfile(path) for path in paths) and _is_shard(paths[0]):
         return list_shards(source, paths, label_column)
+    if len(paths) == 1 and paths[0].endswith((".csv", ".tsv")):
+        return list_paths(_existing(paths[0]), image_column, label_column)
     if image_column or label_column:
         option = "--image-column" if image_column else "--label-column"
         raise InputError(f"{option}: {source} has no columns: leave it out")

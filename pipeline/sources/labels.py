@@ -6,9 +6,10 @@ from pathlib import Path, PurePosixPath
 
 from pipeline.sources.archives import Source
 from pipeline.system.errors import InputError
-from pipeline.system.limits import LIST_BYTES, read_text
+from pipeline.system.limits import LIST_BYTES, MAX_CLASSES, read_text
 
 _REMEDY = "give a text or CSV file of NAME CLASS lines, such as LOC_val_solution.csv"
+_MAX_DIGITS = 20
 
 
 def relabel(source: Source, file: Path, classes: Sequence[str] = ()) -> Source:
@@ -54,3 +55,22 @@ def _read(file: Path) -> dict[str, str]:
         if listed.setdefault(parts[0], parts[1]) != parts[1]:
             raise InputError(f"{file}, line {line_number}: {parts[0]} has two classes: remove one of its lines")
     return listed
+
+
+def numbered(labels: Sequence[str]) -> tuple[list[int], list[str]]:
+    """Return label numbers, -1 for empty text, and class names by label.
+
+    Numbers are labels already; other names are numbered in sorted order.
+    """
+    names = set(labels) - {""}
+    if all(name.isdecimal() for name in names):
+        classes = [str(number) for number in range(max(map(int, names), default=-1) + 1)]
+        return [int(label or -1) for label in labels], classes
+    number = {name: label for label, name in enumerate(sorted(names))}
+    return [number.get(label, -1) for label in labels], list(number)
+
+
+def check_number(label: str, place: str) -> None:
+    """Raise InputError for a number that is too large for a label."""
+    if label.isdecimal() and (len(label) > _MAX_DIGITS or int(label) >= MAX_CLASSES):
+        raise InputError(f"{place} has label {label[:_MAX_DIGITS]}: give less than {MAX_CLASSES}")

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 from pipeline.sources.archives import SUFFIXES, Item, Source, tar_files
+from pipeline.sources.labels import check_number, numbered
 from pipeline.system.errors import InputError
-from pipeline.system.limits import MAX_CLASSES, parse_json
+from pipeline.system.limits import parse_json
 
-_MAX_LABEL_BYTES, _MAX_DIGITS = 1 << 20, 20
+_MAX_LABEL_BYTES = 1 << 20
 _JSON_KEYS = ("label", "cls", "class")
 
 
@@ -29,7 +30,7 @@ def list_shards(source: str, paths: Sequence[str], label: str = "") -> Source:
                 labels.append(_label(path, key, files, label))
     if not images:
         raise InputError(f"{source}: no image in it: give shards with {', '.join(sorted(SUFFIXES)[:4])} ... files")
-    return Source(images, []).relabeled(*_numbered(labels))
+    return Source(images, []).relabeled(*numbered(labels))
 
 
 def _samples(path: str) -> dict[str, dict[str, Item]]:
@@ -56,23 +57,11 @@ def _label(path: str, key: str, files: dict[str, Item], name: str) -> str:
         if isinstance(value, bool) or not isinstance(value, int | str):
             raise InputError(f"{place}: {keys[0]} is {value!r}: choose another key with --label-column")
         text = str(value)
-    label = text.strip()
-    if label.isdecimal() and (len(label) > _MAX_DIGITS or int(label) >= MAX_CLASSES):
-        raise InputError(f"{place} has label {label[:_MAX_DIGITS]}: give less than {MAX_CLASSES}")
-    return label
+    check_number(text.strip(), place)
+    return text.strip()
 
 
 def _read(path: str, item: Item) -> str:
     if item.size > _MAX_LABEL_BYTES:
         raise InputError(f"{path}: {item.name} has {item.size} bytes, more than {_MAX_LABEL_BYTES}: shorten it")
     return item.read().decode(errors="replace")
-
-
-def _numbered(labels: list[str]) -> tuple[list[int], list[str]]:
-    """Return label numbers and class names: numbers are labels already, other names are numbered in sorted order."""
-    names = set(labels) - {""}
-    if all(name.isdecimal() for name in names):
-        classes = [str(number) for number in range(max(map(int, names), default=-1) + 1)]
-        return [int(label or -1) for label in labels], classes
-    number = {name: label for label, name in enumerate(sorted(names))}
-    return [number.get(label, -1) for label in labels], list(number)

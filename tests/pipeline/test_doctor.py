@@ -138,8 +138,6 @@ def test_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     finding = doctor.check_packages()
     assert finding.ok is False
     assert finding.detail == "missing: pillow, PyYAML"
-    answer(monkeypatch, package_version=None, dependencies=["ffcv"])
-    assert doctor.check_packages().ok is True
     answer(monkeypatch, dependencies=None)
     assert doctor.check_packages().ok is False
 
@@ -150,6 +148,7 @@ def test_every_dependency_is_checked() -> None:
     names = set(re.findall(r'^ +"([\w-]+)', listed, re.MULTILINE))
     assert len(names) > 10
     assert names <= set(doctor._dependencies() or [])
+    assert not {name for name in names if "ffcv" in name or "dali" in name}  # optional
 
 
 def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

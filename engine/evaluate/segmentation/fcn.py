@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from engine.weights.load import Backbone
 from methods.encoders import ResNet
 from methods.vit import PATCH, VisionTransformer
 
@@ -25,7 +24,7 @@ class Fcn(nn.Module):
     A frozen backbone stays in evaluation mode and gets no gradient.
     """
 
-    def __init__(self, backbone: Backbone, classes: int, *, frozen: bool, seed: int) -> None:
+    def __init__(self, backbone: ResNet | VisionTransformer, classes: int, *, frozen: bool, seed: int) -> None:
         super().__init__()
         self.backbone, self.frozen = backbone, frozen
         self.stride = dilate(backbone) if isinstance(backbone, ResNet) else PATCH

@@ -27,7 +27,8 @@ from engine.evaluate.trainer import check_batch, sgd
 from engine.parallel import collectives
 from engine.parallel.consensus import all_gather_object
 from engine.parallel.sync_batchnorm import synchronize
-from methods.encoders import place
+from methods.encoders import ResNet, place
+from methods.vit import VisionTransformer
 from pipeline.augment.color import normalize
 from pipeline.dense.masks import IGNORED, Masked, classes_in, is_voc, open_masked
 from pipeline.dense.scale_crops import SCALES, ScaleCrops
@@ -53,6 +54,10 @@ class Segmentation(Evaluation):
 
     def check(self) -> None:
         """Create the folder of results. Raises InputError for it or for other options that cannot work."""
+        if self.encoder.architecture.custom:
+            raise InputError(
+                f"{self.encoder.architecture}: needs the maps of a ResNet or transformer of ours: give one"
+            )
         self.require_positive("iterations", "lr", "classes")
         if not 32 <= self.args.size <= 4096:
             raise InputError(f"--size {self.args.size}: choose 32 to 4096 pixels")
@@ -127,6 +132,7 @@ def _class_numbers(data: Masked, limit: int, workers: Workers) -> set[int]:
 def train(task: Segmentation, classes: int, batch: int, name: str, settings: dict[str, object]) -> Fcn:
     """Return the trained network. Resumes an interrupted training."""
     args = task.args
+    assert isinstance(task.backbone, ResNet | VisionTransformer)
     model = Fcn(task.backbone, classes, frozen=args.frozen, seed=args.seed)
     trained = synchronize(model.head if args.frozen else model)
     place(model, task.device)
