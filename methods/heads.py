@@ -85,6 +85,8 @@ class Encoder(nn.Module):
         norms = [module for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         self._norms = [norm for norm in norms if isinstance(norm, BatchNorm)]
         self._apart = len(self._norms) < len(norms)  # a BatchNorm of torch's takes the statistics of all views
+        self.kept_features: list[torch.Tensor] | None = None
+        """Receives the backbone's features of each forward pass, without gradient; None: they are not kept."""
 
     def forward(self, *views: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return an embedding [B, C] of norm 1, in float32 or better, for each view [B, 3, H, W]."""
@@ -98,8 +100,14 @@ class Encoder(nn.Module):
         return self.joint or not self._apart
 
     def _pass(self, *views: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        z = self.projector(self.backbone(self.joined(views)))
+        z = self.projector(self.keep(self.backbone(self.joined(views))))
         return self.embeddings(z if self.predictor is None else self.predictor(z), len(views))
+
+    def keep(self, features: torch.Tensor) -> torch.Tensor:
+        """Keep a pass's features, where `kept_features` asks for them; return them."""
+        if self.kept_features is not None:
+            self.kept_features.append(features.detach())
+        return features
 
     def joined(self, views: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the batch of a forward pass of these views, for which the BatchNorm layers are set."""

@@ -50,8 +50,8 @@ def in_lockstep(
 
 def forward(encoder: Encoder, *views: torch.Tensor) -> Pass:
     """Return the forward pass of an encoder, all views at once."""
-    x = encoder.joined(views)
-    for module in (encoder.backbone, encoder.projector, encoder.predictor):
+    x = encoder.keep((yield from _through(encoder.backbone, encoder.joined(views))))
+    for module in (encoder.projector, encoder.predictor):
         if module is not None:
             x = yield from _through(module, x)
     return encoder.embeddings(x, len(views))

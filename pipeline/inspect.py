@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,11 +82,19 @@ def verify(beton: Beton, samples: Iterable[int] | None = None, *, quiet: bool = 
 
 
 def preview(
-    beton: Beton, views: Sequence[View], *, size: int, seed: int = 0, epoch: int = 0, count: int = _PREVIEW_IMAGES
+    beton: Beton,
+    views: Sequence[View],
+    *,
+    size: int,
+    seed: int = 0,
+    epoch: int = 0,
+    count: int = _PREVIEW_IMAGES,
+    backend: str = "ffcv",
 ) -> Image.Image:
     """Return a picture of `count` images, the first of the epoch, each with its augmented views of `size` pixels."""
     batch = min(count, len(beton))
-    loader = Loader(beton, tuple(views), seed=seed, size=size, batch=batch, workers=1, prefetch_factor=1)
+    options: dict[str, Any] = {"backend": backend, "workers": 1, "prefetch_factor": 1}
+    loader = Loader(beton, tuple(views), seed=seed, size=size, batch=batch, **options)
     with contextlib.closing(loader):
         loader.load_state_dict({**loader.state_dict(), "epoch": epoch})
         drawn = next(iter(loader))

@@ -21,7 +21,8 @@ FREE |= {
 }
 FREE |= {f"data.{key}" for key in ("train", "eval", "eval_crop_ratio", "verify", "on_bad", "samples", "stall_timeout")}
 FREE |= {f"data.{key}" for key in ("workers", "prefetch_factor", "backend", "hw_decoder_load")}
-FREE |= {f"knn.{key}" for key in ("every", "k", "temperature", "limit")}
+FREE |= {f"knn.{key}" for key in ("every", "k", "temperature", "limit", "bank")} | {"probe.every", "probe.lr"}
+FREE |= {f"tracking.{key}" for key in ("project", "name", "group", "tags", "images")}
 """Settings that may differ: they do not change the training.
 
 Of `data.train` and `data.eval` the path alone: the images are compared too.
@@ -98,7 +99,8 @@ def compare_knn_images(settings: Settings, images: str | None, saved: str) -> st
     if images is None or not saved or images == saved:
         return ""
     prints = f"fingerprint {images}, there {saved}"
-    problem = f"data.eval {settings.data.eval!r}: other images than the checkpoint's ({prints})"
+    bank = f" with knn.bank {settings.knn.bank!r}" if settings.knn.bank else ""
+    problem = f"data.eval {settings.data.eval!r}{bank}: other images than the checkpoint's ({prints})"
     if not {"data", "data.eval"} & set(settings.allow_change):
         raise InputError(f"{problem}, so that kNN would mix both: give those, or add --allow-change data.eval")
     return f"{problem}: kNN classifies these from here on"

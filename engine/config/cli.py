@@ -48,7 +48,7 @@ settings below. Options override recipes, and later recipes earlier ones.
       Use these terms, of {", ".join(_TERMS)}, and no others.
       --terms.NAME.help lists the parameters of one."""
 _FLAGS = ("dry_run", "print_config", "trust_recipe")
-_PER_RANK = ("data.train", "data.eval", "data.workers", "data.prefetch_factor", "data.stall_timeout")
+_PER_RANK = ("data.train", "data.eval", "knn.bank", "data.workers", "data.prefetch_factor", "data.stall_timeout")
 _MAX_CHARACTERS, _MAX_VALUES, _MAX_INTEGER = (
     4096,
     1000,

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 
+from engine.config.names import Names
 from engine.config.renamed import former
 from engine.config.setting_error import SettingError
 from engine.config.validation import choose, section
@@ -28,6 +29,9 @@ from pipeline.system.text import counted
 from pipeline.views import AUGMENTATIONS, View, ViewError, changed_views
 
 _VIEWS = 2  # that every method takes
+
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
+"""Accelerate's trackers."""
 
 
 def _is_reference(arch: str) -> bool:
@@ -259,6 +263,37 @@ class Knn:
     """Temperature of the votes, exp(cosine / temperature)."""
     limit: Annotated[int, choose("a number of images, or 0 for all", ge=0)] = 0
     """Use at most this many training images as neighbors, evenly spread. 0: all."""
+    bank: str = ""
+    """Labeled beton of the neighbors, where the training images have no labels or others. Empty: `data.train`."""
+
+
+@section
+class Probe:
+    """Linear classification of detached backbone features by a probe that trains along, on the batches' labels."""
+
+    every: Annotated[int, choose("a number of steps, or 0 for never", ge=0)] = 0
+    """Steps between updates of the probe; its top-1 on `data.eval` is measured with kNN's. 0: no probe."""
+    lr: Annotated[float, choose("a number above 0, such as 1", gt=0)] = 1.0
+    """Learning rate of the probe's SGD."""
+
+
+@section
+class Tracking:
+    """The run as its trackers show it."""
+
+    project: str = "millrace"
+    """Project, experiment or repository of the run there."""
+    name: str = ""
+    """Name of the run. Empty: that of its folder."""
+    group: str = ""
+    """Group of runs, such as the seeds of one setting."""
+    tags: Names = field(default_factory=list)
+    """Tags, such as [moco_v2, imagenet]."""
+    images: bool = False
+    """Log images too: augmented views at the start, and the curves of the report at the end."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.project), "tracking.project", self.project, "give a name")
 
 
 @section
@@ -271,6 +306,8 @@ class Settings:
     terms: Terms = field(default_factory=Terms)
     optim: Optim = field(default_factory=Optim)
     knn: Knn = field(default_factory=Knn)
+    probe: Probe = field(default_factory=Probe)
+    tracking: Tracking = field(default_factory=Tracking)
     out: str = "runs/run"
     """Run folder: settings, metrics, checkpoints."""
     resume: str = ""
@@ -312,8 +349,11 @@ class Settings:
     """Newest checkpoints to keep. 0: all."""
     keep_every: Annotated[int, choose("a number of steps, or 0 for none", ge=0)] = 0
     """Also keep the checkpoints of steps that are a multiple of this. 0: none."""
-    tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
-    """Tracker of metrics, next to metrics.jsonl."""
+    tracker: Annotated[Names, WithJsonSchema({"type": "array", "default": ["tensorboard"]})] = field(
+        default_factory=lambda: ["tensorboard"]
+    )
+    """Trackers of metrics, next to metrics.jsonl: any of tensorboard, wandb, mlflow, trackio, comet_ml, aim, clearml,
+    dvclive, swanlab, such as [tensorboard, wandb]; or none. A resumed run continues its curves."""
     cpu: bool = False
     """Train on the CPU even if there is a GPU."""
     require_gpu: bool = False
@@ -322,6 +362,10 @@ class Settings:
     def __post_init__(self) -> None:
         _require(bool(self.out), "out", self.out, "name a folder")
         _require(self.micro_batch != 1, "micro_batch", self.micro_batch, "choose 2 or more, or 0")
+        if list(self.tracker) == ["none"]:
+            self.tracker = []
+        unknown = [name for name in self.tracker if name not in TRACKERS]
+        _require(not unknown, "tracker", ", ".join(unknown), f"choose some of {', '.join(TRACKERS)}, or none")
         for key in self.allow_change:
             if renamed := former(key):
                 raise SettingError("allow_change", "", str(renamed))
@@ -363,6 +407,7 @@ class Settings:
         no_file = "model.init names no file"
         custom, trainable = is_custom(model.arch), None if model.stop_grad_conv1 else False
         for key, value, applies, reason in (
+            ("knn.bank", self.knn.bank or None, bool(self.data.eval and self.knn.every), "kNN classifies no images"),
             ("model.init_which", "momentum" if model.init_which == "momentum" else None, bool(model.init), no_file),
             ("model.init_heads", model.init_heads or None, bool(model.init), no_file),
             ("model.init_prefix", model.init_prefix or None, bool(model.init), no_file),

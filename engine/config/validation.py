@@ -43,6 +43,8 @@ _TYPES = {
     "data.views": "two mappings such as [{hue: 0}, {}]",
     "data.mean": "three numbers such as [0.485, 0.456, 0.406], or auto",
     "data.std": "three numbers such as [0.229, 0.224, 0.225], or auto",
+    "tracker": "names such as [tensorboard, wandb]",
+    "tracking.tags": "names such as [moco_v2, imagenet]",
 }
 
 

@@ -87,14 +87,26 @@ class Knn:
         count_unseen_labels(train.labels[bank], test.labels[self._test_ids], test.path)
         self._k, self._temperature = k, temperature
         self.fingerprint = test.fingerprint
+        """Fingerprint of the test images."""
         self.classes = count_classes(train, test)
 
     def top1(
         self, backbone: nn.Module, autocast: Any = contextlib.nullcontext, after: Callable[[], None] = lambda: None
     ) -> float:
-        """Return the fraction of test images that the vote classifies correctly. To be called by all ranks.
+        """Return the fraction of test images that the vote classifies correctly; see `scores`."""
+        return self.scores(backbone, autocast, after)["knn_top1"]
 
-        after: called after each batch of images, equally often on all ranks; its exceptions end the evaluation.
+    def scores(
+        self,
+        backbone: nn.Module,
+        autocast: Any = contextlib.nullcontext,
+        after: Callable[[], None] = lambda: None,
+        **classifiers: Callable[[torch.Tensor], torch.Tensor],
+    ) -> dict[str, float]:
+        """Return the fraction of test images that the vote classifies correctly, `knn_top1`, and of each classifier.
+
+        To be called by all ranks. after: called after each batch of images, equally often on all ranks; its exceptions
+        end the evaluation. classifiers: by name, of features [N, F] of norm 1 to classes [N].
         """
         bank, bank_labels = self._features(backbone, self._train, self._bank_ids, autocast, after)
         local, local_labels = self._features(backbone, self._test, self._test_ids, autocast, after)
@@ -102,7 +114,8 @@ class Knn:
         queries, labels = (collectives.gather_uneven(rows, counts) for rows in (local, local_labels))
         options: dict[str, Any] = {"k": self._k, "temperature": self._temperature, "classes": self.classes}
         predicted = classify(queries, bank, bank_labels, sharded=collectives.world() > 1, **options)
-        return (predicted == labels).double().mean().item()
+        results = {"knn_top1": predicted} | {name: classified(queries) for name, classified in classifiers.items()}
+        return {name: (result == labels).double().mean().item() for name, result in results.items()}
 
     def _features(
         self, backbone: nn.Module, beton: Beton, indices: np.ndarray, autocast: Any, after: Callable[[], None]

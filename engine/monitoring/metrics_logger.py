@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from accelerate.logging import get_logger
 from engine.monitoring.accumulator import Accumulator
 from engine.monitoring.callback import Callback
 from engine.monitoring.step_result import Result
+from engine.monitoring.trackers import Line, Trackers
 from engine.parallel.rendezvous import rank
 from pipeline.system.errors import InputError, describe_error
 from pipeline.system.files import write_atomic
@@ -24,15 +25,18 @@ from pipeline.system.progress import tqdm
 
 logger = get_logger(__name__)
 
-_LASTING = ("knn_top1",)  # metrics that stay valid where no step was taken since
+_LASTING = ("knn_top1", "probe_top1")  # metrics that stay valid where no step was taken since
 
 
 class MetricsLogger:
     """Accumulates steps, and writes a line every logging interval and every evaluation."""
 
-    def __init__(self, accelerator: Accelerator, out: Path, steps: int, epochs: int) -> None:
+    def __init__(
+        self, accelerator: Accelerator, out: Path, steps: int, epochs: int, trackers: Trackers | None = None
+    ) -> None:
         self._accumulator = Accumulator(accelerator.device)
-        self._writer = MetricsWriter(accelerator, out / "metrics.jsonl", steps, epochs)
+        self._writer = MetricsWriter(out / "metrics.jsonl", steps, epochs, trackers)
+        self.trackers = trackers
         self.last: dict[str, Any] = {}
         """Newest value of every metric."""
         self.pairs, self.seconds, self.waited = 0, 0.0, 0.0
@@ -100,9 +104,16 @@ class MetricsLogger:
         yield
         self._since += time.perf_counter() - start
 
+    def finish(self) -> None:
+        """End the trackers' runs."""
+        if self.trackers is not None:
+            self.trackers.finish()
+
     def close(self) -> None:
-        """End the progress line."""
+        """End the progress line, and the trackers' runs as failed unless they are finished."""
         self._writer.close()
+        if self.trackers is not None:
+            self.trackers.finish(failed=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Return sums and newest metrics as plain values. Called by all ranks; waits for the device."""
@@ -117,16 +128,18 @@ class MetricsLogger:
 class MetricsWriter:
     """Writes metrics lines to a file and to the trackers, and shows progress. Only rank 0 starts and writes."""
 
-    def __init__(self, accelerator: Accelerator, path: Path, steps: int, epochs: int) -> None:
-        self._accelerator, self._path = accelerator, path
+    def __init__(self, path: Path, steps: int, epochs: int, trackers: Trackers | None = None) -> None:
+        self._path, self._trackers = path, trackers
         self._steps, self._epochs = steps, epochs
         self._bar: tqdm | None = None
         self._seconds_per_step = 0.0
-        self._failing: set[str] = set()  # destinations that could not be written the last time
+        self._failing = False  # the last line could not be written
 
     def start(self, step: int, evaluated: int) -> None:
-        """Remove later lines, left by a killed run, from the file; start the progress line at `step`."""
-        _truncate(self._path, step, evaluated)
+        """Remove later lines, left by a killed run, from the file; start trackers and the progress line at `step`."""
+        later = _truncate(self._path, step, evaluated)
+        if self._trackers is not None:
+            self._trackers.start(step, later)
         terminal = sys.stderr.isatty()
         self._bar = tqdm(total=self._steps, initial=step, unit="step", disable=not terminal, dynamic_ncols=True)
 
@@ -137,20 +150,16 @@ class MetricsWriter:
 
     def write(self, line: dict[str, Any]) -> None:
         """Write a line, `step` and other metrics. A full disk costs the line, not the run: warns the first time."""
-        step, text = line["step"], json.dumps(line) + "\n"
-        values = {key: value for key, value in line.items() if key != "step"}
-        self._try(step, str(self._path), lambda: _append(self._path, text))
-        self._try(step, "the tracker's files", lambda: self._accelerator.log(values, step=step))
-
-    def _try(self, step: int, place: str, write: Callable[[], None]) -> None:
         try:
-            write()
-            self._failing.discard(place)
+            _append(self._path, json.dumps(line) + "\n")
+            self._failing = False
         except OSError as error:
-            if place not in self._failing:
-                problem = f"{place}: could not be written ({describe_error(error)})"
-                logger.warning(f"step {step}: {problem}: training continues, its metrics have a gap")
-            self._failing.add(place)
+            if not self._failing:
+                problem = f"{self._path}: could not be written ({describe_error(error)})"
+                logger.warning(f"step {line['step']}: {problem}: training continues, its metrics have a gap")
+            self._failing = True
+        if self._trackers is not None:
+            self._trackers.write(line, evaluation=_is_evaluation(line))
 
     def show(self, last: dict[str, Any], seconds_per_step: float | None) -> None:
         """Show the newest metrics: in a terminal's progress line, else as a log line, short after an evaluation."""
@@ -163,7 +172,8 @@ class MetricsWriter:
         if "pairs_per_second" in last:
             shown += [f"{last['pairs_per_second']:.0f} pairs/s", f"data-wait {last['data_wait_fraction']:.1%}"]
         if self._bar.disable and seconds_per_step is None:
-            logger.info(f"epoch {last['epoch']:g}: kNN top-1 {last['knn_top1']:.1%}")
+            probe = f", probe {last['probe_top1']:.1%}" if "probe_top1" in last else ""
+            logger.info(f"epoch {last['epoch']:g}: kNN top-1 {last['knn_top1']:.1%}{probe}")
         elif self._bar.disable:
             step = last["step"]
             left = tqdm.format_interval((self._steps - step) * self._seconds_per_step)
@@ -189,16 +199,26 @@ def _append(path: Path, text: str) -> None:
         raise
 
 
-def _truncate(path: Path, step: int, evaluated: int) -> None:
-    """Remove the lines of later steps and evaluations, and a last line that was cut off. Raises InputError."""
+def _is_evaluation(line: Mapping[str, Any]) -> bool:
+    return not line.keys().isdisjoint(_LASTING)
+
+
+def _truncate(path: Path, step: int, evaluated: int) -> set[Line]:
+    """Remove the lines of later steps and evaluations, and a last line that was cut off; return those of later ones.
+
+    Raises InputError.
+    """
     if not path.exists():
-        return
-    lines = []
+        return set()
+    lines, later = [], set()
     try:
         for line, metrics in json_lines(path):
-            later = metrics["epoch"] > evaluated and metrics.keys() & set(_LASTING)
-            if metrics["step"] <= step and not later:
+            evaluation = _is_evaluation(metrics)
+            if metrics["step"] <= step and not (evaluation and metrics["epoch"] > evaluated):
                 lines.append(line)
+            else:
+                later.add((int(metrics["step"]), evaluation))
         write_atomic(path, b"".join(lines))
-    except (OSError, KeyError, TypeError) as error:
+    except (OSError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a run's metrics ({error!r}): put it elsewhere") from None
+    return later

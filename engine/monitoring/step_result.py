@@ -20,6 +20,8 @@ class Result:
     """`taken`, `spread`, and the loss and its parts without their weights: [2 + parts], one tensor to copy."""
     measures: Tensors = field(default_factory=dict)
     """Those of `embedding_metrics.measure`, and `gradient_share_NAME` of each part, where they are requested."""
+    features: torch.Tensor | None = None
+    """The online backbone's features of this rank's first query view, [B, F], where `probe.every` asks for them."""
 
     @classmethod
     def stack(cls, parts: Tensors, q: torch.Tensor, taken: torch.Tensor, measures: Tensors | None = None) -> "Result":

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.logging import get_logger
-from accelerate.utils import is_wandb_available, parse_flag_from_env
+from accelerate.utils import parse_flag_from_env
 from torch import distributed, nn
 
 from engine.config.settings import Settings
@@ -59,8 +59,6 @@ def choose_device(settings: Settings, *, emulate: bool = False) -> DeviceChoice:
         raise InputError("precision 'fp16': needs a GPU: choose bf16 or no")
     if settings.precision == "bf16" and on_gpu and not bfloat16_on_gpu():
         raise InputError("precision 'bf16': this GPU does not have it: choose fp16 or no")
-    if settings.tracker == "wandb" and not is_wandb_available():
-        raise InputError("tracker 'wandb': the package is not installed: pip install wandb, or choose tensorboard")
     slow = settings.precision == "bf16" and not on_gpu and not emulate and not bfloat16_on_cpu()
     return DeviceChoice(on_gpu, "no" if slow else settings.precision)
 
@@ -98,8 +96,6 @@ def build_accelerator(settings: Settings, choice: DeviceChoice | None = None, *,
         return Accelerator(
             cpu=settings.cpu or not choice.on_gpu,
             mixed_precision=choice.precision,
-            log_with=None if settings.tracker == "none" else settings.tracker,
-            project_dir=settings.out,
             kwargs_handlers=[gradients, InitProcessGroupKwargs(timeout=timeout)],
         )
 

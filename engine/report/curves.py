@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engine.report.compare import Group
-from engine.report.plotting import Theme, draw_lines, mean_of, style_of
-from engine.report.run_folder import Curve, RunFiles, curve
+from engine.report.compare import Group, group_by_settings
+from engine.report.plotting import LIGHT, Theme, draw_lines, mean_of, sheet, style_of
+from engine.report.run_folder import Curve, RunFiles, curve, read_runs
 
 _MAX_POINTS = 250
 _MAX_PATH_POINTS = 16  # few: measures of single steps are noisy
@@ -34,6 +36,8 @@ class Chart:
 _LOSS = Chart("loss", "loss", "All terms with their weights. Losses of different methods do not compare.")
 _KNOWN = (
     Chart("knn_top1", "kNN top-1, %", "Nearest neighbors in the backbone's features, during training.", 100, True),
+    Chart("probe_top1", "probe top-1, %", "Linear classifier that trains along, on held-out images.", 100, True),
+    Chart("probe_train_top1", "probe top-1 in training, %", "On the augmented views that it trains on.", 100),
     Chart(
         "student_teacher_gap",
         "student-teacher gap",
@@ -84,6 +88,14 @@ def _has_data(run: RunFiles, chart: Chart) -> bool:
         return any(values)
     losses = [line["loss"] for line in run.lines if "loss" in line]
     return bool(values) and (chart.key == "loss" or values != losses)
+
+
+def draw_all(paths: Sequence[Path]) -> bytes:
+    """Return a PNG of all charts of the runs in these folders. Raises InputError."""
+    runs = read_runs(paths)
+    groups = group_by_settings(runs)
+    parts = [(chart.title, partial(draw, chart, groups, LIGHT)) for chart in select_charts(runs)]
+    return sheet(parts, LIGHT, (4.4, 2.9))
 
 
 def draw(chart: Chart, groups: Sequence[Group], theme: Theme, axes: Any) -> None:

@@ -15,11 +15,13 @@ from engine.config.settings import Settings
 from engine.fault_tolerance.preemption import Requests, follow_launcher
 from engine.fault_tolerance.watchdog import Watchdog
 from engine.monitoring.metrics_logger import MetricsLogger
+from engine.monitoring.trackers import Trackers, check_trackers
 from engine.parallel.accelerator import DeviceChoice, build_accelerator, choose_device, warn_of_precision
 from engine.parallel.consensus import run_on_all_ranks
 from engine.parallel.rendezvous import rank, world
 from engine.training.datasets import Datasets, build_loader, open_datasets, verify_datasets
 from engine.training.model import Model, build_model, check_compiler
+from engine.training.probe import Probe
 from engine.training.run_folder import RunFolder, check_out
 from methods.encoders import RESNETS, base_channels
 from methods.norm import GROUPS, SHUFFLED
@@ -46,6 +48,7 @@ class Run:
     writer: storage.Writer
     requests: Requests
     watchdog: Watchdog
+    probe: Probe | None = None
     done: int = 0
     """Steps trained."""
     evaluated: int = 0
@@ -130,18 +133,24 @@ def build(settings: Settings, device: DeviceChoice | None = None) -> Run:
     model = build_model(settings, accelerator, steps_per_epoch(len(data.train), settings.data.batch))
     verify_datasets(settings, data)
     loader = run_on_all_ranks(lambda: build_loader(settings, data, accelerator))
-    folder = RunFolder(settings)
+    probe = None
+    if data.probe_labels is not None:
+        features: Any = model.step.encoder.backbone.features
+        probe = Probe(features, data.probe_labels, settings.probe.lr, accelerator.device)
+    folder, epochs = RunFolder(settings), settings.optim.epochs
+    trackers = Trackers(settings, folder.path)
     return Run(
         settings,
         accelerator,
         data,
         loader,
         model,
-        MetricsLogger(accelerator, folder.path, settings.optim.epochs * loader.steps, settings.optim.epochs),
+        MetricsLogger(accelerator, folder.path, epochs * loader.steps, epochs, trackers),
         folder,
         storage.Writer(folder.checkpoints, settings.keep, settings.keep_every),
         Requests(accelerator.device),
         Watchdog(settings.step_timeout),
+        probe,
     )
 
 
@@ -149,6 +158,8 @@ def check_launch(settings: Settings) -> DeviceChoice:
     """Return this rank's device. Raises InputError for settings that cannot work on this machine with any data."""
     choice = choose_device(settings)
     check_batch(settings)
+    if rank() == 0:
+        check_trackers(settings)
     if settings.compile:
         check_compiler(torch.device("cuda" if choice.on_gpu else "cpu"))
     init = settings.model.init

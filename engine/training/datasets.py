@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from engine.checkpoint import compatibility
 from engine.config.settings import Settings
 from engine.evaluate.online_knn import Knn
+from engine.evaluate.splits import held_out, refuse_other_classes
 from engine.parallel import collectives
 from engine.parallel.accelerator import DTYPES, new_group
 from engine.parallel.consensus import PeerError, all_gather_object, run_and_gather
@@ -20,7 +21,7 @@ from engine.parallel.rendezvous import cores_per_rank, local_rank, local_world, 
 from engine.training.model import needed_views
 from methods.norm import SHUFFLED
 from pipeline.backends.select_backend import Choice, choose, least_demanding
-from pipeline.beton import Beton
+from pipeline.beton import Beton, count_classes
 from pipeline.inspect import verify
 from pipeline.loader import Loader, Shuffle
 from pipeline.sampling.substitutes import Substitutes
@@ -41,17 +42,22 @@ class Datasets:
     """The run's settings, with numbers for a mean and standard deviation that are `auto`."""
     train: Beton
     eval: Beton | None
+    bank: Beton | None
+    """kNN's neighbors, where they are not of `train`."""
     knn: Knn | None
+    probe_labels: np.ndarray | None
+    """Labels of the training images for the probe, int64 [N], -1 for none."""
     backend: Choice
 
     @property
     def knn_fingerprint(self) -> str | None:
-        """Fingerprint of the images that kNN classifies, if any."""
-        return self.knn.fingerprint if self.knn else None
+        """Fingerprint of the images that kNN classifies, if any, and of a bank of its own."""
+        return _knn_fingerprint(self.train, self.knn, self.bank)
 
     def facts(self) -> dict[str, Any]:
         """Return what has to be the same on all ranks: the images, by fingerprint, and their normalization."""
-        images = {"data.train": self.train.fingerprint, "data.eval": self.eval.fingerprint if self.eval else None}
+        betons = {"data.train": self.train, "data.eval": self.eval, "knn.bank": self.bank}
+        images = {key: beton.fingerprint if beton else None for key, beton in betons.items()}
         return {**images, "data.mean": self.settings.data.mean, "data.std": self.settings.data.std}
 
 
@@ -66,20 +72,22 @@ def open_datasets(settings: Settings, device: torch.device) -> Datasets:
 
 
 def _open_all(settings: Settings, device: torch.device) -> Datasets:
-    train = _open(settings, "train")
+    train = _open(settings, "data.train", settings.data.train)
     settings = with_statistics(settings, train)
     data = settings.data
     if data.batch > len(train):
         raise InputError(
             f"{train.path}: a batch of {data.batch} from {len(train)} samples: choose data.batch from 2 to {len(train)}"
         )
-    evaluated = _open(settings, "eval") if data.eval and settings.knn.every else None
-    knn = _build_knn(settings, train, evaluated, device) if evaluated else None
+    evaluated = _open(settings, "data.eval", data.eval) if data.eval and settings.knn.every else None
+    bank = _open(settings, "knn.bank", settings.knn.bank) if evaluated and settings.knn.bank else None
+    knn = _build_knn(settings, bank or train, evaluated, device) if evaluated else None
+    labels = _probe_labels(settings, train, evaluated) if settings.probe.every else None
     if rank() == 0:
-        compatibility.check(settings, train.fingerprint, knn.fingerprint if knn else None)
+        compatibility.check(settings, train.fingerprint, _knn_fingerprint(train, knn, bank))
     cores = loading(settings, device)["workers"]
     backend = choose(data.backend, train, device, local_world=local_world(), cores=cores)
-    return Datasets(settings, train, evaluated, knn, backend)
+    return Datasets(settings, train, evaluated, bank, knn, labels, backend)
 
 
 def with_statistics(settings: Settings, train: Beton) -> Settings:
@@ -97,22 +105,49 @@ def with_statistics(settings: Settings, train: Beton) -> Settings:
     return replace(settings, data=replace(settings.data, **measured)) if measured else settings
 
 
-def _open(settings: Settings, name: str) -> Beton:
-    path, key = getattr(settings.data, name), f"data.{name}"
+def _open(settings: Settings, key: str, path: str) -> Beton:
     if not path:
         raise InputError(f"{key} is not set: give a beton, --{key} F.beton; write one with python -m pipeline.prepare")
     return open_data(path, tolerate=settings.data.on_bad == "skip")
 
 
-def _build_knn(settings: Settings, train: Beton, evaluated: Beton, device: torch.device) -> Knn:
-    """Return the kNN classifier of the images of `evaluated` by their neighbors in `train`."""
+def _knn_fingerprint(train: Beton, knn: Knn | None, bank: Beton | None) -> str | None:
+    if knn is None or bank is None or bank.fingerprint == train.fingerprint:
+        return knn.fingerprint if knn else None
+    return f"{knn.fingerprint} with neighbors {bank.fingerprint}"
+
+
+def _build_knn(settings: Settings, bank: Beton, evaluated: Beton, device: torch.device) -> Knn:
+    """Return the kNN classifier of the images of `evaluated` by their neighbors in `bank`."""
     knn = settings.knn
+    if not knn.bank and (bank.labels < 0).any():
+        raise InputError(
+            f"{bank.path}: has images without a label, by which kNN cannot classify: prepare it from class folders, "
+            "give labeled neighbors with --knn.bank F.beton, or --knn.every 0"
+        )
     backend = "ffcv_gpu" if device.type == "cuda" and settings.data.backend != "ffcv" else "ffcv"
-    if not (train.in_one_file and evaluated.in_one_file):
+    if not (bank.in_one_file and evaluated.in_one_file):
         backend = "dali"
     options = {**loading(settings, device), "backend": backend}  # never resident: each image is read once
     options |= {"batch": max(256, settings.data.batch), "crop_ratio": settings.data.eval_crop_ratio}
-    return Knn(train, evaluated, k=knn.k, temperature=knn.temperature, limit=knn.limit, **options)
+    return Knn(bank, evaluated, k=knn.k, temperature=knn.temperature, limit=knn.limit, **options)
+
+
+def _probe_labels(settings: Settings, train: Beton, evaluated: Beton | None) -> np.ndarray:
+    """Return the probe's labels of the training images, int64 [N], -1 for none and for those that are evaluated."""
+    labels, key = train.labels.copy(), f"probe.every {settings.probe.every}"
+    if (labels < 0).all():
+        remedy = "prepare it from class folders, or choose probe.every 0"
+        raise InputError(f"{key}: the images of {train.path} have no labels to train on: {remedy}")
+    count_classes(train)
+    if evaluated is not None:
+        refuse_other_classes(train, evaluated)
+    if evaluated is not None and evaluated.fingerprint == train.fingerprint:
+        if settings.knn.bank:
+            remedy = "leave knn.bank out, or give other images as data.eval"
+            raise InputError(f"{key}: data.eval is data.train, so that the probe trains on its test images: {remedy}")
+        labels[held_out(labels)] = -1
+    return labels
 
 
 def verify_datasets(settings: Settings, data: Datasets) -> None:
@@ -122,14 +157,16 @@ def verify_datasets(settings: Settings, data: Datasets) -> None:
     """
     if settings.data.verify != "full":
         return
-    _verify(settings, "train", data.train)
+    _verify(settings, "data.train", data.train)
     if data.eval is not None and data.eval.fingerprint != data.train.fingerprint:
-        _verify(settings, "eval", data.eval)
+        _verify(settings, "data.eval", data.eval)
     elif data.eval is not None:
         data.eval.unreadable |= data.train.unreadable
+    if data.bank is not None:
+        _verify(settings, "knn.bank", data.bank)
 
 
-def _verify(settings: Settings, name: str, beton: Beton) -> None:
+def _verify(settings: Settings, key: str, beton: Beton) -> None:
     """Check every record of each machine's copy, divided among its ranks.
 
     A record that is damaged on one machine is skipped on all, or ends the run on all, as `data.on_bad` says.
@@ -155,7 +192,7 @@ def _verify(settings: Settings, name: str, beton: Beton) -> None:
     except InputError as error:  # too many; all ranks know of the same records
         raise PeerError(str(error)) from None
     if rank() == 0:
-        logger.warning(f"data.{name}: {summary}: skipped")
+        logger.warning(f"{key}: {summary}: skipped")
 
 
 def build_loader(settings: Settings, data: Datasets, accelerator: Accelerator) -> Loader:

@@ -53,7 +53,7 @@ def estimate(settings: Settings) -> dict[str, Any]:
     gradient. Raises InputError for settings that cannot work.
     """
     length = _count_steps(settings)
-    accelerator = build_accelerator(replace(settings, tracker="none"), emulate=True)
+    accelerator = build_accelerator(settings, emulate=True)
     check_batch(settings)
     for warning in list_warnings(settings, accelerator.device):
         logger.warning(warning)

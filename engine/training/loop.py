@@ -19,6 +19,7 @@ from engine.parallel.batchnorm_stats import RunningStatistics
 from engine.parallel.consensus import run_on_all_ranks
 from engine.parallel.rendezvous import rank, world
 from engine.training.build import Run, agree_on_launch, build
+from engine.training.pictures import log_curves, log_views
 from engine.training.resume import raise_if_diverged, restore, save
 from methods.custom import is_custom
 from pipeline.loader import Batch
@@ -59,9 +60,14 @@ def _train(run: Run, heartbeat: Heartbeat) -> dict[str, Any]:
     if run.finished:
         return _log_finished(run)
     _log_start(run)
+    if not run.done:
+        log_views(run)
     stopped = _train_epochs(run, heartbeat)
     run_on_all_ranks(run.writer.finish)
     summary = {} if stopped else _summarize(run)
+    if not stopped:
+        log_curves(run)
+    run.monitor.finish()
     run.accelerator.end_training()  # not after a failure: it waits for all ranks
     if stopped:
         raise stopped
@@ -110,10 +116,14 @@ def train_on(run: Run, batch: Batch, *, logs: bool) -> None:
     run.done += 1
     substituted = batch.substituted if run.settings.data.on_bad == "skip" else None
     run.monitor.add(result, run.settings.data.batch, batch.waited, substituted)
+    if run.probe is not None and run.done % run.settings.probe.every == 0:
+        assert result.features is not None
+        run.probe.update(result.features, batch.ids, result.taken)
     if logs:
         rates = run.model.step.schedule.numbers()
         if run.model.target is None:
             del rates["momentum"]
+        rates |= run.probe.take_accuracy() if run.probe is not None else {}
         run.monitor.log(run.done, run.done / run.loader.steps, result.measures, **rates)
         raise_if_diverged(run)
 
@@ -151,9 +161,10 @@ def evaluate(run: Run, epoch: int) -> None:
 
     if run.data.knn is not None and is_evaluation_due(run, epoch):
         with run.monitor.pause(), RunningStatistics(run.backbone).averaged(), untuned_convolutions():
-            top1 = run.data.knn.top1(run.backbone, run.accelerator.autocast, raise_stop)
-            run.monitor.evaluation(run.done, epoch, knn_top1=top1)
-            run.evaluated_on = run.data.knn.fingerprint
+            classify = {"probe_top1": run.probe.classify} if run.probe is not None else {}
+            scores = run.data.knn.scores(run.backbone, run.accelerator.autocast, raise_stop, **classify)
+            run.monitor.evaluation(run.done, epoch, **scores)
+            run.evaluated_on = run.data.knn_fingerprint or ""
     run.evaluated = epoch
 
 

@@ -20,6 +20,7 @@ from pipeline.system.errors import InputError
 
 logger = get_logger(__name__)
 
+_PROBE = "probe"  # file of the probe, which a run may leave out or begin when it is resumed
 _ROWS = "running_statistics"  # [world, N], saved where ranks differ: the model has their mean
 
 
@@ -57,6 +58,8 @@ def save(run: Run) -> None:
             tensors = {"model": modules(run).state_dict(), "optimizer": _optimizer_tensors(run)}
             if rows is not None:
                 tensors["ranks"] = {_ROWS: rows}
+            if run.probe is not None:
+                tensors[_PROBE] = run.probe.state_dict()
             run.writer.save(run.done, tensors, state)
 
 
@@ -133,8 +136,6 @@ def _open(run: Run, tensors: dict[str, storage.Tensors]) -> dict[str, Any] | Non
         _start(run)
     if not run.finished:
         run.folder.write_config()
-        if run.settings.tracker != "none":
-            run.accelerator.init_trackers("millrace")
         run.monitor.start(run.done, run.evaluated)
     return checkpoint
 
@@ -161,6 +162,8 @@ def _read(run: Run, tensors: dict[str, storage.Tensors]) -> dict[str, Any] | Non
         statistics = saved["ranks"].get(_ROWS, torch.zeros(1, 0))
         rows = len(statistics) if statistics.dim() else 0
         _check_fit(path, {"ranks": {_ROWS: _statistics(run).local().expand(rows, -1)}}, saved)
+    if run.probe is not None and _PROBE in saved:
+        _check_fit(path, {_PROBE: run.probe.state_dict()}, saved)
     tensors |= saved
     like = {file: collectives.described(named) for file, named in saved.items()}
     return {"path": str(path), "state": state, "tensors": like}
@@ -219,6 +222,8 @@ def _load_tensors(run: Run, tensors: dict[str, storage.Tensors]) -> None:
     modules(run).load_state_dict(tensors["model"])
     for name, value in _optimizer_tensors(run).items():
         value.copy_(tensors["optimizer"][name])
+    if run.probe is not None and _PROBE in tensors:
+        run.probe.load_state_dict(tensors[_PROBE])
     rows = tensors.get("ranks", {}).get(_ROWS)
     if rows is not None and len(rows) == world():  # else the mean, which the model has
         _statistics(run).put(rows[rank()])

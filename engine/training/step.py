@@ -107,6 +107,7 @@ class Step:
         # Learning rate and momentum m of this step: a table lookup on the device. A copy of the running statistics.
         self.schedule.begin()
         statistics = self.buffers.snapshot()
+        self.encoder.kept_features = [] if self._settings.probe.every else None
         # Weights in low precision: one cast of all instead of one for each layer.
         for weights in self._weights:
             weights.update()
@@ -149,7 +150,12 @@ class Step:
         parts, q, measures = results[-1]
         if len(results) > 1:
             parts = {name: torch.stack([values[name] for values, _, _ in results]).mean() for name in parts}
-        return Result.stack(parts, q, taken, measures)
+        result = Result.stack(parts, q, taken, measures)
+        if self.encoder.kept_features:
+            # [M V B, F], micro-batch by micro-batch and view by view: those of the first view.
+            features, self.encoder.kept_features = torch.cat(self.encoder.kept_features), None
+            result.features = features.unflatten(0, (len(results), len(self._queries), -1))[:, 0].flatten(0, 1)
+        return result
 
     def _inputs(self, batch: Batch) -> Tensors:
         """Return the tensors that a step reads, on the device: views q1, q2 of the queries, k1, k2 of the keys.

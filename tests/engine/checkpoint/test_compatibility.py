@@ -30,7 +30,8 @@ FREE = set(  # they change how and where the same is computed, logged and saved
     """out resume allow_change log_every save_every keep keep_every tracker gradient_shares cpu require_gpu compile
     cuda_graph activation_checkpointing collective_timeout step_timeout data.train data.eval data.eval_crop_ratio
     data.verify data.on_bad data.samples data.stall_timeout data.workers data.prefetch_factor data.backend
-    data.hw_decoder_load knn.every knn.k knn.temperature knn.limit""".split()  # noqa: SIM905 - a list of words
+    data.hw_decoder_load knn.every knn.k knn.temperature knn.limit knn.bank probe.every probe.lr tracking.project
+    tracking.name tracking.group tracking.tags tracking.images""".split()  # noqa: SIM905 - a list of words
 )
 FIXED = set(  # the saved state would not fit
     """method.name method.queue_size method.queue_dtype optim.name data.batch data.order seed model.arch model.stem

@@ -111,21 +111,6 @@ def test_line_that_cannot_be_written_is_warned_of_once(
     assert path.read_text() == written
 
 
-def test_tracker_that_cannot_write_is_warned_of_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def full(values: Any, step: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    one = started(tmp_path)
-    monkeypatch.setattr(one._writer._accelerator, "log", full)
-    for step in (1, 2):
-        add(one, 1.0)
-        one.log(step, 0.1 * step, {})
-    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
-    assert capsys.readouterr().err.count("the tracker's files: could not be written") == 1
-
-
 def test_evaluation_time_does_not_count(tmp_path: Path) -> None:
     one = started(tmp_path)
     add(one, 1.0, waited=0.01)
