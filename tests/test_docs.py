@@ -127,7 +127,9 @@ def known_options() -> set[str]:
     names = {f"--{name}" for name in flat(_with_all_terms().as_dict())}
     names |= {f"--terms.{term}.help" for term in get_type_hints(registry.Terms)}
     parsers = [*(launcher() for launcher in LAUNCHERS.values()), *(parser_of(module) for module in commands())]
-    names = names.union(["--config", "--dry-run", "--terms", "--allow-change"], *map(options, parsers))
+    names = names.union(
+        ["--config", "--dry-run", "--terms", "--allow-change", "--system", "--trust-recipe"], *map(options, parsers)
+    )
     return set(map(hyphenated_option, names))
 
 
