@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import notebook_launcher
 from PIL import Image
 
 import engine
@@ -18,9 +19,11 @@ from engine.config.cli import parse
 from engine.evaluate.__main__ import run as evaluate
 from engine.export.formats import export
 from engine.parallel import accelerator
+from engine.parallel.rendezvous import rank
 from pipeline.augment.color import Statistics
 from pipeline.beton import Beton
 from pipeline.storage.decode import decode
+from tests import processes
 from tests.engine.training import runs
 
 
@@ -112,6 +115,32 @@ def test_a_process_pretrains_in_one_precision_after_another(
     for precision in ("no", "bf16"):
         settings = replace(_settings(drawn, tmp_path / precision), precision=precision)  # type: ignore[arg-type]
         assert pretrain(settings)["precision"] == precision
+
+
+class RankRecorder(Recorder):
+    """Writes what this rank received to a file of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        super().on_evaluation(step, metrics)
+        (self.folder / f"rank{rank()}.json").write_text(json.dumps(self.lines))
+
+
+@pytest.mark.slow
+def test_notebook_launcher_trains_on_two_ranks_with_callbacks(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rank's callbacks receive the lines of the metrics."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    settings = _settings(drawn, tmp_path / "run")
+    launched = processes.call(notebook_launcher, pretrain, (settings, [RankRecorder(tmp_path)]), 2)
+    assert launched.wait(120) == 0, launched.communicate()[1]
+    written = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [json.loads((tmp_path / f"rank{n}.json").read_text()) for n in range(2)] == [written, written]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 2
 
 
 def test_public_names_exist() -> None:
