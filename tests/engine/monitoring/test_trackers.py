@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 import sys
 import time
@@ -19,6 +20,8 @@ from accelerate.tracking import GeneralTracker
 from engine.config.settings import Settings, Tracking
 from engine.monitoring import trackers as module
 from engine.monitoring.trackers import Trackers
+from engine.training import loop
+from engine.training.build import Run
 from tests import ROOT
 from tests.engine.test_run import SMALL, main, metrics, run
 
@@ -323,14 +326,35 @@ def test_ids_are_kept_for_a_resumed_run_alone(fake: type[Fake], tmp_path: Path) 
 def test_failed_run_ends_as_failed(
     fake: type[Fake], drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from engine.training import loop
-
     def fail(*_: Any, **__: Any) -> None:
         raise FloatingPointError("diverged")
 
     monkeypatch.setattr(loop, "train_on", fail)
     assert trained(drawn, tmp_path / "out", monkeypatch) == 1
     assert [value for call, value in fake.seen if call == "finish"] == [1]
+
+
+def test_resumed_training_continues_its_curves(
+    fake: type[Fake], drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ended at step 4, two steps after its checkpoint. W&B, which may lack the last step, receives it again."""
+    train_on = loop.train_on
+
+    def fail(run: Run, *arguments: Any, **more: Any) -> None:
+        if run.done == 4:
+            raise FloatingPointError("diverged")
+        train_on(run, *arguments, **more)
+
+    monkeypatch.setattr(loop, "train_on", fail)
+    assert trained(drawn, tmp_path / "out", monkeypatch, "--save_every", "2", "--keep", "0") == 1
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "step_00000004")
+    monkeypatch.setattr(loop, "train_on", train_on)
+    assert trained(drawn, tmp_path / "out", monkeypatch, "--save_every", "2", "--resume", "auto") == 0
+    assert [line["step"] for line in metrics(tmp_path / "out")] == [1, 2, 3, 4, 5]
+    assert [step for step, _ in scalars(tmp_path / "out")["loss"]] == [1, 2, 3, 4, 5]
+    assert [value for call, value in fake.seen if call == "log"] == [1, 2, 3, 4, 4, 5]
+    first, second = (value for call, value in fake.seen if call == "start")
+    assert first["id"] == second["id"]
 
 
 def test_damaged_ids_are_one_line(
