@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -16,10 +17,12 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
+from PIL import Image
 
 from engine.config.settings import Settings, Tracking
 from engine.monitoring import trackers as module
 from engine.monitoring.trackers import Trackers
+from engine.report import curves
 from engine.training import loop
 from engine.training.build import Run
 from tests import ROOT
@@ -369,8 +372,13 @@ def test_damaged_ids_are_one_line(
 def test_pictures_of_views_and_curves_are_logged_when_asked(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGBA", (120, 80), "red").save(buffer, "png")
+    drawn_from: list[list[Path]] = []
+    monkeypatch.setattr(curves, "draw_all", lambda paths: drawn_from.append(paths) or buffer.getvalue())
     given = ["--data.train", str(drawn), *SMALL, "--optim.epochs", "1", "--tracker", "tensorboard"]
     assert main(monkeypatch, *given, "--out", str(tmp_path / "out"), "--tracking.images") == 0
+    assert drawn_from == [[tmp_path / "out"]]
     reader = events(tmp_path / "out")
     assert {tag: [image.step for image in reader.Images(tag)] for tag in reader.Tags()["images"]} == {
         "views": [0],
