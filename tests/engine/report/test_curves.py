@@ -38,6 +38,7 @@ def test_charts_are_selected_by_the_data(tmp_path: Path) -> None:
     assert texts["alignment"] == "alignment over uniformity; last values: a -4 by 0.25; b -4 by 0.25"
 
 
+@pytest.mark.usefixtures("rendered")
 def test_all_charts_of_a_run_are_one_picture(tmp_path: Path) -> None:
     sizes = []
     for keys in ({"loss"}, {"loss", "lr"}):
