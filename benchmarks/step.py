@@ -37,13 +37,12 @@ from engine.parallel.accelerator import DTYPES, build_accelerator, warn_of_preci
 from engine.training.cuda_graph import WARM, Graph
 from engine.training.model import Model, build_model
 from methods.base import Embeddings, total
-from pipeline.augment.color import IMAGENET, augment
+from pipeline.augment.color import augment
 from pipeline.augment.draws import draw_color
 from pipeline.loader import Batch
 from pipeline.system.cores import available_cores
 from pipeline.system.errors import InputError, command
 from pipeline.system.packages import installed
-from pipeline.views import AUGMENTATIONS
 
 Call = Callable[[], Any]
 OURS = ("eager", "eager-graph", "compiled", "graph")
@@ -121,7 +120,7 @@ def build_parts(settings: Settings, model: Model, accelerator: Accelerator) -> d
     crops = torch.randint(0, 256, (count, settings.data.size, settings.data.size, 3), dtype=torch.uint8, device=device)
     colors = [
         draw_color(view, number, seed=0, epoch=0, ids=np.arange(count))
-        for number, view in enumerate(AUGMENTATIONS[settings.data.augmentation])
+        for number, view in enumerate(settings.data.augmentations)
     ]
     parts: dict[str, Call] = {ENCODERS[0]: encode_queries}
     if model.target is not None and moving_average is not None:
@@ -134,7 +133,9 @@ def build_parts(settings: Settings, model: Model, accelerator: Accelerator) -> d
         "loss and terms": loss,
         "guard": guard,
         "optimizer": model.optimizer.optimizer.step,
-        "augmentation": lambda: [augment(crops, color, IMAGENET, DTYPES[settings.precision]) for color in colors],
+        "augmentation": lambda: [
+            augment(crops, color, settings.data.statistics, DTYPES[settings.precision]) for color in colors
+        ],
     }
     return parts
 

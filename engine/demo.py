@@ -43,7 +43,6 @@ from pipeline.system.cli import ArgumentParser
 from pipeline.system.errors import InputError, RunFailed, command
 from pipeline.system.files import write_json
 from pipeline.system.text import counted
-from pipeline.views import AUGMENTATIONS
 
 logger = logging.getLogger(__name__)
 
@@ -370,7 +369,7 @@ def main() -> None:
     train, evaluation = _prepared(sources, out, budget.images) if sources else (Path(args.data), Path(args.data))
     settings = _settings(train, evaluation, out, drawn=args.data is None, cpu=args.cpu, seed=args.seed)
     picture = out / "preview.png"
-    preview(Beton(train), AUGMENTATIONS[settings.data.augmentation], size=settings.data.size).save(picture)
+    preview(Beton(train), settings.data.augmentations, size=settings.data.size).save(picture)
     untrained = _untrained(settings)
     rows, evaluation_seconds = _baselines(settings, untrained)
     settings = _with_epochs(settings, budget, evaluation_seconds)

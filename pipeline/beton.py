@@ -57,6 +57,10 @@ class Manifest:
     """Source path of each record, by sample id."""
     skipped: list[list[str]] = field(default_factory=list)
     """Name and reason of each skipped image."""
+    mean: list[float] = field(default_factory=list)
+    """Means of red, green and blue over a sample of the images, for values of 0 to 1; empty if not measured."""
+    std: list[float] = field(default_factory=list)
+    """The same of their standard deviations."""
     format: int = MANIFEST_FORMAT
 
     def write(self, path: Path) -> None:
@@ -97,6 +101,9 @@ class Manifest:
         pairs = self.skipped if isinstance(self.skipped, list) else [None]
         if not all(isinstance(pair, list) and [type(text) for text in pair] == [str, str] for pair in pairs):
             return "skipped must list pairs of name and reason"
+        for values in (self.mean, self.std):
+            if values != [] and not (isinstance(values, list) and [type(value) for value in values] == [float] * 3):
+                return "mean and std must list three numbers each"
         return None
 
 

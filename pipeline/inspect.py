@@ -1,6 +1,6 @@
 """Describe a beton, verify its records, preview its augmented views.
 
-python -m pipeline.inspect FILE [--verify] [--preview out.png] [--augmentation moco_v2] [--size 224]
+python -m pipeline.inspect FILE [--verify] [--preview out.png] [--augmentation moco_v2] [--views LIST] [--size 224]
 """
 
 import contextlib
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from PIL import Image, ImageOps
 
 from pipeline.augment.color import IMAGENET
@@ -22,14 +23,16 @@ from pipeline.storage.decode import check_record, decode
 from pipeline.system.cli import ArgumentParser
 from pipeline.system.cores import available_cores
 from pipeline.system.errors import BadRecords, InputError, command
+from pipeline.system.limits import parse_yaml
 from pipeline.system.progress import progress
-from pipeline.system.text import printable
-from pipeline.views import AUGMENTATIONS, View
+from pipeline.system.text import counted, printable
+from pipeline.views import AUGMENTATIONS, View, ViewError, changed_views
 
 _CHUNK_RECORDS = 64  # records in a call of a thread
 _COLUMNS, _GAP_PIXELS = 2, 6  # layout of the preview: groups side by side, space between pictures
 _MIN_CELL_PIXELS = 96  # smaller views are enlarged in the preview
 _PREVIEW_IMAGES = 12
+_MAX_VIEWS, _SHOWN_CHARACTERS = 16, 200
 
 
 def describe(beton: Beton) -> str:
@@ -46,6 +49,8 @@ def describe(beton: Beton) -> str:
         return "\n".join(map(printable, [*lines, "  manifest   none: bytes cannot be checked against CRCs"]))
     settings = ", ".join(f"{key} {value}" for key, value in beton.manifest.settings.items())
     versions = ", ".join(f"{key} {value}" for key, value in beton.manifest.versions.items())
+    if beton.manifest.mean:
+        lines.append(f"  colors     mean {beton.manifest.mean}, standard deviation {beton.manifest.std}")
     skipped = [f"  skipped    {name}: {reason}" for name, reason in beton.manifest.skipped]
     return "\n".join(map(printable, [*lines, f"  written    {settings}", f"  with       {versions}", *skipped]))
 
@@ -128,6 +133,7 @@ def parser() -> ArgumentParser:
     add("--verify", action="store_true", help="check and decode every record; exit status 1 if one is damaged")
     add("--preview", metavar="PNG", type=Path, help="draw images with their augmented views")
     add("--augmentation", default="moco_v2", choices=list(AUGMENTATIONS), help="default %(default)s")
+    add("--views", metavar="LIST", help="changes of each view, as in data.views, such as '[{hue: 0}, {}]'")
     add("--size", type=int, default=224, help="side of a view, pixels (default %(default)s)")
     add("--seed", type=int, default=0, help="seed of the order and the augmentation (default %(default)s)")
     add("--epoch", type=int, default=0, help="epoch of the order and the augmentation (default %(default)s)")
@@ -135,11 +141,28 @@ def parser() -> ArgumentParser:
     return parser
 
 
+def _views(text: str, augmentation: str) -> tuple[View, ...]:
+    """Return the views of --views. Raises InputError."""
+    try:
+        given = parse_yaml(text)
+    except (ValueError, yaml.YAMLError):
+        given = None
+    listed = isinstance(given, list) and all(isinstance(view, dict) for view in given)
+    if not listed or not 1 <= len(given) <= _MAX_VIEWS:
+        remedy = f"give 1 to {_MAX_VIEWS} mappings, one for each view, such as '[{{hue: 0}}, {{}}]'"
+        raise InputError(f"--views {text[:_SHOWN_CHARACTERS]!r}: {remedy}")
+    try:
+        return changed_views(given, augmentation)
+    except ViewError as error:
+        raise InputError(f"--views {error}") from None
+
+
 @command
 def main() -> int:
     args = parser().parse_args()
     if min(args.size - 8, args.count - 1, args.seed, args.epoch) < 0 or args.size > 1024 or args.count > 1000:
         raise InputError("--size is 8 to 1024, --count 1 to 1000, --seed and --epoch 0 or more: choose such values")
+    views = AUGMENTATIONS[args.augmentation] if args.views is None else _views(args.views, args.augmentation)
     faults: list[tuple[int, str]] = []
     try:
         beton = Beton(args.file)
@@ -156,15 +179,14 @@ def main() -> int:
         state = "are intact" if beton.manifest else "decode; without a manifest their bytes are not checked"
         print(f"verified: {len(beton) - len(faults)} of {len(beton)} records {state}")
     if args.preview:
-        views, options = AUGMENTATIONS[args.augmentation], {"seed": args.seed, "epoch": args.epoch}
-        picture = preview(beton, views, size=args.size, count=args.count, **options)
+        picture = preview(beton, views, size=args.size, count=args.count, seed=args.seed, epoch=args.epoch)
         try:
             picture.save(args.preview)
         except (OSError, ValueError) as error:
             raise InputError(
                 f"{args.preview}: cannot be written ({error}): give a .png or .jpg file in a folder that exists"
             ) from None
-        print(f"preview: {args.preview} (each original with its {len(views)} views)")
+        print(f"preview: {args.preview} (each original with its {counted(len(views), 'view')})")
     return 1 if faults else 0
 
 

@@ -377,7 +377,7 @@ class CenterLoader:
             records = self._queue.substitutes.resolve(ids)
             boxes = center_boxes(self._beton.heights[records], self._beton.widths[records], self._crop_ratio)
             colors = self._options.packed([Color.unchanged(len(records))], [self.size])
-            plan = Plan(records, boxes[None], np.zeros((1, len(records)), bool), (self.size,), colors=colors)
+            plan = Plan(records, boxes[None], np.zeros((1, len(records)), np.uint8), (self.size,), colors=colors)
             self._queue.submit(plan, records)
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ absent.
 
 import contextlib
 import logging
+import math
 import multiprocessing
 import os
 import platform
@@ -29,11 +30,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipeline.beton import Beton, Manifest, manifest_path
 from pipeline.sampling.order import evenly
 from pipeline.sources.archives import Item, Source
 from pipeline.sources.images import list_images
 from pipeline.sources.labels import relabel
+from pipeline.storage.decode import decode
 from pipeline.storage.encode import Record, Settings, Unreadable, encode
 from pipeline.storage.writer import BetonWriter
 from pipeline.system.cli import ArgumentParser
@@ -45,6 +49,8 @@ from pipeline.system.progress import progress
 
 logger = logging.getLogger(__name__)
 _IMAGES_AHEAD = 32  # images that a worker is ahead of the writer
+_MEASURED_IMAGES, _MEASURED_PIXELS = 1000, 1 << 16  # images, and about as many pixels of each, for mean and deviation
+_MIN_STD = 1e-4  # of images of one color
 _large_lock: Any = contextlib.nullcontext()  # a lock in workers: together they decode one large image at a time
 
 
@@ -141,6 +147,7 @@ def prepare(
             manifest = _write(
                 " ".join(sources), images, beton_file, settings, workers or available_cores(), skip_bad, quiet
             )
+            measure(manifest, beton_file)
             manifest.write(manifest_file)
             manifest_path(out).unlink(missing_ok=True)  # an old manifest never accompanies a new beton
     except OSError as error:
@@ -190,6 +197,25 @@ def _write(
         names=names,
         skipped=skipped,
     )
+
+
+def measure(manifest: Manifest, path: Path) -> None:
+    """Set mean and standard deviation of the colors in the manifest of a beton at `path`, over a sample of its images.
+
+    Each image counts the same, whatever its size: views all have one size.
+    """
+    beton, levels = Beton(path), np.arange(256) / 255
+    moments = np.zeros((3, 2))
+    sample = evenly(len(beton), _MEASURED_IMAGES)
+    for index in sample:
+        pixels = decode(beton, int(index))
+        step = max(math.isqrt(pixels.size // (3 * _MEASURED_PIXELS)), 1)
+        channels = pixels[::step, ::step].reshape(-1, 3).T
+        counts = np.stack([np.bincount(channel, minlength=256) for channel in channels])  # [3, 256]
+        moments += counts @ np.stack([levels, levels**2], axis=1) / (channels.shape[1] * len(sample))
+    mean, squares = moments.T
+    manifest.mean = [round(float(value), 4) for value in mean]
+    manifest.std = [round(max(float(value), _MIN_STD), 4) for value in np.sqrt(np.maximum(squares - mean**2, 0))]
 
 
 def _unreadable(source: str, skipped: list[list[str]]) -> InputError:

@@ -126,6 +126,7 @@ def _missing(path: str) -> list[str]:
 
 
 def _launcher(words: list[str], complete: bool) -> list[str]:
+    words = words[1:] if words[:1] == ["--system"] else words
     name = words[0] if words else "help"
     if name not in _launcher_commands():
         return [f"./millrace has no {name}"]

@@ -18,11 +18,13 @@ from PIL import Image
 
 import pipeline.loader
 from engine.checkpoint.compatibility import FIXED, FREE
+from engine.config import cli
 from engine.config.cli import flat
 from engine.config.settings import Knn, Method, Model, Settings
 from methods import registry
 from methods.base import Embeddings
 from pipeline.prepare import prepare
+from pipeline.views import VIEW_KEYS
 from tests import documents
 from tests.command_lines import LAUNCHERS, commands, options, parser_of, problems, settings
 from tests.documents import DOCUMENTS, PACKAGES, ROOT, Line, name_of, snippet
@@ -125,7 +127,9 @@ def known_options() -> set[str]:
     names = {f"--{name}" for name in flat(_with_all_terms().as_dict())}
     names |= {f"--terms.{term}.help" for term in get_type_hints(registry.Terms)}
     parsers = [*(launcher() for launcher in LAUNCHERS.values()), *(parser_of(module) for module in commands())]
-    names = names.union(["--config", "--dry-run", "--terms", "--allow-change"], *map(options, parsers))
+    names = names.union(
+        ["--config", "--dry-run", "--terms", "--allow-change", "--system", "--trust-recipe"], *map(options, parsers)
+    )
     return set(map(hyphenated_option, names))
 
 
@@ -189,6 +193,16 @@ def test_the_table_of_changes_on_resume_is_complete() -> None:
     rows = re.findall(r"^\| (.+) \| (freely|never|where)\b", "\n".join(DOCUMENTS.values()), re.MULTILINE)
     listed = {kind: sorted(re.findall("`(.+?)`", names)) for names, kind in rows}
     assert listed == {"freely": sorted(FREE), "never": sorted(FIXED), "where": []}
+
+
+def test_the_example_of_views_is_valid_and_its_table_complete(tmp_path: Path) -> None:
+    text = documents.section("Your own views")
+    (example,) = documents.fences(text, "yaml")
+    (tmp_path / "r.yaml").write_text(example)
+    first, second = cli.parse(["--config", str(tmp_path / "r.yaml")]).data.augmentations
+    assert (first.vflip, first.gray_p, first.hue, second.brightness) == (0.5, 0, 0, 0.8)
+    rows = re.findall(r"^\| (`.+?) \| .+? \| (`.+?) \|", text, re.MULTILINE)
+    assert {key for row in rows for cell in row for key in re.findall("`(.+?)`", cell)} == set(VIEW_KEYS)
 
 
 # ---- snippets ----

@@ -24,7 +24,7 @@ NORM_TYPES |= dict.fromkeys(("partial", "running_mean", "running_var"), "*fp32")
 NORM_CONSTANTS = {"ROWS": 64, "CHANNELS": 64, "AFFINE": True, "RUNNING": True}
 
 AUGMENT_OUTPUTS = {"crop_view": "*u8", "sum_luma": "", "color": "*bf16", "blur_rows": "", "blur_columns": "*bf16"}
-AUGMENT_TYPES = {"starts": "*i64", "widths": "*i64", "boxes": "*i32", "flips": "*i1", "parameters": "*fp32"}
+AUGMENT_TYPES = {"starts": "*i64", "widths": "*i64", "boxes": "*i32", "flips": "*u8", "parameters": "*fp32"}
 AUGMENT_TYPES |= {"sums": "*i32", "blurs": "*i64", "rows": "*fp32", "pixels": "*u8", "crops": "*u8", "colored": "*u8"}
 AUGMENT_CONSTANTS = {"SIZE": 224, "PIXELS": 224 * 224, "BLOCK": 256, "RADIUS": 6, "GRAY_FIRST": False}
 

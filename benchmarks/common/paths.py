@@ -111,7 +111,7 @@ def ffcv_twice(beton: Beton, size: int, views: int, batch: int, threads: int, de
     from ffcv.pipeline import PipelineSpec
 
     def spec() -> Any:
-        decoder = RandomResizedCropRGBImageDecoder((size, size), scale=_VIEW.scale, ratio=_VIEW.ratio)
+        decoder = RandomResizedCropRGBImageDecoder((size, size), scale=_VIEW.crop_scale, ratio=_VIEW.crop_ratio)
         return PipelineSpec("image", decoder=decoder, transforms=[])
 
     names = ["image", *(f"view{number}" for number in range(1, views))]

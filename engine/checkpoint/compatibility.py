@@ -73,7 +73,8 @@ def compare(settings: Settings, state: dict[str, Any], train_images: str, knn_im
 def compare_settings(settings: Settings, saved: dict[str, Any]) -> str:
     """Raise InputError for a setting that differs and is neither free nor allowed; return a warning of allowed ones."""
     then, now = flat(translate(saved)), flat(settings.as_dict())
-    then = {key: value for key, value in flat(Settings().as_dict()).items() if key in FIXED} | then  # of older versions
+    defaults = flat(Settings().as_dict())  # of settings that older versions did not have
+    then = {key: value for key, value in defaults.items() if not key.startswith("terms.")} | then
     differing = [key for key in {**now, **then} if key not in FREE and then.get(key) != now.get(key)]
     for key in sorted(differing, key=lambda key: key != "method.name"):  # other defaults follow from the method
         if key in FIXED:

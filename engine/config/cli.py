@@ -271,7 +271,7 @@ def _help(section: str) -> str:
         elif key == "out":
             lines += ["", "run:", ""]
         if rule["null"] or not _is_section(rule):
-            values = "|".join([*rule.get("enum", [_METAVARS[rule["type"]]]), *["null"] * rule["null"]])
+            values = "|".join([*rule.get("enum", [_METAVARS[rule["type"]]]), *rule["words"], *["null"] * rule["null"]])
             limits = f"{rule['choose']}; " if "choose" in rule else ""
             text += f" ({limits}default: {default if default and isinstance(default, str) else json.dumps(default)})"
             lines.append(f"  --{key.replace('_', '-')} {values}")

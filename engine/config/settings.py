@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import WithJsonSchema
+from pydantic import Field, WithJsonSchema
 
 from engine.config.names import Names
 from engine.config.renamed import former
@@ -22,9 +22,13 @@ from methods.encoders import RESNETS
 from methods.norm import SHUFFLED, BatchNormKind
 from methods.registry import BASES, Terms, build_objective
 from methods.vit import PATCH, VITS
+from pipeline.augment.color import IMAGENET, Statistics
 from pipeline.sampling.order import Order
 from pipeline.system.files import write_atomic
-from pipeline.views import AUGMENTATIONS
+from pipeline.system.text import counted
+from pipeline.views import AUGMENTATIONS, View, ViewError, changed_views
+
+_VIEWS = 2  # that every method takes
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
 """Accelerate's trackers."""
@@ -38,6 +42,11 @@ def _is_reference(arch: str) -> bool:
 def _require(valid: bool, key: str, value: Any, remedy: str) -> None:
     if not valid:
         raise SettingError(key, repr(value), remedy)
+
+
+def _listed(default: tuple[float, ...]) -> Any:
+    """Return pydantic's record of a default list."""
+    return Field(json_schema_extra={"default": list(default)})
 
 
 @section
@@ -65,6 +74,19 @@ class Data:
     it is read. full: every record first, on all cores, so that no damage shows only after days."""
     augmentation: str = "moco_v2"
     """Two-view augmentation: moco_v1, moco_v2, moco_v3, simclr, byol; with _32 (no blur) for small images."""
+    views: list[dict[str, Any]] = field(default_factory=list)
+    """The two views where they differ from `augmentation`, each a mapping of changes such as {hue: 0}. Keys: preset
+    (another augmentation), crop_scale, crop_ratio, hflip, vflip, brightness, contrast, saturation, hue, jitter_p,
+    gray_p, blur_p, blur_sigma, solarize_p, solarize_threshold. []: the views of `augmentation`."""
+    mean: Annotated[list[float] | Literal["auto"], _listed(IMAGENET.mean)] = field(
+        default_factory=lambda: list(IMAGENET.mean)
+    )
+    """Means of red, green and blue, for values of 0 to 1: subtracted from all images, in training and evaluation. auto:
+    as python -m pipeline.prepare measured them."""
+    std: Annotated[list[float] | Literal["auto"], _listed(IMAGENET.std)] = field(
+        default_factory=lambda: list(IMAGENET.std)
+    )
+    """Standard deviations, by which they are divided then. auto: as measured."""
     order: Order = "random"
     """Order of an epoch's samples. random: a full shuffle. quasi_random, for sets larger than memory: a shuffle within
     windows of 2,048 chunks of 16 samples, each chunk read once."""
@@ -90,8 +112,32 @@ class Data:
         two_views = [name for name, views in AUGMENTATIONS.items() if len(views) == 2]
         remedy = f"choose one of two views: {', '.join(two_views)}"
         _require(self.augmentation in two_views, "data.augmentation", self.augmentation, remedy)
+        remedy = f"{counted(len(self.views), 'view')}, and every method takes two: list two, such as [{{hue: 0}}, {{}}]"
+        if self.views and len(self.views) != _VIEWS:
+            raise SettingError("data.views", "", remedy)
+        try:
+            changed_views(self.views, self.augmentation)
+        except ViewError as error:
+            raise SettingError("data.views", error.given, error.remedy) from None
+        for name, lowest, words in (("mean", 0.0, "from 0 to 1"), ("std", 1e-4, "above 0, up to 1")):
+            values = getattr(self, name)
+            fits = values == "auto" or (len(values) == 3 and all(lowest <= value <= 1 for value in values))
+            _require(fits, f"data.{name}", values, f"give three numbers {words}, or auto")
         sides = all(8 <= size <= 1024 for size in self.sizes) and self.sizes[-1:] in ([], [self.size])
         _require(sides, "data.sizes", self.sizes, f"give sides of 8 to 1024 pixels that end with data.size {self.size}")
+
+    @property
+    def augmentations(self) -> tuple[View, ...]:
+        """The distribution of each view."""
+        return changed_views(self.views, self.augmentation) or AUGMENTATIONS[self.augmentation]
+
+    @property
+    def statistics(self) -> Statistics:
+        """Mean and standard deviation for normalization; neither is `auto` any more."""
+        mean, std = self.mean, self.std
+        assert mean != "auto"
+        assert std != "auto"
+        return Statistics((mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
 
 
 @section

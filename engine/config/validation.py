@@ -15,8 +15,8 @@ from engine.config.setting_error import SettingError
 
 Kind = TypeVar("Kind")
 Rules = dict[str, dict[str, Any]]
-"""JSON Schema of settings, sections and terms by dotted name, with `null` (is it allowed?) and `choose` (bounds in
-words)."""
+"""JSON Schema of settings, sections and terms by dotted name, with `null` (is it allowed?), `words` (other values
+allowed) and `choose` (bounds in words)."""
 _CONFIG = ConfigDict(use_attribute_docstrings=True, allow_inf_nan=False, extra="forbid")
 _BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
 _SHOWN_CHARACTERS = 200
@@ -40,6 +40,9 @@ _TYPES = {
     "array": "a list such as [160, 224]",
     "object": "a mapping such as {weight: 1}",
     "terms": "names such as [co2, residual]",
+    "data.views": "two mappings such as [{hue: 0}, {}]",
+    "data.mean": "three numbers such as [0.485, 0.456, 0.406], or auto",
+    "data.std": "three numbers such as [0.229, 0.224, 0.225], or auto",
     "tracker": "names such as [tensorboard, wandb]",
     "tracking.tags": "names such as [moco_v2, imagenet]",
 }
@@ -76,9 +79,10 @@ def rules(kind: type) -> Rules:
 
 def _rules(schema: dict[str, Any], definitions: dict[str, Any], within: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for name, rule in schema["properties"].items():
-        first = rule.get("anyOf", [rule])[0]  # the second is null
+        first, *others = rule.get("anyOf", [rule])  # the others: null or a word
         inner = definitions.get(first.get("$ref", "").rpartition("/")[2], {})
-        yield within + name, {**inner, **first, **rule, "null": "anyOf" in rule}
+        words = [other["const"] for other in others if "const" in other]
+        yield within + name, {**inner, **first, **rule, "null": {"type": "null"} in others, "words": words}
         if inner:
             yield from _rules(inner, definitions, f"{within}{name}.")
 
@@ -91,7 +95,10 @@ def explain(error: ValidationError, kind: type) -> SettingError:
     wrong, value = first["type"], first["input"]
     if wrong == "value_error":
         return first["ctx"]["error"]  # raised by a `__post_init__`
-    key = prefix + ".".join(part for part in first["loc"] if isinstance(part, str))
+    parts = [part for part in first["loc"] if isinstance(part, str)]
+    if wrong != "unexpected_keyword_argument":  # else the last parts may be members of a union, or keys of a mapping
+        parts = next((parts[:n] for n in range(len(parts), 0, -1) if prefix + ".".join(parts[:n]) in known), parts)
+    key = prefix + ".".join(parts)
     if (renamed := former(key, value)) or key not in known:
         return renamed or unknown(key, known)
     rule = known[key]

@@ -29,7 +29,7 @@ from pipeline.views import View
 
 logger = get_logger(__name__)
 
-CROP_AND_FLIP = View(scale=(0.08, 1.0), jitter=0.0, gray=0.0, blur=0.0)
+CROP_AND_FLIP = View(crop_scale=(0.08, 1.0), jitter_p=0.0, gray_p=0.0, blur_p=0.0)
 """RandomResizedCrop and a flip: the training augmentation of every protocol here."""
 _MIN_CHUNK, _CHUNK_PIXELS = 16, 1 << 16  # images in a chunk on the CPU: at least, and by their pixels
 
@@ -71,6 +71,7 @@ class ClassificationEvaluation(Evaluation):
             "workers": self.workers,
             "backend": self.backends[beton.fingerprint],
             "on_bad": self.args.on_bad,
+            "statistics": self.encoder.statistics,
         }
 
     def train_loader(self, beton: Beton, batch: int) -> Loader:

@@ -122,6 +122,7 @@ class Evaluation:
             "encoder": self.fingerprint,
             "train": self.train.fingerprint,
             "test": self.test.fingerprint,
+            **{name: list(values) for name, values in self.encoder.statistics._asdict().items()},
             "precision": self.accelerator.mixed_precision,
             "seed": self.args.seed,
             **options,

@@ -52,7 +52,7 @@ FORMATS = {
 
 
 def _write(encoder: LoadedEncoder, format: Format, path: Path) -> None:
-    """Write the weights; a safetensors file also states the architecture, in its header."""
+    """Write the weights; a safetensors file also states architecture and normalization, in its header."""
     architecture = encoder.architecture
     module = encoder.backbone.net if isinstance(encoder.backbone, CustomBackbone) else encoder.backbone
     state = {name: value.contiguous() for name, value in module.state_dict().items()}
@@ -61,7 +61,8 @@ def _write(encoder: LoadedEncoder, format: Format, path: Path) -> None:
     if format.suffix == ".onnx":
         _write_onnx(encoder, path)
     elif format.suffix == ".safetensors":
-        save_file(state, path, metadata={"format": "pt", METADATA: json.dumps(asdict(architecture))})
+        described = asdict(architecture) | encoder.statistics._asdict()
+        save_file(state, path, metadata={"format": "pt", METADATA: json.dumps(described)})
     else:
         torch.save(format.wrap(state), path)
 

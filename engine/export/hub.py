@@ -59,7 +59,7 @@ def write_folder(encoder: LoadedEncoder, format: str, folder: Path, name: str) -
 def timm_config(encoder: LoadedEncoder) -> dict[str, Any]:
     """Return timm's `config.json` of an encoder: architecture, arguments and preprocessing."""
     architecture, size = encoder.architecture, encoder.architecture.size
-    args, (mean, std) = timm_args(encoder), encoder.preprocess.statistics
+    args, (mean, std) = timm_args(encoder), encoder.statistics
     timms = getattr(getattr(encoder.backbone, "net", None), "pretrained_cfg", {})
     described = {
         "custom_load": False,

@@ -13,7 +13,7 @@ from engine.weights.load import Architecture, LoadedEncoder, digest
 from methods.custom import is_code
 from methods.encoders import STEMS
 from methods.vit import VITS
-from pipeline.augment.color import IMAGENET
+from pipeline.augment.color import Statistics
 from pipeline.system.packages import version
 from pipeline.system.text import printable
 
@@ -60,7 +60,7 @@ def card(encoder: LoadedEncoder, format: str, path: Path, distance: float, *, hu
         ]
         or None,
     )
-    mean, std = encoder.preprocess.statistics
+    mean, std = encoder.statistics
     trained = f" Its checkpoint was written by {_program(encoder.origin)}." if "version" in encoder.origin else ""
     exporter = {"version": version("millrace") or "unknown"} | ({"commit": commit()} if commit() else {})
     made = ModelCard.from_template(
@@ -148,7 +148,9 @@ def _loading(encoder: LoadedEncoder, format: str, path: Path, hub: str = "") -> 
         return f'from engine import load_encoder\n\nbackbone = load_encoder("{file}"{trust}).backbone'
     if format == "detectron2":
         return f'cfg.MODEL.WEIGHTS = "{file}"\n' + (
-            _pixels() if not architecture.transformer else "# a ViTDet whose backbone has use_cls_token's positions"
+            _pixels(encoder.statistics)
+            if not architecture.transformer
+            else "# a ViTDet whose backbone has use_cls_token's positions"
         )
     if format == "mmdet":
         kind = "mmpretrain.VisionTransformer" if architecture.transformer else "ResNet"
@@ -182,9 +184,9 @@ def _transformer(encoder: LoadedEncoder, format: str) -> str:
     )
 
 
-def _pixels() -> str:
-    """Return detectron2's settings for torchvision's normalization (facebookresearch/moco `detection/configs`)."""
-    mean, std = ([round(255 * value, 3) for value in values] for values in IMAGENET)
+def _pixels(statistics: Statistics) -> str:
+    """Return detectron2's settings for this normalization (facebookresearch/moco `detection/configs`)."""
+    mean, std = ([round(255 * value, 3) for value in values] for values in statistics)
     return (
         f"cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = {mean}, {std}\n"
         'cfg.INPUT.FORMAT = "RGB"\ncfg.MODEL.RESNETS.STRIDE_IN_1X1 = False'

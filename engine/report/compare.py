@@ -252,11 +252,11 @@ class _Kind(NamedTuple):
 
     title: str
     settings: str
-    """Settings as JSON, without encoder, seed, and values found by a sweep."""
+    """Settings as JSON, without encoder, its normalization, seed, and values found by a sweep."""
 
 
 def _kind(result: dict[str, Any]) -> _Kind:
-    ignored = {"encoder", "seed", *(("lr", "weight_decay") if "sweep" in result else ())}
+    ignored = {"encoder", "mean", "std", "seed", *(("lr", "weight_decay") if "sweep" in result else ())}
     saved = result.get("settings")
     settings = {key: value for key, value in saved.items() if key not in ignored} if isinstance(saved, dict) else {}
     for name in ("train", "test"):

@@ -118,7 +118,7 @@ def embed(
     """Return an encoder's features of the sample, float32 [n, F] of norm 1, on the CPU, and a mask of intact images."""
     part, cores = Subset(sample.beton, sample.ids), available_cores()
     options: dict[str, Any] = {"size": encoder.architecture.size, "batch": 128, "device": device}
-    options |= {"crop_ratio": crop_ratio, "workers": cores, "on_bad": "skip"}
+    options |= {"crop_ratio": crop_ratio, "workers": cores, "on_bad": "skip", "statistics": encoder.statistics}
     options["backend"] = choose("auto", part, device, cores=cores).name
     place(encoder.backbone, device)
     indices = np.arange(len(part))

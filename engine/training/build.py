@@ -126,6 +126,7 @@ def build(settings: Settings, device: DeviceChoice | None = None) -> Run:
     device = device or run_on_all_ranks(lambda: check_launch(settings), DeviceChoice.facts)
     accelerator = build_accelerator(settings, device)
     data = open_datasets(settings, accelerator.device)
+    settings = data.settings
     for warning in list_warnings(settings, accelerator.device, len(data.train)):
         logger.warning(warning)
     warn_of_precision(settings.precision, accelerator)

@@ -2,7 +2,7 @@
 
 import logging
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,6 @@ from pipeline.loader import Loader, Shuffle
 from pipeline.sampling.substitutes import Substitutes
 from pipeline.storage.in_place import open_data
 from pipeline.system.errors import InputError
-from pipeline.views import AUGMENTATIONS
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +38,8 @@ _VERIFY_SECONDS = 2 * 24 * 3600.0  # wait of the fastest rank for the slowest
 class Datasets:
     """The data sets of a run."""
 
+    settings: Settings
+    """The run's settings, with numbers for a mean and standard deviation that are `auto`."""
     train: Beton
     eval: Beton | None
     bank: Beton | None
@@ -53,10 +54,11 @@ class Datasets:
         """Fingerprint of the images that kNN classifies, if any, and of a bank of its own."""
         return _knn_fingerprint(self.train, self.knn, self.bank)
 
-    def fingerprints(self) -> dict[str, str | None]:
-        """Return the fingerprints of the images, which have to be the same on all ranks."""
+    def facts(self) -> dict[str, Any]:
+        """Return what has to be the same on all ranks: the images, by fingerprint, and their normalization."""
         betons = {"data.train": self.train, "data.eval": self.eval, "knn.bank": self.bank}
-        return {key: beton.fingerprint if beton else None for key, beton in betons.items()}
+        images = {key: beton.fingerprint if beton else None for key, beton in betons.items()}
+        return {**images, "data.mean": self.settings.data.mean, "data.std": self.settings.data.std}
 
 
 def open_datasets(settings: Settings, device: torch.device) -> Datasets:
@@ -64,16 +66,15 @@ def open_datasets(settings: Settings, device: torch.device) -> Datasets:
 
     The ranks agree once. Raises InputError, on all of them.
     """
-    data, choices = run_and_gather(
-        lambda: _open_all(settings, device), lambda data: data.backend, Datasets.fingerprints
-    )
+    data, choices = run_and_gather(lambda: _open_all(settings, device), lambda data: data.backend, Datasets.facts)
     data.backend = least_demanding([Choice(*choice) for choice in choices])
     return data
 
 
 def _open_all(settings: Settings, device: torch.device) -> Datasets:
+    train = _open(settings, "data.train", settings.data.train)
+    settings = with_statistics(settings, train)
     data = settings.data
-    train = _open(settings, "data.train", data.train)
     if data.batch > len(train):
         raise InputError(
             f"{train.path}: a batch of {data.batch} from {len(train)} samples: choose data.batch from 2 to {len(train)}"
@@ -86,7 +87,22 @@ def _open_all(settings: Settings, device: torch.device) -> Datasets:
         compatibility.check(settings, train.fingerprint, _knn_fingerprint(train, knn, bank))
     cores = loading(settings, device)["workers"]
     backend = choose(data.backend, train, device, local_world=local_world(), cores=cores)
-    return Datasets(train, evaluated, bank, knn, labels, backend)
+    return Datasets(settings, train, evaluated, bank, knn, labels, backend)
+
+
+def with_statistics(settings: Settings, train: Beton) -> Settings:
+    """Return settings with the measured values of the training images for a mean or standard deviation of `auto`.
+
+    Raises InputError where none were measured.
+    """
+    measured: dict[str, Any] = {}
+    for name in ("mean", "std"):
+        if getattr(settings.data, name) == "auto":
+            measured[name] = getattr(train.manifest, name, [])
+            if not measured[name]:
+                remedy = "write the file again with python -m pipeline.prepare, or give three numbers"
+                raise InputError(f"data.{name} auto: {train.path} has no measured colors: {remedy}")
+    return replace(settings, data=replace(settings.data, **measured)) if measured else settings
 
 
 def _open(settings: Settings, key: str, path: str) -> Beton:
@@ -181,7 +197,7 @@ def _verify(settings: Settings, key: str, beton: Beton) -> None:
 
 def build_loader(settings: Settings, data: Datasets, accelerator: Accelerator) -> Loader:
     """Return the loader of this rank's views."""
-    chosen, views = settings.data, AUGMENTATIONS[settings.data.augmentation]
+    chosen, views = settings.data, settings.data.augmentations
     options = {**loading(settings, accelerator.device), "size": settings.size_of_epochs, "batch": chosen.batch}
     options |= {"prefetch_factor": chosen.prefetch_factor, "backend": data.backend.name, "order": chosen.order}
     options |= {
@@ -217,4 +233,5 @@ def loading(settings: Settings, device: torch.device) -> dict[str, Any]:
         "stall_timeout": data.stall_timeout,
         "hw_decoder_load": data.hw_decoder_load,
         "on_bad": data.on_bad,
+        "statistics": data.statistics,
     }

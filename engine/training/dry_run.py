@@ -1,5 +1,6 @@
 """A dry run: build the model, take a step on stub batches, and print parameters, cost, memory and steps."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from engine.optim.schedule import peak_rate
 from engine.parallel.accelerator import build_accelerator
 from engine.parallel.rendezvous import rank
 from engine.training.build import check_batch, list_warnings
+from engine.training.datasets import with_statistics
 from engine.training.model import Model, build_model, needed_views
 from pipeline.loader import Batch
 from pipeline.sampling.order import steps_per_epoch
@@ -148,8 +150,11 @@ def _count_held_bytes(settings: Settings, model: Model) -> int:
 
 def _count_steps(settings: Settings) -> dict[str, int]:
     """Return numbers of images and steps; empty where neither the data nor data.samples is given."""
-    tolerant = settings.data.on_bad == "skip"
-    samples = len(open_data(settings.data.train, tolerate=tolerant)) if settings.data.train else settings.data.samples
+    samples = settings.data.samples
+    if settings.data.train:
+        train = open_data(settings.data.train, tolerate=settings.data.on_bad == "skip")
+        with_statistics(settings, train)
+        samples = len(train)
     if not samples:
         return {}
     epoch = steps_per_epoch(samples, settings.data.batch)
@@ -163,6 +168,11 @@ def _print(settings: Settings, estimates: dict[str, Any]) -> None:
     for name in ("backbone", "projector", "predictor", "trained"):
         if name in estimates:
             table.add_row(f"parameters, {name}", f"{estimates[name]:,}")
+    data = settings.data
+    table.add_row(
+        "views", f"{data.augmentation}, changed by {json.dumps(data.views)}" if data.views else data.augmentation
+    )
+    table.add_row("normalization", f"mean {data.mean}, standard deviation {data.std}")
     table.add_row("FLOPs a pair", f"{estimates['flops_a_pair'] / 1e9:.2f} G")
     table.add_row("activations a pair", f"{estimates['activation_bytes_a_pair'] / 2**20:.1f} MiB")
     memory = ", ".join(f"{n}: {binary(size)}" for n, size in estimates["memory"].items())

@@ -18,6 +18,7 @@ import torch
 
 from engine.export.formats import export, refuse
 from engine.weights.load import Architecture, load_encoder
+from pipeline.augment.color import IMAGENET, Statistics
 from pipeline.system.cli import ArgumentParser
 from pipeline.system.errors import InputError, command
 from pipeline.system.files import write_json
@@ -34,7 +35,7 @@ _INSTALL = (
 )
 
 
-def config(architecture: Architecture, args: argparse.Namespace, out: Path) -> Any:
+def config(architecture: Architecture, args: argparse.Namespace, out: Path, statistics: Statistics = IMAGENET) -> Any:
     """Return detectron2's settings: the recipe, then the command line. Raises InputError for an unknown key."""
     from detectron2.config import get_cfg
 
@@ -42,6 +43,7 @@ def config(architecture: Architecture, args: argparse.Namespace, out: Path) -> A
     cfg.merge_from_file(str(RECIPE))
     cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = str(out / "backbone.pth"), str(out)
     cfg.MODEL.RESNETS.DEPTH = _DEPTHS[architecture.arch]
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = ([round(255 * value, 3) for value in values] for values in statistics)
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     if args.iterations:
@@ -150,7 +152,8 @@ def main() -> None:
         os.environ["DETECTRON2_DATASETS"] = str(args.data)  # read on import of detectron2, in each process
         from detectron2.engine import launch
 
-        launch(train, args.gpus, dist_url="auto", args=(config(encoder.architecture, args, out), args.resume))
+        settings = config(encoder.architecture, args, out, encoder.statistics)
+        launch(train, args.gpus, dist_url="auto", args=(settings, args.resume))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from methods.encoders import RESNETS, STEMS, BasicBlock, Bottleneck, ResNet, Ste
 from methods.registry import Backbone
 from methods.vit import PATCH, VITS, VisionTransformer
 from pipeline.augment.center_crop import CenterCrop
+from pipeline.augment.color import IMAGENET, Statistics
 from pipeline.system.errors import InputError
 from pipeline.system.text import printable
 
@@ -156,12 +157,15 @@ class LoadedEncoder:
     """Number of unused keys, by part of the network."""
     heads: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     """State dicts of `projector` and `predictor`, as far as the file has them."""
+    statistics: Statistics = IMAGENET
+    """Mean and standard deviation for normalization of its images."""
     warnings: list[str] = field(default_factory=list)
 
     @property
     def preprocess(self) -> CenterCrop:
         """From an image to the backbone's input [3, S, S]: the center crop that the run's kNN evaluated."""
-        return CenterCrop(self.architecture.size, float(self.settings.get("data", {}).get("eval_crop_ratio", 0.875)))
+        crop_ratio = float(self.settings.get("data", {}).get("eval_crop_ratio", 0.875))
+        return CenterCrop(self.architecture.size, crop_ratio, self.statistics)
 
     def summary(self) -> str:
         """Return a line with the numbers of matched and unused keys."""
@@ -213,6 +217,7 @@ def load_encoder(
         raise
     except (IndexError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: shapes that no encoder here has ({error}): give another file") from None
+    statistics = _statistics(contents.described, path)
     with torch.device("meta"):  # shapes alone: nothing is allocated before the file proves to contain it
         expected = architecture.build().state_dict()
     _check(part, expected, path, of_which)
@@ -223,7 +228,7 @@ def load_encoder(
     loaded = LoadedEncoder(
         backbone.eval(), architecture, path, layout.name, which, matched, contents.settings, contents.origin
     )
-    loaded.heads = _find_heads(contents.state, layout, which)
+    loaded.heads, loaded.statistics = _find_heads(contents.state, layout, which), statistics
     others = [key for key in contents.state if not key.startswith(of_which)]
     _note_unused(loaded, layout, part.keys() - expected.keys(), part, others)
     return loaded
@@ -251,6 +256,7 @@ def _stated_custom(contents: Contents, trust_recipe: bool) -> Architecture | Non
 def _load_custom(contents: Contents, architecture: Architecture, which: Which, prefix: str) -> LoadedEncoder:
     """Return the weights in a file for a backbone of timm or of the user's code."""
     state, path = contents.state, contents.path
+    statistics = _statistics(contents.described, path)
     backbone = architecture.build()
     assert isinstance(backbone, CustomBackbone)
     expected = backbone.net.state_dict()
@@ -270,7 +276,7 @@ def _load_custom(contents: Contents, architecture: Architecture, which: Which, p
     loaded = LoadedEncoder(
         backbone.eval(), architecture, path, layout.name, which, count, contents.settings, contents.origin
     )
-    loaded.heads = _find_heads(state, layout, which)
+    loaded.heads, loaded.statistics = _find_heads(state, layout, which), statistics
     others = [key for key in state if not key.startswith(of_which)]
     _note_unused(loaded, layout, part.keys() - expected.keys(), part, others)
     return loaded
@@ -289,6 +295,19 @@ def _candidates(
                 part = _strip(state, start + inner)
                 yield layout, start + inner, part
                 yield layout, start + inner, to_ours(part)
+
+
+def _statistics(stated: dict[str, Any], path: Path) -> Statistics:
+    """Return the mean and standard deviation that the file states, or ImageNet's. Raises InputError for wrong ones."""
+    mean, std = (stated.get(name) or default for name, default in IMAGENET._asdict().items())
+    try:
+        (mean_r, mean_g, mean_b), (std_r, std_g, std_b) = map(float, mean), map(float, std)
+        statistics = Statistics((mean_r, mean_g, mean_b), (std_r, std_g, std_b))
+    except (TypeError, ValueError, OverflowError):
+        statistics = Statistics((math.nan,) * 3, (math.nan,) * 3)
+    if not all(0 <= value <= 1 for value in (*statistics.mean, *statistics.std)) or min(statistics.std) == 0:
+        raise InputError(f"{path}: its mean and std are not three numbers from 0 to 1 each: give another file")
+    return statistics
 
 
 def digest(module: nn.Module) -> str:

@@ -30,7 +30,7 @@ class Contents(NamedTuple):
     state: dict[str, torch.Tensor]
     settings: dict[str, Any]
     described: dict[str, Any]
-    """Fields of an `engine.weights.load.Architecture`, if the file states them."""
+    """Fields of an `engine.weights.load.Architecture`, and mean and std of its images, if the file states them."""
     origin: dict[str, Any]
     """Provenance of the run, if its checkpoint records it (`engine.checkpoint.provenance`)."""
 
@@ -59,6 +59,7 @@ def _read_checkpoint(path: Path) -> Contents:
         model, data = settings["model"], settings["data"]
         described = {"arch": model["arch"], "stem": model["stem"], "width": model["width"], "size": data["size"]}
         described["args"] = model.get("args")
+        described |= {name: data.get(name) for name in ("mean", "std")}
     except (KeyError, TypeError, AttributeError):
         raise InputError(f"{path}: its settings describe no encoder: give another checkpoint") from None
     return Contents(path, tensors.get("model", {}), settings, described, provenance.recorded(state))

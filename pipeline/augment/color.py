@@ -11,7 +11,7 @@ All shapes follow from draws on the host: nothing here synchronizes with the dev
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +31,6 @@ class Statistics(NamedTuple):
 
 
 IMAGENET = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_SOLARIZE_THRESHOLD = 128
 _CUTOFF = 5.0  # standard deviations; a tap farther away weighs less than 4e-6 of the center's
 
 
@@ -47,14 +46,14 @@ def augment(
 
 def packed(color: Color, size: int, statistics: Statistics, dtype: torch.dtype) -> PackedColor:
     """Return the operations `color` of a view of `size` pixels a side, with its normalization and type."""
-    kernels = blur_kernels(color.sigma, size)
-    return PackedColor(pack(color, statistics), kernels, color.gray_first, _levels(statistics, dtype), dtype)
+    kernels, levels = blur_kernels(color.sigma, size), _levels(statistics, dtype, color.threshold)
+    return PackedColor(pack(color, statistics), kernels, color.gray_first, levels, dtype)
 
 
 @lru_cache
-def _levels(statistics: Statistics, dtype: torch.dtype) -> np.ndarray:
+def _levels(statistics: Statistics, dtype: torch.dtype, threshold: int) -> np.ndarray:
     levels = torch.arange(256.0).expand(1, 3, 1, 256)
-    results = [_normalize(x.clone(), statistics, dtype) for x in (levels, solarize(levels))]
+    results = [_normalize(x.clone(), statistics, dtype) for x in (levels, solarize(levels, threshold))]
     return bits(torch.cat(results).squeeze(2).contiguous())
 
 
@@ -94,7 +93,7 @@ def pack(color: Color, statistics: Statistics) -> np.ndarray:
         color.solarize,
         *np.array(statistics.mean, np.float32) * np.float32(255),
         *scale,
-        0.0,
+        color.threshold,
     ]
     return np.stack([np.broadcast_to(np.float32(column), len(color.jitter)) for column in columns], axis=1)
 
@@ -108,7 +107,7 @@ def stepwise(crops: torch.Tensor, color: Color, statistics: Statistics, dtype: t
     if not color.gray_first:
         _apply(x, color.gray, grayscale)
     _apply(x, color.blur, gaussian_blur, blur_kernels(color.sigma, min(x.shape[2:])))
-    _apply(x, color.solarize, solarize)
+    _apply(x, color.solarize, partial(solarize, threshold=color.threshold))
     return _normalize(x, statistics, dtype)
 
 
@@ -230,9 +229,9 @@ def grayscale(x: torch.Tensor) -> torch.Tensor:
     return luma(x).expand_as(x)
 
 
-def solarize(x: torch.Tensor) -> torch.Tensor:
-    """Invert the values of x [B, 3, H, W] at or above 128."""
-    return torch.where(x < _SOLARIZE_THRESHOLD, x, 255 - x)
+def solarize(x: torch.Tensor, threshold: int = 128) -> torch.Tensor:
+    """Invert the values of x [B, 3, H, W] at or above the threshold."""
+    return torch.where(x < threshold, x, 255 - x)
 
 
 def blur_kernels(sigma: np.ndarray, size: int) -> np.ndarray:

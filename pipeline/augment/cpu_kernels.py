@@ -162,7 +162,7 @@ def _jitter(r: Any, g: Any, b: Any, row: Any) -> None:
             _contrast(r, g, b, row[_CONTRAST])
         elif operation == 2:
             _saturation(r, g, b, row[_SATURATION])
-        else:
+        elif operation == 3:
             _hue(r, g, b, np.int32(row[_SHIFT]))
 
 

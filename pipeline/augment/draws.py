@@ -15,6 +15,8 @@ from pipeline.views import View
 TRIES = 10  # tries of RandomResizedCrop, before it takes the center
 _COLUMNS = 16  # positions 0..15: flip and color, named below; after them the crop's tries, four numbers each
 (_FLIP, _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _OPERATIONS, _GRAY, _BLUR, _SIGMA, _SOLARIZE) = range(11)
+_VFLIP = 11
+_SKIPPED = 4  # in the order of operations: none
 _ORDERS = np.array(
     [[a, b, c, 6 - a - b - c] for a in range(4) for b in range(4) for c in range(4) if len({a, b, c}) == 3]
 )
@@ -27,7 +29,7 @@ class Color:
     jitter: np.ndarray
     """bool: apply color jitter."""
     order: np.ndarray
-    """int64 [n, 4]: the order of brightness (0), contrast (1), saturation (2) and hue (3)."""
+    """int64 [n, 4]: the order of brightness (0), contrast (1), saturation (2) and hue (3); 4 for one of strength 0."""
     brightness: np.ndarray
     """float32 factor, like contrast and saturation."""
     contrast: np.ndarray
@@ -44,6 +46,8 @@ class Color:
     """bool."""
     gray_first: bool = False
     """Apply grayscale before the jitter, not after it."""
+    threshold: int = 128
+    """Solarization inverts levels from this on."""
 
     @staticmethod
     def unchanged(n: int) -> "Color":
@@ -59,7 +63,9 @@ class ViewDraws:
     boxes: np.ndarray
     """int32 [n, 4]: top, left, height, width of the crop, in pixels of the stored image."""
     flips: np.ndarray
-    """bool [n]."""
+    """bool [n]: horizontal."""
+    vflips: np.ndarray
+    """bool [n]: vertical."""
     color: Color
 
 
@@ -68,8 +74,8 @@ def draw_view(
 ) -> ViewDraws:
     """Draw view number `index` of samples `ids` (int64 [n]), images of `heights` by `widths` pixels ([n])."""
     u = uniforms(keyed(seed, epoch, ids, index), _COLUMNS + 4 * TRIES)  # [n, 16 + 40]
-    boxes = crop_boxes(u[:, _COLUMNS:].reshape(-1, TRIES, 4), heights, widths, view.scale, view.ratio)
-    return ViewDraws(boxes, u[:, _FLIP] < view.flip, _color(view, u))
+    boxes = crop_boxes(u[:, _COLUMNS:].reshape(-1, TRIES, 4), heights, widths, view.crop_scale, view.crop_ratio)
+    return ViewDraws(boxes, u[:, _FLIP] < view.hflip, u[:, _VFLIP] < view.vflip, _color(view, u))
 
 
 def draw_views(
@@ -89,18 +95,22 @@ def _color(view: View, u: np.ndarray) -> Color:
     def factor(column: int, strength: float) -> np.ndarray:
         return between(u[:, column], max(0.0, 1.0 - strength), 1.0 + strength).astype(np.float32)
 
+    order = _ORDERS[(u[:, _OPERATIONS] * len(_ORDERS)).astype(np.int64)]
+    # As in ColorJitter, a strength of 0 skips the operation: even a hue shifted by 0 passes through 8-bit HSV.
+    strengths = np.array([view.brightness, view.contrast, view.saturation, view.hue])
     return Color(
-        jitter=u[:, _JITTER] < view.jitter,
-        order=_ORDERS[(u[:, _OPERATIONS] * len(_ORDERS)).astype(np.int64)],
+        jitter=u[:, _JITTER] < view.jitter_p,
+        order=np.where(strengths[order] > 0, order, _SKIPPED),
         brightness=factor(_BRIGHTNESS, view.brightness),
         contrast=factor(_CONTRAST, view.contrast),
         saturation=factor(_SATURATION, view.saturation),
         hue=between(u[:, _HUE], -view.hue, view.hue).astype(np.float32),
-        gray=u[:, _GRAY] < view.gray,
-        blur=u[:, _BLUR] < view.blur,
-        sigma=between(u[:, _SIGMA], *view.sigma).astype(np.float32),
-        solarize=u[:, _SOLARIZE] < view.solarize,
+        gray=u[:, _GRAY] < view.gray_p,
+        blur=u[:, _BLUR] < view.blur_p,
+        sigma=between(u[:, _SIGMA], *view.blur_sigma).astype(np.float32),
+        solarize=u[:, _SOLARIZE] < view.solarize_p,
         gray_first=view.gray_first,
+        threshold=view.solarize_threshold,
     )
 
 

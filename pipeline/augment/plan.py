@@ -18,7 +18,7 @@ class Plan:
     boxes: np.ndarray
     """int32 [V, B, 4]: top, left, height, width, inside the stored image."""
     flips: np.ndarray
-    """bool [V, B]."""
+    """uint8 [V, B]: 0, 1 for a horizontal flip, 2 for a vertical one, 3 for both."""
     sizes: tuple[int, ...]
     """Side of each view's crops, pixels."""
     colors: tuple[PackedColor, ...] | None = field(default=None, kw_only=True)
@@ -32,4 +32,5 @@ class Plan:
         colors: tuple[PackedColor, ...] | None = None,
     ) -> "Plan":
         """Return the plan of records `ids` (int64 [B]) with the draws of each view."""
-        return Plan(ids, np.stack([d.boxes for d in draws]), np.stack([d.flips for d in draws]), sizes, colors=colors)
+        flips = np.stack([d.flips + np.uint8(2) * d.vflips for d in draws])
+        return Plan(ids, np.stack([d.boxes for d in draws]), flips, sizes, colors=colors)

@@ -151,17 +151,17 @@ def _columns_any(row: Any, left: Any, count: Any, weights: Any, out: Any, size: 
 
 
 @compiled(**_JIT)
-def crop_resize(image: Any, width: int, box: Any, mirrored: bool, out: Any, buffers: Any) -> None:
-    """Write the crop `box` of `image`, resized and, if asked, mirrored, to `out`.
+def crop_resize(image: Any, width: int, box: Any, flips: Any, out: Any, buffers: Any) -> None:
+    """Write the crop `box` of `image`, resized and flipped, to `out`.
 
-    image: uint8, flat, rows of `width` RGB pixels. box: top, left, height, width, inside the image.
-    out: uint8 [size, size, 3], contiguous. buffers: a `Scratch` for this size and image.
+    image: uint8, flat, rows of `width` RGB pixels. box: top, left, height, width, inside the image. flips: as in
+    `Plan`. out: uint8 [size, size, 3], contiguous. buffers: a `Scratch` for this size and image.
     """
     row, packed, top, rows, row_weights, left, columns, column_weights = buffers
     size = out.shape[0]
     flat = out.reshape(-1)
-    _triangle(box[2], size, False, top, rows, row_weights)
-    taps = _triangle(box[3], size, mirrored, left, columns, column_weights)
+    _triangle(box[2], size, flips & 2 != 0, top, rows, row_weights)
+    taps = _triangle(box[3], size, flips & 1 != 0, left, columns, column_weights)
     stride, n = 3 * width, 3 * box[3]
     corner = box[0] * stride + 3 * box[1]
     for y in range(size):

@@ -18,10 +18,10 @@ def crop_view(
     flips: torch.Tensor,
     size: int,
 ) -> torch.Tensor:
-    """Return crops of the images in `pixels`, resized with antialiasing and mirrored: uint8 [B, size, size, 3].
+    """Return crops of the images in `pixels`, resized with antialiasing and flipped: uint8 [B, size, size, 3].
 
     pixels: uint8, flat, RGB. starts, widths: int64 [B], first byte of each image, and its width in pixels. boxes: int32
-    [B, 4], top, left, height, width. flips: bool [B].
+    [B, 4], top, left, height, width. flips: uint8 [B], as in `Plan`.
     """
     out = torch.empty((len(boxes), size, size, 3), dtype=torch.uint8, device=pixels.device)
     grid = (triton.cdiv(size * size, _BLOCK), len(boxes))
@@ -40,23 +40,25 @@ def _crop_view(pixels, starts, widths, boxes, flips, out, SIZE: tl.constexpr, BL
     corner = tl.load(starts + sample) + top * stride + 3 * left
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < SIZE * SIZE
-    x = index % SIZE
-    x = tl.where(tl.load(flips + sample) != 0, SIZE - 1 - x, x)
+    x, y = index % SIZE, index // SIZE
+    flip = tl.load(flips + sample)
+    x = tl.where(flip & 1 != 0, SIZE - 1 - x, x)
+    y = tl.where(flip & 2 != 0, SIZE - 1 - y, y)
 
     # The filter of each output pixel: its center, half its width, and its first source row and column.
     scale_y, scale_x = height.to(tl.float32) / SIZE, width.to(tl.float32) / SIZE
     support_y, support_x = tl.maximum(scale_y, 1.0), tl.maximum(scale_x, 1.0)
-    center_y = ((index // SIZE).to(tl.float32) + 0.5) * scale_y
+    center_y = (y.to(tl.float32) + 0.5) * scale_y
     center_x = (x.to(tl.float32) + 0.5) * scale_x
     first_y = tl.maximum((center_y - support_y + 0.5).to(tl.int32), 0)
     first_x = tl.maximum((center_x - support_x + 0.5).to(tl.int32), 0)
 
     r, g, b, weights = _zeros(BLOCK), _zeros(BLOCK), _zeros(BLOCK), _zeros(BLOCK)
     for tap_y in range((2 * support_y).to(tl.int32) + 2):
-        y = first_y + tap_y
-        weight_y = tl.maximum(1.0 - tl.abs((y.to(tl.float32) - center_y + 0.5) / support_y), 0.0)
-        weight_y = tl.where(y < height, weight_y, 0.0)
-        row = corner + y * stride
+        source_y = first_y + tap_y
+        weight_y = tl.maximum(1.0 - tl.abs((source_y.to(tl.float32) - center_y + 0.5) / support_y), 0.0)
+        weight_y = tl.where(source_y < height, weight_y, 0.0)
+        row = corner + source_y * stride
         for tap_x in range((2 * support_x).to(tl.int32) + 2):
             column = first_x + tap_x
             weight = tl.maximum(1.0 - tl.abs((column.to(tl.float32) - center_x + 0.5) / support_x), 0.0)
@@ -126,7 +128,7 @@ def augment_view(
 # Columns of a row of parameters, and their number, as in `pipeline.augment.color.pack`.
 _ROW = tl.constexpr(20)
 _JITTER, _ORDER, _BRIGHTNESS, _CONTRAST, _SATURATION, _SHIFT = (tl.constexpr(i) for i in (0, 1, 5, 6, 7, 8))
-_GRAY, _BLUR, _SIGMA, _SOLARIZE, _MEAN, _SCALE = (tl.constexpr(i) for i in (9, 10, 11, 12, 13, 16))
+_GRAY, _BLUR, _SIGMA, _SOLARIZE, _MEAN, _SCALE, _THRESHOLD = (tl.constexpr(i) for i in (9, 10, 11, 12, 13, 16, 19))
 
 
 @triton.jit
@@ -167,7 +169,7 @@ def _hue(r, g, b, shift):
 
 @triton.jit
 def _jittered(r, g, b, row, operation, mean):
-    """Apply operation 0 (brightness), 1 (contrast), 2 (saturation) or 3 (hue)."""
+    """Apply operation 0 (brightness), 1 (contrast), 2 (saturation), 3 (hue) or 4 (none)."""
     if operation == 0:
         factor = tl.load(row + _BRIGHTNESS)
         r = tl.floor(tl.minimum(tl.maximum(r * factor, 0.0), 255.0))
@@ -180,7 +182,7 @@ def _jittered(r, g, b, row, operation, mean):
         factor = tl.load(row + _SATURATION)
         gray = _luma(r, g, b)
         r, g, b = _blend(r, gray, factor), _blend(g, gray, factor), _blend(b, gray, factor)
-    else:
+    elif operation == 3:
         r, g, b = _hue(r, g, b, tl.load(row + _SHIFT))
     return r, g, b
 
@@ -208,9 +210,10 @@ def _load_block(crops, sample, PIXELS, BLOCK):
 def _store_view(r, g, b, pointers, inside, row):
     """Solarize where drawn, normalize and write."""
     if tl.load(row + _SOLARIZE) != 0:
-        r = tl.where(r < 128, r, 255 - r)
-        g = tl.where(g < 128, g, 255 - g)
-        b = tl.where(b < 128, b, 255 - b)
+        threshold = tl.load(row + _THRESHOLD)
+        r = tl.where(r < threshold, r, 255 - r)
+        g = tl.where(g < threshold, g, 255 - g)
+        b = tl.where(b < threshold, b, 255 - b)
     r = (r - tl.load(row + _MEAN)) * tl.load(row + _SCALE)
     g = (g - tl.load(row + _MEAN + 1)) * tl.load(row + _SCALE + 1)
     b = (b - tl.load(row + _MEAN + 2)) * tl.load(row + _SCALE + 2)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.augment.color import IMAGENET, normalize
+from pipeline.augment.color import IMAGENET, Statistics, normalize
 from pipeline.dense.masks import IGNORED, Masked, Pair
 from pipeline.dense.sample_loader import Samples
 from pipeline.system.counter_rng import keyed, uniforms
@@ -20,7 +20,6 @@ from pipeline.system.device import to_device
 SCALES = (0.5, 2.0)
 """Range of scales, from 1911.05722, appendix A.5. Drawn uniformly, which the paper does not specify."""
 _SCALED = 0x7363616C6564  # separates these random numbers from those of other modules
-_FILL = tuple(round(255 * mean) for mean in IMAGENET.mean)  # nearly 0 once normalized
 
 
 class Draw(NamedTuple):
@@ -48,17 +47,18 @@ def _within(free: int, u: float) -> int:
     return int(u * (free + 1)) if free >= 0 else -int(u * (1 - free))
 
 
-def crop(pair: Pair, draw: Draw, size: int) -> tuple[np.ndarray, np.ndarray]:
+def crop(pair: Pair, draw: Draw, size: int, statistics: Statistics = IMAGENET) -> tuple[np.ndarray, np.ndarray]:
     """Return the crop of an image, uint8 [S, S, 3], antialiased bilinear, and of its mask, uint8 [S, S], nearest.
 
-    Only the cropped part is scaled. Padding has ImageNet's mean color, and 255 in the mask.
+    Only the cropped part is scaled. Padding has the mean color, nearly 0 once normalized, and 255 in the mask.
     """
     image, mask = pair
     rows, columns = _span(draw.top, draw.height, size), _span(draw.left, draw.width, size)
     left, right = (edge * image.width / draw.width for edge in (columns.start, columns.stop))
     top, bottom = (edge * image.height / draw.height for edge in (rows.start, rows.stop))
     part = image.resize((len(columns), len(rows)), Image.Resampling.BILINEAR, box=(left, top, right, bottom))
-    pixels, classes = np.full((size, size, 3), _FILL, np.uint8), np.full((size, size), IGNORED, np.uint8)
+    fill = [round(255 * mean) for mean in statistics.mean]
+    pixels, classes = np.full((size, size, 3), fill, np.uint8), np.full((size, size), IGNORED, np.uint8)
     at = np.s_[rows.start - draw.top : rows.stop - draw.top, columns.start - draw.left : columns.stop - draw.left]
     pixels[at] = np.asarray(part)
     classes[at] = mask[np.ix_(_nearest(rows, image.height, draw.height), _nearest(columns, image.width, draw.width))]
@@ -78,10 +78,15 @@ def _nearest(span: range, length: int, scaled: int) -> np.ndarray:
 class ScaleCrops(Samples[tuple[np.ndarray, np.ndarray]]):
     """Crops of images and masks, `size` pixels a side. options: those of `Samples`."""
 
-    def __init__(self, data: Masked, *, size: int, seed: int = 0, **options: Any) -> None:
+    def __init__(
+        self, data: Masked, *, size: int, seed: int = 0, statistics: Statistics = IMAGENET, **options: Any
+    ) -> None:
+        self._statistics = statistics
+
         def read(epoch: int, index: int) -> tuple[np.ndarray, np.ndarray]:
             height, width = data.shapes[index].tolist()
-            return crop(data.read(index), draw_crop((height, width), size, seed=seed, epoch=epoch, index=index), size)
+            draw = draw_crop((height, width), size, seed=seed, epoch=epoch, index=index)
+            return crop(data.read(index), draw, size, statistics)
 
         super().__init__(data.path, len(data), read, seed=seed, **options)
 
@@ -92,4 +97,4 @@ class ScaleCrops(Samples[tuple[np.ndarray, np.ndarray]]):
         """
         for samples in self.batches(first, last):
             images, masks = (to_device(np.stack(parts), device) for parts in zip(*samples, strict=True))
-            yield normalize(images), masks.long()
+            yield normalize(images, self._statistics), masks.long()

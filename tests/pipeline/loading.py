@@ -19,7 +19,7 @@ from pipeline.loader import Batch, Loader
 from pipeline.views import AUGMENTATIONS, View
 
 SIZE, BATCH = 16, 32
-PLAIN = View(jitter=0.0, gray=0.0, blur=0.0)
+PLAIN = View(jitter_p=0.0, gray_p=0.0, blur_p=0.0)
 LEVELS = Statistics((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))  # leaves the levels 0..255 unchanged
 
 

@@ -334,6 +334,9 @@ def _change_manifest(beton: Path, **changes: object) -> None:
         ({"versions": "1"}, "settings and versions must be objects"),
         ({"skipped": [["name"]]}, "skipped must list pairs"),
         ({"skipped": 3}, "skipped must list pairs"),
+        ({"mean": 0.5}, "mean and std must list three numbers"),
+        ({"mean": [0.5, 0.5, 1]}, "mean and std must list three numbers"),
+        ({"std": [0.5, 0.5]}, "mean and std must list three numbers"),
         ({"extra": 1}, "not a manifest"),
     ],
 )

@@ -161,6 +161,21 @@ def test_the_command_draws_a_preview(
     assert np.asarray(picture).std() > 20
 
 
+def test_the_command_draws_changed_views(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One view here, which is the image upside down."""
+    png, changes = tmp_path / "views.png", "crop_scale: [1, 1], crop_ratio: [1, 1], hflip: 0, jitter_p: 0, gray_p: 0"
+    options = ["--preview", png, "--size", 32, "--count", 1, "--views"]
+    shown = []
+    for vflip in (0, 1):
+        assert run_command(main, monkeypatch, small, *options, f"[{{{changes}, vflip: {vflip}, blur_p: 0}}]") == 0
+        shown.append(np.asarray(Image.open(png))[6:102, 108:204].astype(int))
+    assert "each original with its 1 view)" in capsys.readouterr().out
+    assert np.abs(shown[1] - shown[0][::-1]).max() <= 1
+    assert np.abs(shown[1] - shown[0]).max() > 20
+
+
 def test_a_preview_depends_on_the_seed(small: Path) -> None:
     beton, views = Beton(small), AUGMENTATIONS["moco_v2"]
     first, again, other = (np.asarray(preview(beton, views, size=16, count=3, seed=seed)) for seed in (1, 1, 2))
@@ -186,6 +201,11 @@ def test_a_preview_shows_the_originals_unchanged(tmp_path: Path) -> None:
         (["{}/none.beton"], "no such file: write it with"),
         (["{}/small.beton", "--preview", "{}/none/x.png"], "cannot be written"),
         (["{}/small.beton", "--preview", "{}/x.nothing", "--size", "16"], "give a .png or .jpg file"),
+        (["{}/small.beton", "--views", "[{hue: 1}]"], "--views {hue: 1}: choose a number from 0 to 0.5"),
+        (["{}/small.beton", "--views", "{hue: 0}"], "--views '{hue: 0}': give 1 to 16 mappings, one for each view"),
+        (["{}/small.beton", "--views", "[hue, 1]"], "--views '[hue, 1]': give 1 to 16 mappings"),
+        (["{}/small.beton", "--views", "["], "--views '[': give 1 to 16 mappings"),
+        (["{}/small.beton", "--views", "[]"], "--views '[]': give 1 to 16 mappings"),
         (["{}/small.beton", "--size", "4"], "--size is 8 to 1024"),
         (["{}/small.beton", "--count", "0"], "--count 1 to 1000"),
         (["{}/small.beton", "--seed", "-1"], "--seed and --epoch 0 or more"),

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -125,17 +125,18 @@ def test_an_epoch_has_full_batches_of_distinct_ids(drawn: Path) -> None:
 
 @pytest.mark.parametrize("shapes", ["drawn", "odd"])
 def test_views_equal_pillow_s_crops_of_the_boxes(shapes: str, request: pytest.FixtureRequest) -> None:
-    path = request.getfixturevalue(shapes)
+    path, view_ = request.getfixturevalue(shapes), replace(PLAIN, vflip=0.5)
     beton = Beton(path)
-    with small_loader(path, views=(PLAIN, PLAIN), batch=len(_SHAPES), statistics=LEVELS) as loader:
+    with small_loader(path, views=(view_, view_), batch=len(_SHAPES), statistics=LEVELS) as loader:
         batches = take(loader, 3)
     mirrored = 0
     for batch in batches:
         sides = {"heights": beton.heights[batch.ids], "widths": beton.widths[batch.ids]}
         for index, view in enumerate(batch.views):
-            draws = draw_view(PLAIN, index, seed=3, epoch=batch.epoch, ids=batch.ids, **sides)
+            draws = draw_view(view_, index, seed=3, epoch=batch.epoch, ids=batch.ids, **sides)
             for row, sample in enumerate(batch.ids):
                 expected = _pillow(beton, int(sample), draws.boxes[row], SIZE)
+                expected = expected[::-1] if draws.vflips[row] else expected
                 if draws.flips[row]:
                     expected, mirrored = expected[:, ::-1], mirrored + 1
                 assert np.abs(_levels(view)[row] - expected).max() < 1.01

@@ -144,6 +144,26 @@ def test_the_manifest_describes_the_file(tmp_path: Path) -> None:
         assert manifest["classes"][label] == name[0]
 
 
+def test_colors_are_measured_over_all_pixels_of_each_image(tmp_path: Path) -> None:
+    """Each image counts the same, whatever its size; expected from the images' own pixels."""
+    images = [np.asarray(picture(20 + 9 * i, 30, i)) for i in range(5)] + [np.full((1, 1, 3), (255, 0, 9), np.uint8)]
+    source = pack("folder", {f"{i}.png": saved(Image.fromarray(x), "png") for i, x in enumerate(images)}, tmp_path)
+    prepare(str(source), tmp_path / "x.beton", Settings(mode="raw"), workers=1, quiet=True)
+    manifest = Beton(tmp_path / "x.beton").manifest
+    assert manifest is not None
+    values = [image.reshape(-1, 3) / 255 for image in images]
+    mean = np.mean([x.mean(axis=0) for x in values], axis=0)
+    std = np.mean([((x - mean) ** 2).mean(axis=0) for x in values], axis=0) ** 0.5
+    assert manifest.mean == pytest.approx(mean, abs=1e-4)
+    assert manifest.std == pytest.approx(std, abs=1e-4)
+
+
+def test_images_of_one_color_have_a_deviation(tmp_path: Path) -> None:
+    source = pack("folder", {"x.png": saved(Image.new("RGB", (9, 9), "red"), "png")}, tmp_path)
+    manifest = prepare(str(source), tmp_path / "x.beton", Settings(mode="raw"), workers=1, quiet=True)
+    assert (manifest.mean, manifest.std) == ([1.0, 0.0, 0.0], [1e-4] * 3)
+
+
 def test_undecodable_names_survive(tmp_path: Path) -> None:
     name = b"caf\xe9.jpg".decode("utf-8", "surrogateescape")
     source = pack("folder", {name: saved(picture())}, tmp_path)

@@ -123,7 +123,8 @@ def train(task: Detection, batch: int, settings: dict[str, object]) -> nn.Module
     args = task.args
     assert isinstance(task.backbone, ResNet)
     torch.manual_seed(args.seed)  # determines the new layers
-    model = faster_rcnn(task.backbone, len(task.train.classes), tuple(args.sizes), args.largest)
+    sides = tuple(args.sizes), args.largest
+    model = faster_rcnn(task.backbone, len(task.train.classes), *sides, task.encoder.statistics)
     place(synchronize(model), task.device)
     optimizer = sgd([{"params": list(model.parameters())}], weight_decay=_DECAY)
     samples = Samples(

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from methods.encoders import ResNet
-from pipeline.augment.color import IMAGENET
+from pipeline.augment.color import IMAGENET, Statistics
 from pipeline.system.errors import InputError
 
 ANCHORS = (32, 64, 128, 256, 512)
@@ -61,14 +61,16 @@ class Pool(nn.Module):
         return roi_align(features["0"], proposals, _CELLS, 1 / self.stride, sampling_ratio=0, aligned=True)
 
 
-def faster_rcnn(backbone: ResNet, classes: int, sizes: tuple[int, ...], largest: int) -> nn.Module:
+def faster_rcnn(
+    backbone: ResNet, classes: int, sizes: tuple[int, ...], largest: int, statistics: Statistics = IMAGENET
+) -> nn.Module:
     """Return the detector, all of it trainable. In training it maps images and boxes to losses, else images to boxes.
 
     Images are [3, H, W] from 0 to 1. classes: without the background. sizes: shorter sides of training images, one of
     them drawn at random; of test images the last. largest: maximum of the longer side.
     """
     detection = torchvision().models.detection
-    body, (mean, std) = C4(backbone), IMAGENET
+    body, (mean, std) = C4(backbone), statistics
     model = detection.FasterRCNN(
         body,
         min_size=sizes,

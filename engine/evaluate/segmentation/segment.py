@@ -138,7 +138,8 @@ def train(task: Segmentation, classes: int, batch: int, name: str, settings: dic
     place(model, task.device)
     optimizer = sgd([{"params": list(trained.parameters())}], weight_decay=_DECAY)
     checkpoint = EpochCheckpoint(task, name, trained, optimizer, settings)
-    crops = ScaleCrops(task.train, size=args.size, batch=batch, seed=args.seed, **task.sharding)
+    options = {"statistics": task.encoder.statistics, "seed": args.seed, **task.sharding}
+    crops = ScaleCrops(task.train, size=args.size, batch=batch, **options)
     with contextlib.closing(crops):
         trainer.train(
             checkpoint,
@@ -180,7 +181,7 @@ def count_test_pixels(task: Segmentation, model: Fcn, classes: int) -> np.ndarra
             images, masks = zip(*islice(pairs, len(batch)), strict=True)
             pixels, labels = (to_device(np.stack([*map(np.asarray, some)]), task.device) for some in (images, masks))
             with task.accelerator.autocast():
-                predicted = model(normalize(pixels)).argmax(dim=1)
+                predicted = model(normalize(pixels, task.encoder.statistics)).argmax(dim=1)
             counts[batch - local[0]] = count_pixels(predicted, labels.long(), classes)
     return task.gather(counts, data).cpu().numpy()
 

@@ -13,7 +13,7 @@ import engine.training.build as building
 from engine.checkpoint import storage
 from engine.checkpoint.compatibility import compare_knn_images, compare_settings
 from engine.config.cli import flat
-from engine.config.settings import Settings
+from engine.config.settings import Data, Settings
 from methods.co2 import CO2
 from methods.dcl import DCL
 from methods.registry import Terms
@@ -156,6 +156,16 @@ def test_older_checkpoint_without_knn_images_is_accepted() -> None:
 
 def test_listed_settings_exist() -> None:
     assert not (FREE | FIXED) - SAVED.keys()
+
+
+def test_settings_that_an_older_checkpoint_lacks_had_their_defaults() -> None:
+    older = Settings().as_dict()
+    for key in ("views", "mean", "std"):
+        del older["data"][key]
+    assert not compare_settings(Settings(), older)
+    for data in (Data(views=[{}, {"hue": 0}]), Data(std=[0.5, 0.5, 0.5])):
+        with pytest.raises(InputError, match=r"other settings: data\.(views \[\]|std \[0.229, 0.224, 0.225\]) ->"):
+            compare_settings(Settings(data=data), older)
 
 
 @pytest.mark.parametrize("terms", [(Terms(), Terms(co2=CO2())), (Terms(co2=CO2()), Terms())], ids=["added", "removed"])

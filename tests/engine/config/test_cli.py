@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from engine.config.cli import flat, parse, parse_command_line
-from engine.config.settings import Settings
+from engine.config.settings import Data, Settings
 from methods.co2 import CO2
 from methods.dcl import DCL
 from methods.registry import BASES, Terms
 from methods.residual import Residual
 from methods.xmoco import XMoCo
 from pipeline.system.errors import InputError
+from pipeline.views import AUGMENTATIONS
 from tests import ROOT
 
 RECIPES = sorted((ROOT / "engine" / "recipes").glob("*.yaml"))
@@ -37,6 +38,34 @@ def test_sizes_have_equal_shares_of_the_epochs() -> None:
     sizes = parse(["--data.sizes", "[160, 192, 224]", "--optim.epochs", "7"]).size_of_epochs
     assert sizes == [160, 160, 160, 192, 192, 224, 224]
     assert parse(["--optim.epochs", "2"]).size_of_epochs == [224, 224]
+
+
+def test_views_and_normalization_are_read_and_written(tmp_path: Path) -> None:
+    """Each view as it was given; a recipe with the values of the command line reads the same."""
+    (tmp_path / "r.yaml").write_text(
+        "data:\n  augmentation: moco_v3\n  views:\n  - {preset: moco_v2, hue: 0}\n  - {crop_scale: [0.5, 1]}\n"
+        "  mean: auto\n  std: [0.2, 0.3, 1]\n"
+    )
+    settings = parse(["--config", str(tmp_path / "r.yaml")])
+    first, second = settings.data.augmentations
+    assert first == replace(AUGMENTATIONS["moco_v2"][0], hue=0.0)
+    assert second == replace(AUGMENTATIONS["moco_v3"][1], crop_scale=(0.5, 1.0))
+    assert (settings.data.mean, settings.data.std) == ("auto", [0.2, 0.3, 1.0])
+    options = ["--data.augmentation", "moco_v3", "--data.views", "[{preset: moco_v2, hue: 0}, {crop_scale: [0.5, 1]}]"]
+    assert parse([*options, "--data.mean", "auto", "--data.std=[0.2, 0.3, 1]"]) == settings
+    settings.write(tmp_path / "config.yaml")
+    assert parse(["--config", str(tmp_path / "config.yaml")]) == settings
+    assert (
+        parse(["--config", str(tmp_path / "config.yaml"), "--data.views", "[]"]).data.augmentations
+        == AUGMENTATIONS["moco_v3"]
+    )
+
+
+def test_views_of_one_mapping_are_written_without_anchors(tmp_path: Path) -> None:
+    view = {"crop_scale": [0.5, 1.0]}
+    settings = Settings(data=Data(views=[view, view]))
+    settings.write(tmp_path / "config.yaml")
+    assert parse(["--config", str(tmp_path / "config.yaml")]) == settings
 
 
 def test_options_override_recipes_and_recipes_defaults(tmp_path: Path) -> None:
@@ -93,6 +122,21 @@ def test_recipes_are_valid(recipe: Path) -> None:
         (["--data.batch", "256.0"], "data.batch 256.0", "give a whole number"),
         (["--data.batch", "true"], "data.batch True", "give a whole number"),
         (["--data.augmentation", "moco"], "data.augmentation 'moco'", "moco_v2"),
+        (["--data.views", "[{hue: 0}]"], "data.views: 1 view, and every method takes two", "such as [{hue: 0}, {}]"),
+        (["--data.views", "[{}, {}, {}]"], "data.views: 3 views, and every method takes two", "list two"),
+        (["--data.views", "moco_v1"], "data.views 'moco_v1'", "two mappings such as [{hue: 0}, {}]"),
+        (["--data.views", "[moco_v1, {}]"], "data.views 'moco_v1'", "two mappings such as [{hue: 0}, {}]"),
+        (["--data.views", "{hue: 0}"], "data.views", "two mappings such as [{hue: 0}, {}]"),
+        (["--data.views.hue", "0"], "data.views.hue: no such setting", "did you mean data.views"),
+        (["--data.views", "[{}, {hue: 0.7}]"], "data.views {hue: 0.7}", "choose a number from 0 to 0.5"),
+        (["--data.views", "[{}, {huge: 0}]"], "data.views {huge: 0}", "did you mean hue"),
+        (["--data.views", "[{}, {preset: moco}]"], "data.views {preset: moco}", "choose one of moco_v1"),
+        (["--data.mean", "[0.5, 0.5]"], "data.mean [0.5, 0.5]", "three numbers from 0 to 1, or auto"),
+        (["--data.mean", "[0.5, 0.5, 127]"], "data.mean [0.5, 0.5, 127.0]", "three numbers from 0 to 1, or auto"),
+        (["--data.mean", "[a, b, c]"], "data.mean 'a'", "three numbers such as [0.485, 0.456, 0.406], or auto"),
+        (["--data.mean", "imagenet"], "data.mean 'imagenet'", "three numbers such as [0.485, 0.456, 0.406], or auto"),
+        (["--data.std", "0.2"], "data.std 0.2", "three numbers such as [0.229, 0.224, 0.225], or auto"),
+        (["--data.std", "[0.2, 0.2, 0]"], "data.std [0.2, 0.2, 0.0]", "three numbers above 0, up to 1, or auto"),
         (["--data.sizes", "[160, 192]"], "data.sizes [160, 192]", "end with data.size 224"),
         (["--data.sizes", "[4, 224]"], "data.sizes [4, 224]", "8 to 1024"),
         (["--data.sizes", "[160, 224]", "--optim.epochs", "1"], "data.sizes [160, 224]", "at most one an epoch"),

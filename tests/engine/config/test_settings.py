@@ -20,6 +20,9 @@ from pipeline.system.errors import InputError
         (lambda: Data(size=4), "data.size 4: choose 8 to 1024 pixels"),
         (lambda: Data(sizes=[4, 224]), "data.sizes [4, 224]: give sides of 8 to 1024 pixels"),
         (lambda: Data(augmentation="swav"), "data.augmentation 'swav': choose one of two views: moco_v1"),
+        (lambda: Data(views=[{}]), "data.views: 1 view, and every method takes two"),
+        (lambda: Data(views=[{}, {"gray": 1}]), "data.views {gray: 1}: no such key, did you mean gray_p"),
+        (lambda: Data(mean="auto", std=[1.0]), "data.std [1.0]: give three numbers above 0, up to 1, or auto"),
         (lambda: Data(bach=3), "data.bach: no such setting, did you mean data.batch"),  # type: ignore[call-arg]
         (lambda: Model(dim=1), "model.dim 1: choose 2 to 65536, or null"),
         (lambda: Method(name="moco"), "method.name 'moco': choose one of 'moco_v1'"),  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from engine.parallel import accelerator, collectives
 from engine.parallel.rendezvous import rank
 from engine.training.build import Run, build
 from engine.training.datasets import Datasets, open_datasets, verify_datasets
+from engine.training.dry_run import dry_run
 from methods.norm import SplitBatchNorm
 from methods.registry import Terms
 from methods.residual import Residual
@@ -170,6 +171,50 @@ def test_record_that_is_damaged_on_one_machine_is_skipped_on_all(on_bad: str, dr
         assert one == other.replace("1.beton", "0.beton")
         assert f"3 of 200 records are damaged, samples 3, 4, 150 (the first, {Beton(drawn).name(3)}: " in one
         assert f", on {platform.node()}" in one
+
+
+def levels(chosen: Settings) -> torch.Tensor:
+    """Return the first batch's views as levels of 0 to 255, by the run's own normalization; check kNN's loader too."""
+    run = build(chosen)
+    try:
+        statistics = run.settings.data.statistics
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in statistics)
+        assert run.data.knn is None or run.data.knn._loader["statistics"] == statistics
+        return (torch.stack(next(iter(run.loader)).views) * std + mean) * 255
+    finally:
+        run.close()
+
+
+def test_views_are_changed_and_normalized_as_set(drawn: Path) -> None:
+    chosen = runs.settings(drawn, "plain")
+    unchanged = levels(chosen)
+    data = replace(chosen.data, mean=[0.1, 0.5, 0.9], std=[0.5, 1.0, 0.2], eval=str(drawn))
+    assert torch.allclose(levels(replace(chosen, data=data, knn=Knn(k=5))), unchanged, atol=1e-3)
+    view = {"hflip": 1, "jitter_p": 0, "gray_p": 0}
+    flipped, turned = (
+        levels(replace(chosen, data=replace(chosen.data, views=[view, view | more]))) for more in ({}, {"vflip": 1})
+    )
+    assert torch.equal(turned[0], flipped[0])
+    assert (turned[1].flip(2) - flipped[1]).abs().max() < 0.01
+    assert not torch.equal(flipped[1], unchanged[1])
+
+
+def test_measured_colors_normalize_the_run(drawn: Path, tmp_path: Path) -> None:
+    manifest = Beton(drawn).manifest
+    assert manifest is not None
+    chosen = runs.settings(drawn, "plain")
+    assert torch.allclose(
+        levels(replace(chosen, data=replace(chosen.data, mean="auto", std="auto"))), levels(chosen), atol=1e-3
+    )
+    measured = open_datasets(
+        replace(chosen, data=replace(chosen.data, mean="auto", std=[0.5, 0.5, 0.5])), torch.device("cpu")
+    ).settings.data
+    assert (measured.mean, measured.std) == (manifest.mean, [0.5, 0.5, 0.5])
+    (tmp_path / "bare.beton").write_bytes(drawn.read_bytes())
+    data = replace(chosen.data, train=str(tmp_path / "bare.beton"), std="auto")
+    for open_ in (lambda s: build(s).close(), dry_run):
+        with pytest.raises(InputError, match=r"data.std auto: .*bare.beton has no measured colors: write .* or give"):
+            open_(replace(chosen, data=data))
 
 
 def groups(run: Run) -> set[int]:

@@ -7,12 +7,20 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import engine
 from engine import Callback, Knn, Settings, load_encoder, pretrain
+from engine.config.cli import parse
+from engine.evaluate.__main__ import run as evaluate
+from engine.export.formats import export
 from engine.parallel import accelerator
+from pipeline.augment.color import Statistics
+from pipeline.beton import Beton
+from pipeline.storage.decode import decode
 from tests.engine.training import runs
 
 
@@ -45,6 +53,46 @@ def test_callbacks_receive_the_lines_of_the_metrics(drawn: Path, tmp_path: Path)
     assert encoder.preprocess.size == 16
     assert encoder.preprocess.crop_ratio == 0.875
     assert encoder.backbone(torch.zeros(1, 3, 16, 16)).shape == (1, 64)
+
+
+def test_an_encoder_keeps_the_normalization_of_its_run(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its checkpoint, a resumed run, its preprocessing, an exported file and its card, and evaluations."""
+    out, chosen = tmp_path / "run", _settings(drawn, tmp_path / "run")
+    data = replace(chosen.data, mean="auto", std=[0.9, 0.8, 1.0], eval="", views=[{"hue": 0}, {"vflip": 0.5}])
+    pretrain(replace(chosen, data=data))
+    manifest = Beton(drawn).manifest
+    assert manifest is not None
+    saved = parse(["--config", str(out / "config.yaml")]).data
+    assert (saved.mean, saved.std, saved.views) == (manifest.mean, data.std, data.views)
+    longer = replace(chosen.optim, epochs=2)
+    pretrain(replace(chosen, data=data, resume="auto", optim=longer, allow_change=["optim.epochs"]))
+
+    encoder = load_encoder(out)
+    export(encoder, "safetensors", tmp_path / "x.safetensors")
+    statistics = Statistics(tuple(manifest.mean), (0.9, 0.8, 1.0))  # type: ignore[arg-type]
+    assert (
+        f"normalized by mean {statistics.mean} and deviation {statistics.std}"
+        in (tmp_path / "x.safetensors.md").read_text()
+    )
+    exported = load_encoder(tmp_path / "x.safetensors")
+    assert encoder.preprocess.statistics == exported.preprocess.statistics == statistics
+    pixels = torch.from_numpy(np.array(Image.new("RGB", (20, 20), (9, 90, 200)))).permute(2, 0, 1) / 255
+    normal = (pixels[:, :16, :16] - torch.tensor(manifest.mean).view(3, 1, 1)) / torch.tensor(data.std).view(3, 1, 1)
+    assert torch.allclose(exported.preprocess(Image.new("RGB", (20, 20), (9, 90, 200))), normal)
+
+    common = ["--train", str(drawn), "--size", "16", "--cpu", "--precision", "no", "--workers", "1"]
+    for source in (out, tmp_path / "x.safetensors"):
+        evaluate(["features", str(source), *common, "--out", str(tmp_path / "features.npy")])
+        images = torch.stack([encoder.preprocess(decode(Beton(drawn), index)) for index in range(4)])
+        with torch.no_grad():
+            expected = encoder.backbone(images)
+        features = torch.from_numpy(np.load(tmp_path / "features.npy"))[:4]
+        assert (features - expected).abs().max() < 0.02 * expected.abs().max()  # pixels differ by a level
+        with torch.no_grad():
+            other = encoder.backbone((images * torch.tensor(data.std).view(3, 1, 1)) / 0.225)
+        assert (other - expected).abs().max() > 0.2 * expected.abs().max()
 
 
 def test_an_exception_of_a_callback_ends_the_run(drawn: Path, tmp_path: Path) -> None:

@@ -14,10 +14,19 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from pipeline.augment import color as operations
-from pipeline.augment.color import IMAGENET, augment, blur_kernels, gaussian_blur, normalize
+from pipeline.augment.color import (
+    IMAGENET,
+    Statistics,
+    augment,
+    blur_kernels,
+    compiled,
+    gaussian_blur,
+    normalize,
+    stepwise,
+)
 from pipeline.augment.draws import Color, draw_view
 from pipeline.sources.synthetic import draw
-from pipeline.views import AUGMENTATIONS, View
+from pipeline.views import AUGMENTATIONS, View, changed_views
 from tests.pipeline.loading import LEVELS
 
 Pixels = npt.NDArray[np.uint8]
@@ -113,6 +122,8 @@ def _pil_chain(pixels: Pixels, color: Color, i: int) -> Pixels:
         image = _pil_gray(image)
     if color.jitter[i]:
         for number in color.order[i]:
+            if number == 4:  # of strength 0
+                continue
             name = list(_PIL)[number]
             image = _PIL[name](image, float(getattr(color, name)[i]))
     if not color.gray_first and color.gray[i]:
@@ -120,7 +131,7 @@ def _pil_chain(pixels: Pixels, color: Color, i: int) -> Pixels:
     if color.blur[i]:
         image = Image.fromarray(np.rint(_direct_blur(np.asarray(image), float(color.sigma[i]))).astype(np.uint8))
     if color.solarize[i]:
-        image = ImageOps.solarize(image, 128)
+        image = ImageOps.solarize(image, color.threshold)
     return np.asarray(image)
 
 
@@ -186,11 +197,12 @@ def test_grayscale_equals_pillow() -> None:
     assert np.array_equal(_pixels(operations.grayscale(_planes(_images()))), expected)
 
 
-def test_solarize_equals_pillow() -> None:
+@pytest.mark.parametrize("threshold", [0, 1, 100, 128, 255, 256])
+def test_solarize_equals_pillow(threshold: int) -> None:
     levels = np.tile(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), (1, 1, 3))
     for image in (levels, *_images()):
-        got = _pixels(operations.solarize(_planes(image[None])))[0]
-        assert np.array_equal(got, np.asarray(ImageOps.solarize(Image.fromarray(image), 128)))
+        got = _pixels(operations.solarize(_planes(image[None]), threshold))[0]
+        assert np.array_equal(got, np.asarray(ImageOps.solarize(Image.fromarray(image), threshold)))
 
 
 @pytest.mark.parametrize("size", [96, 32, 7, 4, 1])
@@ -224,13 +236,44 @@ def test_blur_is_close_to_pillow() -> None:
 @pytest.mark.parametrize("name", ["moco_v1", "moco_v2", "moco_v3", "simclr"])
 def test_full_chains_equal_pillow(name: str, gray_first: bool) -> None:
     """Each sample has its operations and order; they are likelier than published, so that all combine."""
-    view = replace(AUGMENTATIONS[name][-1], gray=0.3, blur=0.5, solarize=0.3, gray_first=gray_first)
+    view = replace(AUGMENTATIONS[name][-1], gray_p=0.3, blur_p=0.5, solarize_p=0.3, gray_first=gray_first)
     color = _drawn_color(view)
     got = _augmented(_images(), color)
     gap = np.abs(got - np.stack([_pil_chain(image, color, i) for i, image in enumerate(_images())]))
     per_sample = gap.reshape(_N, -1).mean(axis=1)
     assert per_sample.max() < 2
     assert np.median(per_sample) < 0.1
+
+
+CHANGES: list[dict[str, Any]] = [
+    *({name: strength, "jitter_p": 1} for name in _PIL for strength in (0, 0.5)),
+    {"brightness": 3, "contrast": 2, "saturation": 4, "hue": 0.5, "jitter_p": 1},
+    {"jitter_p": 0, "gray_p": 1},
+    {"blur_p": 1, "blur_sigma": [1.5, 1.6]},
+    {"solarize_p": 1, "solarize_threshold": 70},
+]
+"""Changes of a view, each with another effect on the colors."""
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+@pytest.mark.parametrize("augmented", [compiled, stepwise])
+def test_changed_views_equal_pillow(augmented: Callable[..., torch.Tensor], changes: dict[str, Any]) -> None:
+    """Exactly where neither hue nor blur is applied, which round a few values to another level."""
+    exact = changes | ({} if "hue" in changes else {"hue": 0}) | ({} if "blur_p" in changes else {"blur_p": 0})
+    (view,) = changed_views([exact], "moco_v2")
+    color, images = _drawn_color(view), _images(48)
+    got = _pixels(augmented(torch.from_numpy(images), color, LEVELS, torch.float32))
+    gap = np.abs(got - np.stack([_pil_chain(image, color, i) for i, image in enumerate(images)]))
+    assert gap.mean() < (0.5 if view.hue or view.blur_p else 1e-9)
+    assert np.abs(got - _pixels(augmented(torch.from_numpy(images), _color(), LEVELS, torch.float32))).mean() > 1
+
+
+def test_a_hue_of_zero_leaves_colors_unchanged() -> None:
+    """Unlike a shift by 0 through 8-bit HSV."""
+    (view,) = changed_views(
+        [{"brightness": 0, "contrast": 0, "saturation": 0, "hue": 0, "blur_p": 0, "gray_p": 0}], "moco_v2"
+    )
+    assert np.array_equal(_augmented(_images(), _drawn_color(view)), _images())
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2], [2, 0, 3, 1]])
@@ -281,11 +324,11 @@ def test_unchosen_samples_are_untouched(chosen: str) -> None:
 
 def test_each_sample_has_its_own_parameters() -> None:
     """The batch equals each sample alone (blur: to one level, as sums may have another order)."""
-    view = replace(AUGMENTATIONS["simclr"][0], gray=0.3, solarize=0.3)
+    view = replace(AUGMENTATIONS["simclr"][0], gray_p=0.3, solarize_p=0.3)
     images, color = _images(32), _drawn_color(view)
     together = _augmented(images, color)
     for i in range(_N):
-        rows = {name: value[i : i + 1] for name, value in vars(color).items() if name != "gray_first"}
+        rows = {name: value[i : i + 1] for name, value in vars(color).items() if np.ndim(value)}
         alone = Color(**rows)
         gap = np.abs(together[i] - _augmented(images[i : i + 1], alone)[0])
         assert gap.mean() <= (0.01 if color.blur[i] else 0)
@@ -312,6 +355,14 @@ def test_views_are_channels_last_and_normalized_by_imagenet(dtype: torch.dtype) 
         assert np.abs(_pixels(views.float()) - expected).max() < tolerance
 
 
+def test_views_are_normalized_by_other_statistics() -> None:
+    mean, std = np.array([0.1, 0.5, 0.9]), np.array([0.2, 0.3, 1.0])
+    statistics = Statistics(tuple(mean.tolist()), tuple(std.tolist()))
+    crops, expected = torch.from_numpy(_images(16)), (_images(16) / 255 - mean) / std
+    for views in (augment(crops, _color(), statistics), normalize(crops, statistics)):
+        assert np.abs(_pixels(views) - expected).max() < 1e-5
+
+
 def test_bfloat16_views_are_rounded_float32_views() -> None:
     crops, color = torch.from_numpy(_images()), _drawn_color(AUGMENTATIONS["moco_v2"][0])
     assert torch.equal(augment(crops, color).bfloat16(), augment(crops, color, dtype=torch.bfloat16))
@@ -326,7 +377,7 @@ def test_the_input_crops_are_not_changed() -> None:
 
 @pytest.mark.gpu
 def test_gpu_views_equal_cpu_views() -> None:
-    view = replace(AUGMENTATIONS["simclr"][0], gray=0.3, solarize=0.3)
+    view = replace(AUGMENTATIONS["simclr"][0], gray_p=0.3, solarize_p=0.3)
     crops, color = torch.from_numpy(_images()), _drawn_color(view)
     gap = (augment(crops.cuda(), color, LEVELS).cpu() - augment(crops, color, LEVELS)).abs()
     assert gap.mean() < 0.01

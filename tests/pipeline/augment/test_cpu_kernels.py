@@ -18,8 +18,8 @@ from tests.pipeline.augment.test_color import _color
 from tests.pipeline.loading import LEVELS
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
-STRONG = {"jitter": 0.9, "brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.5}
-LIKELY: dict[str, Any] = {"gray": 0.3, "blur": 0.6, "solarize": 0.4}
+STRONG = {"jitter_p": 0.9, "brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.5}
+LIKELY: dict[str, Any] = {"gray_p": 0.3, "blur_p": 0.6, "solarize_p": 0.4}
 N = 24
 
 
@@ -49,7 +49,7 @@ def test_each_jitter_operation(operation: int, n: int) -> None:
     images = torch.cat(
         [_noise(n, 9, 9), *(torch.full((1, 9, 9, 3), level, dtype=torch.uint8) for level in (0, 9, 255))]
     )
-    color = _drawn(n + 3, **STRONG | {"jitter": 1.0})
+    color = _drawn(n + 3, **STRONG | {"jitter_p": 1.0})
     only = np.full((n + 3, 4), operation)
     views = _assert_equal(
         images, Color(**{**vars(color), "order": only, "gray": color.gray & False, "blur": color.blur & False})
@@ -59,7 +59,7 @@ def test_each_jitter_operation(operation: int, n: int) -> None:
 
 def test_every_order_of_the_jitter() -> None:
     orders = np.array(list(itertools.permutations(range(4))))
-    color = _drawn(24, **STRONG | {"jitter": 1.0, "gray": 0.0, "blur": 0.0})
+    color = _drawn(24, **STRONG | {"jitter_p": 1.0, "gray_p": 0.0, "blur_p": 0.0})
     _assert_equal(_noise(24, 8, 8), Color(**{**vars(color), "order": orders}))
 
 
@@ -109,7 +109,7 @@ def test_views_do_not_depend_on_the_batch_or_the_memory_layout() -> None:
     images, color = _noise(N, 16, 16), _drawn(N, **STRONG, **LIKELY)
     together = _assert_equal(images, color)
     for i in range(N):
-        alone = Color(**{name: value[i : i + 1] for name, value in vars(color).items() if name != "gray_first"})
+        alone = Color(**{name: value[i : i + 1] for name, value in vars(color).items() if np.ndim(value)})
         assert torch.equal(compiled(images[i : i + 1], alone, LEVELS, torch.float32)[0], together[i])
     planes = images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     assert torch.equal(compiled(planes, color, LEVELS, torch.float32), together)

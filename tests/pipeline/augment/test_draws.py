@@ -19,7 +19,17 @@ from pipeline.views import AUGMENTATIONS, View
 
 N = 100_000
 _SHAPES = [(1, 1), (1, 500), (500, 2), (32, 32), (375, 500), (500, 375), (3, 7)]
-_VIEW = View(flip=0.3, jitter=0.6, gray=0.1, blur=0.7, solarize=0.45, brightness=0.8, contrast=0.4, saturation=0.2)
+_VIEW = View(
+    hflip=0.3,
+    vflip=0.2,
+    jitter_p=0.6,
+    gray_p=0.1,
+    blur_p=0.7,
+    solarize_p=0.45,
+    brightness=0.8,
+    contrast=0.4,
+    saturation=0.2,
+)
 
 Floats = npt.NDArray[np.float64]
 
@@ -45,8 +55,8 @@ def many() -> ViewDraws:
 
 
 def _arrays(draws: ViewDraws) -> dict[str, np.ndarray]:
-    color = {f.name: getattr(draws.color, f.name) for f in fields(Color) if f.name != "gray_first"}
-    return {"boxes": draws.boxes, "flips": draws.flips, **color}
+    color = {f.name: getattr(draws.color, f.name) for f in fields(Color) if f.name not in ("gray_first", "threshold")}
+    return {"boxes": draws.boxes, "flips": draws.flips, "vflips": draws.vflips, **color}
 
 
 def _same(a: ViewDraws, b: ViewDraws) -> bool:
@@ -101,7 +111,7 @@ def test_another_seed_epoch_id_or_view_gives_other_draws(change: dict[str, int])
     for name in ("brightness", "contrast", "saturation", "hue", "sigma"):
         assert not (before[name] == after[name]).any()
     assert (before["boxes"] == after["boxes"]).all(axis=1).sum() <= 1  # the full image may occur twice
-    for name in ("flips", "jitter", "gray", "blur", "solarize", "order"):
+    for name in ("flips", "vflips", "jitter", "gray", "blur", "solarize", "order"):
         assert not np.array_equal(before[name], after[name])
 
 
@@ -117,6 +127,7 @@ def test_draws_never_change() -> None:
     color = draws.color
     assert draws.boxes.tolist() == [[52, 62, 262, 210], [13, 109, 281, 263], [0, 22, 371, 466], [33, 40, 315, 386]]
     assert draws.flips.tolist() == [False, True, False, False]
+    assert not draws.vflips.any()
     assert color.jitter.tolist() == [True, True, True, False]
     assert color.order.tolist() == [[3, 0, 2, 1], [2, 1, 3, 0], [3, 1, 2, 0], [3, 1, 0, 2]]
     assert color.blur.tolist() == [False, True, False, True]
@@ -140,18 +151,19 @@ def test_draws_never_change() -> None:
 @pytest.mark.parametrize(
     ("setting", "moved"),
     [
-        ({"flip": 0.9}, {"flips"}),
-        ({"jitter": 0.1}, {"jitter"}),
+        ({"hflip": 0.9}, {"flips"}),
+        ({"vflip": 0.9}, {"vflips"}),
+        ({"jitter_p": 0.1}, {"jitter"}),
         ({"brightness": 0.1}, {"brightness"}),
         ({"contrast": 0.1}, {"contrast"}),
         ({"saturation": 0.1}, {"saturation"}),
         ({"hue": 0.4}, {"hue"}),
-        ({"gray": 0.9}, {"gray"}),
-        ({"blur": 0.1}, {"blur"}),
-        ({"sigma": (1.0, 1.5)}, {"sigma"}),
-        ({"solarize": 0.9}, {"solarize"}),
-        ({"scale": (0.5, 0.6)}, {"boxes"}),
-        ({"ratio": (0.9, 1.0)}, {"boxes"}),
+        ({"gray_p": 0.9}, {"gray"}),
+        ({"blur_p": 0.1}, {"blur"}),
+        ({"blur_sigma": (1.0, 1.5)}, {"sigma"}),
+        ({"solarize_p": 0.9}, {"solarize"}),
+        ({"crop_scale": (0.5, 0.6)}, {"boxes"}),
+        ({"crop_ratio": (0.9, 1.0)}, {"boxes"}),
     ],
 )
 def test_a_setting_changes_only_its_draw(setting: dict[str, float], moved: set[str]) -> None:
@@ -161,7 +173,7 @@ def test_a_setting_changes_only_its_draw(setting: dict[str, float], moved: set[s
 
 def test_draws_have_the_documented_types(many: ViewDraws) -> None:
     kinds = {name: (values.dtype, values.shape) for name, values in _arrays(many).items()}
-    for name in ("flips", "jitter", "gray", "blur", "solarize"):
+    for name in ("flips", "vflips", "jitter", "gray", "blur", "solarize"):
         assert kinds[name] == (np.bool_, (N,))
     for name in ("brightness", "contrast", "saturation", "hue", "sigma"):
         assert kinds[name] == (np.float32, (N,))
@@ -188,6 +200,14 @@ def test_factors_are_uniform_in_their_range(many: ViewDraws, name: str, low: flo
     assert _distance_from_uniform(values, low, high) < 2.23
 
 
+@pytest.mark.parametrize("number", range(4))
+def test_an_operation_of_strength_zero_is_skipped(number: int) -> None:
+    """As in torchvision's ColorJitter, whose other operations keep their order."""
+    names = ("brightness", "contrast", "saturation", "hue")
+    before, after = (_draw(np.arange(300), view).color.order for view in (_VIEW, replace(_VIEW, **{names[number]: 0})))
+    assert np.array_equal(after, np.where(before == number, 4, before))
+
+
 def test_factors_are_never_negative() -> None:
     color = _draw(np.arange(1000), replace(_VIEW, brightness=1.5, contrast=1.5, saturation=1.5)).color
     for values in (color.brightness, color.contrast, color.saturation):
@@ -196,7 +216,8 @@ def test_factors_are_never_negative() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "share"), [("flips", 0.3), ("jitter", 0.6), ("gray", 0.1), ("blur", 0.7), ("solarize", 0.45)]
+    ("name", "share"),
+    [("flips", 0.3), ("vflips", 0.2), ("jitter", 0.6), ("gray", 0.1), ("blur", 0.7), ("solarize", 0.45)],
 )
 def test_operations_have_their_probability(many: ViewDraws, name: str, share: float) -> None:
     chosen = _arrays(many)[name].mean()
@@ -205,7 +226,7 @@ def test_operations_have_their_probability(many: ViewDraws, name: str, share: fl
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_probabilities_of_zero_and_one_are_exact(share: float) -> None:
-    view = View(flip=share, jitter=share, gray=share, blur=share, solarize=share)
+    view = View(hflip=share, vflip=share, jitter_p=share, gray_p=share, blur_p=share, solarize_p=share)
     for name, values in _arrays(_draw(np.arange(5000), view)).items():
         if values.dtype == np.bool_:
             assert set(values.tolist()) == {bool(share)}, name
@@ -221,7 +242,7 @@ def test_all_24_orders_of_operations_are_equally_likely(many: ViewDraws) -> None
 
 def test_accepted_boxes_have_uniform_area_and_log_aspect() -> None:
     """The image is so large that rounding is negligible, and areas fit at the first try for every aspect."""
-    view = replace(_VIEW, scale=(0.2, 0.74))
+    view = replace(_VIEW, crop_scale=(0.2, 0.74))
     top, left, height, width = _draw(np.arange(N), view, shape=(40_000, 40_000)).boxes.T.astype(np.float64)
     assert _distance_from_uniform(height * width / 40_000**2, 0.2, 0.74) < 2.23
     assert _distance_from_uniform(np.log(width / height), math.log(3 / 4), math.log(4 / 3)) < 2.23

@@ -37,11 +37,11 @@ def _black_and_white() -> Pixels:
 _IMAGES: dict[str, Callable[[], Pixels]] = {"noise": _noise, "waves": _waves, "black and white": _black_and_white}
 
 
-def _resize(image: Pixels, box: Box, size: int, mirrored: bool = False, buffers: Scratch | None = None) -> Pixels:
+def _resize(image: Pixels, box: Box, size: int, flips: int = 0, buffers: Scratch | None = None) -> Pixels:
     out = np.zeros((size, size, 3), np.uint8)
     flat = np.ascontiguousarray(image).reshape(-1)
     buffers = buffers or scratch((size,), max(image.shape))
-    crop_resize(flat, image.shape[1], np.array(box, np.int32), mirrored, out, buffers)
+    crop_resize(flat, image.shape[1], np.array(box, np.int32), np.uint8(flips), out, buffers)
     return out
 
 
@@ -95,12 +95,14 @@ def test_extreme_boxes_equal_pillow_to_one_level(box: Box, size: int) -> None:
 
 @pytest.mark.parametrize("size", _SIZES)
 @pytest.mark.parametrize("name", _IMAGES)
-def test_mirrored_crops_equal_pillow(name: str, size: int) -> None:
+def test_flipped_crops_equal_pillow(name: str, size: int) -> None:
+    """1: horizontally, 2: vertically, 3: both."""
     image, buffers = _IMAGES[name](), scratch((size,), _WIDTH)
     for box in _boxes(20, seed=1000 + size):
-        mirrored = _resize(image, box, size, mirrored=True, buffers=buffers)
-        assert _off(mirrored, _pillow(image, box, size)[:, ::-1]) <= 1, box
-        assert np.array_equal(mirrored, _resize(image, box, size, buffers=buffers)[:, ::-1]), box
+        for flips, turned in ((1, np.s_[:, ::-1]), (2, np.s_[::-1]), (3, np.s_[::-1, ::-1])):
+            flipped = _resize(image, box, size, flips, buffers)
+            assert _off(flipped, _pillow(image, box, size)[turned]) <= 1, box
+            assert np.array_equal(flipped, _resize(image, box, size, buffers=buffers)[turned]), box
 
 
 @pytest.mark.parametrize("name", _IMAGES)
@@ -114,7 +116,7 @@ def test_differences_from_pillow_have_no_bias(name: str) -> None:
 def test_an_image_at_its_size_is_unchanged(side: int) -> None:
     image = np.random.default_rng(side).integers(0, 256, (side, side, 3), np.uint8)
     assert np.array_equal(_resize(image, (0, 0, side, side), side), image)
-    assert np.array_equal(_resize(image, (0, 0, side, side), side, mirrored=True), image[:, ::-1])
+    assert np.array_equal(_resize(image, (0, 0, side, side), side, flips=1), image[:, ::-1])
 
 
 @pytest.mark.parametrize("level", [0, 1, 127, 254, 255])
@@ -125,14 +127,14 @@ def test_a_uniform_image_remains_uniform(level: int) -> None:
             assert set(np.unique(_resize(image, box, size)).tolist()) == {level}
 
 
-@pytest.mark.parametrize("mirrored", [False, True])
-def test_only_the_crop_is_read(mirrored: bool) -> None:
+@pytest.mark.parametrize("flips", range(4))
+def test_only_the_crop_is_read(flips: int) -> None:
     image = _noise()
     for box in _boxes(30, seed=9):
         top, left, height, width = box
         other = np.full_like(image, 255)
         other[top : top + height, left : left + width] = image[top : top + height, left : left + width]
-        assert np.array_equal(_resize(image, box, 32, mirrored), _resize(other, box, 32, mirrored))
+        assert np.array_equal(_resize(image, box, 32, flips), _resize(other, box, 32, flips))
 
 
 @pytest.mark.parametrize("size", _SIZES)
@@ -141,7 +143,7 @@ def test_only_the_output_is_written(size: int) -> None:
     for number, box in enumerate(_boxes(20, seed=size + 7)):
         buffer = np.full(3 * size * size + 2 * guard, 0xA5, np.uint8)
         out = buffer[guard:-guard].reshape(size, size, 3)
-        crop_resize(image, _WIDTH, np.array(box, np.int32), bool(number % 2), out, buffers)
+        crop_resize(image, _WIDTH, np.array(box, np.int32), np.uint8(number % 4), out, buffers)
         assert (buffer[:guard] == 0xA5).all()
         assert (buffer[-guard:] == 0xA5).all()
 

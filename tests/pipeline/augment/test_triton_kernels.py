@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from pipeline.augment.color import IMAGENET, fused, stepwise
+from pipeline.augment.color import IMAGENET, Statistics, fused, stepwise
 from pipeline.augment.crop import Ragged, crop_views
 from pipeline.augment.draws import draw_view
 from pipeline.augment.plan import Plan
-from pipeline.views import AUGMENTATIONS
+from pipeline.views import AUGMENTATIONS, changed_views
+from tests.pipeline.augment.test_color import CHANGES
 
 pytest.importorskip("triton")
 from pipeline.augment import triton_kernels
@@ -30,7 +33,7 @@ def test_crops_equal_compiled_ones_to_one_level(size: int) -> None:
         height, width = rng.integers(1, h + 1), rng.integers(1, w + 1)
         boxes[0, i] = rng.integers(0, h - height + 1), rng.integers(0, w - width + 1), height, width
     boxes[0, -3] = 0, 0, 16, 16
-    flips = rng.integers(0, 2, (1, len(images))).astype(bool)
+    flips = (np.arange(len(images), dtype=np.uint8) % 4)[None]
     pixels = torch.from_numpy(np.concatenate([image.ravel() for image in images]))
     widths = np.array([w for _, w in shapes], np.int64)
     plan = Plan(np.arange(len(images)), boxes, flips, (size,))
@@ -64,6 +67,19 @@ def test_fused_augmentation_equals_stepwise(name: str, view: int) -> None:
     assert levels.max() < 1.01
     assert (levels > 0.01).float().mean() < 1e-3
     sharp = torch.from_numpy(~drawn.color.blur)
+    assert torch.equal(result[sharp], expected[sharp])
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_changed_views_equal_stepwise(changes: dict[str, Any]) -> None:
+    """By other statistics than ImageNet's; one level of 255 is 1 / 255 / std."""
+    (view,) = changed_views([changes], "moco_v2")
+    crops = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, 12, 12, 3), dtype=np.uint8)).to(DEVICE)
+    one, statistics = np.full(6, 64), Statistics((0.1, 0.5, 0.9), (0.5, 0.5, 0.5))
+    color = draw_view(view, 0, seed=1, epoch=0, ids=np.arange(6), heights=one, widths=one).color
+    expected, result = (f(crops, color, statistics, torch.float32) for f in (stepwise, fused))
+    assert (result - expected).abs().max() < 1.01 / 255 / 0.5
+    sharp = torch.from_numpy(~color.blur)
     assert torch.equal(result[sharp], expected[sharp])
 
 

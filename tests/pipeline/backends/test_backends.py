@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.augment.color import Statistics
 from pipeline.augment.draws import draw_view
 from pipeline.augment.plan import Plan
 from pipeline.backends import BACKENDS, ffcv_gpu, resident, select_backend
@@ -68,11 +69,13 @@ def ragged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 )
 @pytest.mark.parametrize("backend", SAME_DECODER)
 def test_views_are_the_same_bit_for_bit(backend: str, views: str, ragged: Path) -> None:
-    settings = {"views": AUGMENTATIONS[views], "batch": 15}  # four in an epoch
+    (first_view, *others), changes = AUGMENTATIONS[views], {"vflip": 0.5, "hue": 0, "solarize_p": 0.5}
+    every = (replace(first_view, **changes, solarize_threshold=99), *others)  # type: ignore[arg-type]
+    settings = {"views": every, "batch": 15, "statistics": Statistics((0.3,) * 3, (0.4,) * 3)}  # four in an epoch
     with loader(ragged, "ffcv", **settings) as first, loader(ragged, backend, workers=2, **settings) as second:
         expected, actual = take(first, 5), take(second, 5)
     assert same(expected, actual)
-    assert tuple(view.shape[-1] for view in actual[0].views) == view_sizes(AUGMENTATIONS[views], SIZE)
+    assert tuple(view.shape[-1] for view in actual[0].views) == view_sizes(every, SIZE)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -246,7 +249,8 @@ def test_dalis_views_equal_pillow(views: str, ragged: Path) -> None:
     """The ids, boxes and flips of FFCV's backend, and PIL's pixels to one level."""
     beton = Beton(ragged)
     assert (beton.modes == RAW).any()
-    plain = tuple(replace(view, jitter=0.0, gray=0.0, blur=0.0) for view in AUGMENTATIONS[views])
+    geometric: dict[str, float] = {"jitter_p": 0.0, "gray_p": 0.0, "blur_p": 0.0, "vflip": 0.4}
+    plain = tuple(replace(view, **geometric) for view in AUGMENTATIONS[views])  # type: ignore[arg-type]
     with loader(beton.path, "dali", views=plain, batch=25, statistics=LEVELS) as one:
         batches = take(one, 3)
     for batch in batches:
@@ -260,6 +264,7 @@ def test_dalis_views_equal_pillow(views: str, ragged: Path) -> None:
             for place, sample in enumerate(batch.ids):
                 expected = pillow(beton, int(sample), drawn_.boxes[place], images.shape[-1])
                 expected = expected[:, ::-1] if drawn_.flips[place] else expected
+                expected = expected[::-1] if drawn_.vflips[place] else expected
                 assert np.abs(images[place].permute(1, 2, 0).numpy() - expected).max() <= 1
 
 
@@ -467,9 +472,7 @@ def test_damaged_records_are_skipped_for_the_next_intact_one(backend: str, drawn
         sides = {"heights": beton.heights[batch.ids], "widths": beton.widths[batch.ids]}
         drawn_ = draw_view(PLAIN, 1, seed=3, epoch=batch.epoch, ids=order, **sides)
         with loader(drawn, backend) as intact:
-            intact._queue.backend.submit(
-                Plan(batch.ids, np.stack([drawn_.boxes] * 2), np.stack([drawn_.flips] * 2), (SIZE,) * 2)
-            )
+            intact._queue.backend.submit(Plan.from_draws(batch.ids, [drawn_] * 2, (SIZE,) * 2))
             expected = intact._queue.backend.receive(60)[0]
         assert torch.equal(batch.views[1].permute(0, 2, 3, 1), expected.float())
     assert sum(batch.substituted for batch in batches) >= 4

@@ -61,7 +61,7 @@ def test_augmented_views_equal_pillow(name: str, images: Beton) -> None:
         [decode(images, int(index))[:size, :size] for index in ids if min(decode(images, int(index)).shape[:2]) >= size]
     )
     device, one = torch.device("cuda" if torch.cuda.is_available() else "cpu"), np.full(len(crops), size)
-    view = replace(AUGMENTATIONS[name][1], solarize=0.2)
+    view = replace(AUGMENTATIONS[name][1], solarize_p=0.2)
     color = draw_view(view, 1, seed=0, epoch=0, ids=ids[: len(crops)], heights=one, widths=one).color
     augmented = (
         augment(torch.from_numpy(crops).to(device), color, LEVELS, torch.float32).cpu().permute(0, 2, 3, 1).numpy()

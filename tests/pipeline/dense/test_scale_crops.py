@@ -10,11 +10,12 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from pipeline.augment.color import IMAGENET
+from pipeline.augment.color import IMAGENET, Statistics
 from pipeline.dense.masks import Masked, open_masked
 from pipeline.dense.scale_crops import Draw, ScaleCrops, crop, draw_crop
 from pipeline.dense.scenes import scene, write
 from pipeline.system.errors import InputError
+from tests.pipeline.loading import LEVELS
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,24 @@ def test_global_batches_do_not_depend_on_ranks_or_resuming(drawn: Masked) -> Non
         assert all(torch.equal(*pair) for pair in zip(one, map(torch.cat, zip(*parts, strict=True)), strict=True))
     for one, again in zip(single[5:], crops(0, 1, 5, 8), strict=True):
         assert all(torch.equal(*pair) for pair in zip(one, again, strict=True))
+
+
+def test_crops_are_padded_and_normalized_by_the_given_mean(drawn: Masked) -> None:
+    image = Image.fromarray(scene(0, 3, 64).image)
+    statistics = Statistics((0.2, 0.4, 0.6), (1.0, 1.0, 1.0))
+    pixels, _ = crop((image, np.zeros((64, 64), np.uint8)), Draw(40, 40, -11, -25, False), 65, statistics)
+    assert pixels[0, 0].tolist() == pixels[-1, -1].tolist() == [51, 102, 153]
+    batches = []
+    for chosen in (IMAGENET, LEVELS):
+        crops = ScaleCrops(drawn, size=150, batch=6, seed=4, workers=1, statistics=chosen)
+        (images, _), *_ = crops.crops(0, 1, torch.device("cpu"))
+        crops.close()
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in chosen)
+        batches.append((images * std + mean) * 255)
+    by_imagenet, levels = batches
+    assert (levels - levels.round()).abs().max() < 1e-3
+    assert ((by_imagenet - levels).abs() < 0.01)[levels > 0.5].all()
+    assert by_imagenet[levels < 0.5].mean() > 100  # padded
 
 
 def test_an_epoch_has_full_batches_of_distinct_images(drawn: Masked) -> None:

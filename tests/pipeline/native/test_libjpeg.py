@@ -114,7 +114,7 @@ assert decode_rectangle is None
 boxes = np.array([[[5, 27, 10, 20]] * 4, [[12, 23, 30, 9]] * 4], np.int32)
 for name in ("ffcv", "ffcv_gpu", "resident"):
     backend = build(name, Beton(sys.argv[1]), BackendConfig((16, 16), 4, 1, 1, torch.device("cpu")))
-    backend.submit(Plan(np.arange(4), boxes, np.zeros((2, 4), bool), (16, 16)))
+    backend.submit(Plan(np.arange(4), boxes, np.zeros((2, 4), np.uint8), (16, 16)))
     np.save(sys.argv[1] + "." + name, torch.stack(backend.receive(60)).numpy())
 """
 

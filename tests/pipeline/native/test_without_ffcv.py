@@ -37,7 +37,7 @@ boxes = np.array([[[5, 27, 10, 20]] * 4, [[12, 23, 30, 9]] * 4], np.int32)
 views = []
 for name in names.split():
     backend = backends.build(name, beton, config)
-    backend.submit(Plan(np.arange(4), boxes, np.zeros((2, 4), bool), (16, 16)))
+    backend.submit(Plan(np.arange(4), boxes, np.zeros((2, 4), np.uint8), (16, 16)))
     views.append(torch.stack(backend.receive(60)))
     backend.close()
 assert all(torch.equal(views[0], other) for other in views)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from engine.evaluate import trainer
 from engine.evaluate.__main__ import run
@@ -23,6 +23,7 @@ from engine.parallel.sync_batchnorm import synchronize
 from engine.weights.load import load_encoder
 from methods.encoders import resnet
 from methods.norm import count_batches
+from pipeline.augment.color import Statistics, normalize
 from pipeline.dense.masks import open_masked
 from pipeline.dense.scale_crops import ScaleCrops
 from pipeline.dense.scenes import scene, write
@@ -92,6 +93,25 @@ def test_training_beats_the_best_constant(encoder: Path, drawn: Path) -> None:
 
 def _state(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(next(folder.glob("step_*/state.safetensors")))
+
+
+def test_images_are_normalized_as_the_encoders_were(
+    encoder: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In training and in the test: by the mean and deviation in the file's header."""
+    stated, normalized = json.dumps({"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "width": 0.25}), []
+    file = encoder.with_suffix(".safetensors")
+    save_file(torch.load(encoder, weights_only=True), file, metadata={"millrace": stated})
+
+    def record(images: torch.Tensor, statistics: Statistics) -> torch.Tensor:
+        normalized.append(statistics)
+        return normalize(images, statistics)
+
+    for module in ("engine.evaluate.segmentation.segment", "pipeline.dense.scale_crops"):
+        monkeypatch.setattr(f"{module}.normalize", record)
+    evaluate(file, drawn, "--iterations", "1", "--frozen")
+    assert len(normalized) >= 2
+    assert set(normalized) == {((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))}
 
 
 @pytest.mark.parametrize("frozen", [["--frozen"], pytest.param([], marks=pytest.mark.slow)])
