@@ -213,8 +213,8 @@ def _truncate(path: Path, step: int, evaluated: int) -> set[Line]:
     lines, later = [], set()
     try:
         for line, metrics in json_lines(path):
-            evaluation = _is_evaluation(metrics)
-            if metrics["step"] <= step and not (evaluation and metrics["epoch"] > evaluated):
+            evaluation, repeated = _is_evaluation(metrics), metrics["epoch"] > evaluated
+            if metrics["step"] <= step and not (evaluation and repeated):
                 lines.append(line)
             else:
                 later.add((int(metrics["step"]), evaluation))

@@ -11,7 +11,6 @@ from engine.parallel.rendezvous import rank
 from engine.training.build import Run
 from pipeline.inspect import preview
 from pipeline.system.errors import describe_error
-from pipeline.views import AUGMENTATIONS
 
 logger = get_logger(__name__)
 
@@ -20,8 +19,7 @@ def log_views(run: Run) -> None:
     """Give the trackers the first images with their augmented views, where `tracking.images` asks for pictures."""
     data, seed = run.settings.data, run.settings.seed
     backend = "ffcv" if run.data.train.in_one_file else "dali"
-    views = AUGMENTATIONS[data.augmentation]
-    _log(run, "views", lambda: preview(run.data.train, views, size=data.size, seed=seed, backend=backend))
+    _log(run, "views", lambda: preview(run.data.train, data.augmentations, size=data.size, seed=seed, backend=backend))
 
 
 def log_curves(run: Run) -> None:

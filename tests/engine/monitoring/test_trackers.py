@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shutil
 import struct
 import sys
 import time
@@ -15,10 +17,14 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
+from PIL import Image
 
 from engine.config.settings import Settings, Tracking
 from engine.monitoring import trackers as module
 from engine.monitoring.trackers import Trackers
+from engine.report import curves
+from engine.training import loop
+from engine.training.build import Run
 from tests import ROOT
 from tests.engine.test_run import SMALL, main, metrics, run
 
@@ -323,14 +329,35 @@ def test_ids_are_kept_for_a_resumed_run_alone(fake: type[Fake], tmp_path: Path) 
 def test_failed_run_ends_as_failed(
     fake: type[Fake], drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from engine.training import loop
-
     def fail(*_: Any, **__: Any) -> None:
         raise FloatingPointError("diverged")
 
     monkeypatch.setattr(loop, "train_on", fail)
     assert trained(drawn, tmp_path / "out", monkeypatch) == 1
     assert [value for call, value in fake.seen if call == "finish"] == [1]
+
+
+def test_resumed_training_continues_its_curves(
+    fake: type[Fake], drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ended at step 4, two steps after its checkpoint. W&B, which may lack the last step, receives it again."""
+    train_on = loop.train_on
+
+    def fail(run: Run, *arguments: Any, **more: Any) -> None:
+        if run.done == 4:
+            raise FloatingPointError("diverged")
+        train_on(run, *arguments, **more)
+
+    monkeypatch.setattr(loop, "train_on", fail)
+    assert trained(drawn, tmp_path / "out", monkeypatch, "--save_every", "2", "--keep", "0") == 1
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "step_00000004")
+    monkeypatch.setattr(loop, "train_on", train_on)
+    assert trained(drawn, tmp_path / "out", monkeypatch, "--save_every", "2", "--resume", "auto") == 0
+    assert [line["step"] for line in metrics(tmp_path / "out")] == [1, 2, 3, 4, 5]
+    assert [step for step, _ in scalars(tmp_path / "out")["loss"]] == [1, 2, 3, 4, 5]
+    assert [value for call, value in fake.seen if call == "log"] == [1, 2, 3, 4, 4, 5]
+    first, second = (value for call, value in fake.seen if call == "start")
+    assert first["id"] == second["id"]
 
 
 def test_damaged_ids_are_one_line(
@@ -345,8 +372,13 @@ def test_damaged_ids_are_one_line(
 def test_pictures_of_views_and_curves_are_logged_when_asked(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGBA", (120, 80), "red").save(buffer, "png")
+    drawn_from: list[list[Path]] = []
+    monkeypatch.setattr(curves, "draw_all", lambda paths: drawn_from.append(paths) or buffer.getvalue())
     given = ["--data.train", str(drawn), *SMALL, "--optim.epochs", "1", "--tracker", "tensorboard"]
     assert main(monkeypatch, *given, "--out", str(tmp_path / "out"), "--tracking.images") == 0
+    assert drawn_from == [[tmp_path / "out"]]
     reader = events(tmp_path / "out")
     assert {tag: [image.step for image in reader.Images(tag)] for tag in reader.Tags()["images"]} == {
         "views": [0],

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from engine.report import curves, page
 from engine.report.compare import group_by_settings
@@ -34,6 +36,16 @@ def test_charts_are_selected_by_the_data(tmp_path: Path) -> None:
     texts = {chart.key: curves.last_values(chart, group_by_settings(runs)) for chart in both}
     assert texts["skipped"] == f"skipped steps; last values: b {2 * len(lines())}"
     assert texts["alignment"] == "alignment over uniformity; last values: a -4 by 0.25; b -4 by 0.25"
+
+
+@pytest.mark.usefixtures("rendered")
+def test_all_charts_of_a_run_are_one_picture(tmp_path: Path) -> None:
+    sizes = []
+    for keys in ({"loss"}, {"loss", "lr"}):
+        run = write_run(tmp_path / f"{len(keys)}")
+        write_lines(run, [{key: line[key] for key in line if key in keys | {"step", "epoch"}} for line in lines()])
+        sizes.append(Image.open(io.BytesIO(curves.draw_all([run]))).size)
+    assert sizes[1][0] == pytest.approx(2 * sizes[0][0], rel=0.01)
 
 
 @pytest.mark.usefixtures("rendered")
