@@ -31,10 +31,12 @@ MIN_CORES_PER_GPU = 6
 MIN_SHM_BYTES = 1 * GIB
 MIN_OPEN_FILES = 4096
 
-_OWN = Path(sys.prefix, "millrace.stamp").exists()  # an environment of the launcher's
+_MARKS = ("millrace.stamp", "millrace.unfinished", "millrace.environment")  # of an environment of the launcher's
+_OWN = any(Path(sys.prefix, mark).exists() for mark in _MARKS)
 _SETUP = f"run ./millrace {'setup (if that changes nothing, delete .venv first)' if _OWN else '--system setup'}"
 _APT_INSTALL = "apt-get install libopencv-dev libturbojpeg0-dev libjpeg-dev pkg-config g++ python3-dev"
-_BUILD_AGAIN = f"build it on this machine: {_APT_INSTALL}; rm -rf .venv; ./millrace setup"
+_AFRESH = "rm -rf .venv; ./millrace setup" if _OWN else "rm -rf .system; ./millrace --system setup"
+_BUILD_AGAIN = f"build it on this machine: {_APT_INSTALL}; {_AFRESH}"
 _TERMINAL_COLORS = {"ok": 32, "BROKEN": 31, "warning": 33, "info": 36}  # green, red, yellow, cyan
 
 

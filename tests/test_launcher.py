@@ -20,7 +20,7 @@ case "$*" in
     *"-m venv"*) echo "$@" >>"$NOTED"; mkdir -p "$3/bin"; touch "$3/pyvenv.cfg"; cp "$0" "$3/bin/python" ;;
     "-m pip --version") ;;
     "-c import ffcv") ;;
-    "-") [[ $(cat) != *torch.version.cuda* ]] || printf 'cu12,test' ;;
+    "-") [[ $(cat) != *torch.version.cuda* ]] || printf '.[cu12]' ;;
     *"sys.executable"*|*"sys._base_executable"*) printf '%s\\n' "$0" ;;
     *) exec {sys.executable} "$@" ;;
 esac
@@ -73,11 +73,27 @@ def test_the_environment_may_be_elsewhere_but_not_in_a_folder_of_something_else(
     used = clone.parent / "used"
     used.mkdir()
     (used / "thesis.tex").write_text("years of work")
+    (used / "setup.log").touch()
     refused = _run(clone, "setup", MILLRACE_VENV=str(used))
     assert refused.returncode == 2
-    assert f"MILLRACE_VENV={used} is a folder of something else: name a new one" in refused.stderr
+    assert f"{used} is a folder of something else: name a new one" in refused.stderr
     assert (used / "thesis.tex").read_text() == "years of work"
     assert _noted(clone) == []
+
+
+def test_an_environment_of_another_program_is_used_and_never_deleted(clone: Path) -> None:
+    other = clone / ".venv"
+    (other / "bin").mkdir(parents=True)
+    (other / "pyvenv.cfg").touch()
+    shutil.copy(clone.parent / "bin/python3", other / "bin/python")
+    assert _run(clone, "setup").returncode == 0
+    assert len(_noted(clone)) == 1  # pip alone
+    (other / "millrace.stamp").unlink()
+    (other / "bin/python").unlink()
+    refused = _run(clone, "setup")
+    assert refused.returncode == 2
+    assert "another program's environment" in refused.stderr
+    assert (other / "pyvenv.cfg").exists()
 
 
 def test_the_present_environment_keeps_its_torch(clone: Path) -> None:
@@ -85,7 +101,7 @@ def test_the_present_environment_keeps_its_torch(clone: Path) -> None:
     assert done.returncode == 0, done.stderr
     install, ffcv = _noted(clone)
     kept = clone / ".system/present.txt"
-    assert install.endswith(f"-c {kept} -e .[cu12,test]")
+    assert install.endswith(f"-c {kept} -e .[cu12]")
     assert kept.read_text().split() == ["torch==2.12.0+cu129", "nvidia-nccl-cu12==2.1", "numpy==2.1"]
     assert ffcv.endswith("-e .[ffcv]")
     assert not (clone / ".venv").exists()
