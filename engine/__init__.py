@@ -7,16 +7,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from engine.config.settings import Data, Knn, Method, Model, Optim, Settings
+    from engine.config.settings import Data, Knn, Method, Model, Optim, Probe, Settings, Tracking
     from engine.monitoring.callback import Callback
     from engine.training.pretrain import pretrain
     from engine.weights.load import load_encoder
 
-_MODULES = dict.fromkeys(("Data", "Knn", "Method", "Model", "Optim", "Settings"), "engine.config.settings")
+_SECTIONS = ("Data", "Knn", "Method", "Model", "Optim", "Probe", "Settings", "Tracking")
+_MODULES = dict.fromkeys(_SECTIONS, "engine.config.settings")
 _MODULES |= {"Callback": "engine.monitoring.callback", "pretrain": "engine.training.pretrain"}
 _MODULES |= {"load_encoder": "engine.weights.load"}
 
-__all__ = ["Callback", "Data", "Knn", "Method", "Model", "Optim", "Settings", "load_encoder", "pretrain"]
+__all__ = [
+    "Callback",
+    "Data",
+    "Knn",
+    "Method",
+    "Model",
+    "Optim",
+    "Probe",
+    "Settings",
+    "Tracking",
+    "load_encoder",
+    "pretrain",
+]
 
 
 def __dir__() -> list[str]:

@@ -17,6 +17,8 @@ from methods.norm import ActivatedBatchNorm, BatchNorm, Norm
 
 _TIMM = "timm:"
 _TORCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+READING = frozenset({"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"})
+"""Arguments of timm by which it reads or fetches other files."""
 _MAX_CHARACTERS = 300  # of another library's error
 
 
@@ -29,9 +31,11 @@ def is_custom(arch: str) -> bool:
     return ":" in arch
 
 
-def is_code(arch: str) -> bool:
-    """Return whether this names a function, which is imported and called."""
-    return is_custom(arch) and not arch.startswith(_TIMM)
+def needs_trust(arch: str, args: Mapping[str, Any] | None = None) -> bool:
+    """Return whether building this imports the user's code, or lets timm read or fetch files by any name."""
+    if not arch.startswith(_TIMM):
+        return is_custom(arch)
+    return not re.fullmatch(r"[\w.-]+", arch.removeprefix(_TIMM)) or bool(READING & (args or {}).keys())
 
 
 class CustomBackbone(nn.Module):
@@ -45,6 +49,11 @@ class CustomBackbone(nn.Module):
     def __init__(self, net: nn.Module, *, norm: Norm | None = None, size: int = 224) -> None:
         super().__init__()
         self.net, self.pool = net, Mean()
+        for module in net.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = (
+                    buffer if buffer is None else buffer.contiguous()
+                )  # an expanded one is no memory
         self.features = self._output(size)[1]  # lazy layers get their weights here
         if norm is not None:
             _replace_batchnorm(self, norm, {})
@@ -71,49 +80,61 @@ class CustomBackbone(nn.Module):
 
     @torch.no_grad()
     def _output(self, size: int) -> torch.Size:
-        """Return the shape of the output for two images of `size` pixels."""
-        training = self.net.training
-        self.net.eval()
+        """Return the shape of the output for two images of `size` pixels, in evaluation and in training mode.
+
+        Ends in training mode, with statistics and torch's generator as they were.
+        """
+        with torch.random.fork_rng(devices=[]):
+            evaluated = self._try(self.net.eval(), size)
+            buffers = {name: buffer.clone() for name, buffer in self.net.named_buffers()}
+            trained = self._try(self.net.train(), size)
+            for name, buffer in buffers.items():
+                self.net.get_buffer(name).copy_(buffer)
+        if trained != evaluated:
+            problem = f"{list(trained)} in training and {list(evaluated)} in evaluation"
+            raise BackboneError(f"two images give {problem}: return features of one shape")
+        return evaluated
+
+    def _try(self, net: nn.Module, size: int) -> torch.Size:
         try:
-            output = self.net(torch.zeros(2, 3, size, size))
+            output = net(torch.zeros(2, 3, size, size))
         except Exception as error:
             remedy = "choose another data.size or other model.args"
             raise BackboneError(f"two images of {size} pixels fail in it ({_short(error)}): {remedy}") from error
-        finally:
-            self.net.train(training)
         kind = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         if not isinstance(output, torch.Tensor) or output.ndim not in (2, 4) or len(output) != 2:
-            raise BackboneError(f"two images give {kind}: return features [B, F] or maps [B, F, h, w]")
+            mode = "training" if net.training else "evaluation"
+            raise BackboneError(f"two images give {kind} in {mode}: return features [B, F] or maps [B, F, h, w]")
         return output.shape
 
 
 def build_custom(arch: str, args: Mapping[str, Any], *, norm: Norm | None = None, size: int = 224) -> CustomBackbone:
     """Return the backbone that `arch` names, built with `args`. Imports code. Raises BackboneError."""
-    net = _timm(arch.removeprefix(_TIMM), args, size) if arch.startswith(_TIMM) else _call(arch, args)
+    net = build_timm(arch, args, size) if arch.startswith(_TIMM) else _call(arch, args)
     if not isinstance(net, nn.Module):
         raise BackboneError(f"returns {type(net).__name__}: return a torch.nn.Module")
     return CustomBackbone(net, norm=norm, size=size)
 
 
-def _timm(name: str, args: Mapping[str, Any], size: int) -> nn.Module:
-    """Return timm's model without its classifier, for images of the given size where it takes only one."""
+def build_timm(arch: str, args: Mapping[str, Any], size: int) -> nn.Module:
+    """Return timm's model without its classifier, for images of `size` pixels where it takes one size only."""
+    name = arch.removeprefix(_TIMM)
     try:
         import timm
     except ImportError as error:
         raise BackboneError(f"{error.name} is not installed: pip install timm") from None
-    known = timm.models.is_model(name.partition(".")[0]) or ":" in name
-    if not known:
+    if not (timm.models.is_model(name.partition(".")[0]) or ":" in name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         remedy = f"choose {', '.join(close)}" if close else "timm.list_models() lists them"
         raise BackboneError(f"timm {timm.__version__} has no such model: {remedy}")
-    described = None if ":" in name else timm.models.get_pretrained_cfg(name)
     options: dict[str, Any] = {"num_classes": 0}
-    if described is not None and described.fixed_input_size:
-        options["img_size"] = size
     try:
+        described = None if ":" in name else timm.models.get_pretrained_cfg(name)
+        if described is not None and described.fixed_input_size:
+            options["img_size"] = size
         return timm.create_model(name, **options | dict(args))
     except Exception as error:
-        raise BackboneError(f"timm cannot create it ({_short(error)}): correct model.args") from error
+        raise BackboneError(f"timm cannot create it ({_short(error)}): correct model.arch or model.args") from error
 
 
 def _call(arch: str, args: Mapping[str, Any]) -> Any:
@@ -150,9 +171,9 @@ def _replacement(layer: Any, norm: Norm) -> BatchNorm:
     """Return a BatchNorm with the layer's weights, statistics and options, and with timm's activation after it."""
     kind, activated = type(layer).__name__, hasattr(layer, "drop") and hasattr(layer, "act")
     if not activated and type(layer) not in _TORCH:
-        raise BackboneError(f"{kind} is a BatchNorm of another kind: build it with torch.nn.BatchNorm2d")
+        raise BackboneError(f"{kind} is a BatchNorm of another kind: use torch.nn.BatchNorm2d")
     if not layer.track_running_stats or layer.momentum is None:
-        raise BackboneError(f"a {kind} has no running statistics with a momentum: build it with both")
+        raise BackboneError(f"a {kind} has no running statistics or no momentum: set track_running_stats and momentum")
     made: Any = norm(layer.num_features, affine=layer.affine)
     if activated:
         made = ActivatedBatchNorm(made, layer.drop, layer.act)

@@ -19,7 +19,7 @@ from engine.config.renamed import RENAMED, former, translate
 from engine.config.setting_error import SettingError
 from engine.config.settings import Settings
 from engine.config.validation import explain, rules, shown, unknown
-from methods.custom import is_code
+from methods.custom import needs_trust
 from pipeline.system.errors import InputError
 from pipeline.system.limits import parse_yaml, read_yaml
 
@@ -47,13 +47,12 @@ settings below. Options override recipes, and later recipes earlier ones.
   --terms [NAME, ...]
       Use these terms, of {", ".join(_TERMS)}, and no others.
       --terms.NAME.help lists the parameters of one."""
+_EXPONENT = r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"  # a number to Python, but text to YAML
 _FLAGS = ("dry_run", "print_config", "trust_recipe")
 _PER_RANK = ("data.train", "data.eval", "knn.bank", "data.workers", "data.prefetch_factor", "data.stall_timeout")
-_MAX_CHARACTERS, _MAX_VALUES, _MAX_INTEGER = (
-    4096,
-    1000,
-    2**53,
-)  # characters of a path; values of a list; integer that is exact as a float
+_MAPPINGS = ("args",)  # settings that are mappings, and are replaced as a whole
+_MAX_CHARACTERS, _MAX_VALUES = 4096, 1000  # of a path, of a list
+_MAX_INTEGER = 2**53  # exact as a float
 
 
 class CommandLine(NamedTuple):
@@ -91,14 +90,21 @@ def parse_command_line(arguments: Sequence[str] | None = None) -> CommandLine:
     except ValidationError as error:
         wrong = explain(error, Settings)
         raise wrong.in_recipe(sources.get(wrong.key, "")) from None
-    if is_code(parsed.model.arch) and (recipe := sources.get("model.arch")) and ("trust_recipe", True) not in options:
-        raise InputError(
-            f"model.arch {parsed.model.arch!r} in {recipe}: would import code: read it, then add --trust-recipe"
-        )
+    _check_trust(parsed, sources, ("trust_recipe", True) in options)
     if ("print_config", True) in options:
         print(yaml.safe_dump(parsed.as_dict(), sort_keys=False), end="")
         sys.exit()
     return CommandLine(parsed, ("dry_run", True) in options)
+
+
+def _check_trust(settings: Settings, sources: dict[str, str], trusted: bool) -> None:
+    """Raise InputError where a recipe names a backbone that imports code or reads files, unless it is trusted."""
+    model = settings.model
+    recipe = next((sources[key] for key in ("model.arch", "model.args") if key in sources), "")
+    if recipe and needs_trust(model.arch, model.args) and not trusted:
+        args = f" {model.args}" if model.args else ""
+        remedy = "read it, then add --trust-recipe"
+        raise InputError(f"model.arch {model.arch!r}{args} in {recipe}: would import code or read files: {remedy}")
 
 
 def shared(settings: Settings) -> dict[str, Any]:
@@ -166,7 +172,7 @@ def _names(settings: dict[str, Any], within: str = "") -> Iterator[str]:
 def _merge(settings: dict[str, Any], changes: dict[str, Any]) -> None:
     """Set the values of `changes` in `settings`, section by section."""
     for key, value in changes.items():
-        if not isinstance(value, dict) or settings.get(key) is None:
+        if not isinstance(value, dict) or settings.get(key) is None or key in _MAPPINGS:
             settings[key] = value
         elif isinstance(settings[key], dict):  # else a wrong value, for the validation to refuse
             _merge(settings[key], value)
@@ -180,6 +186,8 @@ def _typed(key: str, value: Any) -> Any:
     rule = _RULES.get(key, {"type": "string", "null": False})
     if isinstance(value, str) and (rule["type"] != "string" or (rule["null"] and value == "null")):
         value = _plain(value)
+    if isinstance(value, str) and key.startswith("model.args.") and re.fullmatch(_EXPONENT, value):
+        value = float(value)
     if value is None and _is_section(rule) and not rule["null"]:
         return {}  # an empty section
     if isinstance(value, dict):

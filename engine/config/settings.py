@@ -419,7 +419,7 @@ class Settings:
             ("model.mlp_dim", model.mlp_dim, base.name != "moco_v1", f"{base.name}'s head is one layer"),
             ("model.zero_init_residual", model.zero_init_residual, model.arch in RESNETS, no_blocks),
             ("model.args", model.args or None, custom, f"{model.arch} takes none"),
-            ("model.stop_grad_conv1", trainable, not custom, f"{model.arch} is not of ours"),
+            ("model.stop_grad_conv1", trainable, not custom, f"{model.arch} is not one of ours"),
             ("activation_checkpointing", self.activation_checkpointing or None, not custom, no_blocks),
         ):
             remedy = f"remove {key}" + ("" if isinstance(value, bool) else ", or set it to null")

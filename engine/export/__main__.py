@@ -42,10 +42,6 @@ def _check(args: argparse.Namespace) -> None:
     """Raise InputError for options that cannot work together."""
     if args.push_to:
         hub.check_name(args.push_to)
-        if args.format not in (None, *hub.FORMATS):
-            raise InputError(
-                f"--format {args.format}: the Hub's libraries load {' and '.join(hub.FORMATS)}: choose one"
-            )
     elif args.private or args.dry_run:
         raise InputError(f"{'--private' if args.private else '--dry-run'}: only with --push-to USER/NAME: add it")
 
@@ -72,6 +68,7 @@ def main() -> None:
 def _push(encoder: LoadedEncoder, args: argparse.Namespace, folder: Path) -> None:
     """Write the repository's folder, and upload it."""
     format = args.format or hub.choose_format(encoder.architecture)
+    hub.check_format(encoder.architecture, format)
     distance = hub.write_folder(encoder, format, folder, args.push_to)
     print(f"written: {folder}, as {format}; read back, its features differ by {distance:.1e} at most")
     if args.dry_run:

@@ -20,7 +20,7 @@ from engine.weights.load import Architecture, LoadedEncoder, load_encoder
 from engine.weights.readers import METADATA
 from methods.custom import CustomBackbone
 from methods.vit import VITS
-from pipeline.system.errors import InputError, RunFailed
+from pipeline.system.errors import InputError, RunFailed, describe_error
 from pipeline.system.files import atomic_path, write_atomic
 
 _MAX_DISTANCE = 1e-5  # largest difference of features, relative to the largest feature
@@ -56,6 +56,8 @@ def _write(encoder: LoadedEncoder, format: Format, path: Path) -> None:
     architecture = encoder.architecture
     module = encoder.backbone.net if isinstance(encoder.backbone, CustomBackbone) else encoder.backbone
     state = {name: value.contiguous() for name, value in module.state_dict().items()}
+    if architecture.custom:  # whose tensors may share memory, which safetensors refuses
+        state = {name: value.clone() for name, value in state.items()}
     if format.library is not None and not architecture.custom:
         state = to_library(state, format.library, transformer=architecture.transformer)
     if format.suffix == ".onnx":
@@ -81,16 +83,22 @@ def _write_onnx(encoder: LoadedEncoder, path: Path) -> None:
     size = encoder.architecture.size
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecation: the newer exporter needs one more package, for the same graph
-        torch.onnx.export(
-            encoder.backbone,
-            (torch.zeros(2, 3, size, size),),
-            str(path),
-            input_names=["images"],
-            output_names=["features"],
-            dynamic_axes={"images": {0: "batch"}, "features": {0: "batch"}},
-            opset_version=_OPSET,
-            dynamo=False,
-        )
+        try:
+            torch.onnx.export(
+                encoder.backbone,
+                (torch.zeros(2, 3, size, size),),
+                str(path),
+                input_names=["images"],
+                output_names=["features"],
+                dynamic_axes={"images": {0: "batch"}, "features": {0: "batch"}},
+                opset_version=_OPSET,
+                dynamo=False,
+            )
+        except Exception as error:
+            if not encoder.architecture.custom:
+                raise
+            problem = f"torch cannot export {encoder.architecture} ({describe_error(error)})"
+            raise InputError(f"--format onnx: {problem}: choose safetensors") from None
 
 
 def _onnx() -> Any:

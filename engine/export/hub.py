@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from engine.export.formats import export, refuse
@@ -17,6 +17,8 @@ from pipeline.system.files import write_atomic
 
 FORMATS = ("timm", "safetensors")
 WEIGHTS = "model.safetensors"
+_CONFIG, _CARD = "config.json", "README.md"
+_FILES = (WEIGHTS, _CONFIG, _CARD)
 
 
 def check_name(name: str) -> None:
@@ -33,26 +35,42 @@ def check_name(name: str) -> None:
 def choose_format(architecture: Architecture) -> str:
     """Return timm where it has the architecture, else our own format."""
     try:
-        refuse(architecture, "timm", "timm")
+        check_format(architecture, "timm")
     except InputError:
         return "safetensors"
     return "timm"
+
+
+def check_format(architecture: Architecture, format: str) -> None:
+    """Raise InputError for a format of which the Hub's libraries cannot build this architecture."""
+    if format not in FORMATS:
+        loaded = " and ".join(FORMATS)
+        raise InputError(f"--format {format}: the Hub's libraries load {loaded}: choose one of them")
+    if format == "timm":
+        refuse(architecture, "timm", "timm")
+        if architecture.stem != "imagenet":  # which its configuration cannot state
+            raise InputError(f"--format timm: has no {architecture} by name: choose safetensors")
 
 
 def write_folder(encoder: LoadedEncoder, format: str, folder: Path, name: str) -> float:
     """Write the repository `name` to `folder`; return how far the features of its weights move, as `export` does.
 
     With format timm, `timm.create_model("hf_hub:NAME", pretrained=True)` loads it, or "local-dir:FOLDER" from there.
+    Raises InputError for a folder with other files, all of which would be replaced or uploaded.
     """
+    check_format(encoder.architecture, format)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if others := sorted({path.name for path in folder.iterdir()} - set(_FILES)):
+            raise InputError(f"{folder}: has other files, such as {others[0]}: choose another --out")
+        distance = export(encoder, format, folder / WEIGHTS)
+        (folder / f"{WEIGHTS}.md").unlink()
+        config = timm_config(encoder) if format == "timm" else {"library": "millrace", **asdict(encoder.architecture)}
+        write_atomic(folder / _CONFIG, json.dumps(config, indent=2) + "\n")
+        write_atomic(folder / _CARD, card(encoder, format, folder / WEIGHTS, distance, hub=name))
     except OSError as error:
-        raise InputError(f"{folder}: cannot be created ({error.strerror}): choose another --out") from None
-    distance = export(encoder, format, folder / WEIGHTS)
-    (folder / f"{WEIGHTS}.md").unlink()
-    config = timm_config(encoder) if format == "timm" else {"library": "millrace", **asdict(encoder.architecture)}
-    write_atomic(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    write_atomic(folder / "README.md", card(encoder, format, folder / WEIGHTS, distance, hub=name))
+        problem = f"cannot be written ({error.strerror or error})"
+        raise InputError(f"{folder}: {problem}: choose another --out") from None
     return distance
 
 
@@ -83,13 +101,17 @@ def timm_config(encoder: LoadedEncoder) -> dict[str, Any]:
 
 
 def push(folder: Path, name: str, *, private: bool) -> str:
-    """Upload the folder to the repository `name`, made if it is missing; return its address. Raises InputError."""
+    """Upload the folder's files to the repository `name`, made if it is missing; return its address.
+
+    Raises InputError.
+    """
     api = HfApi(library_name="millrace")
     try:
         address = api.create_repo(name, private=private, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Add the encoder")
-    except (HfHubHTTPError, OSError, ValueError) as error:  # no login is an OSError, no network too
-        problem = describe_error(error)
-        raise InputError(f"--push-to {name}: {problem}: log in with hf auth login, or see {folder} with --dry-run"
-                         ) from None  # fmt: skip
+        api.upload_folder(
+            repo_id=name, folder_path=folder, allow_patterns=list(_FILES), commit_message="Add the encoder"
+        )
+    except Exception as error:  # of the library, its HTTP client or the system: no login, no right, no network
+        remedy = f"log in with hf auth login and try again; {folder} is written"
+        raise InputError(f"--push-to {name}: {describe_error(error)}: {remedy}") from None
     return str(address)

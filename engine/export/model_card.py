@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from engine.checkpoint.provenance import commit
 from engine.report.run_folder import read_runs
 from engine.weights.load import Architecture, LoadedEncoder, digest
-from methods.custom import is_code
+from methods.custom import needs_trust
 from methods.encoders import STEMS
 from methods.vit import VITS
 from pipeline.augment.color import Statistics
@@ -18,6 +18,7 @@ from pipeline.system.packages import version
 from pipeline.system.text import printable
 
 _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+_PATHS = ("train", "eval", "bank", "init", "out", "resume")
 _HEADLINES = {"top1": "top-1", "map": "mAP", "miou": "mIoU", "ap": "AP"}
 """Names of evaluations' main scores, by their key in the result file."""
 
@@ -68,16 +69,28 @@ def card(encoder: LoadedEncoder, format: str, path: Path, distance: float, *, hu
         template_path=str(_TEMPLATE),
         title=str(architecture),
         origin=f"The backbone, without heads, of the {encoder.which} encoder in {encoder.kind}, `{encoder.path.name}`: "
-        f"from images of {architecture.size} pixels, RGB from 0 to 1, normalized by mean {mean} and deviation {std}, "
-        f"to {encoder.backbone.features} features.",
+        f"from images of {architecture.size} pixels, RGB from 0 to 1, normalized by mean {mean} and standard deviation "
+        f"{std}, to {encoder.backbone.features} features.",
         versions=f"SHA-256 of the weights: `{digest(encoder.backbone)}`.{trained} Exported by {_program(exporter)}, "
         f"torch {torch.__version__}, as {format}. Read back, its features differ by {distance:.1e} of the largest.",
         loading=_loading(encoder, format, path, hub),
         data=_data(encoder) if encoder.settings else "",
         metrics="\n".join(map(str, metrics)),
-        recipe=yaml.safe_dump(encoder.settings, sort_keys=False) if encoder.settings else "",
+        recipe=yaml.safe_dump(_public(encoder.settings) if hub else encoder.settings, sort_keys=False)
+        if encoder.settings
+        else "",
     )
     return f"{made}\n"
+
+
+def _public(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings without the folders of this machine's files."""
+    public: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            value = _public(value)
+        public[key] = Path(value).name if key in _PATHS and isinstance(value, str) else value
+    return public
 
 
 def _program(origin: dict[str, Any]) -> str:
@@ -144,7 +157,7 @@ def _loading(encoder: LoadedEncoder, format: str, path: Path, hub: str = "") -> 
     if format == "onnx":
         return f'session = onnxruntime.InferenceSession("{file}")\nsession.run(["features"], {{"images": images}})'
     if format == "safetensors":
-        trust = ", trust_recipe=True" * is_code(architecture.arch)
+        trust = ", trust_recipe=True" * needs_trust(architecture.arch)
         return f'from engine import load_encoder\n\nbackbone = load_encoder("{file}"{trust}).backbone'
     if format == "detectron2":
         return f'cfg.MODEL.WEIGHTS = "{file}"\n' + (

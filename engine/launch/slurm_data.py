@@ -19,10 +19,11 @@ def parser() -> ArgumentParser:
 @command
 def main() -> None:
     parser().parse_known_args()  # answers --help
-    data = parse(sys.argv[1:]).data
-    for name in ("train", "eval"):
-        if path := getattr(data, name):
-            print(f"data.{name} {path}")
+    settings = parse(sys.argv[1:])
+    named = {"data.train": settings.data.train, "data.eval": settings.data.eval, "knn.bank": settings.knn.bank}
+    for name, path in named.items():
+        if path:
+            print(f"{name} {path}")
 
 
 if __name__ == "__main__":

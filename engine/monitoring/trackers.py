@@ -103,7 +103,9 @@ class Trackers:
         """
         path, resumed = self._out / _IDS, bool(self._settings.resume)
         remedy = "remove it: the trackers then start new curves"
-        ids = dict(read_json(path, _IDS_BYTES, remedy)) if resumed and path.exists() else {}
+        ids = read_json(path, _IDS_BYTES, remedy) if resumed and path.exists() else {}
+        if not isinstance(ids, dict):
+            raise InputError(f"{path}: has no ids by tracker: {remedy}")
         for name in dict.fromkeys(self._settings.tracker):
             label = self._label(step, str(ids.get(name, "")))
             try:
@@ -204,8 +206,9 @@ def _arguments(name: str, label: _Label) -> tuple[dict[str, Any], str]:
     if name == "dvclive":
         return {"dir": str(label.out / "dvclive"), "resume": bool(label.id)}, "dvclive"
     key = key[:21]  # SwanLab's ids have that length
-    more = {"logdir": str(label.out / "swanlog"), "id": key, "resume": "allow"}
-    return {**more, "experiment_name": label.name, "tags": label.tags, "config": config}, key
+    tags = label.tags + [label.group] * bool(group)
+    place = {"logdir": str(label.out / "swanlog"), "id": key, "resume": "allow"}
+    return {**place, "experiment_name": label.name, "tags": tags, "config": config}, key
 
 
 def _describe(name: str, tracker: GeneralTracker, label: _Label) -> None:

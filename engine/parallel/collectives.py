@@ -92,6 +92,16 @@ def broadcast_parameters(module: nn.Module) -> None:
         p.copy_(values.view_as(p))
 
 
+def broadcast_buffers(module: nn.Module) -> None:
+    """Give all ranks the buffers of rank 0."""
+    buffers = dict(module.named_buffers())
+    if world() == 1 or not buffers:
+        return
+    device = next(iter(buffers.values())).device
+    for name, value in broadcast(buffers, described(buffers), device).items():
+        buffers[name].copy_(value)
+
+
 def exchange(rows: torch.Tensor, order: np.ndarray, group: distributed.ProcessGroup | None = None) -> torch.Tensor:
     """Return this rank's share of all ranks' rows in the order `order`.
 

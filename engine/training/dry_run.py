@@ -38,6 +38,8 @@ _WORLD_SIZES = (1, 2, 4, 8, 16, 32)
 def dry_run(settings: Settings) -> dict[str, Any]:
     """Return `estimate` of a run; rank 0 prints it."""
     estimates = estimate(settings)
+    if settings.data.train:
+        settings = with_statistics(settings, open_data(settings.data.train, tolerate=True))
     if rank() == 0:
         _print(settings, estimates)
     return estimates

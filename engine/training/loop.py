@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import set_seed
 
 from engine.config.settings import Settings
 from engine.fault_tolerance.diagnosis import translate_failures
@@ -111,7 +112,7 @@ def _train_epochs(run: Run, heartbeat: Heartbeat) -> Stopped | None:
 def train_on(run: Run, batch: Batch, *, logs: bool) -> None:
     """Take the next step, on `batch`; logs: measure it, and write a line. Raises Diverged, on all ranks."""
     if is_custom(run.settings.model.arch):  # it may draw, as dropout does: by step, so that a resume is exact
-        torch.manual_seed(int(keyed(_DRAWS, run.settings.seed, run.done, rank())) >> 1)
+        set_seed(int(keyed(_DRAWS, run.settings.seed, run.done, rank())) >> 32)  # torch, numpy, random
     result = run.model.step(batch, measured=logs)
     run.done += 1
     substituted = batch.substituted if run.settings.data.on_bad == "skip" else None

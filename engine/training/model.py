@@ -16,17 +16,18 @@ from engine.optim.optimizer import build_optimizer
 from engine.optim.schedule import Schedule
 from engine.parallel import collectives
 from engine.parallel.accelerator import tune_convolutions
+from engine.parallel.consensus import run_on_all_ranks
 from engine.parallel.rendezvous import world
 from engine.parallel.sync_batchnorm import synchronize
 from engine.training.step import Step
-from methods.custom import BackboneError, CustomBackbone
+from methods.custom import BackboneError, CustomBackbone, is_custom
 from methods.encoders import place
 from methods.heads import Encoder
 from methods.momentum import momentum_copy
 from methods.norm import GROUPS
 from methods.queue import KeyQueue
 from methods.recompute import recompute
-from methods.registry import build_backbone, build_encoder, build_objective
+from methods.registry import Backbone, build_backbone, build_encoder, build_objective
 from pipeline.system.errors import InputError
 from pipeline.system.packages import installed
 
@@ -81,6 +82,26 @@ def _build_online(settings: Settings) -> Encoder:
     assert model.dim is not None
     assert model.bn is not None
     groups = max(1, GROUPS // (settings.micro_batches(world()) * (world() if model.bn == "shuffle" else 1)))
+    backbone = _agreed_backbone(settings, groups) if is_custom(model.arch) else _build_backbone(settings, groups)
+    if settings.activation_checkpointing:
+        recompute(backbone)
+    return build_encoder(settings.base, backbone, dim=model.dim, mlp_dim=model.mlp_dim, bn=model.bn, groups=groups)
+
+
+def _agreed_backbone(settings: Settings, groups: int) -> Backbone:
+    """Return a backbone of other code, with rank 0's buffers, once all ranks have built the same. Raises InputError."""
+
+    def shapes(backbone: Backbone) -> dict[str, Any]:
+        return {f"model.arch: {name}": list(value.shape) for name, value in backbone.state_dict().items()}
+
+    backbone = run_on_all_ranks(lambda: _build_backbone(settings, groups), shapes)
+    collectives.broadcast_buffers(backbone)
+    return backbone
+
+
+def _build_backbone(settings: Settings, groups: int) -> Backbone:
+    model = settings.model
+    assert model.bn is not None
     try:
         backbone = build_backbone(
             model.arch,
@@ -98,9 +119,7 @@ def _build_online(settings: Settings) -> Encoder:
                 backbone.check(size)
     except BackboneError as error:
         raise InputError(f"model.arch {model.arch}: {error}") from error.__cause__
-    if settings.activation_checkpointing:
-        recompute(backbone)
-    return build_encoder(settings.base, backbone, dim=model.dim, mlp_dim=model.mlp_dim, bn=model.bn, groups=groups)
+    return backbone
 
 
 def _compile(online: Encoder, target: Encoder | None, device: torch.device) -> None:

@@ -65,10 +65,12 @@ class Step:
         self._parameters = [p for p in self.encoder.parameters() if p.requires_grad]
         # Weights that autocast would cast one by one; compiled code casts them within its kernels.
         dtype = DTYPES[accelerator.mixed_precision]
+        # Other code may tie weights or compute layers in float32: autocast knows, copies of the weights would not.
+        custom = is_custom(settings.model.arch)
         self._weights = [
             LowPrecisionWeights(module, dtype)
             for module in (self.encoder, target)
-            if module is not None and dtype != torch.float32 and not settings.compile
+            if module is not None and dtype != torch.float32 and not settings.compile and not custom
         ]
         leaves = self._weights[0].leaves if self._weights else {}
         exchange = torch.bfloat16 if settings.gradient_dtype == "bfloat16" else None
@@ -83,7 +85,7 @@ class Step:
             and world() > 1
             and target is not None
             and self._micro_batches == 1
-            and not (settings.compile or settings.activation_checkpointing or is_custom(settings.model.arch))
+            and not (settings.compile or settings.activation_checkpointing or custom)
             and self.encoder.one_pass
         )
         for group in optimizer.param_groups:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.settings import Settings
-from engine.weights.load import Architecture, LoadedEncoder, digest, load_encoder
+from engine.weights.load import Architecture, LoadedEncoder, UntrustedCode, digest, load_encoder
 from methods.custom import is_custom
 from methods.encoders import base_channels
 from methods.heads import Encoder
@@ -24,6 +24,8 @@ def initialize(encoder: Encoder, settings: Settings) -> tuple[dict[str, Any], li
     custom = own if own.custom else None
     try:
         loaded = load_encoder(path, model.init_which, prefix=model.init_prefix, heads=own.heads, custom=custom)
+    except UntrustedCode as error:  # which this run's own backbone is not
+        raise InputError(f"model.init {path}: has {error.arch}: choose model.arch {error.arch}") from None
     except InputError as error:
         raise InputError(f"model.init: {error}") from None
     if remedy := _remedy(loaded.architecture, own):

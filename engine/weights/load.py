@@ -9,7 +9,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from engine.weights.key_maps import to_ours
 from engine.weights.readers import Contents, read, unwrapped
-from methods.custom import BackboneError, CustomBackbone, build_custom, is_code, is_custom
+from methods.custom import READING, BackboneError, CustomBackbone, build_custom, build_timm, is_custom, needs_trust
 from methods.encoders import RESNETS, STEMS, BasicBlock, Bottleneck, ResNet, Stem, WideBottleneck, base_channels
 from methods.registry import Backbone
 from methods.vit import PATCH, VITS, VisionTransformer
@@ -68,7 +68,7 @@ _LAYOUTS = (
 )  # fmt: skip
 _HEADS = ("fc", "head", "heads", "classifier", "linear")
 _MAX_WIDTH = 64
-_FETCHING = ("pretrained", "checkpoint_path")  # arguments of timm that would fetch or read other weights
+_MAX_GROWTH = 4  # of a network that a file states, over the file's tensors
 _MAX_CHARACTERS, _MAX_PARTS = 200, 20  # characters of a key, and keys listed, in messages
 _FIRST = r"conv1\.weight|patch_embed\.proj\.(?:0\.)?weight|stem\.conv1\.weight|conv_proj\.weight"
 _ROOTS = r"conv1\.|bn1\.|layer\d\.|cls_token$|pos_embed$|patch_embed\.|blocks\.|norm\."
@@ -101,7 +101,7 @@ class Architecture:
     @property
     def own_args(self) -> dict[str, Any]:
         """`args` without those that would fetch or read other weights."""
-        return {key: value for key, value in (self.args or {}).items() if not key.startswith(_FETCHING)}
+        return {key: value for key, value in (self.args or {}).items() if key not in {"pretrained", *READING}}
 
     def build(self) -> Backbone:
         """Return the backbone with random weights, all of ours trainable. Raises InputError for one of other code."""
@@ -224,14 +224,38 @@ def load_encoder(
     with SkipInit():
         backbone = architecture.build()
     backbone.load_state_dict(part, strict=False)
-    matched = len(expected.keys() & part.keys())
+    found = _Found(layout, of_which, part)
+    return _loaded(contents, found, backbone, architecture, which, expected, statistics)
+
+
+def _loaded(
+    contents: Contents,
+    found: "_Found",
+    backbone: Backbone,
+    architecture: Architecture,
+    which: Which,
+    expected: Collection[str],
+    statistics: Statistics,
+) -> LoadedEncoder:
+    """Return the backbone, loaded, with what else the file has."""
+    layout, of_which, part = found
+    matched = len(set(expected) & part.keys())
     loaded = LoadedEncoder(
-        backbone.eval(), architecture, path, layout.name, which, matched, contents.settings, contents.origin
+        backbone.eval(), architecture, contents.path, layout.name, which, matched, contents.settings, contents.origin
     )
     loaded.heads, loaded.statistics = _find_heads(contents.state, layout, which), statistics
     others = [key for key in contents.state if not key.startswith(of_which)]
-    _note_unused(loaded, layout, part.keys() - expected.keys(), part, others)
+    _note_unused(loaded, layout, part.keys() - set(expected), part, others)
     return loaded
+
+
+class _Found(NamedTuple):
+    """The part of a state that is a backbone's."""
+
+    layout: _Layout
+    prefix: str
+    part: dict[str, torch.Tensor]
+    """Values by their keys without the prefix, under our names."""
 
 
 def _stated_custom(contents: Contents, trust_recipe: bool) -> Architecture | None:
@@ -240,17 +264,40 @@ def _stated_custom(contents: Contents, trust_recipe: bool) -> Architecture | Non
     arch, args = str(stated.get("arch", "")), stated.get("args")
     if not is_custom(arch):
         return None
-    if is_code(arch) and not trust_recipe:
-        raise InputError(
-            f"{path}: has a backbone of the code {printable(arch)!r}, which would be imported: add "
-            "--trust-recipe (in Python, trust_recipe=True) if you trust it"
-        )
+    if needs_trust(arch) and not trust_recipe:
+        raise UntrustedCode(path, arch)
     if args is not None and not (isinstance(args, dict) and all(str(key).isidentifier() for key in args)):
         raise InputError(f"{path}: arguments of {printable(arch)} that are no mapping: give another file")
     try:
-        return Architecture(arch, size=_size(int(stated.get("size", 224))), args=args)
+        architecture = Architecture(arch, size=_size(int(stated.get("size", 224))), args=args)
     except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: states an impossible size of images ({error}): give another file") from None
+    if not trust_recipe and args:
+        _check_stated_size(architecture, contents)
+    return architecture
+
+
+class UntrustedCode(InputError):
+    """A file whose backbone would import code, or let timm fetch files."""
+
+    def __init__(self, path: Path, arch: str) -> None:
+        self.arch = printable(arch)
+        remedy = "add --trust-recipe (in Python, trust_recipe=True) if you trust it"
+        super().__init__(f"{path}: has the backbone {self.arch!r}, which would import code or fetch files: {remedy}")
+
+
+def _check_stated_size(architecture: Architecture, contents: Contents) -> None:
+    """Raise InputError for a network that is much larger than the file's tensors, or whose size cannot be told."""
+    held = sum(value.numel() for value in contents.state.values())
+    try:
+        with torch.device("meta"):  # allocates nothing
+            net = build_timm(architecture.arch, architecture.own_args, architecture.size)
+        stated = sum(parameter.numel() for parameter in net.parameters())
+    except Exception:
+        raise UntrustedCode(contents.path, str(architecture)) from None
+    if stated > _MAX_GROWTH * held:
+        problem = f"states {printable(str(architecture))} of {stated} parameters, and has {held}"
+        raise InputError(f"{contents.path}: {problem}: give another file")
 
 
 def _load_custom(contents: Contents, architecture: Architecture, which: Which, prefix: str) -> LoadedEncoder:
@@ -261,40 +308,49 @@ def _load_custom(contents: Contents, architecture: Architecture, which: Which, p
     assert isinstance(backbone, CustomBackbone)
     expected = backbone.net.state_dict()
 
-    def matched(candidate: tuple[_Layout, str, dict[str, torch.Tensor]]) -> int:
-        return len(expected.keys() & candidate[2].keys())
+    def matched(found: _Found) -> int:
+        return len(expected.keys() & found.part.keys())
 
-    layout, of_which, part = max(_candidates(state, which, unwrapped(prefix)), key=matched)
-    if not matched((layout, of_which, part)):
+    found = max(_candidates(state, which, unwrapped(prefix)), key=matched, default=None)
+    if found is None or not matched(found):
         theirs, ours = (_list_keys(list(keys)[:3], "") for keys in (state, expected))
         where = f" under {prefix}" if prefix else f", {which} encoder"
         problem = f"no key of {architecture}{where} (the file's are {theirs} ..., the backbone's {ours} ...)"
         raise InputError(f"{path}: {problem}: give another file, or the prefix of its keys")
-    _check(part, expected, path, of_which)
-    backbone.net.load_state_dict(part, strict=False)
-    count = len(expected.keys() & part.keys())
-    loaded = LoadedEncoder(
-        backbone.eval(), architecture, path, layout.name, which, count, contents.settings, contents.origin
-    )
-    loaded.heads, loaded.statistics = _find_heads(state, layout, which), statistics
-    others = [key for key in state if not key.startswith(of_which)]
-    _note_unused(loaded, layout, part.keys() - expected.keys(), part, others)
-    return loaded
+    _check(found.part, expected, path, found.prefix)
+    _check_heads(backbone, contents, found.layout)
+    backbone.net.load_state_dict(found.part, strict=False)
+    return _loaded(contents, found, backbone, architecture, which, expected, statistics)
 
 
-def _candidates(
-    state: dict[str, torch.Tensor], which: Which, prefix: str
-) -> Iterator[tuple[_Layout, str, dict[str, torch.Tensor]]]:
-    """Yield the parts of a state that may be a custom backbone's: layout, prefix, and keys without it."""
+def _check_heads(backbone: CustomBackbone, contents: Contents, layout: _Layout) -> None:
+    """Raise InputError for weights of a transformer of other attention heads, which no key or shape shows."""
+    blocks = getattr(backbone.net, "blocks", None)
+    own = getattr(getattr(next(iter(blocks), None), "attn", None), "num_heads", 0) if blocks else 0
+    stated = contents.described
+    published = VITS[stated["arch"]].heads if stated.get("arch") in VITS else 12 if layout.published_heads else 0
+    theirs = int(stated.get("heads", 0)) or (0 if is_custom(str(stated.get("arch", ""))) else published)
+    if own and theirs and own != theirs:
+        problem = f"has {theirs} attention heads, and this run's backbone {own}"
+        raise InputError(f"{contents.path}: {problem}: choose model.args {{num_heads: {theirs}}}")
+
+
+def _layouts(prefix: str) -> tuple[_Layout, ...]:
+    """Return the known layouts, or that of a state dict with the given prefix."""
     prefix = f"{prefix.rstrip('.')}." if prefix else ""
     given = _Layout(f"a state dict with the prefix {prefix}", prefix, None, pretraining=False)
-    for layout in (given,) if prefix else _LAYOUTS:
+    return (given,) if prefix else _LAYOUTS
+
+
+def _candidates(state: dict[str, torch.Tensor], which: Which, prefix: str) -> Iterator[_Found]:
+    """Yield the parts of a state that may be a custom backbone's."""
+    for layout in _layouts(prefix):
         start = layout.online if which == "online" else layout.momentum
         if start is not None and any(key.startswith(layout.marker) for key in state):
             for inner in ("net.", ""):
                 part = _strip(state, start + inner)
-                yield layout, start + inner, part
-                yield layout, start + inner, to_ours(part)
+                yield _Found(layout, start + inner, part)
+                yield _Found(layout, start + inner, to_ours(part))
 
 
 def _statistics(stated: dict[str, Any], path: Path) -> Statistics:
@@ -326,9 +382,7 @@ def _strip(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tenso
 
 def _find_layout(state: dict[str, torch.Tensor], path: Path, prefix: str) -> tuple[_Layout, dict[str, torch.Tensor]]:
     """Return the layout, and the online encoder's part under our names."""
-    prefix = f"{prefix.rstrip('.')}." if prefix else ""
-    given = _Layout(f"a state dict with the prefix {prefix}", prefix, None, pretraining=False)
-    for layout in (given,) if prefix else _LAYOUTS:
+    for layout in _layouts(prefix):
         part = to_ours(_strip(state, layout.online))
         if not any(key.startswith(layout.marker) for key in state):
             continue
@@ -337,7 +391,7 @@ def _find_layout(state: dict[str, torch.Tensor], path: Path, prefix: str) -> tup
     content = f"its keys are {_list_keys(list(state)[:3], '')} ..." if state else "it contains no tensors"
     if prefixes := _prefixes(state):
         content += f"; prefixes of such keys: {', '.join(prefixes[:_MAX_PARTS])}"
-    where = f" under {prefix}" if prefix else ""
+    where = f" under {prefix.rstrip('.')}." if prefix else ""
     raise InputError(
         f"{path}: no backbone of a ResNet or a vision transformer{where} ({content}): give one with such keys, or "
         "their prefix"

@@ -1,7 +1,7 @@
 """Images of any source, or of several together."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -37,20 +37,29 @@ def list_images(
 
 def _list(source: str, subset: str | None, image_column: str, label_column: str) -> Source:
     paths = matching_paths(source) if is_pattern(source) else [source]
-    if all(path.endswith(".parquet") for path in paths):
-        return list_tables(source, [_existing(path) for path in paths], image_column, label_column)
-    if len(paths) == 1 and is_saved_dataset(Path(source)):
-        return list_tables(source, saved_tables(Path(source)), image_column, label_column)
-    if all(path.endswith(".tar") and os.path.isfile(path) for path in paths) and _is_shard(paths[0]):
-        return list_shards(source, paths, label_column)
-    if len(paths) == 1 and paths[0].endswith((".csv", ".tsv")):
-        return list_paths(_existing(paths[0]), image_column, label_column)
+    if list_rows := _reader_of_rows(source, paths, image_column, label_column):
+        if subset is not None:
+            raise InputError(f"--subset {subset}: {source} has no folders: leave it out")
+        return list_rows()
     if image_column or label_column:
         option = "--image-column" if image_column else "--label-column"
         raise InputError(f"{option}: {source} has no columns: leave it out")
     if len(paths) > 1:
         return list_images(paths, subset)
     return open_source(paths[0], subset)
+
+
+def _reader_of_rows(source: str, paths: list[str], image: str, label: str) -> Callable[[], Source] | None:
+    """Return what lists the images of tables, shards or a CSV file; None for other sources."""
+    if all(path.endswith(".parquet") for path in paths):
+        return lambda: list_tables(source, [_existing(path) for path in paths], image, label)
+    if len(paths) == 1 and is_saved_dataset(Path(source)):
+        return lambda: list_tables(source, saved_tables(Path(source)), image, label)
+    if all(path.endswith(".tar") and os.path.isfile(path) for path in paths) and _is_shard(paths[0]):
+        return lambda: list_shards(source, paths, label)
+    if len(paths) == 1 and paths[0].endswith((".csv", ".tsv")):
+        return lambda: list_paths(_existing(paths[0]), image, label)
+    return None
 
 
 def _existing(path: str) -> str:

@@ -2,9 +2,9 @@
 
 import csv
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from pipeline.sources.archives import Item, Source
+from pipeline.sources.archives import SUFFIXES, Item, Source
 from pipeline.sources.labels import check_number, numbered
 from pipeline.system.errors import InputError
 from pipeline.system.limits import LIST_BYTES, MAX_FILES, read_text
@@ -28,6 +28,8 @@ def list_paths(file: str, image: str = "", label: str = "") -> Source:
     columns, rows = (rows[0], [row for row in rows[1:] if row]) if rows else ([], [])
     if not rows or len(rows) > MAX_FILES:
         raise InputError(f"{file}: lists {len(rows)} images, of at most {MAX_FILES}: {_REMEDY}")
+    if any(PurePosixPath(name).suffix.lower() in SUFFIXES for name in columns):
+        raise InputError(f"{file}: its first line is that of an image, not of names of columns: {_REMEDY}")
     for option, name in (("--image-column", image), ("--label-column", label)):
         if name and name not in columns:
             raise InputError(f"{option} {name}: {file} has {', '.join(columns[:_SHOWN])}: choose one of them")
@@ -39,9 +41,9 @@ def list_paths(file: str, image: str = "", label: str = "") -> Source:
     folder = os.path.dirname(file)
     items = [Item(row[at], os.path.join(folder, row[at])) for row in rows]
     if missing := [item for item in items if not os.path.isfile(item.path)]:
-        others = f" and {len(missing) - 1} others are" if len(missing) > 1 else " is"
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         remedy = "correct the paths, relative to the file's folder, or give --image-column"
-        raise InputError(f"{file}: {missing[0].path[:200]}{others} no file: {remedy}")
+        raise InputError(f"{file}: no such file: {missing[0].path[:200]}{others}: {remedy}")
     if labels_at is None:
         return Source(items, [])
     labels = [row[labels_at].strip() for row in rows]

@@ -81,12 +81,19 @@ def test_frozen_parameters_stay_frozen_and_lazy_layers_get_weights() -> None:
     assert [name for name, p in backbone.named_parameters() if not p.requires_grad] == ["net.0.weight", "net.0.bias"]
 
 
-def test_the_trial_leaves_statistics_and_mode_as_they_are() -> None:
-    net = _net().train()
-    before = copy.deepcopy(net)
-    CustomBackbone(net, size=16)
+def test_the_trial_leaves_statistics_and_generator_as_they_are_and_the_net_in_training() -> None:
+    net = nn.Sequential(nn.Dropout2d(0.5), *_net().eval())
+    before, state = copy.deepcopy(net), torch.get_rng_state()
+    CustomBackbone(net, norm=norm_layers("plain"), size=16)
     assert _states_equal(net, before)
+    assert torch.equal(torch.get_rng_state(), state)
     assert all(module.training for module in net.modules())
+
+
+def test_an_expanded_buffer_gets_memory() -> None:
+    net = _Flat()
+    net.register_buffer("mask", torch.ones(1).expand(5))
+    assert CustomBackbone(net, size=16).net.get_buffer("mask").is_contiguous()
 
 
 class _Flat(nn.Module):
@@ -107,6 +114,14 @@ class _Returning(_Flat):
         return self.result(super().forward(x))
 
 
+class _Auxiliary(_Flat):
+    """Two outputs in training, as of Inception v3."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        features = super().forward(x)
+        return (features, features) if self.training else features
+
+
 class _OtherNorm(nn.BatchNorm2d):
     pass
 
@@ -115,13 +130,14 @@ class _OtherNorm(nn.BatchNorm2d):
     ("net", "message"),
     [
         (nn.Conv2d(4, 2, 1), "two images of 16 pixels fail in it (RuntimeError: "),
-        (_Returning(lambda x: {"features": x}), "two images give dict: return features [B, F] or maps [B, F, h, w]"),
-        (_Returning(lambda x: x[:, None]), "two images give [2, 1, 512]: "),
-        (_Returning(lambda x: x[:1]), "two images give [1, 512]: "),
+        (_Auxiliary(), "two images give tuple in training: return features"),
+        (_Returning(lambda x: {"features": x}), "two images give dict in evaluation: return features [B, F] or maps"),
+        (_Returning(lambda x: x[:, None]), "two images give [2, 1, 512] in evaluation: "),
+        (_Returning(lambda x: x[:1]), "two images give [1, 512] in evaluation: "),
         (_Flat().half(), "is not of torch.float32"),
         (_Flat().requires_grad_(False), "it has no parameter to train"),
         (nn.Sequential(_OtherNorm(3), _Flat()), "_OtherNorm is a BatchNorm of another kind"),
-        (nn.Sequential(nn.BatchNorm2d(3, momentum=None), _Flat()), "has no running statistics with a momentum"),
+        (nn.Sequential(nn.BatchNorm2d(3, momentum=None), _Flat()), "has no running statistics or no momentum"),
         (nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), _Flat()), "has no running statistics"),
     ],
 )
@@ -178,7 +194,7 @@ def test_timm_gets_arguments_and_the_size_where_it_is_fixed(monkeypatch: pytest.
     assert build_custom("timm:a", {"depth": 3}, size=4).features == 3
     assert build_custom("timm:b", {}, size=16).features == 2
     for arch, args, message in (
-        ("timm:a", {"width": 1}, r"timm cannot create it \(TypeError: unexpected .*\): correct model.args"),
+        ("timm:a", {"width": 1}, r"timm cannot create it \(TypeError: unexpected .*\): correct model.arch"),
         ("timm:c", {}, "timm 9 has no such model: "),
     ):
         with pytest.raises(BackboneError, match=message):

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from engine.export import __main__ as command
 from engine.export import hub
-from engine.weights.load import load_encoder
+from engine.weights.load import Architecture, load_encoder
+from engine.weights.readers import METADATA
+from methods.vit import VITS
 from pipeline.system.errors import InputError
 from tests.engine.run_folders import settings, write_checkpoint
 from tests.torchvision_operators import torchvision_or_skip
@@ -90,6 +92,19 @@ def test_wrong_options_write_nothing(
     assert not (tmp_path / "x").exists()
 
 
+def test_a_folder_with_other_files_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "push", lambda *_, **__: pytest.fail("uploaded"))
+    with pytest.raises(InputError, match="has other files, such as checkpoints: choose another --out"):
+        _export(monkeypatch, run, "--push-to", "a/b", "--out", run)
+
+
+def test_a_network_of_another_stem_is_not_timms(tmp_path: Path) -> None:
+    architecture = Architecture("resnet18", stem="small")
+    assert hub.choose_format(architecture) == "safetensors"
+    with pytest.raises(InputError, match=r"--format timm: has no resnet18 .small stem. by name: choose safetensors"):
+        hub.check_format(architecture, "timm")
+
+
 def test_a_refused_upload_is_one_line(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Refusing(Api):
         def create_repo(self, name: str, **options: Any) -> str:
@@ -128,12 +143,6 @@ def test_the_configuration_is_timms(arch: str, tmp_path: Path) -> None:
 
 
 def _drawn(arch: str, folder: Path) -> Any:
-    from safetensors.torch import save_file
-
-    from engine.weights.load import Architecture
-    from engine.weights.readers import METADATA
-    from methods.vit import VITS
-
     heads = VITS[arch].heads if arch in VITS else 0
     architecture = Architecture(arch, size=64, heads=heads)
     described = json.dumps({"arch": arch, "size": 64, "heads": heads})

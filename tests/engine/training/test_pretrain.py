@@ -76,7 +76,7 @@ def test_an_encoder_keeps_the_normalization_of_its_run(
     export(encoder, "safetensors", tmp_path / "x.safetensors")
     statistics = Statistics(tuple(manifest.mean), (0.9, 0.8, 1.0))  # type: ignore[arg-type]
     assert (
-        f"normalized by mean {statistics.mean} and deviation {statistics.std}"
+        f"normalized by mean {statistics.mean} and standard deviation {statistics.std}"
         in (tmp_path / "x.safetensors.md").read_text()
     )
     exported = load_encoder(tmp_path / "x.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,14 +17,18 @@ from torch import nn
 from engine.config.cli import parse
 from engine.config.setting_error import SettingError
 from engine.config.settings import Settings
+from engine.evaluate.__main__ import run as evaluate
 from engine.export.formats import export
+from engine.parallel.rendezvous import rank
 from engine.training.build import Run, build
 from engine.training.loop import train, train_on
 from engine.training.resume import restore, save
-from engine.weights.load import load_encoder
+from engine.weights.load import Architecture, load_encoder
+from engine.weights.readers import METADATA
 from methods.custom import CustomBackbone
 from pipeline.system.errors import InputError
 from tests.engine.training import runs
+from tests.gloo import on_ranks
 
 CODE = """
 import torch
@@ -92,7 +97,7 @@ def test_a_run_resumes_bit_by_bit_with_dropout(arch: str, drawn: Path, tmp_path:
 
 def test_a_finished_run_is_evaluated_and_exported(arch: str, drawn: Path, tmp_path: Path) -> None:
     train(_settings(drawn, tmp_path / "run", arch))
-    with pytest.raises(InputError, match=r"own_\w+:net', which would be imported: add --trust-recipe"):
+    with pytest.raises(InputError, match=r"own_\w+:net', which would import code or fetch files: add --trust-recipe"):
         load_encoder(tmp_path / "run")
     encoder = load_encoder(tmp_path / "run", trust_recipe=True)
     assert encoder.backbone.features == 12
@@ -132,6 +137,82 @@ def test_weights_of_another_module_are_refused(arch: str, drawn: Path, tmp_path:
         assert not (tmp_path / "run").exists()
 
 
+def test_a_run_of_ours_names_the_code_of_the_file_that_it_starts_from(arch: str, drawn: Path, tmp_path: Path) -> None:
+    train(_settings(drawn, tmp_path / "run", arch))
+    with pytest.raises(InputError, match=rf"has {arch}: choose model.arch {arch}"):
+        _run(_settings(drawn, tmp_path / "x", "resnet18", init=str(tmp_path / "run")))
+
+
+def test_evaluation_and_onnx_of_a_run(arch: str, drawn: Path, tmp_path: Path) -> None:
+    train(_settings(drawn, tmp_path / "run", arch))
+    words = ["knn", str(tmp_path / "run"), "--train", str(drawn), "--test", str(drawn), "--size", "16", "--k", "5"]
+    words += ["--cpu", "--precision", "no", "--workers", "1"]
+    with pytest.raises(InputError, match="--trust-recipe"):
+        evaluate(words)
+    evaluate([*words, "--trust-recipe"])
+    assert json.loads((tmp_path / "run/evaluation/knn.json").read_text())["top1"] >= 0
+    pytest.importorskip("onnxruntime")
+    assert export(load_encoder(tmp_path / "run", trust_recipe=True), "onnx", tmp_path / "x.onnx") < 1e-5
+
+
+def _losses_on_ranks(beton: str, arch: str, out: str, code: str) -> None:
+    sys.path.append(code)
+    run = _run(_settings(Path(beton), Path(out), arch, "sync", args={"drop": 0.0}))
+    results = [run.model.step(batch) for batch, _ in zip(run.loader, range(2), strict=False)]
+    if rank() == 0:
+        Path(out).with_suffix(".json").write_text(json.dumps([float(result.parts["loss"]) for result in results]))
+    run.close()
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(arch: str, drawn: Path, tmp_path: Path) -> None:
+    for world in (1, 2):
+        on_ranks(world, _losses_on_ranks, str(drawn), arch, str(tmp_path / f"on{world}"), str(tmp_path))
+    one, two = (json.loads((tmp_path / f"on{world}.json").read_text()) for world in (1, 2))
+    assert one == pytest.approx(two, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        ({"arch": "timm:hf-hub:a/b"}, "which would import code or fetch files: add --trust-recipe"),
+        ({"arch": "timm:local-dir:/etc"}, "which would import code or fetch files: add --trust-recipe"),
+        ({"arch": "timm:a", "args": [1]}, "arguments of timm:a that are no mapping"),
+        ({"arch": "timm:a", "size": 10**9}, "states an impossible size of images"),
+    ],
+)
+def test_files_cannot_make_timm_fetch(stated: dict[str, Any], message: str, tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(2)}, tmp_path / "x.safetensors", metadata={METADATA: json.dumps(stated)})
+    with pytest.raises(InputError, match=message):
+        load_encoder(tmp_path / "x.safetensors")
+
+
+def test_a_momentum_encoder_under_a_prefix_is_refused(arch: str, tmp_path: Path) -> None:
+    save_file({"a.0.weight": torch.zeros(8, 3, 3, 3)}, tmp_path / "x.safetensors")
+    with pytest.raises(InputError, match=r"no key of .* under a"):
+        load_encoder(tmp_path / "x.safetensors", "momentum", prefix="a", custom=Architecture(arch, size=16))
+
+
+def test_a_transformer_of_other_heads_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither keys nor shapes show their number."""
+    (tmp_path / "heads.py").write_text(
+        "from methods.vit import VisionTransformer\n"
+        "class Vit(VisionTransformer):\n"
+        "    def __init__(self, heads):\n"
+        "        super().__init__(384, 12, heads, size=16)\n"
+        "        self.requires_grad_(True)\n"
+        "        [setattr(b.attn, 'num_heads', heads) for b in self.blocks]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    state = Architecture("vit_small", size=16, heads=12).build().state_dict()
+    official = {f"module.base_encoder.{name}": value for name, value in state.items()}
+    torch.save({"state_dict": official}, tmp_path / "x.pth")
+    fitting = Architecture("heads:Vit", size=16, args={"heads": 12})
+    assert load_encoder(tmp_path / "x.pth", custom=fitting).matched == len(state)
+    with pytest.raises(InputError, match=r"has 12 attention heads, and this run's backbone 6: choose model.args"):
+        load_encoder(tmp_path / "x.pth", custom=Architecture("heads:Vit", size=16, args={"heads": 6}))
+
+
 def test_errors_of_the_code_end_the_start_with_one_line(arch: str, drawn: Path, tmp_path: Path) -> None:
     for options, message in (
         ({"args": {"channels": 5.5}}, ": the call fails"),
@@ -162,12 +243,16 @@ def test_settings_of_our_own_backbones_are_refused(key: str, value: object, arch
 def test_a_recipe_imports_code_only_where_it_is_trusted(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("model: {arch: 'own:net', args: {channels: 4}}\n")
-    with pytest.raises(InputError, match=f"model.arch 'own:net' in {recipe}: would import code: .*--trust-recipe"):
+    with pytest.raises(InputError, match=f"'own:net' .* in {recipe}: would import code .*--trust-recipe"):
         parse(["--config", str(recipe)])
     trusted = parse(["--config", str(recipe), "--trust-recipe"])
     assert (trusted.model.arch, trusted.model.args) == ("own:net", {"channels": 4})
     typed = parse(["--config", str(recipe), "--model.arch", "own:net", "--model.args", "{channels: 5}"])
     assert typed.model.args == {"channels": 5}
+    assert parse(["--config", str(recipe), "--trust-recipe", "--model.args", "{a: 1e-3}"]).model.args == {"a": 0.001}
+    recipe.write_text("model: {arch: 'timm:resnet18', args: {checkpoint_path: x.pth}}\n")
+    with pytest.raises(InputError, match=r"checkpoint_path.*would import code or read files"):
+        parse(["--config", str(recipe)])
     recipe.write_text("model: {arch: 'timm:resnet18'}\n")
     assert parse(["--config", str(recipe)]).model.arch == "timm:resnet18"
 

@@ -61,12 +61,18 @@ def test_without_a_column_named_label_images_have_none(folder: Path) -> None:
     [
         ([], {}, "lists 0 images"),
         ([["path"]], {}, "lists 0 images"),
-        ([["path"], ["a/0.jpg"], ["a/9.jpg"], ["b/9.jpg"]], {}, r"a/9.jpg and 1 others are no file: correct the paths"),
+        (
+            [["path"], ["a/0.jpg"], ["a/9.jpg"], ["b/9.jpg"]],
+            {},
+            "a/9.jpg and 1 more: correct the paths",
+        ),
         ([["path", "label"], ["a/0.jpg"]], {}, "row 2: 1 values for 2 columns"),
         ([["path"], ["a/0.jpg"]], {"image_column": "file"}, "--image-column file: .* has path: choose one"),
         ([["path"], ["a/0.jpg"]], {"label_column": "kind"}, "--label-column kind: .* has path: choose one"),
         ([["path", "label"], ["a/0.jpg", "9" * 30]], {}, "row 2 has label 99999999999999999999: give less"),
-        ([["path"], ['"a']], {}, "a is no file|not a table"),
+        ([["path"], ['"a']], {}, "no such file"),
+        ([["a/0.jpg", "0"], ["b/2.jpg", "1"]], {}, "its first line is that of an image"),
+        ([["path"], ["a/0.jpg"]], {"subset": "a"}, "--subset a: .* has no folders: leave it out"),
     ],
 )
 def test_wrong_lists_are_refused(folder: Path, rows: list[list[str]], options: dict[str, str], message: str) -> None:
