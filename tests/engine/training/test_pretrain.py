@@ -139,7 +139,11 @@ def test_notebook_launcher_trains_on_two_ranks_with_callbacks(
     launched = processes.call(notebook_launcher, pretrain, (settings, [RankRecorder(tmp_path)]), 2)
     assert launched.wait(120) == 0, launched.communicate()[1]
     written = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [json.loads((tmp_path / f"rank{n}.json").read_text()) for n in range(2)] == [written, written]
+    first, second = (json.loads((tmp_path / f"rank{n}.json").read_text()) for n in range(2))
+    assert first == written
+    clocks = {"pairs_per_second", "data_wait_fraction"}
+    for line, other in zip(first, second, strict=True):
+        assert {key for key in line if line[key] != other[key]} <= clocks
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 2
 
 
