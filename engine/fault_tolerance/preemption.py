@@ -31,7 +31,8 @@ class Stopped(Exception):
     """Training stopped as requested before its last step, with a checkpoint. Raised on all ranks."""
 
     def __init__(self, step: int, requeue: bool) -> None:
-        super().__init__(f"stopped after step {step}, as requested: give the same command again with --resume auto")
+        remedy = 'give the same command again with --resume auto (in Python, resume="auto")'
+        super().__init__(f"stopped after step {step}, as requested: {remedy}")
         self.status = REQUEUE if requeue else 0
 
 

@@ -65,7 +65,7 @@ def check_out(settings: Settings) -> None:
 def refuse_existing_run(settings: Settings) -> None:
     """Raise InputError where the run folder has checkpoints, and is not to be resumed."""
     if not settings.resume and any((Path(settings.out) / "checkpoints").glob("step_*")):
-        remedy = "add --resume auto to resume it, or choose another --out"
+        remedy = 'add --resume auto (in Python, resume="auto") to resume it, or choose another --out'
         raise InputError(f"{settings.out}: already holds a run: {remedy}")
 
 
