@@ -45,11 +45,16 @@ def _repeated() -> set[str]:
 
 
 _REPEATED = _repeated()
+_LARGE = {"byol_in1k", "moco_v1_co2_in1k", "moco_v3_in1k", "moco_v3_vit_small_in1k", "simclr_in1k"}
+"""Of seconds each; the recipes for CIFAR-10 have the same methods."""
 
 
 @pytest.mark.parametrize(
     "recipe",
-    [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in _REPEATED), id=path.stem) for path in RECIPES],
+    [
+        pytest.param(path, marks=[pytest.mark.slow] * (path.stem in _REPEATED | _LARGE), id=path.stem)
+        for path in RECIPES
+    ],
 )
 def test_every_recipe_passes_a_dry_run(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()

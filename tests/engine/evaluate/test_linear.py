@@ -89,7 +89,7 @@ class _NoCheckpoint:
         pass
 
 
-@pytest.mark.parametrize(("name", "epochs"), [("moco", 60), ("moco_v3", 90)])
+@pytest.mark.parametrize(("name", "epochs"), [("moco", 60), pytest.param("moco_v3", 90, marks=pytest.mark.slow)])
 def test_protocols_are_as_good_as_logistic_regression(name: str, epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "EpochCheckpoint", _NoCheckpoint)
     train, labels, test, true = problem()

@@ -64,6 +64,7 @@ def test_rates_are_the_papers() -> None:
     assert [segment.rate(0.003, share) for share in done] == pytest.approx([3e-3, 3e-3, 3e-4, 3e-4, 3e-5, 3e-5])
 
 
+@pytest.mark.slow
 def test_training_beats_the_best_constant(encoder: Path, drawn: Path) -> None:
     result = evaluate(encoder, drawn, "--iterations", "30")
     assert result["images"] == 5  # every tenth
