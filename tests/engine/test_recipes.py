@@ -44,17 +44,13 @@ def _repeated() -> set[str]:
     return {path.stem for path in RECIPES} - set(first.values()) | {"moco_v2_in1k", "moco_v3_vit_base_in1k"}
 
 
-_REPEATED = _repeated()
 _LARGE = {"byol_in1k", "moco_v1_co2_in1k", "moco_v3_in1k", "moco_v3_vit_small_in1k", "simclr_in1k"}
-"""Of seconds each; the recipes for CIFAR-10 have the same methods."""
+_SLOW = _repeated() | _LARGE  # the recipes for CIFAR-10 have the same methods
 
 
 @pytest.mark.parametrize(
     "recipe",
-    [
-        pytest.param(path, marks=[pytest.mark.slow] * (path.stem in _REPEATED | _LARGE), id=path.stem)
-        for path in RECIPES
-    ],
+    [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in _SLOW), id=path.stem) for path in RECIPES],
 )
 def test_every_recipe_passes_a_dry_run(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
