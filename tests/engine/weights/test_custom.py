@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from engine.weights.load import Architecture, load_encoder
 from engine.weights.readers import METADATA
 from methods.custom import CustomBackbone
 from pipeline.system.errors import InputError
+from tests import processes
 from tests.engine.training import runs
 from tests.gloo import on_ranks
 
@@ -267,11 +267,8 @@ def test_other_names_of_backbones_are_refused(arch: str) -> None:
 def test_the_command_line_finds_a_function_in_the_working_directory(arch: str, drawn: Path, tmp_path: Path) -> None:
     root = Path(__file__).parents[3]
     words = ["--dry-run", "--model.arch", arch, "--data.size", "16", "--data.batch", "16", "--cpu", "--precision", "no"]
-    done = subprocess.run(
-        [sys.executable, str(root / "engine/run.py"), *words, "--method.queue-size", "64"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
+    done = processes.run(
+        [sys.executable, str(root / "engine/run.py"), *words, "--method.queue-size", "64"], cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
     assert arch in done.stdout
