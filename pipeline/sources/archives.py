@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from pipeline.sources import synthetic
+from pipeline.sources import synthetic, tar_headers
+from pipeline.sources.tar_headers import TarPart
 from pipeline.system.errors import InputError
 from pipeline.system.limits import MAX_FILE_BYTES, MAX_FILES, open_regular
 
@@ -23,7 +24,6 @@ SUBSETS = frozenset({"train", "val", "valid", "validation", "test", "extra", "un
 _SYNTHETIC_SEED = 0
 _ZIP_HEADER_BYTES = 30  # before the name in a zip member's header
 _MAX_ZIP_RATIO = 200  # ratio of the images' uncompressed bytes to the zip's
-_MAX_TAR_HEADER_BYTES = 1 << 20
 _MAX_NAME_BYTES = 512
 
 
@@ -171,66 +171,28 @@ def _refuse_bomb(path: Path, members: list[zipfile.ZipInfo], end: int) -> None:
 def _tar_members(path: Path) -> Iterator[Item]:
     """Yield the files of a tar; a tar inside it is a class folder, read in place (ILSVRC2012_img_train.tar)."""
     for item in tar_files(path):
-        if not item.name.endswith(".tar"):
+        if item.name.endswith(".tar"):
+            yield from tar_files(path, item.offset, item.size, item.name.removesuffix(".tar") + "/")
+        else:
             yield item
-            continue
-        folder = item.name.removesuffix(".tar")
-        for image in tar_files(path, item.offset, item.size):
-            yield replace(image, name=f"{folder}/{image.name}")
 
 
-def tar_files(path: Path | str, start: int = 0, size: int | None = None) -> Iterator[Item]:
-    """Yield the files of a tar, or of a tar inside it at those bytes. Raises InputError for a damaged one."""
+def tar_files(path: Path | str, start: int = 0, size: int | None = None, folder: str = "") -> Iterator[Item]:
+    """Yield the files of a tar, or of a tar inside it at those bytes. Raises InputError for a damaged one.
+
+    folder: goes before the names.
+    """
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size if size is None else size
-            for member in _members(_Part(file.fileno(), start, size)):
-                yield Item(_plain(member.name, path), str(path), offset=start + member.offset_data, size=member.size)
+            for name, offset, length in tar_headers.files(TarPart(file.fileno(), start, size)):
+                yield Item(folder + _plain(name, path), str(path), offset=start + offset, size=length)
     except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
             f"{path}: not an intact, uncompressed tar file ({error}): fetch it again or decompress it"
         ) from None
-
-
-class _Part:
-    """A part of a file for tarfile to read headers from. A header states its own length, which is bounded here."""
-
-    def __init__(self, file: int, start: int, size: int) -> None:
-        self._file, self._start, self.size, self._at = file, start, size, 0
-
-    def read(self, count: int = -1) -> bytes:
-        if not 0 <= count <= _MAX_TAR_HEADER_BYTES:
-            raise tarfile.ReadError(f"a header of {count} bytes")
-        data = os.pread(self._file, min(count, max(self.size - self._at, 0)), self._start + self._at)
-        self._at += len(data)
-        return data
-
-    def seek(self, at: int) -> None:
-        self._at = at
-
-    def tell(self) -> int:
-        return self._at
-
-
-def _members(part: _Part) -> Iterator[tarfile.TarInfo]:
-    """Yield the files of a tar. Raises ReadError for a damaged or missing header; tarfile takes that for the end."""
-    archive, before = tarfile.TarFile(fileobj=part), -1  # type: ignore[arg-type]
-    while (member := archive.next()) is not None:
-        archive.members = []  # type: ignore[attr-defined]  # tarfile would collect all of them
-        if member.islnk() or member.issym():
-            raise tarfile.ReadError(f"{member.name} is a link: pack the files themselves, with tar --dereference")
-        if member.issparse():
-            raise tarfile.ReadError(f"{member.name} is sparse: pack it without tar's --sparse")
-        if archive.offset <= before or (member.isfile() and not 0 <= member.size <= part.size - member.offset_data):
-            raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
-        before = archive.offset
-        if member.isfile():
-            yield member
-    part.seek(archive.offset)
-    if part.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError(f"no member and no end at byte {archive.offset}")
 
 
 def _plain(name: str, path: Path | str) -> str:
