@@ -8,7 +8,7 @@ sparse files, global headers, sizes that are not octal, and whatever is damaged,
 import os
 import tarfile
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -21,16 +21,6 @@ _NEAR_BYTES = 1 << 15  # a gap between windows that is read rather than skipped
 _NO_NUMBER = -1
 _KEY_PATH, _KEY_SIZE = np.frombuffer(b"path=", np.uint8), np.frombuffer(b"size=", np.uint8)
 _KEY_SPARSE = np.frombuffer(b"GNU.sparse", np.uint8)
-
-
-class Member(NamedTuple):
-    """A file in a tar."""
-
-    name: str
-    offset: int
-    """First byte of its content, in the tar."""
-    size: int
-    """Bytes."""
 
 
 class TarPart:
@@ -71,8 +61,11 @@ class TarPart:
         return self._at
 
 
-def files(part: TarPart) -> Iterator[Member]:
-    """Yield the files of a tar. Raises TarError and others, as tarfile does, for a damaged or missing header or end."""
+def files(part: TarPart) -> Iterator[tuple[str, int, int]]:
+    """Yield name, first byte and size of the files of a tar.
+
+    Raises TarError and others, as tarfile does, for a damaged or missing header or end.
+    """
     archive, at = tarfile.TarFile(fileobj=part, encoding="utf-8"), 0  # type: ignore[arg-type]
     rows = np.empty((_MAX_WINDOW_BYTES // _BLOCK, 6), np.int64)
     while True:
@@ -81,7 +74,7 @@ def files(part: TarPart) -> Iterator[Member]:
             count, skip = scan(np.frombuffer(window, np.uint8), part.size - at, rows)
             for start, end, prefix, prefix_end, offset, size in rows[:count].tolist():
                 name = window[prefix:prefix_end] + b"/" + window[start:end] if prefix else window[start:end]
-                yield Member(name.decode("utf-8", "surrogateescape"), at + offset, size)
+                yield name.decode("utf-8", "surrogateescape"), at + offset, size
             at += skip
             if count:
                 continue
@@ -97,13 +90,13 @@ def files(part: TarPart) -> Iterator[Member]:
             raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
         at = archive.offset
         if member.isfile():
-            yield Member(member.name, member.offset_data, member.size)
+            yield member.name, member.offset_data, member.size
     if part.window(at, _BLOCK)[:_BLOCK] != bytes(_BLOCK):
         raise tarfile.ReadError(f"no member and no end at byte {at}")
 
 
 @compiled(nogil=True, boundscheck=False)
-def scan(data: Any, limit: int, rows: Any) -> tuple[int, int]:
+def scan(data: Any, limit: int, rows: Any) -> tuple[int, Any]:
     """Read the headers of plain files from the start of `data` on, up to another member, or the end of `data`.
 
     limit: bytes from there to the tar's end. rows: int64 [N, 6]; of each file, first byte and end of its name, the same
@@ -147,12 +140,12 @@ def scan(data: Any, limit: int, rows: Any) -> tuple[int, int]:
 
 
 @compiled(nogil=True, boundscheck=False)
-def _padded(size: int) -> int:
+def _padded(size: Any) -> Any:
     return (size + _BLOCK - 1) // _BLOCK * _BLOCK
 
 
 @compiled(nogil=True, boundscheck=False)
-def _text_end(data: Any, at: int, length: int) -> int:
+def _text_end(data: Any, at: Any, length: Any) -> Any:
     """Return the end of the text at `at`: its first NUL, at most `length` bytes after."""
     end = at
     while end < at + length and data[end] != 0:
@@ -161,7 +154,7 @@ def _text_end(data: Any, at: int, length: int) -> int:
 
 
 @compiled(nogil=True, boundscheck=False)
-def _octal(data: Any, at: int, length: int) -> int:
+def _octal(data: Any, at: Any, length: Any) -> Any:
     """Return the octal number in a field, padded by spaces and ended by NUL or the field; -1 for anything else."""
     end = _text_end(data, at, length)
     while at < end and data[at] == ord(" "):
@@ -177,7 +170,7 @@ def _octal(data: Any, at: int, length: int) -> int:
 
 
 @compiled(nogil=True, boundscheck=False)
-def _intact(data: Any, at: int) -> bool:
+def _intact(data: Any, at: Any) -> Any:
     """Return whether a header's checksum is that of its bytes, and it is not empty."""
     total, checksum = np.int64(0), np.int64(0)
     for i in range(at, at + _BLOCK):
@@ -188,7 +181,7 @@ def _intact(data: Any, at: int) -> bool:
 
 
 @compiled(nogil=True, boundscheck=False)
-def _pax(data: Any, at: int, end: int) -> tuple[bool, int, int, int]:
+def _pax(data: Any, at: Any, end: Any) -> tuple[Any, Any, Any, Any]:
     """Read PAX records "LENGTH KEY=VALUE": first byte and end of the path, or 0, 0, and the size, or -1.
 
     The first value is whether compiled code can read the member: no record is malformed, or says that it is sparse.
@@ -226,7 +219,7 @@ def _pax(data: Any, at: int, end: int) -> tuple[bool, int, int, int]:
 
 
 @compiled(nogil=True, boundscheck=False)
-def _begins(data: Any, at: int, text: Any) -> bool:
+def _begins(data: Any, at: Any, text: Any) -> Any:
     """Return whether `text` is at that place of `data`, of which a header of 512 bytes more follows."""
     same = True
     for i in range(len(text)):

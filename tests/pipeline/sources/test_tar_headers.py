@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 import tarfile
 from pathlib import Path
@@ -45,7 +46,7 @@ def _listed(path: Path) -> Listed | str:
     """Return the same by our reading."""
     with path.open("rb") as file:
         try:
-            return [tuple(member) for member in tar_headers.files(TarPart(file.fileno(), 0, path.stat().st_size))]
+            return list(tar_headers.files(TarPart(file.fileno(), 0, path.stat().st_size)))
         except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError):
             return "refused"
 
@@ -188,15 +189,15 @@ def test_members_of_more_than_8_gigabytes_are_passed_over(kind: str, tmp_path: P
             file.seek(-(-size // 512) * 512, io.SEEK_CUR)
         file.write(END)
     assert _listed(path) == _reference(path)
-    assert [size for _, _, size in _listed(path)] == [big, 5]
+    assert [item.size for item in tar_files(path)] == [big, 5]
 
 
 def test_only_headers_are_read_of_large_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    draw, read = random.Random(0), []
+    draw, read = random.Random(0), list[int]()
     path = tmp_path / "x.tar"
     path.write_bytes(b"".join(_member(f"{i}.jpg", 100_000, tarfile.GNU_FORMAT, draw) for i in range(50)) + END)
-    pread = tar_headers.os.pread
-    monkeypatch.setattr(tar_headers.os, "pread", lambda *args: read.append(args[1]) or pread(*args))
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda *args: read.append(args[1]) or pread(*args))
     assert len(list(tar_files(path))) == 50
     assert sum(read) < 50 * 8192
 
