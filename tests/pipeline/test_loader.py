@@ -27,13 +27,14 @@ from pipeline.backends.ffcv import FfcvBackend
 from pipeline.beton import Beton, manifest_path
 from pipeline.loader import CenterLoader, Loader, LoaderOptions, OptionalKeywords, Shuffle
 from pipeline.prepare import prepare
-from pipeline.sampling.order import epoch_order, shuffled_rows
+from pipeline.sampling.order import shuffled_rows
 from pipeline.storage.decode import decode
 from pipeline.storage.encode import Settings
 from pipeline.system.errors import DamagedRecord, InputError, LoaderStalled
 from pipeline.views import AUGMENTATIONS
 from tests.conftest import Figure
 from tests.pipeline.loading import BATCH, LEVELS, PLAIN, SIZE, same, small_loader, take
+from tests.pipeline.orders import epoch_order
 
 _SAMPLES = 200
 _STEPS = _SAMPLES // BATCH

@@ -30,7 +30,6 @@ from pipeline.beton_format import JPEG, RAW
 from pipeline.loader import Batch, CenterLoader, Loader
 from pipeline.native.libjpeg import decode_rectangle
 from pipeline.prepare import prepare
-from pipeline.sampling.order import epoch_order
 from pipeline.storage.decode import decode
 from pipeline.storage.encode import Settings
 from pipeline.system.errors import DamagedRecord, InputError
@@ -38,6 +37,7 @@ from pipeline.views import AUGMENTATIONS, View, view_sizes
 from tests import processes
 from tests.pipeline.loading import BATCH, LEVELS, PLAIN, SIZE, pillow, same, take
 from tests.pipeline.loading import small_loader as loader
+from tests.pipeline.orders import epoch_order
 
 OTHERS = [name for name in BACKENDS if name != "ffcv"]
 SAME_DECODER = [name for name in OTHERS if name != "dali" or decode_rectangle is not None]
