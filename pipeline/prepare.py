@@ -32,13 +32,15 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.beton import Beton, Manifest, manifest_path
+from pipeline.beton import Beton
 from pipeline.sampling.order import evenly
 from pipeline.sources.archives import Item, Source
 from pipeline.sources.images import list_images
 from pipeline.sources.labels import relabel
+from pipeline.storage.columns import Columns
 from pipeline.storage.decode import decode
 from pipeline.storage.encode import Record, Settings, Unreadable, encode
+from pipeline.storage.manifest import Manifest, columns_path, manifest_path
 from pipeline.storage.writer import BetonWriter
 from pipeline.system.cli import ArgumentParser
 from pipeline.system.cores import available_cores
@@ -143,13 +145,19 @@ def prepare(
     if limit:  # the items are sorted by class: each class retains its share
         images = Source([images.items[i] for i in evenly(len(images.items), limit)], images.classes)
     try:
-        with atomic_path(manifest_path(out)) as manifest_file, atomic_path(out) as beton_file:
-            manifest = _write(
+        manifest_to = manifest_path(out)
+        with (
+            atomic_path(manifest_to) as manifest_file,
+            atomic_path(columns_path(manifest_to)) as columns_file,
+            atomic_path(out) as beton_file,
+        ):
+            manifest, columns = _write(
                 " ".join(sources), images, beton_file, settings, workers or available_cores(), skip_bad, quiet
             )
             measure(manifest, beton_file)
+            manifest.columns = columns.write(columns_file)
             manifest.write(manifest_file)
-            manifest_path(out).unlink(missing_ok=True)  # an old manifest never accompanies a new beton
+            manifest_to.unlink(missing_ok=True)  # an old manifest never accompanies a new beton
     except OSError as error:
         raise InputError(
             f"{out}: cannot be written: {error.strerror or error}: free space or choose another place"
@@ -159,8 +167,8 @@ def prepare(
 
 def _write(
     source: str, images: Source, path: Path, settings: Settings, workers: int, skip_bad: int, quiet: bool
-) -> Manifest:
-    """Write the beton to `path`; return its manifest."""
+) -> tuple[Manifest, Columns]:
+    """Write the beton to `path`; return its manifest and columns."""
     writer = BetonWriter(path, len(images.items))
     crcs: list[int] = []
     names: list[str] = []
@@ -186,17 +194,16 @@ def _write(
         writer.abort()
         raise
     packages = {package: version(package) for package in ("millrace", "ffcv", "numpy", "pillow")}
-    return Manifest(
+    manifest = Manifest(
         count=len(names),
         classes=images.classes,
         header_crc32=header_crc32,
         file_size=path.stat().st_size,
         settings={"source": source, **asdict(settings)},
         versions={"python": platform.python_version(), **{name: number for name, number in packages.items() if number}},
-        crc32=crcs,
-        names=names,
         skipped=skipped,
     )
+    return manifest, Columns.from_lists(names, crcs)
 
 
 def measure(manifest: Manifest, path: Path) -> None:

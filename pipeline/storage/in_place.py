@@ -52,7 +52,7 @@ class Direct(Beton):
         self._file = np.array([number[item.path] for item in items])
         self._loose = any(item.offset < 0 for item in items)  # each image is a file
         self.labels = np.array([item.label for item in items], np.int64)
-        self.manifest = self.crc32 = None
+        self.manifest = self.columns = self.crc32 = None
         self._index(items)
         self.modes = np.full(len(self), JPEG, np.uint8)
         self.in_one_file = len(self._files) == 1 and not self._loose

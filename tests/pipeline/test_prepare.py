@@ -23,9 +23,11 @@ from pipeline.prepare import main, prepare
 from pipeline.sources import synthetic
 from pipeline.storage.decode import decode
 from pipeline.storage.encode import Settings
+from pipeline.storage.manifest import side_files
 from pipeline.system.errors import InputError
 from tests import ROOT, processes
 from tests.pipeline.conftest import pack, parsed_beton, picture, run_command, saved
+from tests.side_files import names_of
 
 # ---- unreadable images ----
 
@@ -58,7 +60,7 @@ def test_a_link_to_nothing_is_an_unreadable_image(tmp_path: Path) -> None:
 
 
 def test_a_failure_leaves_an_existing_output_unchanged(small: Path, tmp_path: Path) -> None:
-    before = {path: path.read_bytes() for path in (small, small.with_name("small.beton.json"))}
+    before = {path: path.read_bytes() for path in (small, *side_files(small))}
     source = pack("folder", {"1.jpg": saved(picture()), "2.jpg": b"no image"}, tmp_path)
     with pytest.raises(InputError):
         prepare(str(source), small, workers=1, quiet=True)
@@ -79,10 +81,10 @@ def test_skip_bad_skips_and_lists_bad_images(tmp_path: Path) -> None:
     source = pack("tar", files, tmp_path)
     manifest = prepare(str(source), tmp_path / "x.beton", skip_bad=2, workers=1, quiet=True)
     assert manifest.skipped == [["c0/2.jpg", "the file is empty"], ["c1/5.jpg", "not an image"]]
-    assert manifest.names == ["c0/0.jpg", "c0/4.jpg", "c1/1.jpg", "c1/3.jpg"]
-    beton = Beton(tmp_path / "x.beton")
+    names, beton = names_of(tmp_path / "x.beton"), Beton(tmp_path / "x.beton")
+    assert names == ["c0/0.jpg", "c0/4.jpg", "c1/1.jpg", "c1/3.jpg"]
     assert beton.labels.tolist() == [0, 0, 1, 1]
-    for index, name in enumerate(manifest.names):
+    for index, name in enumerate(names):
         assert beton.record(index).tobytes() == files[name]
 
 
@@ -117,11 +119,13 @@ def test_the_manifest_describes_the_file(tmp_path: Path) -> None:
     returned = prepare(str(source), out, settings, workers=1, quiet=True)
     manifest, file = json.loads((tmp_path / "x.beton.json").read_text("utf-8")), parsed_beton(out)
     assert manifest == returned.__dict__
-    assert (file.version, manifest["format"]) == (2, 1)
+    assert (file.version, manifest["format"]) == (2, 2)
+    beton, names = Beton(out), names_of(out)
+    assert beton.crc32 is not None
     assert manifest["count"] == file.count == 7
     assert manifest["file_size"] == len(file.data)
     assert manifest["classes"] == ["a", "b"]
-    assert manifest["names"] == sorted(files)
+    assert names == sorted(files)
     assert manifest["settings"] == {
         "source": str(source),
         "max_side": 300,
@@ -133,13 +137,11 @@ def test_the_manifest_describes_the_file(tmp_path: Path) -> None:
     }
     assert {"python", "ffcv", "numpy", "pillow"} <= set(manifest["versions"])
     assert manifest["header_crc32"] == zlib.crc32(file.data[: file.end] + file.data[file.table :])
-    for index, (name, (mode, width, height, pointer, label)) in enumerate(
-        zip(manifest["names"], file.rows, strict=True)
-    ):
+    for index, (name, (mode, width, height, pointer, label)) in enumerate(zip(names, file.rows, strict=True)):
         assert file.places[index] == (index, pointer, len(files[name]))
         stored = file.data[pointer : pointer + len(files[name])]
         assert stored == files[name]
-        assert manifest["crc32"][index] == zlib.crc32(stored)
+        assert beton.crc32[index] == zlib.crc32(stored)
         assert (mode, (width, height)) == (0, Image.open(io.BytesIO(stored)).size)
         assert manifest["classes"][label] == name[0]
 
@@ -170,7 +172,7 @@ def test_undecodable_names_survive(tmp_path: Path) -> None:
     manifest = prepare(str(source), tmp_path / "x.beton", workers=1, quiet=True)
     beton = Beton(tmp_path / "x.beton")
     assert beton.manifest == manifest
-    assert manifest.names == [name]
+    assert names_of(tmp_path / "x.beton") == [name]
     assert beton.name(0) == "caf\\udce9.jpg"
 
 
@@ -180,17 +182,17 @@ def test_the_file_does_not_depend_on_the_number_of_workers(tmp_path: Path) -> No
     for workers in (1, 2):
         out, settings = tmp_path / f"{workers}.beton", Settings(mode="proportion", max_side=60)
         prepare(str(source), out, settings, workers=workers, quiet=True)
-    for suffix in ("beton", "beton.json"):
+    for suffix in ("beton", "beton.json", "beton.columns"):
         assert (tmp_path / f"1.{suffix}").read_bytes() == (tmp_path / f"2.{suffix}").read_bytes()
 
 
 def test_a_limit_takes_images_spread_evenly_over_all_classes(tmp_path: Path) -> None:
     files = {f"{folder}/{i}.jpg": saved(picture(seed=i)) for folder in "abc" for i in range(8)}
     source = pack("tar", files, tmp_path)
-    manifest = prepare(str(source), tmp_path / "x.beton", limit=6, workers=1, quiet=True)
-    assert manifest.names == ["a/0.jpg", "a/4.jpg", "b/0.jpg", "b/4.jpg", "c/0.jpg", "c/4.jpg"]
-    manifest = prepare(str(source), tmp_path / "x.beton", limit=99, workers=1, quiet=True)
-    assert manifest.names == sorted(files)
+    prepare(str(source), tmp_path / "x.beton", limit=6, workers=1, quiet=True)
+    assert names_of(tmp_path / "x.beton") == ["a/0.jpg", "a/4.jpg", "b/0.jpg", "b/4.jpg", "c/0.jpg", "c/4.jpg"]
+    prepare(str(source), tmp_path / "x.beton", limit=99, workers=1, quiet=True)
+    assert names_of(tmp_path / "x.beton") == sorted(files)
 
 
 # ---- command and signals ----
