@@ -25,8 +25,8 @@ from pipeline.beton_format import (
     VERSION,
     row_type,
 )
-from pipeline.storage.columns import Columns
-from pipeline.storage.manifest import PREPARE_AGAIN, Manifest, find_manifest, read_manifest
+from pipeline.columns import Columns
+from pipeline.manifest import PREPARE_AGAIN, Manifest, find_manifest, read_manifest
 from pipeline.system.chunks import chunks
 from pipeline.system.errors import BadRecords, InputError
 from pipeline.system.limits import MAX_CLASSES, MAX_IMAGE_PIXELS

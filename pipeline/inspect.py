@@ -21,8 +21,8 @@ from pipeline.augment.color import IMAGENET
 from pipeline.beton import Beton
 from pipeline.beton_format import RAW
 from pipeline.loader import Loader
+from pipeline.manifest import FORMAT, columns_path, find_manifest
 from pipeline.storage.decode import check_record, decode
-from pipeline.storage.manifest import FORMAT, columns_path, find_manifest
 from pipeline.system.chunks import chunks
 from pipeline.system.cli import ArgumentParser
 from pipeline.system.cores import available_cores

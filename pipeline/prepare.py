@@ -33,14 +33,14 @@ from typing import Any
 import numpy as np
 
 from pipeline.beton import Beton
+from pipeline.columns import Columns
+from pipeline.manifest import Manifest, columns_path, manifest_path
 from pipeline.sampling.order import evenly
 from pipeline.sources.archives import Item, Source
 from pipeline.sources.images import list_images
 from pipeline.sources.labels import relabel
-from pipeline.storage.columns import Columns
 from pipeline.storage.decode import decode
 from pipeline.storage.encode import Record, Settings, Unreadable, encode
-from pipeline.storage.manifest import Manifest, columns_path, manifest_path
 from pipeline.storage.writer import BetonWriter
 from pipeline.system.cli import ArgumentParser
 from pipeline.system.cores import available_cores
@@ -84,7 +84,7 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _records(items: list[Item], settings: Settings, workers: int) -> Generator[Record | str, None, None]:
+def _records(items: Sequence[Item], settings: Settings, workers: int) -> Generator[Record | str, None, None]:
     """Yield the items' records in order, from `workers` processes."""
     if workers == 1:
         yield from (_encode_item(item, index, settings) for index, item in enumerate(items))

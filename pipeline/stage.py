@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from pipeline.beton import Beton
-from pipeline.storage.manifest import columns_path, manifest_path, side_files
+from pipeline.manifest import columns_path, manifest_path, side_files
 from pipeline.system.cli import ArgumentParser
 from pipeline.system.errors import InputError, command
 from pipeline.system.files import atomic_path

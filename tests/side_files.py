@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.beton import Beton
-from pipeline.storage.columns import Columns
-from pipeline.storage.manifest import Manifest, columns_path, manifest_path, side_files
+from pipeline.columns import Columns
+from pipeline.manifest import Manifest, columns_path, manifest_path, side_files
 
 
 def copy_side_files(beton: Path, to: Path) -> None:

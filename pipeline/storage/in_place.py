@@ -45,7 +45,7 @@ class Direct(Beton):
         self.path, self._tolerate = Path(source), tolerate
         _check_source(str(source))
         images = list_images([str(source)])
-        items, self.classes = images.items, images.classes
+        items, self.classes = list(images.items), images.classes
         self._names = [item.name for item in items]
         self._files = sorted({item.path for item in items})
         number = {path: i for i, path in enumerate(self._files)}

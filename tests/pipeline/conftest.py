@@ -16,9 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.manifest import side_files
 from pipeline.prepare import prepare
 from pipeline.storage.encode import Settings
-from pipeline.storage.manifest import side_files
 
 KINDS = ("folder", "tar", "zip", "deflated zip")
 

@@ -16,11 +16,11 @@ import numpy as np
 from pipeline.beton import Beton
 from pipeline.inspect import describe, verify
 from pipeline.loader import Loader
+from pipeline.manifest import side_files
 from pipeline.native.libffcv import decode_jpeg
 from pipeline.native.libjpeg import decode_rectangle
 from pipeline.storage.decode import jpeg_frame
 from pipeline.storage.encode import Settings, Unreadable, encode
-from pipeline.storage.manifest import side_files
 from pipeline.system.errors import InputError
 from pipeline.views import AUGMENTATIONS
 from tests.side_files import copy_side_files, write_side_files

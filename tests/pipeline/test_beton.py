@@ -19,12 +19,12 @@ from safetensors.numpy import load_file
 
 from pipeline.beton import Beton
 from pipeline.beton_format import JPEG, RAW
+from pipeline.columns import COLUMNS, Columns
+from pipeline.manifest import Manifest, columns_path, manifest_path, read_manifest
 from pipeline.native import libffcv
 from pipeline.prepare import prepare
-from pipeline.storage.columns import COLUMNS, Columns
 from pipeline.storage.decode import check_record, decode, records_of
 from pipeline.storage.encode import Settings, encode
-from pipeline.storage.manifest import Manifest, columns_path, manifest_path, read_manifest
 from pipeline.storage.writer import BetonWriter
 from pipeline.system.errors import InputError
 from tests.pipeline.conftest import picture, saved

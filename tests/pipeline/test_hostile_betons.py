@@ -20,15 +20,15 @@ import pytest
 
 from pipeline.beton import Beton, count_classes
 from pipeline.beton_format import JPEG
+from pipeline.columns import Columns
 from pipeline.inspect import describe
 from pipeline.inspect import main as inspect_main
+from pipeline.manifest import columns_path, manifest_path, read_manifest
 from pipeline.native import libffcv
 from pipeline.native.libjpeg import decode_rectangle
 from pipeline.prepare import prepare
-from pipeline.storage.columns import Columns
 from pipeline.storage.decode import _decode_full, check_record
 from pipeline.storage.encode import Settings, Unreadable, encode
-from pipeline.storage.manifest import columns_path, manifest_path, read_manifest
 from pipeline.storage.writer import BetonWriter
 from pipeline.system.errors import InputError
 from tests import ROOT

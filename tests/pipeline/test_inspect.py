@@ -14,9 +14,9 @@ from PIL import Image
 from pipeline.beton import Beton
 from pipeline.beton_format import JPEG, RAW
 from pipeline.inspect import _range, describe, main, preview, upgrade, verify
+from pipeline.manifest import columns_path, manifest_path
 from pipeline.prepare import prepare
 from pipeline.storage.encode import Settings
-from pipeline.storage.manifest import columns_path, manifest_path
 from pipeline.system.errors import InputError
 from pipeline.views import AUGMENTATIONS
 from tests.pipeline.conftest import pack, picture, run_command, saved
@@ -276,7 +276,7 @@ def test_upgrade_leaves_the_former_manifest_where_the_disk_is_full(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pipeline.storage.manifest.Manifest.write", full)
+    monkeypatch.setattr("pipeline.manifest.Manifest.write", full)
     with pytest.raises(InputError, match="cannot be written: No space left"):
         upgrade(small)
     assert {path.name: path.read_bytes() for path in small.parent.iterdir()} == before

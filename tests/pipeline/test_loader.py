@@ -26,11 +26,11 @@ from pipeline.augment.plan import Plan
 from pipeline.backends.ffcv import FfcvBackend
 from pipeline.beton import Beton
 from pipeline.loader import CenterLoader, Loader, LoaderOptions, OptionalKeywords, Shuffle
+from pipeline.manifest import manifest_path, side_files
 from pipeline.prepare import prepare
 from pipeline.sampling.order import epoch_order, shuffled_rows
 from pipeline.storage.decode import decode
 from pipeline.storage.encode import Settings
-from pipeline.storage.manifest import manifest_path, side_files
 from pipeline.system.errors import DamagedRecord, InputError, LoaderStalled
 from pipeline.views import AUGMENTATIONS
 from tests.conftest import Figure

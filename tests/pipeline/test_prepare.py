@@ -19,11 +19,11 @@ from PIL import Image
 
 from pipeline.beton import Beton
 from pipeline.beton_format import RAW
+from pipeline.manifest import side_files
 from pipeline.prepare import main, prepare
 from pipeline.sources import synthetic
 from pipeline.storage.decode import decode
 from pipeline.storage.encode import Settings
-from pipeline.storage.manifest import side_files
 from pipeline.system.errors import InputError
 from tests import ROOT, processes
 from tests.pipeline.conftest import pack, parsed_beton, picture, run_command, saved

@@ -13,9 +13,9 @@ import pytest
 
 from pipeline import stage as module
 from pipeline.beton import Beton
+from pipeline.manifest import columns_path, manifest_path, side_files
 from pipeline.prepare import prepare
 from pipeline.stage import stage
-from pipeline.storage.manifest import columns_path, manifest_path, side_files
 from pipeline.system.errors import InputError
 from tests import processes
 

@@ -30,11 +30,11 @@ from engine.monitoring.metrics_logger import MetricsLogger
 from engine.weights.load import load_encoder
 from methods.registry import build_backbone
 from pipeline.beton import Beton
+from pipeline.columns import Columns
+from pipeline.manifest import columns_path, manifest_path
 from pipeline.prepare import prepare
 from pipeline.stage import stage
-from pipeline.storage.columns import Columns
 from pipeline.storage.in_place import Direct
-from pipeline.storage.manifest import columns_path, manifest_path
 from pipeline.system.errors import InputError
 from tests.hostile import Payload, hostile_pickle, record, reliability, survived
 from tests.pipeline.conftest import picture, saved, tar_bytes

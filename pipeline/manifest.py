@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.storage.columns import COLUMNS, Columns
+from pipeline.columns import COLUMNS, Columns
 from pipeline.system.errors import InputError
 from pipeline.system.limits import read_json
 
