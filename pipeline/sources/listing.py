@@ -87,6 +87,11 @@ class Listing(Sequence[Any]):
         extra = {"column": column, "group": group} if column else {}
         return kind(name=name, path=path + name if is_folder else path, **fields, **extra)
 
+    @property
+    def has_files(self) -> bool:
+        """Whether images are files of a folder, each of which may change."""
+        return any(is_folder for _, _, is_folder, _ in self._places)
+
     def name_bytes(self, index: int) -> bytes:
         """Return the name of image `index` in UTF-8; bytes that are not UTF-8 as they are."""
         return self._bytes(int(index if self._order is None else self._order[index]))
@@ -222,6 +227,14 @@ class ListingWriter:
         if len(runs) == 1:
             return runs[0]
         return self._written(_arrays(row for _, row in heapq.merge(*map(named, runs))))
+
+
+def listed(items: Iterable[Any], folder: Path | None = None) -> Listing:
+    """Return the items, with their labels, in temporary files."""
+    writer = ListingWriter(folder)
+    for item in items:
+        writer.append(item, item.label)
+    return writer.finish()
 
 
 def _arrays(values: Iterator[int]) -> Iterator[np.ndarray]:
