@@ -59,7 +59,7 @@ def _plans(beton: Beton, size: int, views: int, batch: int) -> list[Plan]:
 
 def _decoded(beton: Beton, plans: list[Plan]) -> float:
     """Return the bytes of decoded pixels a sample."""
-    parts = np.concatenate([rectangles(records_of(beton), plan.ids, plan.boxes) for plan in plans]).astype(np.int64)
+    parts = np.concatenate([rectangles(records_of(beton, plan.ids), plan.boxes) for plan in plans]).astype(np.int64)
     return float((3 * parts[:, 2] * parts[:, 3]).mean())
 
 

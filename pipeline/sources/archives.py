@@ -10,11 +10,12 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from pipeline.sources import synthetic, tar_headers
+from pipeline.sources.listing import Listing, ListingWriter
 from pipeline.sources.tar_headers import TarPart
 from pipeline.system.errors import InputError
 from pipeline.system.limits import MAX_FILE_BYTES, MAX_FILES, open_regular
@@ -79,22 +80,24 @@ class Item:
 class Source:
     """The images of a source, in a fixed order, and its class names by label."""
 
-    items: list[Item]
+    items: Sequence[Item]
     classes: list[str]
 
     def relabeled(self, labels: Iterable[int], classes: list[str]) -> "Source":
         """Return the same images with other labels and class names."""
+        if isinstance(self.items, Listing):
+            return Source(self.items.relabeled(labels), classes)
         return Source([replace(item, label=label) for item, label in zip(self.items, labels, strict=True)], classes)
 
 
-def open_source(source: str, subset: str | None = None) -> Source:
+def open_source(source: str, subset: str | None = None, folder: Path | None = None) -> Source:
     """List the images of `source`: a folder, .tar, .zip or `synthetic:N`, or `synthetic:FIRST:N`.
 
-    subset: take only the images in this folder of the source. Raises InputError for a source that is missing or has no
-    image, and for several subsets to choose from.
+    subset: take only the images in this folder of the source. folder: for temporary files. Raises InputError for a
+    source that is missing or has no image, and for several subsets to choose from.
     """
     if source.startswith("synthetic:"):
-        return _synthetic(source)
+        return _synthetic(source, folder)
     path = Path(source)
     if os.path.isdir(path):
         items = _walk(path)
@@ -106,17 +109,19 @@ def open_source(source: str, subset: str | None = None) -> Source:
         items = _tar_members(path)
     else:
         raise InputError(f"{source}: not a folder, .tar or .zip: unpack it, or decompress it to a plain .tar")
-    return _label(source, items, subset)
+    return _label(source, items, subset, folder)
 
 
-def _synthetic(source: str) -> Source:
+def _synthetic(source: str, folder: Path | None) -> Source:
     numbers = source.split(":")[1:]
     if not 1 <= len(numbers) <= 2 or not all(number.isdecimal() for number in numbers) or int(numbers[-1]) < 1:
         raise InputError(f"{source}: write synthetic:N, N images, or synthetic:FIRST:N, those from number FIRST on")
     first = int(numbers[0]) if len(numbers) == 2 else 0
     indices = range(first, first + int(numbers[-1]))
-    items = [Item(f"drawn/{i:08d}.jpg", "", i % len(synthetic.CLASSES), i) for i in indices]
-    return Source(items, list(synthetic.CLASSES))
+    writer = ListingWriter(folder)
+    for i in indices:
+        writer.append(Item(f"drawn/{i:08d}.jpg", "", offset=i), i % len(synthetic.CLASSES))
+    return Source(writer.finish(), list(synthetic.CLASSES))
 
 
 def _walk(root: Path) -> Iterator[Item]:
@@ -205,23 +210,32 @@ def _plain(name: str, path: Path | str) -> str:
     return name
 
 
-def _label(source: str, items: Iterable[Item], subset: str | None) -> Source:
+def _label(source: str, items: Iterable[Item], subset: str | None, folder: Path | None) -> Source:
     """Return the images among the items, sorted by name, with their folders as classes."""
-    images = [item for item in _checked(source, items) if _is_image(item.name)]
-    parents = {PurePosixPath(item.name).parent.parts for item in images}
-    root = _root(source, parents, subset)
-    images = [item for item in images if PurePosixPath(item.name).parts[: len(root)] == root]
-    images.sort(key=lambda item: item.name)
+    writer, numbers, parents = ListingWriter(folder), dict[str, int](), list[tuple[str, ...]]()
+    for item in _checked(source, items):
+        parent, _, name = item.name.rpartition("/")
+        if _is_hidden(name) or os.path.splitext(name)[1].lower() not in SUFFIXES:
+            continue
+        number = numbers.get(parent)
+        if number is None:
+            parts = PurePosixPath(parent).parts
+            number = numbers[parent] = -1 if any(map(_is_hidden, parts)) else len(parents)
+            parents += [parts] if number >= 0 else []
+        if number >= 0:
+            writer.append(item, number)
+    root = _root(source, set(parents), subset)
+    folders = [parts[len(root) :] if parts[: len(root)] == root else None for parts in parents]
+    classes = sorted({parts[0] for parts in folders if parts})
+    label = {name: number for number, name in enumerate(classes)}
+    labels = [label[parts[0]] if parts else -1 for parts in folders]
+    images = writer.finish(labels, kept=[parts is not None for parts in folders], by_name=True)
     if not images:
         where = f"{source}, folder {subset}" if subset else source
         raise InputError(
             f"{where}: no image in it: give a folder or archive with {', '.join(sorted(SUFFIXES)[:4])} ... files"
         )
-    folders = [PurePosixPath(item.name).parts[len(root) : -1] for item in images]
-    classes = sorted({folder[0] for folder in folders if folder})
-    number = {name: label for label, name in enumerate(classes)}
-    labels = [number[folder[0]] if folder else -1 for folder in folders]
-    return Source(images, []).relabeled(labels, classes)
+    return Source(images, classes)
 
 
 def _checked(source: str, items: Iterable[Item]) -> Iterator[Item]:
@@ -238,8 +252,11 @@ def _checked(source: str, items: Iterable[Item]) -> Iterator[Item]:
 
 def _is_image(name: str) -> bool:
     path = PurePosixPath(name)
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-    return path.suffix.lower() in SUFFIXES and not hidden
+    return path.suffix.lower() in SUFFIXES and not any(map(_is_hidden, path.parts))
+
+
+def _is_hidden(part: str) -> bool:
+    return part.startswith(".") or part == "__MACOSX"
 
 
 def _root(source: str, parents: set[tuple[str, ...]], subset: str | None) -> tuple[str, ...]:

@@ -45,14 +45,14 @@ class Direct(Beton):
         self.path, self._tolerate = Path(source), tolerate
         _check_source(str(source))
         images = list_images([str(source)])
-        items, self.classes = images.items, images.classes
+        items, self.classes = list(images.items), images.classes
         self._names = [item.name for item in items]
         self._files = sorted({item.path for item in items})
         number = {path: i for i, path in enumerate(self._files)}
         self._file = np.array([number[item.path] for item in items])
         self._loose = any(item.offset < 0 for item in items)  # each image is a file
         self.labels = np.array([item.label for item in items], np.int64)
-        self.manifest = self.crc32 = None
+        self.manifest = self.columns = self.crc32 = None
         self._index(items)
         self.modes = np.full(len(self), JPEG, np.uint8)
         self.in_one_file = len(self._files) == 1 and not self._loose

@@ -13,7 +13,7 @@ class Subset(Beton):
 
     def __init__(self, parent: Beton, indices: np.ndarray) -> None:
         self.parent, self.indices = parent, indices
-        for name in ("path", "manifest", "file_size", "data", "classes", "in_one_file"):
+        for name in ("path", "manifest", "columns", "file_size", "data", "classes", "in_one_file"):
             setattr(self, name, getattr(parent, name))
         for name in ("heights", "widths", "modes", "pointers", "sizes", "labels"):
             setattr(self, name, getattr(parent, name)[indices])

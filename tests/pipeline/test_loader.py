@@ -24,8 +24,9 @@ from pipeline.augment.color import IMAGENET, stepwise
 from pipeline.augment.draws import draw_view, draw_views
 from pipeline.augment.plan import Plan
 from pipeline.backends.ffcv import FfcvBackend
-from pipeline.beton import Beton, manifest_path
+from pipeline.beton import Beton
 from pipeline.loader import CenterLoader, Loader, LoaderOptions, OptionalKeywords, Shuffle
+from pipeline.manifest import manifest_path, side_files
 from pipeline.prepare import prepare
 from pipeline.sampling.order import shuffled_rows
 from pipeline.storage.decode import decode
@@ -64,7 +65,8 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copied(drawn: Path, tmp_path: Path) -> Path:
     """A copy of the beton, with its manifest."""
-    shutil.copy(manifest_path(drawn), manifest_path(tmp_path / drawn.name))
+    for path in side_files(drawn):
+        shutil.copy(path, tmp_path)
     return Path(shutil.copy(drawn, tmp_path / drawn.name))
 
 

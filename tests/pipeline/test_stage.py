@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import stage as module
-from pipeline.beton import Beton, manifest_path
+from pipeline.beton import Beton
+from pipeline.manifest import columns_path, manifest_path, side_files
 from pipeline.prepare import prepare
 from pipeline.stage import stage
 from pipeline.system.errors import InputError
@@ -24,7 +25,8 @@ def test_a_copy_is_identical_and_made_once(drawn: Path, tmp_path: Path) -> None:
     assert copy == tmp_path / "disk" / drawn.name
     assert copy.read_bytes() == drawn.read_bytes()
     assert manifest_path(copy).read_bytes() == manifest_path(drawn).read_bytes()
-    assert sorted(p.name for p in copy.parent.iterdir()) == sorted([copy.name, manifest_path(copy).name])
+    assert columns_path(manifest_path(copy)).read_bytes() == columns_path(manifest_path(drawn)).read_bytes()
+    assert {p.name for p in copy.parent.iterdir()} == {p.name for p in (drawn, *side_files(drawn))}
     written = copy.stat().st_mtime_ns
     assert stage(drawn, tmp_path / "disk") == copy
     assert copy.stat().st_mtime_ns == written
@@ -50,7 +52,7 @@ def test_a_crash_or_a_full_disk_leaves_the_old_copy(
             stage(drawn, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
-    for last in (1, 2):  # of the beton, of its manifest
+    for last in (1, 2, 3):  # of manifest, columns and beton
         with monkeypatch.context() as patched:
             patched.setattr(module.os, "fsync", _failing_at(last))
             with pytest.raises(InputError, match=f"{tmp_path}: No space left"):
@@ -75,7 +77,7 @@ def test_a_killed_copy_is_deleted_and_concurrent_runs_copy_once(drawn: Path, tmp
     outputs = [process.communicate() for process in both]
     assert [out.strip() for out, _ in outputs] == [str(tmp_path / drawn.name)] * 2
     assert sum("100%" in err for _, err in outputs) == 1  # the other one reused the copy
-    assert sorted(p.name for p in tmp_path.iterdir()) == [drawn.name, f"{drawn.name}.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [drawn.name, f"{drawn.name}.columns", f"{drawn.name}.json"]
 
 
 def test_a_stale_manifest_does_not_outlive_its_beton(drawn: Path, tmp_path: Path) -> None:
@@ -84,6 +86,16 @@ def test_a_stale_manifest_does_not_outlive_its_beton(drawn: Path, tmp_path: Path
     bare.write_bytes(drawn.read_bytes())
     prepare("synthetic:30", tmp_path / drawn.name, workers=1, quiet=True)
     assert Beton(stage(bare, tmp_path)).manifest is None
+
+
+def test_a_beton_behind_a_link_is_copied_with_its_columns(drawn: Path, tmp_path: Path) -> None:
+    """As in a cache of links to files: its manifest is next to the file."""
+    link = tmp_path / "link" / "x.beton"
+    link.parent.mkdir()
+    link.symlink_to(drawn)
+    copy = stage(link, tmp_path / "disk")
+    assert sorted(p.name for p in copy.parent.iterdir()) == ["x.beton", "x.beton.columns", "x.beton.json"]
+    assert Beton(copy).fingerprint == Beton(drawn).fingerprint
 
 
 def test_an_unreadable_source_is_named(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
