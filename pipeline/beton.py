@@ -115,6 +115,10 @@ class Beton:
         except ValueError:  # damaged columns, which `pipeline.inspect --verify` reports: this is for messages
             return f"number {index}"
 
+    def place(self, index: int) -> tuple[Path, int]:
+        """Return the file that contains sample `index`, and its number there."""
+        return self.path, index
+
     @cached_property
     def fingerprint(self) -> str:
         """A hash that identifies the beton: of header, tables and, with a manifest, the records' CRCs."""

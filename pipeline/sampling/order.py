@@ -38,13 +38,12 @@ def ids(kind: Order, seed: int, epoch: int, n: int, positions: np.ndarray, versi
     """
     largest = n if version == 1 else _TABLE_IDS
     if kind == "random":
-        return _permuted(keyed(_ORDER ^ seed, epoch), n, positions, largest)
-    key, chunks, span = keyed(_CHUNKS ^ seed, epoch), -(-n // CHUNK), CHUNK * WINDOW
+        return _permuted(int(keyed(_ORDER ^ seed, epoch)), n, positions, largest)
+    key, chunks, span = int(keyed(_CHUNKS ^ seed, epoch)), -(-n // CHUNK), CHUNK * WINDOW
     places = np.empty_like(positions)
     for first in np.unique(positions // span) * span:  # mostly one window
         inside = (first <= positions) & (positions < first + span)
-        with np.errstate(over="ignore"):
-            window_key = mix(key) + np.uint64(first) * GOLDEN
+        window_key = (int(mix(key)) + int(first) * int(GOLDEN)) % 2**64  # its keys are a part of the epoch's stream
         shuffled = _permuted(window_key, min(span, n - int(first)), positions[inside] - first, max(largest, span))
         places[inside] = first + shuffled
     if missing := chunks * CHUNK - n:  # of the file's last chunk: those after it in the order come earlier
@@ -53,17 +52,18 @@ def ids(kind: Order, seed: int, epoch: int, n: int, positions: np.ndarray, versi
     return _permuted(key, chunks, places // CHUNK, largest) * CHUNK + places % CHUNK
 
 
-def _permuted(key: np.ndarray, n: int, positions: np.ndarray, largest: int) -> np.ndarray:
+def _permuted(key: int, n: int, positions: np.ndarray, largest: int) -> np.ndarray:
     """Return the values at `positions` of a permutation of 0..n-1, one for each key; up to `largest`, by a table."""
     if n <= largest:
-        return _table(int(key), n)[positions].astype(np.int64)
+        return _table(key, n)[positions].astype(np.int64)
     return _feistel(key, n, positions)
 
 
-def _position(key: np.ndarray, n: int, value: int, largest: int) -> int:
+@lru_cache(maxsize=4)
+def _position(key: int, n: int, value: int, largest: int) -> int:
     """Return the position of `value` in that permutation."""
     if n <= largest:
-        return int(np.flatnonzero(_table(int(key), n) == value)[0])
+        return int(np.flatnonzero(_table(key, n) == value)[0])
     return int(_feistel(key, n, np.array([value]), inverse=True)[0])
 
 
@@ -74,7 +74,7 @@ def _table(key: int, n: int) -> np.ndarray:
     return table.astype(np.uint32) if n <= 1 << 32 else table
 
 
-def _feistel(key: np.ndarray, n: int, values: np.ndarray, *, inverse: bool = False) -> np.ndarray:
+def _feistel(key: int, n: int, values: np.ndarray, *, inverse: bool = False) -> np.ndarray:
     """Return a permutation of 0..n-1, or its inverse, at `values`: int64 [m].
 
     A Feistel network on the cells of a grid of n or slightly more (Black and Rogaway, "Ciphers with arbitrary finite

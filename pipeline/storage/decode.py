@@ -226,9 +226,10 @@ def records_of(beton: Beton, ids: np.ndarray) -> Records:
 def damaged(beton: Beton, sample: int, fault: int | str, others: tuple[int, ...] = ()) -> DamagedRecord:
     """Return the error for a damaged sample, whose message names it and its fault; `others` are damaged too."""
     reason = _FAULTS[fault] if isinstance(fault, int) else fault
+    path, number = beton.place(sample)
     return DamagedRecord(
-        f"{beton.path}: sample {sample} ({beton.name(sample)}) is damaged: {reason}: list all such samples with "
-        f"python -m pipeline.inspect {beton.path} --verify, and write the file again, or skip them with "
+        f"{path}: sample {number} ({beton.name(sample)}) is damaged: {reason}: list all such samples with "
+        f"python -m pipeline.inspect {path} --verify, and write the file again, or skip them with "
         "--data.on-bad skip",
         (sample, *others),
     )

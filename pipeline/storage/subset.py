@@ -2,6 +2,7 @@
 
 import hashlib
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
@@ -27,6 +28,10 @@ class Subset(Beton):
     def name(self, index: int) -> str:
         """Return where sample `index` came from, or its number in the parent."""
         return self.parent.name(int(self.indices[index]))
+
+    def place(self, index: int) -> tuple[Path, int]:
+        """Return the file that contains sample `index`, and its number there."""
+        return self.parent.place(int(self.indices[index]))
 
     @cached_property
     def fingerprint(self) -> str:
