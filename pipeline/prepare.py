@@ -229,9 +229,8 @@ def _resumed(path: Path, images: Listing, journal: Journal, facts: dict[str, Any
             writer.abort()
             raise ValueError("images have changed since")
     except (OSError, ValueError) as error:
-        logger.warning(
-            "begun anew, not after the images of an unfinished run: %s", getattr(error, "strerror", None) or error
-        )
+        reason = getattr(error, "strerror", None) or error
+        logger.warning("begins anew, and does not go on with an unfinished run: %s", reason)
         return None
     logger.info("goes on after %d of %d images of an unfinished run", writer.images, len(images))
     return writer
@@ -240,7 +239,7 @@ def _resumed(path: Path, images: Listing, journal: Journal, facts: dict[str, Any
 def _have_changed(images: Listing, count: int, started: Any) -> bool:
     """Return whether one of the first images is a file that changed after the time `started`, seconds."""
     paths = (images[index].path for index in range(count)) if images.has_files else ()
-    return any(_change_time(path) >= started for path in paths)
+    return not isinstance(started, float) or any(_change_time(path) >= started for path in paths)
 
 
 def _change_time(path: str) -> float:
@@ -306,7 +305,10 @@ def _finish(out: Path, classes: list[str], images: Listing, writer: BetonWriter,
         skipped=writer.skipped,
     )
     measure(manifest, path)
-    with atomic_path(manifest_to) as manifest_file, atomic_path(columns_path(manifest_to)) as columns_file:
+    with (
+        atomic_path(manifest_to, unique=False) as manifest_file,
+        atomic_path(columns_path(manifest_to), unique=False) as columns_file,
+    ):
         numbers = (entries["image"].tolist() for entries in writer.entries())
         name_bytes = sum(len(images.name_bytes(image)) for part in numbers for image in part)
         parts = (

@@ -28,7 +28,7 @@ _ROW = np.dtype(
 )
 _FIELDS = tuple(_ROW.names or ())
 _FLUSHED_ROWS = 1 << 14
-_RUN_ROWS = 1 << 18  # names that are sorted in memory at a time
+_RUN_ROWS, _MERGED_ROWS = 1 << 18, 1 << 8  # names that are sorted in memory at a time; of each run, while merging
 
 
 class _Spool:
@@ -220,7 +220,7 @@ class ListingWriter:
             return rows[sorted(range(len(rows)), key=names.__getitem__)]
 
         def named(run: np.ndarray) -> Iterator[tuple[str, int]]:
-            for part in chunks(len(run), _FLUSHED_ROWS):
+            for part in chunks(len(run), _MERGED_ROWS):
                 yield from ((listing._name(row), row) for row in run[part].tolist())
 
         runs = [self._written([sorted_run(part)]) for part in chunks(len(listing), _RUN_ROWS)]

@@ -1,7 +1,8 @@
 """What an unfinished beton contains so far, in a file next to it: `prepare` goes on from there after it was killed.
 
 Layout: a line of JSON, the facts that must agree; then blocks, each written once its records are on the disk: head,
-entries of the records, and JSON of the skipped images. A block that was cut off, or does not match its CRC32, ends it.
+entries of the records, JSON of the skipped images, and CRC32. A block that was cut off, or does not match it, is the
+end.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ ENTRY = np.dtype(
     ]
 )
 """A record: number of its image in the source, place in the beton, and row of the tables."""
-_HEAD = struct.Struct("<4I")  # images, entries, bytes of JSON, CRC32 of entries and JSON
+_HEAD, _CRC = struct.Struct("<3I"), struct.Struct("<I")  # images, entries, bytes of JSON; CRC32 of the block
 _MAX_LINE_BYTES = 1 << 20
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # of a file system without them
 
@@ -97,9 +98,9 @@ class Journal:
     def append(self, block: Block) -> None:
         """Add a block, whose records are on the disk."""
         entries, text = block.entries.tobytes(), json.dumps(block.skipped).encode() if block.skipped else b""
-        crc = zlib.crc32(text, zlib.crc32(entries))
+        data = _HEAD.pack(block.images, len(block.entries), len(text)) + entries + text
         self._file.seek(self._end)
-        self._file.write(_HEAD.pack(block.images, len(block.entries), len(text), crc) + entries + text)
+        self._file.write(data + _CRC.pack(zlib.crc32(data)))
         self._sync()
         self._end = self._file.tell()
 
@@ -123,15 +124,17 @@ class Journal:
         at, stop = self._start, self._end
         while at + _HEAD.size <= stop:
             self._file.seek(at)
-            images, count, length, crc = _HEAD.unpack(self._file.read(_HEAD.size))
-            size = count * ENTRY.itemsize
-            if count > images or at + _HEAD.size + size + length > stop:
+            head = self._file.read(_HEAD.size)
+            images, count, length = _HEAD.unpack(head)
+            size = count * ENTRY.itemsize + length
+            at += _HEAD.size + size + _CRC.size
+            if at > stop:
                 return
-            entries, text = self._file.read(size), self._file.read(length)
-            if zlib.crc32(text, zlib.crc32(entries)) != crc:
+            data = self._file.read(size)
+            if self._file.read(_CRC.size) != _CRC.pack(zlib.crc32(head + data)):
                 return
-            at += _HEAD.size + size + length
-            yield Block(images, np.frombuffer(entries, ENTRY), json.loads(text) if text else []), at
+            entries, text = np.frombuffer(data, ENTRY, count), data[size - length :]
+            yield Block(images, entries, json.loads(text) if text else []), at
 
     def _sync(self) -> None:
         self._file.flush()

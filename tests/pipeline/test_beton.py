@@ -17,9 +17,11 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
+from pipeline.backends.select_backend import decoding_rate
 from pipeline.beton import Beton
 from pipeline.beton_format import JPEG, RAW
 from pipeline.columns import COLUMNS, Columns
+from pipeline.inspect import describe
 from pipeline.manifest import Manifest, columns_path, manifest_path, read_manifest
 from pipeline.native import libffcv
 from pipeline.prepare import prepare
@@ -511,6 +513,40 @@ def test_tables_and_columns_are_mapped_not_copied(small: Path) -> None:
             assert not column.flags.owndata
             column = column.base
         assert Path(column.filename).name in ("small.beton", "small.beton.columns")
+
+
+def _repeated(path: Path, count: int) -> None:
+    """Write a beton whose samples share one record."""
+    writer = BetonWriter(path, 1)
+    writer.append(encode(saved(picture()), 0, Settings()), 0)
+    writer.close()
+    data = path.read_bytes()
+    version, fields, page, _, table = HEADER.unpack_from(data)
+    mode, width, height, pointer, label = ROW.unpack_from(data, ROWS)
+    record, start = data[pointer:table], ROWS + count * ROW.size
+    front = HEADER.pack(version, fields, page, count, start + len(record)) + data[HEADER.size : ROWS]
+    row = ROW.pack(mode, width, height, start, label)
+    path.write_bytes(front + row * count + record + ENTRY.pack(0, start, len(record)) * count)
+
+
+def test_memory_does_not_grow_with_the_number_of_records(tmp_path: Path) -> None:
+    """Of opening, fingerprint and description; tables and columns are mapped."""
+    peaks = []
+    for count in (100_000, 400_000):
+        path = tmp_path / f"{count}.beton"
+        _repeated(path, count)
+        columns = Columns(np.arange(1, count + 1), np.zeros(count, np.uint32), np.full(count, ord("x"), np.uint8))
+        crcs = columns.write(columns_path(manifest_path(path)))
+        Manifest(count, [], Beton(path).header_crc32, path.stat().st_size, {}, {}, crcs).write(manifest_path(path))
+        tracemalloc.start()
+        beton = Beton(path)
+        assert beton.fingerprint.endswith(f"-{count}-{zlib.crc32(bytes(4 * count)):08x}")
+        assert f"{count} images" in describe(beton)
+        assert (beton.name(count - 1), decoding_rate(beton, 1) > 0) == ("x", True)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.05 * peaks[0] + 100_000
+    assert peaks[1] < 16 << 20
 
 
 def test_a_changed_label_stays_in_memory(small: Path) -> None:

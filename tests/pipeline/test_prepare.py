@@ -7,7 +7,6 @@ import io
 import itertools
 import json
 import os
-import pkgutil
 import signal
 import sys
 import time
@@ -30,9 +29,9 @@ from pipeline.sources import synthetic
 from pipeline.storage.decode import decode
 from pipeline.storage.encode import Settings
 from pipeline.storage.journal import Block, Journal
+from pipeline.storage.writer import BetonWriter
 from pipeline.system.errors import InputError
 from tests import ROOT, processes
-from tests.conftest import Figure
 from tests.pipeline.conftest import pack, parsed_beton, picture, run_command, saved
 from tests.side_files import names_of
 
@@ -332,8 +331,8 @@ def mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return pack("tar", files, tmp_path)
 
 
-def _prepare(source: Path, out: Path, workers: int = 1, **options: Any) -> Manifest:
-    settings = Settings(mode="proportion", max_side=24)
+def _prepare(source: Path, out: Path, workers: int = 1, quality: int = 90, **options: Any) -> Manifest:
+    settings = Settings(mode="proportion", max_side=24, quality=quality)
     return prepare(str(source), out, settings, workers=workers, skip_bad=2, quiet=True, **options)
 
 
@@ -348,6 +347,11 @@ def _at_call(number: int, function: Callable[..., Any], instead: Callable[..., A
     return lambda *args, **options: (instead if next(calls) == number else function)(*args, **options)
 
 
+def _at_path(name: str, replace: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    """Return `os.replace` that dies where it would rename a file to this name."""
+    return lambda source, path: _die() if Path(path).name == name else replace(source, path)
+
+
 def _half_a_block(journal: Journal, block: Block) -> NoReturn:
     journal._file.seek(journal._end)
     journal._file.write(block.entries.tobytes()[:100])
@@ -355,54 +359,56 @@ def _half_a_block(journal: Journal, block: Block) -> NoReturn:
     _die()
 
 
-KILLS: dict[str, tuple[str, Callable[[Any], Any], int]] = {
-    "in the first block": ("pipeline.prepare._encode_item", lambda f: _at_call(BLOCK // 2, f), 0),
-    "in a later block": ("pipeline.prepare._encode_item", lambda f: _at_call(3 * BLOCK + 5, f), 3),
-    "in an entry of the journal": (
-        "pipeline.storage.journal.Journal.append",
-        lambda f: _at_call(3, f, _half_a_block),
-        2,
-    ),
-    "before an entry of the journal": ("pipeline.storage.journal.Journal.append", lambda f: _at_call(4, f), 3),
-    "in the tables": ("pipeline.storage.writer.BetonWriter._table", lambda f: _die, 6),
-    "before the columns": ("pipeline.prepare.write_columns", lambda f: _die, 6),
-    "before the rename": ("pipeline.prepare.os.replace", lambda f: _die, 6),
-    "between the renames": ("pipeline.system.files.os.replace", lambda f: _at_call(2, f), 0),
+# What is replaced, by what, and the blocks that the next run need not encode again.
+KILLS: dict[str, tuple[Any, str, Callable[[Any], Any], int]] = {
+    "in the first block": (module, "_encode_item", lambda f: _at_call(BLOCK // 2, f), 0),
+    "in a later block": (module, "_encode_item", lambda f: _at_call(3 * BLOCK + 5, f), 3),
+    "in an entry of the journal": (Journal, "append", lambda f: _at_call(3, f, _half_a_block), 2),
+    "before an entry of the journal": (Journal, "append", lambda f: _at_call(4, f), 3),
+    "in the tables": (BetonWriter, "_table", lambda f: _die, 6),
+    "before the columns": (module, "write_columns", lambda f: _die, 6),
+    "before the renames": (os, "replace", lambda f: _at_path("x.beton", f), 6),
+    "between the renames": (os, "replace", lambda f: _at_path("x.beton.columns", f), 0),
 }
 
 
-@pytest.mark.reliability
 @pytest.mark.parametrize("place", KILLS)
 def test_a_killed_run_goes_on_where_it_was(
-    place: str, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: Figure
+    place: str, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Files equal those of a run without a break; at most a block is encoded again."""
-    target, replaced, blocks = KILLS[place]
+    owner, name, replacement, blocks = KILLS[place]
     for folder in ("unbroken", "broken"):
         (tmp_path / folder).mkdir()
     _prepare(mixed, tmp_path / "unbroken" / "x.beton")
     child = os.fork()
     if not child:
         try:
-            owner, _, name = target.rpartition(".")
-            function = getattr(
-                pkgutil.resolve_name(owner.replace("prepare.os", "prepare:os").replace("files.os", "files:os")), name
-            )
             with monkeypatch.context() as patched:
-                patched.setattr(target, replaced(function))
+                patched.setattr(owner, name, replacement(getattr(owner, name)))
                 _prepare(mixed, tmp_path / "broken" / "x.beton")
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    encoded = []
-    encode_item = module._encode_item
-    monkeypatch.setattr(module, "_encode_item", lambda item, *rest: encoded.append(item) or encode_item(item, *rest))
+    encoded = _recorded(monkeypatch)
     _prepare(mixed, tmp_path / "broken" / "x.beton")
     assert len(encoded) == max(IMAGES - blocks * BLOCK, 0)
     files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("broken", "unbroken")]
     assert files[0] == files[1]
     assert len(files[0]) == 3
-    figure("prepare killed by kill -9", f"{len(KILLS)} places: goes on, at most a block encoded again, same bytes")
+
+
+def _recorded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return a list of the images that are encoded from now on."""
+    encoded: list[Any] = []
+    encode_item = module._encode_item
+
+    def encode(item: Any, *rest: Any) -> Any:
+        encoded.append(item)
+        return encode_item(item, *rest)
+
+    monkeypatch.setattr(module, "_encode_item", encode)
+    return encoded
 
 
 def _interrupted(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, image: int = 3 * BLOCK + 5) -> None:
@@ -433,10 +439,6 @@ def test_workers_go_on_after_another_number_of_workers(
         assert path.read_bytes() == (tmp_path / path.name).read_bytes()
 
 
-def _change_settings(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.pipeline.test_prepare.Settings", lambda **given: Settings(**{**given, "quality": 50}))
-
-
 def _change_source(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.utime(source, (1, 1))
 
@@ -456,7 +458,7 @@ def _cut_file(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (_change_settings, "its settings differ"),
+        (None, "its settings differ"),
         (_change_source, "its source differ"),
         (_change_code, "its code differ"),
         (_remove_file, "No such file"),
@@ -464,7 +466,7 @@ def _cut_file(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_an_unfinished_run_of_other_facts_is_begun_anew_and_told(
-    change: Callable[[Path, pytest.MonkeyPatch], None],
+    change: Callable[[Path, pytest.MonkeyPatch], None] | None,
     reason: str,
     mixed: Path,
     tmp_path: Path,
@@ -474,11 +476,13 @@ def test_an_unfinished_run_of_other_facts_is_begun_anew_and_told(
     out = tmp_path / "out" / "x.beton"
     out.parent.mkdir()
     _interrupted(mixed, out, monkeypatch)
-    change(mixed, monkeypatch)
-    _prepare(mixed, out)
+    quality = 90 if change else 50
+    if change:
+        change(mixed, monkeypatch)
+    _prepare(mixed, out, quality=quality)
     assert "begins anew, and does not go on with an unfinished run" in caplog.text
     assert reason in caplog.text
-    _prepare(mixed, tmp_path / "y.beton")
+    _prepare(mixed, tmp_path / "y.beton", quality=quality)
     assert out.read_bytes() == (tmp_path / "y.beton").read_bytes()
     assert not [path for path in out.parent.iterdir() if path.name.startswith(".")]
 
@@ -501,7 +505,8 @@ def test_a_changed_file_of_a_folder_begins_anew(
         caplog.clear()
         _prepare(source, out)
         assert ("images have changed since" in caplog.text) == begins_anew
-        assert Beton(out).record(index).tobytes() == saved(picture(seed=99))
+        _prepare(source, tmp_path / "unbroken.beton")
+        assert out.read_bytes() == (tmp_path / "unbroken.beton").read_bytes()
 
 
 def _raise(*_: object) -> NoReturn:
@@ -509,10 +514,9 @@ def _raise(*_: object) -> NoReturn:
 
 
 def test_no_resume_begins_anew(mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, encoded = tmp_path / "x.beton", []
+    out = tmp_path / "x.beton"
     _interrupted(mixed, out, monkeypatch)
-    encode_item = module._encode_item
-    monkeypatch.setattr(module, "_encode_item", lambda item, *rest: encoded.append(item) or encode_item(item, *rest))
+    encoded = _recorded(monkeypatch)
     _prepare(mixed, out, resume=False)
     assert len(encoded) == IMAGES
 
