@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from pipeline.beton import Beton
+from pipeline.beton_set import part_paths
 from pipeline.manifest import columns_path, manifest_path, side_files
 from pipeline.system.cli import ArgumentParser
 from pipeline.system.errors import InputError, command
@@ -105,7 +106,7 @@ def _read(file: IO[bytes], source: Path) -> bytes:
 def parser() -> ArgumentParser:
     """Return the parser of the command line."""
     parser = ArgumentParser(prog="python -m pipeline.stage", description="Copy a beton to a local disk.")
-    parser.add_argument("source", type=Path, metavar="BETON", help="beton on a shared file system")
+    parser.add_argument("source", metavar="BETON", help="beton on a shared file system, or a pattern of several")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder on a local disk")
     return parser
 
@@ -113,7 +114,11 @@ def parser() -> ArgumentParser:
 @command
 def main() -> None:
     args = parser().parse_args()
-    print(stage(args.source, args.folder))
+    paths = [Path(path) for path in part_paths(args.source) or [args.source]]
+    if len({path.name for path in paths}) < len(paths):
+        raise InputError(f"{args.source}: parts of one name would replace each other: rename them")
+    for path in paths:
+        print(stage(path, args.folder))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pipeline.beton import Beton
 from pipeline.manifest import columns_path, manifest_path, side_files
 from pipeline.prepare import prepare
 from pipeline.stage import stage
+from pipeline.storage.in_place import open_data
 from pipeline.system.errors import InputError
 from tests import processes
 
@@ -121,3 +122,23 @@ def test_the_command_prints_the_path(
     shown = capsys.readouterr()
     assert shown.out.strip() == str(tmp_path / drawn.name)
     assert "no such file" in shown.err
+
+
+def test_several_betons_are_copied_one_by_one(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(2):
+        prepare(f"synthetic:{number}:5", tmp_path / f"part-{number}.beton", workers=1, quiet=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / drawn.name).symlink_to(drawn)
+    sources = (f"{tmp_path}/part-*.beton", f"{drawn},{tmp_path}/elsewhere/{drawn.name}")
+    for source, folder, status in zip(sources, ("disk", "other"), (0, 2), strict=True):
+        monkeypatch.setattr(sys, "argv", ["stage", source, str(tmp_path / folder)])
+        with pytest.raises(SystemExit) as ended:
+            module.main()
+        assert ended.value.code == status
+    output = capsys.readouterr()
+    assert output.out.splitlines() == [str(tmp_path / "disk" / f"part-{number}.beton") for number in range(2)]
+    assert "parts of one name would replace each other: rename them" in output.err
+    copy, original = (open_data(folder / "part-*.beton") for folder in (tmp_path / "disk", tmp_path))
+    assert copy.fingerprint == original.fingerprint
