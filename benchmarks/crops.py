@@ -26,7 +26,7 @@ from pipeline.augment.crop import Ragged, crop_views
 from pipeline.augment.draws import draw_views
 from pipeline.augment.plan import Plan
 from pipeline.beton import Beton
-from pipeline.sampling.order import epoch_order
+from pipeline.sampling import order
 from pipeline.storage.decode import decode
 from pipeline.storage.in_place import open_data
 from pipeline.system.errors import command
@@ -55,7 +55,7 @@ def measure(
     """Return milliseconds a batch of crops, of the augmentation, of its plain operations and, if asked, each kernel."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     views = AUGMENTATIONS[augmentation]
-    ids = np.resize(epoch_order(0, 0, len(beton)), batch)
+    ids = order.ids("random", 0, 0, len(beton), np.arange(batch) % len(beton))
     sides = {"heights": beton.heights[ids], "widths": beton.widths[ids]}
     draws = draw_views(views, seed=0, epoch=0, ids=ids, **sides)
     plan = Plan.from_draws(ids, draws, view_sizes(views, size))

@@ -25,7 +25,8 @@ from pipeline.augment.plan import Plan
 from pipeline.backends.base import BackendConfig
 from pipeline.backends.prefetch import PrefetchQueue
 from pipeline.beton import Beton
-from pipeline.sampling.order import Order, ordered, rank_slice, shuffled_rows, steps_per_epoch
+from pipeline.sampling import order as sampling
+from pipeline.sampling.order import Order, rank_positions, shuffled_rows, steps_per_epoch
 from pipeline.sampling.substitutes import OnBad
 from pipeline.system.device import current, numbered
 from pipeline.system.errors import InputError
@@ -180,13 +181,13 @@ class Loader:
         self.beton, self.dtype, self.stall_timeout = beton, chosen.dtype, chosen.stall_timeout
         self.steps = steps_per_epoch(len(beton), batch)
         self._views, self._batch, self._seed, self._rank, self._world = views, batch, seed, rank, world
-        self._order, self._shuffle, self._device = order, shuffle, numbered(chosen.device)
+        self._order, self._order_version = order, sampling.VERSION
+        self._shuffle, self._device = shuffle, numbered(chosen.device)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         # Begin the views of the next batch early, where its crops are ready; not where ranks exchange views.
         self._stages = self._stream is not None and shuffle is None
         self._staged: Batch | Exception | None = None
         self._launched = deque[torch.cuda.Event]()  # before each of the last batches' steps
-        self._orders: dict[int, np.ndarray] = {}  # orders of this epoch and, near its end, the next
         self._epoch, self._step = 0, 0  # position of the next batch to return
         self._queue: PrefetchQueue[_Note] = chosen.queue(beton, self._sizes_of(None), batch // world)
 
@@ -212,12 +213,16 @@ class Loader:
             "seed": self._seed,
             "batch": self._batch,
             "order": self._order,
+            "order_version": self._order_version,
             "samples": len(self.beton),
             "fingerprint": self.beton.fingerprint,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state`, exactly. Raises InputError where seed, batch, order or data set differ."""
+        """Continue from `state`, exactly. Raises InputError where seed, batch, order or data set differ.
+
+        The order is that of the version that started the run; earlier ones did not state it.
+        """
         current_state = self.state_dict()
         if state.get("order") == "chunked":  # its former name
             state = state | {"order": "quasi_random"}
@@ -227,9 +232,16 @@ class Loader:
                     f"{self.beton.path}: the loader's {key} is {current_state[key]!r}, the saved one "
                     f"{state.get(key)!r}: resume with the settings and the data the run was started with"
                 )
+        version = state.get("order_version", 1)
+        if version not in range(1, sampling.VERSION + 1):
+            raise InputError(
+                f"{self.beton.path}: the saved order has version {version!r}, this one knows 1 to {sampling.VERSION}: "
+                "resume with the version of Millrace that the run was started with"
+            )
         self._staged = None
         if len(self._queue):
             self._queue.forget()
+        self._order_version = version
         self._epoch, self._step = int(state["epoch"]), int(state["step"])
 
     def close(self) -> None:
@@ -291,8 +303,8 @@ class Loader:
         if self._shuffle is None:
             return {}, None
         order = shuffled_rows(self._seed, epoch * self.steps + step, self._batch, self._shuffle.parts)
-        global_ids = rank_slice(self._order_of(epoch), step, self._batch, 0, 1)
-        ids = global_ids[rank_slice(order, 0, self._batch, self._rank, self._world)]
+        rows = order[rank_positions(0, self._batch, self._rank, self._world)]
+        ids = self._ids(epoch, step * self._batch + rows)
         views = {}
         for index in self._shuffle.views:
             if self._stream is None:  # finished: a view depends on its sample, not on its rank
@@ -308,19 +320,16 @@ class Loader:
         size = max(self._sizes) if epoch is None else self._sizes[min(epoch, len(self._sizes) - 1)]
         return view_sizes(self._views, size)
 
-    def _order_of(self, epoch: int) -> np.ndarray:
-        """Return the permutation of an epoch, int64 [N]; those of the last two are cached."""
-        if epoch not in self._orders:
-            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
-            self._orders[epoch] = ordered(self._order, self._seed, epoch, len(self.beton))
-        return self._orders[epoch]
+    def _ids(self, epoch: int, positions: np.ndarray) -> np.ndarray:
+        """Return the ids at some positions of an epoch's order, int64 [m]."""
+        return sampling.ids(self._order, self._seed, epoch, len(self.beton), positions, self._order_version)
 
     def _after(self, batches: int) -> tuple[int, int]:
         """Return epoch and step of the batch that is so many after the next one to return."""
         return divmod(self._epoch * self.steps + self._step + batches, self.steps)
 
     def _submit(self, epoch: int, step: int) -> None:
-        ids = rank_slice(self._order_of(epoch), step, self._batch, self._rank, self._world)
+        ids = self._ids(epoch, rank_positions(step, self._batch, self._rank, self._world))
         records = self._queue.substitutes.resolve(ids)  # the draws remain those of the sample
         heights, widths = self.beton.heights[records], self.beton.widths[records]
         draws = draw_views(self._views, seed=self._seed, epoch=epoch, ids=ids, heights=heights, widths=widths)

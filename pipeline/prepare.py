@@ -9,10 +9,12 @@ synthetic:N. Several are
 joined by the names of their classes. Classes are folders, class labels of tables and shards, or those of a list of
 names, as for ImageNet's flat tar of validation images. An upright JPEG that is small enough is stored byte for byte.
 The output does not depend on the number of workers. It is written to a temporary file and renamed: OUT is complete or
-absent.
+absent. After a crash the same command goes on where the last run was.
 """
 
+import argparse
 import contextlib
+import hashlib
 import logging
 import math
 import multiprocessing
@@ -21,9 +23,10 @@ import platform
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -32,30 +35,34 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.beton import Beton, Manifest, manifest_path
+from pipeline.beton import Beton
+from pipeline.columns import write_columns
+from pipeline.manifest import Manifest, columns_path, manifest_path
 from pipeline.sampling.order import evenly
-from pipeline.sources.archives import Item, Source
+from pipeline.sources.archives import Item
 from pipeline.sources.images import list_images
 from pipeline.sources.labels import relabel
-from pipeline.storage.decode import decode
+from pipeline.sources.listing import Listing, listed
+from pipeline.storage.decode import DECODER, decode
 from pipeline.storage.encode import Record, Settings, Unreadable, encode
-from pipeline.storage.writer import BetonWriter
+from pipeline.storage.journal import Journal
+from pipeline.storage.writer import BLOCK_IMAGES, BetonWriter
 from pipeline.system.cli import ArgumentParser
 from pipeline.system.cores import available_cores
 from pipeline.system.errors import InputError, command
 from pipeline.system.files import atomic_path
 from pipeline.system.packages import version
-from pipeline.system.progress import progress
+from pipeline.system.progress import progress_bar
 
 logger = logging.getLogger(__name__)
-_IMAGES_AHEAD = 32  # images that a worker is ahead of the writer
+_CALL_IMAGES, _CALLS_AHEAD = 8, 4  # images in a call of a worker, calls that a worker is ahead of the writer
 _MEASURED_IMAGES, _MEASURED_PIXELS = 1000, 1 << 16  # images, and about as many pixels of each, for mean and deviation
 _MIN_STD = 1e-4  # of images of one color
 _large_lock: Any = contextlib.nullcontext()  # a lock in workers: together they decode one large image at a time
 
 
 def _encode_item(item: Item, index: int, settings: Settings) -> Record | str:
-    """Return the record of one image, or the reason why it has none; run by the workers."""
+    """Return the record of one image, or the reason why it has none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of odd EXIF, palettes and large images
@@ -64,6 +71,11 @@ def _encode_item(item: Item, index: int, settings: Settings) -> Record | str:
         return str(error)
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
+
+
+def _encode_items(items: list[Item], first: int, settings: Settings) -> list[Record | str]:
+    """Return the records of images number `first` and following, or their reasons; run by the workers."""
+    return [_encode_item(item, index, settings) for index, item in enumerate(items, first)]
 
 
 def _start_worker(large_lock: Any) -> None:
@@ -82,23 +94,29 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _records(items: list[Item], settings: Settings, workers: int) -> Generator[Record | str, None, None]:
-    """Yield the items' records in order, from `workers` processes."""
+def _records(
+    images: Sequence[Item], start: int, settings: Settings, workers: int
+) -> Generator[tuple[Item, Record | str], None, None]:
+    """Yield the images from number `start` on and their records in order, from `workers` processes."""
     if workers == 1:
-        yield from (_encode_item(item, index, settings) for index, item in enumerate(items))
+        for index in range(start, len(images)):
+            item = images[index]
+            yield item, _encode_item(item, index, settings)
         return
     # Forked workers start at once; with other threads, which may hold locks, spawned ones, which import for seconds.
     context = multiprocessing.get_context("fork" if threading.active_count() == 1 else "spawn")
-    _encode_item(items[0], 0, settings)  # compiles once, for all forked workers
+    _encode_item(images[0], 0, settings)  # compiles once, for all forked workers
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(context.Lock(),))
     try:
-        under_way: deque[Future] = deque()
-        for index, item in enumerate(items):
-            under_way.append(pool.submit(_encode_item, item, index, settings))
-            if len(under_way) >= workers * _IMAGES_AHEAD:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+        under_way: deque[tuple[list[Item], Future]] = deque()
+        for first in range(start, len(images), _CALL_IMAGES):
+            items = list(images[first : first + _CALL_IMAGES])  # places in files, a few hundred bytes each
+            under_way.append((items, pool.submit(_encode_items, items, first, settings)))
+            if len(under_way) >= workers * _CALLS_AHEAD:
+                items, records = under_way.popleft()
+                yield from zip(items, records.result(), strict=True)
+        for items, records in under_way:
+            yield from zip(items, records.result(), strict=True)
     except BrokenProcessPool:
         raise InputError("a worker process was killed, most likely for lack of memory: use fewer --workers") from None
     finally:
@@ -116,15 +134,17 @@ def prepare(
     labels: Path | None = None,
     classes: Sequence[str] = (),
     skip_bad: int = 0,
+    resume: bool = True,
     quiet: bool = False,
     image_column: str = "",
     label_column: str = "",
 ) -> Manifest:
-    """Write the images of a source, or of several, to the beton `out` and its manifest; return the manifest.
+    """Write the images of a source, or of several, to the beton `out`, its manifest and columns; return the manifest.
 
     workers: processes, 0 for one on each core. limit: images at most, spread evenly over the source, 0 for all.
     subset, image_column, label_column: as for `list_images`. labels, classes: a list of the images' classes, and the
-    classes by label, as for `relabel`. skip_bad: unreadable images to skip at most.
+    classes by label, as for `relabel`. skip_bad: unreadable images to skip at most. resume: go on after the images of
+    a run that was killed, where source, settings and code are the same.
 
     Raises InputError, leaving `out` unchanged, where the source or an image cannot be read or `out` be written.
     """
@@ -134,69 +154,172 @@ def prepare(
     if out.is_dir():
         raise InputError(f"{out}: is a folder: give the name of the file to write, such as {out / 'train.beton'}")
     sources = [source] if isinstance(source, str) else list(source)
-    images = list_images(sources, subset, image_column=image_column, label_column=label_column)
-    if labels is not None:
-        images = relabel(images, labels, classes)
-    unlabeled = sum(item.label < 0 for item in images.items)
-    if images.classes and unlabeled:
-        logger.warning("%d images have no label", unlabeled)
-    if limit:  # the items are sorted by class: each class retains its share
-        images = Source([images.items[i] for i in evenly(len(images.items), limit)], images.classes)
     try:
-        with atomic_path(manifest_path(out)) as manifest_file, atomic_path(out) as beton_file:
-            manifest = _write(
-                " ".join(sources), images, beton_file, settings, workers or available_cores(), skip_bad, quiet
-            )
-            measure(manifest, beton_file)
-            manifest.write(manifest_file)
-            manifest_path(out).unlink(missing_ok=True)  # an old manifest never accompanies a new beton
+        images = list_images(sources, subset, image_column=image_column, label_column=label_column, folder=out.parent)
+        if labels is not None:
+            images = relabel(images, labels, classes)
+        listing = images.items if isinstance(images.items, Listing) else listed(images.items, out.parent)
+        unlabeled = listing.count_unlabeled()
+        if images.classes and unlabeled:
+            logger.warning("%d images have no label", unlabeled)
+        if limit:  # the items are sorted by class: each class retains its share
+            listing = listing.take(evenly(len(listing), limit))
+        described = {"source": " ".join(sources), **asdict(settings)}
+        source_digest = hashlib.sha256(repr((listing.digest(), images.classes)).encode("utf-8", "backslashreplace"))
+        facts = {"source": source_digest.hexdigest(), "settings": described, "code": _code_digest()}
+        with _unfinished(out, listing, facts, resume) as writer:
+            _write(" ".join(sources), listing, writer, settings, workers or available_cores(), skip_bad, quiet)
+            return _finish(out, images.classes, listing, writer, described)
     except OSError as error:
         raise InputError(
             f"{out}: cannot be written: {error.strerror or error}: free space or choose another place"
         ) from None
-    return manifest
+
+
+@contextlib.contextmanager
+def _unfinished(out: Path, images: Listing, facts: dict[str, Any], resume: bool) -> Iterator[BetonWriter]:
+    """Yield a writer of the unfinished beton next to `out`, after the images of an earlier run with the same facts.
+
+    File and journal are deleted after the block, unless it fails with records in the journal.
+    """
+    path = _writing(out)
+    journal_path = path.with_name(f"{path.name}.journal")
+    journal, is_kept = Journal.open(journal_path), False
+    try:
+        writer = _resumed(path, images, journal, facts) if resume else None
+        if writer is None:
+            path.unlink(missing_ok=True)
+            journal.begin({**facts, "started": time.time()})
+            writer = BetonWriter(path, len(images), journal)
+        try:
+            yield writer
+        except BaseException:
+            is_kept = writer.synced_images >= BLOCK_IMAGES
+            if is_kept:
+                logger.warning(
+                    "%d of %d images are in %s: give the same command again to go on, or delete it and its journal",
+                    *(writer.synced_images, len(images), path),
+                )
+            raise
+        finally:
+            writer.abort()
+    finally:
+        if not is_kept:
+            path.unlink(missing_ok=True)
+            journal_path.unlink(missing_ok=True)
+        journal.close()
+
+
+def _writing(path: Path) -> Path:
+    """Return the name of a file while it is written. The same for each run, which holds the journal's lock."""
+    return path.with_name(f".writing-{path.name}")
+
+
+def _resumed(path: Path, images: Listing, journal: Journal, facts: dict[str, Any]) -> BetonWriter | None:
+    """Return the writer of an earlier run with the same facts, or None for a new one."""
+    earlier = journal.facts()
+    if not earlier:
+        return None
+    differing = [name for name in facts if earlier.get(name) != facts[name]]
+    try:
+        if differing:
+            raise ValueError(f"its {' and '.join(differing)} differ")
+        writer = BetonWriter(path, len(images), journal, resume=True)
+        if writer.images > len(images) or _have_changed(images, writer.images, earlier.get("started")):
+            writer.abort()
+            raise ValueError("images have changed since")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        logger.warning("begins anew, and does not go on with an unfinished run: %s", reason)
+        return None
+    logger.info("goes on after %d of %d images of an unfinished run", writer.images, len(images))
+    return writer
+
+
+def _have_changed(images: Listing, count: int, started: Any) -> bool:
+    """Return whether one of the first images is a file that changed after the time `started`, seconds."""
+    paths = (images[index].path for index in range(count)) if images.has_files else ()
+    return not isinstance(started, float) or any(_change_time(path) >= started for path in paths)
+
+
+def _change_time(path: str) -> float:
+    try:
+        return os.stat(path).st_ctime
+    except FileNotFoundError:  # a link to nothing, which was skipped
+        return os.lstat(path).st_ctime
+
+
+def _code_digest() -> str:
+    """Return a hash of the code that determines the file, and of the versions of packages."""
+    files = sorted(path for path in Path(__file__).parent.rglob("*") if path.suffix in (".py", ".c"))
+    digest = hashlib.sha256(repr((_versions(), DECODER)).encode())
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _versions() -> dict[str, str]:
+    packages = {package: version(package) for package in ("millrace", "ffcv", "numpy", "pillow")}
+    return {"python": platform.python_version(), **{name: number for name, number in packages.items() if number}}
 
 
 def _write(
-    source: str, images: Source, path: Path, settings: Settings, workers: int, skip_bad: int, quiet: bool
-) -> Manifest:
-    """Write the beton to `path`; return its manifest."""
-    writer = BetonWriter(path, len(images.items))
-    crcs: list[int] = []
-    names: list[str] = []
-    skipped: list[list[str]] = []
-    try:
-        with contextlib.closing(_records(images.items, settings, min(workers, len(images.items)))) as records:
-            for item, record in zip(progress(images.items, "images", quiet=quiet), records, strict=True):
-                if isinstance(record, Record):
-                    try:
-                        writer.append(record, item.label)
-                        crcs.append(record.crc32)
-                        names.append(item.name)
-                        continue
-                    except Unreadable as error:
-                        record = str(error)
-                skipped.append([item.name, record])
-                if len(skipped) > skip_bad:
-                    raise _unreadable(source, skipped)
-        if not names:
-            raise InputError(f"{source}: none of its {len(skipped)} images can be read: check that they are images")
-        header_crc32 = writer.close()
-    except BaseException:
-        writer.abort()
-        raise
-    packages = {package: version(package) for package in ("millrace", "ffcv", "numpy", "pillow")}
-    return Manifest(
-        count=len(names),
-        classes=images.classes,
+    source: str,
+    images: Listing,
+    writer: BetonWriter,
+    settings: Settings,
+    workers: int,
+    skip_bad: int,
+    quiet: bool,
+) -> None:
+    """Write the records of all images that are not in the file yet."""
+    if len(writer.skipped) > skip_bad:  # of an earlier run that was given more
+        raise _unreadable(source, writer.skipped[: skip_bad + 1])
+    remaining = _records(images, writer.images, settings, min(workers, len(images)))
+    with contextlib.closing(remaining), progress_bar(len(images), "images", quiet=quiet, done=writer.images) as bar:
+        for item, record in remaining:
+            try:
+                if isinstance(record, str):
+                    raise Unreadable(record)
+                writer.append(record, item.label)
+            except Unreadable as error:
+                if len(writer.skipped) == skip_bad:
+                    raise _unreadable(source, [*writer.skipped, [item.name, str(error)]]) from None
+                writer.skip(item.name, str(error))
+            bar.update()
+    if not writer.count:
+        raise InputError(f"{source}: none of its {len(writer.skipped)} images can be read: check that they are images")
+
+
+def _finish(out: Path, classes: list[str], images: Listing, writer: BetonWriter, settings: dict[str, Any]) -> Manifest:
+    """Complete the file, write its manifest and columns, and rename all three; return the manifest."""
+    header_crc32 = writer.close()
+    path, manifest_to = _writing(out), manifest_path(out)
+    manifest = Manifest(
+        count=writer.count,
+        classes=classes,
         header_crc32=header_crc32,
         file_size=path.stat().st_size,
-        settings={"source": source, **asdict(settings)},
-        versions={"python": platform.python_version(), **{name: number for name, number in packages.items() if number}},
-        crc32=crcs,
-        names=names,
-        skipped=skipped,
+        settings=settings,
+        versions=_versions(),
+        skipped=writer.skipped,
     )
+    measure(manifest, path)
+    with (
+        atomic_path(manifest_to, unique=False) as manifest_file,
+        atomic_path(columns_path(manifest_to), unique=False) as columns_file,
+    ):
+        numbers = (entries["image"].tolist() for entries in writer.entries())
+        name_bytes = sum(len(images.name_bytes(image)) for part in numbers for image in part)
+        parts = (
+            ([images.name_bytes(image) for image in entries["image"].tolist()], entries["crc32"])
+            for entries in writer.entries()
+        )
+        manifest.columns = write_columns(columns_file, writer.count, name_bytes, parts)
+        manifest.write(manifest_file)
+        manifest_to.unlink(missing_ok=True)  # an old manifest never accompanies a new beton
+        os.replace(path, out)
+    return manifest
 
 
 def measure(manifest: Manifest, path: Path) -> None:
@@ -269,6 +392,12 @@ def parser() -> ArgumentParser:
     add("--labels", type=Path, metavar="LIST", help="file of NAME CLASS lines, instead of class folders")
     add("--classes-of", type=Path, metavar="BETON", help="number the classes of --labels as in this beton")
     add("--ignore-exif", action="store_true", help="do not turn images upright, like torchvision's loader")
+    add(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="go on after the images of an unfinished run of the same source, settings and code (default %(default)s)",
+    )
     add("--skip-bad", type=int, default=0, metavar="N", help="skip up to N unreadable images, and list them")
     return parser
 
@@ -297,6 +426,7 @@ def main() -> None:
         labels=args.labels,
         classes=classes,
         skip_bad=args.skip_bad,
+        resume=args.resume,
         image_column=args.image_column,
         label_column=args.label_column,
     )

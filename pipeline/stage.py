@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from pipeline.beton import Beton, find_manifest, manifest_path
+from pipeline.beton import Beton
+from pipeline.beton_set import part_paths
+from pipeline.manifest import columns_path, manifest_path, side_files
 from pipeline.system.cli import ArgumentParser
 from pipeline.system.errors import InputError, command
 from pipeline.system.files import atomic_path
@@ -24,7 +26,7 @@ _BLOCK_BYTES = 1 << 24
 
 
 def stage(source: Path, folder: Path) -> Path:
-    """Copy the beton `source` and its manifest into `folder`; return the copy's path.
+    """Copy the beton `source`, its manifest and columns into `folder`; return the copy's path.
 
     A crash leaves no partial copy under its name. Of several processes with one folder, the first copies and the others
     wait. Raises InputError if the source is not a beton or cannot be read, and for lack of space.
@@ -38,7 +40,7 @@ def stage(source: Path, folder: Path) -> Path:
             if not _same(original, target):
                 _replace(source, target)
     except OSError as error:
-        of_source = getattr(error, "filename", None) in (str(source), str(find_manifest(source)))
+        of_source = getattr(error, "filename", None) in [str(path) for path in (source, *side_files(source))]
         where, remedy = (source, "make it readable") if of_source else (folder, "choose another folder")
         raise InputError(f"{where}: {error.strerror or error}: {remedy}") from None
     if not _same(original, target):
@@ -55,10 +57,11 @@ def _same(original: Beton, path: Path) -> bool:
 
 
 def _replace(source: Path, target: Path) -> None:
-    """Replace `target` and its manifest by copies of the source's, once both copies are complete."""
-    manifest = find_manifest(source)
-    pairs = [(manifest, manifest_path(target))] if manifest.exists() else []
-    pairs.append((source, target))  # last, and therefore renamed first
+    """Replace `target`, its manifest and columns by copies of the source's, once all copies are complete."""
+    manifest = manifest_path(target)
+    names = {".json": manifest, ".columns": columns_path(manifest)}
+    # The manifest first, and therefore renamed last: without it no columns are read.
+    pairs = [(path, names[path.suffix]) for path in reversed(side_files(source))] + [(source, target)]
     with contextlib.ExitStack() as stack:
         temporaries = [stack.enter_context(atomic_path(copy, unique=False)) for _, copy in pairs]
         needed, free = sum(path.stat().st_size for path, _ in pairs), shutil.disk_usage(target.parent).free
@@ -66,7 +69,7 @@ def _replace(source: Path, target: Path) -> None:
             raise InputError(f"{target.parent}: {binary(needed)} needed, {binary(free)} free: choose another folder")
         for (path, _), temporary in zip(pairs, temporaries, strict=True):
             _copy(path, temporary)
-        manifest_path(target).unlink(missing_ok=True)  # an old manifest never accompanies a new beton
+        manifest.unlink(missing_ok=True)  # an old manifest never accompanies a new beton
 
 
 @contextlib.contextmanager
@@ -103,7 +106,7 @@ def _read(file: IO[bytes], source: Path) -> bytes:
 def parser() -> ArgumentParser:
     """Return the parser of the command line."""
     parser = ArgumentParser(prog="python -m pipeline.stage", description="Copy a beton to a local disk.")
-    parser.add_argument("source", type=Path, metavar="BETON", help="beton on a shared file system")
+    parser.add_argument("source", metavar="BETON", help="beton on a shared file system, or a pattern of several")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder on a local disk")
     return parser
 
@@ -111,7 +114,11 @@ def parser() -> ArgumentParser:
 @command
 def main() -> None:
     args = parser().parse_args()
-    print(stage(args.source, args.folder))
+    paths = [Path(path) for path in part_paths(args.source) or [args.source]]
+    if len({path.name for path in paths}) < len(paths):
+        raise InputError(f"{args.source}: parts of one name would replace each other: rename them")
+    for path in paths:
+        print(stage(path, args.folder))
 
 
 if __name__ == "__main__":

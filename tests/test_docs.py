@@ -30,6 +30,7 @@ from tests.command_lines import LAUNCHERS, commands, options, parser_of, problem
 from tests.documents import DOCUMENTS, PACKAGES, ROOT, Line, name_of, snippet
 from tests.methods import formulas, test_losses
 from tests.methods.formulas import unit
+from tests.side_files import copy_side_files
 
 MODULES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 NAMES = {documents.module_of(path) for path in [*MODULES, *(ROOT / "tests").rglob("*.py")]}
@@ -265,7 +266,7 @@ def test_the_pretraining_snippet_trains_and_its_encoder_loads(
     monkeypatch.chdir(tmp_path)
     prepare("synthetic:40", tmp_path / "train.beton", workers=1, quiet=True)
     shutil.copy("train.beton", "val.beton")
-    shutil.copy("train.beton.json", "val.beton.json")
+    copy_side_files(Path("train.beton"), Path("val.beton"))
     small: dict[str, Any] = {"method": Method(queue_size=32), "knn": Knn(k=5), "precision": "no", "cpu": True}
     small |= {"model": Model(arch="resnet10", stem="small", width=0.125), "tracker": "none"}
     monkeypatch.setattr("engine.config.settings.Settings", lambda **given: Settings(**{**small, **given}))

@@ -100,7 +100,7 @@ def top1(model: Moco, train: Images, test: Images, device: torch.device) -> floa
     model.eval()
     bank, queries = (_features(model, images.pixels, device) for images in (train, test))
     model.train(was_training)
-    labels, true = (torch.from_numpy(images.labels).to(device) for images in (train, test))
+    labels, true = (torch.from_numpy(images.labels.astype(np.int64)).to(device) for images in (train, test))
     settings = {"k": _KNN_K, "temperature": _KNN_TEMPERATURE, "classes": int(labels.max()) + 1}
     return float((classify(queries, bank, labels, **settings) == true).float().mean())  # type: ignore[arg-type]
 

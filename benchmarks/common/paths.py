@@ -21,7 +21,7 @@ from pipeline.backends import build
 from pipeline.backends.base import BackendConfig
 from pipeline.beton import Beton
 from pipeline.beton_format import JPEG
-from pipeline.sampling.order import epoch_order
+from pipeline.sampling import order
 from pipeline.storage.decode import records_of, rectangles
 from pipeline.views import View
 
@@ -50,7 +50,7 @@ def _plans(beton: Beton, size: int, views: int, batch: int) -> list[Plan]:
     per_epoch = len(beton) // batch
     for number in range(max(per_epoch, _MIN_BATCHES)):
         epoch, index = divmod(number, per_epoch)
-        ids = epoch_order(0, epoch, len(beton))[index * batch : (index + 1) * batch]
+        ids = order.ids("random", 0, epoch, len(beton), index * batch + np.arange(batch))
         sides = {"heights": beton.heights[ids], "widths": beton.widths[ids]}
         draws = draw_views([_VIEW] * views, seed=0, epoch=0, ids=ids, **sides)
         plans.append(Plan.from_draws(ids, draws, (size,) * views))
@@ -59,7 +59,7 @@ def _plans(beton: Beton, size: int, views: int, batch: int) -> list[Plan]:
 
 def _decoded(beton: Beton, plans: list[Plan]) -> float:
     """Return the bytes of decoded pixels a sample."""
-    parts = np.concatenate([rectangles(records_of(beton), plan.ids, plan.boxes) for plan in plans]).astype(np.int64)
+    parts = np.concatenate([rectangles(records_of(beton, plan.ids), plan.boxes) for plan in plans]).astype(np.int64)
     return float((3 * parts[:, 2] * parts[:, 3]).mean())
 
 

@@ -54,8 +54,8 @@ class Data:
     """Images and their views."""
 
     train: str = ""
-    """Training images: a beton, which python -m pipeline.prepare writes; or JPEGs, read in place, in a folder, a .tar
-    or a pattern of .tar files."""
+    """Training images: a beton, which python -m pipeline.prepare writes, or several as one set, by a pattern or divided
+    by commas; or JPEGs, read in place, in a folder, a .tar or a pattern of .tar files."""
     eval: str = ""
     """Labeled beton for kNN, with neighbors from `train`. If both are one file, every tenth image of a class is
     classified by the others. Empty: no kNN."""

@@ -109,7 +109,7 @@ class ClassificationEvaluation(Evaluation):
 
     def labels(self, beton: Beton) -> torch.Tensor:
         """Return all labels, int64 [N], on the device."""
-        return torch.from_numpy(beton.labels).to(self.device)
+        return torch.from_numpy(beton.labels.astype(np.int64)).to(self.device)
 
     def score(self, classify: Callable[[torch.Tensor], torch.Tensor], *, frozen: bool) -> Accuracy:
         """Return the scores of a classifier on all test images.

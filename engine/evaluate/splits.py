@@ -14,7 +14,7 @@ HELD_OUT = 10
 def refuse_unlabeled(*betons: Beton) -> None:
     """Raise InputError for a data set in which an image has no label."""
     for beton in betons:
-        if (beton.labels < 0).any():
+        if beton.labels.min() < 0:
             raise InputError(f"{beton.path}: has images without a label: prepare it from class folders")
 
 

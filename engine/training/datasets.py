@@ -120,7 +120,7 @@ def _knn_fingerprint(train: Beton, knn: Knn | None, bank: Beton | None) -> str |
 def _build_knn(settings: Settings, bank: Beton, evaluated: Beton, device: torch.device) -> Knn:
     """Return the kNN classifier of the images of `evaluated` by their neighbors in `bank`."""
     knn = settings.knn
-    if not knn.bank and (bank.labels < 0).any():
+    if not knn.bank and bank.labels.min() < 0:
         raise InputError(
             f"{bank.path}: has images without a label, by which kNN cannot classify: prepare it from class folders, "
             "give labeled neighbors with --knn.bank F.beton, or --knn.every 0"
@@ -136,7 +136,7 @@ def _build_knn(settings: Settings, bank: Beton, evaluated: Beton, device: torch.
 def _probe_labels(settings: Settings, train: Beton, evaluated: Beton | None) -> np.ndarray:
     """Return the probe's labels of the training images, int64 [N], -1 for none and for those that are evaluated."""
     labels, key = train.labels.copy(), f"probe.every {settings.probe.every}"
-    if (labels < 0).all():
+    if labels.max() < 0:
         remedy = "prepare it from class folders, or choose probe.every 0"
         raise InputError(f"{key}: the images of {train.path} have no labels to train on: {remedy}")
     count_classes(train)
@@ -171,9 +171,9 @@ def _verify(settings: Settings, key: str, beton: Beton) -> None:
 
     A record that is damaged on one machine is skipped on all, or ends the run on all, as `data.on_bad` says.
     """
-    share = np.array_split(np.arange(len(beton)), local_world())[local_rank()].tolist()
+    first, end = (len(beton) * number // local_world() for number in (local_rank(), local_rank() + 1))
     results = all_gather_object(
-        lambda: [platform.node(), verify(beton, share, quiet=local_rank() > 0)], _VERIFY_SECONDS
+        lambda: [platform.node(), verify(beton, range(first, end), quiet=local_rank() > 0)], _VERIFY_SECONDS
     )
     faults = {int(sample): f"{fault}, on {host}" for host, records in results for sample, fault in records}
     if not faults:

@@ -34,29 +34,27 @@ _CACHED_BYTES = 1 << 19  # of crops between resizing and augmentation
 @compiled(**JIT)
 def _crop_chunk(
     records: Any,
-    ids: Any,
     parts: Any,
     boxes: Any,
     flips: Any,
     start: int,
-    stop: int,
     outs: Any,
     pixels: Any,
     buffers: Any,
 ) -> tuple[int, int]:
-    """Fill outs, one [stop - start, S, S, 3] for each view, with the crops of samples start..stop.
+    """Fill outs, one [n, S, S, 3] for each view, with the crops of n records, a batch's samples from `start` on.
 
-    parts: int32 [stop - start, 4], as `rectangles` returns. Returns the first fault and its position in `ids`, or
-    (INTACT, 0).
+    parts: int32 [n, 4], as `rectangles` returns. boxes, flips: of the batch. Returns the first fault and the number of
+    its record, or (INTACT, 0).
     """
-    for i in range(start, stop):
-        fault, image, top, left, width = decode_record(records, ids[i], parts[i - start], pixels)
+    for i in range(len(parts)):
+        fault, image, top, left, width = decode_record(records, i, parts[i], pixels)
         if fault != INTACT:
             return fault, i
         for view in range(len(boxes)):
-            box = boxes[view, i]
+            box = boxes[view, start + i]
             inside = (box[0] - top, box[1] - left, np.int64(box[2]), np.int64(box[3]))
-            crop_resize(image, width, inside, flips[view, i], outs[view][i - start], buffers)
+            crop_resize(image, width, inside, flips[view, start + i], outs[view][i], buffers)
     return INTACT, 0
 
 
@@ -121,29 +119,34 @@ class FfcvBackend(ThreadedBackend[Views]):
 
     def _worker_state(self) -> _State:
         beton = self._beton
-        return _State(int((beton.heights.astype(np.int64) * beton.widths).max()), beton.longest_side)
+        return _State(beton.most_pixels, beton.longest_side)
 
     def _fill(self, state: _State, plan: Plan, start: int, stop: int, buffer: Views) -> None:
-        parts = rectangles(self._records, plan.ids[start:stop], plan.boxes[:, start:stop])
+        records = self._records_of(plan.ids[start:stop])
+        parts = rectangles(records, plan.boxes[:, start:stop])
         outs = _shaped(buffer, plan)
         if plan.colors is None:
-            self._crop(state, plan, parts, start, stop, [out.numpy()[start:stop] for out in outs])
+            self._crop(state, plan, records, parts, start, [out.numpy()[start:stop] for out in outs])
             return
         crops = state.crops(plan.sizes)
         for first in range(start, stop, len(crops[0])):
             last = min(first + len(crops[0]), stop)
-            self._crop(state, plan, parts[first - start : last - start], first, last, crops)
+            part = slice(first - start, last - start)
+            self._crop(state, plan, records.take(part), parts[part], first, crops)
             for out, view_crops, color in zip(outs, crops, plan.colors, strict=True):
                 augment_into(out, slice(first, last), view_crops, color, state.color(*view_crops.shape[1:3]))
 
     def _crop(
-        self, state: _State, plan: Plan, parts: np.ndarray, start: int, stop: int, outs: Sequence[np.ndarray]
+        self, state: _State, plan: Plan, records: Records, parts: np.ndarray, start: int, outs: Sequence[np.ndarray]
     ) -> None:
-        """Fill outs with the crops of samples start..stop, of which `parts` are decoded. Raises DamagedRecord."""
-        samples = self._records, plan.ids, parts, plan.boxes, plan.flips, start, stop
+        """Fill outs with the crops of `records`, samples from `start` on, of which `parts` are decoded.
+
+        Raises DamagedRecord.
+        """
+        samples = records, parts, plan.boxes, plan.flips, start
         fault, position = _crop_chunk(*samples, tuple(outs), state.pixels, state.resize(plan.sizes))
         if fault != INTACT:
-            raise damaged(self._beton, int(plan.ids[position]), fault)
+            raise damaged(self._beton, int(plan.ids[start + position]), fault)
 
     def _crops(self, plan: Plan, buffer: Views, slot: int) -> tuple[torch.Tensor, ...]:
         outs = self._to_device(_shaped(buffer, plan), slot)

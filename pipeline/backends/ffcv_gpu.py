@@ -12,13 +12,14 @@ import torch
 from pipeline.augment.crop import Ragged, crop_views
 from pipeline.augment.plan import Plan
 from pipeline.backends.threaded import ThreadedBackend
-from pipeline.storage.decode import INTACT, damaged, decode_chunk, rectangles
+from pipeline.storage.decode import INTACT, Records, damaged, decode_chunk, rectangles
 
 
 @dataclass(frozen=True)
 class PackedPlan(Plan):
     """A plan whose images' parts are packed one after another into a buffer; its boxes are relative to the parts."""
 
+    records: Records
     parts: np.ndarray
     """int32 [B, 4]: the part of each image to decode, as `rectangles` returns."""
     starts: np.ndarray
@@ -48,18 +49,19 @@ class FfcvGpuBackend(ThreadedBackend[GrowingBuffer]):
         return GrowingBuffer(pinned)
 
     def _prepare(self, plan: Plan, buffer: GrowingBuffer) -> PackedPlan:
-        parts, boxes = rectangles(self._records, plan.ids, plan.boxes), plan.boxes.copy()
+        records, boxes = self._records_of(plan.ids), plan.boxes.copy()
+        parts = rectangles(records, plan.boxes)
         boxes[:, :, :2] -= parts[:, :2]
         ends = np.cumsum(3 * parts[:, 2].astype(np.int64) * parts[:, 3])
         buffer.reserve(int(ends[-1]))
         return PackedPlan(
-            plan.ids, boxes, plan.flips, plan.sizes, parts, np.concatenate([[0], ends]), colors=plan.colors
+            plan.ids, boxes, plan.flips, plan.sizes, records, parts, np.concatenate([[0], ends]), colors=plan.colors
         )
 
     def _fill(self, state: None, plan: Plan, start: int, stop: int, buffer: GrowingBuffer) -> None:
         assert isinstance(plan, PackedPlan)
-        span = plan.ids, plan.parts, plan.starts, start, stop
-        fault, position = decode_chunk(self._records, *span, buffer.bytes.numpy())
+        span = plan.records, plan.parts, plan.starts, start, stop
+        fault, position = decode_chunk(*span, buffer.bytes.numpy())
         if fault != INTACT:
             raise damaged(self._beton, int(plan.ids[position]), fault)
 

@@ -16,7 +16,7 @@ from pipeline.backends.base import Backend, BackendConfig, UnderWay
 from pipeline.backends.ffcv import FfcvBackend
 from pipeline.beton import Beton
 from pipeline.beton_format import RAW
-from pipeline.storage.decode import INTACT, damaged, decode_chunk, full_rectangles, records_of
+from pipeline.storage.decode import INTACT, Records, damaged, decode_chunk, full_rectangles, records_of
 from pipeline.system.cores import available_cores, free_memory
 from pipeline.system.errors import InputError
 from pipeline.system.text import binary
@@ -31,7 +31,7 @@ _BLOCK_BYTES = 1 << 28  # decoded, then copied to the device
 
 def needed(beton: Beton) -> int:
     """Return the bytes all images take."""
-    return int(_bytes(beton).sum())
+    return 3 * sum(int(pixels.sum()) for pixels in beton.pixels())
 
 
 def free(device: torch.device) -> int:
@@ -82,9 +82,7 @@ class _Decoder:
     """Decodes runs of samples into memory, one after another, from several threads; collects the faults."""
 
     def __init__(self, beton: Beton, starts: np.ndarray, skipped: list[int]) -> None:
-        self._records, self._ids = records_of(beton), np.arange(len(beton))
-        self._starts, self._skipped = starts, skipped
-        self._boxes = full_rectangles(self._records, self._ids)
+        self._beton, self._starts, self._skipped = beton, starts, skipped
         self.faults: dict[int, int] = {}
         """Fault of each damaged sample."""
 
@@ -92,8 +90,11 @@ class _Decoder:
         """Decode samples first..end to their places in `target`, which begins with sample `base`."""
         for stop in [*(index for index in self._skipped if first <= index < end), end]:
             while first < stop:  # up to the next skipped sample
-                starts = self._starts[first : stop + 1] - self._starts[base]
-                samples = self._records, self._ids[first:stop], self._boxes[first:stop], starts
+                records, starts = records_of(self._beton, np.arange(first, stop)), self._starts[first : stop + 1]
+                boxes = full_rectangles(records)
+                if (3 * boxes[:, 2].astype(np.int64) * boxes[:, 3] != np.diff(starts)).any():
+                    raise InputError(f"{self._beton.path}: was overwritten while it was read: start again")
+                samples = records, boxes, starts - self._starts[base]
                 fault, position = decode_chunk(*samples, 0, stop - first, target.numpy())
                 if fault == INTACT:
                     break
@@ -148,12 +149,7 @@ def build(beton: Beton, config: BackendConfig) -> Backend:
     if device.type == "cuda":
         return ResidentBackend(beton, config, pixels, starts)
     # The decoded images, as raw records that need no check.
-    stored = records_of(beton)
-    raw = stored._replace(
-        data=pixels.numpy(),
-        pointers=starts.astype(stored.pointers.dtype),
-        sizes=_bytes(beton).astype(stored.sizes.dtype),
-        modes=np.full_like(stored.modes, RAW),
-        crc32=np.zeros(0, np.uint32),
-    )
+    places = starts.astype(np.uint64), _bytes(beton).astype(np.uint64)
+    sides = beton.heights.astype(np.int32), beton.widths.astype(np.int32)
+    raw = Records(pixels.numpy(), *places, *sides, np.full(len(beton), RAW, np.uint8), np.zeros(0, np.uint32))
     return FfcvBackend(beton, config, raw)

@@ -10,6 +10,7 @@ from pipeline.backends import resident
 from pipeline.beton import Beton
 from pipeline.beton_format import JPEG
 from pipeline.storage.decode import DECODER
+from pipeline.system.chunks import chunks
 from pipeline.system.errors import InputError
 from pipeline.system.packages import installed
 from pipeline.system.text import binary
@@ -34,12 +35,15 @@ def decoding_rate(beton: Beton, cores: int, decoder: str = DECODER) -> float:
 
     decoder: of JPEGs, as `pipeline.storage.decode.DECODER`.
     """
-    pixels, jpegs = beton.heights.astype(np.float64) * beton.widths, beton.modes == JPEG
-    jpeg_seconds = _JPEG_BYTE * beton.sizes + _JPEG_PIXEL * pixels
-    if decoder == "pillow" and jpegs.any():
-        jpeg_seconds *= _PILLOW_FACTOR
+    factor, seconds, jpeg_count = _PILLOW_FACTOR if decoder == "pillow" else 1.0, 0.0, 0
+    for rows, pixels in zip(chunks(len(beton)), beton.pixels(), strict=True):
+        jpegs = beton.modes[rows] == JPEG
+        jpeg_seconds = factor * (_JPEG_BYTE * beton.sizes[rows] + _JPEG_PIXEL * pixels)
+        seconds += float(np.where(jpegs, jpeg_seconds, _RAW_PIXEL * pixels).sum())
+        jpeg_count += int(jpegs.sum())
+    if decoder == "pillow" and jpeg_count:
         cores = min(cores, _PILLOW_CORES)
-    return float(cores / np.where(jpegs, jpeg_seconds, _RAW_PIXEL * pixels).mean())
+    return cores * len(beton) / seconds
 
 
 def choose(backend: str, beton: Beton, device: torch.device, *, local_world: int = 1, cores: int = 1) -> Choice:

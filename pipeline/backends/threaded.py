@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 
 from pipeline.augment.plan import Plan
@@ -22,12 +23,12 @@ class ThreadedBackend(Backend, Generic[Buffer]):
     Each batch is cut into chunks, which the workers fill. There are depth + 1 buffers, made once and used in turn. For
     a GPU they are pinned and copied on a stream of this backend; a buffer is filled again only after its copy.
 
-    records: where they are not the beton's own.
+    records: of all samples, where they are not the beton's own.
     """
 
     def __init__(self, beton: Beton, config: BackendConfig, records: Records | None = None) -> None:
         super().__init__(beton, config)
-        self._records = records or records_of(beton)
+        self._records = records
         self._buffers = [self._new_buffer(pinned=self._stream is not None) for _ in range(config.depth + 1)]
         self._copied: list[torch.cuda.Event | None] = [None] * len(self._buffers)
         self._next = 0
@@ -36,6 +37,10 @@ class ThreadedBackend(Backend, Generic[Buffer]):
 
     def _new_buffer(self, pinned: bool) -> Buffer:
         raise NotImplementedError
+
+    def _records_of(self, ids: np.ndarray) -> Records:
+        """Return the records of samples `ids`, int64 [n], for compiled code."""
+        return self._records.take(ids) if self._records else records_of(self._beton, ids)
 
     def _worker_state(self) -> Any:
         """Return the first argument of `_fill`, made once for each worker."""

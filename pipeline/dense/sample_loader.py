@@ -5,14 +5,14 @@ Global batches come in an order that depends on the seed alone.
 
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
 
-from pipeline.sampling.order import epoch_order, rank_slice, steps_per_epoch
+from pipeline.sampling import order
+from pipeline.sampling.order import rank_positions, steps_per_epoch
 from pipeline.system.cores import available_cores
 from pipeline.system.errors import InputError, LoaderStalled
 from pipeline.system.thread_pool import Workers
@@ -20,7 +20,6 @@ from pipeline.system.thread_pool import Workers
 S = TypeVar("S")
 _STALL_SECONDS = 60.0
 _BATCHES_AHEAD = 3
-_order_of = lru_cache(maxsize=4)(epoch_order)
 
 
 class Samples(Generic[S]):
@@ -53,7 +52,8 @@ class Samples(Generic[S]):
     def ids(self, step: int) -> np.ndarray:
         """Return the ids of this rank's samples at a step, counted over all epochs: int64 [B]."""
         epoch, step = divmod(step, self.steps)
-        return rank_slice(_order_of(self._seed, epoch, self._count), step, self._batch, self._rank, self._world)
+        positions = rank_positions(step, self._batch, self._rank, self._world)
+        return order.ids("random", self._seed, epoch, self._count, positions)
 
     def batches(self, first: int, last: int) -> Iterator[list[S]]:
         """Yield this rank's samples at each step from `first` to before `last`. Raises LoaderStalled."""

@@ -10,11 +10,13 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from pipeline.sources import synthetic
+from pipeline.sources import synthetic, tar_headers
+from pipeline.sources.listing import Listing, ListingWriter
+from pipeline.sources.tar_headers import TarPart
 from pipeline.system.errors import InputError
 from pipeline.system.limits import MAX_FILE_BYTES, MAX_FILES, open_regular
 
@@ -23,7 +25,6 @@ SUBSETS = frozenset({"train", "val", "valid", "validation", "test", "extra", "un
 _SYNTHETIC_SEED = 0
 _ZIP_HEADER_BYTES = 30  # before the name in a zip member's header
 _MAX_ZIP_RATIO = 200  # ratio of the images' uncompressed bytes to the zip's
-_MAX_TAR_HEADER_BYTES = 1 << 20
 _MAX_NAME_BYTES = 512
 
 
@@ -79,22 +80,24 @@ class Item:
 class Source:
     """The images of a source, in a fixed order, and its class names by label."""
 
-    items: list[Item]
+    items: Sequence[Item]
     classes: list[str]
 
     def relabeled(self, labels: Iterable[int], classes: list[str]) -> "Source":
         """Return the same images with other labels and class names."""
+        if isinstance(self.items, Listing):
+            return Source(self.items.relabeled(labels), classes)
         return Source([replace(item, label=label) for item, label in zip(self.items, labels, strict=True)], classes)
 
 
-def open_source(source: str, subset: str | None = None) -> Source:
+def open_source(source: str, subset: str | None = None, folder: Path | None = None) -> Source:
     """List the images of `source`: a folder, .tar, .zip or `synthetic:N`, or `synthetic:FIRST:N`.
 
-    subset: take only the images in this folder of the source. Raises InputError for a source that is missing or has no
-    image, and for several subsets to choose from.
+    subset: take only the images in this folder of the source. folder: for temporary files. Raises InputError for a
+    source that is missing or has no image, and for several subsets to choose from.
     """
     if source.startswith("synthetic:"):
-        return _synthetic(source)
+        return _synthetic(source, folder)
     path = Path(source)
     if os.path.isdir(path):
         items = _walk(path)
@@ -106,17 +109,19 @@ def open_source(source: str, subset: str | None = None) -> Source:
         items = _tar_members(path)
     else:
         raise InputError(f"{source}: not a folder, .tar or .zip: unpack it, or decompress it to a plain .tar")
-    return _label(source, items, subset)
+    return _label(source, items, subset, folder)
 
 
-def _synthetic(source: str) -> Source:
+def _synthetic(source: str, folder: Path | None) -> Source:
     numbers = source.split(":")[1:]
     if not 1 <= len(numbers) <= 2 or not all(number.isdecimal() for number in numbers) or int(numbers[-1]) < 1:
         raise InputError(f"{source}: write synthetic:N, N images, or synthetic:FIRST:N, those from number FIRST on")
     first = int(numbers[0]) if len(numbers) == 2 else 0
     indices = range(first, first + int(numbers[-1]))
-    items = [Item(f"drawn/{i:08d}.jpg", "", i % len(synthetic.CLASSES), i) for i in indices]
-    return Source(items, list(synthetic.CLASSES))
+    writer = ListingWriter(folder)
+    for i in indices:
+        writer.append(Item(f"drawn/{i:08d}.jpg", "", offset=i), i % len(synthetic.CLASSES))
+    return Source(writer.finish(), list(synthetic.CLASSES))
 
 
 def _walk(root: Path) -> Iterator[Item]:
@@ -171,66 +176,28 @@ def _refuse_bomb(path: Path, members: list[zipfile.ZipInfo], end: int) -> None:
 def _tar_members(path: Path) -> Iterator[Item]:
     """Yield the files of a tar; a tar inside it is a class folder, read in place (ILSVRC2012_img_train.tar)."""
     for item in tar_files(path):
-        if not item.name.endswith(".tar"):
+        if item.name.endswith(".tar"):
+            yield from tar_files(path, item.offset, item.size, item.name.removesuffix(".tar") + "/")
+        else:
             yield item
-            continue
-        folder = item.name.removesuffix(".tar")
-        for image in tar_files(path, item.offset, item.size):
-            yield replace(image, name=f"{folder}/{image.name}")
 
 
-def tar_files(path: Path | str, start: int = 0, size: int | None = None) -> Iterator[Item]:
-    """Yield the files of a tar, or of a tar inside it at those bytes. Raises InputError for a damaged one."""
+def tar_files(path: Path | str, start: int = 0, size: int | None = None, folder: str = "") -> Iterator[Item]:
+    """Yield the files of a tar, or of a tar inside it at those bytes. Raises InputError for a damaged one.
+
+    folder: goes before the names.
+    """
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size if size is None else size
-            for member in _members(_Part(file.fileno(), start, size)):
-                yield Item(_plain(member.name, path), str(path), offset=start + member.offset_data, size=member.size)
+            for name, offset, length in tar_headers.files(TarPart(file.fileno(), start, size)):
+                yield Item(folder + _plain(name, path), str(path), offset=start + offset, size=length)
     except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
             f"{path}: not an intact, uncompressed tar file ({error}): fetch it again or decompress it"
         ) from None
-
-
-class _Part:
-    """A part of a file for tarfile to read headers from. A header states its own length, which is bounded here."""
-
-    def __init__(self, file: int, start: int, size: int) -> None:
-        self._file, self._start, self.size, self._at = file, start, size, 0
-
-    def read(self, count: int = -1) -> bytes:
-        if not 0 <= count <= _MAX_TAR_HEADER_BYTES:
-            raise tarfile.ReadError(f"a header of {count} bytes")
-        data = os.pread(self._file, min(count, max(self.size - self._at, 0)), self._start + self._at)
-        self._at += len(data)
-        return data
-
-    def seek(self, at: int) -> None:
-        self._at = at
-
-    def tell(self) -> int:
-        return self._at
-
-
-def _members(part: _Part) -> Iterator[tarfile.TarInfo]:
-    """Yield the files of a tar. Raises ReadError for a damaged or missing header; tarfile takes that for the end."""
-    archive, before = tarfile.TarFile(fileobj=part), -1  # type: ignore[arg-type]
-    while (member := archive.next()) is not None:
-        archive.members = []  # type: ignore[attr-defined]  # tarfile would collect all of them
-        if member.islnk() or member.issym():
-            raise tarfile.ReadError(f"{member.name} is a link: pack the files themselves, with tar --dereference")
-        if member.issparse():
-            raise tarfile.ReadError(f"{member.name} is sparse: pack it without tar's --sparse")
-        if archive.offset <= before or (member.isfile() and not 0 <= member.size <= part.size - member.offset_data):
-            raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
-        before = archive.offset
-        if member.isfile():
-            yield member
-    part.seek(archive.offset)
-    if part.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError(f"no member and no end at byte {archive.offset}")
 
 
 def _plain(name: str, path: Path | str) -> str:
@@ -243,23 +210,32 @@ def _plain(name: str, path: Path | str) -> str:
     return name
 
 
-def _label(source: str, items: Iterable[Item], subset: str | None) -> Source:
+def _label(source: str, items: Iterable[Item], subset: str | None, folder: Path | None) -> Source:
     """Return the images among the items, sorted by name, with their folders as classes."""
-    images = [item for item in _checked(source, items) if _is_image(item.name)]
-    parents = {PurePosixPath(item.name).parent.parts for item in images}
-    root = _root(source, parents, subset)
-    images = [item for item in images if PurePosixPath(item.name).parts[: len(root)] == root]
-    images.sort(key=lambda item: item.name)
+    writer, numbers, parents = ListingWriter(folder), dict[str, int](), list[tuple[str, ...]]()
+    for item in _checked(source, items):
+        parent, _, name = item.name.rpartition("/")
+        if _is_hidden(name) or os.path.splitext(name)[1].lower() not in SUFFIXES:
+            continue
+        number = numbers.get(parent)
+        if number is None:
+            parts = PurePosixPath(parent).parts
+            number = numbers[parent] = -1 if any(map(_is_hidden, parts)) else len(parents)
+            parents += [parts] if number >= 0 else []
+        if number >= 0:
+            writer.append(item, number)
+    root = _root(source, set(parents), subset)
+    folders = [parts[len(root) :] if parts[: len(root)] == root else None for parts in parents]
+    classes = sorted({parts[0] for parts in folders if parts})
+    label = {name: number for number, name in enumerate(classes)}
+    labels = [label[parts[0]] if parts else -1 for parts in folders]
+    images = writer.finish(labels, kept=[parts is not None for parts in folders], by_name=True)
     if not images:
         where = f"{source}, folder {subset}" if subset else source
         raise InputError(
             f"{where}: no image in it: give a folder or archive with {', '.join(sorted(SUFFIXES)[:4])} ... files"
         )
-    folders = [PurePosixPath(item.name).parts[len(root) : -1] for item in images]
-    classes = sorted({folder[0] for folder in folders if folder})
-    number = {name: label for label, name in enumerate(classes)}
-    labels = [number[folder[0]] if folder else -1 for folder in folders]
-    return Source(images, []).relabeled(labels, classes)
+    return Source(images, classes)
 
 
 def _checked(source: str, items: Iterable[Item]) -> Iterator[Item]:
@@ -276,8 +252,11 @@ def _checked(source: str, items: Iterable[Item]) -> Iterator[Item]:
 
 def _is_image(name: str) -> bool:
     path = PurePosixPath(name)
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-    return path.suffix.lower() in SUFFIXES and not hidden
+    return path.suffix.lower() in SUFFIXES and not any(map(_is_hidden, path.parts))
+
+
+def _is_hidden(part: str) -> bool:
+    return part.startswith(".") or part == "__MACOSX"
 
 
 def _root(source: str, parents: set[tuple[str, ...]], subset: str | None) -> tuple[str, ...]:

@@ -1,10 +1,11 @@
 """WebDataset's shards: tars whose files belong together by their name up to the first dot."""
 
 from collections.abc import Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from pipeline.sources.archives import SUFFIXES, Item, Source, tar_files
 from pipeline.sources.labels import check_number, numbered
+from pipeline.sources.listing import ListingWriter, Numbers
 from pipeline.system.errors import InputError
 from pipeline.system.limits import parse_json
 
@@ -12,25 +13,24 @@ _MAX_LABEL_BYTES = 1 << 20
 _JSON_KEYS = ("label", "cls", "class")
 
 
-def list_shards(source: str, paths: Sequence[str], label: str = "") -> Source:
+def list_shards(source: str, paths: Sequence[str], label: str = "", folder: Path | None = None) -> Source:
     """Return the images of shards, sorted by name in each, with the labels of `.cls` files, or a key of `.json` files.
 
     label: that key; by default the first of label, cls, class that a file has. Labels are numbers or names of classes,
-    -1 for samples that have none. Raises InputError for a sample with two images.
+    -1 for samples that have none. folder: for temporary files. Raises InputError for a sample with two images.
     """
-    images: list[Item] = []
-    labels: list[str] = []
+    writer, labels = ListingWriter(folder), Numbers()
     for path in paths:
         for key, files in sorted(_samples(path).items()):
             pictures = {kind: item for kind, item in files.items() if f".{kind.rpartition('.')[2]}".lower() in SUFFIXES}
             if len(pictures) > 1:
                 raise InputError(f"{path}: {key} has {len(pictures)} images ({', '.join(pictures)}): keep one of them")
-            if pictures:
-                images += pictures.values()
-                labels.append(_label(path, key, files, label))
-    if not images:
+            for item in pictures.values():
+                writer.append(item, labels.of(_label(path, key, files, label)))
+    if not len(writer):
         raise InputError(f"{source}: no image in it: give shards with {', '.join(sorted(SUFFIXES)[:4])} ... files")
-    return Source(images, []).relabeled(*numbered(labels))
+    numbers, classes = numbered(labels.values)
+    return Source(writer.finish(numbers), classes)
 
 
 def _samples(path: str) -> dict[str, dict[str, Item]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.sources.archives import Item, Source
+from pipeline.sources.listing import ListingWriter, Numbers
 from pipeline.system.errors import InputError, describe_error
 from pipeline.system.limits import LIST_BYTES, MAX_FILE_BYTES, read_json
 from pipeline.system.packages import installed
@@ -60,34 +61,34 @@ def saved_tables(folder: Path) -> list[str]:
     return [str(folder / name) for name in names]
 
 
-def list_tables(source: str, paths: Sequence[str], image: str = "", label: str = "") -> Source:
+def list_tables(
+    source: str, paths: Sequence[str], image: str = "", label: str = "", folder: Path | None = None
+) -> Source:
     """Return the images of tables, in their order.
 
     image, label: names of the columns; by default the only one of images, and `label` or the only one of class labels.
-    Class names are those of the table's features, else the sorted values of a column of text. Raises InputError.
+    Class names are those of the table's features, else the sorted values of a column of text. folder: for
+    temporary files. Raises InputError.
     """
     if not installed("pyarrow"):
         raise InputError(f"{source}: reading tables needs pyarrow: {_INSTALL}")
     schema = _schema(paths[0])
     image = _image_column(source, schema, image)
     label, classes = _label_column(source, schema, label)
-    items: list[Item] = []
-    values: list[Any] = []
+    writer, values = ListingWriter(folder), Numbers()
     for path in paths:
         if missing := {image, *([label] if label else [])} - set(_schema(path).names):
             raise InputError(f"{path}: has no column {min(missing)}, unlike {paths[0]}: give files of one data set")
         rows = _groups(path, label)
         for group, count, labels in rows:
-            start = len(items)
-            items += [
-                Row(f"{Path(path).name}/{start + row:08d}", path, offset=row, column=image, group=group)
-                for row in range(count)
-            ]
-            values += labels
-    if not items:
+            start = len(writer)
+            for row, value in zip(range(count), labels, strict=True):
+                name = f"{Path(path).name}/{start + row:08d}"
+                writer.append(Row(name, path, offset=row, column=image, group=group), values.of(value))
+    if not len(writer):
         raise InputError(f"{source}: no image in it: give tables with rows")
-    labels, classes = _numbered(source, label, values, classes)
-    return Source(items, []).relabeled(labels, classes)
+    labels, classes = _numbered(source, label, values.values, classes)
+    return Source(writer.finish(labels), classes)
 
 
 def _schema(path: str) -> Any:

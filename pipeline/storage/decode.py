@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.beton import Beton
-from pipeline.beton_format import JPEG
+from pipeline.beton_format import JPEG, RAW
 from pipeline.native import libjpeg
 from pipeline.native.libz import crc32
 from pipeline.native.numba_cache import compiled
-from pipeline.system.errors import DamagedRecord
+from pipeline.system.errors import DamagedRecord, InputError
 from pipeline.system.limits import MAX_SCANNED_PIXELS, MAX_SCANS
 
 decode_rectangle_symbol: Any = libjpeg.decode_rectangle_symbol
@@ -33,16 +33,26 @@ _FAULTS = {
 
 
 class Records(NamedTuple):
-    """A beton's records for compiled code; arrays as in `Beton`."""
+    """Some records of a beton for compiled code: contiguous copies of their rows in its tables, and the file."""
 
     data: np.ndarray
+    """uint8, the file."""
     pointers: np.ndarray
+    """uint64 [n]."""
     sizes: np.ndarray
+    """uint64 [n], bytes."""
     heights: np.ndarray
+    """int32 [n], like widths."""
     widths: np.ndarray
     modes: np.ndarray
+    """uint8 [n]."""
     crc32: np.ndarray
     """uint32 [n], or [0] where there is no manifest."""
+
+    def take(self, rows: np.ndarray | slice) -> "Records":
+        """Return the records of `rows`, int64 [k] or a slice."""
+        crc32 = self.crc32[rows] if self.crc32.size else self.crc32
+        return Records(self.data, *(column[rows] for column in self[1:-1]), crc32)  # type: ignore[call-arg]
 
 
 @compiled(nogil=True, boundscheck=False)
@@ -114,16 +124,14 @@ def decode_record(records: Any, sample: int, box: Any, pixels: Any) -> tuple[int
 
 
 @compiled(**JIT)
-def decode_chunk(
-    records: Any, ids: Any, boxes: Any, starts: Any, start: int, stop: int, pixels: Any
-) -> tuple[int, int]:
-    """Decode rectangles `boxes` of samples start..stop of `ids` to `pixels`, sample i from byte starts[i] on.
+def decode_chunk(records: Any, boxes: Any, starts: Any, start: int, stop: int, pixels: Any) -> tuple[int, int]:
+    """Decode rectangles `boxes` of records start..stop to `pixels`, record i from byte starts[i] on.
 
-    Returns the first fault and its position in `ids`, or (INTACT, 0).
+    Returns the first fault and the number of its record, or (INTACT, 0).
     """
     for i in range(start, stop):
         box, to = boxes[i], pixels[starts[i] : starts[i + 1]]
-        fault, image, _, _, width = decode_record(records, ids[i], box, to)
+        fault, image, _, _, width = decode_record(records, i, box, to)
         if fault != INTACT:
             return fault, i
         if image.ctypes.data != to.ctypes.data:  # a raw record, which was not copied
@@ -135,29 +143,31 @@ def decode_chunk(
     return INTACT, 0
 
 
-def rectangles(records: Records, ids: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Return the part of each sample to decode, which contains all its boxes: int32 [B, 4], top, left, height, width.
+def rectangles(records: Records, boxes: np.ndarray) -> np.ndarray:
+    """Return the part of each record to decode, which contains all its boxes: int32 [B, 4], top, left, height, width.
 
-    boxes: int32 [V, B, 4]. For `decode_rectangle` the part has one column more on either side and at least
-    `_MIN_COLUMNS`, and starts at a multiple of `_BLOCK_COLUMNS`. A JPEG without a CRC32 is decoded in full: damage
-    outside the crops would otherwise be an error in some epochs only.
+    boxes: int32 [V, B, 4], inside the images; raises ValueError for others. For `decode_rectangle` the part has one
+    column more on either side and at least `_MIN_COLUMNS`, and starts at a multiple of `_BLOCK_COLUMNS`. A JPEG without
+    a CRC32 is decoded in full: damage outside the crops would otherwise be an error in some epochs only.
     """
     first, last = boxes[:, :, :2].min(0), (boxes[:, :, :2] + boxes[:, :, 2:]).max(0)
-    widths = records.widths[ids].astype(np.int32)
+    widths = records.widths
+    if (last[:, 0] > records.heights).any() or (last[:, 1] > widths).any() or first.min(initial=0) < 0:
+        raise ValueError("a box is not inside its image")  # compiled code trusts them
     left = np.maximum(np.minimum(first[:, 1] - 1, widths - _MIN_COLUMNS), 0)
     first[:, 1] = left // _BLOCK_COLUMNS * _BLOCK_COLUMNS
     last[:, 1] = np.minimum(np.maximum(last[:, 1] + 1, first[:, 1] + _MIN_COLUMNS), widths)
     parts = np.concatenate([first, last - first], 1)
     if not (_PARTIAL and records.crc32.size > 0):
-        jpegs = records.modes[ids] == JPEG
-        parts[jpegs] = full_rectangles(records, ids)[jpegs]
+        jpegs = records.modes == JPEG
+        parts[jpegs] = full_rectangles(records)[jpegs]
     return parts
 
 
-def full_rectangles(records: Records, ids: np.ndarray) -> np.ndarray:
+def full_rectangles(records: Records) -> np.ndarray:
     """Return the rectangle of each full image: int32 [B, 4]."""
-    zero = np.zeros(len(ids), np.int32)
-    return np.stack([zero, zero, records.heights[ids].astype(np.int32), records.widths[ids].astype(np.int32)], 1)
+    zero = np.zeros(len(records.heights), np.int32)
+    return np.stack([zero, zero, records.heights, records.widths], 1)
 
 
 def decodes(data: np.ndarray, height: int, width: int) -> bool:
@@ -180,26 +190,46 @@ def decode(beton: Beton, index: int) -> np.ndarray:
 
 
 def _decoded(beton: Beton, index: int) -> tuple[int, np.ndarray]:
-    pixels = np.empty(3 * int(beton.heights[index]) * int(beton.widths[index]), np.uint8)
     data = np.asarray(beton.record(index))  # images read in place have no common `beton.data`
     place = {"data": data, "pointers": np.zeros(1, np.uint64), "sizes": np.full(1, len(data), np.uint64)}
-    record = records_of(beton, slice(index, index + 1))._replace(**place)
-    return decode_record(record, 0, full_rectangles(record, np.zeros(1, np.int64))[0], pixels)[:2]
+    record = _gather(beton, np.array([index]))._replace(**place)
+    pixels = np.empty(3 * int(record.heights[0]) * int(record.widths[0]), np.uint8)
+    return decode_record(record, 0, full_rectangles(record)[0], pixels)[:2]
 
 
-def records_of(beton: Beton, samples: slice = slice(None)) -> Records:
-    """Return the records of `beton`, or of some of its samples, for compiled code."""
-    crcs = beton.crc32[samples] if beton.crc32 is not None else np.zeros(0, np.uint32)
-    pointers, sizes, modes = beton.pointers[samples], beton.sizes[samples], beton.modes[samples]
-    return Records(beton.data, pointers, sizes, beton.heights[samples], beton.widths[samples], modes, crcs)
+def _gather(beton: Beton, ids: np.ndarray) -> Records:
+    crcs = beton.crc32[ids] if beton.crc32 is not None else np.zeros(0, np.uint32)
+    sides = beton.heights[ids].astype(np.int32), beton.widths[ids].astype(np.int32)
+    return Records(beton.data, beton.pointers[ids], beton.sizes[ids], *sides, beton.modes[ids], crcs)
+
+
+def records_of(beton: Beton, ids: np.ndarray) -> Records:
+    """Return the records of samples `ids`, int64 [n], for compiled code.
+
+    The beton's tables are mapped, not copied. Raises InputError where the file was overwritten since they were checked:
+    compiled code trusts them.
+    """
+    records = _gather(beton, ids)
+    end, pixels = np.uint64(len(beton.data)), records.heights.astype(np.uint64) * records.widths.astype(np.uint64)
+    longest = max(records.heights.max(initial=0), records.widths.max(initial=0))
+    if (
+        longest > beton.longest_side
+        or pixels.max(initial=0) > beton.most_pixels
+        or (records.sizes > end).any()
+        or (records.pointers > end - records.sizes).any()
+        or (records.sizes < 3 * pixels)[records.modes == RAW].any()
+    ):
+        raise InputError(f"{beton.path}: was overwritten while it was read: start again, and replace it by a rename")
+    return records
 
 
 def damaged(beton: Beton, sample: int, fault: int | str, others: tuple[int, ...] = ()) -> DamagedRecord:
     """Return the error for a damaged sample, whose message names it and its fault; `others` are damaged too."""
     reason = _FAULTS[fault] if isinstance(fault, int) else fault
+    path, number = beton.place(sample)
     return DamagedRecord(
-        f"{beton.path}: sample {sample} ({beton.name(sample)}) is damaged: {reason}: list all such samples with "
-        f"python -m pipeline.inspect {beton.path} --verify, and write the file again, or skip them with "
+        f"{path}: sample {number} ({beton.name(sample)}) is damaged: {reason}: list all such samples with "
+        f"python -m pipeline.inspect {path} --verify, and write the file again, or skip them with "
         "--data.on-bad skip",
         (sample, *others),
     )

@@ -17,6 +17,7 @@ import numpy as np
 
 from pipeline.beton import MAX_PIXELS_PER_BYTE, Beton
 from pipeline.beton_format import JPEG
+from pipeline.beton_set import Betons, part_paths
 from pipeline.sources.archives import Item
 from pipeline.sources.images import list_images
 from pipeline.sources.patterns import is_pattern, matching_paths
@@ -45,14 +46,14 @@ class Direct(Beton):
         self.path, self._tolerate = Path(source), tolerate
         _check_source(str(source))
         images = list_images([str(source)])
-        items, self.classes = images.items, images.classes
+        items, self.classes = list(images.items), images.classes
         self._names = [item.name for item in items]
         self._files = sorted({item.path for item in items})
         number = {path: i for i, path in enumerate(self._files)}
         self._file = np.array([number[item.path] for item in items])
         self._loose = any(item.offset < 0 for item in items)  # each image is a file
         self.labels = np.array([item.label for item in items], np.int64)
-        self.manifest = self.crc32 = None
+        self.manifest = self.columns = self.crc32 = None
         self._index(items)
         self.modes = np.full(len(self), JPEG, np.uint8)
         self.in_one_file = len(self._files) == 1 and not self._loose
@@ -150,9 +151,14 @@ def _check_source(source: str) -> None:
 
 
 def open_data(path: Path | str, *, tolerate: bool = False) -> Beton:
-    """Return the beton at `path`, or the folder or tars there, read in place. Raises as `Beton` and `Direct`."""
+    """Return the beton at `path`, several betons as one set, or the folder or tars there, read in place.
+
+    Raises as `Beton`, `Betons` and `Direct`.
+    """
     name = str(path)
-    in_place = os.path.isdir(path) or name.endswith((".tar", ".zip")) or name.startswith("synthetic:")
-    if not name.endswith(".beton") and (in_place or is_pattern(name)):
+    if name.rstrip("}").endswith(".beton"):
+        parts = part_paths(name) or [name]
+        return Beton(parts[0], tolerate=tolerate) if len(parts) == 1 else Betons(parts, name, tolerate=tolerate)
+    if os.path.isdir(path) or name.endswith((".tar", ".zip")) or name.startswith("synthetic:") or is_pattern(name):
         return Direct(path, tolerate=tolerate)
     return Beton(path, tolerate=tolerate)

@@ -2,6 +2,7 @@
 
 import hashlib
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
@@ -13,7 +14,7 @@ class Subset(Beton):
 
     def __init__(self, parent: Beton, indices: np.ndarray) -> None:
         self.parent, self.indices = parent, indices
-        for name in ("path", "manifest", "file_size", "data", "classes", "in_one_file"):
+        for name in ("path", "manifest", "columns", "file_size", "data", "classes", "in_one_file"):
             setattr(self, name, getattr(parent, name))
         for name in ("heights", "widths", "modes", "pointers", "sizes", "labels"):
             setattr(self, name, getattr(parent, name)[indices])
@@ -27,6 +28,10 @@ class Subset(Beton):
     def name(self, index: int) -> str:
         """Return where sample `index` came from, or its number in the parent."""
         return self.parent.name(int(self.indices[index]))
+
+    def place(self, index: int) -> tuple[Path, int]:
+        """Return the file that contains sample `index`, and its number there."""
+        return self.parent.place(int(self.indices[index]))
 
     @cached_property
     def fingerprint(self) -> str:

@@ -20,7 +20,7 @@ MAX_IMAGE_PIXELS = 1 << 27
 """Most pixels of an image: 134 million, 400 MB of RGB."""
 MAX_FILE_BYTES = 1 << 28
 """Most bytes of an image file."""
-MAX_FILES = 1 << 24
+MAX_FILES = 1 << 30
 """Most files in a folder or archive."""
 MAX_SCANS, MAX_SCANNED_PIXELS = 100, 1 << 31
 """Most scans of a progressive JPEG, which usually has about ten, and pixels in all of them. Also in `jpeg.c`."""

@@ -14,7 +14,15 @@ tqdm.set_lock(threading.RLock())  # tqdm's default is also a named semaphore, wh
 
 def progress(items: Sequence[T], unit: str, *, quiet: bool = False) -> Iterator[T]:
     """Yield the items, and show on stderr the number done, the rate and the time left."""
+    with progress_bar(len(items), unit, quiet=quiet) as bar:
+        for item in items:
+            yield item
+            bar.update()
+
+
+def progress_bar(total: int, unit: str, *, quiet: bool = False, done: int = 0) -> tqdm:
+    """Return a bar of `total` steps, `done` of them before; its `update(n)` counts n more."""
     terminal = sys.stderr.isatty()
     tqdm.monitor_interval = 0  # without tqdm's thread: the caller may fork worker processes
-    bar = tqdm(items, unit=f" {unit}", disable=quiet, mininterval=0.5 if terminal else 10.0, dynamic_ncols=terminal)
-    return iter(bar)
+    interval = 0.5 if terminal else 10.0
+    return tqdm(total=total, initial=done, unit=f" {unit}", disable=quiet, mininterval=interval, dynamic_ncols=terminal)

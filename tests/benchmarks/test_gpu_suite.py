@@ -126,7 +126,11 @@ def test_large_images_are_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (beton.heights.tolist(), beton.widths.tolist(), len(beton.classes)) == ([48] * 6, [64] * 6, 2)
     stamp = path.stat().st_mtime_ns
     assert gpu_suite._drawn(tmp_path, large=True).stat().st_mtime_ns == stamp
-    assert {file.name for file in tmp_path.iterdir()} == {"drawn-64.beton", "drawn-64.beton.json"}
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "drawn-64.beton",
+        "drawn-64.beton.columns",
+        "drawn-64.beton.json",
+    }
 
 
 def test_the_fewest_threads_that_reach_the_pace_are_named() -> None:

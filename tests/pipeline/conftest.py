@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.manifest import side_files
 from pipeline.prepare import prepare
 from pipeline.storage.encode import Settings
 
@@ -114,13 +115,14 @@ def _small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def small(_small: Path, tmp_path: Path) -> Path:
     """A beton of eight images, JPEG and raw, with its manifest; each test has a copy."""
-    for name in (_small.name, f"{_small.name}.json"):
-        shutil.copy(_small.with_name(name), tmp_path / name)
+    for path in (_small, *side_files(_small)):
+        shutil.copy(path, tmp_path)
     return tmp_path / _small.name
 
 
 @pytest.fixture
 def bare(small: Path) -> Path:
     """The same beton without its manifest."""
-    small.with_name(f"{small.name}.json").unlink()
+    for path in side_files(small):
+        path.unlink()
     return small

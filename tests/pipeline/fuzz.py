@@ -13,15 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.beton import Beton, Manifest, manifest_path
+from pipeline.beton import Beton
 from pipeline.inspect import describe, verify
 from pipeline.loader import Loader
+from pipeline.manifest import side_files
 from pipeline.native.libffcv import decode_jpeg
 from pipeline.native.libjpeg import decode_rectangle
 from pipeline.storage.decode import jpeg_frame
 from pipeline.storage.encode import Settings, Unreadable, encode
 from pipeline.system.errors import InputError
 from pipeline.views import AUGMENTATIONS
+from tests.side_files import copy_side_files, write_side_files
 
 HEADER = struct.Struct("<HHIQQ")  # version, fields, page size, samples, allocation table
 FIELD, ROW, ENTRY = 1041, struct.Struct("<BHHQ3xq"), struct.Struct("<QQQ")
@@ -48,7 +50,7 @@ class Forger:
     def __init__(self, beton: Path) -> None:
         self._original = beton.read_bytes()
         *_, self._count, self._table = HEADER.unpack_from(self._original)
-        self._manifest = manifest_path(beton).read_bytes()
+        self._beton = beton
 
     def write(self, number: int, to: Path) -> None:
         """Write variant `number` to `to`: without a manifest, with the original one, or with one forged to match."""
@@ -63,10 +65,11 @@ class Forger:
         elif draw.random() < 0.05:
             data += draw.randbytes(draw.choice([1, ENTRY.size, 1000]))
         to.write_bytes(data)
-        manifest_path(to).unlink(missing_ok=True)
+        for path in side_files(to):
+            path.unlink()
         which = draw.randrange(4)
         if which == 0:
-            manifest_path(to).write_bytes(self._manifest)
+            copy_side_files(self._beton, to)
         elif which == 1:
             _forge_manifest(to)
 
@@ -129,7 +132,7 @@ def _forge_manifest(beton: Path) -> None:
         copy = Beton(beton)
         crcs = [zlib.crc32(copy.record(index)) for index in range(len(copy))]
         names = [f"{index}.jpg" for index in range(len(copy))]
-        Manifest(len(copy), [], copy._header_crc32(), copy.file_size, {}, {}, crcs, names).write(manifest_path(beton))
+        write_side_files(beton, [], copy.header_crc32, names, crcs)
 
 
 def use(beton: Path, number: int = 0) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import tracemalloc
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import load_file
 
-from pipeline.beton import Beton, Manifest, manifest_path
+from pipeline.backends.select_backend import decoding_rate
+from pipeline.beton import Beton
 from pipeline.beton_format import JPEG, RAW
+from pipeline.columns import COLUMNS, Columns
+from pipeline.inspect import describe
+from pipeline.manifest import Manifest, columns_path, manifest_path, read_manifest
 from pipeline.native import libffcv
 from pipeline.prepare import prepare
-from pipeline.storage.decode import check_record, decode
+from pipeline.storage.decode import check_record, decode, records_of
 from pipeline.storage.encode import Settings, encode
 from pipeline.storage.writer import BetonWriter
 from pipeline.system.errors import InputError
 from tests.pipeline.conftest import picture, saved
+from tests.side_files import copy_side_files, downgrade, names_of
 
 HEADER = struct.Struct("<HHIQQ")  # version, fields, page size, samples, allocation table
 FIELD, ROW = 1041, struct.Struct("<BHHQ3xq")  # field: type, name, arguments; row: mode, width, height, pointer, label
@@ -311,23 +318,21 @@ def _change_manifest(beton: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 2}, "manifest format 2, this version reads 1: write it again"),
+        ({"format": 3}, "manifest format 3, this version reads 1 and 2: write it again"),
         ({"format": None}, "manifest format None"),
-        ({"count": 7}, "must list 7 values"),
-        ({"count": 7, "crc32": [0] * 7, "names": ["x"] * 7}, "has 8 samples in .* its manifest .* says 7"),
+        ({"format": True}, "manifest format True"),
+        ({"count": 7}, "has 8 samples in .* its manifest .* says 7"),
         ({"count": "8"}, "must be integers"),
         ({"count": 8.0}, "must be integers"),
         ({"count": None}, "must be integers"),
         ({"file_size": 10}, "its manifest .* says 8 in 10"),
         ({"header_crc32": 1}, "header or metadata do not match its manifest"),
         ({"header_crc32": True}, "must be integers"),
-        ({"crc32": [0] * 7}, "crc32 must list 8 values of type int"),
-        ({"crc32": [0.5] * 8}, "crc32 must list 8 values of type int"),
-        ({"crc32": [-1] * 8}, "outside 32 bits"),
-        ({"crc32": [2**32] * 8}, "outside 32 bits"),
-        ({"crc32": {"0": 1}}, "crc32 must list 8 values of type int"),
-        ({"names": [1] * 8}, "names must list 8 values of type str"),
-        ({"names": "12345678"}, "names must list 8 values of type str"),
+        ({"crc32": [0] * 8}, "not a manifest"),
+        ({"columns": {}}, "columns must give integers for size, name_ends, crc32, names"),
+        ({"columns": [1, 2, 3, 4]}, "columns must give integers"),
+        ({"columns": dict.fromkeys(["size", *COLUMNS], 1.0)}, "columns must give integers"),
+        ({"columns": dict.fromkeys(["size", *COLUMNS, "more"], 1)}, "columns must give integers"),
         ({"classes": "ab"}, "classes must be a list of names"),
         ({"classes": [1, 2]}, "classes must be a list of names"),
         ({"settings": []}, "settings and versions must be objects"),
@@ -349,6 +354,43 @@ def test_a_mismatched_manifest_is_refused(changes: dict[str, object], message: s
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"count": 7}, "must list 7 values"),
+        ({"count": 7, "crc32": [0] * 7, "names": ["x"] * 7}, "has 8 samples in .* its manifest .* says 7"),
+        ({"crc32": [0] * 7}, "crc32 must list 8 values of type int"),
+        ({"crc32": [0.5] * 8}, "crc32 must list 8 values of type int"),
+        ({"crc32": [-1] * 8}, "outside 32 bits"),
+        ({"crc32": [2**32] * 8}, "outside 32 bits"),
+        ({"crc32": {"0": 1}}, "crc32 must list 8 values of type int"),
+        ({"names": [1] * 8}, "names must list 8 values of type str"),
+        ({"names": "12345678"}, "names must list 8 values of type str"),
+        ({"extra": 1}, "not a manifest"),
+    ],
+)
+def test_a_mismatched_manifest_of_the_former_format_is_refused(
+    changes: dict[str, object], message: str, small: Path
+) -> None:
+    downgrade(small)
+    _change_manifest(small, **changes)
+    with pytest.raises(InputError, match=message):
+        Beton(small)
+
+
+def test_a_manifest_of_the_former_format_is_read_the_same(small: Path) -> None:
+    """Names that no UTF-8 has, too; the fingerprint, which checkpoints contain, stays."""
+    now, names = Beton(small), names_of(small)
+    assert now.crc32 is not None
+    downgrade(small)
+    former = Beton(small)
+    assert (former.fingerprint, former.classes, names_of(small)) == (now.fingerprint, now.classes, names)
+    assert former.crc32 is not None
+    assert former.crc32.tolist() == now.crc32.tolist()
+    _change_manifest(small, names=[*names[:6], "\udce9", "\ud800"])
+    assert [Beton(small).name(index) for index in (0, 6, 7)] == [names[0], "\\udce9", "?"]
+
+
+@pytest.mark.parametrize(
     "data",
     [b"", b"not JSON", b"\xff\xfe\x00", b"[1, 2]", b"null", b"{}", b'{"count": 8}', b'{"count": 8', b"[" * 100_000],
 )
@@ -360,7 +402,7 @@ def test_other_manifest_files_are_refused_with_the_remedy(data: bytes, small: Pa
 
 def test_another_betons_manifest_is_refused(small: Path, tmp_path: Path) -> None:
     prepare("synthetic:8", tmp_path / "other.beton", workers=1, quiet=True)
-    manifest_path(tmp_path / "other.beton").replace(manifest_path(small))
+    copy_side_files(tmp_path / "other.beton", small)
     with pytest.raises(InputError, match=r"its manifest small\.beton\.json says 8 in"):
         Beton(small)
 
@@ -372,12 +414,172 @@ def test_changed_metadata_is_found_by_the_manifest(change: Callable[[Path], None
         Beton(small)
 
 
-def test_a_manifest_round_trips(small: Path, tmp_path: Path) -> None:
-    manifest = Manifest.read(manifest_path(small), 8)
+def test_a_manifest_and_its_columns_round_trip(small: Path, tmp_path: Path) -> None:
+    manifest, columns = _manifest(small)
+    names = [b"caf\xe9".decode("utf-8", "surrogateescape"), "", "größe.jpg", *"abcde"]
     manifest.skipped = [["größe.jpg", "the file is empty"]]
-    manifest.names[0] = b"caf\xe9".decode("utf-8", "surrogateescape")
-    manifest.write(tmp_path / "copy.json")
-    assert Manifest.read(tmp_path / "copy.json", 8) == manifest
+    changed = Columns.from_lists(names, columns.crc32.tolist())
+    manifest.columns = changed.write(tmp_path / "copy.beton.columns")
+    manifest.write(tmp_path / "copy.beton.json")
+    again, read = read_manifest(tmp_path / "copy.beton.json", 8, small.stat().st_size)
+    assert again == manifest
+    assert [read.name(index) for index in range(8)] == names
+    assert read.crc32.tolist() == columns.crc32.tolist()
+
+
+# ---- columns ----
+
+
+def _manifest(beton: Path) -> tuple[Manifest, Columns]:
+    return read_manifest(manifest_path(beton), 8, beton.stat().st_size)
+
+
+def test_columns_are_a_safetensors_file(small: Path) -> None:
+    """The package reads the same, and the manifest has their CRC32s."""
+    path, beton = columns_path(manifest_path(small)), Beton(small)
+    tensors = load_file(path)
+    assert {name: tensor.dtype for name, tensor in tensors.items()} == {
+        "name_ends": np.int64,
+        "crc32": np.uint32,
+        "names": np.uint8,
+    }
+    assert tensors["crc32"].tolist() == [zlib.crc32(beton.record(index)) for index in range(8)]
+    names = tensors["names"].tobytes().decode()
+    assert np.split(list(names), tensors["name_ends"][:-1])[5].tolist() == list(beton.name(5))
+    manifest, _ = _manifest(small)
+    assert manifest.columns == {"size": path.stat().st_size} | {
+        name: zlib.crc32(tensor.tobytes()) for name, tensor in tensors.items()
+    }
+
+
+def _flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 16
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: path.unlink(), "no such file, which belongs to the manifest: copy it too, or write it again"),
+        (lambda path: path.write_bytes(b""), "has 0 bytes, its manifest says"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes, its manifest says"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"x"), "bytes, its manifest says"),
+        (lambda path: _flip(path, 0), "its header is not that of the columns of 8 records"),
+        (lambda path: _flip(path, 7), "its header is not that of the columns of 8 records"),
+        (lambda path: _flip(path, 30), "its header is not that of the columns of 8 records"),
+        (lambda path: _set(path, 0, b"\xff" * 8), "its header is not that of the columns of 8 records"),
+        (lambda path: _flip(path, _crc_start(path)), "is not of its manifest"),
+    ],
+)
+@pytest.mark.usefixtures("_memory")
+def test_other_columns_are_refused(change: Callable[[Path], None], message: str, small: Path) -> None:
+    change(columns_path(manifest_path(small)))
+    with pytest.raises(InputError, match=message) as error:
+        Beton(small)
+    assert "small.beton.columns: " in str(error.value)
+    assert "python -m pipeline.prepare" in str(error.value)
+
+
+def _crc_start(path: Path) -> int:
+    return 8 + int.from_bytes(path.read_bytes()[:8], "little") + 8 * 8
+
+
+def test_columns_of_another_beton_are_refused(small: Path, tmp_path: Path) -> None:
+    """Of the same number of records and bytes."""
+    columns = Columns.from_lists(names_of(small), [7] * 8)
+    columns_path(manifest_path(small)).unlink()
+    columns.write(columns_path(manifest_path(small)))
+    with pytest.raises(InputError, match=r"small\.beton\.columns: is not of its manifest \(CRC32\): copy both again"):
+        Beton(small)
+
+
+@pytest.mark.parametrize("ends", [[-1] * 8, [2**63 - 1] * 8, [0] * 7 + [2**40], list(range(8, 0, -1))])
+def test_forged_places_of_names_give_numbers_for_names(ends: list[int], small: Path) -> None:
+    """A name is only for messages, which it must not hide."""
+    path = columns_path(manifest_path(small))
+    _set(path, _crc_start(path) - 64, np.array(ends, "<i8").tobytes())
+    beton = Beton(small)
+    assert beton.name(7) == "number 7"
+    assert [len(beton.name(index)) < 20 for index in range(8)] == [True] * 8
+    assert check_record(beton, 7) is None
+
+
+def test_tables_and_columns_are_mapped_not_copied(small: Path) -> None:
+    beton = Beton(small)
+    for column in (beton.heights, beton.widths, beton.modes, beton.pointers, beton.labels, beton.sizes, beton.crc32):
+        assert column is not None
+        while not isinstance(column, np.memmap):
+            assert not column.flags.owndata
+            column = column.base
+        assert Path(column.filename).name in ("small.beton", "small.beton.columns")
+
+
+def _repeated(path: Path, count: int) -> None:
+    """Write a beton whose samples share one record."""
+    writer = BetonWriter(path, 1)
+    writer.append(encode(saved(picture()), 0, Settings()), 0)
+    writer.close()
+    data = path.read_bytes()
+    version, fields, page, _, table = HEADER.unpack_from(data)
+    mode, width, height, pointer, label = ROW.unpack_from(data, ROWS)
+    record, start = data[pointer:table], ROWS + count * ROW.size
+    front = HEADER.pack(version, fields, page, count, start + len(record)) + data[HEADER.size : ROWS]
+    row = ROW.pack(mode, width, height, start, label)
+    path.write_bytes(front + row * count + record + ENTRY.pack(0, start, len(record)) * count)
+
+
+def test_memory_does_not_grow_with_the_number_of_records(tmp_path: Path) -> None:
+    """Of opening, fingerprint and description; tables and columns are mapped."""
+    peaks = []
+    for count in (100_000, 400_000):
+        path = tmp_path / f"{count}.beton"
+        _repeated(path, count)
+        columns = Columns(np.arange(1, count + 1), np.zeros(count, np.uint32), np.full(count, ord("x"), np.uint8))
+        crcs = columns.write(columns_path(manifest_path(path)))
+        Manifest(count, [], Beton(path).header_crc32, path.stat().st_size, {}, {}, crcs).write(manifest_path(path))
+        tracemalloc.start()
+        beton = Beton(path)
+        assert beton.fingerprint.endswith(f"-{count}-{zlib.crc32(bytes(4 * count)):08x}")
+        assert f"{count} images" in describe(beton)
+        assert (beton.name(count - 1), decoding_rate(beton, 1) > 0) == ("x", True)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.05 * peaks[0] + 100_000
+    assert peaks[1] < 16 << 20
+
+
+def test_a_changed_label_stays_in_memory(small: Path) -> None:
+    before, beton = small.read_bytes(), Beton(small)
+    beton.labels[3] = 7
+    assert beton.labels.tolist() == [0, 0, 0, 7, 1, 1, 1, 1]
+    assert small.read_bytes() == before
+    assert Beton(small).fingerprint == beton.fingerprint
+
+
+def test_sizes_of_a_table_in_another_order_are_found(bare: Path) -> None:
+    """FFCV's writer appends to it from several workers."""
+    expected, table, data = Beton(bare).sizes.tolist(), _table(bare), bare.read_bytes()
+    entries = [data[at : at + ENTRY.size] for at in range(table, len(data), ENTRY.size)]
+    bare.write_bytes(data[:table] + b"".join(entries[i] for i in (3, 1, 0, 2, 7, 6, 5, 4)))
+    assert Beton(bare).sizes.tolist() == expected
+    bare.write_bytes(bare.read_bytes() + ENTRY.pack(8, 5000, 7))  # of another field
+    assert Beton(bare).sizes.tolist() == expected
+
+
+@pytest.mark.parametrize("change", ["height", "pointer", "size"])
+def test_a_file_that_is_overwritten_while_it_is_read_is_an_error(change: str, bare: Path) -> None:
+    """Its tables are mapped: compiled code reads places that were not checked at the start."""
+    beton, index = Beton(bare), _first(bare, RAW)
+    assert len(records_of(beton, np.arange(8)).sizes) == 8
+    if change == "height":
+        _row(bare, index, height=65535)
+    elif change == "pointer":
+        _pointer(bare, index, BIG)
+    else:
+        _entry(bare, index, size=2**60)
+    with pytest.raises(InputError, match="was overwritten while it was read"):
+        records_of(beton, np.arange(8))
 
 
 # ---- betons written by FFCV ----

@@ -11,16 +11,19 @@ import struct
 import subprocess
 import sys
 import tracemalloc
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipeline.beton import Beton, Manifest, count_classes, manifest_path
+from pipeline.beton import Beton, count_classes
 from pipeline.beton_format import JPEG
+from pipeline.columns import Columns
 from pipeline.inspect import describe
 from pipeline.inspect import main as inspect_main
+from pipeline.manifest import columns_path, manifest_path, read_manifest
 from pipeline.native import libffcv
 from pipeline.native.libjpeg import decode_rectangle
 from pipeline.prepare import prepare
@@ -34,6 +37,7 @@ from tests.pipeline.conftest import pack, picture, run_command, saved
 from tests.pipeline.fuzz import Forger, damaged_jpeg, decode_all_ways, decode_part, fenced, use
 from tests.pipeline.native.jpeg_memory import check
 from tests.pipeline.native.test_libjpeg import KINDS, noisy
+from tests.side_files import downgrade
 
 KINDS = KINDS | {
     "4:1:1": {"subsampling": "4:1:1"},
@@ -217,17 +221,85 @@ def _say(beton: Path, **changes: object) -> None:
         ({"versions": {"a": float("inf")}}, "Infinity is not a number"),
         ({"skipped": [["name", 3]]}, "skipped must list pairs"),
         ({"skipped": [[["deep"], "x"]]}, "skipped must list pairs"),
-        ({"count": 10**400}, "must list"),
+        ({"count": 10**400}, "its manifest .* says 1000"),
         ({"count": True}, "must be integers"),
-        ({"crc32": [True] * 8}, "crc32 must list 8 values of type int"),
-        ({"crc32": [10**400] * 8}, "outside 32 bits"),
         ({"classes": ["a"]}, "has label 1, and small.beton.json 1 classes"),
+        ({"columns": {"size": 10**400, "name_ends": 0, "crc32": 0, "names": 0}}, "bytes, its manifest says 1000"),
+        ({"columns": {"size": True, "name_ends": 0, "crc32": 0, "names": 0}}, "columns must give integers"),
+        ({"columns": {"size": {}, "name_ends": 0, "crc32": 0, "names": 0}}, "columns must give integers"),
     ],
 )
 def test_a_hostile_manifest_is_refused(changes: dict[str, object], message: str, small: Path) -> None:
     _say(small, **changes)
     with pytest.raises(InputError, match=message):
         Beton(small)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"count": 10**400}, "must list"),
+        ({"crc32": [True] * 8}, "crc32 must list 8 values of type int"),
+        ({"crc32": [10**400] * 8}, "outside 32 bits"),
+    ],
+)
+def test_a_hostile_manifest_of_the_former_format_is_refused(
+    changes: dict[str, object], message: str, small: Path
+) -> None:
+    downgrade(small)
+    _say(small, **changes)
+    with pytest.raises(InputError, match=message):
+        Beton(small)
+
+
+@reliability
+def test_forged_columns_are_refused_or_harmless(small: Path, record_property: Callable[[str, object], None]) -> None:
+    """Forged with a manifest that matches: random bytes, ends and headers."""
+    path, manifest = columns_path(manifest_path(small)), manifest_path(small)
+    original, told = path.read_bytes(), json.loads(manifest.read_text())
+    start = 8 + int.from_bytes(original[:8], "little") + 64  # of the CRC32s
+
+    def one(number: int) -> None:
+        draw, data = random.Random(number), bytearray(original)
+        for _ in range(draw.choice([1, 1, 3])):
+            at = draw.randrange(len(data)) // 8 * 8
+            word = draw.choice([0, 1, 8, 2**31, 2**63, 2**64 - 1, len(data), draw.getrandbits(64)])
+            data[at : at + 8] = struct.pack("<Q", word)
+        if draw.random() < 0.2:
+            data = data[: draw.randrange(len(data))]
+        path.write_bytes(data)
+        crcs = {"size": len(data), "crc32": zlib.crc32(data[start : start + 32])}
+        manifest.write_text(json.dumps(told | {"columns": told["columns"] | crcs}))
+        beton = Beton(small)
+        assert all(len(beton.name(index)) <= 4 * len(data) for index in range(8))
+        assert describe(beton)
+
+    outcome = survived(one, 300)
+    record(record_property, f"columns: {outcome}")
+    assert outcome.bad == 0, outcome
+    assert 50 < outcome.kinds["refused"] < 250
+    assert outcome.mebibytes < 100
+
+
+def test_a_pipe_or_folder_is_no_file_of_columns(small: Path) -> None:
+    path = columns_path(manifest_path(small))
+    path.unlink()
+    for make in (os.mkfifo, os.mkdir):
+        make(path)
+        outcome = survived(lambda _: Beton(small), seconds=10)
+        assert outcome.kinds == {"refused": 1}
+        assert "small.beton.columns: cannot be read" in outcome.messages[0]
+        path.unlink() if path.is_fifo() else path.rmdir()
+
+
+def test_columns_of_terabytes_take_no_memory(small: Path) -> None:
+    path = columns_path(manifest_path(small))
+    with open(path, "r+b") as file:
+        file.truncate(1 << 40)
+    _say(small, columns=json.loads(manifest_path(small).read_text())["columns"] | {"size": 1 << 40})
+    outcome = survived(lambda _: Beton(small))
+    assert outcome.kinds == {"refused": 1}
+    assert outcome.mebibytes < 10
 
 
 def test_a_manifest_is_bounded_by_its_beton(small: Path) -> None:
@@ -247,11 +319,12 @@ def test_a_pipe_is_no_manifest(small: Path) -> None:
 
 
 def test_nested_lists_in_a_manifest_take_memory_in_proportion(small: Path) -> None:
+    downgrade(small)
     manifest = json.loads(manifest_path(small).read_text()) | {"crc32": [[]] * 500_000}
     manifest_path(small).write_text(json.dumps(manifest, separators=(",", ":")))
     tracemalloc.start()
     with pytest.raises(InputError, match="crc32 must list"):
-        Manifest.read(manifest_path(small), 8)
+        read_manifest(manifest_path(small), 8, small.stat().st_size)
     assert tracemalloc.get_traced_memory()[1] < 60 * manifest_path(small).stat().st_size
     tracemalloc.stop()
 
@@ -261,7 +334,13 @@ def test_names_from_outside_are_printed_harmlessly(
 ) -> None:
     evil = "\x1b]0;owned\x07\x1b[2J\r\n\x9b31m"
     classes = [f"{evil}a", f"{evil}b"]
-    _say(small, names=[evil] * 8, classes=classes, settings={evil: evil}, versions={evil: evil}, skipped=[[evil, evil]])
+    columns = Beton(small).columns
+    assert columns is not None
+    path = columns_path(manifest_path(small))
+    path.unlink()
+    forged = Columns.from_lists([evil] * 8, columns.crc32.tolist()).write(path)
+    settings = {"settings": {evil: evil}, "versions": {evil: evil}, "skipped": [[evil, evil]]}
+    _say(small, columns=forged, classes=classes, **settings)
     beton = Beton(small)
     shown = describe(beton) + beton.name(0)
     with open(small, "r+b") as file:

@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.beton import Beton, manifest_path
+from pipeline.beton import Beton
 from pipeline.beton_format import JPEG, RAW
-from pipeline.inspect import describe, main, preview, verify
+from pipeline.inspect import _range, describe, main, preview, upgrade, verify
+from pipeline.manifest import columns_path, manifest_path
 from pipeline.prepare import prepare
 from pipeline.storage.encode import Settings
+from pipeline.system.errors import InputError
 from pipeline.views import AUGMENTATIONS
 from tests.pipeline.conftest import pack, picture, run_command, saved
+from tests.side_files import copy_side_files, downgrade, names_of
 
 DAMAGED = (3, 77, 199)
 
@@ -38,7 +41,7 @@ def damaged(drawn: Path, tmp_path: Path) -> Path:
     """A copy of `drawn` with a byte changed in three records."""
     path = tmp_path / "damaged.beton"
     shutil.copy(drawn, path)
-    shutil.copy(manifest_path(drawn), manifest_path(path))
+    copy_side_files(drawn, path)
     for index in DAMAGED:
         _flip(path, index)
     return path
@@ -232,6 +235,59 @@ def test_the_command_refuses_a_manifest_of_wrong_types(
     manifest_path(small).write_text(json.dumps(manifest | {"settings": None}))
     assert run_command(main, monkeypatch, small) == 2
     assert "settings and versions must be objects" in capsys.readouterr().err
+
+
+def test_verify_checks_the_columns(
+    small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = columns_path(manifest_path(small))
+    path.write_bytes(path.read_bytes()[:-1] + b"X")  # the last letter of the last name
+    assert run_command(main, monkeypatch, small, "--verify") == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("bad")] == [
+        "bad: column names: its bytes changed since they were written (CRC32 differs)"
+    ]
+
+
+def test_upgrade_rewrites_a_former_manifest_and_nothing_else(
+    small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `prepare` would write it today; the fingerprint, which checkpoints contain, stays."""
+    expected = {path.name: path.read_bytes() for path in small.parent.iterdir()}
+    names, fingerprint = names_of(small), Beton(small).fingerprint
+    downgrade(small)
+    assert not columns_path(manifest_path(small)).exists()
+    assert run_command(main, monkeypatch, small, "--upgrade") == 0
+    assert {path.name: path.read_bytes() for path in small.parent.iterdir()} == expected
+    assert (names_of(small), Beton(small).fingerprint) == (names, fingerprint)
+    assert run_command(main, monkeypatch, small, "--upgrade") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{small}.json: rewritten in the present format",
+        f"{small}.json: already has the present format",
+    ]
+
+
+def test_upgrade_leaves_the_former_manifest_where_the_disk_is_full(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    downgrade(small)
+    before = {path.name: path.read_bytes() for path in small.parent.iterdir()}
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pipeline.manifest.Manifest.write", full)
+    with pytest.raises(InputError, match="cannot be written: No space left"):
+        upgrade(small)
+    assert {path.name: path.read_bytes() for path in small.parent.iterdir()} == before
+
+
+def test_ranges_equal_numpys_in_any_width() -> None:
+    rng = np.random.default_rng(0)
+    for bits, count in ((8, 1), (16, 2), (16, 70_000), (33, 70_001), (40, 7), (64, 100)):
+        values = rng.integers(0, 2**bits - 1, count, dtype=np.uint64)
+        middle = np.sort(values)[[(count - 1) // 2, count // 2]]
+        assert _range(values) == f"{values.min()} to {values.max()} (median {sum(middle.tolist()) // 2})"
 
 
 def test_verify_lists_every_record_with_a_bad_pointer(

@@ -29,7 +29,9 @@ from engine.export import model_card
 from engine.monitoring.metrics_logger import MetricsLogger
 from engine.weights.load import load_encoder
 from methods.registry import build_backbone
-from pipeline.beton import Beton, manifest_path
+from pipeline.beton import Beton
+from pipeline.columns import Columns
+from pipeline.manifest import columns_path, manifest_path
 from pipeline.prepare import prepare
 from pipeline.stage import stage
 from pipeline.storage.in_place import Direct
@@ -93,6 +95,7 @@ def slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Slot]:
         "run: evaluation": (run / "evaluation" / "x.json", lambda: model_card._metrics(saved_at)),
         "beton": (beton, lambda: Beton(beton)),
         "beton: manifest": (manifest_path(beton), lambda: Beton(beton)),
+        "beton: columns": (columns_path(manifest_path(beton)), lambda: Beton(beton)),
         "beton: staged": (tmp_path / "disk" / "x.beton", lambda: stage(beton, tmp_path / "disk")),
         "tar": (tar, lambda: Direct(tar)),
         "tar: prepared": (tar, lambda: prepare(str(tar), tmp_path / "y.beton", workers=1, quiet=True)),
@@ -271,8 +274,9 @@ def test_voc_labels_are_1_0_or_minus_1(text: str, tmp_path: Path, drawn: Path) -
 
 def test_names_are_read_as_printed(tmp_path: Path, drawn: Path) -> None:
     beton = Beton(drawn)
-    assert beton.manifest is not None
-    beton.manifest.names[3:5] = ["a/\u202eodd\x1b.jpg", b"caf\xe9.jpg".decode("utf-8", "surrogateescape")]
+    names = [beton.name(index) for index in range(len(beton))]
+    names[3:5] = ["a/\u202eodd\x1b.jpg", b"caf\xe9.jpg".decode("utf-8", "surrogateescape")]
+    beton.columns = Columns.from_lists(names, [0] * len(names))
     (tmp_path / "names.txt").write_bytes("\u202eodd\x1b.jpg\n".encode() + b"caf\xe9.jpg\n")
     assert semi_supervised.find_named(beton, tmp_path / "names.txt").tolist() == [3, 4]
 

@@ -88,3 +88,12 @@ def test_folders_of_other_classes_are_refused(tmp_path: Path) -> None:
     train, test = (open_data(tmp_path / name) for name in ("train", "test"))
     with pytest.raises(InputError, match="its 1 classes are not the 1 of"):
         Knn(train, test, k=1, temperature=0.1, device=CPU, size=32, batch=64)
+
+
+def test_neighbors_in_several_betons_are_those_in_one(drawn: Path, tmp_path: Path) -> None:
+    for number, (first, count) in enumerate(((0, 30), (30, 170))):
+        prepare(f"synthetic:{first}:{count}", tmp_path / f"{number}.beton", workers=1, quiet=True)
+    options = {"k": 3, "temperature": 0.1, "device": CPU, "size": 32, "batch": 64}
+    knns = [Knn(bank, bank, **options) for bank in (Beton(drawn), open_data(tmp_path / "*.beton"))]  # type: ignore[arg-type]
+    assert knns[0]._test_ids.tolist() == knns[1]._test_ids.tolist()
+    assert knns[0].top1(RawPixels()) == knns[1].top1(RawPixels())

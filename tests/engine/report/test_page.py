@@ -25,6 +25,7 @@ from methods.encoders import resnet
 from pipeline.beton import Beton
 from tests.engine.report.conftest import options, text_of
 from tests.engine.run_folders import lines, settings, write_checkpoint, write_evaluation, write_lines, write_run
+from tests.side_files import copy_side_files
 
 
 def test_the_page_shows_images_and_their_neighbors(rendered_page: page.Report) -> None:
@@ -72,6 +73,7 @@ def test_text_of_runs_is_escaped(drawn: Path, tmp_path: Path) -> None:
     write_checkpoint(run, settings(drawn))
     beton = tmp_path / "evil.beton"
     beton.write_bytes(drawn.read_bytes())
+    copy_side_files(drawn, beton)
     manifest = json.loads(Path(f"{drawn}.json").read_text())
     manifest["classes"] = [f"{evil}{i}" for i in range(10)]
     Path(f"{beton}.json").write_text(json.dumps(manifest))

@@ -23,7 +23,7 @@ from engine.training.dry_run import dry_run
 from methods.norm import SplitBatchNorm
 from methods.registry import Terms
 from methods.residual import Residual
-from pipeline.beton import Beton, Manifest, manifest_path
+from pipeline.beton import Beton
 from pipeline.inspect import verify
 from pipeline.loader import Loader
 from pipeline.sampling.order import shuffled_rows
@@ -34,6 +34,7 @@ from pipeline.views import AUGMENTATIONS
 from tests.conftest import Figure
 from tests.engine.training import runs
 from tests.gloo import on_ranks
+from tests.side_files import copy_side_files, write_side_files
 
 COPIES = 25
 
@@ -50,8 +51,7 @@ def many(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         sides = int(source.heights[sample]), int(source.widths[sample])
         writer.append(Record(data, int(source.modes[sample]), *sides, crcs[-1]), int(source.labels[sample]))
     names = [f"{index}.jpg" for index in range(len(crcs))]
-    header = writer.close()
-    Manifest(len(crcs), source.classes, header, path.stat().st_size, {}, {}, crcs, names).write(manifest_path(path))
+    write_side_files(path, source.classes, writer.close(), names, crcs)
     return path
 
 
@@ -61,7 +61,7 @@ def damaged(path: Path, to: Path, samples: list[int]) -> Path:
     for sample in samples:
         data[int(beton.pointers[sample]) + int(beton.sizes[sample]) // 2] ^= 4
     to.write_bytes(data)
-    manifest_path(to).write_bytes(manifest_path(path).read_bytes())
+    copy_side_files(path, to)
     return to
 
 

@@ -22,7 +22,9 @@ from engine.parallel import accelerator
 from engine.parallel.rendezvous import rank
 from pipeline.augment.color import Statistics
 from pipeline.beton import Beton
+from pipeline.prepare import prepare
 from pipeline.storage.decode import decode
+from pipeline.system.errors import InputError
 from tests import processes
 from tests.engine.training import runs
 
@@ -96,6 +98,20 @@ def test_an_encoder_keeps_the_normalization_of_its_run(
         with torch.no_grad():
             other = encoder.backbone((images * torch.tensor(data.std).view(3, 1, 1)) / 0.225)
         assert (other - expected).abs().max() > 0.2 * expected.abs().max()
+
+
+def test_several_betons_train_as_one_and_a_part_more_is_another_set(drawn: Path, tmp_path: Path) -> None:
+    for number, (first, count) in enumerate(((0, 90), (90, 110), (200, 3))):
+        prepare(f"synthetic:{first}:{count}", tmp_path / f"{number}.beton", workers=1, quiet=True)
+    (tmp_path / "2.beton").rename(tmp_path / "later")
+    summaries = [
+        pretrain(_settings(path, tmp_path / out)) for path, out in ((drawn, "one"), (tmp_path / "*.beton", "parts"))
+    ]
+    assert [summaries[0][key] for key in ("loss", "knn_top1")] == [summaries[1][key] for key in ("loss", "knn_top1")]
+    (tmp_path / "later").rename(tmp_path / "2.beton")
+    again = replace(_settings(tmp_path / "*.beton", tmp_path / "parts"), resume="auto", allow_change=["data.eval"])
+    with pytest.raises(InputError, match=r"\(fingerprint 3-parts-203-\w+, there 2-parts-200-\w+\): resume with"):
+        pretrain(again)
 
 
 def test_an_exception_of_a_callback_ends_the_run(drawn: Path, tmp_path: Path) -> None:

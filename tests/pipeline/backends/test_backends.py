@@ -25,12 +25,11 @@ from pipeline.augment.plan import Plan
 from pipeline.backends import BACKENDS, ffcv_gpu, resident, select_backend
 from pipeline.backends.base import BackendConfig
 from pipeline.backends.select_backend import choose, decoding_rate
-from pipeline.beton import Beton, manifest_path
+from pipeline.beton import Beton
 from pipeline.beton_format import JPEG, RAW
 from pipeline.loader import Batch, CenterLoader, Loader
 from pipeline.native.libjpeg import decode_rectangle
 from pipeline.prepare import prepare
-from pipeline.sampling.order import epoch_order
 from pipeline.storage.decode import decode
 from pipeline.storage.encode import Settings
 from pipeline.system.errors import DamagedRecord, InputError
@@ -38,6 +37,8 @@ from pipeline.views import AUGMENTATIONS, View, view_sizes
 from tests import processes
 from tests.pipeline.loading import BATCH, LEVELS, PLAIN, SIZE, pillow, same, take
 from tests.pipeline.loading import small_loader as loader
+from tests.pipeline.orders import epoch_order
+from tests.side_files import copy_side_files
 
 OTHERS = [name for name in BACKENDS if name != "ffcv"]
 SAME_DECODER = [name for name in OTHERS if name != "dali" or decode_rectangle is not None]
@@ -300,7 +301,7 @@ def damage(path: Path, index: int, how: str, to: Path) -> Path:
     start, size = int(beton.pointers[index]), int(beton.sizes[index])
     if how == "flipped":
         data[start + size // 2] ^= 255
-        manifest_path(to).write_bytes(manifest_path(path).read_bytes())
+        copy_side_files(path, to)
     elif how == "garbage":  # within the scan: libjpeg warns and continues
         data[start + size - 60 : start + size - 20] = bytes(range(100, 140))
     elif how == "extraneous":

@@ -14,12 +14,12 @@ from pipeline.augment.draws import draw_view
 from pipeline.backends import BACKENDS
 from pipeline.beton import Beton
 from pipeline.loader import Loader
-from pipeline.sampling.order import epoch_order
 from pipeline.storage.decode import decode
 from pipeline.storage.in_place import open_data
 from pipeline.views import AUGMENTATIONS
 from tests.pipeline.augment.test_color import _pil_chain
 from tests.pipeline.loading import LEVELS, PLAIN, pillow
+from tests.pipeline.orders import epoch_order
 
 IMAGES = os.environ.get("MILLRACE_TEST_IMAGES", "")
 pytestmark = pytest.mark.skipif(not IMAGES, reason="MILLRACE_TEST_IMAGES is not set")

@@ -616,7 +616,7 @@ def test_a_copy_stays_in_its_folder(drawn: Path, tmp_path: Path) -> None:
     link = tmp_path / "a" / "b.beton"
     link.symlink_to(drawn)
     assert stage(tmp_path / "a" / ".." / "a" / "b.beton", tmp_path / "disk") == tmp_path / "disk" / "b.beton"
-    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["b.beton", "b.beton.json"]
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["b.beton", "b.beton.columns", "b.beton.json"]
     for name in ("..", ".", "a/.."):
         with pytest.raises(InputError):
             stage(tmp_path / name, tmp_path / "disk")

@@ -40,11 +40,11 @@ def test_all_boxes_are_in_the_exact_part_of_their_rectangle(options: dict[str, o
     source = pack("folder", {f"a/{w:02}.jpeg": saved(noisy(w, h, w), **options) for w, h in sides}, tmp_path)
     prepare(str(source), tmp_path / "x.beton", Settings(), workers=1, quiet=True)
     beton = Beton(tmp_path / "x.beton")
-    rng, ids, records = np.random.default_rng(0), np.arange(len(beton)), records_of(beton)
+    rng, records = np.random.default_rng(0), records_of(beton, np.arange(len(beton)))
     for _ in range(30):
         left = rng.integers(0, beton.widths)
         boxes = np.stack([0 * left + 2, left, 0 * left + 5, rng.integers(1, beton.widths - left + 1)], 1).astype("i4")
-        for index, (top, first, height, width) in enumerate(rectangles(records, ids, boxes[None]).tolist()):
+        for index, (top, first, height, width) in enumerate(rectangles(records, boxes[None]).tolist()):
             data, (_, at, _, columns) = beton.record(index).tobytes(), boxes[index].tolist()
             _, pixels = part(data, (9, int(beton.widths[index])), (top, first, height, width))
             expected = np.asarray(Image.open(io.BytesIO(data)))[top : top + height, at : at + columns]
@@ -53,17 +53,16 @@ def test_all_boxes_are_in_the_exact_part_of_their_rectangle(options: dict[str, o
 
 @BUILT
 def test_the_rectangle_contains_all_boxes_and_little_more(tmp_path: Path) -> None:
-    records, ids = records_of(small_beton(tmp_path, Settings())), np.arange(4)
-    assert rectangles(records, ids, BOXES).tolist() == [PART] * 4
+    records = records_of(small_beton(tmp_path, Settings()), np.arange(4))
+    assert rectangles(records, BOXES).tolist() == [PART] * 4
     at_the_edges = np.array([[[0, 0, 61, 1]] * 4, [[0, 96, 61, 1]] * 4], np.int32)
-    assert rectangles(records, ids, at_the_edges).tolist() == full_rectangles(records, ids).tolist()
+    assert rectangles(records, at_the_edges).tolist() == full_rectangles(records).tolist()
 
 
 @BUILT
 def test_a_jpeg_without_crc32_is_decoded_in_full(tmp_path: Path) -> None:
     """Otherwise damage outside the crops would be an error in some epochs only."""
-    beton, ids = small_beton(tmp_path, Settings()), np.arange(4)
-    records = records_of(beton)._replace(crc32=np.zeros(0, np.uint32))
-    assert rectangles(records, ids, BOXES).tolist() == full_rectangles(records, ids).tolist() == [[0, 0, 61, 97]] * 4
+    records = records_of(small_beton(tmp_path, Settings()), np.arange(4))._replace(crc32=np.zeros(0, np.uint32))
+    assert rectangles(records, BOXES).tolist() == full_rectangles(records).tolist() == [[0, 0, 61, 97]] * 4
     raw = records._replace(modes=np.full(4, RAW, np.uint8))
-    assert rectangles(raw, ids, BOXES).tolist() == [PART] * 4
+    assert rectangles(raw, BOXES).tolist() == [PART] * 4
