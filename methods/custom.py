@@ -99,7 +99,7 @@ class CustomBackbone(nn.Module):
         try:
             output = net(torch.zeros(2, 3, size, size))
         except Exception as error:
-            remedy = "choose another data.size or other model.args"
+            remedy = "correct it, or choose another data.size or other model.args"
             raise BackboneError(f"two images of {size} pixels fail in it ({_short(error)}): {remedy}") from error
         kind = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         if not isinstance(output, torch.Tensor) or output.ndim not in (2, 4) or len(output) != 2:
@@ -127,6 +127,8 @@ def build_timm(arch: str, args: Mapping[str, Any], size: int) -> nn.Module:
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         remedy = f"choose {', '.join(close)}" if close else "timm.list_models() lists them"
         raise BackboneError(f"timm {timm.__version__} has no such model: {remedy}")
+    if "num_classes" in args:
+        raise BackboneError("model.args num_classes: its outputs would be a classifier's, not features: leave it out")
     options: dict[str, Any] = {"num_classes": 0}
     try:
         described = None if ":" in name else timm.models.get_pretrained_cfg(name)
@@ -148,7 +150,7 @@ def _call(arch: str, args: Mapping[str, Any]) -> Any:
         for part in function.split("."):
             made = getattr(made, part)
     except (ImportError, AttributeError) as error:
-        remedy = "name a function as package.module:function, of a package that Python finds"
+        remedy = "name a function as package.module:function, of a module that Python finds"
         raise BackboneError(f"cannot be imported ({_short(error)}): {remedy}") from error
     except Exception as error:
         raise BackboneError(f"its module fails ({_short(error)}): correct it") from error

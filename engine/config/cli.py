@@ -50,7 +50,6 @@ settings below. Options override recipes, and later recipes earlier ones.
 _EXPONENT = r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"  # a number to Python, but text to YAML
 _FLAGS = ("dry_run", "print_config", "trust_recipe")
 _PER_RANK = ("data.train", "data.eval", "knn.bank", "data.workers", "data.prefetch_factor", "data.stall_timeout")
-_MAPPINGS = ("args",)  # settings that are mappings, and are replaced as a whole
 _MAX_CHARACTERS, _MAX_VALUES = 4096, 1000  # of a path, of a list
 _MAX_INTEGER = 2**53  # exact as a float
 
@@ -169,13 +168,14 @@ def _names(settings: dict[str, Any], within: str = "") -> Iterator[str]:
             yield from _names(value, f"{within}{key}.")
 
 
-def _merge(settings: dict[str, Any], changes: dict[str, Any]) -> None:
-    """Set the values of `changes` in `settings`, section by section."""
+def _merge(settings: dict[str, Any], changes: dict[str, Any], within: str = "") -> None:
+    """Set the values of `changes` in `settings`, section by section; a setting that is a mapping, as a whole."""
     for key, value in changes.items():
-        if not isinstance(value, dict) or settings.get(key) is None or key in _MAPPINGS:
+        section = _is_section(_RULES.get(within + key, {}))
+        if not section or not isinstance(value, dict) or settings.get(key) is None:
             settings[key] = value
         elif isinstance(settings[key], dict):  # else a wrong value, for the validation to refuse
-            _merge(settings[key], value)
+            _merge(settings[key], value, f"{within}{key}.")
 
 
 def _typed(key: str, value: Any) -> Any:

@@ -51,8 +51,7 @@ class ClassificationEvaluation(Evaluation):
     @property
     def crop_ratio(self) -> float:
         """Side of the test crop over the image's shorter side."""
-        data = self.encoder.settings.get("data", {})
-        return float(self.args.crop_ratio or data.get("eval_crop_ratio", 0.875))
+        return float(self.args.crop_ratio or self.encoder.crop_ratio)
 
     @property
     def classes(self) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as serialized
 
 from engine.export.model_card import card
 from engine.weights.key_maps import Library, to_library
@@ -63,8 +63,8 @@ def _write(encoder: LoadedEncoder, format: Format, path: Path) -> None:
     if format.suffix == ".onnx":
         _write_onnx(encoder, path)
     elif format.suffix == ".safetensors":
-        described = asdict(architecture) | encoder.statistics._asdict()
-        save_file(state, path, metadata={"format": "pt", METADATA: json.dumps(described)})
+        described = asdict(architecture) | encoder.statistics._asdict() | {"crop_ratio": encoder.preprocess.crop_ratio}
+        path.write_bytes(serialized(state, {"format": "pt", METADATA: json.dumps(described)}))
     else:
         torch.save(format.wrap(state), path)
 
@@ -120,6 +120,8 @@ def export(encoder: LoadedEncoder, name: str, path: Path) -> float:
     """
     format, architecture = FORMATS[name], encoder.architecture
     refuse(architecture, name, format.library)
+    if path.suffix != format.suffix or path.is_dir():
+        raise InputError(f"--out {path}: give the name of a file that ends in {format.suffix}")
     try:
         with atomic_path(path) as temporary:
             _write(encoder, format, temporary)

@@ -65,13 +65,18 @@ def write_folder(encoder: LoadedEncoder, format: str, folder: Path, name: str) -
             raise InputError(f"{folder}: has other files, such as {others[0]}: choose another --out")
         distance = export(encoder, format, folder / WEIGHTS)
         (folder / f"{WEIGHTS}.md").unlink()
-        config = timm_config(encoder) if format == "timm" else {"library": "millrace", **asdict(encoder.architecture)}
+        config = timm_config(encoder) if format == "timm" else _own_config(encoder)
         write_atomic(folder / _CONFIG, json.dumps(config, indent=2) + "\n")
         write_atomic(folder / _CARD, card(encoder, format, folder / WEIGHTS, distance, hub=name))
     except OSError as error:
         problem = f"cannot be written ({error.strerror or error})"
         raise InputError(f"{folder}: {problem}: choose another --out") from None
     return distance
+
+
+def _own_config(encoder: LoadedEncoder) -> dict[str, Any]:
+    preprocess = {**encoder.statistics._asdict(), "crop_ratio": encoder.preprocess.crop_ratio}
+    return {"library": "millrace", **asdict(encoder.architecture), **preprocess}
 
 
 def timm_config(encoder: LoadedEncoder) -> dict[str, Any]:

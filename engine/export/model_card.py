@@ -1,5 +1,6 @@
 """Model card of an exported encoder."""
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,7 +71,8 @@ def card(encoder: LoadedEncoder, format: str, path: Path, distance: float, *, hu
         title=str(architecture),
         origin=f"The backbone, without heads, of the {encoder.which} encoder in {encoder.kind}, `{encoder.path.name}`: "
         f"from images of {architecture.size} pixels, RGB from 0 to 1, normalized by mean {mean} and standard deviation "
-        f"{std}, to {encoder.backbone.features} features.",
+        f"{std}, to {encoder.backbone.features} features. In evaluations, their center crop has "
+        f"{encoder.preprocess.crop_ratio:g} of the image's shorter side.",
         versions=f"SHA-256 of the weights: `{digest(encoder.backbone)}`.{trained} Exported by {_program(exporter)}, "
         f"torch {torch.__version__}, as {format}. Read back, its features differ by {distance:.1e} of the largest.",
         loading=_loading(encoder, format, path, hub),
@@ -124,8 +126,9 @@ def _metrics(path: Path) -> list[_Metric]:
             metrics.append(_Metric(str(result["evaluation"]), key, result[key], note))
     step = path.name.removeprefix("step_").lstrip("0")
     for line in run.lines:
-        if f"{line['step']:.0f}" == step and "knn_top1" in line:
-            metrics.append(_Metric(f"kNN during training, after step {step}", "top1", line["knn_top1"], ""))
+        for key, name in (("knn_top1", "kNN"), ("probe_top1", "linear probe")):
+            if f"{line['step']:.0f}" == step and key in line:
+                metrics.append(_Metric(f"{name} during training, after step {step}", "top1", line[key], ""))
     return metrics
 
 
@@ -146,14 +149,21 @@ def timm_args(encoder: LoadedEncoder) -> dict[str, Any]:
 
 
 def _loading(encoder: LoadedEncoder, format: str, path: Path, hub: str = "") -> str:
-    """Return Python code that loads the file in its library, strictly where possible."""
+    """Return Python code that loads the file in its library, strictly where possible, with its imports."""
+    code = _code(encoder, format, path, hub)
+    modules = ("onnxruntime", "safetensors.torch", "timm", "torch", "torchvision")
+    imports = [f"import {name}\n" for name in modules if re.search(rf"(?<![\w.]){re.escape(name)}\.", code)]
+    return "".join(imports) + "\n" * bool(imports) + code
+
+
+def _code(encoder: LoadedEncoder, format: str, path: Path, hub: str) -> str:
     architecture = encoder.architecture
     name, file = architecture.arch, path.name
     if hub and format == "timm":
         return f'model = timm.create_model("hf_hub:{hub}", pretrained=True)'
     if hub:
         fetch = f'from huggingface_hub import hf_hub_download\n\nfile = hf_hub_download("{hub}", "{file}")\n'
-        return fetch + _loading(encoder, format, path).replace(f'"{file}"', "file")
+        return fetch + _code(encoder, format, path, "").replace(f'"{file}"', "file")
     if format == "onnx":
         return f'session = onnxruntime.InferenceSession("{file}")\nsession.run(["features"], {{"images": images}})'
     if format == "safetensors":

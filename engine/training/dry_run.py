@@ -21,6 +21,7 @@ from engine.parallel.rendezvous import rank
 from engine.training.build import check_batch, list_warnings
 from engine.training.datasets import with_statistics
 from engine.training.model import Model, build_model, needed_views
+from engine.weights.initialize import initialize
 from pipeline.loader import Batch
 from pipeline.sampling.order import steps_per_epoch
 from pipeline.storage.in_place import open_data
@@ -61,6 +62,10 @@ def estimate(settings: Settings) -> dict[str, Any]:
         logger.warning(warning)
     undivided = replace(settings, gradient_accumulation_steps=1, micro_batch=0, compile=False)
     model = build_model(undivided, accelerator)
+    if settings.model.init and rank() == 0:
+        _, lines = initialize(model.step.encoder, settings)
+        for line in lines:
+            logger.info(line)
     small, _, passes = _step(settings, model, _STUB_SAMPLES)
     large, flops, _ = _step(settings, model, 2 * _STUB_SAMPLES)
     slope = (large - small) / _STUB_SAMPLES

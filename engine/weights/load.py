@@ -159,13 +159,14 @@ class LoadedEncoder:
     """State dicts of `projector` and `predictor`, as far as the file has them."""
     statistics: Statistics = IMAGENET
     """Mean and standard deviation for normalization of its images."""
+    crop_ratio: float = 0.875
+    """Side of the center crop of evaluations over the image's shorter side."""
     warnings: list[str] = field(default_factory=list)
 
     @property
     def preprocess(self) -> CenterCrop:
         """From an image to the backbone's input [3, S, S]: the center crop that the run's kNN evaluated."""
-        crop_ratio = float(self.settings.get("data", {}).get("eval_crop_ratio", 0.875))
-        return CenterCrop(self.architecture.size, crop_ratio, self.statistics)
+        return CenterCrop(self.architecture.size, self.crop_ratio, self.statistics)
 
     def summary(self) -> str:
         """Return a line with the numbers of matched and unused keys."""
@@ -244,6 +245,7 @@ def _loaded(
         backbone.eval(), architecture, contents.path, layout.name, which, matched, contents.settings, contents.origin
     )
     loaded.heads, loaded.statistics = _find_heads(contents.state, layout, which), statistics
+    loaded.crop_ratio = _crop_ratio(contents.described, contents.path)
     others = [key for key in contents.state if not key.startswith(of_which)]
     _note_unused(loaded, layout, part.keys() - set(expected), part, others)
     return loaded
@@ -364,6 +366,14 @@ def _statistics(stated: dict[str, Any], path: Path) -> Statistics:
     if not all(0 <= value <= 1 for value in (*statistics.mean, *statistics.std)) or min(statistics.std) == 0:
         raise InputError(f"{path}: its mean and std are not three numbers from 0 to 1 each: give another file")
     return statistics
+
+
+def _crop_ratio(stated: dict[str, Any], path: Path) -> float:
+    """Return the crop ratio that the file states, or the default. Raises InputError for a wrong one."""
+    ratio = stated.get("crop_ratio") or 0.875
+    if not isinstance(ratio, int | float) or not 0 < ratio <= 1:
+        raise InputError(f"{path}: states crop_ratio {str(ratio)[:20]}, not above 0 and up to 1: give another file")
+    return float(ratio)
 
 
 def digest(module: nn.Module) -> str:

@@ -58,7 +58,7 @@ def _read_checkpoint(path: Path) -> Contents:
         settings = translate(state["settings"])
         model, data = settings["model"], settings["data"]
         described = {"arch": model["arch"], "stem": model["stem"], "width": model["width"], "size": data["size"]}
-        described["args"] = model.get("args")
+        described |= {"args": model.get("args"), "crop_ratio": data.get("eval_crop_ratio")}
         described |= {name: data.get(name) for name in ("mean", "std")}
     except (KeyError, TypeError, AttributeError):
         raise InputError(f"{path}: its settings describe no encoder: give another checkpoint") from None
@@ -82,6 +82,9 @@ def _read_torch(path: Path) -> dict[str, Any]:
     A zip is mapped into memory and never decompressed, so that no tensor can be larger than the file.
     """
     try:
+        with open_regular(path) as file:
+            if file.read(1) not in (b"P", b"\x80"):  # of a zip or a pickle
+                raise InputError(f"{path}: not a file of weights: give a .safetensors, or a file of torch.save")
         mapped = _is_zip(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle protocol of a junk file

@@ -195,6 +195,7 @@ def test_timm_gets_arguments_and_the_size_where_it_is_fixed(monkeypatch: pytest.
     assert build_custom("timm:b", {}, size=16).features == 2
     for arch, args, message in (
         ("timm:a", {"width": 1}, r"timm cannot create it \(TypeError: unexpected .*\): correct model.arch"),
+        ("timm:a", {"num_classes": 3}, r"model.args num_classes: .*leave it out"),
         ("timm:c", {}, "timm 9 has no such model: "),
     ):
         with pytest.raises(BackboneError, match=message):

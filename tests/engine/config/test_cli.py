@@ -425,3 +425,14 @@ def test_a_wrong_base_is_refused(tmp_path: Path, base: str, says: str) -> None:
     with pytest.raises(InputError, match=says) as refused:
         parse(["--config", str(tmp_path / "r.yaml")])
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("data.views", "{hue: 0}"), ("data.size", "{a: 1}"), ("data.mean", "{a: 1}")]
+)
+def test_a_mapping_for_another_setting_of_a_recipe_is_refused(key: str, value: str, tmp_path: Path) -> None:
+    """The recipe's own value does not take its place."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("data: {views: [{hue: 0}, {}], size: 32, mean: [0.5, 0.5, 0.5]}\n")
+    with pytest.raises(InputError, match=f"^{key}"):
+        parse(["--config", str(recipe), f"--{key}", value])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -193,3 +194,30 @@ def test_a_file_with_other_features_is_removed(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(RunFailed, match=r"features differ by .* when read back: nothing was written"):
         export(loaded, "timm", tmp_path / "x.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["source.safetensors"]
+
+
+def test_a_file_states_the_crop_of_evaluations_and_can_be_read_by_others(tmp_path: Path) -> None:
+    encoder = _loaded(tmp_path, "resnet18", width=0.125)
+    encoder.crop_ratio = 0.6
+    export(encoder, "safetensors", tmp_path / "x.safetensors")
+    assert load_encoder(tmp_path / "x.safetensors").preprocess.crop_ratio == 0.6
+    assert "center crop has 0.6 of the image's shorter side" in (tmp_path / "x.safetensors.md").read_text()
+    mask = os.umask(0)
+    os.umask(mask)
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o666 & ~mask
+    for ratio in (0.0001, 1):
+        save_file(
+            encoder.backbone.state_dict(),
+            tmp_path / "y.safetensors",
+            metadata={METADATA: json.dumps(asdict(encoder.architecture) | {"crop_ratio": ratio * 2})},
+        )
+        if ratio == 1:
+            with pytest.raises(InputError, match="states crop_ratio 2, not above 0 and up to 1"):
+                load_encoder(tmp_path / "y.safetensors")
+
+
+@pytest.mark.parametrize("out", ["x", "folder.pth"])
+def test_other_names_of_the_file_are_refused(out: str, tmp_path: Path) -> None:
+    (tmp_path / "folder.pth").mkdir()
+    with pytest.raises(InputError, match=r"give the name of a file that ends in .pth"):
+        export(_loaded(tmp_path, "resnet18"), "torchvision", tmp_path / out)
