@@ -180,19 +180,21 @@ def prepare(
 def _unfinished(out: Path, images: Listing, facts: dict[str, Any], resume: bool) -> Iterator[BetonWriter]:
     """Yield a writer of the unfinished beton next to `out`, after the images of an earlier run with the same facts.
 
-    File and journal are deleted after the block, unless it fails with records in the journal.
+    File and journal are deleted after the block, unless it fails with a block of records in the journal.
     """
     path = _writing(out)
     journal_path = path.with_name(f"{path.name}.journal")
-    journal, is_kept = Journal.open(journal_path), False
+    journal, is_kept = Journal.open(journal_path), True
     try:
         writer = _resumed(path, images, journal, facts) if resume else None
         if writer is None:
+            is_kept = False
             path.unlink(missing_ok=True)
             journal.begin({**facts, "started": time.time()})
             writer = BetonWriter(path, len(images), journal)
         try:
             yield writer
+            is_kept = False
         except BaseException:
             is_kept = writer.synced_images >= BLOCK_IMAGES
             if is_kept:
@@ -304,11 +306,11 @@ def _finish(out: Path, classes: list[str], images: Listing, writer: BetonWriter,
         versions=_versions(),
         skipped=writer.skipped,
     )
-    measure(manifest, path)
     with (
         atomic_path(manifest_to, unique=False) as manifest_file,
         atomic_path(columns_path(manifest_to), unique=False) as columns_file,
     ):
+        measure(manifest, path)  # here, where no manifest of an earlier run is next to it
         numbers = (entries["image"].tolist() for entries in writer.entries())
         name_bytes = sum(len(images.name_bytes(image)) for part in numbers for image in part)
         parts = (

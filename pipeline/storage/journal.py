@@ -34,7 +34,7 @@ ENTRY = np.dtype(
 )
 """A record: number of its image in the source, place in the beton, and row of the tables."""
 _HEAD, _CRC = struct.Struct("<3I"), struct.Struct("<I")  # images, entries, bytes of JSON; CRC32 of the block
-_MAX_LINE_BYTES = 1 << 20
+_MAX_LINE_BYTES = 1 << 24
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # of a file system without them
 
 

@@ -567,13 +567,15 @@ def test_sizes_of_a_table_in_another_order_are_found(bare: Path) -> None:
     assert Beton(bare).sizes.tolist() == expected
 
 
-@pytest.mark.parametrize("change", ["height", "pointer", "size"])
+@pytest.mark.parametrize("change", ["height", "width", "pointer", "size"])
 def test_a_file_that_is_overwritten_while_it_is_read_is_an_error(change: str, bare: Path) -> None:
     """Its tables are mapped: compiled code reads places that were not checked at the start."""
     beton, index = Beton(bare), _first(bare, RAW)
     assert len(records_of(beton, np.arange(8)).sizes) == 8
     if change == "height":
         _row(bare, index, height=65535)
+    elif change == "width":  # of no more pixels than another image
+        _row(bare, _first(bare, JPEG), height=1, width=600)
     elif change == "pointer":
         _pointer(bare, index, BIG)
     else:

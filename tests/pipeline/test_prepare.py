@@ -359,6 +359,11 @@ def _half_a_block(journal: Journal, block: Block) -> NoReturn:
     _die()
 
 
+def _half_a_manifest(manifest: Manifest, path: Path) -> NoReturn:
+    path.write_text('{"count": 8')
+    _die()
+
+
 # What is replaced, by what, and the blocks that the next run need not encode again.
 KILLS: dict[str, tuple[Any, str, Callable[[Any], Any], int]] = {
     "in the first block": (module, "_encode_item", lambda f: _at_call(BLOCK // 2, f), 0),
@@ -367,6 +372,7 @@ KILLS: dict[str, tuple[Any, str, Callable[[Any], Any], int]] = {
     "before an entry of the journal": (Journal, "append", lambda f: _at_call(4, f), 3),
     "in the tables": (BetonWriter, "_table", lambda f: _die, 6),
     "before the columns": (module, "write_columns", lambda f: _die, 6),
+    "in the manifest": (Manifest, "write", lambda f: _half_a_manifest, 6),
     "before the renames": (os, "replace", lambda f: _at_path("x.beton", f), 6),
     "between the renames": (os, "replace", lambda f: _at_path("x.beton.columns", f), 0),
 }
@@ -511,6 +517,20 @@ def test_a_changed_file_of_a_folder_begins_anew(
 
 def _raise(*_: object) -> NoReturn:
     raise KeyboardInterrupt
+
+
+def test_an_interrupt_while_going_on_keeps_what_there_is(
+    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "x.beton"
+    _interrupted(mixed, out, monkeypatch)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_have_changed", _raise)
+        with pytest.raises(KeyboardInterrupt):
+            _prepare(mixed, out)
+    encoded = _recorded(monkeypatch)
+    _prepare(mixed, out)
+    assert len(encoded) == IMAGES - 3 * BLOCK
 
 
 def test_no_resume_begins_anew(mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

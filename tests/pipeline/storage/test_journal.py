@@ -77,6 +77,29 @@ def test_a_changed_byte_ends_the_journal(tmp_path: Path) -> None:
         journal.close()
 
 
+def test_blocks_after_a_damaged_one_are_dropped(tmp_path: Path) -> None:
+    """Even where a new block takes its place: theirs are records that are written anew."""
+    path, blocks = tmp_path / "journal", [_block(first, 3, []) for first in (0, 3, 6, 9)]
+    journal = Journal.open(path)
+    journal.begin({})
+    for block in blocks[:3]:
+        journal.append(block)
+    journal.close()
+    size = len(path.read_bytes()[3:]) // 3
+    data = bytearray(path.read_bytes())
+    data[3 + size + 20] ^= 1
+    path.write_bytes(data)
+    journal = Journal.open(path)
+    journal.facts()
+    assert _same(list(journal.recover()), blocks[:1])
+    journal.append(blocks[3])
+    journal.close()
+    journal = Journal.open(path)
+    journal.facts()
+    assert _same(list(journal.recover()), [blocks[0], blocks[3]])
+    journal.close()
+
+
 @pytest.mark.parametrize("data", [b"", b"{}", b"[1]\n", b"\xff\xfe\n", b"{" * 100 + b"\n", b"x" * (2 << 20)])
 def test_other_files_have_no_facts(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "journal").write_bytes(data)

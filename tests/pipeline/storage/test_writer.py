@@ -16,6 +16,7 @@ from pipeline.native import libffcv
 from pipeline.prepare import prepare
 from pipeline.storage.decode import decode
 from pipeline.storage.encode import Record, Settings
+from pipeline.storage.journal import Journal
 from pipeline.storage.writer import PAGE_BYTES, BetonWriter
 from tests.pipeline.conftest import pack, parsed_beton, picture, saved
 
@@ -47,6 +48,26 @@ def test_no_record_crosses_a_page_and_none_overlaps_another(sizes: list[int], pa
         assert pointer // page == (pointer + size - 1) // page
         end = pointer + size
     assert file.table >= end
+
+
+def test_a_writer_goes_on_after_the_records_in_its_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With their page size, and without the records that were written after them."""
+    monkeypatch.setattr("pipeline.storage.writer.BLOCK_IMAGES", 2)
+    sizes, path, journal = [5, PAGE_BYTES + 1, 3], tmp_path / "x.beton", Journal.open(tmp_path / "journal")
+    journal.begin({})
+    writer = BetonWriter(path, len(sizes), journal)
+    for size in (*sizes[:2], 1000):
+        writer.append(Record(b"\x01" * size, RAW, 1, 1, 0), 0)
+    writer.abort()
+    journal.close()
+    journal = Journal.open(tmp_path / "journal")
+    journal.facts()
+    writer = BetonWriter(path, len(sizes), journal, resume=True)
+    assert (writer.images, writer.count) == (2, 2)
+    writer.append(Record(b"\x01" * sizes[2], RAW, 1, 1, 0), 0)
+    writer.close()
+    _written(tmp_path / "y.beton", sizes)
+    assert path.read_bytes() == (tmp_path / "y.beton").read_bytes()
 
 
 def test_ffcvs_reader_reads_the_file(small: Path) -> None:
