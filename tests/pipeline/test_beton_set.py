@@ -96,7 +96,11 @@ def test_compiled_code_takes_the_same_types(both: tuple[Beton, Beton]) -> None:
 
 
 def test_a_column_is_indexed_like_an_array() -> None:
-    arrays = [np.arange(5, dtype=np.uint16), np.arange(70, 71, dtype=np.uint16), np.arange(9, 3, -1, dtype=np.uint16)]
+    arrays = [
+        np.arange(10, dtype=np.uint16)[::2],
+        np.broadcast_to(np.uint16(70), 1),
+        np.arange(9, 3, -1, dtype=np.uint16),
+    ]
     column, plain = Column(arrays), np.concatenate(arrays)
     chosen: list[object] = [0, -1, 5, slice(3, 9), slice(None, None, -2), slice(4, 4), np.array([11, 0, 5, 5, -3])]
     chosen += [plain > 4, np.array([[1, 2], [6, 7]]), np.array([], np.int64), np.int64(6)]
