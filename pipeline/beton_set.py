@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -93,9 +94,11 @@ class Betons(Beton):
         self.path, self._tolerate = Path(source), tolerate
         if len(paths) > _MAX_PARTS:
             raise InputError(f"{source}: names {len(paths)} betons, more than {_MAX_PARTS}: write larger ones")
-        real = [os.path.realpath(path) for path in paths]
-        if twice := [path for number, path in enumerate(paths) if real[number] in real[:number]]:
-            raise InputError(f"{source}: names {twice[0]} twice: name each part once")
+        files: set[str] = set()
+        for path in paths:
+            if (file := os.path.realpath(path)) in files:
+                raise InputError(f"{source}: names {path} twice: name each part once")
+            files.add(file)
         self.parts = parts = [Beton(path, tolerate=tolerate) for path in paths]
         self._ends = np.cumsum([len(part) for part in parts])
         self.file_size = sum(part.file_size for part in parts)
@@ -206,7 +209,7 @@ def _map(parts: Sequence[Beton]) -> tuple[np.ndarray, list[int]]:
     A range of addresses is reserved; then each file is mapped to its place there. Raises InputError.
     """
     pages = [-(-part.file_size // mmap.PAGESIZE) * mmap.PAGESIZE for part in parts]
-    bases = [sum(pages[:number]) for number in range(len(pages))]
+    bases = [0, *accumulate(pages[:-1])]
     c_mmap = ctypes.CDLL(None, use_errno=True).mmap
     c_mmap.restype, c_mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t, *_INTS, ctypes.c_long]
     path = parts[0].path

@@ -189,6 +189,9 @@ def test_wrong_parts_are_refused_by_name(fault: str, folder: Path, tmp_path: Pat
     with pytest.raises(InputError, match=message) as caught:
         open_data(source)
     assert "\n" not in str(caught.value)
+    if fault == "twice":
+        with pytest.raises(InputError, match=r"/0\.beton twice"):
+            open_data(f"{tmp_path}/0.beton,{tmp_path}/0.beton")
 
 
 def test_damaged_records_are_named_by_their_part(folder: Path, tmp_path: Path) -> None:
