@@ -10,8 +10,10 @@ import mmap
 import os
 import re
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,19 +28,29 @@ _MAX_PARTS = 10_000  # the kernel maps up to about 65,000 ranges, of which a par
 _MAP_FIXED = 0x10
 _INTS = [ctypes.c_int] * 3
 _COMMA = re.compile(r",(?![^{]*\})")  # outside braces
-Convert = Callable[[np.ndarray], np.ndarray]
+Convert = Callable[[Any, Any], Any]
 
 
 class Column(np.lib.mixins.NDArrayOperatorsMixin):
     """A column of the tables of all parts. An index copies the rows it takes; any other use, the whole column.
 
-    parts: the column in each part, [n]. convert: what becomes of a part's values.
+    parts: the column in each part, [n], of one type. convert: (values of a part or several, the numbers of their parts)
+    to the column's values.
     """
 
-    def __init__(self, parts: Sequence[np.ndarray], convert: Sequence[Convert] = ()) -> None:
-        self._parts, self._convert = parts, convert or [np.asarray] * len(parts)
-        self._ends = np.cumsum([len(part) for part in parts])
-        self.dtype, self.shape = self._convert[0](parts[0][:0]).dtype, (int(self._ends[-1]),)
+    def __init__(self, parts: Sequence[np.ndarray], convert: Convert = lambda values, _: values) -> None:
+        self._parts, self._convert = parts, convert
+        lengths = np.array([len(part) for part in parts])
+        self._ends = np.cumsum(lengths)
+        # Rows of all parts are gathered at once, by their addresses in an array that spans all parts.
+        addresses = np.array([part.__array_interface__["data"][0] for part in parts])
+        self._strides = np.array([part.strides[0] for part in parts])
+        self._starts = addresses - addresses.min() - (self._ends - lengths) * self._strides  # of row 0 of the column
+        span = int((addresses - addresses.min() + (lengths - 1) * self._strides).max()) + 1
+        place, kind = (int(addresses.min()), True), parts[0].dtype.str
+        described = {"data": place, "shape": (span,), "strides": (1,), "typestr": kind, "version": 3}
+        self._memory = np.asarray(SimpleNamespace(__array_interface__=described))
+        self.dtype, self.shape = convert(parts[0][:1], 0).dtype, (int(self._ends[-1]),)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -49,17 +61,13 @@ class Column(np.lib.mixins.NDArrayOperatorsMixin):
             indices = np.flatnonzero(indices)
         if indices.size and not -len(self) <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"rows {indices.min()} to {indices.max()} of {len(self)}")
-        flat = indices.reshape(-1) % len(self)
-        numbers = np.searchsorted(self._ends, flat, "right")
-        values = np.empty(len(flat), self.dtype)
-        for number in np.unique(numbers):
-            inside, part = numbers == number, self._parts[number]
-            values[inside] = self._convert[number](part[flat[inside] - (self._ends[number] - len(part))])
-        return values.reshape(indices.shape)[()]
+        indices = indices % len(self)
+        numbers = np.searchsorted(self._ends, indices, "right")
+        return self._convert(self._memory[self._starts[numbers] + indices * self._strides[numbers]], numbers)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        parts = zip(self._convert, self._parts, strict=True)
-        return np.concatenate([convert(part) for convert, part in parts]).astype(dtype or self.dtype, copy=False)
+        parts = [self._convert(part, number) for number, part in enumerate(self._parts)]
+        return np.concatenate(parts).astype(dtype or self.dtype, copy=False)
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
         arrays = (np.asarray(value) if isinstance(value, Column) else value for value in inputs)
@@ -72,7 +80,7 @@ class Column(np.lib.mixins.NDArrayOperatorsMixin):
 
     def max(self) -> Any:
         """Return the largest value."""
-        return max(convert(part).max() for convert, part in zip(self._convert, self._parts, strict=True))
+        return max(self._convert(part, number).max() for number, part in enumerate(self._parts))
 
 
 class Betons(Beton):
@@ -86,27 +94,31 @@ class Betons(Beton):
         self.path, self._tolerate = Path(source), tolerate
         if len(paths) > _MAX_PARTS:
             raise InputError(f"{source}: names {len(paths)} betons, more than {_MAX_PARTS}: write larger ones")
-        real = [os.path.realpath(path) for path in paths]
-        if twice := [path for number, path in enumerate(paths) if real[number] in real[:number]]:
-            raise InputError(f"{source}: names {twice[0]} twice: name each part once")
+        files: set[str] = set()
+        for path in paths:
+            if (file := os.path.realpath(path)) in files:
+                raise InputError(f"{source}: names {path} twice: name each part once")
+            files.add(file)
         self.parts = parts = [Beton(path, tolerate=tolerate) for path in paths]
         self._ends = np.cumsum([len(part) for part in parts])
         self.file_size = sum(part.file_size for part in parts)
-        self.classes, labels = _join_classes(parts)
+        self.classes, convert_labels = _join_classes(parts)
         self.manifest, self.columns = _join_manifests(parts, self.classes), None
         self.data, bases = _map(parts)
         self.heights, self.widths, self.modes, self.sizes = (
             self._column(name) for name in ("heights", "widths", "modes", "sizes")
         )
-        self.pointers = self._column("pointers", [partial(np.add, np.uint64(base)) for base in bases])
-        self.labels = self._column("labels", labels)
+        firsts = np.array(bases, np.uint64)
+        self.pointers = self._column("pointers", lambda values, numbers: values + firsts[numbers])
+        self.labels = self._column("labels", convert_labels)
         self.crc32 = self._column("crc32") if self.manifest else None
-        firsts = (self._ends - [len(part) for part in parts]).tolist()
         self.unreadable = frozenset(
-            first + index for first, part in zip(firsts, parts, strict=True) for index in part.unreadable
+            int(end) - len(part) + index
+            for end, part in zip(self._ends, parts, strict=True)
+            for index in part.unreadable
         )
 
-    def _column(self, name: str, convert: Sequence[Convert] = ()) -> Any:
+    def _column(self, name: str, convert: Convert = lambda values, _: values) -> Any:
         return Column([getattr(part, name) for part in self.parts], convert)
 
     def __len__(self) -> int:
@@ -160,25 +172,21 @@ def part_paths(source: str) -> list[str]:
     return [path for name in names for path in matching_paths(name)]
 
 
-def _join_classes(parts: Sequence[Beton]) -> tuple[list[str], Sequence[Convert]]:
-    """Return the class names of all parts, sorted, and for each part the function of its labels to theirs."""
+def _join_classes(parts: Sequence[Beton]) -> tuple[list[str], Convert]:
+    """Return the class names of all parts, sorted, and the function of the parts' labels to theirs."""
     named = [part for part in parts if part.classes]
     if all(part.classes == parts[0].classes for part in parts):
-        return parts[0].classes, ()
+        return parts[0].classes, lambda labels, _: labels
     for part in parts:
         if not part.classes and part.labels.max() >= 0:
             raise InputError(
                 f"{part.path}: has labels without class names, and {named[0].path} has names: {PREPARE_AGAIN}"
             )
     classes = sorted({name for part in named for name in part.classes})
-    numbers = {name: label for label, name in enumerate(classes)}
-    # The last entry is that of label -1.
-    joined = [np.array([*(numbers[name] for name in part.classes), -1]) for part in parts]
-    return classes, [partial(_renumbered, table) for table in joined]
-
-
-def _renumbered(table: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    return table[np.maximum(labels, -1)]
+    numbers = {name: number for number, name in enumerate(classes)}
+    joined = np.array([label for part in parts for label in (-1, *(numbers[name] for name in part.classes))])
+    firsts = np.cumsum([1, *(1 + len(part.classes) for part in parts)])  # in `joined`, of each part's label 0
+    return classes, lambda labels, part: joined[firsts[part] + np.maximum(labels, -1)]
 
 
 def _join_manifests(parts: Sequence[Beton], classes: list[str]) -> Manifest | None:
@@ -201,7 +209,7 @@ def _map(parts: Sequence[Beton]) -> tuple[np.ndarray, list[int]]:
     A range of addresses is reserved; then each file is mapped to its place there. Raises InputError.
     """
     pages = [-(-part.file_size // mmap.PAGESIZE) * mmap.PAGESIZE for part in parts]
-    bases = [sum(pages[:number]) for number in range(len(pages))]
+    bases = [0, *accumulate(pages[:-1])]
     c_mmap = ctypes.CDLL(None, use_errno=True).mmap
     c_mmap.restype, c_mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t, *_INTS, ctypes.c_long]
     path = parts[0].path

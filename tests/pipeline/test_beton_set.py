@@ -96,7 +96,11 @@ def test_compiled_code_takes_the_same_types(both: tuple[Beton, Beton]) -> None:
 
 
 def test_a_column_is_indexed_like_an_array() -> None:
-    arrays = [np.arange(5, dtype=np.uint16), np.arange(70, 71, dtype=np.uint16), np.arange(9, 3, -1, dtype=np.uint16)]
+    arrays = [
+        np.arange(10, dtype=np.uint16)[::2],
+        np.broadcast_to(np.uint16(70), 1),
+        np.arange(9, 3, -1, dtype=np.uint16),
+    ]
     column, plain = Column(arrays), np.concatenate(arrays)
     chosen: list[object] = [0, -1, 5, slice(3, 9), slice(None, None, -2), slice(4, 4), np.array([11, 0, 5, 5, -3])]
     chosen += [plain > 4, np.array([[1, 2], [6, 7]]), np.array([], np.int64), np.int64(6)]
@@ -185,6 +189,9 @@ def test_wrong_parts_are_refused_by_name(fault: str, folder: Path, tmp_path: Pat
     with pytest.raises(InputError, match=message) as caught:
         open_data(source)
     assert "\n" not in str(caught.value)
+    if fault == "twice":
+        with pytest.raises(InputError, match=r"/0\.beton twice"):
+            open_data(f"{tmp_path}/0.beton,{tmp_path}/0.beton")
 
 
 def test_damaged_records_are_named_by_their_part(folder: Path, tmp_path: Path) -> None:
