@@ -15,9 +15,12 @@ PARAMETERS = {  # of torchvision's models without fc
     "resnet34": 21_797_672 - 513_000,
     "resnet50": 25_557_032 - 2_049_000,
     "resnet101": 44_549_160 - 2_049_000,
+    "resnet152": 60_192_808 - 2_049_000,
+    "wide_resnet50_2": 68_883_240 - 2_049_000,
 }
 DEPTHS = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
 DEPTHS |= {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
+DEPTHS |= {"resnet152": (3, 8, 36, 3), "wide_resnet50_2": (3, 4, 6, 3)}
 
 
 def torchvision_keys(arch: str) -> list[str]:

@@ -8,17 +8,22 @@ import pytest
 import torch
 from torch import nn
 
-from methods.encoders import resnet
+from methods.encoders import ResNet, resnet
 from methods.heads import Encoder, byol_heads
 from methods.lockstep import forward, in_lockstep
 from methods.norm import BatchNorm, norm_layers
+from methods.vit import VisionTransformer
 from tests.methods.test_norm import Copies
 
 
-def encoder(predictor: bool) -> Encoder:
+def encoder(predictor: bool, arch: str) -> Encoder:
     torch.manual_seed(0)
     norm = norm_layers("sync")
-    backbone = resnet("resnet18", stem="small", width=0.125, norm=norm)
+    backbone: ResNet | VisionTransformer
+    if arch == "resnet18":
+        backbone = resnet(arch, stem="small", width=0.125, norm=norm)
+    else:
+        backbone = VisionTransformer(32, 2, 4, size=16, conv_stem=True, norm=norm)
     projector, head = byol_heads(backbone.features, 24, 16, norm, False)
     return Encoder(backbone, projector, head if predictor else None).double()
 
@@ -27,17 +32,18 @@ def tensors(module: nn.Module) -> list[torch.Tensor]:
     return [*module.state_dict().values(), *(p.grad for p in module.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("world", [1, 3])
-def test_encoders_in_lockstep_compute_what_each_computes_alone(world: int) -> None:
+@pytest.mark.parametrize(("world", "arch"), [(1, "resnet18"), (3, "resnet18"), (3, "transformer")])
+def test_encoders_in_lockstep_compute_what_each_computes_alone(world: int, arch: str) -> None:
     """Embeddings, gradients and running statistics, bit for bit, in one gather a layer."""
-    online, momentum = encoder(predictor=True), encoder(predictor=False)
+    online, momentum = encoder(True, arch), encoder(False, arch)
+    size = 8 if arch == "resnet18" else 16
     rows: list[int] = []
     ranks = Copies(world)
     for module in (*online.modules(), *momentum.modules()):
         if isinstance(module, BatchNorm):
             module.ranks = ranks
     alone = copy.deepcopy((online, momentum))
-    views = [torch.randn(4, 3, 8, 8, dtype=torch.float64) for _ in range(3)]
+    views = [torch.randn(4, 3, size, size, dtype=torch.float64) for _ in range(3)]
 
     def gather(local: torch.Tensor) -> torch.Tensor:
         rows.append(local.numel())

@@ -11,13 +11,40 @@ from torch.nn import functional as F
 
 from methods.vit import sine_cosine_positions, vit
 
+SIZES = [("vit_tiny", 192, 5_524_416), ("vit_small", 384, 21_665_664), ("vit_base", 768, 85_798_656)]
 
-@pytest.mark.parametrize(("arch", "dim", "count"), [("vit_small", 384, 21_665_664), ("vit_base", 768, 85_798_656)])
+
+@pytest.mark.parametrize(("arch", "dim", "count"), SIZES)
 def test_keys_and_parameter_counts_equal_timms(arch: str, dim: int, count: int) -> None:
     model = vit(arch)
     assert list(model.state_dict()) == Path(__file__).with_name("timm_vit_keys.txt").read_text().split()
     assert sum(tensor.numel() for tensor in model.state_dict().values()) == count  # timm's, including positions
     assert model.features == dim
+
+
+def test_the_large_ones_size_is_timms() -> None:
+    with torch.device("meta"):  # takes no memory
+        model = vit("vit_large", stop_grad_conv1=False)
+    assert sum(tensor.numel() for tensor in model.state_dict().values()) == 303_301_632
+    assert {len(model.blocks), model.blocks[0].attn.heads, model.features} == {24, 16, 1024}  # type: ignore[union-attr]
+
+
+def test_convolutional_stem_equals_plain_functions() -> None:
+    """Four 3x3 convolutions of stride 2 with BatchNorm and ReLU, then 1x1 (moco-v3, `vits.py`); one block less."""
+    torch.manual_seed(0)
+    model = vit("vit_conv_small", size=32)
+    assert (len(model.blocks), model.blocks[0].attn.heads) == (11, 12)  # type: ignore[union-attr]
+    assert all(parameter.requires_grad for parameter in model.parameters())  # never frozen
+    x, w = torch.randn(3, 3, 32, 32), model.state_dict()
+    tokens = x
+    for layer, channels in zip(range(0, 12, 3), (48, 96, 192, 384), strict=True):
+        tokens = F.conv2d(tokens, w[f"patch_embed.proj.{layer}.weight"], stride=2, padding=1)
+        assert tokens.shape[1] == channels
+        norm = f"patch_embed.proj.{layer + 1}"
+        tokens = F.batch_norm(tokens, None, None, w[f"{norm}.weight"], w[f"{norm}.bias"], training=True).relu()
+    tokens = F.conv2d(tokens, w["patch_embed.proj.12.weight"], w["patch_embed.proj.12.bias"])
+    assert torch.allclose(model.patch_embed(x), tokens.flatten(2).transpose(1, 2), atol=1e-5)
+    assert model(x).shape == (3, 384)
 
 
 def test_forward_equals_plain_functions() -> None:

@@ -95,6 +95,13 @@ def test_loading_draws_nothing(arch: str, tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize(("arch", "heads"), [("vit_tiny", 3), ("vit_conv_small", 12), ("wide_resnet50_2", 0)])
+def test_a_state_dict_shows_its_architecture(arch: str, heads: int, tmp_path: Path) -> None:
+    save_file(backbone(arch), tmp_path / "encoder.safetensors")
+    loaded = load_encoder(tmp_path / "encoder.safetensors")
+    assert (loaded.architecture.arch, loaded.architecture.heads) == (arch, heads)
+
+
 def _without(state: State, *names: str) -> State:
     return {name: value for name, value in state.items() if not name.startswith(names)}
 
