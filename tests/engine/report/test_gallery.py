@@ -18,6 +18,7 @@ from pipeline.prepare import prepare
 from pipeline.system.errors import InputError
 from tests.engine.report.conftest import options, text_of
 from tests.engine.run_folders import EPOCHS, settings, write_checkpoint, write_run
+from tests.side_files import copy_side_files
 
 
 def test_given_data_may_be_unlabeled(tmp_path: Path) -> None:
@@ -45,7 +46,7 @@ def test_damaged_images_are_removed_for_all_encoders(drawn: Path, tmp_path: Path
         start = int(beton.pointers[index])
         content[start + 100 : start + 140] = bytes(40)
     copy.write_bytes(content)
-    Path(f"{copy}.json").write_bytes(Path(f"{drawn}.json").read_bytes())
+    copy_side_files(drawn, copy)
     run = write_run(tmp_path / "a", settings(copy))
     write_checkpoint(run, settings(copy))
     text = text_of(page.report(read_runs([run]), options(limit=200)).html)
