@@ -36,6 +36,12 @@ from tests.pipeline.fuzz import damaged_jpeg
 JPEG = saved(picture())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_scan(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The scan of tars, compiled before the processes whose memory is measured are forked."""
+    open_source(str(pack("tar", {"a/1.jpg": JPEG}, tmp_path_factory.mktemp("scan"))))
+
+
 def _read_all(source: Path | str) -> None:
     """List the images and read each. Raises InputError, also for an unreadable image."""
     for item in open_source(str(source)).items:
