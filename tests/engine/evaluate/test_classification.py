@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from engine.evaluate.classification import ClassificationEvaluation, top5
+from engine.weights.load import _crop_ratio
 from pipeline.system.errors import InputError
 from tests.engine.evaluate.conftest import evaluate
 
@@ -23,7 +24,7 @@ from tests.engine.evaluate.conftest import evaluate
     ],
 )
 def test_the_crop_ratio_is_the_runs_unless_given(data: dict[str, float], given: float | None, ratio: float) -> None:
-    encoder = SimpleNamespace(settings={"data": data} if data else {})
+    encoder = SimpleNamespace(crop_ratio=_crop_ratio({"crop_ratio": data.get("eval_crop_ratio")}, Path("x")))
     evaluation: Any = SimpleNamespace(args=SimpleNamespace(crop_ratio=given), encoder=encoder)
     assert ClassificationEvaluation.crop_ratio.fget(evaluation) == ratio  # type: ignore[attr-defined]
 
