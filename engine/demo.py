@@ -32,9 +32,8 @@ from engine.report.page import report, write
 from engine.report.plotting import curves
 from engine.report.run_folder import read_runs
 from engine.training.build import build
-from engine.weights.load import Backbone
 from methods.encoders import place
-from methods.registry import build_backbone
+from methods.registry import Backbone, build_backbone
 from pipeline.beton import Beton
 from pipeline.inspect import preview
 from pipeline.prepare import prepare

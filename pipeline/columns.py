@@ -51,9 +51,9 @@ class Columns:
     def open(path: Path, count: int, size: int) -> "Columns":
         """Map the columns of `count` records in a file of `size` bytes. Raises ValueError for others, and OSError."""
         with open_regular(path) as file:
-            found = os.fstat(file.fileno()).st_size
-            if found != size:
-                raise ValueError(f"has {found} bytes, its manifest says {size}")
+            file_bytes = os.fstat(file.fileno()).st_size
+            if file_bytes != size:
+                raise ValueError(f"has {file_bytes} bytes, its manifest says {size}")
             head = file.read(_LENGTH.itemsize + _MAX_HEADER_BYTES)
         start = _LENGTH.itemsize + int.from_bytes(head[: _LENGTH.itemsize], "little")
         name_bytes = size - start - count * sum(_TYPES[name][1].itemsize for name in ("name_ends", "crc32"))

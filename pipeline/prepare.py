@@ -9,31 +9,26 @@ synthetic:N. Several are
 joined by the names of their classes. Classes are folders, class labels of tables and shards, or those of a list of
 names, as for ImageNet's flat tar of validation images. An upright JPEG that is small enough is stored byte for byte.
 The output does not depend on the number of workers. It is written to a temporary file and renamed: OUT is complete or
-absent. After a crash the same command goes on where the last run was.
+absent. After a crash the same command resumes where the last run ended.
 """
 
 import argparse
 import contextlib
 import hashlib
 import logging
-import math
 import multiprocessing
 import os
-import platform
 import signal
 import sys
 import threading
-import time
 import warnings
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from pipeline.beton import Beton
 from pipeline.columns import write_columns
@@ -43,21 +38,18 @@ from pipeline.sources.archives import Item
 from pipeline.sources.images import list_images
 from pipeline.sources.labels import relabel
 from pipeline.sources.listing import Listing, listed
-from pipeline.storage.decode import DECODER, decode
+from pipeline.storage.colors import measure_colors
 from pipeline.storage.encode import Record, Settings, Unreadable, encode
-from pipeline.storage.journal import Journal
-from pipeline.storage.writer import BLOCK_IMAGES, BetonWriter
+from pipeline.storage.unfinished import code_digest, unfinished, versions, writing_path
+from pipeline.storage.writer import BetonWriter
 from pipeline.system.cli import ArgumentParser
 from pipeline.system.cores import available_cores
 from pipeline.system.errors import InputError, command
 from pipeline.system.files import atomic_path
-from pipeline.system.packages import version
 from pipeline.system.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 _CALL_IMAGES, _CALLS_AHEAD = 8, 4  # images in a call of a worker, calls that a worker is ahead of the writer
-_MEASURED_IMAGES, _MEASURED_PIXELS = 1000, 1 << 16  # images, and about as many pixels of each, for mean and deviation
-_MIN_STD = 1e-4  # of images of one color
 _large_lock: Any = contextlib.nullcontext()  # a lock in workers: together they decode one large image at a time
 
 
@@ -143,8 +135,8 @@ def prepare(
 
     workers: processes, 0 for one on each core. limit: images at most, spread evenly over the source, 0 for all.
     subset, image_column, label_column: as for `list_images`. labels, classes: a list of the images' classes, and the
-    classes by label, as for `relabel`. skip_bad: unreadable images to skip at most. resume: go on after the images of
-    a run that was killed, where source, settings and code are the same.
+    classes by label, as for `relabel`. skip_bad: unreadable images to skip at most. resume: continue after the images
+    of a run that was killed, where source, settings and code are the same.
 
     Raises InputError, leaving `out` unchanged, where the source or an image cannot be read or `out` be written.
     """
@@ -166,103 +158,14 @@ def prepare(
             listing = listing.take(evenly(len(listing), limit))
         described = {"source": " ".join(sources), **asdict(settings)}
         source_digest = hashlib.sha256(repr((listing.digest(), images.classes)).encode("utf-8", "backslashreplace"))
-        facts = {"source": source_digest.hexdigest(), "settings": described, "code": _code_digest()}
-        with _unfinished(out, listing, facts, resume) as writer:
+        facts = {"source": source_digest.hexdigest(), "settings": described, "code": code_digest()}
+        with unfinished(out, listing, facts, resume) as writer:
             _write(" ".join(sources), listing, writer, settings, workers or available_cores(), skip_bad, quiet)
             return _finish(out, images.classes, listing, writer, described)
     except OSError as error:
         raise InputError(
             f"{out}: cannot be written: {error.strerror or error}: free space or choose another place"
         ) from None
-
-
-@contextlib.contextmanager
-def _unfinished(out: Path, images: Listing, facts: dict[str, Any], resume: bool) -> Iterator[BetonWriter]:
-    """Yield a writer of the unfinished beton next to `out`, after the images of an earlier run with the same facts.
-
-    File and journal are deleted after the block, unless it fails with a block of records in the journal.
-    """
-    path = _writing(out)
-    journal_path = path.with_name(f"{path.name}.journal")
-    journal, is_kept = Journal.open(journal_path), True
-    try:
-        writer = _resumed(path, images, journal, facts) if resume else None
-        if writer is None:
-            is_kept = False
-            path.unlink(missing_ok=True)
-            journal.begin({**facts, "started": time.time()})
-            writer = BetonWriter(path, len(images), journal)
-        try:
-            yield writer
-            is_kept = False
-        except BaseException:
-            is_kept = writer.synced_images >= BLOCK_IMAGES
-            if is_kept:
-                logger.warning(
-                    "%d of %d images are in %s: give the same command again to go on, or delete it and its journal",
-                    *(writer.synced_images, len(images), path),
-                )
-            raise
-        finally:
-            writer.abort()
-    finally:
-        if not is_kept:
-            path.unlink(missing_ok=True)
-            journal_path.unlink(missing_ok=True)
-        journal.close()
-
-
-def _writing(path: Path) -> Path:
-    """Return the name of a file while it is written. The same for each run, which holds the journal's lock."""
-    return path.with_name(f".writing-{path.name}")
-
-
-def _resumed(path: Path, images: Listing, journal: Journal, facts: dict[str, Any]) -> BetonWriter | None:
-    """Return the writer of an earlier run with the same facts, or None for a new one."""
-    earlier = journal.facts()
-    if not earlier:
-        return None
-    differing = [name for name in facts if earlier.get(name) != facts[name]]
-    try:
-        if differing:
-            raise ValueError(f"its {' and '.join(differing)} differ")
-        writer = BetonWriter(path, len(images), journal, resume=True)
-        if writer.images > len(images) or _have_changed(images, writer.images, earlier.get("started")):
-            writer.abort()
-            raise ValueError("images have changed since")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        logger.warning("begins anew, and does not go on with an unfinished run: %s", reason)
-        return None
-    logger.info("goes on after %d of %d images of an unfinished run", writer.images, len(images))
-    return writer
-
-
-def _have_changed(images: Listing, count: int, started: Any) -> bool:
-    """Return whether one of the first images is a file that changed after the time `started`, seconds."""
-    paths = (images[index].path for index in range(count)) if images.has_files else ()
-    return not isinstance(started, float) or any(_change_time(path) >= started for path in paths)
-
-
-def _change_time(path: str) -> float:
-    try:
-        return os.stat(path).st_ctime
-    except FileNotFoundError:  # a link to nothing, which was skipped
-        return os.lstat(path).st_ctime
-
-
-def _code_digest() -> str:
-    """Return a hash of the code that determines the file, and of the versions of packages."""
-    files = sorted(path for path in Path(__file__).parent.rglob("*") if path.suffix in (".py", ".c"))
-    digest = hashlib.sha256(repr((_versions(), DECODER)).encode())
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:32]
-
-
-def _versions() -> dict[str, str]:
-    packages = {package: version(package) for package in ("millrace", "ffcv", "numpy", "pillow")}
-    return {"python": platform.python_version(), **{name: number for name, number in packages.items() if number}}
 
 
 def _write(
@@ -296,21 +199,22 @@ def _write(
 def _finish(out: Path, classes: list[str], images: Listing, writer: BetonWriter, settings: dict[str, Any]) -> Manifest:
     """Complete the file, write its manifest and columns, and rename all three; return the manifest."""
     header_crc32 = writer.close()
-    path, manifest_to = _writing(out), manifest_path(out)
+    path, manifest_to = writing_path(out), manifest_path(out)
     manifest = Manifest(
         count=writer.count,
         classes=classes,
         header_crc32=header_crc32,
         file_size=path.stat().st_size,
         settings=settings,
-        versions=_versions(),
+        versions=versions(),
         skipped=writer.skipped,
     )
     with (
         atomic_path(manifest_to, unique=False) as manifest_file,
         atomic_path(columns_path(manifest_to), unique=False) as columns_file,
     ):
-        measure(manifest, path)  # here, where no manifest of an earlier run is next to it
+        # Here, where no manifest of an earlier run is next to the file.
+        manifest.mean, manifest.std = measure_colors(Beton(path))
         numbers = (entries["image"].tolist() for entries in writer.entries())
         name_bytes = sum(len(images.name_bytes(image)) for part in numbers for image in part)
         parts = (
@@ -322,25 +226,6 @@ def _finish(out: Path, classes: list[str], images: Listing, writer: BetonWriter,
         manifest_to.unlink(missing_ok=True)  # an old manifest never accompanies a new beton
         os.replace(path, out)
     return manifest
-
-
-def measure(manifest: Manifest, path: Path) -> None:
-    """Set mean and standard deviation of the colors in the manifest of a beton at `path`, over a sample of its images.
-
-    Each image counts the same, whatever its size: views all have one size.
-    """
-    beton, levels = Beton(path), np.arange(256) / 255
-    moments = np.zeros((3, 2))
-    sample = evenly(len(beton), _MEASURED_IMAGES)
-    for index in sample:
-        pixels = decode(beton, int(index))
-        step = max(math.isqrt(pixels.size // (3 * _MEASURED_PIXELS)), 1)
-        channels = pixels[::step, ::step].reshape(-1, 3).T
-        counts = np.stack([np.bincount(channel, minlength=256) for channel in channels])  # [3, 256]
-        moments += counts @ np.stack([levels, levels**2], axis=1) / (channels.shape[1] * len(sample))
-    mean, squares = moments.T
-    manifest.mean = [round(float(value), 4) for value in mean]
-    manifest.std = [round(max(float(value), _MIN_STD), 4) for value in np.sqrt(np.maximum(squares - mean**2, 0))]
 
 
 def _unreadable(source: str, skipped: list[list[str]]) -> InputError:

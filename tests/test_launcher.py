@@ -1,4 +1,4 @@
-"""The launcher's setup, with a Python that notes what is installed instead of installing it."""
+"""The launcher's setup, with a Python that records installations instead of making them."""
 
 from __future__ import annotations
 

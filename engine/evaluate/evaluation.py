@@ -19,8 +19,9 @@ from engine.parallel import collectives
 from engine.parallel.accelerator import build_accelerator, warn_of_precision
 from engine.parallel.consensus import run_on_all_ranks
 from engine.parallel.rendezvous import cores_per_rank
-from engine.weights.load import Backbone, LoadedEncoder, digest, load_encoder
+from engine.weights.load import LoadedEncoder, digest, load_encoder
 from methods.encoders import place
+from methods.registry import Backbone
 from pipeline.system.errors import InputError, RunFailed
 from pipeline.system.files import write_json
 from pipeline.system.progress import progress

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import save as serialized
 
 from engine.export.model_card import card
+from engine.weights.architecture import Architecture
 from engine.weights.key_maps import Library, to_library
-from engine.weights.load import Architecture, LoadedEncoder, load_encoder
+from engine.weights.load import LoadedEncoder, load_encoder
 from engine.weights.readers import METADATA
 from methods.custom import CustomBackbone
 from methods.vit import VITS

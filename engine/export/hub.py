@@ -11,7 +11,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from engine.export.formats import export, refuse
 from engine.export.model_card import card, timm_args, timm_name
-from engine.weights.load import Architecture, LoadedEncoder
+from engine.weights.architecture import Architecture
+from engine.weights.load import LoadedEncoder
 from pipeline.system.errors import InputError, describe_error
 from pipeline.system.files import write_atomic
 

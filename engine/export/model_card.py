@@ -10,7 +10,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from engine.checkpoint.provenance import commit
 from engine.report.run_folder import read_runs
-from engine.weights.load import Architecture, LoadedEncoder, digest
+from engine.weights.architecture import Architecture
+from engine.weights.load import LoadedEncoder, digest
 from methods.custom import needs_trust
 from methods.encoders import STEMS
 from methods.vit import VITS

@@ -11,7 +11,9 @@ from engine.checkpoint import storage
 from engine.report import tsne
 from engine.report.run_folder import RunFiles, number
 from engine.report.sample import Neighbors, Sample, agreement, draw_sample, embed, nearest
-from engine.weights.load import Backbone, LoadedEncoder, Which, load_encoder
+from engine.weights.layouts import Which
+from engine.weights.load import LoadedEncoder, load_encoder
+from methods.registry import Backbone
 from pipeline.beton import Beton
 from pipeline.storage.in_place import open_data
 from pipeline.system.errors import InputError

@@ -134,7 +134,7 @@ def _build_knn(settings: Settings, bank: Beton, evaluated: Beton, device: torch.
 
 
 def _probe_labels(settings: Settings, train: Beton, evaluated: Beton | None) -> np.ndarray:
-    """Return the probe's labels of the training images, int64 [N], -1 for none and for those that are evaluated."""
+    """Return the probe's labels of the training images, int64 [N], -1 for none and for evaluated images."""
     labels, key = train.labels.copy(), f"probe.every {settings.probe.every}"
     if labels.max() < 0:
         remedy = "prepare it from class folders, or choose probe.every 0"

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from engine.export.formats import export, refuse
-from engine.weights.load import Architecture, load_encoder
+from engine.weights.architecture import Architecture
+from engine.weights.load import load_encoder
 from pipeline.augment.color import IMAGENET, Statistics
 from pipeline.system.cli import ArgumentParser
 from pipeline.system.errors import InputError, command

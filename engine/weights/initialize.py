@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.settings import Settings
-from engine.weights.load import Architecture, LoadedEncoder, UntrustedCode, digest, load_encoder
+from engine.weights.architecture import Architecture
+from engine.weights.custom import UntrustedCode
+from engine.weights.load import LoadedEncoder, digest, load_encoder
 from methods.custom import is_custom
 from methods.encoders import base_channels
 from methods.heads import Encoder

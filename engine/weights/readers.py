@@ -30,7 +30,7 @@ class Contents(NamedTuple):
     state: dict[str, torch.Tensor]
     settings: dict[str, Any]
     described: dict[str, Any]
-    """Fields of an `engine.weights.load.Architecture`, and mean and std of its images, if the file states them."""
+    """Fields of an `engine.weights.architecture.Architecture`, mean, std and crop_ratio, where the file has them."""
     origin: dict[str, Any]
     """Provenance of the run, if its checkpoint records it (`engine.checkpoint.provenance`)."""
 

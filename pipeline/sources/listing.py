@@ -89,7 +89,7 @@ class Listing(Sequence[Any]):
 
     @property
     def has_files(self) -> bool:
-        """Whether images are files of a folder, each of which may change."""
+        """Whether images are files of their own, in a folder, which may change one by one."""
         return any(is_folder for _, _, is_folder, _ in self._places)
 
     def name_bytes(self, index: int) -> bytes:

@@ -1,4 +1,4 @@
-"""What an unfinished beton contains so far, in a file next to it: `prepare` goes on from there after it was killed.
+"""Journal of an unfinished beton, in a file next to it, from which `prepare` resumes after it was killed.
 
 Layout: a line of JSON, the facts that must agree; then blocks, each written once its records are on the disk: head,
 entries of the records, JSON of the skipped images, and CRC32. A block that was cut off, or does not match it, is the

@@ -256,7 +256,7 @@ def test_a_hostile_manifest_of_the_former_format_is_refused(
 def test_forged_columns_are_refused_or_harmless(small: Path, record_property: Callable[[str, object], None]) -> None:
     """Forged with a manifest that matches: random bytes, ends and headers."""
     path, manifest = columns_path(manifest_path(small)), manifest_path(small)
-    original, told = path.read_bytes(), json.loads(manifest.read_text())
+    original, fields = path.read_bytes(), json.loads(manifest.read_text())
     start = 8 + int.from_bytes(original[:8], "little") + 64  # of the CRC32s
 
     def one(number: int) -> None:
@@ -269,7 +269,7 @@ def test_forged_columns_are_refused_or_harmless(small: Path, record_property: Ca
             data = data[: draw.randrange(len(data))]
         path.write_bytes(data)
         crcs = {"size": len(data), "crc32": zlib.crc32(data[start : start + 32])}
-        manifest.write_text(json.dumps(told | {"columns": told["columns"] | crcs}))
+        manifest.write_text(json.dumps(fields | {"columns": fields["columns"] | crcs}))
         beton = Beton(small)
         assert all(len(beton.name(index)) <= 4 * len(data) for index in range(8))
         assert describe(beton)

@@ -26,6 +26,7 @@ from pipeline.beton_format import RAW
 from pipeline.manifest import Manifest, side_files
 from pipeline.prepare import main, prepare
 from pipeline.sources import synthetic
+from pipeline.storage import unfinished
 from pipeline.storage.decode import decode
 from pipeline.storage.encode import Settings
 from pipeline.storage.journal import Block, Journal
@@ -322,7 +323,7 @@ IMAGES = 5 * BLOCK + 3
 def mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tar of JPEGs and PNGs of several sizes, in no order, two of them unreadable."""
     monkeypatch.setattr("pipeline.storage.writer.BLOCK_IMAGES", BLOCK)
-    monkeypatch.setattr("pipeline.prepare.BLOCK_IMAGES", BLOCK)
+    monkeypatch.setattr("pipeline.storage.unfinished.BLOCK_IMAGES", BLOCK)
     kinds = ("jpeg", "png")
     files = {
         f"{'bac'[i % 3]}/{i}.{kinds[i % 2]}": saved(picture(20 + i % 7, 30, i), kinds[i % 2]) for i in range(IMAGES)
@@ -440,7 +441,7 @@ def test_workers_go_on_after_another_number_of_workers(
         assert sorted(path.name for path in out.parent.iterdir()) == [".writing-x.beton", ".writing-x.beton.journal"]
         _prepare(mixed, out, workers=2)
     assert f"{3 * BLOCK} of {IMAGES} images are in {out.parent}/.writing-x.beton: give the same command" in caplog.text
-    assert f"goes on after {3 * BLOCK} of {IMAGES} images" in caplog.text
+    assert f"resuming after {3 * BLOCK} of {IMAGES} images" in caplog.text
     for path in out.parent.iterdir():
         assert path.read_bytes() == (tmp_path / path.name).read_bytes()
 
@@ -450,7 +451,7 @@ def _change_source(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _change_code(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "DECODER", "another")
+    monkeypatch.setattr(unfinished, "DECODER", "another")
 
 
 def _remove_file(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -471,7 +472,7 @@ def _cut_file(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (_cut_file, "ends before its last record"),
     ],
 )
-def test_an_unfinished_run_of_other_facts_is_begun_anew_and_told(
+def test_an_unfinished_run_of_other_facts_starts_again_with_a_warning(
     change: Callable[[Path, pytest.MonkeyPatch], None] | None,
     reason: str,
     mixed: Path,
@@ -486,7 +487,7 @@ def test_an_unfinished_run_of_other_facts_is_begun_anew_and_told(
     if change:
         change(mixed, monkeypatch)
     _prepare(mixed, out, quality=quality)
-    assert "begins anew, and does not go on with an unfinished run" in caplog.text
+    assert "starting again instead of resuming an unfinished run" in caplog.text
     assert reason in caplog.text
     _prepare(mixed, tmp_path / "y.beton", quality=quality)
     assert out.read_bytes() == (tmp_path / "y.beton").read_bytes()
@@ -498,7 +499,7 @@ def test_a_changed_file_of_a_folder_begins_anew(
 ) -> None:
     """Of a folder each image may change; one that is not stored yet does not matter."""
     monkeypatch.setattr("pipeline.storage.writer.BLOCK_IMAGES", BLOCK)
-    monkeypatch.setattr("pipeline.prepare.BLOCK_IMAGES", BLOCK)
+    monkeypatch.setattr("pipeline.storage.unfinished.BLOCK_IMAGES", BLOCK)
     source = pack("folder", {f"{i:02}.jpg": saved(picture(seed=i)) for i in range(2 * BLOCK)}, tmp_path)
     for index, begins_anew in ((2 * BLOCK - 1, False), (3, True)):
         out = tmp_path / f"{index}.beton"
@@ -519,13 +520,13 @@ def _raise(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def test_an_interrupt_while_going_on_keeps_what_there_is(
+def test_an_interrupt_while_resuming_keeps_the_unfinished_beton(
     mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "x.beton"
     _interrupted(mixed, out, monkeypatch)
     with monkeypatch.context() as patched:
-        patched.setattr(module, "_have_changed", _raise)
+        patched.setattr(unfinished, "_have_changed", _raise)
         with pytest.raises(KeyboardInterrupt):
             _prepare(mixed, out)
     encoded = _recorded(monkeypatch)
@@ -549,7 +550,7 @@ def test_an_unreadable_image_leaves_the_ones_before_for_a_run_that_skips_it(
         prepare(str(mixed), out, Settings(mode="proportion", max_side=24), workers=1, skip_bad=1, quiet=True)
     with caplog.at_level("INFO"):
         manifest = _prepare(mixed, out)
-    assert f"goes on after {5 * BLOCK} of {IMAGES} images" in caplog.text
+    assert f"resuming after {5 * BLOCK} of {IMAGES} images" in caplog.text
     assert [name for name, _ in manifest.skipped] == ["a/1.png", "c/80.jpeg"]
 
 

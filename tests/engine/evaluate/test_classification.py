@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from engine.config.settings import Data
 from engine.evaluate.classification import ClassificationEvaluation, top5
-from engine.weights.load import _crop_ratio
+from engine.weights.load import load_encoder
 from pipeline.system.errors import InputError
 from tests.engine.evaluate.conftest import evaluate
+from tests.engine.run_folders import settings, write_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -23,9 +25,13 @@ from tests.engine.evaluate.conftest import evaluate
         ({"eval_crop_ratio": 0.9}, 0.5, 0.5),
     ],
 )
-def test_the_crop_ratio_is_the_runs_unless_given(data: dict[str, float], given: float | None, ratio: float) -> None:
-    encoder = SimpleNamespace(crop_ratio=_crop_ratio({"crop_ratio": data.get("eval_crop_ratio")}, Path("x")))
-    evaluation: Any = SimpleNamespace(args=SimpleNamespace(crop_ratio=given), encoder=encoder)
+def test_the_crop_ratio_is_the_runs_unless_given(
+    data: dict[str, float], given: float | None, ratio: float, tmp_path: Path
+) -> None:
+    chosen = settings("train.beton")
+    chosen.data = Data(size=32, batch=20, **data)
+    write_checkpoint(tmp_path, chosen)
+    evaluation: Any = SimpleNamespace(args=SimpleNamespace(crop_ratio=given), encoder=load_encoder(tmp_path))
     assert ClassificationEvaluation.crop_ratio.fget(evaluation) == ratio  # type: ignore[attr-defined]
 
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from engine.export import formats
 from engine.export.formats import FORMATS, export
-from engine.weights.load import Architecture, LoadedEncoder, load_encoder
+from engine.weights.architecture import Architecture
+from engine.weights.load import LoadedEncoder, load_encoder
 from engine.weights.readers import METADATA
 from methods.encoders import ResNet
 from pipeline.system.errors import InputError, RunFailed

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from engine.export import __main__ as command
 from engine.export import hub
-from engine.weights.load import Architecture, load_encoder
+from engine.weights.architecture import Architecture
+from engine.weights.load import load_encoder
 from engine.weights.readers import METADATA
 from methods.vit import VITS
 from pipeline.system.errors import InputError

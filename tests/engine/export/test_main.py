@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import save_file
 
 from engine.export.__main__ import main
-from engine.weights.load import Architecture
+from engine.weights.architecture import Architecture
 from engine.weights.readers import METADATA
 
 

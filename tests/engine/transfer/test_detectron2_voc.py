@@ -12,7 +12,7 @@ import yaml
 
 from engine.evaluate.detection import detect
 from engine.transfer import detectron2_voc
-from engine.weights.load import Architecture
+from engine.weights.architecture import Architecture
 from methods.encoders import resnet
 from pipeline.system.errors import InputError
 from tests import processes

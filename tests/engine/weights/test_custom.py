@@ -22,7 +22,8 @@ from engine.parallel.rendezvous import rank
 from engine.training.build import Run, build
 from engine.training.loop import train, train_on
 from engine.training.resume import restore, save
-from engine.weights.load import Architecture, load_encoder
+from engine.weights.architecture import Architecture
+from engine.weights.load import load_encoder
 from engine.weights.readers import METADATA
 from methods.custom import CustomBackbone
 from pipeline.system.errors import InputError
@@ -212,6 +213,14 @@ def test_a_transformer_of_other_heads_is_refused(tmp_path: Path, monkeypatch: py
     assert load_encoder(tmp_path / "x.pth", custom=fitting).matched == len(state)
     with pytest.raises(InputError, match=r"has 12 attention heads, and this run's backbone 6: choose model.args"):
         load_encoder(tmp_path / "x.pth", custom=Architecture("heads:Vit", size=16, args={"heads": 6}))
+
+
+@pytest.mark.parametrize(
+    "stated", [{"heads": "x"}, {"heads": [1]}, {"arch": ["vit_small"]}, {"arch": {}, "heads": None}]
+)
+def test_odd_statements_of_a_file_do_no_harm(stated: dict[str, Any], arch: str, tmp_path: Path) -> None:
+    save_file(_by_hand(arch, 0), tmp_path / "x.safetensors", metadata={METADATA: json.dumps(stated)})
+    assert load_encoder(tmp_path / "x.safetensors", custom=Architecture(arch, size=16)).matched == 8
 
 
 def test_errors_of_the_code_end_the_start_with_one_line(arch: str, drawn: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def _written(path: Path) -> bytes:
 
 
 def test_blocks_are_recovered_up_to_the_first_that_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At any byte; the journal then goes on after the intact ones."""
+    """At any byte; the journal then continues after the intact ones."""
     monkeypatch.setattr(os, "fsync", lambda _: None)  # slow
     path = tmp_path / "journal"
     data = _written(path)

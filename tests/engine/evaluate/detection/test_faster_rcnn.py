@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from engine.weights.load import Architecture
+from engine.weights.architecture import Architecture
 from methods.encoders import ResNet
 from tests.torchvision_operators import torchvision_or_skip
 
