@@ -37,7 +37,7 @@ _SETUP = f"run ./millrace {'setup (if that changes nothing, delete .venv first)'
 _APT_INSTALL = "apt-get install libopencv-dev libturbojpeg0-dev libjpeg-dev pkg-config g++ python3-dev"
 _AFRESH = "rm -rf .venv; ./millrace setup" if _OWN else "rm -rf .system; ./millrace --system setup"
 _BUILD_AGAIN = f"build it on this machine: {_APT_INSTALL}; {_AFRESH}"
-_PILLOW_COST = "1.4 times the CPU time a pair"  # decoded, cropped and augmented at 224 pixels
+_PILLOW_COST = "1.3 times the CPU time a pair"  # decoded, cropped and augmented at 224 pixels
 _TERMINAL_COLORS = {"ok": 32, "BROKEN": 31, "warning": 33, "info": 36}  # green, red, yellow, cyan
 
 

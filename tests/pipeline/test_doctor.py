@@ -111,7 +111,7 @@ def test_missing_ffcv_has_another_remedy_than_unloadable_ffcv(monkeypatch: pytes
     offer(monkeypatch, ffcv=ImportError("libopencv_imgproc.so.406: cannot open shared object file"))
     unloadable = doctor.check_ffcv()
     assert missing.state == unloadable.state == "warning"
-    assert "Pillow's takes 1.4 times the CPU time" in missing.detail
+    assert "Pillow's takes 1.3 times the CPU time" in missing.detail
     assert missing.remedy.startswith("run ./millrace setup")
     assert "rm -rf .venv" in unloadable.remedy
     assert "libopencv_imgproc" in unloadable.detail
