@@ -57,6 +57,8 @@ def build_model(settings: Settings, accelerator: Accelerator, steps_per_epoch: i
         synchronize(online)
     place(online, device)
     collectives.broadcast_parameters(online)
+    if is_custom(settings.model.arch):  # whose buffers may be drawn
+        collectives.broadcast_buffers(online)
     target = momentum_copy(online) if base.momentum_encoder else None
     if settings.compile:
         _compile(online, target, device)
@@ -89,14 +91,12 @@ def _build_online(settings: Settings) -> Encoder:
 
 
 def _agreed_backbone(settings: Settings, groups: int) -> Backbone:
-    """Return a backbone of other code, with rank 0's buffers, once all ranks have built the same. Raises InputError."""
+    """Return a backbone of other code, once all ranks have built the same. Raises InputError."""
 
     def shapes(backbone: Backbone) -> dict[str, Any]:
         return {f"model.arch: {name}": list(value.shape) for name, value in backbone.state_dict().items()}
 
-    backbone = run_on_all_ranks(lambda: _build_backbone(settings, groups), shapes)
-    collectives.broadcast_buffers(backbone)
-    return backbone
+    return run_on_all_ranks(lambda: _build_backbone(settings, groups), shapes)
 
 
 def _build_backbone(settings: Settings, groups: int) -> Backbone:

@@ -18,6 +18,7 @@ from engine.config.setting_error import SettingError
 from engine.config.settings import Settings
 from engine.evaluate.__main__ import run as evaluate
 from engine.export.formats import export
+from engine.parallel import collectives
 from engine.parallel.rendezvous import rank
 from engine.training.build import Run, build
 from engine.training.loop import train, train_on
@@ -172,6 +173,26 @@ def test_two_ranks_train_as_one(arch: str, drawn: Path, tmp_path: Path) -> None:
         on_ranks(world, _train_on_ranks, str(drawn), arch, str(tmp_path / f"on{world}"), str(tmp_path))
     one, two = (torch.load(tmp_path / f"on{world}.pth") for world in (1, 2))
     assert all(torch.allclose(value, two[name], rtol=1e-4, atol=1e-5) for name, value in one.items())
+
+
+def _compare_buffers(beton: str, arch: str, out: str, code: str) -> None:
+    sys.path.append(code)
+    run = _run(_settings(Path(beton), Path(out), arch))
+    assert run.model.target is not None
+    for encoder in (run.model.step.encoder, run.model.target):
+        mask = encoder.backbone.get_buffer("net.mask")
+        assert torch.equal(collectives.gather(mask[None])[0], mask), "differs from rank 0's"
+    run.close()
+
+
+@pytest.mark.slow
+def test_ranks_have_one_drawn_buffer(drawn: Path, tmp_path: Path) -> None:
+    name = "own_drawn_buffer"
+    code = "import os\nimport torch\nfrom torch import nn\n\n\ndef net():\n"
+    code += "    made = nn.Sequential(nn.Conv2d(3, 4, 3))\n"
+    code += "    made.register_buffer('mask', torch.full([3], float(os.environ['RANK'])))\n    return made\n"
+    (tmp_path / f"{name}.py").write_text(code)
+    on_ranks(2, _compare_buffers, str(drawn), f"{name}:net", str(tmp_path / "run"), str(tmp_path))
 
 
 @pytest.mark.parametrize(
